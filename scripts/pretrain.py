@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""What the deepspeed launcher (or torchrun) starts on every rank; see `--help`."""
+
+import argparse
+import sys
+
+from tinyllama_ds.cli import add_run_arguments, run_options
+from tinyllama_ds.training.pretrain import pretrain
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_run_arguments(parser)
+    parser.add_argument("--local_rank", type=int, help="appended by the launcher; the environment is what counts")
+    sys.exit(pretrain(run_options(parser.parse_args())))

@@ -1,0 +1,41 @@
+"""Package metadata: honest minimum versions. The versions that are tested are pinned in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = next(
+    line.split('"')[1]
+    for line in Path(__file__).with_name("tinyllama_ds").joinpath("__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="tinyllama_ds",
+    version=VERSION,
+    description="Raw text to a TinyLlama-class language model, trained by DeepSpeed",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["tinyllama_ds", "tinyllama_ds.*"]),
+    package_data={"tinyllama_ds": ["recipes/*.toml"]},
+    install_requires=[
+        "torch>=2.10",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.0",
+        "tokenizers>=0.22",
+        "sentencepiece>=0.2.1",
+        "numpy>=1.26",
+        "pyarrow>=17.0",
+        "zstandard>=0.22",
+        "tensorboard>=2.17",
+        "matplotlib>=3.8",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.7"],
+        "mpi": ["mpi4py>=4.0"],
+        "eval": ["lm-eval>=0.4.9"],
+        "dev": ["pytest>=8.0", "ruff>=0.12", "mypy>=1.15"],
+    },
+    entry_points={"console_scripts": ["tinyllama-ds = tinyllama_ds.cli:main"]},
+)

@@ -1,0 +1,316 @@
+"""`tinyllama-ds <command>`: parsing and calling. Heavy imports happen inside the commands."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllama_ds import __version__
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, Refusal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tinyllama_ds.data.tokenizer import Tokenizer
+    from tinyllama_ds.launch.launcher import Placement
+    from tinyllama_ds.model.config import LlamaConfig
+    from tinyllama_ds.training.run import Options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, call, and turn a `Refusal` into one sentence and exit code 78."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except Refusal as refusal:
+        print(f"tinyllama-ds: {refusal}", file=sys.stderr)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tinyllama-ds", description="Raw text to a TinyLlama-class model.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, add_arguments, command in (
+        ("demo-data", _add_demo_data, _demo_data),
+        ("train-tokenizer", _add_train_tokenizer, _train_tokenizer),
+        ("prepare", _add_prepare, _prepare),
+        ("pretrain", _add_pretrain, _pretrain),
+        ("export", _add_export, _export),
+        ("generate", _add_generate, _generate),
+        ("report", _add_report, _report),
+    ):
+        help_text = (command.__doc__ or "").splitlines()[0]
+        child = commands.add_parser(name, help=help_text, description=help_text)
+        add_arguments(child)
+        child.set_defaults(command=command)
+    return parser
+
+
+def _print_result(options: argparse.Namespace, result: dict, text: str) -> int:
+    print(json.dumps(result) if options.json else text)
+    return EXIT_FINISHED
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def _add_demo_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, metavar="OUT", help="directory to create")
+    _add_json(parser)
+
+
+def _demo_data(options: argparse.Namespace) -> int:
+    """Write a raw demo corpus in the published formats, made from the Python installation."""
+    from tinyllama_ds.data.demo_corpus import make_demo_corpus
+
+    made = make_demo_corpus(options.output)
+    lines = [f"{options.output / name}: {counts}" for name, counts in made.items()]
+    return _print_result(options, made, "\n".join(lines) or f"{options.output}: already there")
+
+
+def _add_train_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="DIR", help="raw corpora")
+    parser.add_argument("--vocab-size", type=int, default=32_000, help="number of pieces (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, metavar="tokenizer.model")
+    parser.add_argument("--text-field", help="where the text is, for corpora of your own (default: text)")
+    _add_json(parser)
+
+
+def _train_tokenizer(options: argparse.Namespace) -> int:
+    """Train a sentencepiece tokenizer with Llama's settings."""
+    from tinyllama_ds.data.tokenizer import train_tokenizer
+
+    if options.output.exists():
+        raise Refusal(f"{options.output}: already exists; expected a new file")
+    tokenizer = train_tokenizer(_texts(options.input, options.text_field), options.vocab_size, options.output)
+    result = {"tokenizer": str(options.output), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
+    return _print_result(options, result, f"{options.output}: {tokenizer.vocab_size:,} pieces")
+
+
+def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
+    """Texts of the training splits, one corpus after the other by turns, so that each has its share."""
+    from tinyllama_ds.data.prepare import find_splits
+    from tinyllama_ds.data.sources import find_inputs, read_records, source_format
+
+    readers = []
+    for directory in directories:
+        if not directory.exists():
+            raise Refusal(f"{directory}: the input directory is missing")
+        fmt = source_format(directory.name, text_field)
+        inputs = find_inputs(find_splits(directory)["train"])
+        readers.append(record.text for path in inputs for record in read_records(path, fmt) if not record.rejected)
+    while readers:
+        for reader in list(readers):
+            text = next(reader, None)
+            if text is None:
+                readers.remove(reader)
+            else:
+                yield text
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", required=True, help="slimpajama, starcoderdata, or a name of your own")
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="raw files, or one file")
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="tokenizer.model")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the data directory")
+    parser.add_argument("--text-field", help="where the text is, for corpora of your own (default: text)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    _add_json(parser)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    """Tokenise one source into shards; starts again where it stopped."""
+    from tinyllama_ds.data.prepare import prepare
+    from tinyllama_ds.data.sources import source_format
+
+    fmt = source_format(options.source, options.text_field)
+    manifests = prepare(options.source, options.input, options.tokenizer, options.output, fmt, max(1, options.workers))
+    table = _prepare_table(manifests)
+    lines = [
+        f"{options.source}/{split}: {row['files']:,} files, {row['documents']:,} documents,"
+        f" {row['rejected']:,} rejected, {row['tokens']:,} tokens, {row['bytes_per_token']:.2f} bytes per token"
+        for split, row in table.items()
+    ]
+    return _print_result(options, table, "\n".join(lines))
+
+
+def _prepare_table(manifests: list) -> dict[str, dict]:
+    table: dict[str, dict] = {}
+    for split in sorted({manifest.split for manifest in manifests}):
+        chosen = [manifest for manifest in manifests if manifest.split == split]
+        inputs = [entry for manifest in chosen for entry in manifest.inputs]
+        tokens = sum(manifest.tokens for manifest in chosen)
+        table[split] = {
+            "shards": len(chosen),
+            "files": len(inputs),
+            "documents": sum(entry.documents for entry in inputs),
+            "rejected": sum(sum(entry.rejected.values()) for entry in inputs),
+            "tokens": tokens,
+            "bytes_per_token": sum(entry.text_bytes for entry in inputs) / tokens,
+        }
+    return table
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `tinyllama-ds pretrain` and `scripts/pretrain.py` share."""
+    parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or a TOML file")
+    parser.add_argument(
+        "--deepspeed-config", "--deepspeed_config", type=Path, required=True, metavar="JSON", help="DeepSpeed config"
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data directory made by prepare")
+    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="where the run lives")
+    parser.add_argument(
+        "--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint (%(default)s)"
+    )
+    parser.add_argument(
+        "--attention", default="auto", help="auto, flash_attention_2, sdpa or eager (default: %(default)s)"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the decoder blocks one by one")
+
+
+def run_options(namespace: argparse.Namespace) -> "Options":
+    """The typed form of `add_run_arguments`."""
+    from tinyllama_ds.training.run import Options
+
+    return Options(
+        recipe=namespace.recipe,
+        deepspeed_config=namespace.deepspeed_config,
+        data=namespace.data,
+        run_dir=namespace.run_dir,
+        resume=namespace.resume,
+        attention=namespace.attention,
+        compile=namespace.compile,
+    )
+
+
+def _add_pretrain(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", type=Path, metavar="H", help="machines, lines of 'host slots=N'")
+    where.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine (default: its GPUs, else 2)")
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    """Train under the deepspeed launcher; resumes by itself."""
+    from tinyllama_ds.launch.launcher import launch
+    from tinyllama_ds.training.engine import supports_fast_bf16
+    from tinyllama_ds.training.run import STATUS_FILE, check_run_directory, resolve_run
+
+    placement = _placement(options)
+    device_type = "cpu" if placement.on_cpu else "cuda"
+    import torch
+
+    bf16 = supports_fast_bf16(torch.device(device_type))
+    check_run_directory(resolve_run(run_options(options), placement.world_size, device_type, bf16))
+    return launch(placement, _run_arguments(options), options.run_dir / STATUS_FILE)
+
+
+def _placement(options: argparse.Namespace) -> "Placement":
+    import torch
+
+    from tinyllama_ds.launch.hostfile import read_hostfile
+    from tinyllama_ds.launch.launcher import Placement
+
+    on_cpu = not torch.cuda.is_available()
+    if options.hostfile is not None:
+        return Placement(options.hostfile, read_hostfile(options.hostfile), 0, on_cpu)
+    available = min(2, os.cpu_count() or 1) if on_cpu else torch.cuda.device_count()
+    wanted = available if options.num_gpus is None else options.num_gpus
+    if wanted < 1 or (not on_cpu and wanted > available):
+        raise Refusal(f"--num-gpus {wanted}: this machine has {available}")
+    return Placement(None, [], wanted, on_cpu)
+
+
+def _run_arguments(options: argparse.Namespace) -> list[str]:
+    """The same run arguments for scripts/pretrain.py, paths made absolute for launchers that change directory."""
+    recipe = options.recipe if not options.recipe.endswith(".toml") else str(Path(options.recipe).absolute())
+    arguments = ["--deepspeed_config", str(options.deepspeed_config.absolute()), "--recipe", recipe]
+    arguments += ["--data", str(options.data.absolute()), "--run-dir", str(options.run_dir.absolute())]
+    arguments += ["--resume", options.resume, "--attention", options.attention]
+    return arguments + (["--compile"] if options.compile else [])
+
+
+# --- what comes out -----------------------------------------------------------------------------------------------
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_OR_RUN")
+    parser.add_argument("output", type=Path, metavar="OUT", help="Hugging Face folder to create")
+    _add_json(parser)
+
+
+def _export(options: argparse.Namespace) -> int:
+    """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
+    from tinyllama_ds.convert import export
+
+    weights, config, tokenizer = _load_checkpoint(options.checkpoint)
+    difference = export(weights, config, tokenizer, options.output)
+    result = {"output": str(options.output), "largest_logit_difference": difference}
+    text = f"{options.output}: token ids equal, largest difference of logits {difference:.1e}"
+    return _print_result(options, result, text)
+
+
+def _load_checkpoint(path: Path) -> "tuple[dict[str, Tensor], LlamaConfig, Tokenizer]":
+    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+    from tinyllama_ds.model.config import LlamaConfig
+    from tinyllama_ds.training.checkpoint import consolidated_weights, resolve_checkpoint
+
+    checkpoint = resolve_checkpoint(path)
+    manifest, weights = consolidated_weights(checkpoint)
+    return weights, LlamaConfig(**manifest.model), Tokenizer(checkpoint.parents[1] / TOKENIZER_FILE)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
+    parser.add_argument("prompt", metavar="TEXT")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    _add_json(parser)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    """Continue a text from a checkpoint or a Hugging Face folder."""
+    from tinyllama_ds.generate import Sampling, generate, load_hf_folder, serve_weights
+
+    is_hf_folder = (options.model / "config.json").is_file()
+    served = load_hf_folder(options.model) if is_hf_folder else serve_weights(*_load_checkpoint(options.model))
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    text = generate(served, options.prompt, sampling)
+    return _print_result(options, {"prompt": options.prompt, "text": text}, text)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="default: RUN/report.png")
+    _add_json(parser)
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Draw the curves of a run, and print where it stands."""
+    from tinyllama_ds.evaluation.report import draw, read_metrics, summarise
+
+    rows = read_metrics(options.run)
+    output = options.output or options.run / "report.png"
+    draw(rows, output, options.run.name)
+    summary = summarise(rows)
+    text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in summary.items())
+    return _print_result(options, summary | {"picture": str(output)}, f"{text}\n{output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

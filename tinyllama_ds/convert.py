@@ -1,0 +1,143 @@
+"""Our weights to a Hugging Face folder, proven equal before it appears."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.model.llama import LlamaForCausalLM
+
+LOGIT_TOLERANCE = 1e-4  # largest difference in fp32, relative to the largest logit
+
+# Texts on which tokenizers tend to disagree: runs of spaces, tabs, line ends, digits, scripts, bytes, look-alikes of
+# control tokens.
+PROBE_TEXTS = [
+    "Once upon a time there was a tiny llama.",
+    "def f(x):\n    if x:\n        return  x + 1\n\treturn\t0\r\n",
+    "  leading and   many      spaces, then trailing   ",
+    "12345 3.14159 0xDEADBEEF 1,000,000",
+    "naïve café, Ελληνικά, русский, 中文字符, 日本語, العربية, हिन्दी",
+    "emoji \U0001f999\U0001f44d\U0001f3fd and a NUL \x00 and a ▁ underline",
+    "</s> <s> <unk> are only text here",
+    "\n\n\n", " ", "a",
+]  # fmt: skip
+
+
+def export(weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer, output: Path) -> float:
+    """Write config.json, safetensors and the tokenizer to a new folder; returns the largest relative logit difference.
+
+    Raises `Refusal`, leaving nothing behind, unless transformers loads the folder and gives the logits of our model
+    and the token ids of sentencepiece.
+    """
+    if output.exists():
+        raise Refusal(f"{output}: already exists; expected a new folder")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        hf_model(weights, config).save_pretrained(partial)
+        hf_tokenizer(tokenizer, config.max_position_embeddings).save_pretrained(partial)
+        shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
+        difference = _prove_equal(partial, weights, config, tokenizer)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return difference
+
+
+def hf_model(weights: dict[str, Tensor], config: LlamaConfig) -> Any:
+    """transformers' LlamaForCausalLM around the same tensors: the parameter names are the same, nothing is permuted."""
+    import transformers
+
+    dtype = next(iter(weights.values())).dtype
+    hf_config = transformers.LlamaConfig(
+        **config.to_dict() | {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}},
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        tie_word_embeddings=False,
+        dtype=dtype,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(hf_config)
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)  # its buffers are computed, not stored
+    model.generation_config = transformers.GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, do_sample=False)
+    return model.eval()
+
+
+def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> Any:
+    """The sentencepiece model as a fast tokenizer with the same ids.
+
+    transformers' own conversion orders merges by id and pre-splits words, which changes runs of spaces. Sentencepiece
+    merges the pair whose result has the highest score, so merges are ranked by score here, and nothing is pre-split.
+    """
+    import tokenizers
+    import transformers
+
+    processor = tokenizer.processor
+    pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
+    scores = {
+        piece: processor.get_score(index)
+        for index, piece in enumerate(pieces)
+        if not (processor.is_control(index) or processor.is_unknown(index) or processor.is_byte(index))
+    }
+    model = tokenizers.models.BPE(
+        vocab={piece: index for index, piece in enumerate(pieces)},
+        merges=_merges(scores),
+        unk_token=pieces[UNK_ID],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    fast = tokenizers.Tokenizer(model)
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        unk_token=pieces[UNK_ID],
+        bos_token=pieces[BOS_ID],
+        eos_token=pieces[EOS_ID],
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Every way to make a piece from two others, best score first; of one piece, in the order of its left half."""
+    ranked = [
+        (-score, piece[:cut], piece[cut:])
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    ranked.sort(key=lambda entry: entry[0])
+    return [(left, right) for _, left, right in ranked]
+
+
+def _prove_equal(folder: Path, weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer) -> float:
+    import transformers
+
+    loaded_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in PROBE_TEXTS:
+        theirs = loaded_tokenizer.encode(text, split_special_tokens=True)
+        if theirs != tokenizer.encode(text):
+            raise Refusal(f"export: transformers' token ids of {text!r} differ from sentencepiece's")
+    length = min(64, config.max_position_embeddings)
+    ids = torch.tensor([(tokenizer.encode(" ".join(PROBE_TEXTS)) * length)[:length]])
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.device("meta"):
+        ours = LlamaForCausalLM(config, "eager")
+    ours.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=True, assign=True)
+    with torch.no_grad():
+        expected, found = ours(ids), theirs(ids).logits
+    difference = ((expected - found).abs().max() / expected.abs().max()).item()
+    if not difference <= LOGIT_TOLERANCE:
+        raise Refusal(f"export: transformers' logits differ from ours by {difference:.1e} of the largest logit")
+    return difference

@@ -1,0 +1,1 @@
+"""From raw text to batches: sources, tokenizer, shards, prepare, order, loader. Needs no torch before the loader."""

@@ -1,0 +1,106 @@
+"""Batches for a rank: positions to token arrays, prepared ahead by one thread."""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from tinyllama_ds.data.order import SampleOrder
+from tinyllama_ds.data.shards import TokenStream
+from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from tinyllama_ds.errors import Refusal
+
+Item = TypeVar("Item")
+
+
+def open_streams(data: Path, sources: Iterable[str], split: str, vocab_size: int) -> dict[str, TokenStream]:
+    """The token streams of all sources of a split, proven to fit each other, the tokenizer and the model.
+
+    Raises `Refusal` for a missing source, shards of another tokenizer than `data/tokenizer.model`, a vocabulary of
+    another size than the model's, and ids beyond it.
+    """
+    tokenizer = Tokenizer(data / TOKENIZER_FILE)
+    if tokenizer.vocab_size != vocab_size:
+        raise Refusal(
+            f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, but the model's vocabulary is {vocab_size}"
+        )
+    streams = {name: TokenStream(data / name / split) for name in sources}
+    for stream in streams.values():
+        for shard in stream.shards:
+            if shard.manifest.tokenizer_sha256 != tokenizer.sha256:
+                raise Refusal(f"{shard.bin_path}: was made with another tokenizer than {tokenizer.path}")
+            if shard.manifest.largest_id >= vocab_size:
+                raise Refusal(
+                    f"{shard.bin_path}: holds token id {shard.manifest.largest_id},"
+                    f" beyond the model's vocabulary of {vocab_size}"
+                )
+    return streams
+
+
+class SampleReader:
+    """Reads the samples at given positions of an order."""
+
+    def __init__(
+        self, streams: Mapping[str, TokenStream], order: SampleOrder, sequence_length: int, vocab_size: int
+    ) -> None:
+        self._streams = [streams[name] for name in order.sources]
+        self._order = order
+        self._sequence_length = sequence_length
+        self._vocab_size = vocab_size
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        """Samples (n, T + 1) int64 at positions (n,): input ids without the last column, labels without the first."""
+        located = self._order.locate(positions)
+        pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
+        return np.stack([self._sample(source, sample) for source, sample in pairs])
+
+    def _sample(self, source: int, sample: int) -> np.ndarray:
+        stream = self._streams[source]
+        tokens = stream.sample(sample, self._sequence_length).astype(np.int64)
+        if tokens.max() >= self._vocab_size or tokens.min() < 0:
+            offset = int(np.argmax((tokens >= self._vocab_size) | (tokens < 0)))
+            place = stream.place(sample * self._sequence_length + offset)
+            raise Refusal(f"{place}: token id {tokens[offset]} is beyond the vocabulary of {self._vocab_size}")
+        return tokens
+
+
+def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    """The same items, made up to `depth` ahead by a thread that ends with its consumer and hands over its exception."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    abandoned = threading.Event()
+    finished = object()
+
+    def put(entry: object) -> None:
+        while not abandoned.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if abandoned.is_set():
+                    return
+            put((finished, None))
+        except BaseException as error:  # handed to the consumer, who raises it
+            put((finished, error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is finished:
+                return
+            yield item
+    finally:
+        abandoned.set()
+        thread.join()

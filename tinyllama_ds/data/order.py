@@ -1,0 +1,166 @@
+"""Which sample is trained at which position: a pure function of (seed, plan, position), the same on every rank.
+
+A position is a global sample number, counted from the start of the run. There is no state and no replay: seeking to
+position 10^12 costs the same as to 0.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+ORDER_VERSION = 1  # a run remembers it; any change of the functions below must raise it
+_FEISTEL_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class MixtureStage:
+    """A stretch of the run with constant weights."""
+
+    samples: int
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where positions lead: for each, the number of its source, the epoch of that source, and the sample in it."""
+
+    source: np.ndarray
+    epoch: np.ndarray
+    sample: np.ndarray
+
+
+class SampleOrder:
+    """The order of a whole run over several sources."""
+
+    def __init__(self, seed: int, num_samples: Mapping[str, int], stages: Sequence[MixtureStage]) -> None:
+        """`num_samples` is the size of each source; its key order numbers the sources."""
+        self.sources = list(num_samples)
+        self._seed = seed
+        self._sizes = np.array([num_samples[name] for name in self.sources], dtype=np.int64)
+        self._stages = [_StageMixture([stage.weights.get(name, 0.0) for name in self.sources]) for stage in stages]
+        self._stage_starts = np.cumsum([0] + [stage.samples for stage in stages], dtype=np.int64)
+        self._counts_at_start = [np.zeros(len(self.sources), dtype=np.int64)]
+        for mixture, stage in zip(self._stages, stages, strict=True):
+            self._counts_at_start.append(self._counts_at_start[-1] + mixture.counts(np.array([stage.samples]))[0])
+
+    def counts(self, position: int) -> dict[str, int]:
+        """How many samples of each source lie before a position."""
+        stage = self._stage_of(np.array([position]))[0]
+        within = np.array([position - self._stage_starts[stage]])
+        counts = self._counts_at_start[stage] + self._stages[stage].counts(within)[0]
+        return dict(zip(self.sources, counts.tolist(), strict=True))
+
+    def locate(self, positions: np.ndarray) -> Located:
+        """Source, epoch and sample of each position (int64, any shape (n,))."""
+        source = np.empty(len(positions), dtype=np.int64)
+        drawn = np.empty(len(positions), dtype=np.int64)  # how many samples of its source came before
+        stage_of = self._stage_of(positions)
+        for stage in np.unique(stage_of):
+            here = stage_of == stage
+            within = positions[here] - self._stage_starts[stage]
+            before, after = self._stages[stage].counts(within), self._stages[stage].counts(within + 1)
+            source[here] = (after - before).argmax(axis=1)
+            drawn[here] = (self._counts_at_start[stage] + before)[np.arange(len(within)), source[here]]
+        epoch, rank_in_epoch = np.divmod(drawn, self._sizes[source])
+        sample = np.empty(len(positions), dtype=np.int64)
+        for number, round_ in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
+            here = (source == number) & (epoch == round_)
+            key = f"{self._seed}/{self.sources[number]}/{round_}"
+            sample[here] = permute(rank_in_epoch[here], int(self._sizes[number]), key)
+        return Located(source, epoch, sample)
+
+    def _stage_of(self, positions: np.ndarray) -> np.ndarray:
+        stage = np.searchsorted(self._stage_starts, positions, side="right") - 1
+        return np.minimum(stage, len(self._stages) - 1)
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """Of all samples that reach it, round(share * total) go left and the others right."""
+
+    left: "_Tree"
+    right: "_Tree"
+    share: Fraction
+
+
+_Tree = int | _Fork  # a leaf is the number of a source
+
+
+class _StageMixture:
+    """Exact integer mixture: how many of the first g samples come from each source, in closed form.
+
+    The sources are halved again and again by weight, each fork rounding once, so counts are monotone and always sum
+    to g. With two sources each is within half a sample of its target at every g, with three within one; with more,
+    within half the depth of the tree.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        exact = {number: Fraction(str(weight)).limit_denominator(10**6) for number, weight in enumerate(weights)}
+        self._num_sources = len(exact)
+        self._tree = _mixture_tree({number: weight for number, weight in exact.items() if weight > 0})
+
+    def counts(self, positions: np.ndarray) -> np.ndarray:
+        """Counts (n, sources) among the first g samples of the stage, for each g in `positions` (n,)."""
+        counts = np.zeros((len(positions), self._num_sources), dtype=np.int64)
+        _distribute(self._tree, positions.astype(np.int64), counts)
+        return counts
+
+
+def _mixture_tree(weights: dict[int, Fraction]) -> _Tree:
+    members = sorted(weights, key=lambda number: (-weights[number], number))
+    if len(members) == 1:
+        return members[0]
+    total = sum(weights.values())
+    shares = [sum(weights[number] for number in members[:cut]) / total for cut in range(1, len(members))]
+    share = min(shares, key=lambda share: abs(Fraction(share) - Fraction(1, 2)))
+    left, right = members[: shares.index(share) + 1], members[shares.index(share) + 1 :]
+    return _Fork(
+        _mixture_tree({number: weights[number] for number in left}),
+        _mixture_tree({number: weights[number] for number in right}),
+        Fraction(share),
+    )
+
+
+def _distribute(tree: _Tree, total: np.ndarray, counts: np.ndarray) -> None:
+    if isinstance(tree, int):
+        counts[:, tree] = total
+        return
+    numerator, denominator = tree.share.numerator, tree.share.denominator
+    periods, rest = np.divmod(total, denominator)  # whole periods first: no product can overflow
+    left = periods * numerator + (2 * rest * numerator + denominator) // (2 * denominator)
+    _distribute(tree.left, left, counts)
+    _distribute(tree.right, total - left, counts)
+
+
+def permute(indices: np.ndarray, size: int, key: str) -> np.ndarray:
+    """A keyed bijection of [0, size): a Feistel network on the next even number of bits, walked until it lands inside.
+
+    The network covers less than 4 * size values, so a walk takes fewer than four turns on average.
+    """
+    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    digest = hashlib.sha256(key.encode()).digest()
+    round_keys = np.frombuffer(digest, dtype="<u8")[:_FEISTEL_ROUNDS]
+    values = indices.astype(np.uint64)
+    outside = np.ones(len(values), dtype=bool)
+    while outside.any():
+        values[outside] = _feistel(values[outside], half_bits, round_keys)
+        outside = values >= size
+    return values.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, half_bits: int, round_keys: np.ndarray) -> np.ndarray:
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = values >> shift, values & mask
+    for round_key in round_keys:
+        left, right = right, left ^ (_mix(right ^ round_key) & mask)
+    return (left << shift) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A 64-bit finaliser (the constants of splitmix64, Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,96 @@
+"""The sentencepiece tokenizer: training one with Llama's settings, loading one, and its identity."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from tinyllama_ds.errors import Refusal
+
+UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+TOKENIZER_FILE = "tokenizer.model"
+
+
+class Tokenizer:
+    """A sentencepiece model and its SHA-256; ids 0, 1, 2 are unk, bos and eos, as in Llama's."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise Refusal(f"{path}: the tokenizer is missing; expected a sentencepiece model")
+        content = path.read_bytes()
+        self.path = path
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise Refusal(f"{path}: not a sentencepiece model") from error
+        special = (self.processor.unk_id(), self.processor.bos_id(), self.processor.eos_id())
+        if special != (UNK_ID, BOS_ID, EOS_ID):
+            raise Refusal(f"{path}: the ids of unk, bos, eos are {special}; expected {(UNK_ID, BOS_ID, EOS_ID)}")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.processor.vocab_size()
+
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each document: its text and one EOS, no BOS. Text such as `</s>` stays text."""
+        documents = self.processor.encode(texts)
+        for ids in documents:
+            ids.append(EOS_ID)
+        return documents
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text alone."""
+        return self.processor.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, max_bytes: int = 20_000_000) -> Tokenizer:
+    """Train a BPE tokenizer with Llama's settings on up to `max_bytes` of text, and write it to `output`.
+
+    Byte fallback, digits split, no normalisation, a dummy space before the text, runs of spaces kept
+    (the trainer specification inside Llama 2's own tokenizer.model).
+    """
+    sentences = _sentences(texts, max_bytes)
+    partial = output.with_suffix(".partial")
+    with partial.open("wb") as file:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=sentences,
+                model_writer=file,
+                vocab_size=vocab_size,
+                model_type="bpe",
+                character_coverage=0.99995,
+                byte_fallback=True,
+                split_digits=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=True,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=4192,
+                unk_id=UNK_ID,
+                bos_id=BOS_ID,
+                eos_id=EOS_ID,
+                pad_id=-1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            partial.unlink()
+            raise Refusal(f"training a tokenizer with {vocab_size} pieces failed: {error}") from error
+    partial.replace(output)
+    return Tokenizer(output)
+
+
+def _sentences(texts: Iterable[str], max_bytes: int) -> Iterable[str]:
+    """Lines of the texts up to a total size; the sentencepiece trainer learns within lines."""
+    remaining = max_bytes
+    for text in texts:
+        for line in text.splitlines():
+            if line.strip():
+                yield line
+                remaining -= len(line.encode())
+        if remaining <= 0:
+            return

@@ -1,0 +1,13 @@
+"""The exit codes that other programs rely on, and the one exception a user should ever have to read."""
+
+EXIT_FINISHED = 0
+EXIT_RESTART = 75  # saved, please restart
+EXIT_REFUSED = 78  # wrong configuration or input, do not restart
+EXIT_NUMERICS = 79  # numbers went bad, a human must look
+
+
+class Refusal(Exception):
+    """Wrong configuration or input: one sentence that names the file, key, line or host and what was expected.
+
+    Raised before anything is changed; every command turns it into exit code 78.
+    """

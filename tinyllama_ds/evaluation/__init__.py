@@ -1,0 +1,1 @@
+"""Validation loss, reference scores and reports. Takes plain values: no engine, no configs."""

@@ -1,0 +1,71 @@
+"""Validation loss per source: fixed samples, dealt over the ranks so that every rank runs as many forward passes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil, exp
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyllama_ds.data.shards import TokenStream
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.model.loss import IGNORE_INDEX
+
+Score = Callable[[Tensor, Tensor], Tensor]  # input ids (B, T) and labels (B, T) to their mean loss
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Samples spread evenly over a source's validation split, the same for every world size and batch."""
+
+    source: str
+    stream: TokenStream
+    sequence_length: int
+    samples: int  # at most
+
+    def __post_init__(self) -> None:
+        if self.stream.num_samples(self.sequence_length) < 1:
+            raise Refusal(
+                f"{self.stream.directory}: {self.stream.tokens} tokens are less than one sample of"
+                f" {self.sequence_length} tokens and its last target"
+            )
+
+    def batches(self, rank: int, world_size: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share. Every rank gets equally many batches; rows past the end have no targets."""
+        available = self.stream.num_samples(self.sequence_length)
+        total = min(self.samples, available)
+        for number in range(ceil(total / (batch * world_size))):
+            first = (number * world_size + rank) * batch
+            indices = [min(first + row, total - 1) * available // total for row in range(batch)]
+            tokens = np.stack([self.stream.sample(index, self.sequence_length) for index in indices])  # (B, T + 1)
+            tensor = torch.from_numpy(tokens.astype(np.int64))
+            inputs, labels = tensor[:, :-1], tensor[:, 1:].clone()
+            labels[max(0, total - first) :] = IGNORE_INDEX
+            yield inputs, labels
+
+
+@torch.no_grad()
+def validation_losses(
+    sets: list[ValidationSet],
+    score: Score,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    rank: int,
+    world_size: int,
+    batch: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean loss per target token of each source, over all ranks. Collective."""
+    sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=device)  # (sources, [loss, targets])
+    for number, held_out in enumerate(sets):
+        for inputs, labels in held_out.batches(rank, world_size, batch):
+            targets = (labels != IGNORE_INDEX).sum()
+            loss = score(inputs.to(device), labels.to(device))
+            sums[number] += torch.stack((loss.double() * targets, targets.double()))
+    losses, targets = sum_over_ranks(sums).unbind(1)
+    return {held_out.source: loss for held_out, loss in zip(sets, (losses / targets).tolist(), strict=True)}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), the effective number of choices per token; infinite where that overflows."""
+    return exp(loss) if loss < 700 else float("inf")

@@ -1,0 +1,1 @@
+"""The decoder: a Llama-2 architecture under Hugging Face's parameter names. Needs nothing but PyTorch."""

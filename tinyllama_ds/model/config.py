@@ -1,0 +1,79 @@
+"""Shapes of the decoder, and the table of named sizes."""
+
+from dataclasses import asdict, dataclass
+
+from tinyllama_ds.errors import Refusal
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shapes of a Llama-2-architecture decoder, under the names that Hugging Face's `config.json` uses."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise Refusal(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise Refusal(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of"
+                f" num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise Refusal(f"head size {self.head_dim} must be even, because RoPE rotates pairs")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_matmul_parameters(self) -> int:
+        """Parameters that take part in matrix products: all linear layers and the LM head, no embedding, no norms."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.num_hidden_layers * (attention + mlp) + self.hidden_size * self.vocab_size
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters: the matrix products', the embedding table and the norms."""
+        norms = self.hidden_size * (2 * self.num_hidden_layers + 1)
+        return self.num_matmul_parameters + self.hidden_size * self.vocab_size + norms
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Floating-point operations of one training token, forward and backward: 6 N + 12 L d T.
+
+        N counts the matrix-product parameters with the LM head and without the embedding; attention is counted in
+        full (not halved for causality). This is the formula behind TinyLlama's published 56 % MFU: 7.313 GFLOP per
+        token for the 1.1B model at 2,048 tokens.
+        """
+        attention = 12 * self.num_hidden_layers * self.hidden_size * sequence_length
+        return 6 * self.num_matmul_parameters + attention
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+# TinyLlama's two published shapes (lit_gpt/config.py of its repository), then small ones for the demo and the tests.
+MODEL_SIZES: dict[str, LlamaConfig] = {
+    "tinyllama-1.1b": LlamaConfig(32_000, 2048, 5632, 22, 32, 4, 2048),
+    "tinyllama-120m": LlamaConfig(32_000, 768, 2048, 12, 12, 1, 2048),
+    "demo": LlamaConfig(2048, 384, 1024, 6, 6, 2, 512),
+    "test": LlamaConfig(512, 64, 176, 2, 4, 2, 128),
+}
+
+
+def model_config(name: str) -> LlamaConfig:
+    """The shapes of a named size; raises `Refusal` for a name that is not in `MODEL_SIZES`."""
+    if name not in MODEL_SIZES:
+        raise Refusal(f"model {name!r} is unknown; the known sizes are {', '.join(MODEL_SIZES)}")
+    return MODEL_SIZES[name]

@@ -1,0 +1,161 @@
+"""The decoder, read top to bottom: RMSNorm, RoPE, grouped-query attention, SwiGLU, block, model.
+
+Shapes: B batch, T tokens, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
+Parameters carry the names of Hugging Face's LlamaForCausalLM, so that exporting is a copy.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyllama_ds.model.attention import attention_function
+from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.model.loss import LMHeadLoss
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the rms and the division in fp32 (Zhang and Sennrich 2019, rounded as Llama does)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rope_tables(config: LlamaConfig, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's rotation angles, each (T, E) in fp32 (Su et al. 2021).
+
+    Dimension i of the first half is paired with dimension i of the second half: Hugging Face's half-rotation.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    angles = torch.outer(
+        torch.arange(num_positions, dtype=torch.float32, device=device), 1.0 / config.rope_theta**exponents
+    )  # (T, E/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (T, E)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each head of x (B, T, H, E) by its position's angle, in fp32."""
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (wide * cos[:, None, :] + rotated * sin[:, None, :]).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention whose H query heads share K key/value heads."""
+
+    def __init__(self, config: LlamaConfig, backend: str) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.attend = attention_function(backend)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, E)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
+        out = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)  # (B, T, H, E)
+        return self.o_proj(out.reshape(B, T, -1))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer. Also the unit that ZeRO-3 gathers and that is compiled."""
+
+    def __init__(self, config: LlamaConfig, backend: str) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, backend)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Embedding, blocks and the final norm: token ids to hidden states."""
+
+    def __init__(self, config: LlamaConfig, backend: str) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, backend) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
+        cos, sin = rope_tables(self.config, input_ids.shape[1], input_ids.device)
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.norm(x)
+
+
+class LlamaForCausalLM(nn.Module):
+    """The whole decoder: token ids (B, T) to logits (B, T, V), or with labels (B, T) to their mean loss in fp32."""
+
+    def __init__(self, config: LlamaConfig, attention: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config, attention)
+        self.lm_head = LMHeadLoss(config.hidden_size, config.vocab_size)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.lm_head(self.model(input_ids), labels)
+
+
+def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:
+    """Fill every parameter as TinyLlama does (lit_gpt/model.py of its repository), the same for every world size.
+
+    | parameter                          | distribution                        |
+    | norms                              | 1                                   |
+    | attention output, MLP down         | normal, std 1 / (sqrt(D) * layers)  |
+    | every other matrix, the embeddings | normal, std sqrt(2 / 5 / D)         |
+    """
+    D, layers = model.config.hidden_size, model.config.num_hidden_layers
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.normal_(std=1 / math.sqrt(D) / layers, generator=generator)
+            else:
+                parameter.normal_(std=math.sqrt(2 / 5 / D), generator=generator)
+
+
+def build_model(config: LlamaConfig, attention: str, seed: int) -> LlamaForCausalLM:
+    """A freshly initialised decoder in fp32 on the CPU."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config, attention)
+    model.to_empty(device="cpu")
+    initialize_weights(model, seed)
+    return model

@@ -1,0 +1,83 @@
+"""LM head and cross-entropy in one module, chunk by chunk, so that fp32 logits of the whole batch never exist.
+
+Shapes: N rows (B times T), D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100  # a label that is no target, PyTorch's convention
+# fp32 logits alive at once: 256 MiB keeps a GPU busy (2,048 rows of Llama's vocabulary), 4 MiB stays in a CPU's cache.
+MAX_CHUNK_LOGITS = {"cuda": 64 * 2**20, "cpu": 2**20}
+
+
+class LMHeadLoss(nn.Module):
+    """Owns the output projection and turns hidden states into a loss inside its own `forward`.
+
+    ZeRO-3 gathers a parameter for the module that owns it; a loss that reached for `lm_head.weight` from outside would
+    find it partitioned away.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) without labels; with labels (B, T), the mean cross-entropy over all targets, a fp32 scalar.
+
+        Rows labelled `IGNORE_INDEX` are no targets. With no target at all the loss is 0.
+        """
+        if labels is None:
+            return hidden @ self.weight.t()
+        rows = hidden.flatten(0, -2)  # (N, D)
+        return chunked_cross_entropy(rows, self.weight, labels.flatten())
+
+
+def chunked_cross_entropy(rows: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int | None = None) -> Tensor:
+    """Mean cross-entropy of `rows @ weight.T` (N, V) against `labels` (N,), with one chunk of logits alive at a time.
+
+    The softmax is in fp32 and the gradient of the weight is summed over chunks in fp32. `chunk_rows` defaults to what
+    fits `MAX_CHUNK_LOGITS`.
+    """
+    if chunk_rows is None:
+        chunk_rows = max(1, MAX_CHUNK_LOGITS[rows.device.type] // weight.shape[0])
+    return _ChunkedCrossEntropy.apply(rows, weight, labels, chunk_rows)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are computed in the forward pass, while a chunk's logits are at hand, and scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int) -> Tensor:
+        num_targets = (labels != IGNORE_INDEX).sum().clamp(min=1)
+        needs_grad = rows.requires_grad or weight.requires_grad
+        grad_rows = torch.empty_like(rows if needs_grad else rows[:0])
+        grad_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        for start in range(0, rows.shape[0], chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            log_probs = torch.log_softmax(rows[chunk] @ weight.t(), dim=-1, dtype=torch.float32)  # (C, V)
+            is_target = labels[chunk] != IGNORE_INDEX
+            targets = labels[chunk].clamp(min=0)[:, None]  # (C, 1)
+            total -= (log_probs.gather(1, targets)[:, 0] * is_target).sum()
+            if needs_grad:
+                grad_logits = _logits_grad_(log_probs, targets, is_target / num_targets).to(rows.dtype)
+                torch.mm(grad_logits, weight, out=grad_rows[chunk])
+                grad_weight += grad_logits.t() @ rows[chunk]
+        if needs_grad:
+            ctx.save_for_backward(grad_rows, grad_weight.to(weight.dtype))
+        return total / num_targets
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_rows, grad_weight = ctx.saved_tensors
+        return grad_rows * grad_loss, grad_weight * grad_loss, None, None
+
+
+def _logits_grad_(log_probs: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """In place: log-probabilities (C, V) become d(mean loss)/d(logits) = (softmax - onehot(targets)) * scale (C,)."""
+    grad = log_probs.exp_()
+    grad.scatter_add_(1, targets, grad.new_full(targets.shape, -1.0))
+    return grad.mul_(scale[:, None])

@@ -1,0 +1,112 @@
+"""What a run will do, step by step, derived from the recipe and the machines before anything starts.
+
+The global batch comes from the recipe; the number of ranks only decides how it is cut up.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.recipe import Recipe
+
+_AUTO_MICRO_BATCH_TOKENS = 16_384  # TinyLlama's 8 sequences of 2,048 tokens per A100-40G
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of the plan. Positions are global sample numbers, tokens count from the start of the run."""
+
+    number: int
+    stage: str
+    first_position: int
+    batch: int  # sequences, over all ranks
+    tokens_before: int
+    tokens_after: int
+
+    def crosses(self, interval_tokens: int) -> bool:
+        """Whether this step completes a multiple of an interval in tokens."""
+        return self.tokens_after // interval_tokens > self.tokens_before // interval_tokens
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    name: str
+    steps: int
+    batch: int  # sequences
+    weights: dict[str, float]
+
+    @property
+    def samples(self) -> int:
+        return self.steps * self.batch
+
+
+class RunPlan:
+    """All optimizer steps of a recipe. A stage ends with the step that reaches its tokens."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.sequence_length = recipe.sequence_length
+        self.stages = [
+            PlannedStage(
+                stage.name,
+                ceil(stage.tokens / stage.global_batch_tokens),
+                stage.global_batch_tokens // recipe.sequence_length,
+                stage.weights,
+            )
+            for stage in recipe.stages
+        ]
+        self.total_steps = sum(stage.steps for stage in self.stages)
+        self.total_tokens = sum(stage.samples for stage in self.stages) * recipe.sequence_length
+
+    @property
+    def first_batch_tokens(self) -> int:
+        return self.stages[0].batch * self.sequence_length
+
+    def step(self, number: int) -> Step:
+        """The step of a number, from 0; raises IndexError past the end."""
+        first_step = first_position = 0
+        for stage in self.stages:
+            if number < first_step + stage.steps:
+                position = first_position + (number - first_step) * stage.batch
+                after = position + stage.batch
+                T = self.sequence_length
+                return Step(number, stage.name, position, stage.batch, position * T, after * T)
+            first_step += stage.steps
+            first_position += stage.samples
+        raise IndexError(f"step {number} of {self.total_steps}")
+
+    def steps(self, start: int) -> Iterator[Step]:
+        """All steps from a number on."""
+        return (self.step(number) for number in range(start, self.total_steps))
+
+
+def micro_batch_of(plan: RunPlan, micro_batch: int | None, world_size: int) -> int:
+    """The micro batch per rank in sequences, or the largest that fits where none is given.
+
+    Raises `Refusal`, naming what would work, where a stage's global batch cannot be cut into whole micro batches.
+    """
+    for stage in plan.stages:
+        if stage.batch % world_size:
+            raise Refusal(
+                f"stage {stage.name!r}: a global batch of {stage.batch} sequences does not divide over {world_size}"
+                f" ranks; numbers of ranks that work: {_join(_divisors(stage.batch))}"
+            )
+    per_rank = [stage.batch // world_size for stage in plan.stages]
+    works = [size for size in _divisors(min(per_rank)) if all(share % size == 0 for share in per_rank)]
+    if micro_batch is None:
+        limit = max(1, _AUTO_MICRO_BATCH_TOKENS // plan.sequence_length)
+        return max(size for size in works if size <= limit)
+    if micro_batch not in works:
+        raise Refusal(
+            f"train_micro_batch_size_per_gpu {micro_batch} does not divide the {min(per_rank)} sequences per rank and"
+            f" step ({world_size} ranks); sizes that work: {_join(works)}"
+        )
+    return micro_batch
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _join(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,164 @@
+"""A recipe: what is trained on what, for how many tokens. Read from TOML, checked, measured in tokens throughout."""
+
+import difflib
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllama_ds.errors import Refusal
+
+RECIPE_DIRECTORY = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the run with one batch size and one mixture."""
+
+    name: str
+    tokens: int
+    global_batch_tokens: int
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """How often a run speaks, measures itself and saves."""
+
+    log_steps: int
+    evaluate_tokens: int
+    save_tokens: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a run that does not depend on the machines it runs on."""
+
+    name: str
+    model: str
+    sequence_length: int
+    seed: int
+    stages: tuple[Stage, ...]
+    intervals: Intervals
+    validation_samples: int  # per source
+
+    @property
+    def sources(self) -> list[str]:
+        """All sources of all stages, in the order in which they are first named."""
+        return list(dict.fromkeys(name for stage in self.stages for name in stage.weights))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A shipped recipe by its name, or one of the user's own by the path of its TOML file."""
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = RECIPE_DIRECTORY / f"{name_or_path}.toml"
+        if not path.is_file():
+            shipped = ", ".join(sorted(file.stem for file in RECIPE_DIRECTORY.glob("*.toml")))
+            raise Refusal(f"recipe {name_or_path!r} is unknown; the shipped ones are {shipped}, or give a .toml file")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise Refusal(f"{path}: the recipe is missing") from error
+    except ValueError as error:
+        raise Refusal(f"{path}: not valid TOML ({error})") from error
+    return _parse(raw, path)
+
+
+def _parse(raw: dict, path: Path) -> Recipe:
+    top = _Table(raw, str(path))
+    stages = tuple(
+        _parse_stage(_Table(entry, f"{path}: stages[{number}]")) for number, entry in enumerate(top.tables("stages"))
+    )
+    intervals = _Table(top.table("intervals"), f"{path}: intervals")
+    recipe = Recipe(
+        name=top.text("name"),
+        model=top.text("model"),
+        sequence_length=top.positive("sequence_length"),
+        seed=top.whole("seed"),
+        stages=stages,
+        intervals=Intervals(
+            log_steps=intervals.positive("log_steps"),
+            evaluate_tokens=intervals.positive("evaluate_tokens"),
+            save_tokens=intervals.positive("save_tokens"),
+        ),
+        validation_samples=top.positive("validation_samples"),
+    )
+    top.finish()
+    intervals.finish()
+    _check(recipe, path)
+    return recipe
+
+
+def _parse_stage(table: "_Table") -> Stage:
+    weights = table.table("weights")
+    for source, weight in weights.items():
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
+            raise Refusal(f"{table.place}: the weight of {source!r} is {weight!r}; expected a positive number")
+    if not weights:
+        raise Refusal(f"{table.place}: weights name no source")
+    stage = Stage(table.text("name"), table.positive("tokens"), table.positive("global_batch_tokens"), weights)
+    table.finish()
+    return stage
+
+
+def _check(recipe: Recipe, path: Path) -> None:
+    for stage in recipe.stages:
+        if stage.global_batch_tokens % recipe.sequence_length:
+            raise Refusal(
+                f"{path}: stage {stage.name!r}: global_batch_tokens {stage.global_batch_tokens} is not a multiple of"
+                f" sequence_length {recipe.sequence_length}"
+            )
+    for source in recipe.sources:
+        if source != Path(source).name or source.startswith("."):
+            raise Refusal(f"{path}: {source!r} is not the name of a source, which is a folder of the data directory")
+
+
+class _Table:
+    """A TOML table that is read key by key, and refuses what is missing, of the wrong kind, or left over."""
+
+    def __init__(self, raw: dict, place: str) -> None:
+        self._raw = dict(raw)
+        self._known: list[str] = []
+        self.place = place
+
+    def _take(self, key: str, kind: type, expected: str) -> Any:
+        self._known.append(key)
+        if key not in self._raw:
+            close = difflib.get_close_matches(key, self._raw, n=1)
+            hint = f" ({close[0]!r} is not a key)" if close else ""
+            raise Refusal(f"{self.place}: the key {key!r} is missing{hint}")
+        value = self._raw.pop(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise Refusal(f"{self.place}: {key} is {value!r}; expected {expected}")
+        return value
+
+    def text(self, key: str) -> str:
+        return self._take(key, str, "a text")
+
+    def whole(self, key: str) -> int:
+        return self._take(key, int, "a whole number")
+
+    def positive(self, key: str) -> int:
+        value = self.whole(key)
+        if value < 1:
+            raise Refusal(f"{self.place}: {key} is {value}; expected 1 or more")
+        return value
+
+    def table(self, key: str) -> dict:
+        return self._take(key, dict, "a table")
+
+    def tables(self, key: str) -> list[dict]:
+        value = self._take(key, list, "an array of tables")
+        if not value or not all(isinstance(entry, dict) for entry in value):
+            raise Refusal(f"{self.place}: {key} is empty or holds something else than tables")
+        return value
+
+    def finish(self) -> None:
+        for key in self._raw:
+            close = difflib.get_close_matches(key, self._known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; the keys are {', '.join(self._known)}"
+            raise Refusal(f"{self.place}: unknown key {key!r}{hint}")

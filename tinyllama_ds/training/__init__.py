@@ -1,0 +1,1 @@
+"""Engine, schedule, loop, checkpoint and metrics: the only room that imports deepspeed."""

@@ -1,0 +1,125 @@
+"""The DeepSpeed engine around the model: process group, device, blocks, wrapping."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.model.llama import Block, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all others."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_world() -> World:
+    """Rank, local rank and world size as the deepspeed launcher and torchrun set them; alone without a launcher."""
+    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)
+    if torch.cuda.is_available():
+        return World(rank, local_rank, size, torch.device("cuda", local_rank))
+    return World(rank, local_rank, size, torch.device("cpu"))
+
+
+_RANK_VARIABLES = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+
+
+def supports_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products have hardware: GPUs since Ampere, CPUs with AMX or AVX-512 BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def start_process_group(world: World) -> None:
+    """Join the other ranks: NCCL on GPUs, gloo elsewhere."""
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(name, value)
+    if world.size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+    import deepspeed
+
+    if world.device.type == "cpu":
+        # Without a list of ops DeepSpeed compiles a shared-memory all-reduce that only inference uses.
+        deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.init_distributed("gloo", verbose=False)
+    else:
+        torch.cuda.set_device(world.device)
+        deepspeed.init_distributed("nccl", verbose=False, timeout=timedelta(minutes=30))
+
+
+def check_with_deepspeed(config: dict, path: str) -> None:
+    """Let DeepSpeed's own parser see the config; its complaints become one sentence."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from pydantic import ValidationError
+
+    zero, bf16 = config["zero_optimization"], config.get("bf16", {}).get("enabled", False)
+    if zero.get("stage", 0) == 0 and bf16 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        raise Refusal(
+            f"{path}: DeepSpeed cannot accumulate in fp32 at stage 0 with bf16; use stage 1 or drop data_types"
+        )
+    try:
+        DeepSpeedConfig(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise Refusal(f"{path}: {place}: {first['msg']}") from error
+    except (DeepSpeedConfigError, ValueError, AssertionError) as error:
+        raise Refusal(f"{path}: {error}") from error
+
+
+def compile_blocks(model: LlamaForCausalLM) -> None:
+    """Compile each decoder block by itself; one graph serves them all.
+
+    The unit is the block because ZeRO-3's hooks run between blocks, where a graph would break anyway.
+    """
+    for layer in model.model.layers:
+        layer.forward = torch.compile(layer.forward)
+
+
+def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "DeepSpeedEngine":
+    """The DeepSpeed engine. Under ZeRO-3 a block is a leaf: gathered as a whole, one collective instead of nine."""
+    import deepspeed
+
+    if config["zero_optimization"].get("stage", 0) == 3 and "leaf_module" not in config["zero_optimization"]:
+        deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    for group in engine.optimizer.param_groups:
+        group["configured_lr"] = group["lr"]
+    set_learning_rate(engine, learning_rate_ratio)
+    return engine
+
+
+def set_learning_rate(engine: "DeepSpeedEngine", ratio: float) -> float:
+    """Multiply every group's configured learning rate; returns the first group's, which is what gets logged."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["configured_lr"] * ratio
+    return engine.optimizer.param_groups[0]["lr"]
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """All-reduce in place; returns its argument."""
+    dist.all_reduce(values)
+    return values

@@ -1,0 +1,177 @@
+"""The training loop: one optimizer step after another, measured, validated and saved as the plan says."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tinyllama_ds.data.loader import SampleReader, prefetch
+from tinyllama_ds.evaluation.validation import perplexity, validation_losses
+from tinyllama_ds.plan import Step
+from tinyllama_ds.training.checkpoint import Progress, save_checkpoint
+from tinyllama_ds.training.engine import World, set_learning_rate, sum_over_ranks
+from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, memory_bytes, peak_flops
+from tinyllama_ds.training.run import Run
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_PREFETCHED_MICRO_BATCHES = 4
+
+
+@dataclass
+class Window:
+    """What the loop measures between two logged steps."""
+
+    clock: PhaseClock
+    tokens: int = 0
+    started: float = 0.0
+    paused: float = 0.0  # seconds spent on validation and saving
+
+    def restart(self) -> None:
+        self.tokens, self.started, self.paused = 0, perf_counter(), 0.0
+
+    def tokens_per_second(self) -> float:
+        return self.tokens / (perf_counter() - self.started - self.paused)
+
+
+def train(
+    engine: "DeepSpeedEngine", run: Run, world: World, start: Progress, metrics: MetricsLogger | None
+) -> Progress:
+    """Train from `start` to the end of the plan. Collective; `metrics` is given on rank 0 only."""
+    window = Window(PhaseClock(world.device))
+    peak, _ = peak_flops(world.device, next(engine.module.parameters()).dtype)
+    batches = prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES)
+    progress, final = start, run.plan.total_steps
+    window.restart()
+    for step in run.plan.steps(start.step):
+        is_logged = (step.number + 1) % run.recipe.intervals.log_steps == 0 or step.number + 1 == final
+        learning_rate = set_learning_rate(engine, run.schedule.ratio(step.tokens_after))
+        loss, grad_norm = train_step(engine, step, batches, run.micro_batch, world, window.clock)
+        progress = Progress(step.number + 1, step.first_position + step.batch, step.tokens_after)
+        window.tokens += step.tokens_after - step.tokens_before
+        if is_logged:
+            figures = step_figures(run, world, window, loss, grad_norm, learning_rate, progress, peak)
+            report(metrics, progress, figures)
+            window.restart()
+        paused_at = perf_counter()
+        is_last = progress.step == final
+        if run.validation and (is_last or step.crosses(run.recipe.intervals.evaluate_tokens)):
+            report_validation(engine, run, world, progress, metrics)
+        if is_last or step.crosses(run.recipe.intervals.save_tokens):
+            save_checkpoint(engine, run.run_dir, progress, run.model.to_dict(), run.description)
+        window.paused += perf_counter() - paused_at
+    return progress
+
+
+def micro_batches(run: Run, world: World, first_step: int) -> Iterator[torch.Tensor]:
+    """This rank's micro batches (B, T + 1) of all steps from a number on.
+
+    A rank takes a contiguous slice of each global batch, so the order never depends on how the batch is cut up.
+    """
+    for step in run.plan.steps(first_step):
+        share = step.batch // world.size
+        first = step.first_position + world.rank * share
+        for start in range(first, first + share, run.micro_batch):
+            yield read_batch(run.reader, start, run.micro_batch, world.device)
+
+
+def read_batch(reader: SampleReader, start: int, count: int, device: torch.device) -> torch.Tensor:
+    """Samples at positions [start, start + count) as a tensor (B, T + 1), pinned for a GPU."""
+    batch = torch.from_numpy(reader.read(np.arange(start, start + count)))
+    return batch.pin_memory() if device.type == "cuda" else batch
+
+
+def train_step(
+    engine: "DeepSpeedEngine",
+    step: Step,
+    batches: Iterator[torch.Tensor],
+    micro_batch: int,
+    world: World,
+    clock: PhaseClock,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step; returns this rank's mean loss and the global gradient norm before clipping, on the device.
+
+    Every micro batch has equally many targets, so the mean of their losses is the loss per target token.
+    """
+    accumulation = step.batch // world.size // micro_batch
+    total = torch.zeros((), device=world.device)
+    for number in range(accumulation):
+        engine.set_gradient_accumulation_boundary(number == accumulation - 1)
+        with clock.phase("data"):
+            tokens = next(batches).to(world.device, non_blocking=True)
+        with clock.phase("forward"):
+            loss = engine(tokens[:, :-1], tokens[:, 1:])
+        with clock.phase("backward"):
+            engine.backward(loss / accumulation, scale_wrt_gas=False)
+        total += loss.detach() / accumulation
+    with clock.phase("step"):
+        grad_norm = local_grad_norm(engine)
+        engine.step()
+    return total, engine.get_global_grad_norm() if grad_norm is None else grad_norm
+
+
+def local_grad_norm(engine: "DeepSpeedEngine") -> torch.Tensor | None:
+    """The norm where DeepSpeed keeps none: stage 0 in fp32, whose gradients are whole and averaged before the step."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return None
+    return torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+
+
+def step_figures(
+    run: Run,
+    world: World,
+    window: Window,
+    loss: torch.Tensor,
+    grad_norm: torch.Tensor,
+    learning_rate: float,
+    progress: Progress,
+    peak: float,
+) -> dict[str, float]:
+    """The figures of a logged step, the loss averaged over all ranks. Collective, and the only wait for the device."""
+    global_loss = sum_over_ranks(loss.double()).item() / world.size
+    tokens_per_second = window.tokens_per_second()
+    flops = run.model.flops_per_token(run.recipe.sequence_length) * tokens_per_second
+    figures = {
+        "Train/Loss": global_loss,
+        "Train/LearningRate": learning_rate,
+        "Train/GradNorm": float(grad_norm),
+        "Speed/TokensPerSecond": tokens_per_second,
+        "Speed/MFU": flops / (peak * world.size),
+        "Memory/PeakGiB": memory_bytes(world.device) / 2**30,
+    }
+    figures |= {f"Seconds/{name}": seconds for name, seconds in window.clock.read().items()}
+    for source, samples in run.order.counts(progress.position).items():
+        figures[f"Tokens/{source}"] = samples * run.recipe.sequence_length
+    return figures
+
+
+def report(metrics: MetricsLogger | None, progress: Progress, figures: dict[str, float]) -> None:
+    """Hand the figures of a logged step to the sinks."""
+    if metrics is None:
+        return
+    metrics.log(progress.step, progress.tokens, figures)
+    metrics.advance(
+        progress.step,
+        f"loss {figures['Train/Loss']:.3f}, lr {figures['Train/LearningRate']:.2e},"
+        f" {figures['Speed/TokensPerSecond']:,.0f} tok/s, MFU {figures['Speed/MFU']:.0%}",
+    )
+
+
+def report_validation(
+    engine: "DeepSpeedEngine", run: Run, world: World, progress: Progress, metrics: MetricsLogger | None
+) -> None:
+    """Validation loss and perplexity of every source. Collective."""
+    losses = validation_losses(
+        run.validation, engine, sum_over_ranks, world.rank, world.size, run.micro_batch, world.device
+    )
+    if metrics is None:
+        return
+    figures = {f"Validation/Loss/{source}": loss for source, loss in losses.items()}
+    figures |= {f"Validation/Perplexity/{source}": perplexity(loss) for source, loss in losses.items()}
+    metrics.log(progress.step, progress.tokens, figures)
+    text = ", ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
+    metrics.say(f"step {progress.step:,} ({progress.tokens:,} tokens): validation loss {text}")

@@ -1,0 +1,98 @@
+"""What every rank does, from its environment to its exit code."""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+import torch
+
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, Refusal
+from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.training.checkpoint import Progress, load_checkpoint
+from tinyllama_ds.training.engine import (
+    World,
+    check_with_deepspeed,
+    compile_blocks,
+    read_world,
+    start_process_group,
+    supports_fast_bf16,
+    wrap,
+)
+from tinyllama_ds.training.loop import train
+from tinyllama_ds.training.metrics import MetricsLogger, peak_flops
+from tinyllama_ds.training.run import (
+    STATUS_FILE,
+    Options,
+    Run,
+    check_run_directory,
+    open_run_directory,
+    resolve_run,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def pretrain(options: Options) -> int:
+    """Train until the plan is complete; returns the exit code. A refusal is printed once, by rank 0."""
+    world = read_world()
+    try:
+        return _pretrain(options, world)
+    except Refusal as refusal:
+        if world.is_main:
+            print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
+        return EXIT_REFUSED
+    except BaseException:
+        # The other ranks wait in a collective for this one: leave at once, so that the launcher can end them.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _pretrain(options: Options, world: World) -> int:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    run = resolve_run(options, world.size, world.device.type, supports_fast_bf16(world.device))
+    checkpoint = check_run_directory(run)
+    start_process_group(world)
+    check_with_deepspeed(run.engine_config, str(options.deepspeed_config))
+    if world.is_main:
+        open_run_directory(run)
+    model = build_model(run.model, run.attention, run.recipe.seed)
+    if run.compile:
+        compile_blocks(model)
+    engine = wrap(model, run.engine_config, run.schedule.ratio(0))
+    start = load_checkpoint(engine, checkpoint) if checkpoint else Progress(step=0, position=0, tokens=0)
+    metrics = _open_metrics(run, world, start, engine) if world.is_main else None
+    progress = train(engine, run, world, start, metrics)
+    if metrics is not None:
+        metrics.close()
+        write_json(run.run_dir / STATUS_FILE, {"state": "finished", "step": progress.step, "tokens": progress.tokens})
+    torch.distributed.destroy_process_group()
+    return EXIT_FINISHED
+
+
+def _open_metrics(run: Run, world: World, start: Progress, engine: "DeepSpeedEngine") -> MetricsLogger:
+    metrics = MetricsLogger(
+        run.run_dir, run.monitors, run.plan.total_steps, start.step, json.dumps(run.description, indent=1)
+    )
+    dtype = next(engine.module.parameters()).dtype
+    peak, origin = peak_flops(world.device, dtype)
+    batch = run.plan.stages[0].batch
+    metrics.say(
+        f"{run.recipe.model}: {run.model.num_parameters:,} parameters in {str(dtype).removeprefix('torch.')} on"
+        f" {world.size} x {world.device.type}, ZeRO-{engine.zero_optimization_stage()}, attention {run.attention},"
+        f" blocks {'compiled' if run.compile else 'not compiled'}\n"
+        f"{run.plan.total_steps:,} steps, {run.plan.total_tokens:,} tokens; a step is {batch} sequences of"
+        f" {run.recipe.sequence_length} tokens in {batch // run.micro_batch // world.size} micro batches of"
+        f" {run.micro_batch} on each rank\n"
+        f"MFU = tokens/s x (6 x matmul parameters + 12 x layers x hidden x sequence) / peak;"
+        f" peak {peak / 1e12:.2f} TFLOP/s per rank from {origin}"
+    )
+    if start.step:
+        metrics.say(f"resumed at step {start.step:,} ({start.tokens:,} tokens)")
+    write_json(run.run_dir / STATUS_FILE, {"state": "running", "step": start.step, "tokens": start.tokens})
+    return metrics

@@ -1,0 +1,240 @@
+"""One run, resolved: recipe, DeepSpeed config, data and machines put together and checked before anything starts.
+
+Nothing here writes, but `open_run_directory`; nothing here imports deepspeed.
+"""
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from tinyllama_ds import __version__
+from tinyllama_ds.data.loader import SampleReader, open_streams
+from tinyllama_ds.data.order import ORDER_VERSION, MixtureStage, SampleOrder
+from tinyllama_ds.data.shards import TokenStream
+from tinyllama_ds.deepspeed_config import (
+    load_deepspeed_config,
+    read_schedule,
+    requested_micro_batch,
+    resolve_deepspeed_config,
+    split_off_our_sections,
+)
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.evaluation.validation import ValidationSet
+from tinyllama_ds.model.attention import attention_function, resolve_attention_backend
+from tinyllama_ds.model.config import LlamaConfig, model_config
+from tinyllama_ds.plan import RunPlan, micro_batch_of
+from tinyllama_ds.recipe import Recipe, load_recipe
+from tinyllama_ds.training.checkpoint import find_checkpoints
+from tinyllama_ds.training.schedule import ConstantSchedule, CosineSchedule, Schedule
+
+RUN_FILE = "run.json"
+STATUS_FILE = "status.json"
+# What decides the result of a run; a directory that holds other values of these holds another run.
+_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version", "world_size")
+_FREE = {"recipe": ("intervals", "validation_samples")}  # may change from start to start
+_PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "flash-attn")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line of `pretrain` says."""
+
+    recipe: str
+    deepspeed_config: Path
+    data: Path
+    run_dir: Path
+    resume: str = "auto"  # auto, must, never
+    attention: str = "auto"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a rank needs to train."""
+
+    recipe: Recipe
+    plan: RunPlan
+    engine_config: dict
+    monitors: dict
+    model: LlamaConfig
+    attention: str
+    compile: bool
+    micro_batch: int
+    schedule: Schedule
+    order: SampleOrder
+    reader: SampleReader
+    validation: list[ValidationSet]
+    run_dir: Path
+    resume: str
+    description: dict  # what run.json holds
+
+
+def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool) -> Run:
+    """Check and derive everything. Raises `Refusal`, and leaves everything as it was."""
+    recipe = load_recipe(options.recipe)
+    raw = load_deepspeed_config(options.deepspeed_config)
+    model = model_config(recipe.model)
+    if recipe.sequence_length > model.max_position_embeddings:
+        raise Refusal(
+            f"recipe {recipe.name!r}: sequence_length {recipe.sequence_length} is beyond the"
+            f" {model.max_position_embeddings} positions of model {recipe.model!r}"
+        )
+    plan = RunPlan(recipe)
+    micro_batch = micro_batch_of(plan, requested_micro_batch(raw, options.deepspeed_config), world_size)
+    resolved = resolve_deepspeed_config(
+        raw,
+        options.deepspeed_config,
+        micro_batch=micro_batch,
+        batch=plan.stages[0].batch,
+        world_size=world_size,
+        total_steps=plan.total_steps,
+        hidden_size=model.hidden_size,
+        bf16=bf16,
+    )
+    engine_config, monitors = split_off_our_sections(resolved)
+    attention = resolve_attention_backend(options.attention, device_type)
+    attention_function(attention)  # refuses an absent package now rather than after the data was read
+    streams, validation = _open_data(options.data, recipe, model)
+    order = SampleOrder(
+        recipe.seed,
+        {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
+        [MixtureStage(stage.samples, stage.weights) for stage in plan.stages],
+    )
+    description = {
+        "recipe": recipe.to_dict(),
+        "deepspeed_config": resolved,
+        "model": model.to_dict(),
+        "data": {
+            split: {name: _fingerprint(stream) for name, stream in opened.items()}
+            for split, opened in (("train", streams), ("validation", {held.source: held.stream for held in validation}))
+        },
+        "order_version": ORDER_VERSION,
+        "world_size": world_size,
+        "micro_batch": micro_batch,
+        "attention": attention,
+        "compile": options.compile,
+        "plan": {"steps": plan.total_steps, "tokens": plan.total_tokens},
+        "versions": _versions(),
+    }
+    return Run(
+        recipe=recipe,
+        plan=plan,
+        engine_config=_without_engine_noise(engine_config),
+        monitors=monitors,
+        model=model,
+        attention=attention,
+        compile=options.compile,
+        micro_batch=micro_batch,
+        schedule=make_schedule(raw, options.deepspeed_config, plan),
+        order=order,
+        reader=SampleReader(streams, order, recipe.sequence_length, model.vocab_size),
+        validation=validation,
+        run_dir=options.run_dir,
+        resume=options.resume,
+        description=description,
+    )
+
+
+def make_schedule(raw: dict, path: Path, plan: RunPlan) -> Schedule:
+    """The JSON's schedule over the plan's tokens: a warm-up step counts the tokens of the first stage's batch."""
+    params = read_schedule(raw, path)
+    if params is None:
+        return ConstantSchedule()
+    warmup_tokens = params.warmup_num_steps * plan.first_batch_tokens
+    if warmup_tokens >= plan.total_tokens:
+        raise Refusal(
+            f"{path}: warmup_num_steps {params.warmup_num_steps} is as long as the whole run of {plan.total_steps} steps"
+        )
+    return CosineSchedule(warmup_tokens, plan.total_tokens, params.warmup_min_ratio, params.cos_min_ratio)
+
+
+def _open_data(data: Path, recipe: Recipe, model: LlamaConfig) -> tuple[dict[str, TokenStream], list[ValidationSet]]:
+    if not data.is_dir():
+        raise Refusal(f"{data}: the data directory is missing")
+    streams = open_streams(data, recipe.sources, "train", model.vocab_size)
+    for name, stream in streams.items():
+        if stream.num_samples(recipe.sequence_length) < 1:
+            raise Refusal(f"{stream.directory}: {stream.tokens} tokens of {name!r} are less than one sample")
+    held_out = [name for name in recipe.sources if (data / name / "validation").is_dir()]
+    validation = open_streams(data, held_out, "validation", model.vocab_size)
+    return streams, [
+        ValidationSet(name, stream, recipe.sequence_length, recipe.validation_samples)
+        for name, stream in validation.items()
+    ]
+
+
+def _fingerprint(stream: TokenStream) -> dict:
+    """What identifies a source's tokens, in their order."""
+    return {
+        "tokens": stream.tokens,
+        "documents": sum(manifest.documents for manifest in stream.manifests),
+        "tokenizer_sha256": stream.manifests[0].tokenizer_sha256,
+        "bin_sha256": [manifest.bin_sha256 for manifest in stream.manifests],
+    }
+
+
+def _without_engine_noise(engine_config: dict) -> dict:
+    """DeepSpeed's throughput timer is on by default and waits for the device at every micro batch."""
+    return {"timers": {"throughput": {"enabled": False}}} | engine_config
+
+
+def _versions() -> dict[str, str]:
+    found = {"tinyllama_ds": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    return found
+
+
+def check_run_directory(run: Run) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start; refuses a directory that holds another run."""
+    path = run.run_dir / RUN_FILE
+    checkpoints = find_checkpoints(run.run_dir)
+    if run.run_dir.exists() and not run.run_dir.is_dir():
+        raise Refusal(f"{run.run_dir}: is not a directory")
+    if path.exists():
+        held = json.loads(path.read_text())
+        wanted = json.loads(json.dumps(run.description))
+        for key in _IDENTITY:
+            difference = _first_difference(held.get(key), wanted[key], key, _FREE.get(key, ()))
+            if difference:
+                raise Refusal(f"{path}: holds another run: {difference}; choose another --run-dir")
+        if run.resume == "never":
+            raise Refusal(f"{path}: already holds this run, and --resume never was given; choose another --run-dir")
+    elif checkpoints:
+        raise Refusal(f"{run.run_dir}: holds checkpoints but no {RUN_FILE}, so what made them is unknown")
+    if not checkpoints and run.resume == "must":
+        raise Refusal(f"{run.run_dir}: holds no checkpoint to resume from, and --resume must was given")
+    return checkpoints[-1] if checkpoints else None
+
+
+def _first_difference(held: object, wanted: object, place: str, free: tuple[str, ...] = ()) -> str | None:
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        for key in sorted((held.keys() | wanted.keys()) - set(free)):
+            difference = _first_difference(held.get(key), wanted.get(key), f"{place}.{key}")
+            if difference:
+                return difference
+        return None
+    return None if held == wanted else f"{place} is {held} there and {wanted} now"
+
+
+def open_run_directory(run: Run) -> None:
+    """Create the directory and write run.json. Called by one rank, after every check has passed."""
+    run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+    write_json(run.run_dir / RUN_FILE, run.description)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
