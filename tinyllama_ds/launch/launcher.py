@@ -40,7 +40,17 @@ def launcher_command(placement: Placement, arguments: list[str]) -> list[str]:
     else:
         where = ["--num_gpus", str(placement.num_local), "--master_addr", "127.0.0.1"]
     port = ["--master_port", str(free_port())]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", *where, *port, str(PRETRAIN_SCRIPT), *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--log_level",
+        "error",
+        *where,
+        *port,
+        str(PRETRAIN_SCRIPT),
+        *arguments,
+    ]
 
 
 def free_port() -> int:

@@ -67,7 +67,7 @@ class LlamaConfig:
 MODEL_SIZES: dict[str, LlamaConfig] = {
     "tinyllama-1.1b": LlamaConfig(32_000, 2048, 5632, 22, 32, 4, 2048),
     "tinyllama-120m": LlamaConfig(32_000, 768, 2048, 12, 12, 1, 2048),
-    "demo": LlamaConfig(2048, 384, 1024, 6, 6, 2, 512),
+    "demo": LlamaConfig(2048, 512, 1408, 3, 8, 2, 512),
     "test": LlamaConfig(512, 64, 176, 2, 4, 2, 128),
 }
 

@@ -57,6 +57,7 @@ def start_process_group(world: World) -> None:
     if world.size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
     import deepspeed
 
     if world.device.type == "cpu":

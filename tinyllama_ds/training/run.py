@@ -6,6 +6,7 @@ Nothing here writes, but `open_run_directory`; nothing here imports deepspeed.
 import json
 import os
 import platform
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ from tinyllama_ds import __version__
 from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import ORDER_VERSION, MixtureStage, SampleOrder
 from tinyllama_ds.data.shards import TokenStream
+from tinyllama_ds.data.tokenizer import TOKENIZER_FILE
 from tinyllama_ds.deepspeed_config import (
     load_deepspeed_config,
     read_schedule,
@@ -69,6 +71,7 @@ class Run:
     order: SampleOrder
     reader: SampleReader
     validation: list[ValidationSet]
+    tokenizer: Path
     run_dir: Path
     resume: str
     description: dict  # what run.json holds
@@ -134,6 +137,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         order=order,
         reader=SampleReader(streams, order, recipe.sequence_length, model.vocab_size),
         validation=validation,
+        tokenizer=options.data / TOKENIZER_FILE,
         run_dir=options.run_dir,
         resume=options.resume,
         description=description,
@@ -148,7 +152,7 @@ def make_schedule(raw: dict, path: Path, plan: RunPlan) -> Schedule:
     warmup_tokens = params.warmup_num_steps * plan.first_batch_tokens
     if warmup_tokens >= plan.total_tokens:
         raise Refusal(
-            f"{path}: warmup_num_steps {params.warmup_num_steps} is as long as the whole run of {plan.total_steps} steps"
+            f"{path}: warmup_num_steps {params.warmup_num_steps} leaves nothing of the run's {plan.total_steps} steps"
         )
     return CosineSchedule(warmup_tokens, plan.total_tokens, params.warmup_min_ratio, params.cos_min_ratio)
 
@@ -228,8 +232,9 @@ def _first_difference(held: object, wanted: object, place: str, free: tuple[str,
 
 
 def open_run_directory(run: Run) -> None:
-    """Create the directory and write run.json. Called by one rank, after every check has passed."""
+    """Create the directory with run.json and the tokenizer. Called by one rank, after every check has passed."""
     run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+    shutil.copyfile(run.tokenizer, run.run_dir / TOKENIZER_FILE)
     write_json(run.run_dir / RUN_FILE, run.description)
 
 
