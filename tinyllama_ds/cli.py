@@ -306,7 +306,7 @@ def _report(options: argparse.Namespace) -> int:
 
     rows = read_metrics(options.run)
     output = options.output or options.run / "report.png"
-    draw(rows, output, options.run.name)
+    draw(rows, output, str(options.run))
     summary = summarise(rows)
     text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in summary.items())
     return _print_result(options, summary | {"picture": str(output)}, f"{text}\n{output}")

@@ -36,6 +36,9 @@ def export(weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer
     """
     if output.exists():
         raise Refusal(f"{output}: already exists; expected a new folder")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

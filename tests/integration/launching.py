@@ -67,7 +67,9 @@ def write_deepspeed_config(path: Path, stage: int, micro_batch: int, **changes: 
     return path
 
 
-def pretrain(recipe: Path, config: Path, data: Path, run_dir: Path, ranks: int, *more: str) -> subprocess.CompletedProcess:
+def pretrain(
+    recipe: Path, config: Path, data: Path, run_dir: Path, ranks: int, *more: str
+) -> subprocess.CompletedProcess:
     """`tinyllama-ds pretrain`, to its end."""
     arguments = ["--recipe", recipe, "--deepspeed-config", config, "--data", data, "--run-dir", run_dir]
     return tinyllama_ds("pretrain", *arguments, "--num-gpus", ranks, *more)

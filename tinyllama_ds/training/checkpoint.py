@@ -8,7 +8,9 @@ import json
 import os
 import re
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,7 +136,8 @@ def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str
             "module"
         ]
     else:
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # DeepSpeed prints its way through the files
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     return manifest, {name: tensor.to(dtype).contiguous().clone() for name, tensor in weights.items()}
 
 
