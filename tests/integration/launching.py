@@ -11,6 +11,8 @@ BATCH = 8  # sequences per optimizer step
 STEP_TOKENS = SEQUENCE_LENGTH * BATCH
 TIMEOUT = 180
 
+Finished = subprocess.CompletedProcess[str]
+
 
 def write_recipe(path: Path, steps: int, save_every: int, evaluate_every: int | None = None, **changes: object) -> Path:
     """A recipe of some steps over both sources 7:3."""
@@ -67,20 +69,18 @@ def write_deepspeed_config(path: Path, stage: int, micro_batch: int, **changes: 
     return path
 
 
-def pretrain(
-    recipe: Path, config: Path, data: Path, run_dir: Path, ranks: int, *more: str
-) -> subprocess.CompletedProcess:
+def pretrain(recipe: Path, config: Path, data: Path, run_dir: Path, ranks: int, *more: str) -> Finished:
     """`tinyllama-ds pretrain`, to its end."""
     arguments = ["--recipe", recipe, "--deepspeed-config", config, "--data", data, "--run-dir", run_dir]
     return tinyllama_ds("pretrain", *arguments, "--num-gpus", ranks, *more)
 
 
-def tinyllama_ds(*arguments: object) -> subprocess.CompletedProcess:
+def tinyllama_ds(*arguments: object) -> Finished:
     """Any command of the toolkit, as a user starts it."""
     return run([sys.executable, "-m", "tinyllama_ds.cli", *map(str, arguments)])
 
 
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+def run(command: list[str], **environment: str) -> Finished:
     """A command with its output captured."""
     return subprocess.run(
         command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | environment, check=False

@@ -19,9 +19,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(recipe: Path, data_dir: Path) -> dict[str, list[float]]:
     """Loss and gradient norm of every step in a plain PyTorch loop in a process of its own."""
-    finished = run(
-        [sys.executable, str(Path(__file__).with_name("plain_loop.py")), str(recipe), str(data_dir), str(STEPS)]
-    )
+    script = Path(__file__).with_name("plain_loop.py")
+    finished = run([sys.executable, str(script), str(recipe), str(data_dir), str(STEPS)])
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 

@@ -34,7 +34,7 @@ def test_no_target_is_no_loss_and_no_gradient() -> None:
 
 
 def test_never_holds_the_logits_of_the_batch() -> None:
-    """The largest tensor that the loss makes is one chunk of logits or a gradient, seen through PyTorch's dispatcher."""
+    """The largest tensor that the loss makes is one chunk of logits, seen through PyTorch's dispatcher."""
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
