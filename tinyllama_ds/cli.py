@@ -98,17 +98,8 @@ def _train_tokenizer(options: argparse.Namespace) -> int:
 
 
 def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
-    """Texts of the training splits, one corpus after the other by turns, so that each has its share."""
-    from tinyllama_ds.data.prepare import find_splits
-    from tinyllama_ds.data.sources import find_inputs, read_records, source_format
-
-    readers = []
-    for directory in directories:
-        if not directory.exists():
-            raise Refusal(f"{directory}: the input directory is missing")
-        fmt = source_format(directory.name, text_field)
-        inputs = find_inputs(find_splits(directory)["train"])
-        readers.append(record.text for path in inputs for record in read_records(path, fmt) if not record.rejected)
+    """Texts of all corpora by turns, so that each has its share of what the tokenizer sees."""
+    readers = [_texts_of(directory, text_field) for directory in directories]
     while readers:
         for reader in list(readers):
             text = next(reader, None)
@@ -116,6 +107,19 @@ def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
                 readers.remove(reader)
             else:
                 yield text
+
+
+def _texts_of(directory: Path, text_field: str | None) -> Iterator[str]:
+    from tinyllama_ds.data.prepare import find_splits
+    from tinyllama_ds.data.sources import find_inputs, read_records, source_format
+
+    if not directory.exists():
+        raise Refusal(f"{directory}: the input directory is missing")
+    fmt = source_format(directory.name, text_field)
+    for path in find_inputs(find_splits(directory)["train"]):
+        for record in read_records(path, fmt):
+            if not record.rejected:
+                yield record.text
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
