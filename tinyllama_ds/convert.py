@@ -46,6 +46,8 @@ def export(weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer
         hf_model(weights, config).save_pretrained(partial)
         hf_tokenizer(tokenizer, config.max_position_embeddings).save_pretrained(partial)
         shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
         difference = _prove_equal(partial, weights, config, tokenizer)
         partial.rename(output)
     finally:
