@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import made_up_text
 from launching import Finished, pretrain, run, tinyllama_ds, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.data.tokenizer import train_tokenizer
@@ -41,7 +42,7 @@ def other_tokenizer(vocab_size: int) -> Callable[[Inputs], None]:
     def spoil(inputs: Inputs) -> None:
         path = inputs.data / "tokenizer.model"
         path.unlink()
-        train_tokenizer(["some other text with a few other words " * 50 + "0123456789 xyz"] * 20, vocab_size, path)
+        train_tokenizer([made_up_text(10_000 + seed, 1000) for seed in range(20)], vocab_size, path)
 
     return spoil
 

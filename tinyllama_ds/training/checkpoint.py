@@ -127,6 +127,7 @@ def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str
 
     Under bf16 training the weights are the fp32 masters rounded once, exactly what the last step left in the model.
     """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # merging is done in memory; unset, DeepSpeed prints its guess
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     manifest = read_manifest(checkpoint)
