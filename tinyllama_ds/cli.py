@@ -5,6 +5,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,16 +101,13 @@ def _train_tokenizer(options: argparse.Namespace) -> int:
 
 def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
     """Texts of the training splits, one corpus after the other by turns, so that each has its share."""
-    from tinyllama_ds.data.prepare import find_splits
-    from tinyllama_ds.data.sources import find_inputs, read_records, source_format
+    from tinyllama_ds.data.sources import find_inputs, read_texts, source_format
 
     readers = []
     for directory in directories:
-        if not directory.exists():
-            raise Refusal(f"{directory}: the input directory is missing")
         fmt = source_format(directory.name, text_field)
-        inputs = find_inputs(find_splits(directory)["train"])
-        readers.append(record.text for path in inputs for record in read_records(path, fmt) if not record.rejected)
+        inputs = find_inputs(directory, fmt).get("train", [])
+        readers.append(chain.from_iterable(map(partial(read_texts, fmt=fmt), inputs)))
     while readers:
         for reader in list(readers):
             text = next(reader, None)
