@@ -110,16 +110,11 @@ def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
 
 
 def _texts_of(directory: Path, text_field: str | None) -> Iterator[str]:
-    from tinyllama_ds.data.prepare import find_splits
-    from tinyllama_ds.data.sources import find_inputs, read_records, source_format
+    from tinyllama_ds.data.sources import find_inputs, read_texts, source_format
 
-    if not directory.exists():
-        raise Refusal(f"{directory}: the input directory is missing")
     fmt = source_format(directory.name, text_field)
-    for path in find_inputs(find_splits(directory)["train"]):
-        for record in read_records(path, fmt):
-            if not record.rejected:
-                yield record.text
+    for path in find_inputs(directory, fmt).get("train", []):
+        yield from read_texts(path, fmt)
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:

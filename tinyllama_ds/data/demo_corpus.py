@@ -8,7 +8,11 @@ seen in training under another name.
 import ast
 import hashlib
 import json
+import multiprocessing
+import os
+import shutil
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,7 +25,7 @@ from tqdm import tqdm
 
 PROSE_PACKAGES = ("numpy", "torch", "transformers")
 FILES_PER_SPLIT = {"train": 4, "validation": 1}
-MAX_BYTES_PER_SOURCE = 16_000_000
+MAX_BYTES_PER_SOURCE = 8_000_000
 _HELD_OUT_PERCENT = 4
 _MIN_DOCSTRING = 200  # characters; shorter ones are one-liners, not prose
 
@@ -36,51 +40,57 @@ class Document:
 _Writer = Callable[[Path, str, int, list[Document]], None]
 
 
-def make_demo_corpus(output: Path) -> dict[str, dict[str, int]]:
+def make_demo_corpus(
+    output: Path, code_root: Path | None = None, max_bytes: int = MAX_BYTES_PER_SOURCE
+) -> dict[str, dict[str, int]]:
     """Write `output/slimpajama` and `output/starcoderdata`; returns documents and bytes by source and split.
 
-    A source that is already there is left alone.
+    Both come from the Python sources below `code_root` (default: the standard library, and for prose also
+    `PROSE_PACKAGES`), each up to `max_bytes`. A source that is already there is left alone.
     """
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    sources = list(_stdlib_files(stdlib))
-    documents = {
-        "slimpajama": (lambda: _prose(stdlib, sources), _write_slimpajama),
-        "starcoderdata": (lambda: _code(stdlib, sources), _write_starcoderdata),
+    stdlib = code_root or Path(sysconfig.get_paths()["stdlib"])
+    packages = [] if code_root else list(_package_roots())  # first, because their docstrings are the longest
+    collectors = {
+        "slimpajama": (lambda: _prose([*packages, stdlib]), _write_slimpajama),
+        "starcoderdata": (lambda: _code(stdlib), _write_starcoderdata),
     }
     return {
-        name: _write_source(output / name, collect(), write)
-        for name, (collect, write) in documents.items()
+        name: _write_source(output / name, collect(), write, max_bytes)
+        for name, (collect, write) in collectors.items()
         if not (output / name).exists()
     }
 
 
-def _stdlib_files(stdlib: Path) -> Iterator[Path]:
-    """Sources of the standard library, without third-party packages and the test suite's deliberately broken files."""
-    for path in sorted(stdlib.rglob("*.py")):
-        if not {"site-packages", "lib2to3", "__pycache__"} & set(path.relative_to(stdlib).parts):
-            yield path
-
-
-def _code(stdlib: Path, sources: list[Path]) -> Iterator[Document]:
-    for path in tqdm(sources, desc="demo code", unit="file", leave=False):
-        text = _read(path)
-        if text.strip():
-            yield Document(_module(stdlib, path), str(path.relative_to(stdlib)), text)
-
-
-def _prose(stdlib: Path, sources: list[Path]) -> Iterator[Document]:
-    yield from _pydoc_topics()
-    files = [(stdlib, path) for path in sources]
+def _package_roots() -> Iterator[Path]:
     for package in PROSE_PACKAGES:
         spec = find_spec(package)
         if spec is not None and spec.origin is not None:
-            root = Path(spec.origin).parent
-            files += [(root.parent, path) for path in sorted(root.rglob("*.py"))]
+            yield Path(spec.origin).parent
+
+
+def _sources(root: Path) -> list[Path]:
+    """Python files, without third-party packages, deliberately broken files, and pydoc's topics, which are prose."""
+    excluded = {"site-packages", "lib2to3", "pydoc_data", "__pycache__"}
+    return [path for path in sorted(root.rglob("*.py")) if not excluded & set(path.relative_to(root).parts)]
+
+
+def _code(root: Path) -> Iterator[Document]:
+    for path in _sources(root):
+        text = _read(path)
+        if text.strip():
+            yield Document(_module(root, path), str(path.relative_to(root)), text)
+
+
+def _prose(roots: list[Path]) -> Iterator[Document]:
+    yield from _pydoc_topics()
+    files = [(root, path) for root in roots for path in _sources(root)]
     seen: set[bytes] = set()
-    for root, path in tqdm(files, desc="demo prose", unit="file", leave=False):
-        docstrings = [text for text in _docstrings(_read(path)) if _is_new(text, seen)]
-        if docstrings:
-            yield Document(_module(root, path), str(path.relative_to(root)), "\n\n".join(docstrings))
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        docstrings_of = pool.imap(_docstrings, [path for _, path in files], chunksize=32)
+        for (root, path), docstrings in zip(files, docstrings_of, strict=True):
+            text = "\n\n".join(docstring for docstring in docstrings if _is_new(docstring, seen))
+            if text:
+                yield Document(_module(root, path), f"{root.name}/{path.relative_to(root)}", text)
 
 
 def _pydoc_topics() -> Iterator[Document]:
@@ -90,16 +100,16 @@ def _pydoc_topics() -> Iterator[Document]:
         yield Document(f"pydoc/{name}", f"pydoc/{name}", topics[name])
 
 
-def _docstrings(source: str) -> Iterator[str]:
+def _docstrings(path: Path) -> list[str]:
+    """The long docstrings of a file, in its order; none where it is not valid Python."""
     try:
-        tree = ast.parse(source)
+        with warnings.catch_warnings(action="ignore"):  # about escapes in other people's strings
+            tree = ast.parse(_read(path))
     except (SyntaxError, ValueError, RecursionError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and len(text) >= _MIN_DOCSTRING:
-                yield text
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [text for text in found if text and len(text) >= _MIN_DOCSTRING]
 
 
 def _read(path: Path) -> str:
@@ -126,16 +136,21 @@ def _is_held_out(document: Document) -> bool:
     return int.from_bytes(hashlib.sha256(document.module.encode()).digest()[:8], "little") % 100 < _HELD_OUT_PERCENT
 
 
-def _write_source(root: Path, documents: Iterable[Document], write: _Writer) -> dict[str, int]:
+def _write_source(root: Path, documents: Iterable[Document], write: _Writer, max_bytes: int) -> dict[str, int]:
     splits: dict[str, list[Document]] = {"train": [], "validation": []}
     seen: set[bytes] = set()
     total = 0
-    for document in documents:
-        size = len(document.text.encode())
-        if total + size <= MAX_BYTES_PER_SOURCE and _is_new(document.text, seen):
-            splits["validation" if _is_held_out(document) else "train"].append(document)
-            total += size
+    with tqdm(total=max_bytes, desc=f"demo {root.name}", unit="B", unit_scale=True, leave=False) as progress:
+        for document in documents:
+            size = len(document.text.encode())
+            if total + size > max_bytes:
+                break
+            if _is_new(document.text, seen):
+                splits["validation" if _is_held_out(document) else "train"].append(document)
+                total += size
+                progress.update(size)
     partial = root.with_name(f".{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     for split, held in splits.items():
         for number in range(FILES_PER_SPLIT[split]):
             write(partial / split, split, number, held[number :: FILES_PER_SPLIT[split]])

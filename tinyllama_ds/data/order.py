@@ -13,6 +13,7 @@ import numpy as np
 
 ORDER_VERSION = 1  # a run remembers it; any change of the functions below must raise it
 _FEISTEL_ROUNDS = 4
+_MAX_DENOMINATOR = 2**30  # of a share: 2 * rest * numerator stays below 2^63
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class _StageMixture:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        exact = {number: Fraction(str(weight)).limit_denominator(10**6) for number, weight in enumerate(weights)}
+        exact = {number: Fraction(str(weight)) for number, weight in enumerate(weights)}
         self._num_sources = len(exact)
         self._tree = _mixture_tree({number: weight for number, weight in exact.items() if weight > 0})
 
@@ -120,7 +121,7 @@ def _mixture_tree(weights: dict[int, Fraction]) -> _Tree:
     return _Fork(
         _mixture_tree({number: weights[number] for number in left}),
         _mixture_tree({number: weights[number] for number in right}),
-        Fraction(share),
+        Fraction(share).limit_denominator(_MAX_DENOMINATOR),
     )
 
 

@@ -10,10 +10,12 @@ One sequence is one document here, its EOS included. `NAME.json` is written last
 import hashlib
 import json
 import os
+import socket
 import struct
 from array import array
 from bisect import bisect_right
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -30,12 +32,14 @@ MANIFEST_VERSION = 1
 
 @dataclass(frozen=True)
 class InputFile:
-    """One raw file that went into a shard, and what became of its records."""
+    """One raw file that went into a shard, and what became of its records: documents + rejected + faults."""
 
     path: str
     bytes: int
+    records: int
     documents: int
     rejected: dict[str, int]
+    faults: list[str]
     text_bytes: int
 
 
@@ -45,6 +49,8 @@ class Manifest:
 
     source: str
     split: str
+    number: int  # of this shard, from 0
+    shards: int  # how many there are of this source and split
     tokens: int
     documents: int
     smallest_id: int
@@ -61,42 +67,69 @@ class Manifest:
     @staticmethod
     def read(path: Path) -> "Manifest":
         try:
-            raw = json.loads(path.read_text())
+            raw = json.loads(path.read_bytes())
             raw["inputs"] = [InputFile(**entry) for entry in raw["inputs"]]
-            return Manifest(**raw)
+            manifest = Manifest(**raw)
         except (ValueError, TypeError, KeyError) as error:
             raise Refusal(f"{path}: not a shard manifest of version {MANIFEST_VERSION} ({error})") from error
+        if manifest.manifest_version != MANIFEST_VERSION:
+            raise Refusal(f"{path}: has version {manifest.manifest_version}; expected {MANIFEST_VERSION}")
+        return manifest
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
-def token_dtype(vocab_size: int) -> type[np.unsignedinteger] | type[np.signedinteger]:
+@dataclass(frozen=True)
+class ShardName:
+    """Where a shard lies: `<data>/<source>/<split>/shard_<number>`, one of `shards`."""
+
+    data: Path
+    source: str
+    split: str
+    number: int
+    shards: int
+
+    @property
+    def prefix(self) -> Path:
+        return self.data / self.source / self.split / f"shard_{self.number:05d}"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
     """uint16 while every id fits, else int32 (Megatron has no uint32)."""
-    return np.uint16 if vocab_size <= 2**16 else np.int32
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
 
 
 class ShardWriter:
-    """Writes one shard under temporary names; `commit` syncs and renames .bin, .idx, then the manifest."""
+    """Writes one shard under temporary names; `commit` syncs and renames .bin, .idx, then the manifest.
 
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
-        self._prefix = prefix
+    The temporary names are this process's own, so that two hosts at work on the same shard do no harm: both make the
+    same bytes, and the later rename wins.
+    """
+
+    def __init__(self, name: ShardName, vocab_size: int) -> None:
+        self._name = name
         self._vocab_size = vocab_size
-        self._dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
+        self._dtype = token_dtype(vocab_size)
         self._lengths = array("i")
         self._hash = hashlib.sha256()
+        self._mark = f"{socket.gethostname()}.{os.getpid()}"
+        name.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = self._temporary(".bin").open("wb")
         self.tokens = 0
         self.smallest_id = vocab_size
         self.largest_id = -1
 
-    def add(self, documents: list[list[int]]) -> None:
-        """Append documents, each a list of ids with its EOS."""
-        self._lengths.extend(map(len, documents))
-        ids = np.fromiter((token for ids in documents for token in ids), dtype=np.int64)
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: their ids one after the other, each with its EOS, and the length of each."""
+        if len(ids) == 0:
+            return
+        smallest, largest = int(ids.min()), int(ids.max())
+        if smallest < 0 or largest >= self._vocab_size:
+            raise ValueError(f"token ids {smallest} to {largest} do not fit a vocabulary of {self._vocab_size}")
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.tokens += len(ids)
-        self.smallest_id = min(self.smallest_id, int(ids.min()))
-        self.largest_id = max(self.largest_id, int(ids.max()))
+        self.smallest_id, self.largest_id = min(self.smallest_id, smallest), max(self.largest_id, largest)
         payload = ids.astype(self._dtype).tobytes()
         self._hash.update(payload)
         self._bin.write(payload)
@@ -105,16 +138,15 @@ class ShardWriter:
     def documents(self) -> int:
         return len(self._lengths)
 
-    def commit(self, source: str, split: str, tokenizer_sha256: str, eos_id: int, inputs: list[InputFile]) -> Manifest:
+    def commit(self, tokenizer_sha256: str, end_of_document: str, inputs: list[InputFile]) -> Manifest:
         """Make the shard durable and visible; returns its manifest."""
         _sync_and_close(self._bin)
         index = self._index()
-        with self._temporary(".idx").open("wb") as file:
-            file.write(index)
-            _sync_and_close(file)
         manifest = Manifest(
-            source=source,
-            split=split,
+            source=self._name.source,
+            split=self._name.split,
+            number=self._name.number,
+            shards=self._name.shards,
             tokens=self.tokens,
             documents=self.documents,
             smallest_id=self.smallest_id,
@@ -123,34 +155,36 @@ class ShardWriter:
             idx_sha256=hashlib.sha256(index).hexdigest(),
             tokenizer_sha256=tokenizer_sha256,
             vocab_size=self._vocab_size,
-            end_of_document=f"one EOS (id {eos_id}) after each document, no BOS",
+            end_of_document=end_of_document,
             inputs=inputs,
             tool_version=__version__,
         )
-        with self._temporary(".json").open("w") as file:
-            file.write(manifest.to_json())
-            _sync_and_close(file)
+        for suffix, content in ((".idx", index), (".json", manifest.to_json().encode())):
+            with self._temporary(suffix).open("wb") as file:
+                file.write(content)
+                _sync_and_close(file)
         for suffix in (".bin", ".idx", ".json"):
-            self._temporary(suffix).replace(self._prefix.with_suffix(suffix))
+            self._temporary(suffix).replace(self._name.prefix.with_suffix(suffix))
+            _sync_directory(self._name.prefix.parent)
         return manifest
 
     def abandon(self) -> None:
-        """Remove what was written so far."""
+        """Remove what was written and not committed."""
         self._bin.close()
         for suffix in (".bin", ".idx", ".json"):
             self._temporary(suffix).unlink(missing_ok=True)
 
     def _temporary(self, suffix: str) -> Path:
-        return self._prefix.with_name(f".{self._prefix.name}{suffix}.partial")
+        return self._name.prefix.with_name(f".{self._name.prefix.name}{suffix}.{self._mark}.partial")
 
     def _index(self) -> bytes:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
-        ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
-        offsets = np.concatenate(([0], ends[:-1])) if len(ends) else ends
+        lengths = np.array(self._lengths, dtype="<i4")
+        ends = np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
         document_starts = np.arange(len(lengths) + 1, dtype="<i8")
         code = next(code for code, dtype in _DTYPE_CODES.items() if dtype == self._dtype.type)
         header = _HEADER.pack(_MAGIC, 1, code, len(lengths), len(document_starts))
-        return header + lengths.astype("<i4").tobytes() + offsets.astype("<i8").tobytes() + document_starts.tobytes()
+        offsets = ends - lengths * self._dtype.itemsize
+        return header + lengths.tobytes() + offsets.tobytes() + document_starts.tobytes()
 
 
 def _sync_and_close(file: IO) -> None:
@@ -159,51 +193,101 @@ def _sync_and_close(file: IO) -> None:
     file.close()
 
 
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """The first 34 bytes of an .idx file, proven to fit the size of the file."""
+
+    path: Path
+    dtype: np.dtype
+    sequences: int
+    documents: int
+
+    @staticmethod
+    def read(path: Path) -> "IndexHeader":
+        """Raises `Refusal` for anything but a whole MMIDIDX index; allocates nothing that the file does not hold."""
+        if not path.is_file():
+            raise Refusal(f"{path}: the shard's index is missing")
+        with path.open("rb") as file:
+            head = file.read(_HEADER.size)
+            size = os.fstat(file.fileno()).st_size
+        if len(head) < _HEADER.size or head[:9] != _MAGIC:
+            raise Refusal(f"{path}: not a MMIDIDX index")
+        _, version, code, sequences, borders = _HEADER.unpack(head)
+        if version != 1 or code not in _DTYPE_CODES:
+            raise Refusal(f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype")
+        if borders < 1 or size != _HEADER.size + 12 * sequences + 8 * borders:
+            raise Refusal(f"{path}: {size} bytes do not hold {sequences} sequences and {borders} document borders")
+        return IndexHeader(path, np.dtype(_DTYPE_CODES[code]).newbyteorder("<"), sequences, borders - 1)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence (sequences,) int32; raises `Refusal` for a negative one."""
+        lengths = self._read("<i4", self.sequences, _HEADER.size)
+        if len(lengths) and lengths.min() < 0:
+            raise Refusal(f"{self.path}: a sequence of negative length")
+        return lengths
+
+    def document_starts(self) -> np.ndarray:
+        """First token of each document, and one past the last token (documents + 1,) int64."""
+        starts = np.concatenate(([0], np.cumsum(self.lengths(), dtype=np.int64)))
+        borders = self._read("<i8", self.documents + 1, _HEADER.size + 12 * self.sequences)
+        if borders[0] != 0 or borders[-1] != self.sequences or (np.diff(borders) < 0).any():
+            raise Refusal(f"{self.path}: its document borders do not run from 0 to its {self.sequences} sequences")
+        return starts[borders]
+
+    def _read(self, dtype: str, count: int, offset: int) -> np.ndarray:
+        return np.fromfile(self.path, dtype=dtype, count=count, offset=offset)
+
+
 class ShardReader:
-    """Random access to one shard's tokens, with pread: a file cut short is an error with a place, not a SIGBUS."""
+    """Random access to one shard's tokens, with pread: a file cut short is an error with a place, not a SIGBUS.
+
+    A file is open only while it is read: a corpus has more shards than a process may have files open.
+    """
 
     def __init__(self, prefix: Path) -> None:
         self.bin_path = prefix.with_suffix(".bin")
         self.manifest = Manifest.read(prefix.with_suffix(".json"))
-        self.dtype, self.lengths = read_index(prefix.with_suffix(".idx"))
-        self.tokens = int(self.lengths.sum(dtype=np.int64))
-        self._file = os.open(self.bin_path, os.O_RDONLY)
-        size = os.fstat(self._file).st_size
-        if size != self.tokens * self.dtype.itemsize:
-            raise Refusal(f"{self.bin_path}: {size} bytes, but its index counts {self.tokens} tokens")
-        if self.manifest.tokens != self.tokens:
-            raise Refusal(f"{self.bin_path}: {self.tokens} tokens, but its manifest says {self.manifest.tokens}")
+        self.index = IndexHeader.read(prefix.with_suffix(".idx"))
+        self.tokens = self.manifest.tokens
+        if not self.bin_path.is_file():
+            raise Refusal(f"{self.bin_path}: the shard's tokens are missing")
+        size = self.bin_path.stat().st_size
+        if size != self.tokens * self.index.dtype.itemsize:
+            raise Refusal(
+                f"{self.bin_path}: {size} bytes of {self.index.dtype.name}, but its manifest says {self.tokens} tokens"
+            )
+        if self.index.documents != self.manifest.documents:
+            raise Refusal(
+                f"{self.index.path}: {self.index.documents} documents, but its manifest says {self.manifest.documents}"
+            )
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count)."""
-        raw = os.pread(self._file, count * self.dtype.itemsize, start * self.dtype.itemsize)
-        if len(raw) != count * self.dtype.itemsize:
+        itemsize = self.index.dtype.itemsize
+        descriptor = os.open(self.bin_path, os.O_RDONLY)
+        try:
+            raw = os.pread(descriptor, count * itemsize, start * itemsize)
+        finally:
+            os.close(descriptor)
+        if len(raw) != count * itemsize:
             raise Refusal(f"{self.bin_path}: cut short while it was read, at token {start}")
-        return np.frombuffer(raw, dtype=self.dtype)
+        return np.frombuffer(raw, dtype=self.index.dtype)
 
-    def close(self) -> None:
-        os.close(self._file)
-
-
-def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
-    """The token dtype and the document lengths of an .idx file, every bound checked before anything is allocated."""
-    if not path.is_file():
-        raise Refusal(f"{path}: the shard's index is missing")
-    content = path.read_bytes()
-    if len(content) < _HEADER.size or content[:9] != _MAGIC:
-        raise Refusal(f"{path}: not a MMIDIDX index")
-    _, version, code, sequences, documents = _HEADER.unpack_from(content)
-    if version != 1 or code not in _DTYPE_CODES:
-        raise Refusal(f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype")
-    if len(content) != _HEADER.size + 12 * sequences + 8 * documents:
-        raise Refusal(
-            f"{path}: {len(content)} bytes do not hold {sequences} sequences and {documents} document borders"
-        )
-    dtype = np.dtype(_DTYPE_CODES[code]).newbyteorder("<")
-    lengths = np.frombuffer(content, "<i4", sequences, _HEADER.size)
-    if sequences and lengths.min() < 0:
-        raise Refusal(f"{path}: a document of negative length")
-    return dtype, lengths
+    @cached_property
+    def document_starts(self) -> np.ndarray:
+        """First token of each document, and one past the last token (documents + 1,) int64."""
+        starts = self.index.document_starts()
+        if starts[-1] != self.tokens:
+            raise Refusal(f"{self.index.path}: counts {starts[-1]} tokens, but its manifest says {self.tokens}")
+        return starts
 
 
 class TokenStream:
@@ -219,9 +303,18 @@ class TokenStream:
             raise Refusal(f"{directory}: holds no token shards; expected *.bin, *.idx and *.json made by prepare")
         self.directory = directory
         self.shards = [ShardReader(prefix) for prefix in prefixes]
+        self._check_complete()
         self._starts = [0]
         for shard in self.shards:
             self._starts.append(self._starts[-1] + shard.tokens)
+
+    def _check_complete(self) -> None:
+        planned = {manifest.shards for manifest in self.manifests}
+        held = [manifest.number for manifest in self.manifests]
+        if len(planned) != 1 or held != list(range(*planned)):
+            missing = sorted(set(range(max(planned))) - set(held))
+            what = f"shard {missing[0]} is missing" if missing else f"{len(held)} shards are there"
+            raise Refusal(f"{self.directory}: {what}; its manifests speak of {max(planned)}, run prepare to its end")
 
     @property
     def tokens(self) -> int:
@@ -252,7 +345,3 @@ class TokenStream:
         """Shard file and token offset of a stream position, for error messages."""
         number = bisect_right(self._starts, position) - 1
         return f"{self.shards[number].bin_path} at token {position - self._starts[number]}"
-
-    def close(self) -> None:
-        for shard in self.shards:
-            shard.close()

@@ -1,176 +1,214 @@
-"""Raw corpora as they lie on disk: files of many documents, read one at a time."""
+"""Raw corpora as they lie on disk: files of many documents, read one at a time.
 
-import gzip
+Nothing is dropped in silence: every record of a file comes out as a text, a rejection with its reason, or a fault with
+its file and line.
+"""
+
 import io
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+import pyarrow
 import pyarrow.parquet
-import zstandard
 
 from tinyllama_ds.errors import Refusal
+
+SPLITS = ("train", "validation", "test")
+MAX_DOCUMENT_BYTES = 64 * 2**20  # also what keeps a decompression bomb out of memory
+_READ_BYTES = 2**16  # also what is lost before the place where a file is cut short
+_PARQUET_ROWS = 64  # StarCoderData's rows reach a MB
 
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """Where a corpus keeps its text, and which of its records are left out (each with the reason that is counted)."""
+    """Where a corpus keeps its text, and which of its subsets are wanted.
+
+    A record's subset is what its metadata says under `subset_field`; where a corpus has no such field, a file's subset
+    is its folder. `subsets` are the chosen ones, None for all but `excluded`.
+    """
 
     text_field: str = "text"
-    excluded_subsets: frozenset[str] = field(default_factory=frozenset)
+    subset_field: str | None = None
+    subsets: frozenset[str] | None = None
+    excluded: frozenset[str] = frozenset()
 
-    def rejection(self, record: dict) -> str | None:
-        """Why this record is not trained on, or None."""
-        if not record[self.text_field]:
-            return "empty text"
-        meta = record.get("meta")
-        subset = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
-        return f"subset {subset}" if subset in self.excluded_subsets else None
+    def wants(self, subset: str | None) -> bool:
+        return subset not in self.excluded if self.subsets is None else subset in self.subsets
 
 
 # SlimPajama's GitHub part is left out because StarCoderData brings the code (TinyLlama paper, section 2.1).
 SOURCES: dict[str, SourceFormat] = {
-    "slimpajama": SourceFormat("text", frozenset({"RedPajamaGithub"})),
+    "slimpajama": SourceFormat("text", "redpajama_set_name", excluded=frozenset({"RedPajamaGithub"})),
     "starcoderdata": SourceFormat("content"),
+    "proof-pile-2": SourceFormat("text"),
+    "skypile": SourceFormat("text"),
 }
 
 
-def source_format(name: str, text_field: str | None) -> SourceFormat:
-    """The format of a published corpus by its name; any other name is a corpus of the user's own with `text_field`."""
-    if text_field is not None:
-        return SourceFormat(text_field, SOURCES[name].excluded_subsets if name in SOURCES else frozenset())
-    return SOURCES.get(name, SourceFormat())
+def source_format(name: str, text_field: str | None = None, subsets: list[str] | None = None) -> SourceFormat:
+    """The format of a published corpus by its name; any other name is a corpus of the user's own."""
+    known = SOURCES.get(name, SourceFormat())
+    chosen = frozenset(subsets) if subsets else None
+    return SourceFormat(text_field or known.text_field, known.subset_field, chosen, known.excluded)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One document of a file: its text, or the reason why it is left out."""
+    """One record of a file: a text to train on, or why there is none.
 
-    text: str
+    `rejected` is a reason by rule (an unwanted subset, an empty text); `fault` is a place and what is wrong there.
+    """
+
+    text: str = ""
+    text_bytes: int = 0
     rejected: str | None = None
+    fault: str | None = None
+
+
+def find_inputs(directory: Path, fmt: SourceFormat) -> dict[str, list[Path]]:
+    """The readable files below a directory (or the one file named) by split, sorted so that no order is the disk's.
+
+    A file belongs to the split whose name is a folder on its path, wherever it stands (`train/chunk1/`,
+    `arxiv/train/`), else to `train`. Raises `Refusal` where nothing is found, or a chosen subset has no folder.
+    """
+    if not directory.exists():
+        raise Refusal(f"{directory}: the input is missing")
+    if directory.is_file():
+        return {"train": [directory]}
+    found = [path for path in directory.rglob("*") if path.name.endswith(tuple(READERS)) and path.is_file()]
+    if fmt.subset_field is None and fmt.subsets is not None:
+        found = _select_folders(directory, found, fmt.subsets)
+    if not found:
+        raise Refusal(f"{directory}: holds no file of a known kind; expected one of {', '.join(READERS)}")
+    splits = {path: _split_of(path.relative_to(directory)) for path in found}
+    return {
+        split: sorted(path for path in found if splits[path] == split) for split in SPLITS if split in splits.values()
+    }
+
+
+def _select_folders(directory: Path, paths: list[Path], subsets: frozenset[str]) -> list[Path]:
+    folder_of = {path: _folder_of(path.relative_to(directory)) for path in paths}
+    unknown = sorted(subsets - set(folder_of.values()))
+    if unknown:
+        folders = ", ".join(sorted(set(folder_of.values()) - {""}))
+        raise Refusal(f"{directory}: has no subset {unknown[0]!r}; its folders are {folders}")
+    return [path for path in paths if folder_of[path] in subsets]
+
+
+def _folder_of(relative: Path) -> str:
+    return next((part for part in relative.parts[:-1] if part not in SPLITS), "")
+
+
+def _split_of(relative: Path) -> str:
+    return next((part for part in relative.parts[:-1] if part in SPLITS), "train")
+
+
+def read_texts(path: Path, fmt: SourceFormat) -> Iterator[str]:
+    """The texts of one file; raises `Refusal` at the first fault."""
+    for record in read_records(path, fmt):
+        if record.fault:
+            raise Refusal(record.fault)
+        if not record.rejected:
+            yield record.text
 
 
 def read_records(path: Path, fmt: SourceFormat) -> Iterator[Record]:
-    """All documents of one file, in order, in flat memory.
-
-    Raises `Refusal` with file and line for a record that cannot be read: a corpus is never shortened in silence.
-    """
-    for suffix, reader in READERS.items():
-        if path.name.endswith(suffix):
+    """All records of one file, in order, in flat memory. What damages a whole file is its last record's fault."""
+    reader = next((reader for suffix, reader in READERS.items() if path.name.endswith(suffix)), None)
+    if reader is None:
+        raise Refusal(f"{path}: unknown kind of file; expected one of {', '.join(READERS)}")
+    try:
+        if path.stat().st_size == 0:
+            yield Record(fault=f"{path}: the file is empty")
+        else:
             yield from reader(path, fmt)
-            return
-    raise Refusal(f"{path}: unknown kind of file; expected one of {', '.join(READERS)}")
-
-
-def find_inputs(directory: Path) -> list[Path]:
-    """Every readable file below a directory (or the one file named), sorted, so that no order depends on the disk's."""
-    if directory.is_file():
-        return [directory]
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name.endswith(tuple(READERS)))
+    except (OSError, pyarrow.ArrowException) as error:
+        yield Record(fault=f"{path}: the file is damaged or cut short ({error})")
 
 
 def _record(raw: object, fmt: SourceFormat, place: str) -> Record:
-    if not isinstance(raw, dict) or not isinstance(raw.get(fmt.text_field), str):
-        raise Refusal(f"{place}: expected a record with a string under {fmt.text_field!r}")
-    return Record(raw[fmt.text_field], fmt.rejection(raw))
-
-
-def _read_jsonl(open_file: Callable[[Path], AbstractContextManager[Any]]) -> Callable:
-    def read(path: Path, fmt: SourceFormat) -> Iterator[Record]:
-        with open_file(path) as file:
-            for number, line in enumerate(_lines(file, path), start=1):
-                if not line.strip():
-                    continue
-                try:
-                    raw = json.loads(line)
-                except ValueError as error:  # covers broken JSON and invalid UTF-8
-                    raise Refusal(f"{path}:{number}: not a line of JSON in UTF-8 ({error})") from error
-                yield _record(raw, fmt, f"{path}:{number}")
-
-    return read
-
-
-def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    text = raw.get(fmt.text_field) if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or not isinstance(text, str):
+        return Record(fault=f"{place}: expected a record with a text under {fmt.text_field!r}")
     try:
-        yield from file
-    except (OSError, EOFError, zstandard.ZstdError) as error:
-        raise Refusal(f"{path}: the file is damaged or cut short ({error})") from error
+        size = len(text.encode())
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
+        return Record(fault=f"{place}: a lone surrogate at character {error.start} of {fmt.text_field!r}")
+    if not text:
+        return Record(rejected="empty text")
+    if fmt.subset_field is not None:
+        meta = raw.get("meta")
+        subset = meta.get(fmt.subset_field) if isinstance(meta, dict) else None
+        if not fmt.wants(subset):
+            return Record(rejected=f"subset {subset}")
+    return Record(text, size)
 
 
-def _open_plain(path: Path) -> AbstractContextManager[BinaryIO]:
-    return path.open("rb")
+def _read_jsonl(compression: str | None, path: Path, fmt: SourceFormat) -> Iterator[Record]:
+    # Arrow reads all frames of a file and reports one that is cut short; python-zstandard takes that for the end.
+    with io.BufferedReader(pyarrow.input_stream(path, compression=compression), _READ_BYTES) as file:
+        for number, line in enumerate(_lines(file), start=1):
+            if line.strip():
+                yield _parse(line, fmt, f"{path}:{number}")
 
 
-def _open_gzip(path: Path) -> AbstractContextManager[Any]:
-    return gzip.open(path, "rb")
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines; one that is too long comes cut at a byte past the limit, and its rest is passed over."""
+    while line := file.readline(MAX_DOCUMENT_BYTES + 1):
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_DOCUMENT_BYTES + 1)
 
 
-class _WholeZstdStream(io.RawIOBase):
-    """A zstd stream of any number of frames that reports a frame cut short, which python-zstandard takes for an end."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._frame = self._decompressor.decompressobj()
-        self._pending = b""
-        self._inside_frame = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._pending:
-            compressed = self._frame.unused_data or self._file.read(1 << 17)
-            if self._frame.eof:
-                self._frame, self._inside_frame = self._decompressor.decompressobj(), False
-            if not compressed:
-                if self._inside_frame:
-                    raise EOFError("the last zstd frame has no end")
-                return 0
-            self._pending = self._frame.decompress(compressed)
-            self._inside_frame = not self._frame.eof
-        count = min(len(buffer), len(self._pending))
-        buffer[:count], self._pending = self._pending[:count], self._pending[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _open_zstd(path: Path) -> AbstractContextManager[Any]:
-    return io.BufferedReader(_WholeZstdStream(path), 1 << 20)
+def _parse(line: bytes, fmt: SourceFormat, place: str) -> Record:
+    if len(line) > MAX_DOCUMENT_BYTES:
+        return Record(fault=f"{place}: the line is longer than {MAX_DOCUMENT_BYTES:,} bytes")
+    try:
+        raw = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:  # ValueError covers invalid UTF-8
+        return Record(fault=f"{place}: not a line of JSON in UTF-8 ({error})")
+    return _record(raw, fmt, place)
 
 
 def _read_parquet(path: Path, fmt: SourceFormat) -> Iterator[Record]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if fmt.text_field not in names:
+            yield Record(fault=f"{path}: has no column {fmt.text_field!r}; it has {', '.join(names)}")
+            return
+        columns = [fmt.text_field] + (["meta"] if fmt.subset_field is not None and "meta" in names else [])
+        row = 0
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+            for values in zip(*(batch.column(name) for name in columns), strict=True):
+                row += 1
+                yield _parse_row(dict(zip(columns, values, strict=True)), fmt, f"{path}: row {row}")
+
+
+def _parse_row(row: dict[str, pyarrow.Scalar], fmt: SourceFormat, place: str) -> Record:
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if fmt.text_field not in file.schema_arrow.names:
-                raise Refusal(f"{path}: has no column {fmt.text_field!r}; it has {', '.join(file.schema_arrow.names)}")
-            row = 0
-            for batch in file.iter_batches(batch_size=256, columns=[fmt.text_field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    yield _record({fmt.text_field: text}, fmt, f"{path}: row {row}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise Refusal(f"{path}: not a readable parquet file ({error})") from error
+        return _record({name: value.as_py() for name, value in row.items()}, fmt, place)
+    except UnicodeDecodeError as error:
+        return Record(fault=f"{place}: not UTF-8 at byte {error.start}")
 
 
 def _read_text(path: Path, fmt: SourceFormat) -> Iterator[Record]:
+    if path.stat().st_size > MAX_DOCUMENT_BYTES:
+        yield Record(fault=f"{path}: is one document of more than {MAX_DOCUMENT_BYTES:,} bytes")
+        return
     try:
-        text = path.read_text(encoding="utf-8")
+        yield _record({fmt.text_field: path.read_bytes().decode()}, fmt, str(path))
     except UnicodeDecodeError as error:
-        raise Refusal(f"{path}: not UTF-8 at byte {error.start}") from error
-    yield _record({fmt.text_field: text}, fmt, str(path))
+        yield Record(fault=f"{path}: not UTF-8 at byte {error.start}")
 
 
 READERS: dict[str, Callable[[Path, SourceFormat], Iterator[Record]]] = {
-    ".jsonl.zst": _read_jsonl(_open_zstd),
-    ".jsonl.gz": _read_jsonl(_open_gzip),
-    ".jsonl": _read_jsonl(_open_plain),
+    ".jsonl.zst": partial(_read_jsonl, "zstd"),
+    ".jsonl.gz": partial(_read_jsonl, "gzip"),
+    ".jsonl": partial(_read_jsonl, None),
     ".parquet": _read_parquet,
     ".txt": _read_text,
 }

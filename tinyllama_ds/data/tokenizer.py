@@ -2,14 +2,17 @@
 
 import hashlib
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from tinyllama_ds.errors import Refusal
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 TOKENIZER_FILE = "tokenizer.model"
+END_OF_DOCUMENT = f"one EOS (id {EOS_ID}) after each document, no BOS"
 
 
 class Tokenizer:
@@ -33,12 +36,16 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.processor.vocab_size()
 
-    def encode_documents(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each document: its text and one EOS, no BOS. Text such as `</s>` stays text."""
+    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all documents one after the other, each text and one EOS, no BOS; and the length of each document.
+
+        Text such as `</s>` stays text.
+        """
         documents = self.processor.encode(texts)
         for ids in documents:
             ids.append(EOS_ID)
-        return documents
+        lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
+        return np.fromiter(chain.from_iterable(documents), dtype=np.int64, count=lengths.sum()), lengths
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text alone."""

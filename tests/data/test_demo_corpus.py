@@ -1,0 +1,66 @@
+"""The demo corpus, from a small made-up library."""
+
+from pathlib import Path
+
+import pytest
+
+from tinyllama_ds.data.demo_corpus import make_demo_corpus
+from tinyllama_ds.data.sources import find_inputs, read_texts, source_format
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("library")
+    for number in range(150):
+        package = root / f"package{number % 7}"
+        package.mkdir(exist_ok=True)
+        docstring = f"What module {number} explains at some length. " * 8
+        (package / f"module{number}.py").write_text(f'"""{docstring}"""\n\nVALUE = {number}\n')
+    (root / "site-packages").mkdir()
+    (root / "site-packages" / "third_party.py").write_text("SECRET = 'site-packages'\n")
+    (root / "broken.py").write_text("def broken(:\n")
+    (root / "latin1.py").write_bytes(b"# caf\xe9\n")
+    return root
+
+
+def texts_of(root: Path, source: str, split: str) -> list[str]:
+    fmt = source_format(source)
+    return [text for path in find_inputs(root / source, fmt)[split] for text in read_texts(path, fmt)]
+
+
+def test_both_sources_are_written_as_published(tmp_path: Path, library: Path):
+    made = make_demo_corpus(tmp_path, library, max_bytes=2_000_000)
+    for source in ("slimpajama", "starcoderdata"):
+        splits = {split: texts_of(tmp_path, source, split) for split in ("train", "validation")}
+        assert {f"{split} documents": len(texts) for split, texts in splits.items()}.items() <= made[source].items()
+        assert sum(len(text.encode()) for texts in splits.values() for text in texts) == made[source]["bytes"]
+    code = texts_of(tmp_path, "starcoderdata", "train") + texts_of(tmp_path, "starcoderdata", "validation")
+    assert "def broken(:\n" in code
+    assert not any("site-packages" in text for text in code)
+    prose = texts_of(tmp_path, "slimpajama", "train") + texts_of(tmp_path, "slimpajama", "validation")
+    assert sum("explains at some length" in text for text in prose) == 150
+
+
+def test_a_module_is_held_out_as_a_whole(tmp_path: Path, library: Path):
+    make_demo_corpus(tmp_path, library, max_bytes=2_000_000)
+    held_out_code = texts_of(tmp_path, "starcoderdata", "validation")
+    held_out_prose = "\n".join(texts_of(tmp_path, "slimpajama", "validation"))
+    assert held_out_code
+    for text in held_out_code:
+        if text.startswith('"""'):
+            assert text.split('"""')[1].strip() in held_out_prose
+
+
+def test_the_corpus_is_deterministic_and_stops_at_its_size(tmp_path: Path, library: Path):
+    first = make_demo_corpus(tmp_path / "a", library, max_bytes=10_000)
+    assert make_demo_corpus(tmp_path / "b", library, max_bytes=10_000) == first
+    assert all(0 < counts["bytes"] <= 10_000 for counts in first.values())
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert all((tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes() for path in files)
+
+
+def test_what_is_there_is_left_alone(tmp_path: Path, library: Path):
+    (tmp_path / "slimpajama").mkdir()
+    assert list(make_demo_corpus(tmp_path, library, max_bytes=10_000)) == ["starcoderdata"]
+    assert make_demo_corpus(tmp_path, library, max_bytes=10_000) == {}
+    assert list((tmp_path / "slimpajama").iterdir()) == []

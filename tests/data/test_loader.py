@@ -1,0 +1,165 @@
+"""Batches: the right tokens at the right position, made ahead without losing one, an exception or a thread."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import made_up_text, write_jsonl
+
+from tinyllama_ds.data.loader import SampleReader, open_streams, prefetch
+from tinyllama_ds.data.order import MixtureStage, SampleOrder
+from tinyllama_ds.data.prepare import prepare
+from tinyllama_ds.data.shards import TokenStream
+from tinyllama_ds.data.sources import source_format
+from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer
+from tinyllama_ds.errors import Refusal
+
+T = 64
+
+
+def make_data(root: Path, tokenizer: Tokenizer, corpora: dict[str, list[list[str]]]) -> Path:
+    """A data directory of several sources, each of several files and as many shards."""
+    for source, files in corpora.items():
+        for number, documents in enumerate(files):
+            write_jsonl(root / "raw" / source / f"{number}.jsonl", documents)
+        prepare(source, root / "raw" / source, tokenizer.path, root / "data", source_format(source), 1, shard_bytes=1)
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    root = tmp_path_factory.mktemp("loader")
+    corpora = {
+        "first": [[made_up_text(file * 10 + number, 150) for number in range(5)] for file in range(3)],
+        "second": [[made_up_text(100 + number, 80) for number in range(4)]],
+    }
+    return make_data(root, tokenizer, corpora)
+
+
+def reader_of(data: Path, sources: list[str], samples: int, vocab_size: int = 512) -> tuple[SampleReader, SampleOrder]:
+    streams = open_streams(data, sources, "train", vocab_size)
+    sizes = {name: stream.num_samples(T) for name, stream in streams.items()}
+    order = SampleOrder(1, sizes, [MixtureStage(samples, dict.fromkeys(sources, 1.0))])
+    return SampleReader(streams, order, T, vocab_size), order
+
+
+def test_a_batch_is_the_tokens_that_the_order_names(data: Path):
+    reader, order = reader_of(data, ["first", "second"], 40)
+    batch = reader.read(np.arange(5, 25))
+    assert batch.shape == (20, T + 1)
+    assert batch.dtype == np.int64
+    located = order.locate(np.arange(5, 25))
+    whole = [
+        np.concatenate([np.fromfile(path, "<u2") for path in sorted((data / name / "train").glob("*.bin"))])
+        for name in ("first", "second")
+    ]
+    for row, source, sample in zip(batch, located.source, located.sample, strict=True):
+        assert np.array_equal(row, whole[source][sample * T : sample * T + T + 1])
+
+
+def test_every_token_but_the_first_is_a_target_exactly_once(data: Path):
+    stream = TokenStream(data / "first" / "train")
+    reader, _ = reader_of(data, ["first"], stream.num_samples(T))
+    targets = reader.read(np.arange(stream.num_samples(T)))[:, 1:].ravel()
+    assert stream.tokens - 1 - len(targets) < T
+    expected = stream.read(1, len(targets))
+    assert np.array_equal(np.sort(targets), np.sort(expected))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_ranks_read_disjoint_samples_that_make_up_the_epoch(data: Path, world_size: int):
+    samples = TokenStream(data / "first" / "train").num_samples(T) // 24 * 24
+    reader, _ = reader_of(data, ["first"], samples)
+    positions = np.arange(samples).reshape(-1, world_size, 24 // world_size)
+    rows = [reader.read(positions[:, rank].ravel()) for rank in range(world_size)]
+    assert sorted(map(bytes, np.concatenate(rows))) == sorted(map(bytes, reader.read(np.arange(samples))))
+    assert len(set(map(bytes, np.concatenate(rows)))) == samples
+
+
+def test_one_document_in_one_shard_is_enough(tmp_path: Path, tokenizer: Tokenizer):
+    data = make_data(tmp_path, tokenizer, {"tiny": [[made_up_text(1, 60)]]})
+    reader, _ = reader_of(data, ["tiny"], 8)
+    assert reader.read(np.arange(8)).shape == (8, T + 1)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_with_its_place(tmp_path: Path, tokenizer: Tokenizer):
+    data = make_data(tmp_path, tokenizer, {"bad": [[made_up_text(1, 300)]]})
+    (path,) = (data / "bad" / "train").glob("*.bin")
+    tokens = np.fromfile(path, "<u2")
+    tokens[70] = 65_535
+    tokens.tofile(path)
+    reader, _ = reader_of(data, ["bad"], 10)
+    with pytest.raises(Refusal, match=r"shard_00000\.bin at token 70: token id 65535 is beyond the vocabulary of 512"):
+        reader.read(np.arange(10))
+
+
+def test_what_does_not_fit_together_is_refused(tmp_path: Path, data: Path, tokenizer: Tokenizer):
+    with pytest.raises(Refusal, match="has 512 pieces, but the model's vocabulary is 32000"):
+        open_streams(data, ["first"], "train", 32_000)
+    with pytest.raises(Refusal, match="holds no token shards"):
+        open_streams(data, ["absent"], "train", 512)
+    other = make_data(tmp_path, tokenizer, {"first": [[made_up_text(1, 60)]]})
+    train_tokenizer([made_up_text(99, 3000)], 512, other / TOKENIZER_FILE)
+    with pytest.raises(Refusal, match="was made with another tokenizer"):
+        open_streams(other, ["first"], "train", 512)
+
+
+# --- prefetch ---------------------------------------------------------------------------------------------------------
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_prefetch_gives_the_same_items_and_ends():
+    assert list(prefetch(iter(range(100)), 3)) == list(range(100))
+    assert prefetch_threads() == []
+
+
+def test_prefetch_works_ahead_but_no_further_than_its_depth():
+    made = []
+
+    def items():
+        for number in range(50):
+            made.append(number)
+            yield number
+
+    ahead = prefetch(items(), 4)
+    assert next(ahead) == 0
+    time.sleep(0.3)
+    assert 4 <= len(made) <= 6  # four wait in the queue, one in the thread's hand
+    ahead.close()
+    assert prefetch_threads() == []
+
+
+def test_prefetch_hands_over_the_exception_after_the_items_before_it():
+    def items():
+        yield 1
+        yield 2
+        raise Refusal("shard: cut short")
+
+    ahead = prefetch(items(), 1)
+    assert [next(ahead), next(ahead)] == [1, 2]
+    with pytest.raises(Refusal, match="cut short"):
+        next(ahead)
+    assert prefetch_threads() == []
+
+
+def test_prefetch_hides_the_reading_behind_the_work():
+    def slow():
+        for number in range(10):
+            time.sleep(0.02)
+            yield number
+
+    waited = 0.0
+    ahead = prefetch(slow(), 4)
+    next(ahead)
+    for _ in range(9):
+        time.sleep(0.04)  # the training step
+        start = time.perf_counter()
+        next(ahead)
+        waited += time.perf_counter() - start
+    assert waited < 0.05
+    ahead.close()

@@ -1,0 +1,194 @@
+"""Preparation: nothing lost, the same bytes for any number of workers and after any crash."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+from corpora import made_up_text, write_jsonl
+from megatron import read_mmididx
+
+from tinyllama_ds.data.prepare import prepare
+from tinyllama_ds.data.shards import Manifest, TokenStream
+from tinyllama_ds.data.sources import SourceFormat, read_texts, source_format
+from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer, train_tokenizer
+from tinyllama_ds.errors import Refusal
+
+PLAIN = SourceFormat()
+FILES = 6
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    root = tmp_path / "raw"
+    for number in range(FILES):
+        texts = [made_up_text(100 * number + index, 40) for index in range(30)]
+        write_jsonl(root / "train" / f"part{number}.jsonl", texts)
+    write_jsonl(root / "validation" / "part.jsonl", [made_up_text(9999, 100)])
+    return root
+
+
+def run(corpus: Path, tokenizer: Tokenizer, output: Path, workers: int = 1, **changes) -> list[Manifest]:
+    arguments = {"shard_bytes": 10_000, "max_bad_records": 0} | changes
+    return prepare("source", corpus, tokenizer.path, output, PLAIN, workers, **arguments)
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+def test_the_documents_come_out_as_they_went_in(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+    manifests = run(corpus, tokenizer, tmp_path / "out")
+    assert {manifest.split for manifest in manifests} == {"train", "validation"}
+    assert len([manifest for manifest in manifests if manifest.split == "train"]) > 1
+    for split in ("train", "validation"):
+        expected = [text for path in sorted((corpus / split).iterdir()) for text in read_texts(path, PLAIN)]
+        prefixes = sorted(path.with_suffix("") for path in (tmp_path / "out" / "source" / split).glob("*.bin"))
+        documents = [document for prefix in prefixes for document in read_mmididx(prefix)]
+        assert [document[-1] for document in documents] == [EOS_ID] * len(expected)
+        assert [tokenizer.decode(document[:-1]) for document in documents] == expected
+
+
+def test_the_manifests_account_for_every_record(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+    with (corpus / "train" / "part0.jsonl").open("a") as file:
+        file.write(json.dumps({"text": ""}) + "\n" + json.dumps({"text": "x", "meta": None}) + "\n")
+    manifests = run(corpus, tokenizer, tmp_path / "out")
+    inputs = [entry for manifest in manifests for entry in manifest.inputs]
+    assert sum(entry.records for entry in inputs) == FILES * 30 + 1 + 2
+    for entry in inputs:
+        assert entry.records == entry.documents + sum(entry.rejected.values()) + len(entry.faults)
+    assert inputs[0].rejected == {"empty text": 1}
+    for manifest in manifests:
+        assert manifest.documents == sum(entry.documents for entry in manifest.inputs)
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+    for workers in (1, 2, 5):
+        run(corpus, tokenizer, tmp_path / str(workers), workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
+
+
+def test_a_second_start_does_nothing_again(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+    output = tmp_path / "out"
+    first = run(corpus, tokenizer, output)
+    times = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    assert run(corpus, tokenizer, output, workers=3) == first
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == times
+
+
+def test_a_lost_shard_is_made_again(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+    output = tmp_path / "out"
+    run(corpus, tokenizer, output)
+    before = contents(output)
+    (output / "source" / "train" / "shard_00001.bin").unlink()
+    (output / "source" / "train" / "shard_00000.json").unlink()
+    run(corpus, tokenizer, output)
+    assert contents(output) == before
+
+
+def test_shards_of_other_inputs_are_refused_and_left_alone(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+    output = tmp_path / "out"
+    run(corpus, tokenizer, output)
+    before = contents(output)
+    write_jsonl(corpus / "train" / "part0.jsonl", ["changed"])
+    with pytest.raises(Refusal, match="was made from other inputs"):
+        run(corpus, tokenizer, output)
+    assert contents(output) == before
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+    run(corpus, tokenizer, tmp_path / "out")
+    other = train_tokenizer([made_up_text(1, 3000)], 400, tmp_path / "other.model")
+    with pytest.raises(Refusal, match="one data directory holds tokens of one tokenizer"):
+        run(corpus, other, tmp_path / "out")
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_record_fails_the_run_with_file_and_line(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+    with (corpus / "train" / "part3.jsonl").open("a") as file:
+        file.write('{"text": \n')
+    for workers in (1, 3):
+        with pytest.raises(Refusal, match=r"part3\.jsonl:31: not a line of JSON"):
+            run(corpus, tokenizer, tmp_path / "out", workers)
+    leftovers = [path for path in (tmp_path / "out").rglob("*") if "partial" in path.name]
+    assert leftovers == []
+
+
+def test_allowed_bad_records_are_counted_and_listed(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+    for number in (0, 3):
+        with (corpus / "train" / f"part{number}.jsonl").open("a") as file:
+            file.write('{"text": \n{"texts": "wrong field"}\n{"text": "good"}\n')
+    with pytest.raises(Refusal, match=r"\(bad record 4; 3 were allowed\)"):
+        run(corpus, tokenizer, tmp_path / "out", max_bad_records=3)
+    manifests = run(corpus, tokenizer, tmp_path / "out", max_bad_records=4)
+    inputs = [entry for manifest in manifests for entry in manifest.inputs]
+    faults = [fault for entry in inputs for fault in entry.faults]
+    assert [fault.split("/")[-1].split(": ")[0] for fault in faults] == [
+        "part0.jsonl:31",
+        "part0.jsonl:32",
+        "part3.jsonl:31",
+        "part3.jsonl:32",
+    ]
+    assert sum(entry.records for entry in inputs) == FILES * 30 + 1 + 6
+    assert all(entry.records == entry.documents + len(entry.faults) for entry in inputs)
+
+
+def test_a_truncated_file_keeps_the_documents_before_the_cut(tmp_path: Path, tokenizer: Tokenizer):
+    texts = [made_up_text(seed, 2000) for seed in range(40)]
+    content = zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "x.jsonl.zst").write_bytes(content[: len(content) // 2])
+    (manifest,) = run(tmp_path / "raw", tokenizer, tmp_path / "out", max_bad_records=2)
+    (entry,) = manifest.inputs
+    assert 0 < entry.documents < len(texts)
+    assert entry.records == entry.documents + len(entry.faults)
+    assert "damaged or cut short" in entry.faults[-1]
+
+
+def test_a_corpus_of_nothing_is_refused(tmp_path: Path, tokenizer: Tokenizer):
+    write_jsonl(tmp_path / "raw" / "x.jsonl", ["", ""])
+    with pytest.raises(Refusal, match="every record of it was rejected"):
+        run(tmp_path / "raw", tokenizer, tmp_path / "out")
+
+
+def test_files_of_a_rejected_subset_among_others_are_no_error(tmp_path: Path, tokenizer: Tokenizer):
+    for number, subset in enumerate(("RedPajamaGithub", "RedPajamaC4")):
+        line = json.dumps({"text": f"text {number}", "meta": {"redpajama_set_name": subset}})
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        (tmp_path / "raw" / f"{number}.jsonl").write_text(line)
+    fmt = source_format("slimpajama")
+    manifests = prepare("slimpajama", tmp_path / "raw", tokenizer.path, tmp_path / "out", fmt, 1, shard_bytes=1)
+    assert [manifest.documents for manifest in manifests] == [0, 1]
+    assert manifests[0].inputs[0].rejected == {"subset RedPajamaGithub": 1}
+    assert TokenStream(tmp_path / "out" / "slimpajama" / "train").tokens == manifests[1].tokens
+
+
+def test_a_full_disk_is_an_error_that_leaves_no_shard(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+    """A limit on the size of files stands for the disk; OSError is what a full one raises too."""
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000));"
+        "from tinyllama_ds.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, *cli_arguments(corpus, tokenizer, tmp_path / "out", 1)]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 78
+    assert "File too large" in done.stderr.splitlines()[-1]
+    assert list((tmp_path / "out" / "source" / "train").iterdir()) == []
+
+
+# --- kill -9 ----------------------------------------------------------------------------------------------------------
+
+
+def cli_arguments(corpus: Path, tokenizer: Tokenizer, output: Path, workers: int) -> list[str]:
+    return [
+        "prepare",
+        *("--source", "source", "--input", str(corpus), "--tokenizer", str(tokenizer.path)),
+        *("--output", str(output), "--workers", str(workers)),
+    ]

@@ -1,0 +1,85 @@
+"""The tokenizer against sentencepiece itself."""
+
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from corpora import made_up_text
+
+from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer, train_tokenizer
+from tinyllama_ds.errors import Refusal
+
+
+def test_documents_are_sentencepieces_ids_and_one_eos(tokenizer: Tokenizer, texts: list[str]):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    ids, lengths = tokenizer.encode_documents(texts)
+    expected = [[*reference.encode(text), EOS_ID] for text in texts]
+    assert lengths.tolist() == [len(document) for document in expected]
+    assert ids.tolist() == [token for document in expected for token in document]
+
+
+def test_no_text_becomes_a_control_token(tokenizer: Tokenizer, texts: list[str]):
+    ids, lengths = tokenizer.encode_documents([*texts, "</s>", "<s>", "<unk>"])
+    assert (ids == EOS_ID).sum() == len(lengths)
+    assert not ((ids == BOS_ID) | (ids == UNK_ID)).any()
+
+
+def test_decoding_gives_the_text_back(tokenizer: Tokenizer, texts: list[str]):
+    for text in texts:
+        if "\u2581" not in text:  # sentencepiece's own mark for a space
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_no_document_is_no_token(tokenizer: Tokenizer):
+    ids, lengths = tokenizer.encode_documents([])
+    assert len(ids) == len(lengths) == 0
+
+
+def test_training_follows_llamas_settings(tokenizer: Tokenizer):
+    processor = tokenizer.processor
+    assert tokenizer.vocab_size == 512
+    assert (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()) == (0, 1, 2, -1)
+    assert all(processor.is_byte(number) for number in range(3, 259))
+    assert processor.encode("777", out_type=str) == ["▁", "7", "7", "7"]  # digits one by one
+
+
+def test_training_is_deterministic(tokenizer: Tokenizer, tmp_path: Path):
+    again = train_tokenizer([made_up_text(seed, 1500) for seed in range(10)], 512, tmp_path / "again.model")
+    assert again.sha256 == tokenizer.sha256
+
+
+def test_training_stops_at_its_share_of_text(tmp_path: Path):
+    def texts():
+        yield made_up_text(0, 1500)
+        yield made_up_text(1, 1500)
+        raise AssertionError("read on after max_bytes")
+
+    assert train_tokenizer(texts(), 300, tmp_path / "t.model", max_bytes=10_000).vocab_size == 300
+
+
+def test_too_little_text_is_refused_and_leaves_nothing(tmp_path: Path):
+    with pytest.raises(Refusal, match="training a tokenizer with 5000 pieces failed"):
+        train_tokenizer(["a few words"], 5000, tmp_path / "t.model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_or_foreign_file_is_refused(tmp_path: Path):
+    with pytest.raises(Refusal, match="the tokenizer is missing"):
+        Tokenizer(tmp_path / "absent.model")
+    (tmp_path / "text.model").write_text("not a model")
+    with pytest.raises(Refusal, match="not a sentencepiece model"):
+        Tokenizer(tmp_path / "text.model")
+
+
+def test_other_special_ids_are_refused(tmp_path: Path):
+    with (tmp_path / "odd.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(made_up_text(0, 2000).splitlines()),
+            model_writer=file,
+            vocab_size=60,
+            bos_id=2,
+            eos_id=1,
+            minloglevel=2,
+        )
+    with pytest.raises(Refusal, match=r"are \(0, 2, 1\); expected \(0, 1, 2\)"):
+        Tokenizer(tmp_path / "odd.model")
