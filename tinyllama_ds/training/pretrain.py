@@ -77,7 +77,7 @@ def _pretrain(options: Options, world: World) -> int:
 
 def _open_metrics(run: Run, world: World, start: Progress, engine: "DeepSpeedEngine") -> MetricsLogger:
     metrics = MetricsLogger(
-        run.run_dir, run.monitors, run.plan.total_steps, start.step, json.dumps(run.description, indent=1)
+        run.run_dir, run.monitors, run.plan.total_steps, start, json.dumps(run.description, indent=1)
     )
     dtype = next(engine.module.parameters()).dtype
     peak, origin = peak_flops(world.device, dtype)
