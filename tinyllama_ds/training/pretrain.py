@@ -61,7 +61,7 @@ def _pretrain(options: Options, world: World) -> int:
     check_with_deepspeed(run.engine_config, str(options.deepspeed_config))
     if world.is_main:
         open_run_directory(run)
-    model = build_model(run.model, run.attention, run.recipe.seed)
+    model = build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
     if run.compile:
         compile_blocks(model)
     engine = wrap(model, run.engine_config, run.schedule.ratio(0))

@@ -53,6 +53,7 @@ class Options:
     resume: str = "auto"  # auto, must, never
     attention: str = "auto"
     compile: bool = False
+    activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Run:
     model: LlamaConfig
     attention: str
     compile: bool
+    activation_checkpointing: int
     micro_batch: int
     schedule: Schedule
     order: SampleOrder
@@ -100,6 +102,10 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         bf16=bf16,
     )
     engine_config, monitors = split_off_our_sections(resolved)
+    if options.activation_checkpointing < 0:
+        raise Refusal(
+            f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
+        )
     attention = resolve_attention_backend(options.attention, device_type)
     attention_function(attention)  # refuses an absent package now rather than after the data was read
     streams, validation = _open_data(options.data, recipe, model)
@@ -121,6 +127,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         "micro_batch": micro_batch,
         "attention": attention,
         "compile": options.compile,
+        "activation_checkpointing": options.activation_checkpointing,
         "plan": {"steps": plan.total_steps, "tokens": plan.total_tokens},
         "versions": _versions(),
     }
@@ -132,6 +139,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         model=model,
         attention=attention,
         compile=options.compile,
+        activation_checkpointing=options.activation_checkpointing,
         micro_batch=micro_batch,
         schedule=make_schedule(raw, options.deepspeed_config, plan),
         order=order,
