@@ -4,7 +4,7 @@ PyTorch's CPU flash kernel leaves most of the matrix unit idle. Here a block of 
 head is one matrix product with all earlier keys: half of the score matrix is never computed, and the rest runs at the
 rate of the hardware, in a third of the time at 512 tokens (docs/performance.md).
 
-Shapes: B batch, T tokens, H query heads, K key/value heads, G = H / K, E head size, N = B * K, q rows of a block, S keys.
+Shapes: B batch, T tokens, H query heads, K key/value heads, G = H / K, E head size, N = B * K, q a block, S keys.
 """
 
 from typing import Any
@@ -18,8 +18,8 @@ BLOCK = 64  # queries; measured best of 16 to 128 from 128 to 2,048 tokens
 class BlockedAttention(torch.autograd.Function):
     """q is (B, T, H, E); k and v are (B, T, K, E); the result is (B, T, H, E).
 
-    Keeps the probabilities for the backward pass. Scores are rounded to the model's dtype once; softmax and its gradient are in fp32 (Dao 2023, FlashAttention-2,
-    equations of section 3.1, with stored instead of recomputed probabilities).
+    Scores are rounded to the model's dtype once; softmax and its gradient are in fp32. The equations are those of
+    FlashAttention-2 (Dao 2023, section 3.1), with probabilities kept for the backward pass instead of recomputed.
     """
 
     @staticmethod

@@ -9,6 +9,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -102,6 +103,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         bf16=bf16,
     )
     engine_config, monitors = split_off_our_sections(resolved)
+    _refuse_absent_monitors(monitors, options.deepspeed_config)
     if options.activation_checkpointing < 0:
         raise Refusal(
             f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
@@ -150,6 +152,12 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         resume=options.resume,
         description=description,
     )
+
+
+def _refuse_absent_monitors(monitors: dict, path: Path) -> None:
+    for section, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        if monitors.get(section, {}).get("enabled") and find_spec(package) is None:
+            raise Refusal(f"{path}: {section}.enabled is true, but the package {package} is not installed")
 
 
 def make_schedule(raw: dict, path: Path, plan: RunPlan) -> Schedule:
