@@ -118,46 +118,57 @@ def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source", required=True, help="slimpajama, starcoderdata, or a name of your own")
+    parser.add_argument(
+        "--source", required=True, help="slimpajama, starcoderdata, proof-pile-2, skypile, or a name of your own"
+    )
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="raw files, or one file")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="tokenizer.model")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the data directory")
     parser.add_argument("--text-field", help="where the text is, for corpora of your own (default: text)")
+    parser.add_argument(
+        "--subset",
+        nargs="+",
+        metavar="NAME",
+        help="only these parts: SlimPajama's set names, or folders (languages of StarCoderData)",
+    )
+    parser.add_argument(
+        "--max-bad-records", type=int, default=0, metavar="N", help="list and leave out up to N (default: %(default)s)"
+    )
+    parser.add_argument("--encoder", choices=("auto", "gigatoken", "sentencepiece"), default="auto")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     _add_json(parser)
 
 
 def _prepare(options: argparse.Namespace) -> int:
     """Tokenise one source into shards; starts again where it stopped."""
-    from tinyllama_ds.data.prepare import prepare
+    from tinyllama_ds.data.prepare import Preparation, prepare, summarise
     from tinyllama_ds.data.sources import source_format
 
-    fmt = source_format(options.source, options.text_field)
-    manifests = prepare(options.source, options.input, options.tokenizer, options.output, fmt, max(1, options.workers))
-    table = _prepare_table(manifests)
-    lines = [
-        f"{options.source}/{split}: {row['files']:,} files, {row['documents']:,} documents,"
-        f" {row['rejected']:,} rejected, {row['tokens']:,} tokens, {row['bytes_per_token']:.2f} bytes per token"
-        for split, row in table.items()
-    ]
-    return _print_result(options, table, "\n".join(lines))
+    job = Preparation(
+        source=options.source,
+        input=options.input,
+        format=source_format(options.source, options.text_field, options.subset),
+        tokenizer=options.tokenizer,
+        output=options.output,
+        encoder=options.encoder,
+        max_bad_records=options.max_bad_records,
+    )
+    table = summarise(prepare(job, max(1, options.workers)))
+    return _print_result(options, table, _prepare_text(options.source, table))
 
 
-def _prepare_table(manifests: list) -> dict[str, dict]:
-    table: dict[str, dict] = {}
-    for split in sorted({manifest.split for manifest in manifests}):
-        chosen = [manifest for manifest in manifests if manifest.split == split]
-        inputs = [entry for manifest in chosen for entry in manifest.inputs]
-        tokens = sum(manifest.tokens for manifest in chosen)
-        table[split] = {
-            "shards": len(chosen),
-            "files": len(inputs),
-            "documents": sum(entry.documents for entry in inputs),
-            "rejected": sum(sum(entry.rejected.values()) for entry in inputs),
-            "tokens": tokens,
-            "bytes_per_token": sum(entry.text_bytes for entry in inputs) / tokens,
-        }
-    return table
+def _prepare_text(source: str, table: dict[str, dict]) -> str:
+    lines = []
+    for split, row in table.items():
+        rejected = ", ".join(f"{count:,} {reason}" for reason, count in row["rejected"].items()) or "none"
+        encoders = ", ".join(f"{count:,} by {name}" for name, count in row["encoders"].items())
+        lines.append(
+            f"{source}/{split}: {row['files']:,} files ({encoders}), {row['records']:,} records,"
+            f" {row['documents']:,} documents, rejected: {rejected}, {len(row['faults']):,} bad;"
+            f" {row['tokens']:,} tokens, {row['bytes_per_token']:.2f} bytes per token, {row['shards']:,} shards"
+        )
+        lines += [f"  bad: {fault}" for fault in row["faults"]] + [f"  {fallback}" for fallback in row["fallbacks"]]
+    return "\n".join(lines)
 
 
 # --- training -----------------------------------------------------------------------------------------------------

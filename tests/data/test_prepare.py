@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import zstandard
 from corpora import made_up_text, write_jsonl
 from megatron import read_mmididx
 
-from tinyllama_ds.data.prepare import prepare
+from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.shards import Manifest, TokenStream
 from tinyllama_ds.data.sources import SourceFormat, read_texts, source_format
 from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer, train_tokenizer
@@ -31,8 +32,8 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def run(corpus: Path, tokenizer: Tokenizer, output: Path, workers: int = 1, **changes) -> list[Manifest]:
-    arguments = {"shard_bytes": 10_000, "max_bad_records": 0} | changes
-    return prepare("source", corpus, tokenizer.path, output, PLAIN, workers, **arguments)
+    job = Preparation("source", corpus, PLAIN, tokenizer.path, output, shard_bytes=10_000)
+    return prepare(replace(job, **changes), workers)
 
 
 def contents(output: Path) -> dict[str, bytes]:
@@ -161,7 +162,8 @@ def test_files_of_a_rejected_subset_among_others_are_no_error(tmp_path: Path, to
         (tmp_path / "raw").mkdir(exist_ok=True)
         (tmp_path / "raw" / f"{number}.jsonl").write_text(line)
     fmt = source_format("slimpajama")
-    manifests = prepare("slimpajama", tmp_path / "raw", tokenizer.path, tmp_path / "out", fmt, 1, shard_bytes=1)
+    job = Preparation("slimpajama", tmp_path / "raw", fmt, tokenizer.path, tmp_path / "out", shard_bytes=1)
+    manifests = prepare(job)
     assert [manifest.documents for manifest in manifests] == [0, 1]
     assert manifests[0].inputs[0].rejected == {"subset RedPajamaGithub": 1}
     assert TokenStream(tmp_path / "out" / "slimpajama" / "train").tokens == manifests[1].tokens

@@ -41,6 +41,7 @@ class InputFile:
     rejected: dict[str, int]
     faults: list[str]
     text_bytes: int
+    encoder: str
 
 
 @dataclass(frozen=True)

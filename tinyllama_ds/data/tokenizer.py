@@ -2,10 +2,9 @@
 
 import hashlib
 from collections.abc import Iterable
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 
 from tinyllama_ds.errors import Refusal
@@ -36,16 +35,9 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.processor.vocab_size()
 
-    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all documents one after the other, each text and one EOS, no BOS; and the length of each document.
-
-        Text such as `</s>` stays text.
-        """
-        documents = self.processor.encode(texts)
-        for ids in documents:
-            ids.append(EOS_ID)
-        lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
-        return np.fromiter(chain.from_iterable(documents), dtype=np.int64, count=lengths.sum()), lengths
+    @cached_property
+    def pieces(self) -> list[str]:
+        return [self.processor.id_to_piece(number) for number in range(self.vocab_size)]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text alone."""
