@@ -1,8 +1,12 @@
 """Preparation: nothing lost, the same bytes for any number of workers and after any crash."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,6 +173,14 @@ def test_files_of_a_rejected_subset_among_others_are_no_error(tmp_path: Path, to
     assert TokenStream(tmp_path / "out" / "slimpajama" / "train").tokens == manifests[1].tokens
 
 
+def cli_arguments(corpus: Path, tokenizer: Tokenizer, output: Path, workers: int) -> list[str]:
+    return [
+        "prepare",
+        *("--source", "source", "--input", str(corpus), "--tokenizer", str(tokenizer.path)),
+        *("--output", str(output), "--workers", str(workers)),
+    ]
+
+
 def test_a_full_disk_is_an_error_that_leaves_no_shard(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
     """A limit on the size of files stands for the disk; OSError is what a full one raises too."""
     program = (
@@ -187,10 +199,77 @@ def test_a_full_disk_is_an_error_that_leaves_no_shard(tmp_path: Path, corpus: Pa
 
 # --- kill -9 ----------------------------------------------------------------------------------------------------------
 
+_PROGRAM = """
+import sys
+from pathlib import Path
+from tinyllama_ds.data.prepare import Preparation, prepare
+from tinyllama_ds.data.sources import SourceFormat
+raw, tokenizer, output, workers = sys.argv[1:]
+prepare(Preparation("source", Path(raw), SourceFormat(), Path(tokenizer), Path(output), "sentencepiece",
+                    shard_bytes=100_000), int(workers))
+"""
 
-def cli_arguments(corpus: Path, tokenizer: Tokenizer, output: Path, workers: int) -> list[str]:
-    return [
-        "prepare",
-        *("--source", "source", "--input", str(corpus), "--tokenizer", str(tokenizer.path)),
-        *("--output", str(output), "--workers", str(workers)),
-    ]
+
+@pytest.fixture(scope="module")
+def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve shards that take a moment each."""
+    root = tmp_path_factory.mktemp("large")
+    for number in range(12):
+        write_jsonl(root / f"{number:02d}.jsonl", [made_up_text(1000 * number + index, 400) for index in range(120)])
+    return root
+
+
+@pytest.fixture(scope="module")
+def clean_output(tmp_path_factory: pytest.TempPathFactory, large_corpus: Path, tokenizer: Tokenizer) -> Path:
+    output = tmp_path_factory.mktemp("clean")
+    assert start(large_corpus, tokenizer, output, 1).wait(60) == 0
+    assert len(list(output.rglob("*.json"))) == 12
+    return output
+
+
+def start(corpus: Path, tokenizer: Tokenizer, output: Path, workers: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", _PROGRAM, str(corpus), str(tokenizer.path), str(output), str(workers)]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def children(pid: int) -> list[int]:
+    """Workers of a process; multiprocessing's resource tracker is not one."""
+    pids = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [child for child in pids if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize("victim", ["parent", "worker"])
+@pytest.mark.parametrize("committed", [0, 4, 9])
+def test_a_kill_at_any_point_costs_nothing_but_time(
+    tmp_path: Path, large_corpus: Path, clean_output: Path, tokenizer: Tokenizer, victim: str, committed: int
+):
+    output = tmp_path / "out"
+    process = start(large_corpus, tokenizer, output, 2)
+    wait_until(lambda: len(list(output.rglob("*.json"))) >= committed and list(output.rglob(".*.bin.*.partial")))
+    workers = children(process.pid)
+    os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
+    assert process.wait(30) != 0
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert start(large_corpus, tokenizer, output, 1 if committed == 4 else 3).wait(60) == 0
+    assert contents(output) == contents(clean_output)
+
+
+def test_finished_shards_are_not_made_again_after_a_kill(
+    tmp_path: Path, large_corpus: Path, clean_output: Path, tokenizer: Tokenizer
+):
+    output = tmp_path / "out"
+    process = start(large_corpus, tokenizer, output, 1)
+    wait_until(lambda: len(list(output.rglob("*.json"))) >= 3)
+    process.kill()
+    process.wait(30)
+    finished = {path: path.stat().st_mtime_ns for path in output.rglob("*.json")}
+    assert start(large_corpus, tokenizer, output, 1).wait(60) == 0
+    assert finished.items() <= {path: path.stat().st_mtime_ns for path in output.rglob("*.json")}.items()
+    assert contents(output) == contents(clean_output)

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tinyllama_ds.data.encoding import FileEncoder, load_gigatoken
-from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter
+from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter, temporary_name
 from tinyllama_ds.data.sources import Record, SourceFormat, find_inputs, read_records
 from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.errors import Refusal
@@ -79,8 +79,10 @@ def prepare(
     _run(job, pending, done, workers, use_mpi)
     manifests = [Manifest.read(task.manifest) for task in tasks]
     _check_accounts(manifests)
-    if size == 1 and not any(manifest.documents for manifest in manifests):
-        raise Refusal(f"{job.input}: the corpus is empty, every record of it was rejected")
+    if size == 1:
+        _remove_leftovers(job)
+        if not any(manifest.documents for manifest in manifests):
+            raise Refusal(f"{job.input}: the corpus is empty, every record of it was rejected")
     return manifests
 
 
@@ -115,9 +117,15 @@ def _hold_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
             raise Refusal(f"{held}: differs from {tokenizer.path}; one data directory holds tokens of one tokenizer")
         return
     output.mkdir(parents=True, exist_ok=True)
-    partial = held.with_suffix(".partial")
+    partial = temporary_name(held)
     shutil.copyfile(tokenizer.path, partial)
     partial.replace(held)
+
+
+def _remove_leftovers(job: Preparation) -> None:
+    """What killed processes were writing; nobody is at work any more when every shard is there."""
+    for path in (job.output / job.source).rglob(".*.partial"):
+        path.unlink()
 
 
 def _is_done(task: ShardTask, tokenizer: Tokenizer) -> bool:

@@ -101,11 +101,15 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside a file for what is not yet the file, of this process alone."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
 class ShardWriter:
     """Writes one shard under temporary names; `commit` syncs and renames .bin, .idx, then the manifest.
 
-    The temporary names are this process's own, so that two hosts at work on the same shard do no harm: both make the
-    same bytes, and the later rename wins.
+    Two processes at work on the same shard do no harm: both make the same bytes, and the later rename wins.
     """
 
     def __init__(self, name: ShardName, vocab_size: int) -> None:
@@ -114,7 +118,6 @@ class ShardWriter:
         self._dtype = token_dtype(vocab_size)
         self._lengths = array("i")
         self._hash = hashlib.sha256()
-        self._mark = f"{socket.gethostname()}.{os.getpid()}"
         name.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = self._temporary(".bin").open("wb")
         self.tokens = 0
@@ -176,7 +179,7 @@ class ShardWriter:
             self._temporary(suffix).unlink(missing_ok=True)
 
     def _temporary(self, suffix: str) -> Path:
-        return self._name.prefix.with_name(f".{self._name.prefix.name}{suffix}.{self._mark}.partial")
+        return temporary_name(self._name.prefix.with_suffix(suffix))
 
     def _index(self) -> bytes:
         lengths = np.array(self._lengths, dtype="<i4")
