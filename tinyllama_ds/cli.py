@@ -5,8 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,14 +98,8 @@ def _train_tokenizer(options: argparse.Namespace) -> int:
 
 
 def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
-    """Texts of the training splits, one corpus after the other by turns, so that each has its share."""
-    from tinyllama_ds.data.sources import find_inputs, read_texts, source_format
-
-    readers = []
-    for directory in directories:
-        fmt = source_format(directory.name, text_field)
-        inputs = find_inputs(directory, fmt).get("train", [])
-        readers.append(chain.from_iterable(map(partial(read_texts, fmt=fmt), inputs)))
+    """Texts of all corpora by turns, so that each has its share of what the tokenizer sees."""
+    readers = [_texts_of(directory, text_field) for directory in directories]
     while readers:
         for reader in list(readers):
             text = next(reader, None)
@@ -115,6 +107,14 @@ def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
                 readers.remove(reader)
             else:
                 yield text
+
+
+def _texts_of(directory: Path, text_field: str | None) -> Iterator[str]:
+    from tinyllama_ds.data.sources import find_inputs, read_texts, source_format
+
+    fmt = source_format(directory.name, text_field)
+    for path in find_inputs(directory, fmt).get("train", []):
+        yield from read_texts(path, fmt)
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -316,7 +316,7 @@ def _report(options: argparse.Namespace) -> int:
 
     rows = read_metrics(options.run)
     output = options.output or options.run / "report.png"
-    draw(rows, output, options.run.name)
+    draw(rows, output, str(options.run))
     summary = summarise(rows)
     text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in summary.items())
     return _print_result(options, summary | {"picture": str(output)}, f"{text}\n{output}")

@@ -37,6 +37,9 @@ def export(weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer
     """
     if output.exists():
         raise Refusal(f"{output}: already exists; expected a new folder")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -44,6 +47,8 @@ def export(weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer
         hf_model(weights, config).save_pretrained(partial)
         hf_tokenizer(tokenizer, config.max_position_embeddings).save_pretrained(partial)
         shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
         difference = _prove_equal(partial, weights, config, tokenizer)
         partial.rename(output)
     finally:

@@ -142,6 +142,9 @@ def _check_training(raw: dict, path: Path) -> None:
                 close = difflib.get_close_matches(key, _ADAM_PARAMS, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise Refusal(f"{path}: unknown key 'optimizer.params.{key}'{hint}")
+    stage = raw.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise Refusal(f"{path}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
     if "activation_checkpointing" in raw:
         raise Refusal(
             f"{path}: activation_checkpointing would be ignored, DeepSpeed applies it to no model by itself;"
@@ -220,7 +223,16 @@ def resolve_deepspeed_config(
         },
     )
     _refuse_left_over_auto(resolved, "", path)
+    _refuse_fp32_accumulation_at_stage_0(resolved, path)
     return resolved
+
+
+def _refuse_fp32_accumulation_at_stage_0(resolved: dict, path: Path) -> None:
+    stage, bf16 = resolved["zero_optimization"].get("stage", 0), resolved.get("bf16", {}).get("enabled")
+    if stage == 0 and bf16 and resolved.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        raise Refusal(
+            f"{path}: DeepSpeed cannot accumulate in fp32 at stage 0 with bf16; use stage 1 or drop data_types"
+        )
 
 
 def _refuse_twins(path: Path, key: str, value: object, owner: str) -> None:

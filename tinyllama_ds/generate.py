@@ -35,6 +35,7 @@ def load_hf_folder(folder: Path) -> Served:
     """A Hugging Face folder, as any user of transformers loads it."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     return Served(

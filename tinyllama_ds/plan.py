@@ -31,6 +31,8 @@ class Step:
 
 @dataclass(frozen=True)
 class PlannedStage:
+    """A stage of the recipe in steps and sequences."""
+
     name: str
     steps: int
     batch: int  # sequences

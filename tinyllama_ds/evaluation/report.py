@@ -32,6 +32,7 @@ def draw(rows: list[dict], output: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     _draw_losses(axes[0, 0], rows)
@@ -42,6 +43,8 @@ def draw(rows: list[dict], output: Path, title: str) -> None:
     ):
         axis.plot(*_series(rows, name), linewidth=1)
         axis.set(xlabel="tokens", ylabel=label, ylim=(0, None))
+    for axis in axes.flat:
+        axis.xaxis.set_major_formatter(EngFormatter())
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(output, dpi=110)
@@ -53,10 +56,8 @@ def _draw_losses(axis: Any, rows: list[dict]) -> None:
     prefix = "Validation/Loss/"
     for name in sorted({key for row in rows for key in row if key.startswith(prefix)}):
         tokens, losses = _series(rows, name)
-        axis.plot(tokens, losses, marker="o", label=f"validation {name.removeprefix(prefix)}")
-        axis.annotate(f"{losses[-1]:.2f}", (tokens[-1], losses[-1]), xytext=(4, 4), textcoords="offset points")
+        axis.plot(tokens, losses, marker="o", label=f"validation {name.removeprefix(prefix)}: {losses[-1]:.2f}")
     axis.set(xlabel="tokens", ylabel="loss (nats per token)")
-    axis.grid(alpha=0.3)
     axis.legend()
 
 

@@ -8,7 +8,9 @@ import json
 import os
 import re
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,6 +127,7 @@ def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str
 
     Under bf16 training the weights are the fp32 masters rounded once, exactly what the last step left in the model.
     """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # merging is done in memory; unset, DeepSpeed prints its guess
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     manifest = read_manifest(checkpoint)
@@ -134,7 +137,8 @@ def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str
             "module"
         ]
     else:
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # DeepSpeed prints its way through the files
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     return manifest, {name: tensor.to(dtype).contiguous().clone() for name, tensor in weights.items()}
 
 

@@ -74,11 +74,6 @@ def check_with_deepspeed(config: dict, path: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
 
-    zero, bf16 = config["zero_optimization"], config.get("bf16", {}).get("enabled", False)
-    if zero.get("stage", 0) == 0 and bf16 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
-        raise Refusal(
-            f"{path}: DeepSpeed cannot accumulate in fp32 at stage 0 with bf16; use stage 1 or drop data_types"
-        )
     try:
         DeepSpeedConfig(config)
     except ValidationError as error:

@@ -46,6 +46,8 @@ def train(
     peak, _ = peak_flops(world.device, next(engine.module.parameters()).dtype)
     batches = prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES)
     progress, final = start, run.plan.total_steps
+    if run.validation and start.step == 0:
+        report_validation(engine, run, world, start, metrics)  # where the curves begin: about ln(vocabulary)
     window.restart()
     for step in run.plan.steps(start.step):
         is_logged = (step.number + 1) % run.recipe.intervals.log_steps == 0 or step.number + 1 == final

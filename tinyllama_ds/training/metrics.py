@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -98,7 +99,14 @@ class MetricsLogger:
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = self._open_tensorboard(monitors.get("tensorboard", {}), run_dir, first_step)
         self._monitor = _deepspeed_monitor(monitors, run_dir)
-        self._bar = tqdm(total=total_steps, initial=first_step, desc="pretrain", unit="step", dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc="pretrain",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants lines, not frames
+        )
         if self._tensorboard is not None:
             self._tensorboard.add_text("run", f"```json\n{config_text}\n```", first_step)
 

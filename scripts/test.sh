@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Set up .venv, then everything that CI checks: format, lint, types, tests. Further arguments go to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev
+cd "$root"
+ruff format --check .
+ruff check .
+mypy
+exec pytest "$@"

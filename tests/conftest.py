@@ -1,0 +1,50 @@
+"""Shared fixtures: a small tokenizer and a small data directory, made once per session from made-up text."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from tinyllama_ds.data.prepare import prepare
+from tinyllama_ds.data.sources import source_format
+from tinyllama_ds.data.tokenizer import Tokenizer, train_tokenizer
+
+VOCABULARY = """the a small llama model token shard reads writes learns step loss rate rank batch gradient weight norm
+layer attention head query key value rope cosine sine floor peak data order seed epoch sample document source code"""
+
+
+def made_up_text(seed: int, words: int) -> str:
+    """Sentences and lines of code that a small model can learn something from."""
+    rng, vocabulary = random.Random(seed), VOCABULARY.split()
+    lines = []
+    while words > 0:
+        count = rng.randint(3, 12)
+        line = " ".join(rng.choices(vocabulary, k=count))
+        indent = "    " * rng.randint(0, 2)
+        lines.append(f"{indent}{line} = {rng.randint(0, 999)}" if rng.random() < 0.3 else f"{line}.")
+        words -= count
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """512 pieces, the vocabulary of the model size `test`."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_tokenizer([made_up_text(seed, 2000) for seed in range(20)], 512, path)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """Two prepared sources, `slimpajama` and `starcoderdata`, each with a validation split."""
+    root = tmp_path_factory.mktemp("data")
+    for number, source in enumerate(("slimpajama", "starcoderdata")):
+        fmt = source_format(source, None)
+        for split, documents in (("train", 60), ("validation", 6)):
+            directory = root / "raw" / source / split
+            directory.mkdir(parents=True)
+            texts = [made_up_text(1000 * number + 100 * len(split) + index, 300) for index in range(documents)]
+            lines = [json.dumps({fmt.text_field: text}) for text in texts]
+            (directory / "part.jsonl").write_text("\n".join(lines))
+        prepare(source, root / "raw" / source, tokenizer.path, root / "prepared", fmt, workers=1)
+    return root / "prepared"

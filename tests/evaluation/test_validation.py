@@ -1,0 +1,64 @@
+"""Validation loss: the same for every world size and batch, and every rank runs as many forward passes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinyllama_ds.data.shards import TokenStream
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.evaluation.validation import ValidationSet, perplexity, validation_losses
+from tinyllama_ds.model.config import MODEL_SIZES
+from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.model.loss import IGNORE_INDEX
+
+T = 32
+
+
+@pytest.fixture
+def sets(data_dir: Path) -> list[ValidationSet]:
+    return [
+        ValidationSet(name, TokenStream(data_dir / name / "validation"), T, samples)
+        for name, samples in (("slimpajama", 7), ("starcoderdata", 10_000))
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_every_sample_counts_once_for_any_world(sets: list[ValidationSet], world_size: int, batch: int) -> None:
+    for held_out in sets:
+        ranks = [list(held_out.batches(rank, world_size, batch)) for rank in range(world_size)]
+        assert len({len(batches) for batches in ranks}) == 1
+        rows = [row for batches in ranks for inputs, labels in batches for row in zip(inputs, labels, strict=True)]
+        counted = [tuple(inputs.tolist()) for inputs, labels in rows if (labels != IGNORE_INDEX).all()]
+        padding = [labels for _, labels in rows if (labels == IGNORE_INDEX).all()]
+        assert len(counted) + len(padding) == len(rows)
+        available = held_out.stream.num_samples(T)
+        total = min(held_out.samples, available)
+        expected = [held_out.stream.sample(i * available // total, T)[:-1].tolist() for i in range(total)]
+        assert sorted(counted) == sorted(map(tuple, expected))
+
+
+def test_loss_equals_pytorchs_over_the_same_tokens(sets: list[ValidationSet]) -> None:
+    model = build_model(MODEL_SIZES["test"], "eager", seed=1)
+    found = validation_losses(sets, model, lambda sums: sums, 0, 1, 3, torch.device("cpu"))
+    for held_out in sets:
+        available = held_out.stream.num_samples(T)
+        total = min(held_out.samples, available)
+        tokens = torch.stack(
+            [torch.from_numpy(held_out.stream.sample(i * available // total, T).astype("int64")) for i in range(total)]
+        )
+        with torch.no_grad():
+            logits = model(tokens[:, :-1])
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        assert found[held_out.source] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_less_than_a_sample_is_refused(sets: list[ValidationSet]) -> None:
+    with pytest.raises(Refusal, match="are less than one sample"):
+        ValidationSet("slimpajama", sets[0].stream, 10**6, 7)
+
+
+def test_perplexity() -> None:
+    assert perplexity(0.0) == 1.0
+    assert perplexity(1000.0) == float("inf")

@@ -1,0 +1,58 @@
+"""The same training without DeepSpeed, launcher or our loop: one process, torch's AdamW, the published schedule.
+
+usage: plain_loop.py RECIPE DATA STEPS, prints a JSON object with the loss and gradient norm of every step.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tinyllama_ds.data.loader import SampleReader, open_streams
+from tinyllama_ds.data.order import MixtureStage, SampleOrder
+from tinyllama_ds.model.config import model_config
+from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.recipe import load_recipe
+
+PEAK, WARMUP, FLOOR = 3e-3, 5, 0.1
+
+
+def learning_rate(step: int, total: int) -> float:
+    """TinyLlama's get_lr, with the step counted once it is complete."""
+    it = step + 1
+    if it < WARMUP:
+        return PEAK * it / WARMUP
+    progress = (it - WARMUP) / (total - WARMUP)
+    return PEAK * FLOOR + 0.5 * (1 + math.cos(math.pi * progress)) * (PEAK - PEAK * FLOOR)
+
+
+def main(recipe_path: str, data: str, steps: int) -> None:
+    recipe = load_recipe(recipe_path)
+    config, T = model_config(recipe.model), recipe.sequence_length
+    batch = recipe.stages[0].global_batch_tokens // T
+    streams = open_streams(Path(data), recipe.sources, "train", config.vocab_size)
+    sizes = {name: stream.num_samples(T) for name, stream in streams.items()}
+    order = SampleOrder(recipe.seed, sizes, [MixtureStage(steps * batch, recipe.stages[0].weights)])
+    reader = SampleReader(streams, order, T, config.vocab_size)
+    model = build_model(config, "eager", recipe.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    losses, norms = [], []
+    for step in range(steps):
+        tokens = torch.from_numpy(reader.read(np.arange(step * batch, (step + 1) * batch)))
+        logits = model(tokens[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        optimizer.step()
+        losses.append(loss.item())
+    print(json.dumps({"loss": losses, "grad_norm": norms}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

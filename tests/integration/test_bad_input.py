@@ -1,0 +1,181 @@
+"""Wrong configuration or input: exit 78, one sentence that says where, and nothing changed."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import made_up_text
+from launching import Finished, pretrain, run, tinyllama_ds, write_deepspeed_config, write_recipe
+
+from tinyllama_ds.data.tokenizer import train_tokenizer
+from tinyllama_ds.errors import EXIT_REFUSED
+
+
+@dataclass
+class Inputs:
+    """A set of inputs that trains, for a case to spoil."""
+
+    recipe: Path
+    config: Path
+    data: Path
+    run_dir: Path
+    more: list[str]
+    ranks: int = 2
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_text(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def other_tokenizer(vocab_size: int) -> Callable[[Inputs], None]:
+    def spoil(inputs: Inputs) -> None:
+        path = inputs.data / "tokenizer.model"
+        path.unlink()
+        train_tokenizer([made_up_text(10_000 + seed, 1000) for seed in range(20)], vocab_size, path)
+
+    return spoil
+
+
+def lower_vocabulary(inputs: Inputs) -> None:
+    """Shards that claim ids which the model does not have."""
+    for manifest in (inputs.data / "slimpajama" / "train").glob("*.json"):
+        edit_json(manifest, largest_id=512)
+
+
+def another_run(inputs: Inputs) -> None:
+    inputs.run_dir.mkdir()
+    (inputs.run_dir / "run.json").write_text(json.dumps({"recipe": {"seed": 99}}))
+
+
+def checkpoints_of_nobody(inputs: Inputs) -> None:
+    folder = inputs.run_dir / "checkpoints" / "step_00000004"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+
+
+CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
+    "top-level typo": (lambda i: edit_json(i.config, gradient_cliping=0.5), "ds.json: unknown key 'gradient_cliping'"),
+    "removed key": (lambda i: edit_json(i.config, elasticity={}), "ds.json: elasticity was removed"),
+    "wrong value": (
+        lambda i: edit_json(i.config, zero_optimization={"stage": 7}),
+        "zero_optimization.stage is 7; expected 0, 1, 2 or 3",
+    ),
+    "batch given twice": (lambda i: edit_json(i.config, train_batch_size=8), "ds.json: train_batch_size is 8, but"),
+    "micro batch": (
+        lambda i: edit_json(i.config, train_micro_batch_size_per_gpu=3),
+        "3 does not divide the 4 sequences per rank and step (2 ranks); sizes that work: 1, 2, 4",
+    ),
+    "number of ranks": (lambda i: setattr(i, "ranks", 3), "does not divide over 3 ranks"),
+    "fp32 sums at stage 0": (
+        lambda i: edit_json(
+            i.config, zero_optimization={"stage": 0}, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}
+        ),
+        "cannot accumulate in fp32 at stage 0 with bf16",
+    ),
+    "recipe typo": (lambda i: edit_text(i.recipe, "seed", "sede"), "the key 'seed' is missing"),
+    "unknown model": (lambda i: edit_text(i.recipe, '"test"', '"tset"'), "model 'tset' is unknown"),
+    "too long": (
+        lambda i: edit_text(i.recipe, "sequence_length = 32", "sequence_length = 256"),
+        "beyond the 128 positions of model 'test'",
+    ),
+    "missing source": (lambda i: edit_text(i.recipe, "slimpajama", "slimpyjama"), "slimpyjama/train: holds no token"),
+    "missing data": (lambda i: shutil.rmtree(i.data), "the data directory is missing"),
+    "missing tokenizer": (lambda i: (i.data / "tokenizer.model").unlink(), "the tokenizer is missing"),
+    "tokenizer of another size": (other_tokenizer(300), "has 300 pieces, but the model's vocabulary is 512"),
+    "tokenizer of another hash": (other_tokenizer(512), "was made with another tokenizer than"),
+    "ids beyond the vocabulary": (lower_vocabulary, "holds token id 512, beyond the model's vocabulary of 512"),
+    "shard cut short": (
+        lambda i: os.truncate(i.data / "slimpajama/train/shard_00000.bin", 100),
+        "shard_00000.bin: 100 bytes, but its index counts",
+    ),
+    "another run": (another_run, "run.json: holds another run: "),
+    "checkpoints of an unknown run": (checkpoints_of_nobody, "holds checkpoints but no run.json"),
+    "nothing to resume": (lambda i: i.more.extend(["--resume", "must"]), "holds no checkpoint to resume from"),
+    "absent kernel": (
+        lambda i: i.more.extend(["--attention", "flash_attention_2"]),
+        "needs the flash-attn package, which is not installed",
+    ),
+    "unknown kernel": (lambda i: i.more.extend(["--attention", "flash"]), "attention backend 'flash' is unknown"),
+}
+
+
+@pytest.fixture
+def inputs(data_dir: Path, tmp_path: Path) -> Inputs:
+    shutil.copytree(data_dir, tmp_path / "data")
+    recipe = write_recipe(tmp_path / "small.toml", 8, save_every=8)
+    config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2)
+    return Inputs(recipe, config, tmp_path / "data", tmp_path / "run", [])
+
+
+def assert_refused(finished: Finished, sentence: str) -> None:
+    assert finished.returncode == EXIT_REFUSED, finished.stdout + finished.stderr
+    lines = [line for line in finished.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, finished.stderr
+    assert lines[0].startswith("tinyllama-ds: ")
+    assert sentence in lines[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pretrain_refuses(case: str, inputs: Inputs) -> None:
+    spoil, sentence = CASES[case]
+    if case == "absent kernel":
+        pytest.importorskip("torch")
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError:
+            pass
+        else:
+            pytest.skip("flash-attn is installed here")
+    spoil(inputs)
+    before = snapshot(inputs.run_dir.parent)
+    finished = pretrain(inputs.recipe, inputs.config, inputs.data, inputs.run_dir, inputs.ranks, *inputs.more)
+    assert_refused(finished, sentence)
+    assert snapshot(inputs.run_dir.parent) == before
+
+
+def snapshot(directory: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(directory.rglob("*"))}
+
+
+def test_missing_hostfile_never_means_this_machine(inputs: Inputs) -> None:
+    arguments = ["--recipe", inputs.recipe, "--deepspeed-config", inputs.config, "--data", inputs.data]
+    hostfile = inputs.run_dir.parent / "hosts"
+    finished = tinyllama_ds("pretrain", *arguments, "--run-dir", inputs.run_dir, "--hostfile", hostfile)
+    assert_refused(finished, f"{hostfile}: the hostfile is missing")
+    assert not inputs.run_dir.exists()
+
+
+def test_the_script_refuses_under_the_bare_launcher(inputs: Inputs) -> None:
+    """The plain deepspeed command line, without our supervisor in front of it."""
+    edit_json(inputs.config, gradient_cliping=0.5)
+    script = Path(__file__).parents[2] / "scripts" / "pretrain.py"
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29611"]
+    arguments = ["--deepspeed_config", inputs.config, "--recipe", inputs.recipe, "--data", inputs.data]
+    command = [*launcher, script, *arguments, "--run-dir", inputs.run_dir]
+    finished = run(list(map(str, command)), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    assert finished.returncode == EXIT_REFUSED, finished.stderr
+    said = [line for line in finished.stderr.splitlines() if line.startswith("tinyllama-ds: ")]
+    assert len(said) == 1
+    assert "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'?" in said[0]
+    assert not inputs.run_dir.exists()
+
+
+def test_prepare_refuses_an_empty_corpus(tmp_path: Path, tokenizer: object) -> None:
+    (tmp_path / "raw").mkdir()
+    arguments = ["--input", tmp_path / "raw", "--tokenizer", tokenizer.path, "--output", tmp_path / "out"]
+    assert_refused(tinyllama_ds("prepare", "--source", "mine", *arguments), "holds no file of a known kind")
+    (tmp_path / "raw" / "a.jsonl").write_text("")
+    finished = tinyllama_ds("prepare", "--source", "mine", *arguments)
+    assert finished.returncode == EXIT_REFUSED
+    assert "the corpus is empty" in finished.stderr.splitlines()[-1]

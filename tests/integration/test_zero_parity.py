@@ -1,0 +1,38 @@
+"""ZeRO stage, ranks and accumulation change speed and memory only: one loss curve, and it is plain PyTorch's."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from launching import BATCH, pretrain, read_series, run, write_deepspeed_config, write_recipe
+
+STEPS = 20
+TOLERANCE = 1e-5  # relative, fp32
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "small.toml", STEPS, save_every=STEPS)
+
+
+@pytest.fixture(scope="module")
+def reference(recipe: Path, data_dir: Path) -> dict[str, list[float]]:
+    """Loss and gradient norm of every step in a plain PyTorch loop in a process of its own."""
+    script = Path(__file__).with_name("plain_loop.py")
+    finished = run([sys.executable, str(script), str(recipe), str(data_dir), str(STEPS)])
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_curve_equals_plain_pytorch(
+    stage: int, ranks: int, accumulation: int, recipe: Path, reference: dict, data_dir: Path, tmp_path: Path
+) -> None:
+    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=BATCH // ranks // accumulation)
+    finished = pretrain(recipe, config, data_dir, tmp_path / "run", ranks)
+    assert finished.returncode == 0, finished.stderr
+    assert read_series(tmp_path / "run", "Train/Loss") == pytest.approx(reference["loss"], rel=TOLERANCE)
+    assert read_series(tmp_path / "run", "Train/GradNorm") == pytest.approx(reference["grad_norm"], rel=1e-4)

@@ -1,0 +1,62 @@
+"""The hostfile: stricter than DeepSpeed's, and DeepSpeed reads the same hosts from what passes."""
+
+from pathlib import Path
+
+import pytest
+
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.launch.hostfile import Host, read_hostfile
+
+EXAMPLES = sorted(path for path in (Path(__file__).parents[2] / "hostfiles").iterdir() if path.suffix != ".md")
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_read_as_deepspeed_reads_them(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    assert fetch_hostfile(str(path)) == {host.name: host.slots for host in read_hostfile(path)}
+
+
+def test_comments_and_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("# two machines\n\nnode-1.lab  slots=8\n10.0.0.2 slots=4\n")
+    assert read_hostfile(path) == [Host("node-1.lab", 8), Host("10.0.0.2", 4)]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("node2", "'node2' is not of the form 'host slots=N'"),
+        ("node2 slots=", "is not of the form"),
+        ("node2 slots=two", "is not of the form"),
+        ("node2 slots=8 extra", "is not of the form"),
+        ("node2 slots=0", "slots=0; expected the number of GPUs of node2"),
+        ("node1 slots=4", "node1 is listed twice"),
+        ("-oProxyCommand=id slots=8", "neither a host name nor an IPv4 address"),
+        ("node[1-9] slots=8", "neither a host name"),
+        ("a,b slots=8", "neither a host name"),
+        ("^file slots=8", "neither a host name"),
+        ("rsh:node slots=8", "neither a host name"),
+        ("$(id) slots=8", "neither a host name"),
+        ("node2;id slots=8", "neither a host name"),
+        ("300.1.1.1 slots=8", "neither a host name"),
+        ("node_2 slots=8", "neither a host name"),
+        ("node2- slots=8", "neither a host name"),
+    ],
+)
+def test_bad_lines_are_named_by_their_number(tmp_path: Path, line: str, sentence: str) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(f"node1 slots=8\n{line}\n")
+    with pytest.raises(Refusal) as refusal:
+        read_hostfile(path)
+    assert str(refusal.value).startswith(f"{path}:2: ")
+    assert sentence in str(refusal.value)
+
+
+def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="the hostfile is missing"):
+        read_hostfile(tmp_path / "hosts")
+    (tmp_path / "hosts").write_text("# nobody\n")
+    with pytest.raises(Refusal, match="names no host"):
+        read_hostfile(tmp_path / "hosts")

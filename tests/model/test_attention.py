@@ -1,0 +1,67 @@
+"""Every backend against the one that is written out."""
+
+import pytest
+import torch
+
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.model.attention import (
+    ATTENTION_BACKENDS,
+    attention_function,
+    eager_attention,
+    resolve_attention_backend,
+)
+
+
+def available(name: str) -> bool:
+    try:
+        attention_function(name)
+    except Refusal:
+        return False
+    return name != "flash_attention_2" or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("length", [1, 5, 64])
+@pytest.mark.parametrize("name", ATTENTION_BACKENDS)
+def test_outputs_and_gradients_equal_eager(name: str, length: int, heads: tuple[int, int]) -> None:
+    if not available(name):
+        pytest.skip(f"{name} needs the flash-attn package and a GPU")
+    on_gpu = name == "flash_attention_2"
+    device, dtype, tolerance = ("cuda", torch.bfloat16, 2e-2) if on_gpu else ("cpu", torch.float32, 1e-5)
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, length, heads[0], 16), (2, length, heads[1], 16), (2, length, heads[1], 16)]
+    mine = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+    reference = [tensor.detach().clone().requires_grad_() for tensor in mine]
+    upstream = torch.randn(shapes[0], generator=generator).to(device, dtype)
+    out, expected = attention_function(name)(*mine), eager_attention(*reference)
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    out.backward(upstream)
+    expected.backward(upstream)
+    for tensor, twin in zip(mine, reference, strict=True):
+        torch.testing.assert_close(tensor.grad, twin.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_the_future_is_invisible(name: str) -> None:
+    q, k, v = (torch.randn(1, 10, heads, 8) for heads in (4, 2, 2))
+    before = attention_function(name)(q, k, v)
+    k[:, 6:], v[:, 6:] = 100.0, -100.0
+    after = attention_function(name)(q, k, v)
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert not torch.equal(before[:, 6:], after[:, 6:])
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(Refusal, match="'flash' is unknown; choose auto"):
+        resolve_attention_backend("flash", "cpu")
+
+
+def test_auto_is_pytorchs_kernel_without_a_gpu() -> None:
+    assert resolve_attention_backend("auto", "cpu") == "sdpa"
+
+
+def test_absent_package_that_was_asked_for_is_an_error() -> None:
+    if available("flash_attention_2"):
+        pytest.skip("flash-attn is installed here")
+    with pytest.raises(Refusal, match="flash-attn package, which is not installed"):
+        attention_function("flash_attention_2")

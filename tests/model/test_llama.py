@@ -1,0 +1,107 @@
+"""The decoder against transformers' LlamaForCausalLM with the same weights, in fp32."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from tinyllama_ds.convert import hf_model
+from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
+from tinyllama_ds.model.llama import LlamaForCausalLM, apply_rope, build_model, initialize_weights, rope_tables
+
+TOLERANCE = 1e-5
+SHAPES = {
+    "grouped": LlamaConfig(97, 64, 176, 2, 8, 2, 64),
+    "multi-head": LlamaConfig(97, 48, 100, 3, 4, 4, 64),
+    "one key head": LlamaConfig(50, 96, 64, 1, 6, 1, 64),
+    "other rope and eps": LlamaConfig(97, 64, 176, 2, 4, 2, 64, rms_norm_eps=1e-3, rope_theta=500.0),
+}
+
+
+def twins(config: LlamaConfig) -> tuple[LlamaForCausalLM, transformers.LlamaForCausalLM]:
+    """Our model and transformers' with copies of its weights, large enough that differences show."""
+    ours = build_model(config, "sdpa", seed=1)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(3)
+            else:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    return ours, hf_model({name: tensor.detach().clone() for name, tensor in ours.state_dict().items()}, config)
+
+
+@pytest.mark.parametrize("length", [1, 7, 33, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_gradients_equal_transformers(shape: str, length: int) -> None:
+    ours, theirs = twins(SHAPES[shape])
+    tokens = torch.randint(SHAPES[shape].vocab_size, (3, length + 1), generator=torch.Generator().manual_seed(3))
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    expected = theirs(inputs).logits
+    torch.testing.assert_close(ours(inputs), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+    expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten())
+    loss = ours(inputs, labels)
+    torch.testing.assert_close(loss, expected_loss, rtol=TOLERANCE, atol=0)
+    expected_loss.backward()
+    loss.backward()
+    their_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, their_gradients[name], rtol=TOLERANCE, atol=TOLERANCE, msg=name)
+
+
+def test_parameter_names_are_hugging_faces() -> None:
+    ours, theirs = twins(SHAPES["grouped"])
+    assert {name: p.shape for name, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+
+
+@pytest.mark.parametrize("name", MODEL_SIZES)
+def test_parameter_counts_of_named_sizes(name: str) -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(MODEL_SIZES[name])
+    assert sum(parameter.numel() for parameter in model.parameters()) == MODEL_SIZES[name].num_parameters
+
+
+def test_published_numbers_of_tinyllama() -> None:
+    config = MODEL_SIZES["tinyllama-1.1b"]
+    assert config.num_parameters == 1_100_048_384
+    assert config.num_matmul_parameters == 1_034_420_224
+    assert config.flops_per_token(2048) == pytest.approx(7.313e9, rel=2e-4)
+    assert MODEL_SIZES["tinyllama-120m"].num_parameters == 121_129_728
+
+
+def test_rope_rotates_exactly_at_far_positions_in_bf16() -> None:
+    """Against a rotation of complex numbers in double precision: one rounding to bf16 is all the error there is."""
+    config = replace(SHAPES["grouped"], max_position_embeddings=8192)
+    x = torch.randn(1, 8192, 2, config.head_dim, generator=torch.Generator().manual_seed(4)).bfloat16()
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    turn = torch.polar(torch.ones(8192, half).double(), torch.outer(torch.arange(8192).double(), frequencies))
+    rotated = torch.complex(x[..., :half].double(), x[..., half:].double()) * turn[:, None]
+    expected = torch.cat((rotated.real, rotated.imag), dim=-1)
+    found = apply_rope(x, *rope_tables(config, 8192, x.device)).double()
+    # an angle of 8192 radians carries fp32's own rounding of half a thousandth
+    assert ((found - expected).abs() <= expected.abs() * 2**-8 + 5e-3).all()
+    assert (found - expected).norm() / expected.norm() < 2**-8
+
+
+def test_initialisation_is_tinyllamas() -> None:
+    config = LlamaConfig(1000, 256, 512, 4, 4, 2, 64)
+    model = build_model(config, "sdpa", seed=5)
+    small = 1 / math.sqrt(256) / 4
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == 1).all()
+            continue
+        expected = small if name.endswith(("o_proj.weight", "down_proj.weight")) else math.sqrt(0.4 / 256)
+        assert parameter.std().item() == pytest.approx(expected, rel=0.02), name
+        assert abs(parameter.mean().item()) < expected / 50, name
+
+
+def test_initialisation_depends_on_the_seed_alone() -> None:
+    first, again, other = (build_model(SHAPES["grouped"], "sdpa", seed) for seed in (1, 1, 2))
+    torch.rand(10)
+    initialize_weights(again, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)

@@ -1,0 +1,59 @@
+"""The chunked loss against PyTorch's cross-entropy on whole logits."""
+
+import pytest
+import torch
+
+from tinyllama_ds.model.loss import IGNORE_INDEX, LMHeadLoss, chunked_cross_entropy
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 16, 100])
+@pytest.mark.parametrize("ignored", [0, 5, 31])
+def test_loss_and_gradients_equal_pytorch(chunk_rows: int, ignored: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows, weight = (torch.randn(n, 24, generator=generator, dtype=torch.float64) for n in (32, 50))
+    labels = torch.randint(50, (32,), generator=generator)
+    labels[:ignored] = IGNORE_INDEX
+    mine = [rows.float().requires_grad_(), weight.float().requires_grad_()]
+    exact = [rows.requires_grad_(), weight.requires_grad_()]
+    loss = chunked_cross_entropy(*mine, labels, chunk_rows)
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), labels, ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    (loss * 3).backward()
+    (expected * 3).backward()
+    for tensor, twin in zip(mine, exact, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), twin.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_no_target_is_no_loss_and_no_gradient() -> None:
+    rows, weight = torch.randn(4, 8, requires_grad=True), torch.randn(10, 8, requires_grad=True)
+    loss = chunked_cross_entropy(rows, weight, torch.full((4,), IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0
+    assert not rows.grad.any()
+    assert not weight.grad.any()
+
+
+def test_never_holds_the_logits_of_the_batch() -> None:
+    """The largest tensor that the loss makes is one chunk of logits, seen through PyTorch's dispatcher."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    rows, weight = torch.randn(512, 16, requires_grad=True), torch.randn(1000, 16, requires_grad=True)
+    labels = torch.randint(1000, (512,))
+    with Watch():
+        chunked_cross_entropy(rows, weight, labels, chunk_rows=32).backward()
+    assert largest == 32 * 1000
+
+
+def test_without_labels_the_head_gives_logits() -> None:
+    head = LMHeadLoss(8, 20)
+    torch.nn.init.normal_(head.weight)
+    hidden = torch.randn(2, 3, 8)
+    assert torch.equal(head(hidden), hidden @ head.weight.t())

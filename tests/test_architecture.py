@@ -1,0 +1,128 @@
+"""The house rules, read from the source: imports point down, nothing happens at import, functions stay short."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tinyllama_ds"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What each room may import of the others; every room may import errors and the version.
+MAY_IMPORT = {
+    "recipe": set(),
+    "deepspeed_config": set(),
+    "plan": {"recipe"},
+    "model": {"model"},
+    "data": {"data"},
+    "evaluation": {"evaluation", "model", "data"},
+    "convert": {"model", "data"},
+    "generate": {"model", "data", "convert"},
+    "launch": {"launch"},
+    "training": {"training", "evaluation", "model", "data", "recipe", "deepspeed_config", "plan"},
+    "cli": None,  # sees everything
+}
+HEAVY = {"torch", "deepspeed", "transformers", "tokenizers", "matplotlib", "tensorboard", "pyarrow", "sentencepiece"}
+MAX_LINES = 60
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported_modules(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def top_level_imports(path: Path) -> set[str]:
+    statements = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    return {name.split(".")[0] for statement in statements for name in imported_modules(statement)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    allowed = MAY_IMPORT.get(room_of(path), set())
+    if allowed is None:
+        return
+    for module in imported_modules(ast.parse(path.read_text())):
+        if module == "deepspeed" or module.startswith("deepspeed."):
+            assert room_of(path) == "training", f"{path} imports deepspeed"
+        if module.startswith("tinyllama_ds."):
+            room = module.split(".")[1]
+            assert room == "errors" or room in allowed, f"{path} imports {module}"
+
+
+def test_data_room_needs_no_torch() -> None:
+    """A machine that only prepares data has no torch: importing and parsing the command line must not ask for it."""
+    for path in (PACKAGE / "data").glob("*.py"):
+        assert "torch" not in imported_modules(ast.parse(path.read_text())), path
+
+
+def test_command_line_parses_without_heavy_imports() -> None:
+    assert not top_level_imports(PACKAGE / "cli.py") & HEAVY
+
+
+def test_every_module_imports_without_side_effects(tmp_path: Path) -> None:
+    """All modules import in a fresh process without a word, a file, a logger or a process group."""
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in FILES
+        if path.name != "__main__.py"
+    ]
+    program = f"""
+import importlib, logging, sys
+for name in {modules!r}:
+    importlib.import_module(name)
+import torch
+assert "deepspeed" not in sys.modules
+assert not torch.distributed.is_initialized()
+assert not torch.cuda.is_initialized()
+assert not logging.getLogger().handlers
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (finished.returncode, finished.stdout) == (0, ""), finished.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def functions() -> list:
+    return [
+        pytest.param(node, id=f"{path.relative_to(PACKAGE)}:{node.name}")
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+
+
+def test_functions_are_short() -> None:
+    for parameter in functions():
+        node = parameter.values[0]
+        lines = node.end_lineno - node.lineno + 1
+        assert lines <= MAX_LINES or parameter.id in ALLOWED_LONG, f"{parameter.id} has {lines} lines"
+
+
+ALLOWED_LONG = {"training/run.py:resolve_run"}  # one derivation after the other, flat
+
+
+def test_public_functions_say_what_they_do() -> None:
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                trivial = isinstance(node, ast.ClassDef) and "NamedTuple" in ast.dump(node)
+                documented = ast.get_docstring(node) or (isinstance(node, ast.ClassDef) and is_plain_dataclass(node))
+                assert documented or trivial, f"{path}: {node.name} has no docstring"
+
+
+def is_plain_dataclass(node: ast.ClassDef) -> bool:
+    return bool(node.decorator_list) and not any(isinstance(child, ast.FunctionDef) for child in node.body)

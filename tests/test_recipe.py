@@ -1,0 +1,80 @@
+"""Recipes: the shipped ones load, and what is wrong is named with its place."""
+
+from pathlib import Path
+
+import pytest
+
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.model.config import MODEL_SIZES
+from tinyllama_ds.plan import RunPlan
+from tinyllama_ds.recipe import RECIPE_DIRECTORY, load_recipe
+
+SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
+VALID = """
+name = "mine"
+model = "test"
+sequence_length = 32
+seed = 1
+validation_samples = 4
+[[stages]]
+name = "only"
+tokens = 6400
+global_batch_tokens = 320
+weights = { slimpajama = 1 }
+[intervals]
+log_steps = 1
+evaluate_tokens = 640
+save_tokens = 640
+"""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_load_and_fit_their_model(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.sequence_length <= MODEL_SIZES[recipe.model].max_position_embeddings
+    assert RunPlan(recipe).total_tokens >= sum(stage.tokens for stage in recipe.stages)
+
+
+def test_tinyllama_v1_has_the_published_numbers() -> None:
+    recipe = load_recipe("tinyllama-v1")
+    plan = RunPlan(recipe)
+    assert plan.stages[0].batch == 1024
+    assert plan.total_steps == 1_430_512
+    assert recipe.stages[0].weights == {"slimpajama": 0.693584, "starcoderdata": 0.306416}
+    assert recipe.seed == 3407
+
+
+def test_a_path_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert load_recipe(str(path)).sources == ["slimpajama"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("seed = 1", "sed = 1"), r"the key 'seed' is missing \('sed' is not a key\)"),
+        (("seed = 1", "seed = 1\nshuffle = true"), "unknown key 'shuffle'; the keys are stages, "),
+        (("seed = 1", 'seed = "one"'), "seed is 'one'; expected a whole number"),
+        (("tokens = 6400", "tokens = 0"), r"stages\[0\]: tokens is 0; expected 1 or more"),
+        (("= 320", "= 330"), "global_batch_tokens 330 is not a multiple of sequence_length 32"),
+        (("slimpajama = 1", "slimpajama = -1"), "the weight of 'slimpajama' is -1; expected a positive number"),
+        (("slimpajama = 1", '"../x" = 1'), "'../x' is not the name of a source"),
+        (("{ slimpajama = 1 }", "{}"), "weights name no source"),
+        (("log_steps", "log_step"), r"intervals: the key 'log_steps' is missing \('log_step' is not a key\)"),
+        (("[[stages]]", "[stages]"), "stages is .*; expected an array of tables"),
+        (("seed = 1", "seed = = 1"), "not valid TOML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID.replace(*change))
+    with pytest.raises(Refusal, match=sentence) as refusal:
+        load_recipe(str(path))
+    assert str(path) in str(refusal.value)
+
+
+def test_unknown_name_lists_the_shipped_ones() -> None:
+    with pytest.raises(Refusal, match="'tinylama-v1' is unknown; the shipped ones are demo, "):
+        load_recipe("tinylama-v1")
