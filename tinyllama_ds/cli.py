@@ -135,26 +135,61 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         "--max-bad-records", type=int, default=0, metavar="N", help="list and leave out up to N (default: %(default)s)"
     )
     parser.add_argument("--encoder", choices=("auto", "gigatoken", "sentencepiece"), default="auto")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument(
+        "--shard-bytes", type=int, default=256 * 2**20, metavar="N", help="about this many per shard (default: 256 MiB)"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", type=Path, metavar="H", help="work on all these hosts, through ssh")
+    where.add_argument("--mpi", action="store_true", help="work on the ranks of mpirun ... python -m mpi4py.futures")
+    where.add_argument(
+        "--share", type=_share, default=(0, 1), metavar="RANK/SIZE", help="make only every SIZE-th shard, from RANK on"
+    )
     _add_json(parser)
+
+
+def _share(text: str) -> tuple[int, int]:
+    rank, _, size = text.partition("/")
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form RANK/SIZE, such as 0/4 to 3/4")
+    return int(rank), int(size)
 
 
 def _prepare(options: argparse.Namespace) -> int:
     """Tokenise one source into shards; starts again where it stopped."""
+    from tinyllama_ds.data.agents import prepare_on_hosts
     from tinyllama_ds.data.prepare import Preparation, prepare, summarise
     from tinyllama_ds.data.sources import source_format
+    from tinyllama_ds.launch.hostfile import read_hostfile
 
     job = Preparation(
         source=options.source,
-        input=options.input,
+        input=options.input.absolute(),
         format=source_format(options.source, options.text_field, options.subset),
-        tokenizer=options.tokenizer,
-        output=options.output,
+        tokenizer=options.tokenizer.absolute(),
+        output=options.output.absolute(),
         encoder=options.encoder,
         max_bad_records=options.max_bad_records,
+        shard_bytes=options.shard_bytes,
     )
-    table = summarise(prepare(job, max(1, options.workers)))
+    if options.hostfile is not None:
+        hosts = [host.name for host in read_hostfile(options.hostfile)]
+        for failure in prepare_on_hosts(job, hosts, _agent_arguments(options)):
+            print(f"{failure}; finishing its share here", file=sys.stderr)
+    workers = max(1, options.workers or os.cpu_count() or 1)
+    table = summarise(prepare(job, workers, options.share, options.mpi))
     return _print_result(options, table, _prepare_text(options.source, table))
+
+
+def _agent_arguments(options: argparse.Namespace) -> list[str]:
+    """The same preparation on another host, paths made absolute."""
+    arguments = ["prepare", "--source", options.source, "--input", str(options.input.absolute())]
+    arguments += ["--tokenizer", str(options.tokenizer.absolute()), "--output", str(options.output.absolute())]
+    arguments += ["--encoder", options.encoder, "--max-bad-records", str(options.max_bad_records)]
+    arguments += ["--shard-bytes", str(options.shard_bytes)]
+    arguments += ["--text-field", options.text_field] if options.text_field else []
+    arguments += ["--workers", str(options.workers)] if options.workers else []
+    return arguments + (["--subset", *options.subset] if options.subset else [])
 
 
 def _prepare_text(source: str, table: dict[str, dict]) -> str:

@@ -23,7 +23,6 @@ from tinyllama_ds.data.sources import Record, SourceFormat, find_inputs, read_re
 from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.errors import Refusal
 
-SHARD_BYTES = 256 * 2**20
 _ENCODE_BYTES = 2**20  # how much text one call of the encoder sees
 # Bytes of uint16 tokens per byte on disk, for planning only: 4 bytes of text per token, zstd and parquet about 3:1.
 _TOKEN_BYTES_PER_INPUT_BYTE = {".zst": 1.5, ".gz": 1.5, ".parquet": 1.5}
@@ -40,7 +39,7 @@ class Preparation:
     output: Path
     encoder: str = "auto"
     max_bad_records: int = 0
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: int = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -194,12 +193,22 @@ def _make_shards(tasks: list[ShardTask], workers: int, use_mpi: bool) -> Iterato
 
 def _open_pool(workers: int, use_mpi: bool) -> Executor:
     if use_mpi:
-        from mpi4py.futures import MPIPoolExecutor
-
-        return MPIPoolExecutor()
+        return _open_mpi_pool()
     # Not forked: Arrow has started threads, whose locks a fork would copy.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+
+
+def _open_mpi_pool() -> Executor:
+    try:
+        from mpi4py import MPI
+        from mpi4py.futures import MPIPoolExecutor
+    except ImportError as error:
+        raise Refusal(f"--mpi: needs an MPI and the package mpi4py ({error})") from error
+    world = MPI.COMM_WORLD
+    if world.Get_rank() != 0 or world.Get_size() < 2:  # under mpi4py.futures only rank 0 of several comes here
+        raise Refusal("--mpi: start with mpirun -n RANKS python -m mpi4py.futures -m tinyllama_ds.cli prepare ...")
+    return MPIPoolExecutor()
 
 
 def _end_with_parent() -> None:
