@@ -41,23 +41,25 @@ class SampleOrder:
     def __init__(self, seed: int, num_samples: Mapping[str, int], stages: Sequence[MixtureStage]) -> None:
         """`num_samples` is the size of each source; its key order numbers the sources."""
         self.sources = list(num_samples)
+        self.num_samples = dict(num_samples)
+        self.stages = list(stages)
         self._seed = seed
-        self._sizes = np.array([num_samples[name] for name in self.sources], dtype=np.int64)
+        self._sizes = np.array(list(num_samples.values()), dtype=np.int64)
         mixtures = [_Mixture([stage.weights.get(name, 0.0) for name in self.sources]) for stage in stages]
-        self._stages = [
+        self._mixtures = [
             _Ramp(mixtures[max(0, number - 1)], mixture, stage.ramp_samples) if stage.ramp_samples else mixture
             for number, (mixture, stage) in enumerate(zip(mixtures, stages, strict=True))
         ]
         self._stage_starts = np.cumsum([0] + [stage.samples for stage in stages], dtype=np.int64)
         self._counts_at_start = [np.zeros(len(self.sources), dtype=np.int64)]
-        for mixture, stage in zip(self._stages, stages, strict=True):
+        for mixture, stage in zip(self._mixtures, stages, strict=True):
             self._counts_at_start.append(self._counts_at_start[-1] + mixture.counts(np.array([stage.samples]))[0])
 
     def counts(self, position: int) -> dict[str, int]:
         """How many samples of each source lie before a position."""
         stage = self._stage_of(np.array([position]))[0]
         within = np.array([position - self._stage_starts[stage]])
-        counts = self._counts_at_start[stage] + self._stages[stage].counts(within)[0]
+        counts = self._counts_at_start[stage] + self._mixtures[stage].counts(within)[0]
         return dict(zip(self.sources, counts.tolist(), strict=True))
 
     def locate(self, positions: np.ndarray) -> Located:
@@ -68,7 +70,7 @@ class SampleOrder:
         for stage in np.unique(stage_of):
             here = stage_of == stage
             within = positions[here] - self._stage_starts[stage]
-            before, after = self._stages[stage].counts(within), self._stages[stage].counts(within + 1)
+            before, after = self._mixtures[stage].counts(within), self._mixtures[stage].counts(within + 1)
             source[here] = (after - before).argmax(axis=1)
             drawn[here] = (self._counts_at_start[stage] + before)[np.arange(len(within)), source[here]]
         epoch, place = np.divmod(drawn, self._sizes[source])
@@ -81,7 +83,16 @@ class SampleOrder:
 
     def _stage_of(self, positions: np.ndarray) -> np.ndarray:
         stage = np.searchsorted(self._stage_starts, positions, side="right") - 1
-        return np.minimum(stage, len(self._stages) - 1)
+        return np.minimum(stage, len(self._mixtures) - 1)
+
+
+def rank_positions(first: int, batch: int, rank: int, world_size: int) -> range:
+    """The positions that a rank trains on of the global batch at `first`: a contiguous share of it.
+
+    How a rank cuts its share into micro batches never enters the order.
+    """
+    share = batch // world_size
+    return range(first + rank * share, first + (rank + 1) * share)
 
 
 def _groups(values: np.ndarray) -> list[np.ndarray]:

@@ -6,7 +6,6 @@ any number of workers and after any crash; a shard whose manifest matches the pl
 
 import multiprocessing
 import os
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,9 +17,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tinyllama_ds.data.encoding import FileEncoder, load_gigatoken
-from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter, temporary_name
+from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter
 from tinyllama_ds.data.sources import Record, SourceFormat, find_inputs, read_records
-from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_FILE, Tokenizer
+from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, Tokenizer, hold_tokenizer
 from tinyllama_ds.errors import Refusal
 
 _ENCODE_BYTES = 2**20  # how much text one call of the encoder sees
@@ -72,7 +71,7 @@ def prepare(
     load_gigatoken(tokenizer, job.encoder)  # refuses here what no worker could do
     rank, size = share
     tasks = plan_shards(job)[rank::size]
-    _hold_tokenizer(tokenizer, job.output)
+    hold_tokenizer(tokenizer, job.output)
     pending = [task for task in tasks if not _is_done(task, tokenizer)]
     done = [Manifest.read(task.manifest) for task in tasks if task not in pending]
     _run(job, pending, done, workers, use_mpi)
@@ -108,19 +107,6 @@ def _fill(inputs: list[Path], shard_bytes: int) -> Iterator[list[Path]]:
         yield group
 
 
-def _hold_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
-    """Keep the tokenizer with the tokens; refuse to mix those of two."""
-    held = output / TOKENIZER_FILE
-    if held.exists():
-        if Tokenizer(held).sha256 != tokenizer.sha256:
-            raise Refusal(f"{held}: differs from {tokenizer.path}; one data directory holds tokens of one tokenizer")
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    partial = temporary_name(held)
-    shutil.copyfile(tokenizer.path, partial)
-    partial.replace(held)
-
-
 def _remove_leftovers(job: Preparation) -> None:
     """What killed processes were writing; nobody is at work any more when every shard is there."""
     for path in (job.output / job.source).rglob(".*.partial"):
@@ -131,11 +117,15 @@ def _is_done(task: ShardTask, tokenizer: Tokenizer) -> bool:
     if not task.manifest.exists():
         return False
     manifest = Manifest.read(task.manifest)
-    made_from = [(entry.path, entry.bytes) for entry in manifest.inputs]
-    wanted = [(task.relative(path), path.stat().st_size) for path in task.inputs]
-    if made_from != wanted or manifest.tokenizer_sha256 != tokenizer.sha256 or manifest.shards != task.name.shards:
+    made_from = ([(entry.path, entry.bytes) for entry in manifest.inputs], manifest.shards, manifest.source_format)
+    wanted = (
+        [(task.relative(path), path.stat().st_size) for path in task.inputs],
+        task.name.shards,
+        task.job.format.to_dict(),
+    )
+    if made_from != wanted or manifest.tokenizer_sha256 != tokenizer.sha256:
         raise Refusal(
-            f"{task.manifest}: was made from other inputs or another tokenizer; remove it or choose another output"
+            f"{task.manifest}: was made from other inputs, subsets or tokenizer; remove it or choose another output"
         )
     return all(task.name.prefix.with_suffix(suffix).is_file() for suffix in (".bin", ".idx"))
 
@@ -229,7 +219,7 @@ def make_shard(task: ShardTask) -> Manifest:
     writer = ShardWriter(task.name, tokenizer.vocab_size)
     try:
         inputs = [_add_file(writer, FileEncoder(tokenizer, fast), task, path) for path in task.inputs]
-        return writer.commit(tokenizer.sha256, END_OF_DOCUMENT, inputs)
+        return writer.commit(tokenizer.sha256, END_OF_DOCUMENT, task.job.format.to_dict(), inputs)
     except OSError as error:  # what cannot be read is a fault of its record, so this is a write
         raise Refusal(f"{task.name.prefix}.bin: the shard cannot be written ({error})") from error
     finally:

@@ -61,6 +61,7 @@ class Manifest:
     tokenizer_sha256: str
     vocab_size: int
     end_of_document: str
+    source_format: dict  # how the inputs were read; empty where they were tokens already
     inputs: list[InputFile]
     tool_version: str
     manifest_version: int = MANIFEST_VERSION
@@ -142,7 +143,9 @@ class ShardWriter:
     def documents(self) -> int:
         return len(self._lengths)
 
-    def commit(self, tokenizer_sha256: str, end_of_document: str, inputs: list[InputFile]) -> Manifest:
+    def commit(
+        self, tokenizer_sha256: str, end_of_document: str, source_format: dict, inputs: list[InputFile]
+    ) -> Manifest:
         """Make the shard durable and visible; returns its manifest."""
         _sync_and_close(self._bin)
         index = self._index()
@@ -160,6 +163,7 @@ class ShardWriter:
             tokenizer_sha256=tokenizer_sha256,
             vocab_size=self._vocab_size,
             end_of_document=end_of_document,
+            source_format=source_format,
             inputs=inputs,
             tool_version=__version__,
         )

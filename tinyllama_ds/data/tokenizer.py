@@ -1,12 +1,14 @@
 """The sentencepiece tokenizer: training one with Llama's settings, loading one, and its identity."""
 
 import hashlib
+import shutil
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
 
+from tinyllama_ds.data.shards import temporary_name
 from tinyllama_ds.errors import Refusal
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -45,6 +47,19 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
+
+
+def hold_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
+    """Keep the tokenizer with the tokens; raises `Refusal` where those of another are there already."""
+    held = output / TOKENIZER_FILE
+    if held.exists():
+        if Tokenizer(held).sha256 != tokenizer.sha256:
+            raise Refusal(f"{held}: differs from {tokenizer.path}; one data directory holds tokens of one tokenizer")
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    partial = temporary_name(held)
+    shutil.copyfile(tokenizer.path, partial)
+    partial.replace(held)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, max_bytes: int = 20_000_000) -> Tokenizer:
