@@ -356,6 +356,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention", default="auto", help="auto, flash_attention_2, sdpa or eager (default: %(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="compile the decoder blocks one by one")
+    parser.add_argument(
+        "--activation-checkpointing",
+        type=int,
+        default=0,
+        metavar="K",
+        help="to save memory, compute every K-th block again in the backward pass; 1 is all, 0 none (default)",
+    )
 
 
 def run_options(namespace: argparse.Namespace) -> "Options":
@@ -370,6 +377,7 @@ def run_options(namespace: argparse.Namespace) -> "Options":
         resume=namespace.resume,
         attention=namespace.attention,
         compile=namespace.compile,
+        activation_checkpointing=namespace.activation_checkpointing,
     )
 
 
@@ -417,6 +425,7 @@ def _run_arguments(options: argparse.Namespace) -> list[str]:
     arguments = ["--deepspeed_config", str(options.deepspeed_config.absolute()), "--recipe", recipe]
     arguments += ["--data", str(options.data.absolute()), "--run-dir", str(options.run_dir.absolute())]
     arguments += ["--resume", options.resume, "--attention", options.attention]
+    arguments += ["--activation-checkpointing", str(options.activation_checkpointing)]
     return arguments + (["--compile"] if options.compile else [])
 
 

@@ -106,6 +106,10 @@ CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
         lambda i: i.more.extend(["--attention", "flash_attention_2"]),
         "needs the flash-attn package, which is not installed",
     ),
+    "absent monitor": (
+        lambda i: edit_json(i.config, comet={"enabled": True}),
+        "comet.enabled is true, but the package comet_ml is not installed",
+    ),
     "unknown kernel": (lambda i: i.more.extend(["--attention", "flash"]), "attention backend 'flash' is unknown"),
 }
 

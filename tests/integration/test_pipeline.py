@@ -63,9 +63,10 @@ def test_figures_are_complete_and_the_same_everywhere(workspace: Path) -> None:
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("Train/Loss")]
     assert losses == [(row["step"], pytest.approx(row["Train/Loss"], rel=1e-6)) for row in trained]
+    assert "run/text_summary" in events.Tags()["tensors"]
+    events = EventAccumulator(str(run / "tensorboard" / "over_tokens")).Reload()
     over_tokens = [event.step for event in events.Scalars("OverTokens/Train/Loss")]
     assert over_tokens == [row["tokens"] for row in trained]
-    assert "run/text_summary" in events.Tags()["tensors"]
     csv_loss = (run / "csv" / "Train_Loss.csv").read_text().splitlines()
     assert len(csv_loss) == STEPS + 1  # and its header
 

@@ -36,3 +36,13 @@ def test_curve_equals_plain_pytorch(
     assert finished.returncode == 0, finished.stderr
     assert read_series(tmp_path / "run", "Train/Loss") == pytest.approx(reference["loss"], rel=TOLERANCE)
     assert read_series(tmp_path / "run", "Train/GradNorm") == pytest.approx(reference["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("switch", ["--compile", "--activation-checkpointing=1", "--attention=eager"])
+def test_switches_for_speed_and_memory_keep_the_curve(
+    switch: str, recipe: Path, reference: dict, data_dir: Path, tmp_path: Path
+) -> None:
+    config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2)
+    finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2, switch)
+    assert finished.returncode == 0, finished.stderr
+    assert read_series(tmp_path / "run", "Train/Loss") == pytest.approx(reference["loss"], rel=TOLERANCE)

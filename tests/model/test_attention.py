@@ -1,5 +1,7 @@
 """Every backend against the one that is written out."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def available(name: str) -> bool:
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)], ids=str)
-@pytest.mark.parametrize("length", [1, 5, 64])
+@pytest.mark.parametrize("length", [1, 5, 64, 150])
 @pytest.mark.parametrize("name", ATTENTION_BACKENDS)
 def test_outputs_and_gradients_equal_eager(name: str, length: int, heads: tuple[int, int]) -> None:
     if not available(name):
@@ -41,7 +43,7 @@ def test_outputs_and_gradients_equal_eager(name: str, length: int, heads: tuple[
         torch.testing.assert_close(tensor.grad, twin.grad, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["sdpa", "blocked", "eager"])
 def test_the_future_is_invisible(name: str) -> None:
     q, k, v = (torch.randn(1, 10, heads, 8) for heads in (4, 2, 2))
     before = attention_function(name)(q, k, v)
@@ -56,8 +58,27 @@ def test_unknown_backend_is_refused() -> None:
         resolve_attention_backend("flash", "cpu")
 
 
-def test_auto_is_pytorchs_kernel_without_a_gpu() -> None:
-    assert resolve_attention_backend("auto", "cpu") == "sdpa"
+def test_auto_is_the_fastest_that_is_present() -> None:
+    assert resolve_attention_backend("auto", "cpu") == "blocked"
+    expected = "flash_attention_2" if find_spec("flash_attn") else "sdpa"
+    assert resolve_attention_backend("auto", "cuda") == expected
+
+
+@pytest.mark.parametrize("name", ["sdpa", "blocked"])
+def test_bf16_stays_within_its_rounding(name: str) -> None:
+    shapes = [(2, 200, heads, 32) for heads in (4, 2, 2)]
+    exact = [
+        torch.randn(s, generator=torch.Generator().manual_seed(n)).bfloat16().double() for n, s in enumerate(shapes)
+    ]
+    mine = [tensor.bfloat16().requires_grad_() for tensor in exact]
+    twin = [tensor.requires_grad_() for tensor in exact]
+    upstream = torch.randn(shapes[0], generator=torch.Generator().manual_seed(9)).bfloat16()
+    out, expected = attention_function(name)(*mine), eager_attention(*twin)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(mine, twin, strict=True))]
+    for found, reference in pairs:
+        assert (found.double() - reference).norm() / reference.norm() < 1e-2
 
 
 def test_absent_package_that_was_asked_for_is_an_error() -> None:

@@ -105,3 +105,14 @@ def test_initialisation_depends_on_the_seed_alone() -> None:
     initialize_weights(again, 1)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_recomputed_blocks_give_the_same_gradients(every: int) -> None:
+    config = SHAPES["other rope and eps"]
+    plain, recomputed = (build_model(config, "sdpa", 1, recompute_every) for recompute_every in (0, every))
+    tokens = torch.randint(config.vocab_size, (2, 17), generator=torch.Generator().manual_seed(3))
+    for model in (plain, recomputed):
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+    for (name, parameter), twin in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+        assert torch.equal(parameter.grad, twin.grad), name

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.model.blocked_attention import BlockedAttention
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -54,14 +55,17 @@ def _flash_attn_function() -> AttentionFunction:
 ATTENTION_BACKENDS: dict[str, Callable[[], AttentionFunction]] = {
     "flash_attention_2": _flash_attn_function,
     "sdpa": lambda: sdpa_attention,
+    "blocked": lambda: BlockedAttention.apply,
     "eager": lambda: eager_attention,
 }
 
 
 def resolve_attention_backend(name: str, device_type: str) -> str:
-    """Turn 'auto' into the fastest backend that is present: flash-attn on a GPU that has it, else PyTorch's kernels."""
+    """Turn 'auto' into the fastest backend: blocked on a CPU; on a GPU flash-attn if installed, else PyTorch's."""
     if name == "auto":
-        return "flash_attention_2" if device_type == "cuda" and find_spec("flash_attn") else "sdpa"
+        if device_type == "cpu":
+            return "blocked"
+        return "flash_attention_2" if find_spec("flash_attn") else "sdpa"
     if name not in ATTENTION_BACKENDS:
         raise Refusal(f"attention backend {name!r} is unknown; choose auto, {', '.join(ATTENTION_BACKENDS)}")
     return name

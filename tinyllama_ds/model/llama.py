@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinyllama_ds.model.attention import attention_function
 from tinyllama_ds.model.config import LlamaConfig
@@ -104,9 +105,10 @@ class Block(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, blocks and the final norm: token ids to hidden states."""
 
-    def __init__(self, config: LlamaConfig, backend: str) -> None:
+    def __init__(self, config: LlamaConfig, backend: str, recompute_every: int) -> None:
         super().__init__()
         self.config = config
+        self.recompute_every = recompute_every
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, backend) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -114,18 +116,25 @@ class LlamaModel(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
         cos, sin = rope_tables(self.config, input_ids.shape[1], input_ids.device)
         x = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
+        for number, layer in enumerate(self.layers):
+            if self.recompute_every and number % self.recompute_every == 0 and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, cos, sin)
         return self.norm(x)
 
 
 class LlamaForCausalLM(nn.Module):
-    """The whole decoder: token ids (B, T) to logits (B, T, V), or with labels (B, T) to their mean loss in fp32."""
+    """The whole decoder: token ids (B, T) to logits (B, T, V), or with labels (B, T) to their mean loss in fp32.
 
-    def __init__(self, config: LlamaConfig, attention: str = "sdpa") -> None:
+    With `recompute_every` k, every k-th block keeps only its input and is computed again in the backward pass
+    (activation checkpointing; 0 is none, 1 is all).
+    """
+
+    def __init__(self, config: LlamaConfig, attention: str = "sdpa", recompute_every: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config, attention)
+        self.model = LlamaModel(config, attention, recompute_every)
         self.lm_head = LMHeadLoss(config.hidden_size, config.vocab_size)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -152,10 +161,10 @@ def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:
                 parameter.normal_(std=math.sqrt(2 / 5 / D), generator=generator)
 
 
-def build_model(config: LlamaConfig, attention: str, seed: int) -> LlamaForCausalLM:
+def build_model(config: LlamaConfig, attention: str, seed: int, recompute_every: int = 0) -> LlamaForCausalLM:
     """A freshly initialised decoder in fp32 on the CPU."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(config, attention)
+        model = LlamaForCausalLM(config, attention, recompute_every)
     model.to_empty(device="cpu")
     initialize_weights(model, seed)
     return model

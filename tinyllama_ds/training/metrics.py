@@ -14,6 +14,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from tinyllama_ds.training.checkpoint import Progress
+
 METRICS_FILE = "metrics.jsonl"
 
 # Dense bf16 matrix rate of the data sheets, in FLOP/s (NVIDIA; without sparsity). Matched by substring.
@@ -92,33 +94,38 @@ def memory_bytes(device: torch.device) -> int:
 class MetricsLogger:
     """Takes one dict of figures per logged step and hands it to every sink. x is the optimizer step, counted from 1."""
 
-    def __init__(self, run_dir: Path, monitors: dict, total_steps: int, first_step: int, config_text: str) -> None:
+    def __init__(self, run_dir: Path, monitors: dict, total_steps: int, start: Progress, config_text: str) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_FILE
-        self._forget_after(first_step)
+        self._forget_after(start.step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = self._open_tensorboard(monitors.get("tensorboard", {}), run_dir, first_step)
+        self._tensorboard = self._over_tokens = None
+        section = monitors.get("tensorboard", {})
+        if section.get("enabled", True):
+            directory = tensorboard_directory(section, run_dir)
+            self._tensorboard = _open_tensorboard(directory, start.step)
+            # A folder of its own: what a resumed run does again is purged by x, which counts tokens there.
+            self._over_tokens = _open_tensorboard(directory / "over_tokens", start.tokens)
+            self._tensorboard.add_text("run", f"```json\n{config_text}\n```", start.step)
         self._monitor = _deepspeed_monitor(monitors, run_dir)
         self._bar = tqdm(
             total=total_steps,
-            initial=first_step,
+            initial=start.step,
             desc="pretrain",
             unit="step",
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants lines, not frames
         )
-        if self._tensorboard is not None:
-            self._tensorboard.add_text("run", f"```json\n{config_text}\n```", first_step)
 
     def log(self, step: int, tokens: int, figures: dict[str, float]) -> None:
         """Write the figures of a step to every sink. Names are `Namespace/Name`."""
         self._file.write(json.dumps({"step": step, "tokens": tokens} | figures) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
+        if self._tensorboard is not None and self._over_tokens is not None:
             for name, value in figures.items():
                 self._tensorboard.add_scalar(name, value, step)
                 if "Loss" in name:
-                    self._tensorboard.add_scalar(f"OverTokens/{name}", value, tokens)
+                    self._over_tokens.add_scalar(f"OverTokens/{name}", value, tokens)
         if self._monitor is not None:
             self._monitor.write_events([(name, value, step) for name, value in figures.items()])
 
@@ -134,24 +141,24 @@ class MetricsLogger:
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for writer in (self._tensorboard, self._over_tokens):
+            if writer is not None:
+                writer.close()
 
     def _forget_after(self, step: int) -> None:
         """Drop the lines of steps that a resumed run will do again."""
         if not self._path.exists():
             return
-        kept = [line for line in self._path.read_text().splitlines(True) if json.loads(line)["step"] <= step]
+        lines = self._path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a crash can leave half a line
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(self._path)
 
-    @staticmethod
-    def _open_tensorboard(section: dict, run_dir: Path, first_step: int) -> SummaryWriter | None:
-        if not section.get("enabled", True):
-            return None
-        directory = tensorboard_directory(section, run_dir)
-        return SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
+
+def _open_tensorboard(directory: Path, last_x: int) -> SummaryWriter:
+    return SummaryWriter(str(directory), purge_step=last_x + 1 if last_x else None)
 
 
 def tensorboard_directory(section: dict, run_dir: Path) -> Path:

@@ -61,7 +61,7 @@ def _pretrain(options: Options, world: World) -> int:
     check_with_deepspeed(run.engine_config, str(options.deepspeed_config))
     if world.is_main:
         open_run_directory(run)
-    model = build_model(run.model, run.attention, run.recipe.seed)
+    model = build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
     if run.compile:
         compile_blocks(model)
     engine = wrap(model, run.engine_config, run.schedule.ratio(0))
@@ -77,7 +77,7 @@ def _pretrain(options: Options, world: World) -> int:
 
 def _open_metrics(run: Run, world: World, start: Progress, engine: "DeepSpeedEngine") -> MetricsLogger:
     metrics = MetricsLogger(
-        run.run_dir, run.monitors, run.plan.total_steps, start.step, json.dumps(run.description, indent=1)
+        run.run_dir, run.monitors, run.plan.total_steps, start, json.dumps(run.description, indent=1)
     )
     dtype = next(engine.module.parameters()).dtype
     peak, origin = peak_flops(world.device, dtype)

@@ -9,6 +9,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -53,6 +54,7 @@ class Options:
     resume: str = "auto"  # auto, must, never
     attention: str = "auto"
     compile: bool = False
+    activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Run:
     model: LlamaConfig
     attention: str
     compile: bool
+    activation_checkpointing: int
     micro_batch: int
     schedule: Schedule
     order: SampleOrder
@@ -100,6 +103,11 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         bf16=bf16,
     )
     engine_config, monitors = split_off_our_sections(resolved)
+    _refuse_absent_monitors(monitors, options.deepspeed_config)
+    if options.activation_checkpointing < 0:
+        raise Refusal(
+            f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
+        )
     attention = resolve_attention_backend(options.attention, device_type)
     attention_function(attention)  # refuses an absent package now rather than after the data was read
     streams, validation = _open_data(options.data, recipe, model)
@@ -121,6 +129,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         "micro_batch": micro_batch,
         "attention": attention,
         "compile": options.compile,
+        "activation_checkpointing": options.activation_checkpointing,
         "plan": {"steps": plan.total_steps, "tokens": plan.total_tokens},
         "versions": _versions(),
     }
@@ -132,6 +141,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         model=model,
         attention=attention,
         compile=options.compile,
+        activation_checkpointing=options.activation_checkpointing,
         micro_batch=micro_batch,
         schedule=make_schedule(raw, options.deepspeed_config, plan),
         order=order,
@@ -142,6 +152,12 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         resume=options.resume,
         description=description,
     )
+
+
+def _refuse_absent_monitors(monitors: dict, path: Path) -> None:
+    for section, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        if monitors.get(section, {}).get("enabled") and find_spec(package) is None:
+            raise Refusal(f"{path}: {section}.enabled is true, but the package {package} is not installed")
 
 
 def make_schedule(raw: dict, path: Path, plan: RunPlan) -> Schedule:

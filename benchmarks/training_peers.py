@@ -1,0 +1,212 @@
+"""Tokens per second of one training step: ours beside what a user would pick instead, same model, tokens and machine.
+
+    python benchmarks/training_peers.py --rounds 3 --json benchmarks/results/training_peers_cpu.json
+
+Every contender runs in fresh processes, in turn, round after round, so that a drift of the machine hits all of them.
+Ranks: two of one thread each; `plain` is one process with two threads. Needs a CPU or GPUs; nothing is downloaded.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
+
+MODEL = LlamaConfig(8192, 512, 1472, 6, 8, 4, 512)  # 26.7M parameters
+T, MICRO_BATCH, ACCUMULATION, RANKS = 512, 4, 8, 2
+WARMUP_STEPS, MEASURED_STEPS = 1, 2
+
+
+def deepspeed_config(stage: int) -> dict:
+    """ds_configs/zero3.json at this size: small buckets, and weights that stay from forward to backward."""
+    name = f"zero{stage}.json"
+    config = json.loads((Path(__file__).parents[1] / "ds_configs" / name).read_text())
+    zero = config["zero_optimization"] | {"reduce_bucket_size": 2_000_000}
+    zero |= {"stage3_prefetch_bucket_size": 2_000_000} if stage == 3 else {"allgather_bucket_size": 2_000_000}
+    size = {"train_micro_batch_size_per_gpu": MICRO_BATCH, "gradient_accumulation_steps": ACCUMULATION}
+    timers = {"timers": {"throughput": {"enabled": False}}}
+    keep = {key: config[key] for key in ("gradient_clipping", "bf16", "data_types", "optimizer")}
+    return keep | size | timers | {"zero_optimization": zero}
+
+
+def ours(stage: int, attention: str = "blocked") -> Callable[[], None]:
+    """Our model, engine and step, blocks compiled, as `tinyllama-ds pretrain --compile` runs them."""
+    from tinyllama_ds.training.engine import compile_blocks, read_world, start_process_group, wrap
+
+    start_process_group(read_world())
+    model = build_model(MODEL, attention, seed=1)
+    compile_blocks(model)
+    engine = wrap(model, deepspeed_config(stage), 1.0)
+    return deepspeed_step(engine, lambda inputs, labels: engine(inputs, labels))
+
+
+def transformers_deepspeed() -> Callable[[], None]:
+    """transformers' LlamaForCausalLM under the same DeepSpeed JSON, with its own loss."""
+    import deepspeed
+
+    from tinyllama_ds.convert import hf_model
+    from tinyllama_ds.training.engine import read_world, start_process_group
+
+    start_process_group(read_world())
+    model = hf_model(dict(build_model(MODEL, "sdpa", seed=1).state_dict()), MODEL).train()
+    engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=deepspeed_config(3))
+    return deepspeed_step(engine, lambda inputs, labels: engine(input_ids=inputs, labels=inputs).loss)
+
+
+def deepspeed_step(engine, loss_of) -> Callable[[], None]:  # type: ignore[no-untyped-def]
+    def step() -> None:
+        for number in range(ACCUMULATION):
+            engine.set_gradient_accumulation_boundary(number == ACCUMULATION - 1)
+            engine.backward(loss_of(*batch()) / ACCUMULATION, scale_wrt_gas=False)
+        engine.step()
+
+    return step
+
+
+def fsdp2(attention: str) -> Callable[[], None]:
+    """PyTorch's fully_shard around our model, blocks compiled, bf16 compute and fp32 reduction."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dist.init_process_group("gloo")
+    model = build_model(MODEL, attention, seed=1)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        layer.compile()
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step() -> None:
+        for number in range(ACCUMULATION):
+            model.set_requires_gradient_sync(number == ACCUMULATION - 1)
+            (model(*batch()) / ACCUMULATION).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def plain(attention: str) -> Callable[[], None]:
+    """One process and all threads: compiled blocks, bf16 weights with fp32 masters, twice the micro batches."""
+    masters = build_model(MODEL, attention, seed=1)
+    model: LlamaForCausalLM = build_model(MODEL, attention, seed=1).bfloat16()
+    for layer in model.model.layers:
+        layer.compile()
+    optimizer = torch.optim.AdamW(masters.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    pairs = list(zip(masters.parameters(), model.parameters(), strict=True))
+
+    def step() -> None:
+        for _ in range(ACCUMULATION * RANKS):
+            (model(*batch()) / ACCUMULATION / RANKS).backward()
+            for master, weight in pairs:
+                grad = weight.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                weight.grad = None
+        torch.nn.utils.clip_grad_norm_(masters.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for master, weight in pairs:
+                weight.copy_(master)
+                master.grad = None
+
+    return step
+
+
+CONTENDERS: dict[str, tuple[int, Callable[[], Callable[[], None]]]] = {
+    "ours, ZeRO-3": (RANKS, lambda: ours(3)),
+    "ours, ZeRO-1": (RANKS, lambda: ours(1)),
+    "ours, ZeRO-3, sdpa": (RANKS, lambda: ours(3, "sdpa")),
+    "transformers + DeepSpeed ZeRO-3": (RANKS, transformers_deepspeed),
+    "FSDP2, compiled, sdpa": (RANKS, lambda: fsdp2("sdpa")),
+    "FSDP2, compiled, our attention": (RANKS, lambda: fsdp2("blocked")),
+    "plain loop, compiled, sdpa": (1, lambda: plain("sdpa")),
+    "plain loop, compiled, our attention": (1, lambda: plain("blocked")),
+}
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Fresh random tokens: inputs and labels (B, T)."""
+    tokens = torch.randint(MODEL.vocab_size, (MICRO_BATCH, T + 1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def measure(name: str) -> None:
+    """Run inside the ranks: one line of JSON with the tokens per second of all ranks together."""
+    ranks, build = CONTENDERS[name]
+    torch.set_num_threads(RANKS // ranks)
+    step = build()
+    for _ in range(WARMUP_STEPS):
+        step()
+    started = time.perf_counter()
+    for _ in range(MEASURED_STEPS):
+        step()
+    seconds = (time.perf_counter() - started) / MEASURED_STEPS
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps({"tokens_per_second": RANKS * ACCUMULATION * MICRO_BATCH * T / seconds}), flush=True)
+
+
+def run_once(name: str) -> float:
+    """Start a contender's processes and wait for its figure."""
+    ranks, _ = CONTENDERS[name]
+    command = [sys.executable, __file__, "--measure", name]
+    if ranks > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*launcher, __file__, "--measure", name]
+    environment = os.environ | {"OMP_NUM_THREADS": str(RANKS // ranks), "DS_ACCELERATOR": "cpu"}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    lines = [line for line in finished.stdout.splitlines() if line.startswith('{"tokens_per_second"')]
+    if finished.returncode or not lines:
+        raise RuntimeError(f"{name} failed:\n{finished.stderr[-3000:]}")
+    return json.loads(lines[-1])["tokens_per_second"]
+
+
+def main() -> None:
+    """Measure all contenders in turn and print a table of medians and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        return measure(options.measure)
+    rates: dict[str, list[float]] = {name: [] for name in options.only}
+    for number in range(options.rounds):
+        for name in options.only:
+            rates[name].append(run_once(name))
+            print(f"round {number + 1}: {name}: {rates[name][-1]:,.0f} tokens/s", flush=True)
+    first = rates[options.only[0]]
+    print(f"\n{'':<38}{'tokens/s':>10}  {options.only[0]} / it, median of rounds (min to max)")
+    for name, values in rates.items():
+        ratios = [ours / theirs for ours, theirs in zip(first, values, strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{name:<38}{statistics.median(values):>10,.0f}  {spread}")
+    if options.json:
+        packages = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+        machine = {"processor": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()} | packages
+        options.json.parent.mkdir(exist_ok=True)
+        options.json.write_text(json.dumps({"machine": machine, "rates": rates}, indent=1) + "\n")
+    return None
+
+
+def cpu_name() -> str:
+    """The processor's model name, as Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Every command in the README and the docs parses, and every path that they name exists."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tinyllama_ds.cli import _parser, add_run_arguments
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
+         *sorted((ROOT / "ds_configs").glob("*.md")), *sorted((ROOT / "hostfiles").glob("*.md"))]  # fmt: skip
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [
+        shlex.split(line, comments=True)
+        for line in lines
+        if line.startswith(("tinyllama-ds ", "deepspeed ", "torchrun "))
+    ]
+
+
+COMMANDS = [
+    pytest.param(command, id=f"{page.name}-{n}") for page in PAGES for n, command in enumerate(commands_of(page))
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command: list[str]) -> None:
+    if command[0] == "tinyllama-ds":
+        parsed = _parser().parse_args(command[1:])
+    else:
+        script = command.index("scripts/pretrain.py")
+        parser = argparse.ArgumentParser()
+        add_run_arguments(parser)
+        parsed = parser.parse_args(command[script + 1 :])
+    for name in ("deepspeed_config", "hostfile"):
+        path = getattr(parsed, name, None)
+        assert path is None or (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_exist(page: Path) -> None:
+    text = page.read_text()
+    targets = re.findall(r"\]\(([^)#:]+)\)", text)
+    for target in targets:
+        assert (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:tests|scripts|docs|tinyllama_ds)/[\w/.]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_readme_names_every_shipped_zero_config() -> None:
+    table = (ROOT / "ds_configs" / "README.md").read_text()
+    for path in (ROOT / "ds_configs").glob("*.json"):
+        assert f"`{path.name}`" in table, path.name
