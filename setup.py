@@ -33,6 +33,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.7"],
+        "fast-prepare": ["gigatoken>=0.10"],
         "mpi": ["mpi4py>=4.0"],
         "eval": ["lm-eval>=0.4.9"],
         "dev": ["pytest>=8.0", "ruff>=0.12", "mypy>=1.15"],

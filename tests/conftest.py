@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_ds.data.prepare import prepare
+from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.sources import source_format
 from tinyllama_ds.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -39,12 +39,12 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> 
     """Two prepared sources, `slimpajama` and `starcoderdata`, each with a validation split."""
     root = tmp_path_factory.mktemp("data")
     for number, source in enumerate(("slimpajama", "starcoderdata")):
-        fmt = source_format(source, None)
+        fmt = source_format(source)
         for split, documents in (("train", 60), ("validation", 6)):
             directory = root / "raw" / source / split
             directory.mkdir(parents=True)
             texts = [made_up_text(1000 * number + 100 * len(split) + index, 300) for index in range(documents)]
             lines = [json.dumps({fmt.text_field: text}) for text in texts]
             (directory / "part.jsonl").write_text("\n".join(lines))
-        prepare(source, root / "raw" / source, tokenizer.path, root / "prepared", fmt, workers=1)
+        prepare(Preparation(source, root / "raw" / source, fmt, tokenizer.path, root / "prepared"))
     return root / "prepared"

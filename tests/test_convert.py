@@ -9,6 +9,7 @@ import transformers
 
 from tinyllama_ds import convert
 from tinyllama_ds.convert import PROBE_TEXTS, export, hf_tokenizer
+from tinyllama_ds.data.encoding import ranked_merges
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import MODEL_SIZES
@@ -77,8 +78,8 @@ def test_logits_that_differ_are_refused_and_leave_nothing(
 def test_token_ids_that_differ_are_refused(
     tokenizer: Tokenizer, weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault in the tokenizer's conversion: merges in the order of ids instead of scores."""
-    monkeypatch.setattr(convert, "_merges", lambda scores: [(p[:1], p[1:]) for p in scores if p[1:] in scores][::-1])
+    """A fault in the tokenizer's conversion: merges in the opposite order."""
+    monkeypatch.setattr(convert, "ranked_merges", lambda tokenizer: ranked_merges(tokenizer)[::-1])
     with pytest.raises(Refusal, match="token ids of .* differ from sentencepiece's"):
         export(weights, CONFIG, tokenizer, tmp_path / "hf")
     assert not list(tmp_path.iterdir())

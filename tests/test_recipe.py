@@ -45,6 +45,47 @@ def test_tinyllama_v1_has_the_published_numbers() -> None:
     assert recipe.seed == 3407
 
 
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("tinyllama-v1.1")])
+def test_tinyllama_v1_1_has_the_published_stages(name: str) -> None:
+    recipe = load_recipe(name)
+    assert [stage.tokens for stage in recipe.stages] == [1_500 * 10**9, 350 * 10**9, 150 * 10**9]
+    assert [stage.batch for stage in RunPlan(recipe).stages] == [896, 896, 4 * 896]
+    assert [stage.ramp_tokens for stage in recipe.stages] == [0, 0 if name == "tinyllama-v1.1" else 6 * 10**9, 0]
+    assert recipe.stages[0].weights == {"slimpajama": 1.0}
+    assert all(sum(stage.weights.values()) == pytest.approx(1) for stage in recipe.stages)
+
+
+RAMP = """
+[[stages]]
+name = "second"
+tokens = 6400
+global_batch_tokens = 320
+weights = { slimpajama = 1, starcoderdata = 1 }
+ramp_tokens = 3201
+[intervals]"""
+
+
+def test_a_ramp_reaches_the_plan_in_whole_samples(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID.replace("[intervals]", RAMP))
+    assert [stage.ramp_samples for stage in RunPlan(load_recipe(str(path))).stages] == [0, 101]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("ramp_tokens = 3201", "ramp_tokens = 6401"), "'second': ramp_tokens 6401 exceed its 6400 tokens"),
+        (("ramp_tokens = 3201", "ramp_tokens = -1"), r"stages\[1\]: ramp_tokens is -1; expected 1 or more"),
+        (("tokens = 6400", "tokens = 6400\nramp_tokens = 5"), "'only': ramp_tokens, but there is no stage before it"),
+    ],
+)
+def test_an_impossible_ramp_is_refused(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID.replace("[intervals]", RAMP).replace(*change, 1))
+    with pytest.raises(Refusal, match=sentence):
+        load_recipe(str(path))
+
+
 def test_a_path_is_read(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(VALID)

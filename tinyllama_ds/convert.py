@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyllama_ds.data.encoding import ranked_merges
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
@@ -84,16 +85,10 @@ def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> Any:
     import tokenizers
     import transformers
 
-    processor = tokenizer.processor
-    pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
-    scores = {
-        piece: processor.get_score(index)
-        for index, piece in enumerate(pieces)
-        if not (processor.is_control(index) or processor.is_unknown(index) or processor.is_byte(index))
-    }
+    pieces = tokenizer.pieces
     model = tokenizers.models.BPE(
         vocab={piece: index for index, piece in enumerate(pieces)},
-        merges=_merges(scores),
+        merges=ranked_merges(tokenizer),
         unk_token=pieces[UNK_ID],
         fuse_unk=True,
         byte_fallback=True,
@@ -112,18 +107,6 @@ def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> Any:
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to make a piece from two others, best score first; of one piece, in the order of its left half."""
-    ranked = [
-        (-score, piece[:cut], piece[cut:])
-        for piece, score in scores.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
-    ranked.sort(key=lambda entry: entry[0])
-    return [(left, right) for _, left, right in ranked]
 
 
 def _prove_equal(folder: Path, weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer) -> float:

@@ -37,6 +37,7 @@ class PlannedStage:
     steps: int
     batch: int  # sequences
     weights: dict[str, float]
+    ramp_samples: int
 
     @property
     def samples(self) -> int:
@@ -54,6 +55,7 @@ class RunPlan:
                 ceil(stage.tokens / stage.global_batch_tokens),
                 stage.global_batch_tokens // recipe.sequence_length,
                 stage.weights,
+                ceil(stage.ramp_tokens / recipe.sequence_length),
             )
             for stage in recipe.stages
         ]

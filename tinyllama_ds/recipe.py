@@ -19,6 +19,7 @@ class Stage:
     tokens: int
     global_batch_tokens: int
     weights: dict[str, float]
+    ramp_tokens: int = 0  # over which the mixture goes linearly from the stage before to this one
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,13 @@ def _parse_stage(table: "_Table") -> Stage:
             raise Refusal(f"{table.place}: the weight of {source!r} is {weight!r}; expected a positive number")
     if not weights:
         raise Refusal(f"{table.place}: weights name no source")
-    stage = Stage(table.text("name"), table.positive("tokens"), table.positive("global_batch_tokens"), weights)
+    stage = Stage(
+        name=table.text("name"),
+        tokens=table.positive("tokens"),
+        global_batch_tokens=table.positive("global_batch_tokens"),
+        weights=weights,
+        ramp_tokens=table.positive("ramp_tokens") if table.holds("ramp_tokens") else 0,
+    )
     table.finish()
     return stage
 
@@ -111,6 +118,13 @@ def _check(recipe: Recipe, path: Path) -> None:
             raise Refusal(
                 f"{path}: stage {stage.name!r}: global_batch_tokens {stage.global_batch_tokens} is not a multiple of"
                 f" sequence_length {recipe.sequence_length}"
+            )
+    for before, stage in zip((None, *recipe.stages), recipe.stages, strict=False):
+        if stage.ramp_tokens and before is None:
+            raise Refusal(f"{path}: stage {stage.name!r}: ramp_tokens, but there is no stage before it to ramp from")
+        if stage.ramp_tokens > stage.tokens:
+            raise Refusal(
+                f"{path}: stage {stage.name!r}: ramp_tokens {stage.ramp_tokens} exceed its {stage.tokens} tokens"
             )
     for source in recipe.sources:
         if source != Path(source).name or source.startswith("."):
@@ -135,6 +149,11 @@ class _Table:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise Refusal(f"{self.place}: {key} is {value!r}; expected {expected}")
         return value
+
+    def holds(self, key: str) -> bool:
+        """Whether a key that may be left out is there."""
+        self._known.append(key)
+        return key in self._raw
 
     def text(self, key: str) -> str:
         return self._take(key, str, "a text")

@@ -10,7 +10,7 @@ from corpora import made_up_text, write_jsonl
 
 from tinyllama_ds.data.loader import SampleReader, open_streams, prefetch
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
-from tinyllama_ds.data.prepare import prepare
+from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.shards import TokenStream
 from tinyllama_ds.data.sources import source_format
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer
@@ -24,7 +24,8 @@ def make_data(root: Path, tokenizer: Tokenizer, corpora: dict[str, list[list[str
     for source, files in corpora.items():
         for number, documents in enumerate(files):
             write_jsonl(root / "raw" / source / f"{number}.jsonl", documents)
-        prepare(source, root / "raw" / source, tokenizer.path, root / "data", source_format(source), 1, shard_bytes=1)
+        fmt = source_format(source)
+        prepare(Preparation(source, root / "raw" / source, fmt, tokenizer.path, root / "data", shard_bytes=1))
     return root / "data"
 
 

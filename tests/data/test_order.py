@@ -163,6 +163,75 @@ def test_the_order_is_frozen():
     assert located(order, 123_456, 123_460) == [(0, 86, 491), (0, 86, 977), (1, 481, 32), (0, 86, 952)]
 
 
+# --- ramps ------------------------------------------------------------------------------------------------------------
+
+
+def ramp_target(positions: np.ndarray, ramp: int, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The integral of shares that go linearly from `before` to `after` over `ramp` samples, by its definition."""
+    middle = np.arange(positions.max()) + 0.5
+    progress = np.minimum(middle / ramp, 1)[:, None]
+    shares = (1 - progress) * before + progress * after
+    return np.concatenate((np.zeros((1, len(before))), np.cumsum(shares, axis=0)))[positions]
+
+
+@pytest.mark.parametrize("ramp", [1, 2, 999, 1000, 2500])
+@pytest.mark.parametrize("weights", [V1_MATH_CODE, {"slimpajama": 0.5, "skypile": 0.5}])
+def test_a_ramp_of_the_published_stages_is_exact_to_one_sample(ramp: int, weights: dict[str, float]):
+    first, second = 100, 2500
+    sizes = dict.fromkeys(weights, 10**6)
+    order = SampleOrder(
+        1, sizes, [MixtureStage(first, {"slimpajama": 1.0}), MixtureStage(second, weights, ramp_samples=ramp)]
+    )
+    counts = counts_table(order, first + second)[first:] - [first, *[0] * (len(sizes) - 1)]
+    assert (np.diff(counts, axis=0) >= 0).all()
+    assert (counts.sum(axis=1) == np.arange(second + 1)).all()
+    before = np.array([1.0] + [0.0] * (len(sizes) - 1))
+    target = ramp_target(np.arange(second + 1), ramp, before, np.array(list(weights.values())))
+    assert np.abs(counts - target).max() <= 1
+    after = counts[-1] - counts[ramp]
+    assert np.abs(after - (second - ramp) * np.array(list(weights.values()))).max() <= 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_ramp_is_monotone_sums_up_and_stays_close(seed: int):
+    rng = np.random.default_rng(seed)
+    names = [f"s{number}" for number in range(int(rng.integers(2, 6)))]
+    before, after = (rng.integers(0, 100, len(names)) / 100 + 0.001 for _ in range(2))
+    ramp, samples = int(rng.integers(1, 2000)), 2000
+    weights = [dict(zip(names, shares.tolist(), strict=True)) for shares in (before, after)]
+    stages = [MixtureStage(50, weights[0]), MixtureStage(samples, weights[1], ramp)]
+    order = SampleOrder(seed, dict.fromkeys(names, 500), stages)
+    counts = counts_table(order, 50 + samples)
+    assert list(order.counts(50 + samples).values()) == counts[-1].tolist()
+    counts = counts[50:] - counts[50]
+    assert (counts.sum(axis=1) == np.arange(samples + 1)).all()
+    target = ramp_target(np.arange(samples + 1), ramp, before / before.sum(), after / after.sum())
+    assert np.abs(counts - target).max() < 3
+    whole = located(order, 0, 50 + samples)
+    cut = int(rng.integers(0, samples))
+    assert located(order, 0, cut) + located(order, cut, 50 + samples) == whole
+    assert len(set(whole)) == len(whole)
+
+
+def test_a_ramp_at_the_scale_of_the_published_run_is_closed_form():
+    """1.5T tokens, then 350B with a ramp of 6B: counts at its end are those of its integral."""
+    stage, ramp = 732_421_875, 2_929_688
+    stages = [
+        MixtureStage(stage, {"slimpajama": 1.0}),
+        MixtureStage(170_898_438, V1_MATH_CODE, ramp_samples=ramp),
+    ]
+    order = SampleOrder(1, dict.fromkeys(V1_MATH_CODE, 10**8), stages)
+    counts = order.counts(stage + ramp)
+    assert abs(counts["starcoderdata"] - 0.15 * ramp / 2) <= 1
+    assert abs(counts["proof-pile-2"] - 0.1 * ramp / 2) <= 1
+    assert sum(counts.values()) == stage + ramp
+
+
+def test_a_ramp_that_integers_cannot_hold_is_an_error():
+    with pytest.raises(ValueError, match="expected less than"):
+        SampleOrder(1, {"a": 1}, [MixtureStage(2**40, {"a": 1.0}, ramp_samples=2**31)])
+
+
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,13 @@
 """Preparation: nothing lost, the same bytes for any number of workers and after any crash."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,7 @@ import zstandard
 from corpora import made_up_text, write_jsonl
 from megatron import read_mmididx
 
-from tinyllama_ds.data.prepare import prepare
+from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.shards import Manifest, TokenStream
 from tinyllama_ds.data.sources import SourceFormat, read_texts, source_format
 from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer, train_tokenizer
@@ -31,8 +36,8 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def run(corpus: Path, tokenizer: Tokenizer, output: Path, workers: int = 1, **changes) -> list[Manifest]:
-    arguments = {"shard_bytes": 10_000, "max_bad_records": 0} | changes
-    return prepare("source", corpus, tokenizer.path, output, PLAIN, workers, **arguments)
+    job = Preparation("source", corpus, PLAIN, tokenizer.path, output, shard_bytes=10_000)
+    return prepare(replace(job, **changes), workers)
 
 
 def contents(output: Path) -> dict[str, bytes]:
@@ -161,10 +166,19 @@ def test_files_of_a_rejected_subset_among_others_are_no_error(tmp_path: Path, to
         (tmp_path / "raw").mkdir(exist_ok=True)
         (tmp_path / "raw" / f"{number}.jsonl").write_text(line)
     fmt = source_format("slimpajama")
-    manifests = prepare("slimpajama", tmp_path / "raw", tokenizer.path, tmp_path / "out", fmt, 1, shard_bytes=1)
+    job = Preparation("slimpajama", tmp_path / "raw", fmt, tokenizer.path, tmp_path / "out", shard_bytes=1)
+    manifests = prepare(job)
     assert [manifest.documents for manifest in manifests] == [0, 1]
     assert manifests[0].inputs[0].rejected == {"subset RedPajamaGithub": 1}
     assert TokenStream(tmp_path / "out" / "slimpajama" / "train").tokens == manifests[1].tokens
+
+
+def cli_arguments(corpus: Path, tokenizer: Tokenizer, output: Path, workers: int) -> list[str]:
+    return [
+        "prepare",
+        *("--source", "source", "--input", str(corpus), "--tokenizer", str(tokenizer.path)),
+        *("--output", str(output), "--workers", str(workers)),
+    ]
 
 
 def test_a_full_disk_is_an_error_that_leaves_no_shard(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
@@ -185,10 +199,77 @@ def test_a_full_disk_is_an_error_that_leaves_no_shard(tmp_path: Path, corpus: Pa
 
 # --- kill -9 ----------------------------------------------------------------------------------------------------------
 
+_PROGRAM = """
+import sys
+from pathlib import Path
+from tinyllama_ds.data.prepare import Preparation, prepare
+from tinyllama_ds.data.sources import SourceFormat
+raw, tokenizer, output, workers = sys.argv[1:]
+prepare(Preparation("source", Path(raw), SourceFormat(), Path(tokenizer), Path(output), "sentencepiece",
+                    shard_bytes=100_000), int(workers))
+"""
 
-def cli_arguments(corpus: Path, tokenizer: Tokenizer, output: Path, workers: int) -> list[str]:
-    return [
-        "prepare",
-        *("--source", "source", "--input", str(corpus), "--tokenizer", str(tokenizer.path)),
-        *("--output", str(output), "--workers", str(workers)),
-    ]
+
+@pytest.fixture(scope="module")
+def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve shards that take a moment each."""
+    root = tmp_path_factory.mktemp("large")
+    for number in range(12):
+        write_jsonl(root / f"{number:02d}.jsonl", [made_up_text(1000 * number + index, 400) for index in range(120)])
+    return root
+
+
+@pytest.fixture(scope="module")
+def clean_output(tmp_path_factory: pytest.TempPathFactory, large_corpus: Path, tokenizer: Tokenizer) -> Path:
+    output = tmp_path_factory.mktemp("clean")
+    assert start(large_corpus, tokenizer, output, 1).wait(60) == 0
+    assert len(list(output.rglob("*.json"))) == 12
+    return output
+
+
+def start(corpus: Path, tokenizer: Tokenizer, output: Path, workers: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", _PROGRAM, str(corpus), str(tokenizer.path), str(output), str(workers)]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def children(pid: int) -> list[int]:
+    """Workers of a process; multiprocessing's resource tracker is not one."""
+    pids = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [child for child in pids if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize("victim", ["parent", "worker"])
+@pytest.mark.parametrize("committed", [0, 4, 9])
+def test_a_kill_at_any_point_costs_nothing_but_time(
+    tmp_path: Path, large_corpus: Path, clean_output: Path, tokenizer: Tokenizer, victim: str, committed: int
+):
+    output = tmp_path / "out"
+    process = start(large_corpus, tokenizer, output, 2)
+    wait_until(lambda: len(list(output.rglob("*.json"))) >= committed and list(output.rglob(".*.bin.*.partial")))
+    workers = children(process.pid)
+    os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
+    assert process.wait(30) != 0
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert start(large_corpus, tokenizer, output, 1 if committed == 4 else 3).wait(60) == 0
+    assert contents(output) == contents(clean_output)
+
+
+def test_finished_shards_are_not_made_again_after_a_kill(
+    tmp_path: Path, large_corpus: Path, clean_output: Path, tokenizer: Tokenizer
+):
+    output = tmp_path / "out"
+    process = start(large_corpus, tokenizer, output, 1)
+    wait_until(lambda: len(list(output.rglob("*.json"))) >= 3)
+    process.kill()
+    process.wait(30)
+    finished = {path: path.stat().st_mtime_ns for path in output.rglob("*.json")}
+    assert start(large_corpus, tokenizer, output, 1).wait(60) == 0
+    assert finished.items() <= {path: path.stat().st_mtime_ns for path in output.rglob("*.json")}.items()
+    assert contents(output) == contents(clean_output)

@@ -22,7 +22,7 @@ def write_shard(
     writer = ShardWriter(name, vocab_size)
     for document in documents:
         writer.add(np.array(document), np.array([len(document)]))
-    writer.commit("0" * 64, "one EOS", [])
+    writer.commit("0" * 64, "one EOS", {}, [])
     return name.prefix
 
 

@@ -6,33 +6,14 @@ import pytest
 import sentencepiece
 from corpora import made_up_text
 
-from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer, train_tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer, train_tokenizer
 from tinyllama_ds.errors import Refusal
-
-
-def test_documents_are_sentencepieces_ids_and_one_eos(tokenizer: Tokenizer, texts: list[str]):
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
-    ids, lengths = tokenizer.encode_documents(texts)
-    expected = [[*reference.encode(text), EOS_ID] for text in texts]
-    assert lengths.tolist() == [len(document) for document in expected]
-    assert ids.tolist() == [token for document in expected for token in document]
-
-
-def test_no_text_becomes_a_control_token(tokenizer: Tokenizer, texts: list[str]):
-    ids, lengths = tokenizer.encode_documents([*texts, "</s>", "<s>", "<unk>"])
-    assert (ids == EOS_ID).sum() == len(lengths)
-    assert not ((ids == BOS_ID) | (ids == UNK_ID)).any()
 
 
 def test_decoding_gives_the_text_back(tokenizer: Tokenizer, texts: list[str]):
     for text in texts:
         if "\u2581" not in text:  # sentencepiece's own mark for a space
             assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_no_document_is_no_token(tokenizer: Tokenizer):
-    ids, lengths = tokenizer.encode_documents([])
-    assert len(ids) == len(lengths) == 0
 
 
 def test_training_follows_llamas_settings(tokenizer: Tokenizer):

@@ -13,15 +13,17 @@ import numpy as np
 
 ORDER_VERSION = 1  # a run remembers it; any change of the functions below must raise it
 _FEISTEL_ROUNDS = 4
+_MAX_RAMP_SAMPLES = 2**31  # their square fits int64
 _MAX_DENOMINATOR = 2**30  # of a share: 2 * rest * numerator stays below 2^63
 
 
 @dataclass(frozen=True)
 class MixtureStage:
-    """A stretch of the run with constant weights."""
+    """A stretch of the run with constant weights, reached linearly from the stage before over `ramp_samples`."""
 
     samples: int
     weights: Mapping[str, float]
+    ramp_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,25 @@ class SampleOrder:
     def __init__(self, seed: int, num_samples: Mapping[str, int], stages: Sequence[MixtureStage]) -> None:
         """`num_samples` is the size of each source; its key order numbers the sources."""
         self.sources = list(num_samples)
+        self.num_samples = dict(num_samples)
+        self.stages = list(stages)
         self._seed = seed
-        self._sizes = np.array([num_samples[name] for name in self.sources], dtype=np.int64)
-        self._stages = [_StageMixture([stage.weights.get(name, 0.0) for name in self.sources]) for stage in stages]
+        self._sizes = np.array(list(num_samples.values()), dtype=np.int64)
+        mixtures = [_Mixture([stage.weights.get(name, 0.0) for name in self.sources]) for stage in stages]
+        self._mixtures = [
+            _Ramp(mixtures[max(0, number - 1)], mixture, stage.ramp_samples) if stage.ramp_samples else mixture
+            for number, (mixture, stage) in enumerate(zip(mixtures, stages, strict=True))
+        ]
         self._stage_starts = np.cumsum([0] + [stage.samples for stage in stages], dtype=np.int64)
         self._counts_at_start = [np.zeros(len(self.sources), dtype=np.int64)]
-        for mixture, stage in zip(self._stages, stages, strict=True):
+        for mixture, stage in zip(self._mixtures, stages, strict=True):
             self._counts_at_start.append(self._counts_at_start[-1] + mixture.counts(np.array([stage.samples]))[0])
 
     def counts(self, position: int) -> dict[str, int]:
         """How many samples of each source lie before a position."""
         stage = self._stage_of(np.array([position]))[0]
         within = np.array([position - self._stage_starts[stage]])
-        counts = self._counts_at_start[stage] + self._stages[stage].counts(within)[0]
+        counts = self._counts_at_start[stage] + self._mixtures[stage].counts(within)[0]
         return dict(zip(self.sources, counts.tolist(), strict=True))
 
     def locate(self, positions: np.ndarray) -> Located:
@@ -62,20 +70,35 @@ class SampleOrder:
         for stage in np.unique(stage_of):
             here = stage_of == stage
             within = positions[here] - self._stage_starts[stage]
-            before, after = self._stages[stage].counts(within), self._stages[stage].counts(within + 1)
+            before, after = self._mixtures[stage].counts(within), self._mixtures[stage].counts(within + 1)
             source[here] = (after - before).argmax(axis=1)
             drawn[here] = (self._counts_at_start[stage] + before)[np.arange(len(within)), source[here]]
-        epoch, rank_in_epoch = np.divmod(drawn, self._sizes[source])
+        epoch, place = np.divmod(drawn, self._sizes[source])
         sample = np.empty(len(positions), dtype=np.int64)
-        for number, round_ in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
-            here = (source == number) & (epoch == round_)
-            key = f"{self._seed}/{self.sources[number]}/{round_}"
-            sample[here] = permute(rank_in_epoch[here], int(self._sizes[number]), key)
+        for members in _groups(epoch * len(self.sources) + source):
+            number = source[members[0]]
+            key = f"{self._seed}/{self.sources[number]}/{epoch[members[0]]}"
+            sample[members] = permute(place[members], int(self._sizes[number]), key)
         return Located(source, epoch, sample)
 
     def _stage_of(self, positions: np.ndarray) -> np.ndarray:
         stage = np.searchsorted(self._stage_starts, positions, side="right") - 1
-        return np.minimum(stage, len(self._stages) - 1)
+        return np.minimum(stage, len(self._mixtures) - 1)
+
+
+def rank_positions(first: int, batch: int, rank: int, world_size: int) -> range:
+    """The positions that a rank trains on of the global batch at `first`: a contiguous share of it.
+
+    How a rank cuts its share into micro batches never enters the order.
+    """
+    share = batch // world_size
+    return range(first + rank * share, first + (rank + 1) * share)
+
+
+def _groups(values: np.ndarray) -> list[np.ndarray]:
+    """The indices of each distinct value."""
+    order = np.argsort(values, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(values[order])) + 1) if len(values) else []
 
 
 @dataclass(frozen=True)
@@ -90,7 +113,7 @@ class _Fork:
 _Tree = int | _Fork  # a leaf is the number of a source
 
 
-class _StageMixture:
+class _Mixture:
     """Exact integer mixture: how many of the first g samples come from each source, in closed form.
 
     The sources are halved again and again by weight, each fork rounding once, so counts are monotone and always sum
@@ -108,6 +131,27 @@ class _StageMixture:
         counts = np.zeros((len(positions), self._num_sources), dtype=np.int64)
         _distribute(self._tree, positions.astype(np.int64), counts)
         return counts
+
+
+class _Ramp:
+    """From one mixture to the next: of the first g samples, round(g^2 / 2R) come from the next one, and past R all do.
+
+    So the share of the next mixture rises linearly from 0 to 1 over R samples. Both mixtures go on counting for
+    themselves: counts are monotone and sum to g, and a source's rounding is that of both together and of the fork.
+    """
+
+    def __init__(self, before: _Mixture, after: _Mixture, ramp_samples: int) -> None:
+        if ramp_samples >= _MAX_RAMP_SAMPLES:
+            raise ValueError(f"a ramp of {ramp_samples} samples; expected less than {_MAX_RAMP_SAMPLES}")
+        self._before = before
+        self._after = after
+        self._ramp_samples = ramp_samples
+
+    def counts(self, positions: np.ndarray) -> np.ndarray:
+        """Counts (n, sources) among the first g samples of the stage, for each g in `positions` (n,)."""
+        within = np.minimum(positions, self._ramp_samples)
+        from_after = (within * within + self._ramp_samples) // (2 * self._ramp_samples) + positions - within
+        return self._before.counts(positions - from_after) + self._after.counts(from_after)
 
 
 def _mixture_tree(weights: dict[int, Fraction]) -> _Tree:

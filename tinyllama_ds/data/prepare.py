@@ -4,84 +4,93 @@ The plan depends on nothing but the sorted list of input files and their sizes, 
 any number of workers and after any crash; a shard whose manifest matches the plan is not made again.
 """
 
-import shutil
+import multiprocessing
+import os
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
 
+from tinyllama_ds.data.encoding import FileEncoder, load_gigatoken
 from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter
 from tinyllama_ds.data.sources import Record, SourceFormat, find_inputs, read_records
-from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_FILE, Tokenizer
+from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, Tokenizer, hold_tokenizer
 from tinyllama_ds.errors import Refusal
 
-SHARD_BYTES = 256 * 2**20
 _ENCODE_BYTES = 2**20  # how much text one call of the encoder sees
 # Bytes of uint16 tokens per byte on disk, for planning only: 4 bytes of text per token, zstd and parquet about 3:1.
 _TOKEN_BYTES_PER_INPUT_BYTE = {".zst": 1.5, ".gz": 1.5, ".parquet": 1.5}
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """What is prepared, and how: everything that decides the bytes that are written."""
+
+    source: str
+    input: Path
+    format: SourceFormat
+    tokenizer: Path
+    output: Path
+    encoder: str = "auto"
+    max_bad_records: int = 0
+    shard_bytes: int = 256 * 2**20
+
+
+@dataclass(frozen=True)
 class ShardTask:
     """One unit of work: the input files that become one shard."""
 
+    job: Preparation
     name: ShardName
-    input_root: Path
     inputs: tuple[Path, ...]
-    format: SourceFormat
-    tokenizer: Path
-    max_bad_records: int
+
+    @property
+    def manifest(self) -> Path:
+        return self.name.prefix.with_suffix(".json")
 
     def relative(self, path: Path) -> str:
-        return str(path.relative_to(self.input_root)) if path != self.input_root else path.name
+        return str(path.relative_to(self.job.input)) if path != self.job.input else path.name
 
 
 def prepare(
-    source: str,
-    input_directory: Path,
-    tokenizer_path: Path,
-    output: Path,
-    fmt: SourceFormat,
-    workers: int,
-    shard_bytes: int = SHARD_BYTES,
-    max_bad_records: int = 0,
+    job: Preparation, workers: int = 1, share: tuple[int, int] = (0, 1), use_mpi: bool = False
 ) -> list[Manifest]:
     """Tokenise one source into `output/<source>/<split>/`; returns the manifests of all its shards, old and new.
 
+    `workers` processes of this machine do it, or with `use_mpi` those of `python -m mpi4py.futures`. A `share`
+    (rank, size) is every size-th shard, for one of several machines; only its manifests are returned.
     Raises `Refusal` for more than `max_bad_records` records that cannot be read, for another tokenizer than the one
     `output` already holds, and for shards that were made from other inputs.
     """
-    tokenizer = Tokenizer(tokenizer_path)
-    tasks = plan_shards(source, input_directory, output, fmt, tokenizer_path, shard_bytes, max_bad_records)
-    _hold_tokenizer(tokenizer, output)
+    tokenizer = Tokenizer(job.tokenizer)
+    load_gigatoken(tokenizer, job.encoder)  # refuses here what no worker could do
+    rank, size = share
+    tasks = plan_shards(job)[rank::size]
+    hold_tokenizer(tokenizer, job.output)
     pending = [task for task in tasks if not _is_done(task, tokenizer)]
-    _run(pending, workers, f"prepare {source}")
-    manifests = [Manifest.read(task.name.prefix.with_suffix(".json")) for task in tasks]
-    _check_faults(manifests, max_bad_records)
-    if not any(manifest.documents for manifest in manifests):
-        raise Refusal(f"{input_directory}: the corpus is empty, every record of it was rejected")
+    done = [Manifest.read(task.manifest) for task in tasks if task not in pending]
+    _run(job, pending, done, workers, use_mpi)
+    manifests = [Manifest.read(task.manifest) for task in tasks]
+    _check_accounts(manifests)
+    if size == 1:
+        _remove_leftovers(job)
+        if not any(manifest.documents for manifest in manifests):
+            raise Refusal(f"{job.input}: the corpus is empty, every record of it was rejected")
     return manifests
 
 
-def plan_shards(
-    source: str,
-    input_directory: Path,
-    output: Path,
-    fmt: SourceFormat,
-    tokenizer_path: Path,
-    shard_bytes: int,
-    max_bad_records: int,
-) -> list[ShardTask]:
+def plan_shards(job: Preparation) -> list[ShardTask]:
     """Sorted inputs, filled greedily into shards of about `shard_bytes`, split by split."""
     tasks = []
-    for split, inputs in find_inputs(input_directory, fmt).items():
-        groups = list(_fill(inputs, shard_bytes))
+    for split, inputs in find_inputs(job.input, job.format).items():
+        groups = list(_fill(inputs, job.shard_bytes))
         for number, group in enumerate(groups):
-            name = ShardName(output, source, split, number, len(groups))
-            tasks.append(ShardTask(name, input_directory, tuple(group), fmt, tokenizer_path, max_bad_records))
+            tasks.append(ShardTask(job, ShardName(job.output, job.source, split, number, len(groups)), tuple(group)))
     return tasks
 
 
@@ -98,82 +107,155 @@ def _fill(inputs: list[Path], shard_bytes: int) -> Iterator[list[Path]]:
         yield group
 
 
-def _hold_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
-    """Keep the tokenizer with the tokens; refuse to mix those of two."""
-    held = output / TOKENIZER_FILE
-    if held.exists():
-        if Tokenizer(held).sha256 != tokenizer.sha256:
-            raise Refusal(f"{held}: differs from {tokenizer.path}; one data directory holds tokens of one tokenizer")
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    partial = held.with_suffix(".partial")
-    shutil.copyfile(tokenizer.path, partial)
-    partial.replace(held)
+def _remove_leftovers(job: Preparation) -> None:
+    """What killed processes were writing; nobody is at work any more when every shard is there."""
+    for path in (job.output / job.source).rglob(".*.partial"):
+        path.unlink()
 
 
 def _is_done(task: ShardTask, tokenizer: Tokenizer) -> bool:
-    path = task.name.prefix.with_suffix(".json")
-    if not path.exists():
+    if not task.manifest.exists():
         return False
-    manifest = Manifest.read(path)
-    made_from = [(entry.path, entry.bytes) for entry in manifest.inputs]
-    wanted = [(task.relative(path), path.stat().st_size) for path in task.inputs]
-    if made_from != wanted or manifest.tokenizer_sha256 != tokenizer.sha256 or manifest.shards != task.name.shards:
-        raise Refusal(f"{path}: was made from other inputs or another tokenizer; remove it or choose another output")
+    manifest = Manifest.read(task.manifest)
+    made_from = ([(entry.path, entry.bytes) for entry in manifest.inputs], manifest.shards, manifest.source_format)
+    wanted = (
+        [(task.relative(path), path.stat().st_size) for path in task.inputs],
+        task.name.shards,
+        task.job.format.to_dict(),
+    )
+    if made_from != wanted or manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise Refusal(
+            f"{task.manifest}: was made from other inputs, subsets or tokenizer; remove it or choose another output"
+        )
     return all(task.name.prefix.with_suffix(suffix).is_file() for suffix in (".bin", ".idx"))
 
 
-def _run(tasks: list[ShardTask], workers: int, description: str) -> None:
-    with (
-        ProcessPoolExecutor(max_workers=workers) as pool,
-        tqdm(total=len(tasks), desc=description, unit="shard", disable=not tasks) as progress,
-    ):
-        futures = [pool.submit(make_shard, task) for task in tasks]
+def _run(job: Preparation, pending: list[ShardTask], done: list[Manifest], workers: int, use_mpi: bool) -> None:
+    """Make the pending shards under a progress bar; stop at the bad record that is one too many."""
+    faults = _faults(done)
+    _check_faults(faults, job.max_bad_records)
+    total = sum(path.stat().st_size for task in pending for path in task.inputs)
+    with tqdm(total=total, desc=f"prepare {job.source}", unit="B", unit_scale=True, disable=not pending) as progress:
         tokens = 0
+        for manifest in _make_shards(pending, workers, use_mpi):
+            tokens += manifest.tokens
+            progress.update(sum(entry.bytes for entry in manifest.inputs))
+            progress.set_postfix_str(f"{tokens / progress.format_dict['elapsed']:,.0f} tokens/s")
+            faults += _faults([manifest])
+            _check_faults(faults, job.max_bad_records)
+
+
+def _faults(manifests: list[Manifest]) -> list[str]:
+    return [fault for manifest in manifests for entry in manifest.inputs for fault in entry.faults]
+
+
+def _check_faults(faults: list[str], allowed: int) -> None:
+    if len(faults) > allowed:
+        raise Refusal(faults[allowed] + (f" (bad record {allowed + 1}; {allowed} were allowed)" if allowed else ""))
+
+
+def _check_accounts(manifests: list[Manifest]) -> None:
+    """Records in = documents out + rejected + faults, file by file; and what the files gave is what the shard holds."""
+    for manifest in manifests:
+        for entry in manifest.inputs:
+            if entry.records != entry.documents + sum(entry.rejected.values()) + len(entry.faults):
+                raise Refusal(f"{entry.path}: {entry.records} records went in, but not all of them came out")
+        given = sum(entry.documents for entry in manifest.inputs)
+        if given != manifest.documents:
+            raise Refusal(
+                f"{manifest.source}/{manifest.split} shard {manifest.number}: holds {manifest.documents} documents,"
+                f" but its inputs gave {given}"
+            )
+
+
+def _make_shards(tasks: list[ShardTask], workers: int, use_mpi: bool) -> Iterator[Manifest]:
+    if workers == 1 and not use_mpi:
+        yield from map(make_shard, tasks)
+        return
+    with _open_pool(workers, use_mpi) as pool:
+        futures = [pool.submit(make_shard, task) for task in tasks]
         try:
             for future in as_completed(futures):
-                tokens += future.result().tokens
-                progress.set_postfix_str(f"{tokens:,} tokens")
-                progress.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _check_faults(manifests: list[Manifest], max_bad_records: int) -> None:
-    faults = [fault for manifest in manifests for entry in manifest.inputs for fault in entry.faults]
-    if len(faults) > max_bad_records:
-        raise Refusal(f"{faults[max_bad_records]} (bad record {max_bad_records + 1}; {max_bad_records} were allowed)")
+def _open_pool(workers: int, use_mpi: bool) -> Executor:
+    if use_mpi:
+        return _open_mpi_pool()
+    # Not forked: Arrow has started threads, whose locks a fork would copy.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+
+
+def _open_mpi_pool() -> Executor:
+    try:
+        from mpi4py import MPI
+        from mpi4py.futures import MPIPoolExecutor
+    except ImportError as error:
+        raise Refusal(f"--mpi: needs an MPI and the package mpi4py ({error})") from error
+    world = MPI.COMM_WORLD
+    if world.Get_rank() != 0 or world.Get_size() < 2:  # under mpi4py.futures only rank 0 of several comes here
+        raise Refusal("--mpi: start with mpirun -n RANKS python -m mpi4py.futures -m tinyllama_ds.cli prepare ...")
+    return MPIPoolExecutor()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next task for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def make_shard(task: ShardTask) -> Manifest:
     """Tokenise the inputs of one task and commit its shard."""
-    tokenizer = Tokenizer(task.tokenizer)
+    tokenizer, fast = _encoder_of(task.job.tokenizer, task.job.encoder)
     writer = ShardWriter(task.name, tokenizer.vocab_size)
     try:
-        inputs = [_add_file(writer, tokenizer, task, path) for path in task.inputs]
-        return writer.commit(tokenizer.sha256, END_OF_DOCUMENT, inputs)
+        inputs = [_add_file(writer, FileEncoder(tokenizer, fast), task, path) for path in task.inputs]
+        return writer.commit(tokenizer.sha256, END_OF_DOCUMENT, task.job.format.to_dict(), inputs)
     except OSError as error:  # what cannot be read is a fault of its record, so this is a write
         raise Refusal(f"{task.name.prefix}.bin: the shard cannot be written ({error})") from error
     finally:
         writer.abandon()
 
 
-def _add_file(writer: ShardWriter, tokenizer: Tokenizer, task: ShardTask, path: Path) -> InputFile:
+@lru_cache(maxsize=1)
+def _encoder_of(path: Path, encoder: str) -> tuple:
+    """The tokenizer and gigatoken's form of it; a second's work, once per process."""
+    tokenizer = Tokenizer(path)
+    return tokenizer, load_gigatoken(tokenizer, encoder)
+
+
+def _add_file(writer: ShardWriter, encoder: FileEncoder, task: ShardTask, path: Path) -> InputFile:
     rejected: Counter[str] = Counter()
     faults: list[str] = []
     documents = records = text_bytes = 0
-    for batch in _batches(read_records(path, task.format)):
+    for batch in _batches(read_records(path, task.job.format)):
         records += len(batch)
         rejected.update(record.rejected for record in batch if record.rejected)
         faults += [record.fault for record in batch if record.fault]
-        if len(faults) > task.max_bad_records:
-            raise Refusal(faults[task.max_bad_records])
+        _check_faults(faults, task.job.max_bad_records)
         texts = [record.text for record in batch if record.text]
-        writer.add(*tokenizer.encode_documents(texts))
+        writer.add(*encoder.encode(texts))
         documents += len(texts)
         text_bytes += sum(record.text_bytes for record in batch)
-    return InputFile(task.relative(path), path.stat().st_size, records, documents, dict(rejected), faults, text_bytes)
+    return InputFile(
+        path=task.relative(path),
+        bytes=path.stat().st_size,
+        records=records,
+        documents=documents,
+        rejected=dict(sorted(rejected.items())),
+        faults=faults,
+        text_bytes=text_bytes,
+        encoder=encoder.name,
+    )
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -188,3 +270,28 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def summarise(manifests: list[Manifest]) -> dict[str, dict]:
+    """The closing table: a row per split with shards, files, documents, what was left out, tokens, bytes per token."""
+    table: dict[str, dict] = {}
+    for split in dict.fromkeys(manifest.split for manifest in manifests):
+        chosen = [manifest for manifest in manifests if manifest.split == split]
+        inputs = [entry for manifest in chosen for entry in manifest.inputs]
+        tokens = sum(manifest.tokens for manifest in chosen)
+        rejected: Counter[str] = Counter()
+        for entry in inputs:
+            rejected.update(entry.rejected)
+        table[split] = {
+            "shards": len(chosen),
+            "files": len(inputs),
+            "records": sum(entry.records for entry in inputs),
+            "documents": sum(manifest.documents for manifest in chosen),
+            "rejected": dict(sorted(rejected.items())),
+            "faults": _faults(chosen),
+            "tokens": tokens,
+            "bytes_per_token": sum(entry.text_bytes for entry in inputs) / tokens if tokens else 0.0,
+            "encoders": dict(Counter(entry.encoder.split(",")[0] for entry in inputs)),
+            "fallbacks": [f"{entry.path}: {entry.encoder}" for entry in inputs if "," in entry.encoder],
+        }
+    return table

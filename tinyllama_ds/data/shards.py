@@ -41,6 +41,7 @@ class InputFile:
     rejected: dict[str, int]
     faults: list[str]
     text_bytes: int
+    encoder: str
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Manifest:
     tokenizer_sha256: str
     vocab_size: int
     end_of_document: str
+    source_format: dict  # how the inputs were read; empty where they were tokens already
     inputs: list[InputFile]
     tool_version: str
     manifest_version: int = MANIFEST_VERSION
@@ -100,11 +102,15 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside a file for what is not yet the file, of this process alone."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
 class ShardWriter:
     """Writes one shard under temporary names; `commit` syncs and renames .bin, .idx, then the manifest.
 
-    The temporary names are this process's own, so that two hosts at work on the same shard do no harm: both make the
-    same bytes, and the later rename wins.
+    Two processes at work on the same shard do no harm: both make the same bytes, and the later rename wins.
     """
 
     def __init__(self, name: ShardName, vocab_size: int) -> None:
@@ -113,7 +119,6 @@ class ShardWriter:
         self._dtype = token_dtype(vocab_size)
         self._lengths = array("i")
         self._hash = hashlib.sha256()
-        self._mark = f"{socket.gethostname()}.{os.getpid()}"
         name.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = self._temporary(".bin").open("wb")
         self.tokens = 0
@@ -138,7 +143,9 @@ class ShardWriter:
     def documents(self) -> int:
         return len(self._lengths)
 
-    def commit(self, tokenizer_sha256: str, end_of_document: str, inputs: list[InputFile]) -> Manifest:
+    def commit(
+        self, tokenizer_sha256: str, end_of_document: str, source_format: dict, inputs: list[InputFile]
+    ) -> Manifest:
         """Make the shard durable and visible; returns its manifest."""
         _sync_and_close(self._bin)
         index = self._index()
@@ -156,6 +163,7 @@ class ShardWriter:
             tokenizer_sha256=tokenizer_sha256,
             vocab_size=self._vocab_size,
             end_of_document=end_of_document,
+            source_format=source_format,
             inputs=inputs,
             tool_version=__version__,
         )
@@ -175,7 +183,7 @@ class ShardWriter:
             self._temporary(suffix).unlink(missing_ok=True)
 
     def _temporary(self, suffix: str) -> Path:
-        return self._name.prefix.with_name(f".{self._name.prefix.name}{suffix}.{self._mark}.partial")
+        return temporary_name(self._name.prefix.with_suffix(suffix))
 
     def _index(self) -> bytes:
         lengths = np.array(self._lengths, dtype="<i4")

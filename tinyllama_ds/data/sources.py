@@ -7,7 +7,7 @@ its file and line.
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -38,6 +38,17 @@ class SourceFormat:
 
     def wants(self, subset: str | None) -> bool:
         return subset not in self.excluded if self.subsets is None else subset in self.subsets
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {
+            "subsets": None if self.subsets is None else sorted(self.subsets),
+            "excluded": sorted(self.excluded),
+        }
+
+    @staticmethod
+    def from_dict(raw: dict) -> "SourceFormat":
+        subsets = None if raw["subsets"] is None else frozenset(raw["subsets"])
+        return SourceFormat(raw["text_field"], raw["subset_field"], subsets, frozenset(raw["excluded"]))
 
 
 # SlimPajama's GitHub part is left out because StarCoderData brings the code (TinyLlama paper, section 2.1).

@@ -1,13 +1,14 @@
 """The sentencepiece tokenizer: training one with Llama's settings, loading one, and its identity."""
 
 import hashlib
+import shutil
 from collections.abc import Iterable
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 
+from tinyllama_ds.data.shards import temporary_name
 from tinyllama_ds.errors import Refusal
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -36,16 +37,9 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.processor.vocab_size()
 
-    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all documents one after the other, each text and one EOS, no BOS; and the length of each document.
-
-        Text such as `</s>` stays text.
-        """
-        documents = self.processor.encode(texts)
-        for ids in documents:
-            ids.append(EOS_ID)
-        lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
-        return np.fromiter(chain.from_iterable(documents), dtype=np.int64, count=lengths.sum()), lengths
+    @cached_property
+    def pieces(self) -> list[str]:
+        return [self.processor.id_to_piece(number) for number in range(self.vocab_size)]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text alone."""
@@ -53,6 +47,19 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
+
+
+def hold_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
+    """Keep the tokenizer with the tokens; raises `Refusal` where those of another are there already."""
+    held = output / TOKENIZER_FILE
+    if held.exists():
+        if Tokenizer(held).sha256 != tokenizer.sha256:
+            raise Refusal(f"{held}: differs from {tokenizer.path}; one data directory holds tokens of one tokenizer")
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    partial = temporary_name(held)
+    shutil.copyfile(tokenizer.path, partial)
+    partial.replace(held)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, max_bytes: int = 20_000_000) -> Tokenizer:

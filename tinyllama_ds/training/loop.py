@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from tinyllama_ds.data.loader import SampleReader, prefetch
+from tinyllama_ds.data.order import rank_positions
 from tinyllama_ds.evaluation.validation import perplexity, validation_losses
 from tinyllama_ds.plan import Step
 from tinyllama_ds.training.checkpoint import Progress, save_checkpoint
@@ -70,14 +71,10 @@ def train(
 
 
 def micro_batches(run: Run, world: World, first_step: int) -> Iterator[torch.Tensor]:
-    """This rank's micro batches (B, T + 1) of all steps from a number on.
-
-    A rank takes a contiguous slice of each global batch, so the order never depends on how the batch is cut up.
-    """
+    """This rank's micro batches (B, T + 1) of all steps from a number on."""
     for step in run.plan.steps(first_step):
-        share = step.batch // world.size
-        first = step.first_position + world.rank * share
-        for start in range(first, first + share, run.micro_batch):
+        share = rank_positions(step.first_position, step.batch, world.rank, world.size)
+        for start in share[:: run.micro_batch]:
             yield read_batch(run.reader, start, run.micro_batch, world.device)
 
 

@@ -114,7 +114,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
     order = SampleOrder(
         recipe.seed,
         {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
-        [MixtureStage(stage.samples, stage.weights) for stage in plan.stages],
+        [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
     )
     description = {
         "recipe": recipe.to_dict(),

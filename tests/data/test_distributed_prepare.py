@@ -1,0 +1,177 @@
+"""Preparation over MPI ranks and over ssh: the bytes of one process, also after a rank was killed."""
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from corpora import made_up_text, write_jsonl
+
+from tinyllama_ds.cli import main
+from tinyllama_ds.data.tokenizer import Tokenizer
+
+SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
+SHARDS = 9
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+
+needs_mpi = pytest.mark.skipif(
+    shutil.which("mpirun") is None or find_spec("mpi4py") is None, reason="needs mpirun (openmpi-bin) and mpi4py"
+)
+needs_ssh = pytest.mark.skipif(
+    shutil.which("ssh") is None or not Path(SSHD).is_file(), reason="needs ssh and sshd (openssh-server)"
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("raw")
+    for number in range(SHARDS):
+        write_jsonl(root / f"{number}.jsonl", [made_up_text(100 * number + index, 400) for index in range(100)])
+    return root
+
+
+def arguments(corpus: Path, tokenizer: Tokenizer, output: Path) -> list[str]:
+    return [
+        *("prepare", "--source", "mine", "--input", str(corpus), "--tokenizer", str(tokenizer.path)),
+        *("--output", str(output), "--encoder", "sentencepiece", "--shard-bytes", "1"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer: Tokenizer) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("expected")
+    assert main([*arguments(corpus, tokenizer, output), "--workers", "1"]) == 0
+    assert len(list(output.rglob("*.json"))) == SHARDS
+    return contents(output)
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+def test_shares_make_up_the_whole(tmp_path: Path, corpus: Path, tokenizer: Tokenizer, expected: dict[str, bytes]):
+    for rank in (2, 0, 1):
+        assert main([*arguments(corpus, tokenizer, tmp_path), "--workers", "1", "--share", f"{rank}/3"]) == 0
+    assert contents(tmp_path) == expected
+
+
+@pytest.mark.parametrize("share", ["3/3", "-1/2", "1", "a/b", "0/0"])
+def test_an_impossible_share_is_refused(tmp_path: Path, tokenizer: Tokenizer, share: str):
+    with pytest.raises(SystemExit):
+        main([*arguments(tmp_path, tokenizer, tmp_path), "--share", share])
+
+
+# --- MPI --------------------------------------------------------------------------------------------------------------
+
+
+def mpirun(ranks: int, *command: str) -> list[str]:
+    options = ["--allow-run-as-root", "--oversubscribe"] if os.geteuid() == 0 else ["--oversubscribe"]
+    return ["mpirun", *options, "-n", str(ranks), sys.executable, *command]
+
+
+def start_mpi(ranks: int, corpus: Path, tokenizer: Tokenizer, output: Path) -> subprocess.Popen:
+    program = ("-m", "mpi4py.futures", "-m", "tinyllama_ds.cli", *arguments(corpus, tokenizer, output), "--mpi")
+    return subprocess.Popen(
+        mpirun(ranks, *program), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+@needs_mpi
+def test_mpi_ranks_write_the_bytes_of_one_process(
+    tmp_path: Path, corpus: Path, tokenizer: Tokenizer, expected: dict[str, bytes]
+):
+    process = start_mpi(3, corpus, tokenizer, tmp_path)
+    assert "mine/train: 9 files" in process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    assert contents(tmp_path) == expected
+
+
+@needs_mpi
+def test_a_killed_mpi_rank_costs_its_shard_only(
+    tmp_path: Path, corpus: Path, tokenizer: Tokenizer, expected: dict[str, bytes]
+):
+    process = start_mpi(3, corpus, tokenizer, tmp_path)
+    deadline = time.monotonic() + 60
+    while not (writing := list(tmp_path.rglob(".*.bin.*.partial"))) or len(list(tmp_path.rglob("*.json"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(int(writing[0].name.split(".")[-2]), signal.SIGKILL)  # the rank that writes has its pid in the name
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    assert 2 <= len(finished) < SHARDS
+    process = start_mpi(2, corpus, tokenizer, tmp_path)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert finished.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}.items()
+    assert contents(tmp_path) == expected
+
+
+@needs_mpi
+def test_mpi_without_its_futures_is_refused(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+    command = mpirun(1, "-m", "tinyllama_ds.cli", *arguments(corpus, tokenizer, tmp_path), "--mpi")
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 78
+    assert "start with mpirun -n RANKS python -m mpi4py.futures" in done.stderr
+
+
+# --- ssh --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ssh_to_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with an `ssh` that is the real one, pointed at a server of our own on a free port of this machine."""
+    root = tmp_path_factory.mktemp("ssh")
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", root / name], check=True)
+    shutil.copy(root / "user.pub", root / "authorized")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    options = {"HostKey": root / "host", "AuthorizedKeysFile": root / "authorized", "PidFile": "none"}
+    options |= {"ListenAddress": f"127.0.0.1:{port}", "StrictModes": "no", "UsePAM": "no"}
+    flags = [part for key, value in options.items() for part in ("-o", f"{key}={value}")]
+    server = subprocess.Popen([SSHD, "-D", "-f", "/dev/null", *flags])
+    (root / "ssh").write_text(
+        f"#!/bin/sh\nexec {shutil.which('ssh')} -F /dev/null -p {port} -i {root / 'user'} -l {getpass.getuser()}"
+        ' -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"\n'
+    )
+    (root / "ssh").chmod(0o700)
+    time.sleep(0.3)
+    yield root
+    server.terminate()
+    server.wait(10)
+
+
+@needs_ssh
+def test_a_hostfile_makes_every_host_work(
+    tmp_path: Path,
+    corpus: Path,
+    tokenizer: Tokenizer,
+    expected: dict[str, bytes],
+    ssh_to_here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    """Two names of this machine and one that nobody answers at, whose share is done in the end too."""
+    monkeypatch.setenv("PATH", f"{ssh_to_here}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=8\n127.0.0.1 slots=8\nnobody.invalid slots=8\n")
+    output = tmp_path / "a path with 'quotes' and $(spaces)"
+    assert main([*arguments(corpus, tokenizer, output), "--workers", "1", "--hostfile", str(hostfile)]) == 0
+    failures = [line for line in capsys.readouterr().err.splitlines() if "finishing its share here" in line]
+    assert len(failures) == 1
+    assert failures[0].startswith("nobody.invalid: exit code 255")
+    assert contents(output) == expected

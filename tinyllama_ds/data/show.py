@@ -1,0 +1,59 @@
+"""The texts behind positions: what a step of a run trains on, word for word."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinyllama_ds.data.order import SampleOrder
+from tinyllama_ds.data.shards import TokenStream
+from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """One sample of a run: where it comes from, and what it says."""
+
+    position: int
+    source: str
+    epoch: int
+    sample: int
+    place: str  # shard file and first token
+    text: str
+
+
+def show_samples(
+    streams: Mapping[str, TokenStream],
+    order: SampleOrder,
+    positions: range,
+    sequence_length: int,
+    tokenizer: Tokenizer,
+) -> Iterator[ShownSample]:
+    """The samples at some positions as text; a line `--- end of document ---` stands where a document ends."""
+    located = order.locate(np.arange(positions.start, positions.stop))
+    rows = zip(positions, located.source.tolist(), located.epoch.tolist(), located.sample.tolist(), strict=True)
+    for position, number, epoch, sample in rows:
+        stream = streams[order.sources[number]]
+        tokens = stream.sample(sample, sequence_length)
+        pieces = [tokenizer.decode(piece.tolist()) for piece in _documents(tokens)]
+        yield ShownSample(
+            position,
+            order.sources[number],
+            epoch,
+            sample,
+            stream.place(sample * sequence_length),
+            printable("\n--- end of document ---\n".join(pieces)),
+        )
+
+
+def _documents(tokens: np.ndarray) -> list[np.ndarray]:
+    pieces = np.split(tokens, np.flatnonzero(tokens == EOS_ID) + 1)
+    return [piece[piece != EOS_ID] for piece in pieces]
+
+
+def printable(text: str) -> str:
+    """Text without characters that a terminal would obey; training data may hold any."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
+        for character in text
+    )
