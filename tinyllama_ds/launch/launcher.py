@@ -14,6 +14,7 @@ from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 from tinyllama_ds.launch.hostfile import Host
 
 PRETRAIN_SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
+MEASURE_SCRIPT = PRETRAIN_SCRIPT.with_name("measure.py")
 _STOP_SECONDS = 35  # the deepspeed launcher gives its ranks 30 s
 
 
@@ -31,10 +32,10 @@ class Placement:
         return sum(host.slots for host in self.hosts) if self.hosts else self.num_local
 
 
-def launcher_command(placement: Placement, arguments: list[str]) -> list[str]:
-    """The ordinary deepspeed command line that trains."""
-    if not PRETRAIN_SCRIPT.is_file():
-        raise Refusal(f"{PRETRAIN_SCRIPT}: is missing; pretrain needs the checkout, install with pip install -e")
+def launcher_command(placement: Placement, arguments: list[str], script: Path = PRETRAIN_SCRIPT) -> list[str]:
+    """The ordinary deepspeed command line that starts a script of ours on every rank."""
+    if not script.is_file():
+        raise Refusal(f"{script}: is missing; pretrain and bench need the checkout, install with pip install -e")
     if placement.hostfile is not None:
         where = ["--hostfile", str(placement.hostfile), "--master_addr", placement.hosts[0].name]
     else:
@@ -48,7 +49,7 @@ def launcher_command(placement: Placement, arguments: list[str]) -> list[str]:
         "error",
         *where,
         *port,
-        str(PRETRAIN_SCRIPT),
+        str(script),
         *arguments,
     ]
 
@@ -68,7 +69,7 @@ def launch(placement: Placement, arguments: list[str], status_file: Path) -> int
     """
     status_file.unlink(missing_ok=True)
     process = subprocess.Popen(
-        launcher_command(placement, arguments), env=_environment(placement), start_new_session=True
+        launcher_command(placement, arguments), env=launcher_environment(placement), start_new_session=True
     )
     previous = {number: signal.signal(number, _forward_to(process)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -106,7 +107,8 @@ def _is_finished(status_file: Path) -> bool:
         return False
 
 
-def _environment(placement: Placement) -> dict[str, str]:
+def launcher_environment(placement: Placement) -> dict[str, str]:
+    """The environment of a local launch: as many threads per rank as there are cores for it."""
     environment = dict(os.environ)
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     if placement.on_cpu:
