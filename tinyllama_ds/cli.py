@@ -354,7 +354,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint (%(default)s)"
     )
     parser.add_argument(
-        "--attention", default="auto", help="auto, flash_attention_2, sdpa or eager (default: %(default)s)"
+        "--attention", default="auto", help="auto, flash_attention_2, sdpa, blocked ... (default: %(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="compile the decoder blocks one by one")
     parser.add_argument(

@@ -1,5 +1,6 @@
 """The training loop: one optimizer step after another, measured, validated and saved as the plan says."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _PREFETCHED_MICRO_BATCHES = 4
+_COLLECT_STEPS = 100  # all ranks collect garbage at the same steps
 
 
 @dataclass
@@ -49,6 +51,7 @@ def train(
     progress, final = start, run.plan.total_steps
     if run.validation and start.step == 0:
         report_validation(engine, run, world, start, metrics)  # where the curves begin: about ln(vocabulary)
+    take_over_garbage_collection()
     window.restart()
     for step in run.plan.steps(start.step):
         is_logged = (step.number + 1) % run.recipe.intervals.log_steps == 0 or step.number + 1 == final
@@ -66,8 +69,17 @@ def train(
             report_validation(engine, run, world, progress, metrics)
         if is_last or step.crosses(run.recipe.intervals.save_tokens):
             save_checkpoint(engine, run.run_dir, progress, run.model.to_dict(), run.description)
+        if progress.step % _COLLECT_STEPS == 0:
+            gc.collect()
         window.paused += perf_counter() - paused_at
     return progress
+
+
+def take_over_garbage_collection() -> None:
+    """Python no longer collects when it likes: one rank that stops to collect stops all others, so all do it together."""
+    gc.collect()
+    gc.freeze()  # what is alive now stays until the end
+    gc.disable()
 
 
 def micro_batches(run: Run, world: World, first_step: int) -> Iterator[torch.Tensor]:
