@@ -76,7 +76,7 @@ def train(
 
 
 def take_over_garbage_collection() -> None:
-    """Python no longer collects when it likes: one rank that stops to collect stops all others, so all do it together."""
+    """Python no longer collects when it likes: a rank that stops to collect stops all, so all do it together."""
     gc.collect()
     gc.freeze()  # what is alive now stays until the end
     gc.disable()
