@@ -4,8 +4,9 @@
 
 The corpus is the Python sources of this installation, each once. Every contender runs alone, in turn, round after
 round. `per core` is tokens per second of CPU time. `net` leaves out the start: the seconds that the same contender
-takes for a single short document, which a corpus of more than minutes does not feel. The peers are what their scripts do for each document, cited at each
-function, with the same library (sentencepiece, tokenizers) and without their process pools, so that one core meets one.
+takes for two lines, which a corpus of more than minutes does not feel. The peers are what their scripts do for each
+document, cited at each function, with the same library (sentencepiece, tokenizers) and without their process pools, so
+that one core meets one.
 """
 
 import argparse

@@ -258,6 +258,8 @@ class IndexHeader:
 
             def first_token(document: int) -> int:
                 sequence = _int64_at(file, borders + 8 * document)
+                if sequence == self.sequences:  # documents without a token at the very end
+                    return end
                 return _int64_at(file, pointers + 8 * sequence) // self.dtype.itemsize
 
             first = bisect_left(range(self.documents), start, key=first_token)
