@@ -112,8 +112,8 @@ def test_an_unsorted_listing_is_found(tmp_path: Path, tokenizer: Tokenizer, monk
     prepare(Preparation("a", tmp_path / "raw", source_format("a"), tokenizer.path, tmp_path / "data", shard_bytes=300))
     problems = audit_data(tmp_path / "data", {}, samples=0, workers=1).problems
     assert problems == [
-        "a/train: the input 0.jsonl comes after 3.jsonl; expected each once, sorted",
-        "a/train: the input 1.jsonl comes after 4.jsonl; expected each once, sorted",
+        "a/train: the input 0.jsonl comes after 3.jsonl; expected them sorted, each once",
+        "a/train: the input 1.jsonl comes after 4.jsonl; expected them sorted, each once",
     ]
 
 
