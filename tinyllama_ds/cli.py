@@ -168,7 +168,7 @@ def _prepare(options: argparse.Namespace) -> int:
     """Tokenise one source into shards; starts again where it stopped."""
     from tinyllama_ds.data.agents import prepare_on_hosts
     from tinyllama_ds.data.prepare import Preparation, prepare, summarise
-    from tinyllama_ds.data.sources import source_format
+    from tinyllama_ds.data.sources import count_other_files, source_format
     from tinyllama_ds.launch.hostfile import read_hostfile
 
     job = Preparation(
@@ -187,6 +187,8 @@ def _prepare(options: argparse.Namespace) -> int:
             print(f"{failure}; finishing its share here", file=sys.stderr)
     workers = max(1, options.workers or os.cpu_count() or 1)
     table = summarise(prepare(job, workers, options.share, options.mpi))
+    if others := count_other_files(options.input):
+        print(f"{options.input}: {others:,} files of other kinds were not read", file=sys.stderr)
     return _print_result(options, table, _prepare_text(options.source, table))
 
 
