@@ -207,7 +207,13 @@ def report(found: dict[str, list[dict[str, float]]], path: Path | None, text_byt
         if one in rates and two in rates:
             print(f"two workers over one, {encoder}, net: {rates[two]['net'] / rates[one]['net']:.2f}")
     versions = {name: version(name) for name in ("sentencepiece", "gigatoken", "tokenizers", "pyarrow", "numpy")}
-    machine = {"processor": platform.machine(), "python": platform.python_version(), "versions": versions}
+    machine = {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),  # above one, `wall` and `net` tell of the neighbours
+        "python": platform.python_version(),
+        "versions": versions,
+    }
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         result = {"machine": machine, "text_bytes": text_bytes, "million_tokens_per_second": rates, "runs": found}
