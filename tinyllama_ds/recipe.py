@@ -42,6 +42,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     intervals: Intervals
     validation_samples: int  # per source
+    document_mask: bool = False  # attention inside documents only; TinyLlama's sees all of a packed row
 
     @property
     def sources(self) -> list[str]:
@@ -87,6 +88,7 @@ def _parse(raw: dict, path: Path) -> Recipe:
             save_tokens=intervals.positive("save_tokens"),
         ),
         validation_samples=top.positive("validation_samples"),
+        document_mask=top.switch("document_mask") if top.holds("document_mask") else False,
     )
     top.finish()
     intervals.finish()
@@ -165,6 +167,13 @@ class _Table:
         value = self.whole(key)
         if value < 1:
             raise Refusal(f"{self.place}: {key} is {value}; expected 1 or more")
+        return value
+
+    def switch(self, key: str) -> bool:
+        self._known.append(key)
+        value = self._raw.pop(key)
+        if not isinstance(value, bool):
+            raise Refusal(f"{self.place}: {key} is {value!r}; expected true or false")
         return value
 
     def table(self, key: str) -> dict:

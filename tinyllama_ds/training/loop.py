@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tinyllama_ds.data.loader import SampleReader, prefetch
+from tinyllama_ds.data.loader import prefetch
 from tinyllama_ds.data.order import rank_positions
 from tinyllama_ds.evaluation.validation import perplexity, validation_losses
 from tinyllama_ds.plan import Step
@@ -20,6 +20,8 @@ from tinyllama_ds.training.run import Run
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+Batch = tuple[torch.Tensor, ...]  # tokens (B, T + 1), and with a document mask the segments (B, T)
 
 _PREFETCHED_MICRO_BATCHES = 4
 _COLLECT_STEPS = 100  # all ranks collect garbage at the same steps
@@ -82,24 +84,27 @@ def take_over_garbage_collection() -> None:
     gc.disable()
 
 
-def micro_batches(run: Run, world: World, first_step: int) -> Iterator[torch.Tensor]:
-    """This rank's micro batches (B, T + 1) of all steps from a number on."""
+def micro_batches(run: Run, world: World, first_step: int) -> Iterator[Batch]:
+    """This rank's micro batches of all steps from a number on."""
     for step in run.plan.steps(first_step):
         share = rank_positions(step.first_position, step.batch, world.rank, world.size)
         for start in share[:: run.micro_batch]:
-            yield read_batch(run.reader, start, run.micro_batch, world.device)
+            yield read_batch(run, np.arange(start, start + run.micro_batch), world.device)
 
 
-def read_batch(reader: SampleReader, start: int, count: int, device: torch.device) -> torch.Tensor:
-    """Samples at positions [start, start + count) as a tensor (B, T + 1), pinned for a GPU."""
-    batch = torch.from_numpy(reader.read(np.arange(start, start + count)))
-    return batch.pin_memory() if device.type == "cuda" else batch
+def read_batch(run: Run, positions: np.ndarray, device: torch.device) -> Batch:
+    """The samples at some positions, pinned for a GPU."""
+    arrays = [run.reader.read(positions)]
+    if run.recipe.document_mask:
+        arrays.append(run.reader.read_segments(positions))
+    batch = tuple(map(torch.from_numpy, arrays))
+    return tuple(part.pin_memory() for part in batch) if device.type == "cuda" else batch
 
 
 def train_step(
     engine: "DeepSpeedEngine",
     step: Step,
-    batches: Iterator[torch.Tensor],
+    batches: Iterator[Batch],
     micro_batch: int,
     world: World,
     clock: PhaseClock,
@@ -113,9 +118,9 @@ def train_step(
     for number in range(accumulation):
         engine.set_gradient_accumulation_boundary(number == accumulation - 1)
         with clock.phase("data"):
-            tokens = next(batches).to(world.device, non_blocking=True)
+            tokens, *segments = (part.to(world.device, non_blocking=True) for part in next(batches))
         with clock.phase("forward"):
-            loss = engine(tokens[:, :-1], tokens[:, 1:])
+            loss = engine(tokens[:, :-1], tokens[:, 1:], *segments)
         with clock.phase("backward"):
             engine.backward(loss / accumulation, scale_wrt_gas=False)
         total += loss.detach() / accumulation
