@@ -57,7 +57,7 @@ def ours(encoder: str, workers: int = 1) -> Contender:
     """`tinyllama-ds prepare`."""
 
     def run(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
-        job = Preparation("x", corpus, SourceFormat(), tokenizer.path, output, encoder, shard_bytes=1)
+        job = Preparation("x", corpus, SourceFormat(), tokenizer.path, output, encoder, shard_bytes=2 * 2**20)
         return sum(manifest.tokens for manifest in prepare(job, workers))
 
     return run

@@ -141,7 +141,11 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="only these parts: SlimPajama's set names, or folders (languages of StarCoderData)",
     )
     parser.add_argument(
-        "--max-bad-records", type=int, default=0, metavar="N", help="list and leave out up to N (default: %(default)s)"
+        "--max-bad-records",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="list and leave out up to N (default: %(default)s)",
     )
     parser.add_argument("--encoder", choices=("auto", "gigatoken", "sentencepiece"), default="auto")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
@@ -155,6 +159,12 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         "--share", type=_share, default=(0, 1), metavar="RANK/SIZE", help="make only every SIZE-th shard, from RANK on"
     )
     _add_json(parser)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -260,7 +270,9 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw", action="append", default=[], metavar="SOURCE=DIR", help="compare random documents with the raw input"
     )
-    parser.add_argument("--samples", type=int, default=20, help="documents per shard to compare (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=_count, default=20, help="documents per shard to compare (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="HTML", help="default: DATA_DIR/audit.html")
     _add_json(parser)
@@ -317,7 +329,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     show.add_argument("step", type=int, metavar="STEP", help="from 0")
     show.add_argument("--recipe", required=True)
     show.add_argument("--data", type=Path, required=True, metavar="DIR")
-    show.add_argument("--limit", type=int, default=8, metavar="N", help="samples to print (default: %(default)s)")
+    show.add_argument("--limit", type=_count, default=8, metavar="N", help="samples to print (default: %(default)s)")
     _add_json(show)
 
 

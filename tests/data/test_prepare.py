@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -173,6 +174,17 @@ def test_a_machine_without_torch_prepares(tmp_path: Path, corpus: Path, tokenize
     )
     assert done.returncode == 0, done.stderr
     assert f"source/train: {FILES} files" in done.stdout
+
+
+def test_rejected_records_are_not_kept_in_memory(tmp_path: Path, tokenizer: Tokenizer):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "x.jsonl").write_text('{"text": ""}\n' * 200_000 + '{"text": "x"}\n')
+    tracemalloc.start()
+    (manifest,) = run(tmp_path / "raw", tokenizer, tmp_path / "out", encoder="sentencepiece")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert manifest.inputs[0].rejected == {"empty text": 200_000}
+    assert peak < 8_000_000
 
 
 def test_a_corpus_of_nothing_is_refused(tmp_path: Path, tokenizer: Tokenizer):

@@ -87,6 +87,16 @@ def test_memory_stays_flat_however_large_the_file(tmp_path: Path):
     assert peak < 8_000_000
 
 
+def test_memory_stays_flat_in_a_row_group_of_the_whole_file(tmp_path: Path):
+    rng = random.Random(0)
+    texts = [rng.randbytes(1000).hex() for _ in range(20_000)]  # 40 MB that hardly compress
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet")
+    assert pyarrow.parquet.read_metadata(tmp_path / "x.parquet").num_row_groups == 1
+    before = pyarrow.total_allocated_bytes()
+    peak = max(pyarrow.total_allocated_bytes() for _ in read_records(tmp_path / "x.parquet", PLAIN))
+    assert peak - before < 8_000_000
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

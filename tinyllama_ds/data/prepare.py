@@ -23,6 +23,7 @@ from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, Tokenizer, hold_tokeniz
 from tinyllama_ds.errors import Refusal
 
 _ENCODE_BYTES = 2**20  # how much text one call of the encoder sees
+_RECORD_BYTES = 100  # what a record takes without its text: most may be rejected
 # Bytes of uint16 tokens per byte on disk, for planning only: 4 bytes of text per token, zstd and parquet about 3:1.
 _TOKEN_BYTES_PER_INPUT_BYTE = {".zst": 1.5, ".gz": 1.5, ".parquet": 1.5}
 
@@ -67,15 +68,14 @@ def prepare(
     Raises `Refusal` for more than `max_bad_records` records that cannot be read, for another tokenizer than the one
     `output` already holds, and for shards that were made from other inputs.
     """
-    tokenizer = Tokenizer(job.tokenizer)
-    load_gigatoken(tokenizer, job.encoder)  # refuses here what no worker could do
+    tokenizer, _ = _encoder_of(job.tokenizer, job.encoder)  # refuses here what no worker could do
     rank, size = share
     tasks = plan_shards(job)[rank::size]
     hold_tokenizer(tokenizer, job.output)
-    pending = [task for task in tasks if not _is_done(task, tokenizer)]
-    done = [Manifest.read(task.manifest) for task in tasks if task not in pending]
-    _run(job, pending, done, workers, use_mpi)
-    manifests = [Manifest.read(task.manifest) for task in tasks]
+    finished = {task.manifest: _finished(task, tokenizer) for task in tasks}
+    pending = [task for task in tasks if finished[task.manifest] is None]
+    _run(job, pending, [manifest for manifest in finished.values() if manifest], workers, use_mpi)
+    manifests = [finished[task.manifest] or Manifest.read(task.manifest) for task in tasks]
     _check_accounts(manifests)
     if size == 1:
         _remove_leftovers(job)
@@ -113,9 +113,10 @@ def _remove_leftovers(job: Preparation) -> None:
         path.unlink()
 
 
-def _is_done(task: ShardTask, tokenizer: Tokenizer) -> bool:
-    if not task.manifest.exists():
-        return False
+def _finished(task: ShardTask, tokenizer: Tokenizer) -> Manifest | None:
+    """The manifest of a shard that need not be made again; raises `Refusal` for one that was made otherwise."""
+    if not all(task.name.prefix.with_suffix(suffix).is_file() for suffix in (".bin", ".idx", ".json")):
+        return None
     manifest = Manifest.read(task.manifest)
     made_from = ([(entry.path, entry.bytes) for entry in manifest.inputs], manifest.shards, manifest.source_format)
     wanted = (
@@ -127,7 +128,7 @@ def _is_done(task: ShardTask, tokenizer: Tokenizer) -> bool:
         raise Refusal(
             f"{task.manifest}: was made from other inputs, subsets or tokenizer; remove it or choose another output"
         )
-    return all(task.name.prefix.with_suffix(suffix).is_file() for suffix in (".bin", ".idx"))
+    return manifest
 
 
 def _run(job: Preparation, pending: list[ShardTask], done: list[Manifest], workers: int, use_mpi: bool) -> None:
@@ -264,7 +265,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     size = 0
     for record in records:
         batch.append(record)
-        size += record.text_bytes
+        size += record.text_bytes + _RECORD_BYTES
         if size >= _ENCODE_BYTES:
             yield batch
             batch, size = [], 0

@@ -201,7 +201,8 @@ def _parse(line: bytes, fmt: SourceFormat, place: str) -> Record:
 
 
 def _read_parquet(path: Path, fmt: SourceFormat) -> Iterator[Record]:
-    with pyarrow.parquet.ParquetFile(path) as file:
+    # Without these two a row group, which may be the whole file, is read at once.
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
         names = file.schema_arrow.names
         if fmt.text_field not in names:
             yield Record(fault=f"{path}: has no column {fmt.text_field!r}; it has {', '.join(names)}")
