@@ -102,10 +102,28 @@ def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    _undo_dummy_step(engine)
     for group in engine.optimizer.param_groups:
         group["configured_lr"] = group["lr"]
     set_learning_rate(engine, learning_rate_ratio)
     return engine
+
+
+def _undo_dummy_step(engine: "DeepSpeedEngine") -> None:
+    """Stage 0 in bf16: DeepSpeed steps on zero gradients to allocate the optimizer's state.
+
+    That decays the masters once and counts as Adam's first step, which makes the real first step a quarter too small.
+    """
+    if engine.zero_optimization() or not engine.bfloat16_enabled():
+        return
+    wrapper = engine.optimizer
+    wrapper.optimizer.state.clear()
+    is_flat = hasattr(wrapper, "fp32_groups_flat")
+    for number, weights in enumerate(wrapper.fp16_groups):
+        masters = [wrapper.fp32_groups_flat[number]] if is_flat else wrapper.fp32_groups[number]
+        values = [torch.cat([weight.detach().flatten() for weight in weights])] if is_flat else weights
+        for master, value in zip(masters, values, strict=True):
+            master.data.copy_(value)
 
 
 def set_learning_rate(engine: "DeepSpeedEngine", ratio: float) -> float:
