@@ -12,10 +12,11 @@ from tinyllama_ds.data.loader import SampleReader, prefetch
 from tinyllama_ds.data.order import rank_positions
 from tinyllama_ds.evaluation.validation import perplexity, validation_losses
 from tinyllama_ds.plan import Step
-from tinyllama_ds.training.checkpoint import Progress, save_checkpoint
+from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.engine import World, set_learning_rate, sum_over_ranks
 from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, memory_bytes, peak_flops
 from tinyllama_ds.training.run import Run
+from tinyllama_ds.training.saving import Saver
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -47,6 +48,7 @@ def train(
     peak, _ = peak_flops(world.device, next(engine.module.parameters()).dtype)
     batches = prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES)
     progress, final = start, run.plan.total_steps
+    saver = Saver(run, world)
     if run.validation and start.step == 0:
         report_validation(engine, run, world, start, metrics)  # where the curves begin: about ln(vocabulary)
     window.restart()
@@ -65,7 +67,7 @@ def train(
         if run.validation and (is_last or step.crosses(run.recipe.intervals.evaluate_tokens)):
             report_validation(engine, run, world, progress, metrics)
         if is_last or step.crosses(run.recipe.intervals.save_tokens):
-            save_checkpoint(engine, run.run_dir, progress, run.model.to_dict(), run.description)
+            save(saver, engine, progress, metrics)
         window.paused += perf_counter() - paused_at
     return progress
 
@@ -158,6 +160,22 @@ def report(metrics: MetricsLogger | None, progress: Progress, figures: dict[str,
         f"loss {figures['Train/Loss']:.3f}, lr {figures['Train/LearningRate']:.2e},"
         f" {figures['Speed/TokensPerSecond']:,.0f} tok/s, MFU {figures['Speed/MFU']:.0%}",
     )
+
+
+def save(saver: Saver, engine: "DeepSpeedEngine", progress: Progress, metrics: MetricsLogger | None) -> None:
+    """Save, and say how long training stood still for it. Collective; a save that fails does not stop training."""
+    saved = saver.save(engine, progress)
+    if metrics is None:
+        return
+    metrics.log(
+        progress.step,
+        progress.tokens,
+        {"Checkpoint/StallSeconds": saved.seconds, "Checkpoint/Failures": saver.failures},
+    )
+    if saved.failures:
+        metrics.say(f"step {progress.step:,}: NOT saved, training goes on: {'; '.join(saved.failures)}")
+    else:
+        metrics.say(f"step {progress.step:,}: saved {saved.size / 2**30:.2f} GiB in {saved.seconds:.1f} s")
 
 
 def report_validation(
