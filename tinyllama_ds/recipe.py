@@ -30,6 +30,7 @@ class Intervals:
     evaluate_tokens: int
     save_tokens: int
     save_minutes: int = 30  # of wall clock, after which a save is due whatever the tokens say
+    check_steps: int = 1000  # between two comparisons of the weights over the ranks; every save makes one too
     keep_last: int = 3  # checkpoints
     keep_tokens: int = 100_000_000_000  # one checkpoint for every so many tokens stays for ever
 
@@ -93,7 +94,7 @@ def _parse(raw: dict, path: Path) -> Recipe:
 
 def _parse_intervals(table: "_Table") -> Intervals:
     required = {key: table.positive(key) for key in ("log_steps", "evaluate_tokens", "save_tokens")}
-    optional = ("save_minutes", "keep_last", "keep_tokens")
+    optional = ("save_minutes", "check_steps", "keep_last", "keep_tokens")
     intervals = Intervals(**required, **{key: table.positive(key) for key in optional if table.holds(key)})
     table.finish()
     if intervals.keep_last < 2:

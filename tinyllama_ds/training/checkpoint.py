@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -38,6 +38,7 @@ class Progress:
     step: int
     position: int  # samples consumed
     tokens: int
+    chain: str = ""  # hash chain over the samples of all steps
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,15 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
         return CheckpointManifest(**raw | {"progress": Progress(**raw["progress"]), "files": files})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Refusal(f"{path}: not a checkpoint manifest ({error})") from error
+
+
+def newest_progress(run_dir: Path) -> tuple[int, int]:
+    """Steps and tokens of the newest committed checkpoint; zeros where there is none that can be read."""
+    for checkpoint in reversed(find_checkpoints(run_dir)):
+        with suppress(Refusal):
+            progress = read_manifest(checkpoint).progress
+            return progress.step, progress.tokens
+    return 0, 0
 
 
 def verify_checkpoint(checkpoint: Path) -> CheckpointManifest:

@@ -14,9 +14,20 @@ from tinyllama_ds.evaluation.validation import perplexity, validation_losses
 from tinyllama_ds.plan import Step
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.engine import World, set_learning_rate, sum_over_ranks
+from tinyllama_ds.training.faults import strike
+from tinyllama_ds.training.guard import (
+    DigestedBatches,
+    Guard,
+    agree,
+    check_parameters,
+    extend_chain,
+    withhold_bad_gradient,
+)
+from tinyllama_ds.training.heartbeat import Heartbeat
 from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, memory_bytes, peak_flops
 from tinyllama_ds.training.run import Run
 from tinyllama_ds.training.saving import Saver
+from tinyllama_ds.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -41,34 +52,57 @@ class Window:
 
 
 def train(
-    engine: "DeepSpeedEngine", run: Run, world: World, start: Progress, metrics: MetricsLogger | None
+    engine: "DeepSpeedEngine",
+    run: Run,
+    world: World,
+    start: Progress,
+    metrics: MetricsLogger | None,
+    stop: StopRequest,
+    heartbeat: Heartbeat,
 ) -> Progress:
-    """Train from `start` to the end of the plan. Collective; `metrics` is given on rank 0 only."""
+    """Train from `start` to the end of the plan, or to a stop that any rank was asked for; the end is saved.
+
+    Collective; `metrics` is given on rank 0 only. Raises `BadNumbers` on all ranks.
+    """
     window = Window(PhaseClock(world.device))
     peak, _ = peak_flops(world.device, next(engine.module.parameters()).dtype)
-    batches = prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES)
+    batches = DigestedBatches(prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES))
     progress, final = start, run.plan.total_steps
-    saver = Saver(run, world)
+    saver, guard = Saver(run, world), Guard()
     if run.validation and start.step == 0:
         report_validation(engine, run, world, start, metrics)  # where the curves begin: about ln(vocabulary)
     window.restart()
     for step in run.plan.steps(start.step):
+        strike("step.begin", step.number)
         is_logged = (step.number + 1) % run.recipe.intervals.log_steps == 0 or step.number + 1 == final
         learning_rate = set_learning_rate(engine, run.schedule.ratio(step.tokens_after))
         loss, grad_norm = train_step(engine, step, batches, run.micro_batch, world, window.clock)
-        progress = Progress(step.number + 1, step.first_position + step.batch, step.tokens_after)
+        agreed = agree(stop.is_wanted(), saver.is_due(), loss, grad_norm, batches.take())
+        guard.check(engine, step, agreed)
+        chain = extend_chain(progress.chain, step.number, agreed.digest)
+        progress = Progress(step.number + 1, step.first_position + step.batch, step.tokens_after, chain)
+        if not agreed.is_finite:
+            report_skip(metrics, step, progress, guard)
         window.tokens += step.tokens_after - step.tokens_before
         if is_logged:
             figures = step_figures(run, world, window, loss, grad_norm, learning_rate, progress, peak)
             report(metrics, progress, figures)
             window.restart()
         paused_at = perf_counter()
-        is_last = progress.step == final
-        if run.validation and (is_last or step.crosses(run.recipe.intervals.evaluate_tokens)):
+        is_last = progress.step == final or agreed.stop
+        if run.validation and (progress.step == final or step.crosses(run.recipe.intervals.evaluate_tokens)):
+            heartbeat.beat(progress.step, "validating")
             report_validation(engine, run, world, progress, metrics)
-        if is_last or step.crosses(run.recipe.intervals.save_tokens):
+        is_saved = is_last or agreed.save or step.crosses(run.recipe.intervals.save_tokens)
+        if is_saved or progress.step % run.recipe.intervals.check_steps == 0:
+            check_parameters(engine)
+        if is_saved:
+            heartbeat.beat(progress.step, "saving")
             save(saver, engine, progress, metrics)
         window.paused += perf_counter() - paused_at
+        heartbeat.beat(progress.step, "training")
+        if is_last:
+            break
     return progress
 
 
@@ -107,10 +141,14 @@ def train_step(
         with clock.phase("forward"):
             loss = engine(tokens[:, :-1], tokens[:, 1:])
         with clock.phase("backward"):
-            engine.backward(loss / accumulation, scale_wrt_gas=False)
+            poison = float("nan") if strike("step.backward", step.number) else 1.0
+            engine.backward(loss * (poison / accumulation), scale_wrt_gas=False)
         total += loss.detach() / accumulation
     with clock.phase("step"):
+        strike("step.before_optimizer", step.number)
         grad_norm = local_grad_norm(engine)
+        if grad_norm is not None:
+            withhold_bad_gradient(engine, grad_norm)
         engine.step()
     return total, engine.get_global_grad_norm() if grad_norm is None else grad_norm
 
@@ -160,6 +198,19 @@ def report(metrics: MetricsLogger | None, progress: Progress, figures: dict[str,
         f"loss {figures['Train/Loss']:.3f}, lr {figures['Train/LearningRate']:.2e},"
         f" {figures['Speed/TokensPerSecond']:,.0f} tok/s, MFU {figures['Speed/MFU']:.0%}",
     )
+
+
+def report_skip(metrics: MetricsLogger | None, step: Step, progress: Progress, guard: Guard) -> None:
+    """Say which samples were trained on in vain."""
+    if metrics is None:
+        return
+    first, last = step.first_position, step.first_position + step.batch - 1
+    metrics.log(
+        progress.step,
+        progress.tokens,
+        {"Guard/SkippedSteps": guard.skipped, "Guard/FirstSample": first, "Guard/LastSample": last},
+    )
+    metrics.say(f"step {progress.step:,}: skipped, its loss or gradient was not finite (samples {first} to {last})")
 
 
 def save(saver: Saver, engine: "DeepSpeedEngine", progress: Progress, metrics: MetricsLogger | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, Refusal
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART, BadNumbers, Refusal
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.training.checkpoint import CHECKPOINTS, QUARANTINE, Progress, choose_checkpoint, load_checkpoint
 from tinyllama_ds.training.engine import (
@@ -23,6 +23,7 @@ from tinyllama_ds.training.engine import (
     supports_fast_bf16,
     wrap,
 )
+from tinyllama_ds.training.heartbeat import Heartbeat
 from tinyllama_ds.training.loop import train
 from tinyllama_ds.training.metrics import MetricsLogger, peak_flops
 from tinyllama_ds.training.run import (
@@ -35,6 +36,7 @@ from tinyllama_ds.training.run import (
     write_json,
 )
 from tinyllama_ds.training.saving import sweep_leftovers
+from tinyllama_ds.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -49,6 +51,10 @@ def pretrain(options: Options) -> int:
         if world.is_main:
             print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
         return EXIT_REFUSED
+    except BadNumbers as bad:
+        if world.is_main:
+            print(f"tinyllama-ds: {bad}; nothing was saved since", file=sys.stderr, flush=True)
+        return EXIT_NUMERICS
     except BaseException:
         # The other ranks wait in a collective for this one: leave at once, so that the launcher can end them.
         traceback.print_exc()
@@ -58,6 +64,8 @@ def pretrain(options: Options) -> int:
 
 def _pretrain(options: Options, world: World) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    heartbeat = Heartbeat(world.rank)
+    heartbeat.beat(0, "starting")
     run = resolve_run(options, world.size, world.device.type, supports_fast_bf16(world.device))
     check_run_directory(run)
     os.umask(0o027)  # what others could write would not be loaded again
@@ -73,12 +81,14 @@ def _pretrain(options: Options, world: World) -> int:
     engine = wrap(model, run.engine_config, run.schedule.ratio(0))
     start = load_checkpoint(engine, checkpoint) if checkpoint else Progress(step=0, position=0, tokens=0)
     metrics = _open_metrics(run, world, start, engine) if world.is_main else None
-    progress = train(engine, run, world, start, metrics)
+    progress = train(engine, run, world, start, metrics, StopRequest(run.run_dir), heartbeat)
+    is_finished = progress.step == run.plan.total_steps
     if metrics is not None:
         metrics.close()
-        write_json(run.run_dir / STATUS_FILE, {"state": "finished", "step": progress.step, "tokens": progress.tokens})
+        state = "finished" if is_finished else "stopped"
+        write_json(run.run_dir / STATUS_FILE, {"state": state, "step": progress.step, "tokens": progress.tokens})
     torch.distributed.destroy_process_group()
-    return EXIT_FINISHED
+    return EXIT_FINISHED if is_finished else EXIT_RESTART
 
 
 def agree_on_checkpoint(run: Run, world: World) -> Path | None:
