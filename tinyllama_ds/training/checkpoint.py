@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.training.reshape import load_whole_tensors, parameter_shapes, write_whole_tensors
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -181,20 +184,37 @@ def _quarantine(checkpoint: Path, quarantine: Path) -> None:
     checkpoint.rename(next(quarantine / name for name in names if not (quarantine / name).exists()))
 
 
-def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path) -> Progress:
-    """Collective. Weights, optimizer and its step counter; the same number of ranks and ZeRO stage as were saved.
+def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: dict) -> Progress:
+    """Collective. Weights, optimizer and its step counter, into the layout that the run has now.
 
-    The checkpoint has been verified by `choose_checkpoint`.
+    The checkpoint has been verified by `choose_checkpoint`. `zero_section` is the run's own; one that differs from the
+    checkpoint's, or another number of ranks, takes the way over whole tensors.
     """
     manifest = read_manifest(checkpoint)
     configured = [dict(group, params=None) for group in engine.optimizer.param_groups]
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if loaded is None:
-        raise Refusal(f"{checkpoint}: DeepSpeed found nothing to load in it")
-    # DeepSpeed restores each group's hyper-parameters too; the configured ones are in force (and were checked equal).
+    saved_section = manifest.run["deepspeed_config"]["zero_optimization"]
+    if (manifest.world_size, saved_section) == (dist.get_world_size(), zero_section):
+        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if loaded is None:
+            raise Refusal(f"{checkpoint}: DeepSpeed found nothing to load in it")
+    else:
+        _load_reshaped(engine, checkpoint, manifest)
+    # DeepSpeed restores each group's hyper-parameters too, under stage 3 the first group's in all of them; the
+    # configured ones are in force (and were checked equal).
     for group, wanted in zip(engine.optimizer.param_groups, configured, strict=True):
         group.update({key: value for key, value in wanted.items() if key != "params"})
     return manifest.progress
+
+
+def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: CheckpointManifest) -> None:
+    whole = checkpoint.with_name(f".{checkpoint.name}.whole")
+    if dist.get_rank() == 0:
+        write_whole_tensors(checkpoint, manifest.zero_stage, parameter_shapes(engine), whole)
+    dist.barrier()
+    load_whole_tensors(engine, whole)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(whole)
 
 
 def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str, torch.Tensor]]:

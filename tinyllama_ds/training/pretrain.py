@@ -79,7 +79,9 @@ def _pretrain(options: Options, world: World) -> int:
     if run.compile:
         compile_blocks(model)
     engine = wrap(model, run.engine_config, run.schedule.ratio(0))
-    start = load_checkpoint(engine, checkpoint) if checkpoint else Progress(step=0, position=0, tokens=0)
+    start = Progress(step=0, position=0, tokens=0)
+    if checkpoint is not None:
+        start = load_checkpoint(engine, checkpoint, run.description["deepspeed_config"]["zero_optimization"])
     metrics = _open_metrics(run, world, start, engine) if world.is_main else None
     progress = train(engine, run, world, start, metrics, StopRequest(run.run_dir), heartbeat)
     is_finished = progress.step == run.plan.total_steps

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from tinyllama_ds.training.run import Run
 
-_LEFTOVER = re.compile(r"\.(step_\d{8,}\.partial|trash-step_\d{8,})")
+_LEFTOVER = re.compile(r"\.(step_\d{8,}\.(partial|whole)|trash-step_\d{8,})")
 
 
 @dataclass(frozen=True)
