@@ -96,9 +96,9 @@ def test_a_stuck_rank_is_noticed_and_its_stacks_are_shown(
     fault: str, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FAULT_VARIABLE, fault)
-    finished = setup.start(tmp_path / "run", "--step-timeout", "4")
+    finished = setup.start(tmp_path / "run", "--step-timeout", "8")
     assert finished.returncode == 0, finished.stderr
-    assert "has been training at step 3 for 4 s; stacks of all ranks" in finished.stderr
+    assert "has been training at step 3 for 8 s; stacks of all ranks" in finished.stderr
     assert "in strike" in finished.stderr, "the stack of the stuck rank"
     setup.assert_same_end(tmp_path / "run")
 

@@ -60,12 +60,6 @@ class Guard:
             raise BadNumbers(f"{place}: loss or gradient is not finite for the {self._in_a_row}th step in a row")
 
 
-def withhold_bad_gradient(engine: "DeepSpeedEngine", grad_norm: torch.Tensor) -> None:
-    """Stage 0 in fp32, where DeepSpeed does not look: AdamW leaves a parameter without a gradient as it is."""
-    if not torch.isfinite(grad_norm):
-        engine.zero_grad()
-
-
 def check_parameters(engine: "DeepSpeedEngine") -> None:
     """Collective. Every weight is finite, and what all ranks hold a copy of is equal on all, bit for bit.
 

@@ -21,7 +21,6 @@ from tinyllama_ds.training.guard import (
     agree,
     check_parameters,
     extend_chain,
-    withhold_bad_gradient,
 )
 from tinyllama_ds.training.heartbeat import Heartbeat
 from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, memory_bytes, peak_flops
@@ -147,9 +146,10 @@ def train_step(
     with clock.phase("step"):
         strike("step.before_optimizer", step.number)
         grad_norm = local_grad_norm(engine)
-        if grad_norm is not None:
-            withhold_bad_gradient(engine, grad_norm)
-        engine.step()
+        if grad_norm is None or torch.isfinite(grad_norm):
+            engine.step()
+        else:
+            engine.zero_grad()  # stage 0 in fp32, where DeepSpeed does not look and would apply it
     return total, engine.get_global_grad_norm() if grad_norm is None else grad_norm
 
 
