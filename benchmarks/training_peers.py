@@ -3,10 +3,12 @@
     python benchmarks/training_peers.py --rounds 3 --json benchmarks/results/training_peers_cpu.json
 
 Every contender runs in fresh processes, in turn, round after round, so that a drift of the machine hits all of them.
+litgpt is not among our dependencies: install it (`pip install litgpt`), or leave its row out with --only.
 Ranks: two of one thread each; `plain` is one process with two threads. Needs a CPU or GPUs; nothing is downloaded.
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -22,33 +24,32 @@ import torch
 import torch.distributed as dist
 
 from tinyllama_ds.model.config import LlamaConfig
-from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
+from tinyllama_ds.model.llama import build_model
 
 MODEL = LlamaConfig(8192, 512, 1472, 6, 8, 4, 512)  # 26.7M parameters
 T, MICRO_BATCH, ACCUMULATION, RANKS = 512, 4, 8, 2
 WARMUP_STEPS, MEASURED_STEPS = 1, 2
 
 
-def deepspeed_config(stage: int) -> dict:
-    """ds_configs/zero3.json at this size: small buckets, and weights that stay from forward to backward."""
-    name = f"zero{stage}.json"
-    config = json.loads((Path(__file__).parents[1] / "ds_configs" / name).read_text())
+def deepspeed_config(name: str) -> dict:
+    """A file of ds_configs/ at this size: small buckets, everything else as it is."""
+    config = json.loads((Path(__file__).parents[1] / "ds_configs" / f"{name}.json").read_text())
     zero = config["zero_optimization"] | {"reduce_bucket_size": 2_000_000}
-    zero |= {"stage3_prefetch_bucket_size": 2_000_000} if stage == 3 else {"allgather_bucket_size": 2_000_000}
+    zero |= {"stage3_prefetch_bucket_size": 2_000_000} if zero["stage"] == 3 else {"allgather_bucket_size": 2_000_000}
     size = {"train_micro_batch_size_per_gpu": MICRO_BATCH, "gradient_accumulation_steps": ACCUMULATION}
     timers = {"timers": {"throughput": {"enabled": False}}}
     keep = {key: config[key] for key in ("gradient_clipping", "bf16", "data_types", "optimizer")}
     return keep | size | timers | {"zero_optimization": zero}
 
 
-def ours(stage: int, attention: str = "blocked") -> Callable[[], None]:
+def ours(name: str, attention: str = "blocked") -> Callable[[], None]:
     """Our model, engine and step, blocks compiled, as `tinyllama-ds pretrain --compile` runs them."""
     from tinyllama_ds.training.engine import compile_blocks, read_world, start_process_group, wrap
 
     start_process_group(read_world())
     model = build_model(MODEL, attention, seed=1)
     compile_blocks(model)
-    engine = wrap(model, deepspeed_config(stage), 1.0)
+    engine = wrap(model, deepspeed_config(name), 1.0)
     return deepspeed_step(engine, lambda inputs, labels: engine(inputs, labels))
 
 
@@ -61,7 +62,9 @@ def transformers_deepspeed() -> Callable[[], None]:
 
     start_process_group(read_world())
     model = hf_model(dict(build_model(MODEL, "sdpa", seed=1).state_dict()), MODEL).train()
-    engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=deepspeed_config(3))
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=deepspeed_config("zero3_keep")
+    )
     return deepspeed_step(engine, lambda inputs, labels: engine(input_ids=inputs, labels=inputs).loss)
 
 
@@ -100,17 +103,39 @@ def fsdp2(attention: str) -> Callable[[], None]:
 
 
 def plain(attention: str) -> Callable[[], None]:
-    """One process and all threads: compiled blocks, bf16 weights with fp32 masters, twice the micro batches."""
-    masters = build_model(MODEL, attention, seed=1)
-    model: LlamaForCausalLM = build_model(MODEL, attention, seed=1).bfloat16()
+    """Our model in a plain loop, blocks compiled."""
+    model = build_model(MODEL, attention, seed=1)
     for layer in model.model.layers:
         layer.compile()
+    return plain_loop(model, model)
+
+
+def litgpt() -> Callable[[], None]:
+    """litgpt's model of the same shape in the same plain loop, compiled as a whole, with its own chunked loss."""
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    config = Config(
+        block_size=T, vocab_size=MODEL.vocab_size, padded_vocab_size=MODEL.vocab_size, n_layer=MODEL.num_hidden_layers,
+        n_head=MODEL.num_attention_heads, n_embd=MODEL.hidden_size, n_query_groups=MODEL.num_key_value_heads,
+        rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP", intermediate_size=MODEL.intermediate_size,
+    )  # fmt: skip
+    model = GPT(config)
+    forward = torch.compile(model)
+    return plain_loop(model, lambda inputs, labels: chunked_cross_entropy(forward(inputs), labels))
+
+
+def plain_loop(model: torch.nn.Module, loss_of: Callable) -> Callable[[], None]:
+    """One process and all threads: bf16 weights with fp32 masters, all micro batches of the step."""
+    masters = copy.deepcopy(model)
+    model.bfloat16()
     optimizer = torch.optim.AdamW(masters.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     pairs = list(zip(masters.parameters(), model.parameters(), strict=True))
 
     def step() -> None:
         for _ in range(ACCUMULATION * RANKS):
-            (model(*batch()) / ACCUMULATION / RANKS).backward()
+            (loss_of(*batch()) / ACCUMULATION / RANKS).backward()
             for master, weight in pairs:
                 grad = weight.grad.float()
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
@@ -126,14 +151,16 @@ def plain(attention: str) -> Callable[[], None]:
 
 
 CONTENDERS: dict[str, tuple[int, Callable[[], Callable[[], None]]]] = {
-    "ours, ZeRO-3": (RANKS, lambda: ours(3)),
-    "ours, ZeRO-1": (RANKS, lambda: ours(1)),
-    "ours, ZeRO-3, sdpa": (RANKS, lambda: ours(3, "sdpa")),
+    "ours, ZeRO-3": (RANKS, lambda: ours("zero3_keep")),
+    "ours, ZeRO-3, weights released": (RANKS, lambda: ours("zero3")),
+    "ours, ZeRO-1": (RANKS, lambda: ours("zero1")),
+    "ours, ZeRO-3, sdpa": (RANKS, lambda: ours("zero3_keep", "sdpa")),
     "transformers + DeepSpeed ZeRO-3": (RANKS, transformers_deepspeed),
     "FSDP2, compiled, sdpa": (RANKS, lambda: fsdp2("sdpa")),
     "FSDP2, compiled, our attention": (RANKS, lambda: fsdp2("blocked")),
     "plain loop, compiled, sdpa": (1, lambda: plain("sdpa")),
     "plain loop, compiled, our attention": (1, lambda: plain("blocked")),
+    "plain loop, litgpt's model, compiled": (1, litgpt),
 }
 
 
@@ -195,7 +222,7 @@ def main() -> None:
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         print(f"{name:<38}{statistics.median(values):>10,.0f}  {spread}")
     if options.json:
-        packages = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+        packages = {name: version(name) for name in ("torch", "deepspeed", "transformers", "litgpt")}
         machine = {"processor": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()} | packages
         options.json.parent.mkdir(exist_ok=True)
         options.json.write_text(json.dumps({"machine": machine, "rates": rates}, indent=1) + "\n")

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "convert": {"model", "data"},
     "generate": {"model", "data", "convert"},
     "launch": {"launch"},
+    "bench": set(),
     "training": {"training", "evaluation", "model", "data", "recipe", "deepspeed_config", "plan"},
     "cli": None,  # sees everything
 }

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         ("export", _add_export, _export),
         ("generate", _add_generate, _generate),
         ("report", _add_report, _report),
+        ("bench", _add_bench, _bench),
     ):
         help_text = (command.__doc__ or "").splitlines()[0]
         child = commands.add_parser(name, help=help_text, description=help_text)
@@ -171,7 +172,7 @@ def _prepare(options: argparse.Namespace) -> int:
     """Tokenise one source into shards; starts again where it stopped."""
     from tinyllama_ds.data.agents import prepare_on_hosts
     from tinyllama_ds.data.prepare import Preparation, prepare, summarise
-    from tinyllama_ds.data.sources import source_format
+    from tinyllama_ds.data.sources import count_other_files, source_format
     from tinyllama_ds.launch.hostfile import read_hostfile
 
     job = Preparation(
@@ -190,6 +191,8 @@ def _prepare(options: argparse.Namespace) -> int:
             print(f"{failure}; finishing its share here", file=sys.stderr)
     workers = max(1, options.workers or os.cpu_count() or 1)
     table = summarise(prepare(job, workers, options.share, options.mpi))
+    if others := count_other_files(options.input):
+        print(f"{options.input}: {others:,} files of other kinds were not read", file=sys.stderr)
     return _print_result(options, table, _prepare_text(options.source, table))
 
 
@@ -357,7 +360,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint (%(default)s)"
     )
     parser.add_argument(
-        "--attention", default="auto", help="auto, flash_attention_2, sdpa or eager (default: %(default)s)"
+        "--attention", default="auto", help="auto, flash_attention_2, sdpa, blocked ... (default: %(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="compile the decoder blocks one by one")
     parser.add_argument(
@@ -542,6 +545,58 @@ def _report(options: argparse.Namespace) -> int:
     summary = summarise(rows)
     text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in summary.items())
     return _print_result(options, summary | {"picture": str(output)}, f"{text}\n{output}")
+
+
+# --- speed --------------------------------------------------------------------------------------------------------
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="tinyllama-1.1b", help="named size (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="default: %(default)s")
+    parser.add_argument(
+        "--deepspeed-config", type=Path, nargs="+", required=True, metavar="JSON", help="ZeRO files to compare"
+    )
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[8], metavar="B", help="default: 8")
+    parser.add_argument("--attention", nargs="+", default=["auto"], help="backends (default: auto)")
+    parser.add_argument("--compile", choices=("on", "off", "both"), default="both", help="default: %(default)s")
+    parser.add_argument("--activation-checkpointing", type=int, default=0, metavar="K", help="as in pretrain")
+    parser.add_argument("--accumulation", type=int, default=4, help="micro batches per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps (default: %(default)s)")
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks (default: this machine's GPUs, else 2)")
+    parser.add_argument("--output", type=Path, default=Path("bench"), help="for bench.json and bench.png (%(default)s)")
+    _add_json(parser)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """Measure tokens/s, MFU, memory and the split of a step over a grid of settings."""
+    from tqdm import tqdm
+
+    from tinyllama_ds import bench
+    from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
+
+    options.hostfile = None
+    placement = _placement(options)
+    for config in options.deepspeed_config:
+        if not config.is_file():
+            raise Refusal(f"{config}: the DeepSpeed config is missing")
+    compiled = {"on": [True], "off": [False], "both": [False, True]}[options.compile]
+    settings = bench.grid(options.deepspeed_config, options.micro_batch, options.attention, compiled)
+    shared = {
+        key: getattr(options, key)
+        for key in ("model", "sequence_length", "activation_checkpointing", "accumulation", "steps")
+    }
+    measured = bench.measure_all(
+        [setting | shared for setting in settings],
+        lambda arguments: launcher_command(placement, arguments, MEASURE_SCRIPT),
+        launcher_environment(placement),
+    )
+    rows = list(tqdm(measured, total=len(settings), desc="bench", unit="setting"))
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
+    title = f"{options.model}, {options.sequence_length} tokens, {placement.world_size} ranks"
+    bench.draw(rows, options.output / "bench.png", title)
+    text = f"{bench.table(rows)}\n\n{bench.advice(rows)}\n{options.output / 'bench.png'}"
+    return _print_result(options, {"rows": rows}, text)
 
 
 if __name__ == "__main__":

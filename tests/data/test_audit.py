@@ -1,5 +1,6 @@
 """The audit finds what was planted, one fault at a time, and calls honest data good."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 from corpora import made_up_text, write_jsonl
 
 from tinyllama_ds.cli import main
+from tinyllama_ds.data import prepare as prepare_module
 from tinyllama_ds.data.audit import SUSPICIOUS_RUN, DataAudit, audit_data
 from tinyllama_ds.data.audit_page import audit_page, verdict
 from tinyllama_ds.data.coverage import check_coverage
@@ -53,8 +55,6 @@ def rewrite(root: Path, change: Callable[[np.ndarray], np.ndarray], keep_hash: b
     tokens = change(np.fromfile(prefix.with_suffix(".bin"), "<u2"))
     tokens.astype("<u2").tofile(prefix.with_suffix(".bin"))
     if not keep_hash:
-        import hashlib
-
         digest = hashlib.sha256(prefix.with_suffix(".bin").read_bytes()).hexdigest()
         manifest = json.loads(prefix.with_suffix(".json").read_text())
         manifest |= {"bin_sha256": digest, "smallest_id": int(tokens.min()), "largest_id": int(tokens.max())}
@@ -101,6 +101,20 @@ def test_a_lost_document_is_found_by_the_accounts(copy: Path):
     manifest["inputs"][0]["documents"] += 1
     prefix.with_suffix(".json").write_text(json.dumps(manifest))
     assert audit(copy).problems == ["first/train/shard_00001: 20 documents, its inputs gave 21"]
+
+
+def test_an_unsorted_listing_is_found(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """Planted as in TinyLlama's first loader: the files in the order in which the disk happens to list them."""
+    for number in range(5):
+        write_jsonl(tmp_path / "raw" / f"{number}.jsonl", [made_up_text(number, 50)])
+    unsorted = [tmp_path / "raw" / f"{number}.jsonl" for number in (3, 0, 4, 1, 2)]
+    monkeypatch.setattr(prepare_module, "find_inputs", lambda directory, fmt: {"train": unsorted})
+    prepare(Preparation("a", tmp_path / "raw", source_format("a"), tokenizer.path, tmp_path / "data", shard_bytes=300))
+    problems = audit_data(tmp_path / "data", {}, samples=0, workers=1).problems
+    assert problems == [
+        "a/train: the input 0.jsonl comes after 3.jsonl; expected them sorted, each once",
+        "a/train: the input 1.jsonl comes after 4.jsonl; expected them sorted, each once",
+    ]
 
 
 def test_filler_as_in_tinyllamas_bug_83_is_found(copy: Path):

@@ -13,7 +13,7 @@ from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.shards import TokenStream
 from tinyllama_ds.data.sources import source_format
-from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer
+from tinyllama_ds.data.tokenizer import EOS_ID, TOKENIZER_FILE, Tokenizer, train_tokenizer
 from tinyllama_ds.errors import Refusal
 
 T = 64
@@ -77,6 +77,18 @@ def test_ranks_read_disjoint_samples_that_make_up_the_epoch(data: Path, world_si
     rows = [reader.read(positions[:, rank].ravel()) for rank in range(world_size)]
     assert sorted(map(bytes, np.concatenate(rows))) == sorted(map(bytes, reader.read(np.arange(samples))))
     assert len(set(map(bytes, np.concatenate(rows)))) == samples
+
+
+def test_segments_count_the_documents_of_a_row(data: Path):
+    """Against the end-of-document tokens themselves, which only prepare can write."""
+    reader, _ = reader_of(data, ["first", "second"], 60)
+    tokens = reader.read(np.arange(60))[:, :-1]
+    ended = np.cumsum(tokens == EOS_ID, axis=1)
+    expected = np.concatenate((np.zeros((60, 1), dtype=int), ended[:, :-1]), axis=1)
+    segments = reader.read_segments(np.arange(60))
+    assert segments.shape == (60, T)
+    assert np.array_equal(segments, expected)
+    assert segments.max() > 0  # and not because there was nothing to see
 
 
 def test_one_document_in_one_shard_is_enough(tmp_path: Path, tokenizer: Tokenizer):

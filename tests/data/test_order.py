@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tinyllama_ds.data.order import MixtureStage, SampleOrder, permute
+from tinyllama_ds.errors import Refusal
 
 V1 = {"slimpajama": 0.693584, "starcoderdata": 0.306416}
 V1_MATH_CODE = {"slimpajama": 0.75, "starcoderdata": 0.15, "proof-pile-2": 0.1}
@@ -161,6 +162,11 @@ def test_the_order_is_frozen():
     """A change of these numbers changes runs in progress: raise ORDER_VERSION with it."""
     order = SampleOrder(3407, {"a": 1000, "b": 77}, [MixtureStage(10**6, {"a": 0.7, "b": 0.3})])
     assert located(order, 123_456, 123_460) == [(0, 86, 491), (0, 86, 977), (1, 481, 32), (0, 86, 952)]
+
+
+def test_a_source_without_a_sample_is_refused():
+    with pytest.raises(Refusal, match="source 'b': its tokens are less than one sample"):
+        SampleOrder(1, {"a": 5, "b": 0}, [MixtureStage(10, {"a": 1.0, "b": 1.0})])
 
 
 # --- ramps ------------------------------------------------------------------------------------------------------------

@@ -91,6 +91,18 @@ def test_document_starts_come_from_the_index(tmp_path: Path):
     assert IndexHeader.read(prefix.with_suffix(".idx")).document_starts().tolist() == [0, 4, 5, 16, 19]
 
 
+def test_the_documents_that_begin_in_a_stretch_are_found_without_the_whole_index(tmp_path: Path):
+    parts = [DOCUMENTS[:1], [], DOCUMENTS[1:2], DOCUMENTS[2:]]
+    for number, documents in enumerate(parts):
+        write_shard(tmp_path, documents, number=number, shards=len(parts))
+    stream = TokenStream(tmp_path / "source" / "train")
+    starts = np.array([0, 4, 5, 16])
+    for start in range(20):
+        for end in range(start, 20):
+            expected = starts[(starts >= start) & (starts < end)]
+            assert stream.document_starts(start, end - start).tolist() == expected.tolist()
+
+
 # --- what was tampered with -------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,14 @@ import zstandard
 from corpora import AWKWARD_TEXTS, write_jsonl
 
 from tinyllama_ds.data import sources
-from tinyllama_ds.data.sources import SourceFormat, find_inputs, read_records, read_texts, source_format
+from tinyllama_ds.data.sources import (
+    SourceFormat,
+    count_other_files,
+    find_inputs,
+    read_records,
+    read_texts,
+    source_format,
+)
 from tinyllama_ds.errors import Refusal
 
 PLAIN = SourceFormat()
@@ -187,6 +194,8 @@ def test_slimpajama_leaves_github_out_and_counts_it(tmp_path: Path):
     ]
     chosen = source_format("slimpajama", subsets=["RedPajamaGithub"])
     assert list(read_texts(path, chosen)) == ["code"]
+    with pytest.raises(Refusal, match="has no subset 'Github'; its subsets are RedPajamaCommonCrawl, "):
+        source_format("slimpajama", subsets=["Github"])
 
 
 def test_slimpajama_as_parquet_leaves_github_out_too(tmp_path: Path):
@@ -280,6 +289,12 @@ def test_files_beside_the_split_folders_are_not_lost(tmp_path: Path):
 def test_one_file_can_be_named(tmp_path: Path):
     path = write_jsonl(tmp_path / "x.jsonl", ["x"])
     assert find_inputs(path, PLAIN) == {"train": [path]}
+
+
+def test_files_that_are_not_read_are_counted(tmp_path: Path):
+    for name in ("a.jsonl", "more/b.json.gz", "more/c.jsonl.xz", "README.md"):
+        write_jsonl(tmp_path / name, ["x"])
+    assert count_other_files(tmp_path) == 3
 
 
 def test_nothing_to_read_is_refused(tmp_path: Path):

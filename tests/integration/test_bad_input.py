@@ -97,7 +97,7 @@ CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
     "ids beyond the vocabulary": (lower_vocabulary, "holds token id 512, beyond the model's vocabulary of 512"),
     "shard cut short": (
         lambda i: os.truncate(i.data / "slimpajama/train/shard_00000.bin", 100),
-        "shard_00000.bin: 100 bytes, but its index counts",
+        "shard_00000.bin: 100 bytes of uint16, but its manifest says",
     ),
     "another run": (another_run, "run.json: holds another run: "),
     "checkpoints of an unknown run": (checkpoints_of_nobody, "holds checkpoints but no run.json"),
@@ -182,4 +182,4 @@ def test_prepare_refuses_an_empty_corpus(tmp_path: Path, tokenizer: object) -> N
     (tmp_path / "raw" / "a.jsonl").write_text("")
     finished = tinyllama_ds("prepare", "--source", "mine", *arguments)
     assert finished.returncode == EXIT_REFUSED
-    assert "the corpus is empty" in finished.stderr.splitlines()[-1]
+    assert "a.jsonl: the file is empty" in finished.stderr.splitlines()[-1]

@@ -24,3 +24,17 @@ def test_a_failing_rank_makes_all_abandon_the_save(
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2, "nothing is left of the abandoned save"
     assert read_series(tmp_path / "run", "Checkpoint/Failures") == [0, 1, 1]
     assert all(0 < seconds < 60 for seconds in read_series(tmp_path / "run", "Checkpoint/StallSeconds"))
+
+
+def test_a_run_whose_last_save_failed_is_not_finished(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on from the save before."""
+    monkeypatch.setenv(FAULT_VARIABLE, "save.mid_shard:1:4:raise")
+    recipe = write_recipe(tmp_path / "small.toml", 4, save_every=2)
+    config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=4)
+    finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
+    assert finished.returncode == 0, finished.stderr
+    assert "the save at the end of step 4 failed: rank 1: OSError: injected" in finished.stderr
+    assert "at checkpoint 2; starting it again" in finished.stderr
+    assert [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")] == [2, 4]

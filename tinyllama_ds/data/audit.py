@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class ShardAudit:
     document_hashes: np.ndarray  # 64 bits of each document (documents,)
     longest_run: tuple[int, int]  # how many equal ids in a row, and which id
     compared_with_raw: int
+    inputs: list[str]  # the raw files in it; none for imported tokens
     problems: list[str]
 
 
@@ -123,6 +124,7 @@ def _audit_shard(task: _ShardTask) -> ShardAudit:
         document_hashes=_hash_documents(tokens, starts),
         longest_run=_longest_run(tokens),
         compared_with_raw=compared,
+        inputs=[entry.path for entry in manifest.inputs if entry.encoder != "imported"],
         problems=problems,
     )
 
@@ -236,6 +238,7 @@ def _compare_shards(audit: DataAudit) -> None:
     for shard in audit.shards:
         groups.setdefault(f"{shard.source}/{shard.split}", []).append(shard)
     _find_duplicates(audit, groups)
+    _check_listing(audit, groups)
     for shards in groups.values():
         total = np.sum([shard.unigrams for shard in shards], axis=0)
         for shard in shards:
@@ -265,6 +268,17 @@ def _find_duplicates(audit: DataAudit, groups: Mapping[str, list[ShardAudit]]) -
             audit.duplicates[f"{one} and {other}"] = shared
             if shared:
                 audit.warnings.append(f"{one} and {other}: {shared} documents are in both")
+
+
+def _check_listing(audit: DataAudit, groups: Mapping[str, list[ShardAudit]]) -> None:
+    """Inputs in sorted order, each once: a listing as the file system gives it differs from machine to machine."""
+    for name, shards in groups.items():
+        inputs = [Path(path) for shard in shards for path in shard.inputs]
+        for before, after in pairwise(inputs):
+            if after <= before:
+                audit.problems.append(
+                    f"{name}: the input {after} comes after {before}; expected them sorted, each once"
+                )
 
 
 def _total_variation(counts: np.ndarray, reference: np.ndarray) -> float:

@@ -11,6 +11,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from tinyllama_ds.errors import Refusal
+
 ORDER_VERSION = 1  # a run remembers it; any change of the functions below must raise it
 _FEISTEL_ROUNDS = 4
 _MAX_RAMP_SAMPLES = 2**31  # their square fits int64
@@ -39,7 +41,13 @@ class SampleOrder:
     """The order of a whole run over several sources."""
 
     def __init__(self, seed: int, num_samples: Mapping[str, int], stages: Sequence[MixtureStage]) -> None:
-        """`num_samples` is the size of each source; its key order numbers the sources."""
+        """`num_samples` is the size of each source; its key order numbers the sources.
+
+        Raises `Refusal` for a source of which there is not one sample.
+        """
+        for name, size in num_samples.items():
+            if size < 1:
+                raise Refusal(f"source {name!r}: its tokens are less than one sample; expected at least one")
         self.sources = list(num_samples)
         self.num_samples = dict(num_samples)
         self.stages = list(stages)

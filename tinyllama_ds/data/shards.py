@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -250,8 +250,28 @@ class IndexHeader:
             raise Refusal(f"{self.path}: its document borders do not run from 0 to its {self.sequences} sequences")
         return starts[borders]
 
+    def document_starts_between(self, start: int, end: int) -> np.ndarray:
+        """First tokens of the documents that begin in [start, end), by bisection: no index is loaded as a whole."""
+        pointers = _HEADER.size + 4 * self.sequences
+        borders = _HEADER.size + 12 * self.sequences
+        with self.path.open("rb") as file:
+
+            def first_token(document: int) -> int:
+                sequence = _int64_at(file, borders + 8 * document)
+                if sequence == self.sequences:  # documents without a token at the very end
+                    return end
+                return _int64_at(file, pointers + 8 * sequence) // self.dtype.itemsize
+
+            first = bisect_left(range(self.documents), start, key=first_token)
+            last = bisect_left(range(self.documents), end, lo=first, key=first_token)
+            return np.array([first_token(document) for document in range(first, last)], dtype=np.int64)
+
     def _read(self, dtype: str, count: int, offset: int) -> np.ndarray:
         return np.fromfile(self.path, dtype=dtype, count=count, offset=offset)
+
+
+def _int64_at(file: IO[bytes], offset: int) -> int:
+    return int.from_bytes(os.pread(file.fileno(), 8, offset), "little", signed=True)
 
 
 class ShardReader:
@@ -348,6 +368,18 @@ class TokenStream:
             pieces.append(self.shards[number].read(start - self._starts[number], available))
             start, count = start + available, count - available
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def document_starts(self, start: int, count: int) -> np.ndarray:
+        """Positions in [start, start + count) of the stream at which a document begins, from the indexes."""
+        found = [np.empty(0, dtype=np.int64)]
+        end = start + count
+        while start < end:
+            number = bisect_right(self._starts, start) - 1
+            first, following = self._starts[number], min(end, self._starts[number + 1])
+            index = self.shards[number].index
+            found.append(index.document_starts_between(start - first, following - first) + first)
+            start = following
+        return np.concatenate(found)
 
     def place(self, position: int) -> str:
         """Shard file and token offset of a stream position, for error messages."""

@@ -51,6 +51,9 @@ class SourceFormat:
         return SourceFormat(raw["text_field"], raw["subset_field"], subsets, frozenset(raw["excluded"]))
 
 
+SLIMPAJAMA_SUBSETS = tuple(
+    f"RedPajama{name}" for name in ("CommonCrawl", "C4", "Github", "Book", "ArXiv", "Wikipedia", "StackExchange")
+)
 # SlimPajama's GitHub part is left out because StarCoderData brings the code (TinyLlama paper, section 2.1).
 SOURCES: dict[str, SourceFormat] = {
     "slimpajama": SourceFormat("text", "redpajama_set_name", excluded=frozenset({"RedPajamaGithub"})),
@@ -61,8 +64,14 @@ SOURCES: dict[str, SourceFormat] = {
 
 
 def source_format(name: str, text_field: str | None = None, subsets: list[str] | None = None) -> SourceFormat:
-    """The format of a published corpus by its name; any other name is a corpus of the user's own."""
+    """The format of a published corpus by its name; any other name is a corpus of the user's own.
+
+    Raises `Refusal` for a subset that SlimPajama has not; those of other corpora are folders, which `find_inputs` sees.
+    """
     known = SOURCES.get(name, SourceFormat())
+    for subset in subsets or []:
+        if known.subset_field and subset not in SLIMPAJAMA_SUBSETS:
+            raise Refusal(f"{name}: has no subset {subset!r}; its subsets are {', '.join(SLIMPAJAMA_SUBSETS)}")
     chosen = frozenset(subsets) if subsets else None
     return SourceFormat(text_field or known.text_field, known.subset_field, chosen, known.excluded)
 
@@ -99,6 +108,12 @@ def find_inputs(directory: Path, fmt: SourceFormat) -> dict[str, list[Path]]:
     return {
         split: sorted(path for path in found if splits[path] == split) for split in SPLITS if split in splits.values()
     }
+
+
+def count_other_files(directory: Path) -> int:
+    """How many files below a directory are of no kind that is read."""
+    known = tuple(READERS)
+    return sum(path.is_file() and not path.name.endswith(known) for path in directory.rglob("*"))
 
 
 def _select_folders(directory: Path, paths: list[Path], subsets: frozenset[str]) -> list[Path]:

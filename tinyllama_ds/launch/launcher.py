@@ -11,6 +11,7 @@ from tinyllama_ds.errors import Refusal
 from tinyllama_ds.launch.hostfile import Host
 
 PRETRAIN_SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
+MEASURE_SCRIPT = PRETRAIN_SCRIPT.with_name("measure.py")
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Placement:
         return sum(host.slots for host in self.hosts) if self.hosts else self.num_local
 
 
-def launcher_command(placement: Placement, arguments: list[str]) -> list[str]:
-    """The ordinary deepspeed command line that trains."""
-    if not PRETRAIN_SCRIPT.is_file():
-        raise Refusal(f"{PRETRAIN_SCRIPT}: is missing; pretrain needs the checkout, install with pip install -e")
+def launcher_command(placement: Placement, arguments: list[str], script: Path = PRETRAIN_SCRIPT) -> list[str]:
+    """The ordinary deepspeed command line that starts a script of ours on every rank."""
+    if not script.is_file():
+        raise Refusal(f"{script}: is missing; pretrain and bench need the checkout, install with pip install -e")
     if placement.hostfile is not None:
         where = ["--hostfile", str(placement.hostfile), "--master_addr", placement.hosts[0].name]
     else:
@@ -44,7 +45,7 @@ def launcher_command(placement: Placement, arguments: list[str]) -> list[str]:
         "error",
         *where,
         *port,
-        str(PRETRAIN_SCRIPT),
+        str(script),
         *arguments,
     ]
 
@@ -59,11 +60,12 @@ def free_port() -> int:
 def start_launcher(placement: Placement, arguments: list[str], variables: dict[str, str]) -> subprocess.Popen:
     """Start the launcher in a session of its own: a SIGTERM to the deepspeed command alone would orphan its ranks."""
     return subprocess.Popen(
-        launcher_command(placement, arguments), env=_environment(placement) | variables, start_new_session=True
+        launcher_command(placement, arguments), env=launcher_environment(placement) | variables, start_new_session=True
     )
 
 
-def _environment(placement: Placement) -> dict[str, str]:
+def launcher_environment(placement: Placement) -> dict[str, str]:
+    """The environment of a local launch: as many threads per rank as there are cores for it."""
     environment = dict(os.environ)
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     if placement.on_cpu:

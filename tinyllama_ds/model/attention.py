@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.blocked_attention import BlockedAttention
@@ -41,7 +42,17 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)  # (B, T, H, E)
 
 
-def _flash_attn_function() -> AttentionFunction:
+def _sdpa_with(kernel: SDPBackend) -> AttentionFunction:
+    """PyTorch's attention held to one of its kernels; an input that the kernel cannot take is an error."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return sdpa_attention(q, k, v)
+
+    return attend
+
+
+def _flash_attention_2() -> AttentionFunction:
     if find_spec("flash_attn") is None:
         raise Refusal(
             "attention backend 'flash_attention_2' needs the flash-attn package, which is not installed;"
@@ -52,23 +63,49 @@ def _flash_attn_function() -> AttentionFunction:
     return partial(flash_attn_func, causal=True)
 
 
+def _flash_attention_3() -> AttentionFunction:
+    if find_spec("flash_attn_interface") is None:
+        raise Refusal(
+            "attention backend 'flash_attention_3' needs FlashAttention 3 (module flash_attn_interface), which is not"
+            " installed; choose 'flash_attention_2' or 'sdpa'"
+        )
+    from flash_attn_interface import flash_attn_func
+
+    return partial(flash_attn_func, causal=True)
+
+
 ATTENTION_BACKENDS: dict[str, Callable[[], AttentionFunction]] = {
-    "flash_attention_2": _flash_attn_function,
+    "flash_attention_3": _flash_attention_3,
+    "flash_attention_2": _flash_attention_2,
     "sdpa": lambda: sdpa_attention,
+    "sdpa_flash": lambda: _sdpa_with(SDPBackend.FLASH_ATTENTION),
+    "sdpa_cudnn": lambda: _sdpa_with(SDPBackend.CUDNN_ATTENTION),
     "blocked": lambda: BlockedAttention.apply,
     "eager": lambda: eager_attention,
 }
+GPU_ONLY = frozenset({"flash_attention_3", "flash_attention_2", "sdpa_cudnn"})
 
 
 def resolve_attention_backend(name: str, device_type: str) -> str:
-    """Turn 'auto' into the fastest backend: blocked on a CPU; on a GPU flash-attn if installed, else PyTorch's."""
+    """Turn 'auto' into the fastest backend that is present; raises `Refusal` for one that is unknown or needs a GPU.
+
+    On a CPU that is `blocked`. On a GPU it is FlashAttention 3 on a Hopper chip where the package is installed, then
+    FlashAttention 2, then PyTorch's own choice.
+    """
     if name == "auto":
-        if device_type == "cpu":
-            return "blocked"
-        return "flash_attention_2" if find_spec("flash_attn") else "sdpa"
+        return "blocked" if device_type == "cpu" else _fastest_on_gpu()
     if name not in ATTENTION_BACKENDS:
         raise Refusal(f"attention backend {name!r} is unknown; choose auto, {', '.join(ATTENTION_BACKENDS)}")
+    attention_function(name)  # an absent package is refused now
+    if name in GPU_ONLY and device_type == "cpu":
+        raise Refusal(f"attention backend {name!r} needs a GPU; choose auto, blocked or sdpa")
     return name
+
+
+def _fastest_on_gpu() -> str:
+    if find_spec("flash_attn_interface") and torch.cuda.get_device_capability() == (9, 0):
+        return "flash_attention_3"
+    return "flash_attention_2" if find_spec("flash_attn") else "sdpa"
 
 
 def attention_function(name: str) -> AttentionFunction:

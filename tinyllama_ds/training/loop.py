@@ -1,5 +1,6 @@
 """The training loop: one optimizer step after another, measured, validated and saved as the plan says."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _PREFETCHED_MICRO_BATCHES = 4
+_COLLECT_STEPS = 100  # all ranks collect garbage at the same steps
 
 
 @dataclass
@@ -70,6 +72,7 @@ def train(
     saver, guard = Saver(run, world), Guard()
     if run.validation and start.step == 0:
         report_validation(engine, run, world, start, metrics)  # where the curves begin: about ln(vocabulary)
+    take_over_garbage_collection()
     window.restart()
     for step in run.plan.steps(start.step):
         strike("step.begin", step.number)
@@ -97,12 +100,21 @@ def train(
             check_parameters(engine)
         if is_saved:
             heartbeat.beat(progress.step, "saving")
-            save(saver, engine, progress, metrics)
+            save(saver, engine, progress, metrics, must_succeed=is_last)
+        if progress.step % _COLLECT_STEPS == 0:
+            gc.collect()
         window.paused += perf_counter() - paused_at
         heartbeat.beat(progress.step, "training")
         if is_last:
             break
     return progress
+
+
+def take_over_garbage_collection() -> None:
+    """Python no longer collects when it likes: a rank that stops to collect stops all, so all do it together."""
+    gc.collect()
+    gc.freeze()  # what is alive now stays until the end
+    gc.disable()
 
 
 def micro_batches(run: Run, world: World, first_step: int) -> Iterator[torch.Tensor]:
@@ -213,9 +225,17 @@ def report_skip(metrics: MetricsLogger | None, step: Step, progress: Progress, g
     metrics.say(f"step {progress.step:,}: skipped, its loss or gradient was not finite (samples {first} to {last})")
 
 
-def save(saver: Saver, engine: "DeepSpeedEngine", progress: Progress, metrics: MetricsLogger | None) -> None:
-    """Save, and say how long training stood still for it. Collective; a save that fails does not stop training."""
+def save(
+    saver: Saver, engine: "DeepSpeedEngine", progress: Progress, metrics: MetricsLogger | None, must_succeed: bool
+) -> None:
+    """Save, and say how long training stood still for it. Collective.
+
+    A save that fails does not stop training; the last one raises OSError on all ranks, so that a run whose end is lost
+    does not count as finished.
+    """
     saved = saver.save(engine, progress)
+    if saved.failures and must_succeed:
+        raise OSError(f"the save at the end of step {progress.step} failed: {'; '.join(saved.failures)}")
     if metrics is None:
         return
     metrics.log(

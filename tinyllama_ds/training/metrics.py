@@ -39,10 +39,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for key, peak in DATA_SHEET_PEAK.items():
             if key in name and dtype == torch.bfloat16:
                 return peak, f"data sheet of {name}"
-    return _measured_peak(device, dtype), f"a 2048 x 2048 x 2048 {str(dtype).removeprefix('torch.')} matrix product"
+    return measured_peak(device, dtype), f"a 2048 x 2048 x 2048 {str(dtype).removeprefix('torch.')} matrix product"
 
 
-def _measured_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of several: 8,192 on a GPU, 2,048 elsewhere."""
+    size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(4):

@@ -28,7 +28,7 @@ from tinyllama_ds.deepspeed_config import (
 )
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.evaluation.validation import ValidationSet
-from tinyllama_ds.model.attention import attention_function, resolve_attention_backend
+from tinyllama_ds.model.attention import resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
 from tinyllama_ds.plan import RunPlan, micro_batch_of
 from tinyllama_ds.recipe import Recipe, load_recipe
@@ -117,7 +117,6 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
             f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
         )
     attention = resolve_attention_backend(options.attention, device_type)
-    attention_function(attention)  # refuses an absent package now rather than after the data was read
     streams, validation = _open_data(options.data, recipe, model)
     order = SampleOrder(
         recipe.seed,

@@ -1,0 +1,216 @@
+"""Tokens per second from .jsonl.zst to committed shards, ours beside what others do per document, on the same files.
+
+    python benchmarks/data_prepare.py --tokenizer tokenizer.model --json benchmarks/results/data_prepare.json
+
+The corpus is the Python sources of this installation, each once. Every contender runs alone, in turn, round after
+round. `per core` is tokens per second of CPU time. `net` leaves out the start: the seconds that the same contender
+takes for two lines, which a corpus of more than minutes does not feel. The peers are what their scripts do for each
+document, cited at each function, with the same library (sentencepiece, tokenizers) and without their process pools, so
+that one core meets one.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+from tinyllama_ds.data.encoding import ranked_merges
+from tinyllama_ds.data.prepare import Preparation, prepare
+from tinyllama_ds.data.sources import SourceFormat
+from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
+
+FILES = 64
+META = {"redpajama_set_name": "RedPajamaC4"}
+
+
+def make_corpus(root: Path, max_bytes: int) -> int:
+    """Python sources as SlimPajama lies on disk; returns the bytes of text."""
+    writers = [zstandard.open(root / f"{number}.jsonl.zst", "wt", encoding="utf-8") for number in range(FILES)]
+    paths = sysconfig.get_paths()
+    sources = sorted({*Path(paths["purelib"]).rglob("*.py"), *Path(paths["stdlib"]).rglob("*.py")})
+    total = documents = 0
+    for path in sources:
+        text = path.read_bytes().decode(errors="ignore")
+        if text and total < max_bytes:
+            writers[documents % FILES].write(json.dumps({"text": text, "meta": META}) + "\n")
+            total, documents = total + len(text.encode()), documents + 1
+    for writer in writers:
+        writer.close()
+    return total
+
+
+# --- contenders: (corpus, tokenizer, output) to the number of tokens --------------------------------------------------
+
+Contender = Callable[[Path, Tokenizer, Path], int]
+
+
+def ours(encoder: str, workers: int = 1) -> Contender:
+    """`tinyllama-ds prepare`."""
+
+    def run(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
+        job = Preparation("x", corpus, SourceFormat(), tokenizer.path, output, encoder, shard_bytes=1)
+        return sum(manifest.tokens for manifest in prepare(job, workers))
+
+    return run
+
+
+def rows(corpus: Path) -> Iterator[str]:
+    for path in sorted(corpus.glob("*.zst")):
+        with zstandard.open(path, "rt", encoding="utf-8") as file:
+            yield from file
+
+
+def tinyllama(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
+    """TinyLlama, scripts/prepare_slimpajama.py and lit_gpt/packed_dataset.py: JSON twice, a tensor per document."""
+    import torch
+
+    output.mkdir()
+    chunk, used, tokens, chunks = np.full(2049 * 1024, 1, np.uint16), 0, 0, 0
+    for row in rows(corpus):
+        if json.loads(row)["meta"]["redpajama_set_name"] == "RedPajamaGithub":
+            continue
+        ids = torch.tensor([*tokenizer.processor.encode(json.loads(row)["text"]), EOS_ID], dtype=torch.int)
+        array = np.array(ids, dtype=np.uint16)
+        tokens += len(array)
+        while used + len(array) > len(chunk):
+            part = len(chunk) - used
+            chunk[used:], array, used, chunks = array[:part], array[part:], 0, chunks + 1
+            (output / f"{chunks:010d}.bin").write_bytes(chunk.tobytes())
+            chunk.fill(1)
+        chunk[used : used + len(array)] = array
+        used += len(array)
+    return tokens
+
+
+def litgpt(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
+    """litgpt, litgpt/data/prepare_slimpajama.py under litdata's optimize: a tensor per document, four bytes per id."""
+    import torch
+
+    tokens = 0
+    with output.open("wb") as file:
+        for row in rows(corpus):
+            if json.loads(row)["meta"]["redpajama_set_name"] == "RedPajamaGithub":
+                continue
+            ids = torch.tensor([*tokenizer.processor.encode(json.loads(row)["text"]), EOS_ID], dtype=torch.int)
+            file.write(ids.numpy().tobytes())
+            tokens += len(ids)
+    return tokens
+
+
+def megatron(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
+    """Megatron-LM, tools/preprocess_data.py with Llama2Tokenizer: a list and a write per document."""
+    lengths = []
+    with output.open("wb") as file:
+        for row in rows(corpus):
+            ids = [*tokenizer.processor.encode(json.loads(row)["text"]), EOS_ID]
+            file.write(np.array(ids, dtype=np.uint16).tobytes(order="C"))
+            lengths.append(len(ids))
+    return sum(lengths)
+
+
+def datatrove(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
+    """datatrove, pipeline/tokens/tokenizer.py: `tokenizers`, by batches of 10,000 documents, one thread."""
+    import tokenizers
+
+    vocab = {piece: number for number, piece in enumerate(tokenizer.pieces)}
+    model = tokenizers.models.BPE(
+        vocab, ranked_merges(tokenizer), unk_token=tokenizer.pieces[0], fuse_unk=True, byte_fallback=True
+    )
+    fast = tokenizers.Tokenizer(model)
+    normalizers = tokenizers.normalizers
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokens, texts = 0, [json.loads(row)["text"] for row in rows(corpus)]
+    with output.open("wb") as file:
+        for start in range(0, len(texts), 10_000):
+            for encoding in fast.encode_batch(texts[start : start + 10_000]):
+                file.write(np.array([*encoding.ids, EOS_ID], dtype=np.uint16).tobytes())
+                tokens += len(encoding.ids) + 1
+    return tokens
+
+
+CONTENDERS: dict[str, Contender] = {
+    "ours, gigatoken": ours("gigatoken"),
+    "ours, gigatoken, 2 workers": ours("gigatoken", 2),
+    "ours, sentencepiece": ours("sentencepiece"),
+    "ours, sentencepiece, 2 workers": ours("sentencepiece", 2),
+    "TinyLlama's script": tinyllama,
+    "litgpt's script": litgpt,
+    "Megatron's script": megatron,
+    "datatrove's step": datatrove,
+}
+
+
+def measure(run: Contender, corpus: Path, tokenizer: Tokenizer) -> dict[str, float]:
+    """One run: tokens, seconds of the wall, and seconds of this process's CPU."""
+    with tempfile.TemporaryDirectory() as scratch:
+        wall, cpu = time.perf_counter(), time.process_time()
+        tokens = run(corpus, tokenizer, Path(scratch) / "output")
+        return {"tokens": tokens, "wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+
+
+def measure_start(run: Contender, tokenizer: Tokenizer) -> float:
+    """Seconds of the wall for two files of one line each."""
+    with tempfile.TemporaryDirectory() as corpus:
+        for number in range(2):
+            with zstandard.open(Path(corpus) / f"{number}.jsonl.zst", "wt", encoding="utf-8") as file:
+                file.write(json.dumps({"text": "one line", "meta": META}) + "\n")
+        return measure(run, Path(corpus), tokenizer)["wall_s"]
+
+
+def main() -> None:
+    """Print a row per contender: million tokens per second, and our fastest single worker beside it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--megabytes", type=int, default=120, help="of text")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    tokenizer = Tokenizer(options.tokenizer)
+    with tempfile.TemporaryDirectory() as directory:
+        text_bytes = make_corpus(Path(directory), options.megabytes * 10**6)
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
+        for _ in range(options.rounds):
+            for name in options.only:
+                start = measure_start(CONTENDERS[name], tokenizer)
+                found[name].append(measure(CONTENDERS[name], Path(directory), tokenizer) | {"start_s": start})
+    report(found, options.json, text_bytes)
+
+
+def report(found: dict[str, list[dict[str, float]]], path: Path | None, text_bytes: int) -> None:
+    """The table, and the same as JSON."""
+    rates = {
+        name: {
+            "wall": statistics.median(run["tokens"] / run["wall_s"] / 1e6 for run in runs),
+            "net": statistics.median(run["tokens"] / (run["wall_s"] - run["start_s"]) / 1e6 for run in runs),
+            "per_core": statistics.median(run["tokens"] / run["cpu_s"] / 1e6 for run in runs),
+        }
+        for name, runs in found.items()
+    }
+    print(f"{'':<34}{'Mtok/s':>9}{'net':>7}{'per core':>10}")
+    for name, rate in rates.items():
+        per_core = "" if "workers" in name else f"{rate['per_core']:>10.2f}"
+        print(f"{name:<34}{rate['wall']:>9.2f}{rate['net']:>7.2f}{per_core}")
+    for encoder in ("gigatoken", "sentencepiece"):
+        one, two = f"ours, {encoder}", f"ours, {encoder}, 2 workers"
+        if one in rates and two in rates:
+            print(f"two workers over one, {encoder}, net: {rates[two]['net'] / rates[one]['net']:.2f}")
+    versions = {name: version(name) for name in ("sentencepiece", "gigatoken", "tokenizers", "pyarrow", "numpy")}
+    machine = {"processor": platform.machine(), "python": platform.python_version(), "versions": versions}
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = {"machine": machine, "text_bytes": text_bytes, "million_tokens_per_second": rates, "runs": found}
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""`tinyllama-ds bench`: measures a grid of settings, each in fresh processes, and says which to take."""
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+from pathlib import Path
+
+Setting = dict[str, str | int | bool]
+Row = dict  # a setting and its figures, or a setting and its `error`
+
+_COLUMNS = (
+    ("tokens/s", "tokens_per_second", "{:,.0f}"),
+    ("MFU", "mfu", "{:.1%}"),
+    ("of matmul", "measured_mfu", "{:.1%}"),
+    ("GiB", "peak_gib", "{:.2f}"),
+    ("data", "seconds_data", "{:.3f}"),
+    ("forward", "seconds_forward", "{:.3f}"),
+    ("backward", "seconds_backward", "{:.3f}"),
+    ("comm.", "seconds_communication", "{:.3f}"),
+    ("optimizer", "seconds_step", "{:.3f}"),
+)
+
+
+def grid(
+    configs: Iterable[Path], micro_batches: Iterable[int], attentions: Iterable[str], compiled: Iterable[bool]
+) -> list[Setting]:
+    """Every combination, the ZeRO file changing slowest."""
+    return [
+        {"deepspeed_config": str(config), "micro_batch": size, "attention": attention, "compile": is_compiled}
+        for config, size, attention, is_compiled in product(configs, micro_batches, attentions, compiled)
+    ]
+
+
+def name_of(setting: Setting) -> str:
+    """A short name for tables and pictures."""
+    compiled = ", compiled" if setting["compile"] else ""
+    config = Path(str(setting["deepspeed_config"])).stem
+    return f"{config}, micro batch {setting['micro_batch']}, {setting['attention']}{compiled}"
+
+
+def measure_all(
+    settings: list[Setting], command_of: Callable[[list[str]], list[str]], environment: dict[str, str]
+) -> Iterator[Row]:
+    """Measure one setting after the other; `command_of` puts a launcher in front of the arguments of a measurement.
+
+    A setting that fails (out of memory, say) becomes a row with the last line of its error, and the others go on.
+    """
+    for setting in settings:
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "figures.json"
+            command = command_of([*_arguments(setting), "--output", str(output)])
+            finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+            if output.is_file():
+                yield setting | json.loads(output.read_text())
+            else:
+                yield setting | {"error": _last_error(finished.stderr)}
+
+
+def _arguments(setting: Setting) -> list[str]:
+    arguments = []
+    for key, value in setting.items():
+        option = f"--{key.replace('_', '-')}"
+        if value is True:
+            arguments.append(option)
+        elif value is not False:
+            arguments += [option, str(value)]
+    return arguments
+
+
+def _last_error(stderr: str) -> str:
+    """The line that names the exception, not the launcher's last words."""
+    lines = [line.strip() for line in stderr.splitlines() if "Error" in line or line.startswith("tinyllama-ds:")]
+    return lines[-1][:200] if lines else "no figures and no error; run it alone to see why"
+
+
+def table(rows: list[Row]) -> str:
+    """A line per setting, seconds per optimizer step; communication overlaps with forward and backward."""
+    width = max(len(name_of(row)) for row in rows)
+    lines = [" " * width + "".join(f"{title:>11}" for title, _, _ in _COLUMNS)]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"{name_of(row):<{width}}  {row['error']}")
+        else:
+            cells = "".join(f"{form.format(row.get(key, 0.0)):>11}" for _, key, form in _COLUMNS)
+            lines.append(f"{name_of(row):<{width}}{cells}")
+    return "\n".join(lines)
+
+
+def advice(rows: list[Row]) -> str:
+    """Which setting to take: the fastest, unless another within 2 % of it needs a tenth less memory."""
+    measured = [row for row in rows if "error" not in row]
+    if not measured:
+        return "no setting ran"
+    fastest = max(measured, key=lambda row: row["tokens_per_second"])
+    close = [row for row in measured if row["tokens_per_second"] >= 0.98 * fastest["tokens_per_second"]]
+    smallest = min(close, key=lambda row: row["peak_gib"])
+    best = smallest if smallest["peak_gib"] <= 0.9 * fastest["peak_gib"] else fastest
+    flags = f"--deepspeed-config {best['deepspeed_config']} --attention {best['attention']}"
+    flags += " --compile" if best["compile"] else ""
+    return (
+        f"take {name_of(best)}: {best['tokens_per_second']:,.0f} tokens/s, {best['peak_gib']:.2f} GiB\n"
+        f'pretrain {flags}, with "train_micro_batch_size_per_gpu": {best["micro_batch"]}'
+    )
+
+
+def draw(rows: list[Row], output: Path, title: str) -> None:
+    """Tokens per second of every setting and where its step's time goes, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measured = [row for row in rows if "error" not in row]
+    names = [name_of(row) for row in measured]
+    figure, (rates, split) = plt.subplots(1, 2, figsize=(13, 1.5 + 0.5 * len(rows)), sharey=True, layout="constrained")
+    bars = rates.barh(names, [row["tokens_per_second"] for row in measured], color="tab:blue")
+    rates.bar_label(bars, labels=[f"{row['mfu']:.0%} MFU, {row['peak_gib']:.1f} GiB" for row in measured], padding=3)
+    rates.set(xlabel="tokens per second, all ranks")
+    rates.margins(x=0.35)
+    rates.invert_yaxis()
+    left = [0.0] * len(measured)
+    for phase in ("data", "forward", "backward", "step"):
+        seconds = [row.get(f"seconds_{phase}", 0.0) for row in measured]
+        split.barh(names, seconds, left=left, label="optimizer" if phase == "step" else phase)
+        left = [sum(pair) for pair in zip(left, seconds, strict=True)]
+    split.set(xlabel="seconds per optimizer step on rank 0")
+    split.legend()
+    figure.suptitle(title)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,148 @@
+"""One measurement of the training step: random tokens, the real engine, the real step, no data and no run directory."""
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from tinyllama_ds.deepspeed_config import load_deepspeed_config, resolve_deepspeed_config, split_off_our_sections
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, Refusal
+from tinyllama_ds.model.attention import resolve_attention_backend
+from tinyllama_ds.model.config import LlamaConfig, model_config
+from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.plan import Step
+from tinyllama_ds.training.engine import (
+    World,
+    compile_blocks,
+    read_world,
+    start_process_group,
+    supports_fast_bf16,
+    wrap,
+)
+from tinyllama_ds.training.loop import train_step
+from tinyllama_ds.training.metrics import PhaseClock, measured_peak, memory_bytes, peak_flops
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_WARMUP_STEPS = 2  # compilation, and ZeRO-3's recording of the order of modules
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: a ZeRO file, a micro batch, an attention backend, compiled or not."""
+
+    deepspeed_config: Path
+    micro_batch: int
+    attention: str
+    compile: bool
+    activation_checkpointing: int
+
+
+def measure(setting: Setting, model: str, sequence_length: int, accumulation: int, steps: int) -> dict:
+    """Run the step under the deepspeed launcher; returns rank 0's figures. Collective.
+
+    Rates are over all ranks; `mfu` is against the data sheet where there is one, `measured_mfu` against a matrix
+    product in the same process; seconds are per optimizer step.
+    """
+    world = read_world()
+    config = model_config(model)
+    bf16 = supports_fast_bf16(world.device)
+    raw = load_deepspeed_config(setting.deepspeed_config)
+    batch = setting.micro_batch * accumulation * world.size
+    resolved = resolve_deepspeed_config(
+        raw, setting.deepspeed_config, micro_batch=setting.micro_batch, batch=batch, world_size=world.size,
+        total_steps=1000, hidden_size=config.hidden_size, bf16=bf16,
+    )  # fmt: skip
+    start_process_group(world)
+    attention = resolve_attention_backend(setting.attention, world.device.type)
+    decoder = build_model(config, attention, seed=1, recompute_every=setting.activation_checkpointing)
+    if setting.compile:
+        compile_blocks(decoder)
+    engine_config, _ = split_off_our_sections(resolved)
+    engine = wrap(decoder, {"timers": {"throughput": {"enabled": False}}} | engine_config, 1.0)
+    tokens = torch.randint(config.vocab_size, (setting.micro_batch, sequence_length + 1))
+    step = Step(0, "bench", 0, batch, 0, batch * sequence_length)
+    timed = _time_steps(engine, step, tokens, setting.micro_batch, world, steps)
+    figures = _figures(engine, config, world, sequence_length, step.tokens_after, timed)
+    communication = _communication_seconds(engine, step, tokens, setting.micro_batch, world)
+    return figures | {"attention": attention, "seconds_communication": communication}
+
+
+def _time_steps(
+    engine: "DeepSpeedEngine", step: Step, tokens: torch.Tensor, micro_batch: int, world: World, steps: int
+) -> dict[str, float]:
+    """Seconds of one step as a whole and by phase, averaged over `steps` after the warm-up."""
+    clock = PhaseClock(world.device)
+    for _ in range(_WARMUP_STEPS):
+        train_step(engine, step, repeat(tokens), micro_batch, world, clock)
+    _wait(world)
+    clock.read()
+    started = perf_counter()
+    for _ in range(steps):
+        train_step(engine, step, repeat(tokens), micro_batch, world, clock)
+    _wait(world)
+    whole = (perf_counter() - started) / steps
+    phases = {f"seconds_{name}": seconds / steps for name, seconds in clock.read().items()}
+    return {"seconds": whole} | phases
+
+
+def _figures(
+    engine: "DeepSpeedEngine",
+    config: LlamaConfig,
+    world: World,
+    sequence_length: int,
+    tokens: int,
+    timed: dict[str, float],
+) -> dict:
+    dtype = next(engine.module.parameters()).dtype
+    peak, origin = peak_flops(world.device, dtype)
+    measured = measured_peak(world.device, dtype)
+    rate = tokens / timed["seconds"]
+    flops = config.flops_per_token(sequence_length) * rate / world.size
+    return timed | {
+        "tokens_per_second": rate,
+        "mfu": flops / peak,
+        "peak_from": origin,
+        "measured_mfu": flops / measured,
+        "measured_peak_tflops": measured / 1e12,
+        "peak_gib": memory_bytes(world.device) / 2**30,
+        "ranks": world.size,
+    }
+
+
+def _communication_seconds(
+    engine: "DeepSpeedEngine", step: Step, tokens: torch.Tensor, micro_batch: int, world: World
+) -> float:
+    """Seconds that collectives of one more step ran, overlapped or not, as PyTorch's profiler saw them on rank 0."""
+    on_gpu = world.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        train_step(engine, step, repeat(tokens), micro_batch, world, PhaseClock(world.device))
+        _wait(world)
+    events = [event for event in profiler.key_averages() if event.key.startswith(("nccl", "gloo:"))]
+    return sum(event.device_time_total if on_gpu else event.cpu_time_total for event in events) / 1e6
+
+
+def _wait(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    torch.distributed.barrier()
+
+
+def main(setting: Setting, model: str, sequence_length: int, accumulation: int, steps: int, output: Path) -> int:
+    """Measure, and let rank 0 write the figures to a file; returns the exit code."""
+    try:
+        figures = measure(setting, model, sequence_length, accumulation, steps)
+    except Refusal as refusal:
+        print(f"tinyllama-ds: {refusal}", file=sys.stderr)
+        return EXIT_REFUSED
+    if torch.distributed.get_rank() == 0:
+        output.write_text(json.dumps(figures) + "\n")
+    torch.distributed.destroy_process_group()
+    return EXIT_FINISHED
