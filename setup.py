@@ -25,6 +25,7 @@ setup(
         "tokenizers>=0.22",
         "sentencepiece>=0.2.1",
         "numpy>=1.26",
+        "psutil>=5.9",
         "pyarrow>=17.0",
         "zstandard>=0.22",
         "tensorboard>=2.17",

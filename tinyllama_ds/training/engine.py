@@ -1,10 +1,11 @@
 """The DeepSpeed engine around the model: process group, device, blocks, wrapping."""
 
+import json
 import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -137,3 +138,16 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """All-reduce in place; returns its argument."""
     dist.all_reduce(values)
     return values
+
+
+def gather_from_ranks(value: Any) -> list[Any]:
+    """A JSON value of every rank, by rank, on every rank. JSON, because what a peer sends is never unpickled."""
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(text)], device=device))
+    longest = int(max(lengths))
+    padded = torch.nn.functional.pad(text, (0, longest - len(text)))
+    texts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(texts, padded)
+    return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(texts, lengths, strict=True)]

@@ -38,8 +38,16 @@ from tinyllama_ds.training.schedule import ConstantSchedule, CosineSchedule, Sch
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
 # What decides the result of a run; a directory that holds other values of these holds another run.
-_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version", "world_size")
-_FREE = {"recipe": ("intervals", "validation_samples")}  # may change from start to start
+_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version")
+_FREE = {  # may change from start to start
+    "recipe": ("intervals", "validation_samples"),
+    "deepspeed_config": (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "zero_optimization",
+        "tensorboard",
+    ),
+}
 _PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "flash-attn")
 
 
