@@ -37,7 +37,7 @@ setup(
         "fast-prepare": ["gigatoken>=0.10"],
         "mpi": ["mpi4py>=4.0"],
         "eval": ["lm-eval>=0.4.9"],
-        "dev": ["pytest>=8.0", "ruff>=0.12", "mypy>=1.15"],
+        "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.15", "mpi4py>=4.0", "gigatoken>=0.10"],
     },
     entry_points={"console_scripts": ["tinyllama-ds = tinyllama_ds.cli:main"]},
 )
