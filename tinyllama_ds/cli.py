@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama_ds import __version__
-from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, Refusal
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, EXIT_RESTART, Refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,6 +180,8 @@ def _share(text: str) -> tuple[int, int]:
 
 def _prepare(options: argparse.Namespace) -> int:
     """Tokenise one source into shards; starts again where it stopped."""
+    from concurrent.futures import BrokenExecutor
+
     from tinyllama_ds.data.agents import prepare_on_hosts
     from tinyllama_ds.data.prepare import Preparation, prepare, summarise
     from tinyllama_ds.data.sources import count_other_files, source_format
@@ -200,7 +202,11 @@ def _prepare(options: argparse.Namespace) -> int:
         for failure in prepare_on_hosts(job, hosts, _agent_arguments(options)):
             print(f"{failure}; finishing its share here", file=sys.stderr)
     workers = max(1, options.workers or os.cpu_count() or 1)
-    table = summarise(prepare(job, workers, options.share, options.mpi))
+    try:
+        table = summarise(prepare(job, workers, options.share, options.mpi))
+    except BrokenExecutor:
+        print("tinyllama-ds: a worker was killed, perhaps for memory; start again, shards are kept", file=sys.stderr)
+        return EXIT_RESTART
     if others := count_other_files(options.input):
         print(f"{options.input}: {others:,} files of other kinds were not read", file=sys.stderr)
     return _print_result(options, table, _prepare_text(options.source, table))

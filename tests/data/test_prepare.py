@@ -305,3 +305,15 @@ def test_finished_shards_are_not_made_again_after_a_kill(
     assert start(large_corpus, tokenizer, output, 1).wait(60) == 0
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in output.rglob("*.json")}.items()
     assert contents(output) == contents(clean_output)
+
+
+def test_the_command_asks_for_a_restart_when_a_worker_was_killed(
+    tmp_path: Path, large_corpus: Path, tokenizer: Tokenizer
+):
+    command = [sys.executable, "-m", "tinyllama_ds.cli", *cli_arguments(large_corpus, tokenizer, tmp_path, 2)]
+    command += ["--encoder", "sentencepiece", "--shard-bytes", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list(tmp_path.rglob(".*.bin.*.partial")))
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    assert "a worker was killed" in process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 75
