@@ -25,6 +25,7 @@ setup(
         "tokenizers>=0.22",
         "sentencepiece>=0.2.1",
         "numpy>=1.26",
+        "psutil>=5.9",
         "pyarrow>=17.0",
         "zstandard>=0.22",
         "tensorboard>=2.17",
@@ -36,7 +37,7 @@ setup(
         "fast-prepare": ["gigatoken>=0.10"],
         "mpi": ["mpi4py>=4.0"],
         "eval": ["lm-eval>=0.4.9"],
-        "dev": ["pytest>=8.0", "ruff>=0.12", "mypy>=1.15"],
+        "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.15", "mpi4py>=4.0", "gigatoken>=0.10"],
     },
     entry_points={"console_scripts": ["tinyllama-ds = tinyllama_ds.cli:main"]},
 )

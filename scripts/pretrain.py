@@ -2,6 +2,7 @@
 """What the deepspeed launcher (or torchrun) starts on every rank; see `--help`."""
 
 import argparse
+import os
 import sys
 
 from tinyllama_ds.cli import add_run_arguments, run_options
@@ -11,4 +12,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     add_run_arguments(parser)
     parser.add_argument("--local_rank", type=int, help="appended by the launcher; the environment is what counts")
-    sys.exit(pretrain(run_options(parser.parse_args())))
+    code = pretrain(run_options(parser.parse_args()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # everything is written; the interpreter's own end can abort in gloo's threads after a good run

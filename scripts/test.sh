@@ -5,4 +5,5 @@ cd "$root"
 ruff format --check .
 ruff check .
 mypy
-exec pytest "$@"
+# Two at a time: half of a launch is imports on one core.
+exec pytest --numprocesses 2 --dist loadfile "$@"

@@ -14,6 +14,18 @@ VOCABULARY = """the a small llama model token shard reads writes learns step los
 layer attention head query key value rope cosine sine floor peak data order seed epoch sample document source code"""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-faults", action="store_true", help="every fault case, not only the fast part")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all-faults"):
+        return
+    chosen = [item for item in items if item.get_closest_marker("all_faults") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
 def made_up_text(seed: int, words: int) -> str:
     """Sentences and lines of code that a small model can learn something from."""
     rng, vocabulary = random.Random(seed), VOCABULARY.split()

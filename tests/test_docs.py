@@ -39,8 +39,9 @@ def test_commands_parse(command: list[str]) -> None:
         add_run_arguments(parser)
         parsed = parser.parse_args(command[script + 1 :])
     for name in ("deepspeed_config", "hostfile"):
-        path = getattr(parsed, name, None)
-        assert path is None or (ROOT / path).is_file(), path
+        given = getattr(parsed, name, None)
+        for path in given if isinstance(given, list) else [given]:
+            assert path is None or (ROOT / path).is_file(), path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -104,6 +104,8 @@ def test_a_path_is_read(tmp_path: Path) -> None:
         (("slimpajama = 1", '"../x" = 1'), "'../x' is not the name of a source"),
         (("{ slimpajama = 1 }", "{}"), "weights name no source"),
         (("log_steps", "log_step"), r"intervals: the key 'log_steps' is missing \('log_step' is not a key\)"),
+        (("log_steps = 1", "log_steps = 1\nkeep_last = 1"), "intervals: keep_last is 1; expected 2 or more"),
+        (("log_steps = 1", "log_steps = 1\nsave_minutes = 0"), "intervals: save_minutes is 0; expected 1 or more"),
         (("[[stages]]", "[stages]"), "stages is .*; expected an array of tables"),
         (("seed = 1", "seed = = 1"), "not valid TOML"),
     ],

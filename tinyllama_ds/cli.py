@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from tinyllama_ds.data.shards import Manifest, TokenStream
     from tinyllama_ds.data.tokenizer import Tokenizer
     from tinyllama_ds.launch.launcher import Placement
+    from tinyllama_ds.launch.supervisor import Supervised
     from tinyllama_ds.model.config import LlamaConfig
     from tinyllama_ds.plan import RunPlan
     from tinyllama_ds.training.run import Options
+
+
+_START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -407,21 +411,63 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", type=Path, metavar="H", help="machines, lines of 'host slots=N'")
     where.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine (default: its GPUs, else 2)")
+    parser.add_argument(
+        "--step-timeout", type=float, default=600, metavar="SECONDS", help="restart a run that is stuck for so long"
+    )
+    parser.add_argument("--max-wall-time", type=float, metavar="MINUTES", help="then save and exit with code 75")
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    """Train under the deepspeed launcher; resumes by itself."""
-    from tinyllama_ds.launch.launcher import launch
-    from tinyllama_ds.training.engine import supports_fast_bf16
-    from tinyllama_ds.training.run import STATUS_FILE, check_run_directory, resolve_run
+    """Train under the deepspeed launcher; restarts and resumes by itself."""
+    from tinyllama_ds.launch.launcher import start_launcher
+    from tinyllama_ds.launch.lock import hold_run
+    from tinyllama_ds.launch.supervisor import RankSide, Watch, supervise
+    from tinyllama_ds.training.checkpoint import newest_progress
+    from tinyllama_ds.training.faults import RESTART_VARIABLE
+    from tinyllama_ds.training.heartbeat import HEARTBEAT_VARIABLE, STACKS_SIGNAL, SUPERVISOR_VARIABLE
+    from tinyllama_ds.training.run import STATUS_FILE
+    from tinyllama_ds.training.stop import STOP_FILE
 
     placement = _placement(options)
-    device_type = "cpu" if placement.on_cpu else "cuda"
+    _check_run(options, placement)
+    watch = Watch(
+        status_file=options.run_dir / STATUS_FILE,
+        stop_file=options.run_dir / STOP_FILE,
+        committed=lambda: newest_progress(options.run_dir),
+        step_seconds=options.step_timeout,
+        start_seconds=max(_START_SECONDS, options.step_timeout),
+        max_seconds=options.max_wall_time and 60 * options.max_wall_time,
+    )
+    ranks = RankSide(SUPERVISOR_VARIABLE, HEARTBEAT_VARIABLE, RESTART_VARIABLE, STACKS_SIGNAL)
+    arguments = _run_arguments(options)
+    with hold_run(options.run_dir) as lock:
+        supervised = supervise(lambda variables: start_launcher(placement, arguments, variables), watch, lock, ranks)
+    _say_goodput(options.run_dir, supervised)
+    return supervised.code
+
+
+def _check_run(options: argparse.Namespace, placement: "Placement") -> None:
     import torch
 
+    from tinyllama_ds.training.engine import supports_fast_bf16
+    from tinyllama_ds.training.run import check_run_directory, resolve_run
+
+    device_type = "cpu" if placement.on_cpu else "cuda"
     bf16 = supports_fast_bf16(torch.device(device_type))
     check_run_directory(resolve_run(run_options(options), placement.world_size, device_type, bf16))
-    return launch(placement, _run_arguments(options), options.run_dir / STATUS_FILE)
+
+
+def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
+    from tinyllama_ds.evaluation.report import read_metrics
+
+    if not supervised.tokens:
+        return
+    peak = max(row.get("Speed/TokensPerSecond", 0.0) for row in read_metrics(run_dir))
+    goodput = supervised.tokens / (peak * supervised.seconds)
+    print(
+        f"goodput {goodput:.1%}: {supervised.tokens:,} tokens committed in {supervised.seconds:,.0f} s, start-up,"
+        f" validation, saving and {supervised.restarts} restarts included, at a peak of {peak:,.0f} tokens/s"
+    )
 
 
 def _placement(options: argparse.Namespace) -> "Placement":

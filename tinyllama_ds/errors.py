@@ -1,4 +1,4 @@
-"""The exit codes that other programs rely on, and the one exception a user should ever have to read."""
+"""The exit codes that other programs rely on, and the exceptions that a user should have to read."""
 
 EXIT_FINISHED = 0
 EXIT_RESTART = 75  # saved, please restart
@@ -10,4 +10,11 @@ class Refusal(Exception):
     """Wrong configuration or input: one sentence that names the file, key, line or host and what was expected.
 
     Raised before anything is changed; every command turns it into exit code 78.
+    """
+
+
+class BadNumbers(Exception):
+    """Loss, gradient or weights went bad: one sentence that names the step or parameter. Raised on all ranks alike.
+
+    Nothing is saved any more; the run ends with exit code 79 and is not restarted.
     """

@@ -24,11 +24,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Intervals:
-    """How often a run speaks, measures itself and saves."""
+    """How often a run speaks, measures itself and saves, and which checkpoints stay."""
 
     log_steps: int
     evaluate_tokens: int
     save_tokens: int
+    save_minutes: int = 30  # of wall clock, after which a save is due whatever the tokens say
+    check_steps: int = 1000  # between two comparisons of the weights over the ranks; every save makes one too
+    keep_last: int = 3  # checkpoints
+    keep_tokens: int = 100_000_000_000  # one checkpoint for every so many tokens stays for ever
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     intervals: Intervals
     validation_samples: int  # per source
+    document_mask: bool = False  # attention inside documents only; TinyLlama's sees all of a packed row
 
     @property
     def sources(self) -> list[str]:
@@ -74,24 +79,29 @@ def _parse(raw: dict, path: Path) -> Recipe:
     stages = tuple(
         _parse_stage(_Table(entry, f"{path}: stages[{number}]")) for number, entry in enumerate(top.tables("stages"))
     )
-    intervals = _Table(top.table("intervals"), f"{path}: intervals")
     recipe = Recipe(
         name=top.text("name"),
         model=top.text("model"),
         sequence_length=top.positive("sequence_length"),
         seed=top.whole("seed"),
         stages=stages,
-        intervals=Intervals(
-            log_steps=intervals.positive("log_steps"),
-            evaluate_tokens=intervals.positive("evaluate_tokens"),
-            save_tokens=intervals.positive("save_tokens"),
-        ),
+        intervals=_parse_intervals(_Table(top.table("intervals"), f"{path}: intervals")),
         validation_samples=top.positive("validation_samples"),
+        document_mask=top.switch("document_mask") if top.holds("document_mask") else False,
     )
     top.finish()
-    intervals.finish()
     _check(recipe, path)
     return recipe
+
+
+def _parse_intervals(table: "_Table") -> Intervals:
+    required = {key: table.positive(key) for key in ("log_steps", "evaluate_tokens", "save_tokens")}
+    optional = ("save_minutes", "check_steps", "keep_last", "keep_tokens")
+    intervals = Intervals(**required, **{key: table.positive(key) for key in optional if table.holds(key)})
+    table.finish()
+    if intervals.keep_last < 2:
+        raise Refusal(f"{table.place}: keep_last is {intervals.keep_last}; expected 2 or more, in case one is damaged")
+    return intervals
 
 
 def _parse_stage(table: "_Table") -> Stage:
@@ -165,6 +175,13 @@ class _Table:
         value = self.whole(key)
         if value < 1:
             raise Refusal(f"{self.place}: {key} is {value}; expected 1 or more")
+        return value
+
+    def switch(self, key: str) -> bool:
+        self._known.append(key)
+        value = self._raw.pop(key)
+        if not isinstance(value, bool):
+            raise Refusal(f"{self.place}: {key} is {value!r}; expected true or false")
         return value
 
     def table(self, key: str) -> dict:

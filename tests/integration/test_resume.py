@@ -65,6 +65,6 @@ def test_finished_run_starts_and_ends_at_once(data_dir: Path, tmp_path: Path) ->
     for _ in range(2):
         finished = pretrain(recipe, config, data_dir, tmp_path / "run", 1)
         assert finished.returncode == 0, finished.stderr
-    # the rows of steps 0 and 6 beside the training steps are validation
-    assert read_series(tmp_path / "run", "step") == [0, 1, 2, 3, 4, 5, 6, 6]
+    # the rows of steps 0 and 6 beside the training steps are validation, and at the end the save
+    assert read_series(tmp_path / "run", "step") == [0, 1, 2, 3, 4, 5, 6, 6, 6]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"

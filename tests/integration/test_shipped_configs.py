@@ -39,7 +39,7 @@ def reference(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return recipe, read_series(root / "run", "Train/Loss")
 
 
-@pytest.mark.parametrize("name", ["zero3_keep", "zero3_hpz", "zero3_offload"])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3_keep", "zero3_hpz", "zero3_offload"])
 def test_curve_is_that_of_zero3(name: str, reference: tuple, data_dir: Path, tmp_path: Path) -> None:
     recipe, losses = reference
     finished = pretrain(recipe, shrink(name, tmp_path / "ds.json"), data_dir, tmp_path / "run", 2)

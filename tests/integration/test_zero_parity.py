@@ -46,3 +46,16 @@ def test_switches_for_speed_and_memory_keep_the_curve(
     finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2, switch)
     assert finished.returncode == 0, finished.stderr
     assert read_series(tmp_path / "run", "Train/Loss") == pytest.approx(reference["loss"], rel=TOLERANCE)
+
+
+def test_document_mask_trains_and_changes_the_loss(reference: dict, data_dir: Path, tmp_path: Path) -> None:
+    """The same curve whatever the backend and the ranks, and another than without the mask."""
+    recipe = write_recipe(tmp_path / "masked.toml", STEPS, save_every=STEPS, document_mask=True)
+    curves = []
+    for ranks, attention in ((1, "eager"), (2, "auto")):
+        config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2)
+        finished = pretrain(recipe, config, data_dir, tmp_path / attention, ranks, "--attention", attention)
+        assert finished.returncode == 0, finished.stderr
+        curves.append(read_series(tmp_path / attention, "Train/Loss"))
+    assert curves[0] == pytest.approx(curves[1], rel=TOLERANCE)
+    assert curves[0] != pytest.approx(reference["loss"], rel=1e-4)

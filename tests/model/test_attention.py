@@ -96,3 +96,35 @@ def test_absent_package_that_was_asked_for_is_an_error(name: str, module: str) -
 def test_gpu_kernel_on_a_cpu_is_refused() -> None:
     with pytest.raises(Refusal, match="'sdpa_cudnn' needs a GPU"):
         resolve_attention_backend("sdpa_cudnn", "cpu")
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
+@pytest.mark.parametrize("name", ATTENTION_BACKENDS)
+def test_with_segments_a_document_is_attended_alone(name: str, heads: tuple[int, int]) -> None:
+    """Outputs and gradients of a packed row are those of its documents one by one."""
+    if not available(name):
+        pytest.skip(f"{name} needs a GPU, and flash attention its package")
+    if name == "sdpa_flash":
+        pytest.skip("takes no mask; a recipe that asks for one is refused")
+    on_gpu = name in GPU_ONLY
+    device, dtype, tolerance = ("cuda", torch.bfloat16, 2e-2) if on_gpu else ("cpu", torch.float32, 1e-5)
+    lengths = [[70, 1, 59], [5, 125]]  # two rows of 130 tokens
+    numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
+    segments = torch.stack(numbers).to(device)
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, 130, count, 16) for count in (heads[0], heads[1], heads[1])]
+    packed = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+    alone = [tensor.detach().clone().requires_grad_() for tensor in packed]
+    upstream = torch.randn(shapes[0], generator=generator).to(device, dtype)
+    attention_function(name)(*packed, segments).backward(upstream)
+    out = attention_function(name)(*packed, segments)
+    for row, documents in enumerate(lengths):
+        start = 0
+        for length in documents:
+            part = slice(start, start + length)
+            expected = eager_attention(*(tensor[row : row + 1, part] for tensor in alone))
+            torch.testing.assert_close(out[row : row + 1, part], expected, rtol=tolerance, atol=tolerance)
+            expected.backward(upstream[row : row + 1, part])
+            start += length
+    for tensor, twin in zip(packed, alone, strict=True):
+        torch.testing.assert_close(tensor.grad, twin.grad, rtol=tolerance, atol=tolerance)

@@ -116,3 +116,14 @@ def test_recomputed_blocks_give_the_same_gradients(every: int) -> None:
         model(tokens[:, :-1], tokens[:, 1:]).backward()
     for (name, parameter), twin in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
         assert torch.equal(parameter.grad, twin.grad), name
+
+
+def test_with_segments_logits_of_a_packed_document_are_those_of_it_alone() -> None:
+    config = SHAPES["grouped"]
+    model, _ = twins(config)
+    tokens = torch.randint(config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(3))
+    segments = torch.tensor([[0] * 13 + [1] * 27])
+    packed = model(tokens, segments=segments)
+    torch.testing.assert_close(packed[:, :13], model(tokens[:, :13]), rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(packed[:, 13:], model(tokens[:, 13:]), rtol=TOLERANCE, atol=TOLERANCE)
+    assert not torch.allclose(model(tokens)[:, 13:], packed[:, 13:])

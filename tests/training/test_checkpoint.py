@@ -1,12 +1,23 @@
-"""What counts as a checkpoint, and which one is the newest."""
+"""What counts as a checkpoint, which one a run continues from, and which ones are removed."""
 
+import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest, resolve_checkpoint
+from tinyllama_ds.training.checkpoint import (
+    choose_checkpoint,
+    consolidated_weights,
+    find_checkpoints,
+    read_manifest,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
+from tinyllama_ds.training.saving import Retention, remove_old_checkpoints, sweep_leftovers
 
 MANIFEST = {
     "progress": {"step": 4, "position": 32, "tokens": 1024},
@@ -15,7 +26,7 @@ MANIFEST = {
     "dtype": "float32",
     "model": {},
     "run": {},
-    "files": {"weights.pt": 3},
+    "files": {"weights.pt": {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}},
 }
 
 
@@ -45,15 +56,115 @@ def test_what_has_no_manifest_is_no_checkpoint(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path)
 
 
-def test_manifest_is_checked_against_the_files(tmp_path: Path) -> None:
-    folder = commit(tmp_path, "step_00000004")
-    assert read_manifest(folder).progress.tokens == 1024
+def cut_short(folder: Path) -> None:
     (folder / "weights.pt").write_bytes(b"ab")
-    with pytest.raises(Refusal, match=r"weights.pt: is missing or has another size than the 3 bytes"):
-        read_manifest(folder)
+
+
+def flip_a_byte(folder: Path) -> None:
+    (folder / "weights.pt").write_bytes(b"abd")
+
+
+def delete(folder: Path) -> None:
     (folder / "weights.pt").unlink()
-    with pytest.raises(Refusal, match="weights.pt: is missing"):
-        read_manifest(folder)
+
+
+def open_to_the_group(folder: Path) -> None:
+    (folder / "weights.pt").chmod(0o664)
+
+
+def open_the_folder(folder: Path) -> None:
+    folder.chmod(0o777)
+
+
+def give_away(folder: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    os.chown(folder / "weights.pt", 12345, -1)
+
+
+def link_elsewhere(folder: Path) -> None:
+    (folder / "weights.pt").rename(folder.parent / "elsewhere")
+    (folder / "weights.pt").symlink_to(folder.parent / "elsewhere")
+
+
+def climb(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace("weights.pt", "../weights.pt"))
+
+
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (cut_short, "weights.pt: is missing or has another size than the 3 bytes"),
+    (flip_a_byte, "weights.pt: its SHA-256 is not the one in manifest.json"),
+    (delete, "weights.pt: is missing"),
+    (open_to_the_group, "weights.pt: can be written by other users"),
+    (open_the_folder, "step_00000004: can be written by other users"),
+    (give_away, "weights.pt: belongs to user 12345"),
+    (link_elsewhere, "weights.pt: is a symbolic link"),
+    (climb, "'../weights.pt' is not the name of a checkpoint's file"),
+]
+
+
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGES)
+def test_only_what_is_whole_and_ours_verifies(damage: Callable[[Path], None], sentence: str, tmp_path: Path) -> None:
+    folder = commit(tmp_path, "step_00000004")
+    assert verify_checkpoint(folder).progress.tokens == 1024
+    damage(folder)
+    with pytest.raises(Refusal, match=sentence):
+        verify_checkpoint(folder)
+
+
+def test_nothing_is_unpickled_before_it_verifies(tmp_path: Path) -> None:
+    """A pickle that would create a file must not get the chance."""
+    folder, canary = commit(tmp_path, "step_00000004", zero_stage=0), tmp_path / "canary"
+    attack = b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
+    (folder / "mp_rank_00_model_states.pt").write_bytes(attack)
+    (folder / "weights.pt").write_bytes(attack)
+    with pytest.raises(Refusal, match=r"weights.pt: is missing or has another size"):
+        consolidated_weights(folder)
+    assert not canary.exists()
+
+
+def test_the_newest_that_verifies_is_chosen_and_damaged_ones_are_put_aside(tmp_path: Path) -> None:
+    good, *damaged = (commit(tmp_path, f"step_0000000{step}") for step in (2, 4, 6))
+    for folder in damaged:
+        flip_a_byte(folder)
+    choice = choose_checkpoint(tmp_path)
+    assert choice.checkpoint == good
+    assert [str(folder) in damage for folder, damage in zip(reversed(damaged), choice.damages, strict=True)] == [
+        True
+    ] * 2
+    assert find_checkpoints(tmp_path) == [good]
+    assert sorted(path.name for path in (tmp_path / "quarantine").iterdir()) == ["step_00000004.0", "step_00000006.0"]
+    flip_a_byte(commit(tmp_path, "step_00000006"))
+    assert choose_checkpoint(tmp_path).checkpoint == good
+    assert (tmp_path / "quarantine" / "step_00000006.1").is_dir()
+
+
+def test_damaged_checkpoints_are_never_a_fresh_start(tmp_path: Path) -> None:
+    assert choose_checkpoint(tmp_path).checkpoint is None
+    folders = [commit(tmp_path, f"step_0000000{step}") for step in (2, 4)]
+    for folder in folders:
+        flip_a_byte(folder)
+    with pytest.raises(Refusal, match=r"none of 2 checkpoints verifies: .*step_00000004.*step_00000002"):
+        choose_checkpoint(tmp_path)
+    assert find_checkpoints(tmp_path) == folders, "nothing was moved"
+
+
+def test_the_last_ones_and_one_for_every_so_many_tokens_stay(tmp_path: Path) -> None:
+    for step in range(1, 11):
+        progress = {"step": step, "position": 8 * step, "tokens": 256 * step}
+        commit(tmp_path, f"step_{step:08d}", progress=progress)
+        remove_old_checkpoints(tmp_path, Retention(keep_last=2, keep_tokens=768))
+    assert [read_manifest(path).progress.step for path in find_checkpoints(tmp_path)] == [3, 6, 9, 10]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4, "and no trash"
+
+
+def test_leftovers_of_killed_processes_are_swept(tmp_path: Path) -> None:
+    good = commit(tmp_path, "step_00000002")
+    for name in (".step_00000004.partial", ".trash-step_00000001", ".mine"):
+        commit(tmp_path, name)
+    sweep_leftovers(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [".mine", good.name]
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"progress": 3}'])

@@ -58,19 +58,10 @@ class SampleReader:
         return np.stack([self._sample(source, sample) for source, sample in pairs])
 
     def read_segments(self, positions: np.ndarray) -> np.ndarray:
-        """Which document of its row each input token belongs to (n, T) int32, from 0, for a mask within documents.
-
-        A row that starts inside a document counts that rest as its document 0. The borders are the indexes', so text
-        cannot fake one.
-        """
+        """Which document of its row each input token belongs to (n, T) int32, for a mask within documents."""
         located = self._order.locate(positions)
-        segments = np.zeros((len(positions), self._sequence_length), dtype=np.int32)
-        for row, source, sample in zip(segments, located.source.tolist(), located.sample.tolist(), strict=True):
-            first = sample * self._sequence_length
-            starts = self._streams[source].document_starts(first + 1, self._sequence_length - 1)
-            np.add.at(row, starts - first, 1)
-            np.cumsum(row, out=row)
-        return segments
+        pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
+        return np.stack([self._streams[source].segments(sample, self._sequence_length) for source, sample in pairs])
 
     def _sample(self, source: int, sample: int) -> np.ndarray:
         stream = self._streams[source]

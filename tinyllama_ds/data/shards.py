@@ -359,6 +359,17 @@ class TokenStream:
         """Sample `index`: T + 1 tokens, across shard borders where it must."""
         return self.read(index * sequence_length, sequence_length + 1)
 
+    def segments(self, index: int, sequence_length: int) -> np.ndarray:
+        """Which document of sample `index` each of its T input tokens belongs to, int32 from 0.
+
+        A sample that starts inside a document counts that rest as its document 0. The borders are the indexes', so text
+        cannot fake one.
+        """
+        first = index * sequence_length
+        is_start = np.zeros(sequence_length, dtype=np.int32)
+        is_start[self.document_starts(first + 1, sequence_length - 1) - first] = 1
+        return np.cumsum(is_start, dtype=np.int32)
+
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) of the stream."""
         pieces = []

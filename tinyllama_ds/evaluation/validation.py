@@ -12,7 +12,7 @@ from tinyllama_ds.data.shards import TokenStream
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.loss import IGNORE_INDEX
 
-Score = Callable[[Tensor, Tensor], Tensor]  # input ids (B, T) and labels (B, T) to their mean loss
+Score = Callable[..., Tensor]  # input ids, labels and perhaps segments, each (B, T), to the mean loss
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class ValidationSet:
     stream: TokenStream
     sequence_length: int
     samples: int  # at most
+    document_mask: bool = False  # as the training is
 
     def __post_init__(self) -> None:
         if self.stream.num_samples(self.sequence_length) < 1:
@@ -31,8 +32,11 @@ class ValidationSet:
                 f" {self.sequence_length} tokens and its last target"
             )
 
-    def batches(self, rank: int, world_size: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share. Every rank gets equally many batches; rows past the end have no targets."""
+    def batches(self, rank: int, world_size: int, batch: int) -> Iterator[tuple[Tensor, ...]]:
+        """This rank's share: input ids, labels, and with a document mask segments, each (B, T).
+
+        Every rank gets equally many batches; rows past the end have no targets.
+        """
         available = self.stream.num_samples(self.sequence_length)
         total = min(self.samples, available)
         for number in range(ceil(total / (batch * world_size))):
@@ -42,7 +46,13 @@ class ValidationSet:
             tensor = torch.from_numpy(tokens.astype(np.int64))
             inputs, labels = tensor[:, :-1], tensor[:, 1:].clone()
             labels[max(0, total - first) :] = IGNORE_INDEX
-            yield inputs, labels
+            yield inputs, labels, *self._segments(indices)
+
+    def _segments(self, indices: list[int]) -> list[Tensor]:
+        if not self.document_mask:
+            return []
+        rows = [self.stream.segments(index, self.sequence_length) for index in indices]
+        return [torch.from_numpy(np.stack(rows))]
 
 
 @torch.no_grad()
@@ -58,9 +68,9 @@ def validation_losses(
     """Mean loss per target token of each source, over all ranks. Collective."""
     sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=device)  # (sources, [loss, targets])
     for number, held_out in enumerate(sets):
-        for inputs, labels in held_out.batches(rank, world_size, batch):
+        for inputs, labels, *segments in held_out.batches(rank, world_size, batch):
             targets = (labels != IGNORE_INDEX).sum()
-            loss = score(inputs.to(device), labels.to(device))
+            loss = score(inputs.to(device), labels.to(device), *(part.to(device) for part in segments))
             sums[number] += torch.stack((loss.double() * targets, targets.double()))
     losses, targets = sum_over_ranks(sums).unbind(1)
     return {held_out.source: loss for held_out, loss in zip(sets, (losses / targets).tolist(), strict=True)}

@@ -1,21 +1,17 @@
-"""Starting the deepspeed launcher, and ending it with everything it started."""
+"""The command line and environment of the deepspeed launcher."""
 
-import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyllama_ds.errors import EXIT_FINISHED, Refusal
+from tinyllama_ds.errors import Refusal
 from tinyllama_ds.launch.hostfile import Host
 
 PRETRAIN_SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
 MEASURE_SCRIPT = PRETRAIN_SCRIPT.with_name("measure.py")
-_STOP_SECONDS = 35  # the deepspeed launcher gives its ranks 30 s
 
 
 @dataclass(frozen=True)
@@ -61,50 +57,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(placement: Placement, arguments: list[str], status_file: Path) -> int:
-    """Run the launcher to its end; returns the exit code.
-
-    The launcher gets a process group of its own and is signalled as a group: a SIGTERM to the deepspeed command alone
-    would orphan its ranks. Success is what `status_file` says, because the launcher exits 0 when it dies by a signal.
-    """
-    status_file.unlink(missing_ok=True)
-    process = subprocess.Popen(
-        launcher_command(placement, arguments), env=launcher_environment(placement), start_new_session=True
+def start_launcher(placement: Placement, arguments: list[str], variables: dict[str, str]) -> subprocess.Popen:
+    """Start the launcher in a session of its own: a SIGTERM to the deepspeed command alone would orphan its ranks."""
+    return subprocess.Popen(
+        launcher_command(placement, arguments), env=launcher_environment(placement) | variables, start_new_session=True
     )
-    previous = {number: signal.signal(number, _forward_to(process)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        _end_group(process)
-    if code == EXIT_FINISHED and not _is_finished(status_file):
-        return 1
-    return code if code >= 0 else 128 - code
-
-
-def _forward_to(process: subprocess.Popen) -> Callable[[int, object], None]:
-    def forward(number: int, _frame: object) -> None:
-        os.killpg(process.pid, number)
-
-    return forward
-
-
-def _end_group(process: subprocess.Popen) -> None:
-    """Nothing of the group outlives it."""
-    try:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(_STOP_SECONDS)
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        return
-
-
-def _is_finished(status_file: Path) -> bool:
-    try:
-        return json.loads(status_file.read_text())["state"] == "finished"
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def launcher_environment(placement: Placement) -> dict[str, str]:

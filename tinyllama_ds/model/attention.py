@@ -4,7 +4,6 @@ Shapes: B batch, T tokens, H query heads, K key/value heads, E head size.
 """
 
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -13,15 +12,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.model.blocked_attention import BlockedAttention
+from tinyllama_ds.model.blocked_attention import blocked_attention
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+# q (B, T, H, E), k and v (B, T, K, E), and where attention stays inside documents, the segments of each row
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
     """The reference: scores and softmax written out, in fp32.
 
-    q is (B, T, H, E); k and v are (B, T, K, E); the result is (B, T, H, E) in the dtype of q.
+    q is (B, T, H, E); k and v are (B, T, K, E); the result is (B, T, H, E) in the dtype of q. With `segments` (B, T),
+    the number of the document that each token belongs to, a token sees its own document only.
     """
     _, T, H, E = q.shape
     groups = H // k.shape[2]
@@ -29,15 +30,25 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     keys = k.repeat_interleave(groups, dim=2).transpose(1, 2).float()  # (B, H, T, E)
     values = v.repeat_interleave(groups, dim=2).transpose(1, 2).float()  # (B, H, T, E)
     scores = queries @ keys.transpose(-2, -1) * E**-0.5  # (B, H, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+    weights = scores.masked_fill(~_visible(T, segments, q.device), float("-inf")).softmax(dim=-1)
     return (weights @ values).transpose(1, 2).to(q.dtype)  # (B, T, H, E)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own kernels (flash where it has one for the device). Shapes as in `eager_attention`."""
+def _visible(length: int, segments: Tensor | None, device: torch.device) -> Tensor:
+    """Which keys each query sees: (T, T), or (B, 1, T, T) with segments."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal if segments is None else causal & (segments[:, None, :, None] == segments[:, None, None, :])
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
+    """PyTorch's own kernels (flash where it has one for the device and no segments). As `eager_attention`."""
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if segments is None else _visible(q.shape[1], segments, q.device),
+        is_causal=segments is None,
+        enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)  # (B, T, H, E)
 
@@ -45,9 +56,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _sdpa_with(kernel: SDPBackend) -> AttentionFunction:
     """PyTorch's attention held to one of its kernels; an input that the kernel cannot take is an error."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
         with sdpa_kernel(kernel):
-            return sdpa_attention(q, k, v)
+            return sdpa_attention(q, k, v, segments)
 
     return attend
 
@@ -58,9 +69,9 @@ def _flash_attention_2() -> AttentionFunction:
             "attention backend 'flash_attention_2' needs the flash-attn package, which is not installed;"
             " install tinyllama_ds[flash] or choose 'sdpa'"
         )
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    return partial(flash_attn_func, causal=True)
+    return _flash(flash_attn_func, flash_attn_varlen_func)
 
 
 def _flash_attention_3() -> AttentionFunction:
@@ -69,9 +80,34 @@ def _flash_attention_3() -> AttentionFunction:
             "attention backend 'flash_attention_3' needs FlashAttention 3 (module flash_attn_interface), which is not"
             " installed; choose 'flash_attention_2' or 'sdpa'"
         )
-    from flash_attn_interface import flash_attn_func
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
-    return partial(flash_attn_func, causal=True)
+    return _flash(flash_attn_func, flash_attn_varlen_func)
+
+
+def _flash(dense: Callable, varlen: Callable) -> AttentionFunction:
+    """Whole rows by the dense kernel, documents by the one for sequences of varying length."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
+        if segments is None:
+            return dense(q, k, v, causal=True)
+        B, T = segments.shape
+        borders = _document_borders(segments)  # (documents + 1,) int32
+        rows = (tensor.flatten(0, 1) for tensor in (q, k, v))  # (B * T, heads, E)
+        out = varlen(
+            *rows, cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=T, max_seqlen_k=T, causal=True
+        )  # (B * T, H, E)
+        return out.view(B, T, *q.shape[2:])
+
+    return attend
+
+
+def _document_borders(segments: Tensor) -> Tensor:
+    """Where documents start in the rows laid end to end, and the end of the last: int32, as flash-attn wants them."""
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    first = starts.flatten().nonzero().flatten()
+    return torch.cat((first, first.new_tensor([segments.numel()]))).int()
 
 
 ATTENTION_BACKENDS: dict[str, Callable[[], AttentionFunction]] = {
@@ -80,7 +116,7 @@ ATTENTION_BACKENDS: dict[str, Callable[[], AttentionFunction]] = {
     "sdpa": lambda: sdpa_attention,
     "sdpa_flash": lambda: _sdpa_with(SDPBackend.FLASH_ATTENTION),
     "sdpa_cudnn": lambda: _sdpa_with(SDPBackend.CUDNN_ATTENTION),
-    "blocked": lambda: BlockedAttention.apply,
+    "blocked": lambda: blocked_attention,
     "eager": lambda: eager_attention,
 }
 GPU_ONLY = frozenset({"flash_attention_3", "flash_attention_2", "sdpa_cudnn"})

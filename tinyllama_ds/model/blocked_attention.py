@@ -15,15 +15,21 @@ from torch import Tensor
 BLOCK = 64  # queries; measured best of 16 to 128 from 128 to 2,048 tokens
 
 
-class BlockedAttention(torch.autograd.Function):
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
     """q is (B, T, H, E); k and v are (B, T, K, E); the result is (B, T, H, E).
 
-    Scores are rounded to the model's dtype once; softmax and its gradient are in fp32. The equations are those of
+    With `segments` (B, T), the number of the document of each token, a token sees its own document only.
+    """
+    return _BlockedAttention.apply(q, k, v, segments)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Scores are rounded to the model's dtype once; softmax and its gradient are in fp32. The equations are those of
     FlashAttention-2 (Dao 2023, section 3.1), with probabilities kept for the backward pass instead of recomputed.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
         B, T, H, E = q.shape
         K = k.shape[2]
         G = H // K
@@ -36,6 +42,8 @@ class BlockedAttention(torch.autograd.Function):
             rows = slice(start * G, end * G)
             scores = torch.bmm(queries[:, rows], keys[:, :end].transpose(1, 2)).float()  # (N, q * G, S)
             scores[:, :, start:].masked_fill_(_future(end - start, G, q.device), float("-inf"))
+            if segments is not None:
+                scores.masked_fill_(_other_documents(segments, start, end, K, G), float("-inf"))
             probabilities = scores.softmax(dim=-1).to(q.dtype)
             out[:, rows] = torch.bmm(probabilities, values[:, :end])
             kept.append(probabilities)
@@ -43,7 +51,7 @@ class BlockedAttention(torch.autograd.Function):
         return _queries_by_token(out, B, K, G)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, out, *kept = ctx.saved_tensors
         B, T, H, E = grad.shape
         K = keys.shape[0] // B
@@ -61,13 +69,19 @@ class BlockedAttention(torch.autograd.Function):
             grad_queries[:, rows] = torch.bmm(grad_scores, keys[:, :end])
             grad_keys[:, :end] += torch.bmm(grad_scores.transpose(1, 2), queries[:, rows])
         grad_k, grad_v = (_from_head(g.to(grad.dtype), B) for g in (grad_keys, grad_values))
-        return _queries_by_token(grad_queries * E**-0.5, B, K, G), grad_k, grad_v
+        return _queries_by_token(grad_queries * E**-0.5, B, K, G), grad_k, grad_v, None
 
 
 def _future(block: int, groups: int, device: torch.device) -> Tensor:
     """Which keys of its own block each query row may not see: (q * G, q)."""
     token = torch.arange(block, device=device)
     return token > token.repeat_interleave(groups)[:, None]
+
+
+def _other_documents(segments: Tensor, start: int, end: int, K: int, G: int) -> Tensor:
+    """Which keys lie in another document than each query row: (N, q * G, S)."""
+    other = segments[:, start:end, None] != segments[:, None, :end]  # (B, q, S)
+    return other.repeat_interleave(K, dim=0).repeat_interleave(G, dim=1)
 
 
 def _by_head(x: Tensor) -> Tensor:

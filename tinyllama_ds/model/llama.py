@@ -43,12 +43,20 @@ def rope_tables(config: LlamaConfig, num_positions: int, device: torch.device) -
     return angles.cos(), angles.sin()
 
 
+def positions_in_documents(segments: Tensor) -> Tensor:
+    """How far each token is from the start of its document (B, T), given the documents' numbers (B, T)."""
+    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    is_start = torch.ones_like(segments, dtype=torch.bool)
+    is_start[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - index.where(is_start, 0).cummax(dim=1).values
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each head of x (B, T, H, E) by its position's angle, in fp32."""
+    """Rotate each head of x (B, T, H, E) by its position's angle, in fp32; tables are (T, E) or (B, T, E)."""
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
-    return (wide * cos[:, None, :] + rotated * sin[:, None, :]).to(x.dtype)
+    return (wide * cos[..., None, :] + rotated * sin[..., None, :]).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -65,12 +73,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
         self.attend = attention_function(backend)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Tensor | None) -> Tensor:  # (B, T, D) -> same
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, E)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
-        out = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)  # (B, T, H, E)
+        out = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, segments)  # (B, T, H, E)
         return self.o_proj(out.reshape(B, T, -1))
 
 
@@ -97,8 +105,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Tensor | None) -> Tensor:  # (B, T, D) -> same
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -113,19 +121,26 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, backend) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
+    def forward(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, D)
         cos, sin = rope_tables(self.config, input_ids.shape[1], input_ids.device)
+        if segments is not None:
+            positions = positions_in_documents(segments)
+            cos, sin = cos[positions], sin[positions]  # (B, T, E)
         x = self.embed_tokens(input_ids)
         for number, layer in enumerate(self.layers):
             if self.recompute_every and number % self.recompute_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, segments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin)
+                x = layer(x, cos, sin, segments)
         return self.norm(x)
 
 
 class LlamaForCausalLM(nn.Module):
     """The whole decoder: token ids (B, T) to logits (B, T, V), or with labels (B, T) to their mean loss in fp32.
+
+    With `segments` (B, T), the number of the document that each token of a row belongs to, attention stays inside
+    documents and positions start again with each; without, documents packed into a row see those before them, as in
+    TinyLlama.
 
     With `recompute_every` k, every k-th block keeps only its input and is computed again in the backward pass
     (activation checkpointing; 0 is none, 1 is all).
@@ -137,8 +152,8 @@ class LlamaForCausalLM(nn.Module):
         self.model = LlamaModel(config, attention, recompute_every)
         self.lm_head = LMHeadLoss(config.hidden_size, config.vocab_size)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.lm_head(self.model(input_ids), labels)
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return self.lm_head(self.model(input_ids, segments), labels)
 
 
 def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:

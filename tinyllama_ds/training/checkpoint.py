@@ -1,15 +1,18 @@
-"""Checkpoints: written by DeepSpeed into a temporary folder, committed by a manifest and one rename.
+"""What a checkpoint is, which one a run continues from, and how it is loaded.
 
-`checkpoints/step_00001000/` holds DeepSpeed's files and `manifest.json`, which is written last. What has no manifest
-is no checkpoint.
+`checkpoints/step_00001000/` holds DeepSpeed's files and `manifest.json`, which is written last (`saving.py`). What has
+no manifest is no checkpoint; what has one is believed only after every file had its size and its SHA-256.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +21,17 @@ import torch
 import torch.distributed as dist
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.training.reshape import load_whole_tensors, parameter_shapes, write_whole_tensors
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-_NAME = re.compile(r"step_(\d{8,})")
 MANIFEST_FILE = "manifest.json"
+CHECKPOINTS = "checkpoints"  # the folders of a run directory
+QUARANTINE = "quarantine"
+_NAME = re.compile(r"step_(\d{8,})")
+_SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,15 @@ class Progress:
     step: int
     position: int  # samples consumed
     tokens: int
+    chain: str = ""  # hash chain over the samples of all steps
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file of a checkpoint has to be."""
+
+    size: int  # bytes
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -43,13 +60,18 @@ class CheckpointManifest:
     dtype: str  # of the weights that the forward pass used
     model: dict  # shapes
     run: dict  # what run.json said: recipe, configs, data, versions
-    files: dict[str, int]  # sizes in bytes
+    files: dict[str, File]
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint after `step` optimizer steps."""
+    return f"step_{step:08d}"
 
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """Committed checkpoints of a run, oldest first, ordered by their step as a number."""
     found = []
-    for path in (run_dir / "checkpoints").glob("step_*"):
+    for path in (run_dir / CHECKPOINTS).glob("step_*"):
         match = _NAME.fullmatch(path.name)
         if match and (path / MANIFEST_FILE).is_file():
             found.append((int(match[1]), path))
@@ -67,59 +89,132 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def read_manifest(checkpoint: Path) -> CheckpointManifest:
-    """The manifest, after every file it names was found with its size."""
+    """The manifest of a checkpoint. Nothing of it is verified yet."""
     path = checkpoint / MANIFEST_FILE
     try:
         raw = json.loads(path.read_text())
-        manifest = CheckpointManifest(**raw | {"progress": Progress(**raw["progress"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        files = {name: File(**file) for name, file in raw["files"].items()}
+        return CheckpointManifest(**raw | {"progress": Progress(**raw["progress"]), "files": files})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Refusal(f"{path}: not a checkpoint manifest ({error})") from error
-    for name, size in manifest.files.items():
-        file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise Refusal(f"{file}: is missing or has another size than the {size} bytes in {MANIFEST_FILE}")
+
+
+def newest_progress(run_dir: Path) -> tuple[int, int]:
+    """Steps and tokens of the newest committed checkpoint; zeros where there is none that can be read."""
+    for checkpoint in reversed(find_checkpoints(run_dir)):
+        with suppress(Refusal):
+            progress = read_manifest(checkpoint).progress
+            return progress.step, progress.tokens
+    return 0, 0
+
+
+def verify_checkpoint(checkpoint: Path) -> CheckpointManifest:
+    """The manifest, after every file it names was found to be ours and whole. Reads every byte, unpickles nothing.
+
+    Raises `Refusal`, naming the file, where one is missing, changed, somebody else's, or writable by others.
+    """
+    _refuse_foreign(checkpoint)
+    _refuse_foreign(checkpoint / MANIFEST_FILE)
+    manifest = read_manifest(checkpoint)
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        for _ in pool.map(lambda item: _verify_file(checkpoint, *item), manifest.files.items()):
+            pass
     return manifest
 
 
-def save_checkpoint(engine: "DeepSpeedEngine", run_dir: Path, progress: Progress, model: dict, run: dict) -> Path:
-    """Collective. Returns the committed folder; an existing one of the same step is left alone."""
-    root = run_dir / "checkpoints"
-    final = root / f"step_{progress.step:08d}"
-    partial = root / f".{final.name}.partial"
-    if (final / MANIFEST_FILE).is_file():
-        return final
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        root.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
-        stage = engine.zero_optimization_stage()
-        manifest = CheckpointManifest(progress, dist.get_world_size(), stage, dtype, model, run, files)
-        for name in files:
-            _sync(partial / name)
-        (partial / MANIFEST_FILE).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-        _sync(partial / MANIFEST_FILE)
-        partial.rename(final)
-        _sync(root)
-    dist.barrier()
-    return final
+def _verify_file(checkpoint: Path, name: str, expected: File) -> None:
+    if not _SAFE_FILE_NAME.fullmatch(name):
+        raise Refusal(f"{checkpoint / MANIFEST_FILE}: {name!r} is not the name of a checkpoint's file")
+    path = checkpoint / name
+    if not path.is_file() or path.stat().st_size != expected.size:
+        raise Refusal(f"{path}: is missing or has another size than the {expected.size} bytes in {MANIFEST_FILE}")
+    _refuse_foreign(path)
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+            raise Refusal(f"{path}: its SHA-256 is not the one in {MANIFEST_FILE}; the file is damaged")
 
 
-def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path) -> Progress:
-    """Collective. Weights, optimizer and its step counter; the same number of ranks and ZeRO stage as were saved."""
+def _refuse_foreign(path: Path) -> None:
+    """A pickle runs code: only what this user wrote, and nobody else could have changed, is ever loaded."""
+    try:
+        status = path.lstat()
+    except OSError as error:
+        raise Refusal(f"{path}: cannot be read ({error.strerror})") from error
+    if stat.S_ISLNK(status.st_mode):
+        raise Refusal(f"{path}: is a symbolic link; expected the file itself")
+    if status.st_uid != os.geteuid():
+        raise Refusal(f"{path}: belongs to user {status.st_uid}; checkpoints are loaded by the user who wrote them")
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        raise Refusal(f"{path}: can be written by other users; expected at most mode 755 (chmod go-w)")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint to continue from, and why newer ones were put aside."""
+
+    checkpoint: Path | None
+    damages: list[str]
+
+
+def choose_checkpoint(run_dir: Path) -> Choice:
+    """The newest checkpoint that verifies; newer ones that do not are moved to `quarantine/`. Called by one rank.
+
+    Raises `Refusal`, moving nothing, where there are checkpoints and none verifies: that is never a fresh start.
+    """
+    damaged: list[Path] = []
+    damages: list[str] = []
+    for checkpoint in reversed(find_checkpoints(run_dir)):
+        try:
+            verify_checkpoint(checkpoint)
+        except Refusal as refusal:
+            damaged.append(checkpoint)
+            damages.append(str(refusal))
+            continue
+        for path in damaged:
+            _quarantine(path, run_dir / QUARANTINE)
+        return Choice(checkpoint, damages)
+    if damages:
+        raise Refusal(f"{run_dir / CHECKPOINTS}: none of {len(damages)} checkpoints verifies: {'; '.join(damages)}")
+    return Choice(None, [])
+
+
+def _quarantine(checkpoint: Path, quarantine: Path) -> None:
+    quarantine.mkdir(mode=0o750, exist_ok=True)
+    names = (f"{checkpoint.name}.{number}" for number in range(1_000_000))
+    checkpoint.rename(next(quarantine / name for name in names if not (quarantine / name).exists()))
+
+
+def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: dict) -> Progress:
+    """Collective. Weights, optimizer and its step counter, into the layout that the run has now.
+
+    The checkpoint has been verified by `choose_checkpoint`. `zero_section` is the run's own; one that differs from the
+    checkpoint's, or another number of ranks, takes the way over whole tensors.
+    """
     manifest = read_manifest(checkpoint)
     configured = [dict(group, params=None) for group in engine.optimizer.param_groups]
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if loaded is None:
-        raise Refusal(f"{checkpoint}: DeepSpeed found nothing to load in it")
-    # DeepSpeed restores each group's hyper-parameters too; the configured ones are in force (and were checked equal).
+    saved_section = manifest.run["deepspeed_config"]["zero_optimization"]
+    if (manifest.world_size, saved_section) == (dist.get_world_size(), zero_section):
+        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if loaded is None:
+            raise Refusal(f"{checkpoint}: DeepSpeed found nothing to load in it")
+    else:
+        _load_reshaped(engine, checkpoint, manifest)
+    # DeepSpeed restores each group's hyper-parameters too, under stage 3 the first group's in all of them; the
+    # configured ones are in force (and were checked equal).
     for group, wanted in zip(engine.optimizer.param_groups, configured, strict=True):
         group.update({key: value for key, value in wanted.items() if key != "params"})
     return manifest.progress
+
+
+def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: CheckpointManifest) -> None:
+    whole = checkpoint.with_name(f".{checkpoint.name}.whole")
+    if dist.get_rank() == 0:
+        write_whole_tensors(checkpoint, manifest.zero_stage, parameter_shapes(engine), whole)
+    dist.barrier()
+    load_whole_tensors(engine, whole)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(whole)
 
 
 def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str, torch.Tensor]]:
@@ -130,7 +225,7 @@ def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # merging is done in memory; unset, DeepSpeed prints its guess
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    manifest = read_manifest(checkpoint)
+    manifest = verify_checkpoint(checkpoint)
     dtype = getattr(torch, manifest.dtype)
     if manifest.zero_stage == 0:
         weights = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)[
@@ -140,11 +235,3 @@ def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # DeepSpeed prints its way through the files
             weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     return manifest, {name: tensor.to(dtype).contiguous().clone() for name, tensor in weights.items()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

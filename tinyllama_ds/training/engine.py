@@ -1,10 +1,11 @@
 """The DeepSpeed engine around the model: process group, device, blocks, wrapping."""
 
+import json
 import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -102,10 +103,28 @@ def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    _undo_dummy_step(engine)
     for group in engine.optimizer.param_groups:
         group["configured_lr"] = group["lr"]
     set_learning_rate(engine, learning_rate_ratio)
     return engine
+
+
+def _undo_dummy_step(engine: "DeepSpeedEngine") -> None:
+    """Stage 0 in bf16: DeepSpeed steps on zero gradients to allocate the optimizer's state.
+
+    That decays the masters once and counts as Adam's first step, which makes the real first step a quarter too small.
+    """
+    if engine.zero_optimization() or not engine.bfloat16_enabled():
+        return
+    wrapper = engine.optimizer
+    wrapper.optimizer.state.clear()
+    is_flat = hasattr(wrapper, "fp32_groups_flat")
+    for number, weights in enumerate(wrapper.fp16_groups):
+        masters = [wrapper.fp32_groups_flat[number]] if is_flat else wrapper.fp32_groups[number]
+        values = [torch.cat([weight.detach().flatten() for weight in weights])] if is_flat else weights
+        for master, value in zip(masters, values, strict=True):
+            master.data.copy_(value)
 
 
 def set_learning_rate(engine: "DeepSpeedEngine", ratio: float) -> float:
@@ -119,3 +138,16 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """All-reduce in place; returns its argument."""
     dist.all_reduce(values)
     return values
+
+
+def gather_from_ranks(value: Any) -> list[Any]:
+    """A JSON value of every rank, by rank, on every rank. JSON, because what a peer sends is never unpickled."""
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(text)], device=device))
+    longest = int(max(lengths))
+    padded = torch.nn.functional.pad(text, (0, longest - len(text)))
+    texts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(texts, padded)
+    return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(texts, lengths, strict=True)]

@@ -80,12 +80,12 @@ def _time_steps(
     """Seconds of one step as a whole and by phase, averaged over `steps` after the warm-up."""
     clock = PhaseClock(world.device)
     for _ in range(_WARMUP_STEPS):
-        train_step(engine, step, repeat(tokens), micro_batch, world, clock)
+        train_step(engine, step, repeat((tokens,)), micro_batch, world, clock)
     _wait(world)
     clock.read()
     started = perf_counter()
     for _ in range(steps):
-        train_step(engine, step, repeat(tokens), micro_batch, world, clock)
+        train_step(engine, step, repeat((tokens,)), micro_batch, world, clock)
     _wait(world)
     whole = (perf_counter() - started) / steps
     phases = {f"seconds_{name}": seconds / steps for name, seconds in clock.read().items()}
@@ -123,7 +123,7 @@ def _communication_seconds(
     on_gpu = world.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
-        train_step(engine, step, repeat(tokens), micro_batch, world, PhaseClock(world.device))
+        train_step(engine, step, repeat((tokens,)), micro_batch, world, PhaseClock(world.device))
         _wait(world)
     events = [event for event in profiler.key_averages() if event.key.startswith(("nccl", "gloo:"))]
     return sum(event.device_time_total if on_gpu else event.cpu_time_total for event in events) / 1e6

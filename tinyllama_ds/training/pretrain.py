@@ -5,22 +5,25 @@ import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, Refusal
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART, BadNumbers, Refusal
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.training.checkpoint import Progress, load_checkpoint
+from tinyllama_ds.training.checkpoint import CHECKPOINTS, QUARANTINE, Progress, choose_checkpoint, load_checkpoint
 from tinyllama_ds.training.engine import (
     World,
     check_with_deepspeed,
     compile_blocks,
+    gather_from_ranks,
     read_world,
     start_process_group,
     supports_fast_bf16,
     wrap,
 )
+from tinyllama_ds.training.heartbeat import Heartbeat
 from tinyllama_ds.training.loop import train
 from tinyllama_ds.training.metrics import MetricsLogger, peak_flops
 from tinyllama_ds.training.run import (
@@ -32,6 +35,8 @@ from tinyllama_ds.training.run import (
     resolve_run,
     write_json,
 )
+from tinyllama_ds.training.saving import sweep_leftovers
+from tinyllama_ds.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -46,6 +51,10 @@ def pretrain(options: Options) -> int:
         if world.is_main:
             print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
         return EXIT_REFUSED
+    except BadNumbers as bad:
+        if world.is_main:
+            print(f"tinyllama-ds: {bad}; nothing was saved since", file=sys.stderr, flush=True)
+        return EXIT_NUMERICS
     except BaseException:
         # The other ranks wait in a collective for this one: leave at once, so that the launcher can end them.
         traceback.print_exc()
@@ -55,24 +64,50 @@ def pretrain(options: Options) -> int:
 
 def _pretrain(options: Options, world: World) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    heartbeat = Heartbeat(world.rank)
+    heartbeat.beat(0, "starting")
     run = resolve_run(options, world.size, world.device.type, supports_fast_bf16(world.device))
-    checkpoint = check_run_directory(run)
+    check_run_directory(run)
+    os.umask(0o027)  # what others could write would not be loaded again
     start_process_group(world)
     check_with_deepspeed(run.engine_config, str(options.deepspeed_config))
+    checkpoint = agree_on_checkpoint(run, world)
     if world.is_main:
         open_run_directory(run)
+        sweep_leftovers(run.run_dir)
     model = build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
     if run.compile:
         compile_blocks(model)
     engine = wrap(model, run.engine_config, run.schedule.ratio(0))
-    start = load_checkpoint(engine, checkpoint) if checkpoint else Progress(step=0, position=0, tokens=0)
+    start = Progress(step=0, position=0, tokens=0)
+    if checkpoint is not None:
+        start = load_checkpoint(engine, checkpoint, run.description["deepspeed_config"]["zero_optimization"])
     metrics = _open_metrics(run, world, start, engine) if world.is_main else None
-    progress = train(engine, run, world, start, metrics)
+    progress = train(engine, run, world, start, metrics, StopRequest(run.run_dir), heartbeat)
+    is_finished = progress.step == run.plan.total_steps
     if metrics is not None:
         metrics.close()
-        write_json(run.run_dir / STATUS_FILE, {"state": "finished", "step": progress.step, "tokens": progress.tokens})
+        state = "finished" if is_finished else "stopped"
+        write_json(run.run_dir / STATUS_FILE, {"state": state, "step": progress.step, "tokens": progress.tokens})
     torch.distributed.destroy_process_group()
-    return EXIT_FINISHED
+    return EXIT_FINISHED if is_finished else EXIT_RESTART
+
+
+def agree_on_checkpoint(run: Run, world: World) -> Path | None:
+    """The newest checkpoint that verifies, found by rank 0; None for a fresh start. Collective."""
+    answer: dict[str, str | None] = {}
+    if world.is_main:
+        try:
+            choice = choose_checkpoint(run.run_dir)
+            for damage in choice.damages:
+                print(f"tinyllama-ds: moved to {QUARANTINE}: {damage}", file=sys.stderr, flush=True)
+            answer = {"name": choice.checkpoint.name if choice.checkpoint else None}
+        except Refusal as refusal:
+            answer = {"refusal": str(refusal)}
+    answer = gather_from_ranks(answer)[0]
+    if "refusal" in answer:
+        raise Refusal(answer["refusal"])
+    return run.run_dir / CHECKPOINTS / answer["name"] if answer["name"] else None
 
 
 def _open_metrics(run: Run, world: World, start: Progress, engine: "DeepSpeedEngine") -> MetricsLogger:

@@ -38,8 +38,16 @@ from tinyllama_ds.training.schedule import ConstantSchedule, CosineSchedule, Sch
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
 # What decides the result of a run; a directory that holds other values of these holds another run.
-_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version", "world_size")
-_FREE = {"recipe": ("intervals", "validation_samples")}  # may change from start to start
+_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version")
+_FREE = {  # may change from start to start
+    "recipe": ("intervals", "validation_samples"),
+    "deepspeed_config": (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "zero_optimization",
+        "tensorboard",
+    ),
+}
 _PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "flash-attn")
 
 
@@ -109,6 +117,10 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
             f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
         )
     attention = resolve_attention_backend(options.attention, device_type)
+    if recipe.document_mask and attention == "sdpa_flash":
+        raise Refusal(
+            "attention backend 'sdpa_flash' takes no mask, and the recipe says document_mask = true; use sdpa"
+        )
     streams, validation = _open_data(options.data, recipe, model)
     order = SampleOrder(
         recipe.seed,
@@ -182,7 +194,7 @@ def _open_data(data: Path, recipe: Recipe, model: LlamaConfig) -> tuple[dict[str
     held_out = [name for name in recipe.sources if (data / name / "validation").is_dir()]
     validation = open_streams(data, held_out, "validation", model.vocab_size)
     return streams, [
-        ValidationSet(name, stream, recipe.sequence_length, recipe.validation_samples)
+        ValidationSet(name, stream, recipe.sequence_length, recipe.validation_samples, recipe.document_mask)
         for name, stream in validation.items()
     ]
 

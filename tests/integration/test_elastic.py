@@ -1,0 +1,57 @@
+"""A run goes on with another number of ranks, ZeRO stage and micro batch: same samples, same loss."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from launching import pretrain, read_series, write_deepspeed_config, write_recipe
+
+from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
+
+
+@dataclass(frozen=True)
+class Layout:
+    stage: int
+    ranks: int
+    micro_batch: int
+
+
+# Each goes on where the one before it stopped.
+ROUNDS = {
+    "stages down": [Layout(3, 2, 4), Layout(2, 2, 2), Layout(1, 2, 4), Layout(0, 2, 4), Layout(3, 2, 1)],
+    "ranks": [Layout(3, 2, 4), Layout(3, 1, 4), Layout(3, 4, 2), Layout(3, 2, 4)],
+    "both at once": [Layout(0, 1, 8), Layout(2, 2, 2), Layout(3, 1, 4), Layout(0, 2, 2), Layout(1, 1, 2)],
+}
+STEPS = 3  # with each layout
+
+
+@pytest.mark.parametrize(
+    "name", ["both at once", *(pytest.param(n, marks=pytest.mark.all_faults) for n in list(ROUNDS)[:2])]
+)
+def test_curve_and_samples_do_not_depend_on_the_layouts(name: str, data_dir: Path, tmp_path: Path) -> None:
+    total = STEPS * len(ROUNDS[name])
+    reference = write_recipe(tmp_path / "whole.toml", total, save_every=STEPS)
+    reference.write_text(reference.read_text() + "keep_last = 10\n")
+    config = write_deepspeed_config(tmp_path / "whole.json", 2, micro_batch=4)
+    assert pretrain(reference, config, data_dir, tmp_path / "whole", 2).returncode == 0
+    for number, layout in enumerate(ROUNDS[name]):
+        config = write_deepspeed_config(tmp_path / "ds.json", layout.stage, layout.micro_batch)
+        stop_after(tmp_path / "run", STEPS * number)
+        finished = pretrain(reference, config, data_dir, tmp_path / "run", layout.ranks)
+        assert finished.returncode == 0, finished.stderr
+        assert number == 0 or f"resumed at step {STEPS * number}" in finished.stdout
+    expected, found = (read_manifest(find_checkpoints(tmp_path / run)[-1]) for run in ("whole", "run"))
+    assert found.progress == expected.progress, "the same samples in every step"
+    assert found.world_size == ROUNDS[name][-1].ranks
+    for figure, tolerance in (("Train/Loss", 1e-5), ("Train/GradNorm", 1e-4)):
+        assert read_series(tmp_path / "run", figure) == pytest.approx(
+            read_series(tmp_path / "whole", figure), rel=tolerance
+        )
+
+
+def stop_after(run_dir: Path, step: int) -> None:
+    """As if the run had been stopped at that step: later checkpoints are gone."""
+    for checkpoint in find_checkpoints(run_dir):
+        if read_manifest(checkpoint).progress.step > step:
+            shutil.rmtree(checkpoint)

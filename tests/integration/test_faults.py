@@ -1,0 +1,222 @@
+"""Real processes, killed, stopped and lied to: each run ends with the samples and the tensors of a run left alone.
+
+The fast part runs by default, all of it with `--all-faults`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from launching import Finished, pretrain, read_series, write_deepspeed_config, write_recipe
+from test_resume import tensors_of
+
+from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART
+from tinyllama_ds.training.checkpoint import Progress, find_checkpoints, read_manifest, verify_checkpoint
+from tinyllama_ds.training.faults import FAULT_VARIABLE
+
+STEPS, SAVE_EVERY = 6, 2
+SAVE_POINTS = ("begin", "mid_shard", "after_shard", "before_manifest", "before_rename", "after_rename")
+slow = pytest.mark.all_faults
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A small run on two ranks under ZeRO-3, and how it ends when it is left alone."""
+
+    recipe: Path
+    config: Path
+    data: Path
+    progress: Progress
+    tensors: dict[str, torch.Tensor]
+
+    def start(self, run_dir: Path, *more: str) -> Finished:
+        return pretrain(self.recipe, self.config, self.data, run_dir, 2, *more)
+
+    def command(self, run_dir: Path, *more: str) -> list[str]:
+        arguments = ["--recipe", self.recipe, "--deepspeed-config", self.config, "--data", self.data]
+        arguments += ["--run-dir", run_dir, "--num-gpus", 2, *more]
+        return [sys.executable, "-m", "tinyllama_ds.cli", "pretrain", *map(str, arguments)]
+
+    def assert_same_end(self, run_dir: Path) -> None:
+        """The hash chain over all samples and every tensor are those of the run that was left alone."""
+        last = find_checkpoints(run_dir)[-1]
+        assert verify_checkpoint(last).progress == self.progress
+        found = tensors_of(last)
+        assert found.keys() == self.tensors.keys()
+        assert [place for place in found if not torch.equal(found[place], self.tensors[place])] == []
+        assert [path.name for path in (run_dir / "checkpoints").glob(".*")] == [], "leftovers"
+
+
+@pytest.fixture(scope="module")
+def setup(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    root = tmp_path_factory.mktemp("reference")
+    recipe = write_recipe(root / "small.toml", STEPS, save_every=SAVE_EVERY)
+    config = write_deepspeed_config(root / "ds.json", 3, micro_batch=4)
+    finished = pretrain(recipe, config, data_dir, root / "run", 2)
+    assert finished.returncode == 0, finished.stderr
+    assert "goodput" in finished.stdout
+    last = find_checkpoints(root / "run")[-1]
+    return Setup(recipe, config, data_dir, read_manifest(last).progress, tensors_of(last))
+
+
+def cases(points: dict[str, bool]) -> list:
+    return [pytest.param(fault, id=fault, marks=() if is_fast else slow) for fault, is_fast in points.items()]
+
+
+KILLS = {f"save.{point}:{rank}:4:kill": (point, rank) in {("mid_shard", 1), ("before_rename", 0), ("after_rename", 0)}
+         for point in SAVE_POINTS for rank in ((0, 1) if "shard" in point or point == "begin" else (0,))}  # fmt: skip
+KILLS |= {"step.begin:1:3:kill": False, "step.before_optimizer:0:3:kill": True}
+
+
+@pytest.mark.parametrize("fault", cases(KILLS))
+def test_kill_9_costs_steps_and_nothing_else(
+    fault: str, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank dies in the middle of a step or in any phase of a save; the supervisor starts the run again."""
+    monkeypatch.setenv(FAULT_VARIABLE, fault)
+    finished = setup.start(tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    committed = 4 if "after_rename" in fault else 2
+    assert f"at checkpoint {committed}; starting it again" in finished.stderr
+    assert f"resumed at step {committed}" in finished.stdout
+    assert "1 restarts" in finished.stdout
+    setup.assert_same_end(tmp_path / "run")
+
+
+@pytest.mark.parametrize("fault", cases({"step.begin:1:3:stop": True, "step.begin:0:3:spin": False}))
+def test_a_stuck_rank_is_noticed_and_its_stacks_are_shown(
+    fault: str, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAULT_VARIABLE, fault)
+    finished = setup.start(tmp_path / "run", "--step-timeout", "8")
+    assert finished.returncode == 0, finished.stderr
+    assert "has been training at step 3 for 8 s; stacks of all ranks" in finished.stderr
+    assert "in strike" in finished.stderr, "the stack of the stuck rank"
+    setup.assert_same_end(tmp_path / "run")
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped byte": flip_a_byte,
+    "cut short": lambda file: os.truncate(file, 100),
+    "deleted": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize(
+    "damage", [pytest.param(name, marks=() if name == "flipped byte" else slow) for name in DAMAGES]
+)
+def test_a_damaged_checkpoint_is_put_aside(damage: str, setup: Setup, tmp_path: Path) -> None:
+    assert setup.start(tmp_path / "run").returncode == 0
+    newest = find_checkpoints(tmp_path / "run")[-1]
+    shard = sorted(newest.glob("*optim_states.pt"))[1]
+    DAMAGES[damage](shard)
+    finished = setup.start(tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    assert f"moved to quarantine: {shard}: " in finished.stderr
+    assert f"resumed at step {STEPS - SAVE_EVERY}" in finished.stdout
+    assert (tmp_path / "run" / "quarantine" / f"{newest.name}.0").is_dir()
+    setup.assert_same_end(tmp_path / "run")
+
+
+def test_damaged_checkpoints_alone_are_refused(setup: Setup, tmp_path: Path) -> None:
+    assert setup.start(tmp_path / "run").returncode == 0
+    for checkpoint in find_checkpoints(tmp_path / "run"):
+        flip_a_byte(next(checkpoint.glob("*optim_states.pt")))
+    finished = setup.start(tmp_path / "run")
+    assert finished.returncode == EXIT_REFUSED
+    assert "none of 3 checkpoints verifies" in finished.stderr
+    assert len(find_checkpoints(tmp_path / "run")) == 3
+
+
+def start_in_background(setup: Setup, run_dir: Path, *more: str) -> subprocess.Popen:
+    """A long run, once it is training."""
+    recipe = write_recipe(run_dir.parent / "long.toml", 5000, save_every=5000)
+    command = [str(recipe) if part == str(setup.recipe) else part for part in setup.command(run_dir, *more)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (run_dir / "metrics.jsonl").exists() or not read_series(run_dir, "Train/Loss"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return process
+
+
+def rank_process(supervisor: subprocess.Popen, rank: int) -> psutil.Process:
+    ranks = [child for child in psutil.Process(supervisor.pid).children(recursive=True)
+             if any(part.endswith("scripts/pretrain.py") for part in child.cmdline()) and "-u" in child.cmdline()
+             and child.environ().get("RANK") == str(rank)]  # fmt: skip
+    return ranks[0]
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("SIGINT", marks=slow), pytest.param("SIGUSR1", marks=slow),
+                                 pytest.param("stop file", marks=slow), "SIGTERM to one rank"])  # fmt: skip
+def test_a_graceful_stop_loses_nothing(how: str, setup: Setup, tmp_path: Path) -> None:
+    supervisor = start_in_background(setup, tmp_path / "run")
+    family = psutil.Process(supervisor.pid).children(recursive=True)
+    asked = time.monotonic()
+    if how == "stop file":
+        (tmp_path / "run" / "stop").touch()
+    elif how.endswith("one rank"):
+        rank_process(supervisor, 1).terminate()
+    else:
+        supervisor.send_signal(getattr(signal, how))
+    _, errors = supervisor.communicate(timeout=60)
+    assert supervisor.returncode == EXIT_RESTART, errors
+    assert time.monotonic() - asked < 30
+    assert psutil.wait_procs(family, timeout=1)[1] == [], "orphans"
+    saved = verify_checkpoint(find_checkpoints(tmp_path / "run")[-1]).progress
+    assert saved.step == max(read_series(tmp_path / "run", "step")), "the step that was trained last"
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
+
+
+def test_wall_time_ends_in_a_save_and_the_next_start_ends_equal(setup: Setup, tmp_path: Path) -> None:
+    finished = setup.start(tmp_path / "run", "--max-wall-time", "0.001")
+    assert finished.returncode == EXIT_RESTART, finished.stderr
+    stopped_at = read_manifest(find_checkpoints(tmp_path / "run")[-1]).progress.step
+    assert 1 <= stopped_at < STEPS
+    resumed = setup.start(tmp_path / "run")
+    assert resumed.returncode == 0, resumed.stderr
+    setup.assert_same_end(tmp_path / "run")
+
+
+def test_one_writer_and_no_orphans_when_the_supervisor_is_killed(setup: Setup, tmp_path: Path) -> None:
+    supervisor = start_in_background(setup, tmp_path / "run")
+    second = pretrain(tmp_path / "long.toml", setup.config, setup.data, tmp_path / "run", 2)
+    assert second.returncode == EXIT_REFUSED
+    assert f"is in use by process {supervisor.pid} on host" in second.stderr
+    family = psutil.Process(supervisor.pid).children(recursive=True)
+    supervisor.kill()
+    supervisor.communicate(timeout=10)
+    assert psutil.wait_procs(family, timeout=10)[1] == [], "orphans"
+    third = start_again(setup, tmp_path)
+    third.send_signal(signal.SIGTERM)
+    _, errors = third.communicate(timeout=60)
+    assert third.returncode == EXIT_RESTART, errors
+
+
+def start_again(setup: Setup, root: Path) -> subprocess.Popen:
+    (root / "run" / "metrics.jsonl").unlink()
+    return start_in_background(setup, root / "run")
+
+
+def test_it_gives_up_after_three_failures_without_a_new_checkpoint(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAULT_VARIABLE, "step.begin:1:3:kill:always")
+    finished = setup.start(tmp_path / "run")
+    assert finished.returncode not in (0, EXIT_RESTART, EXIT_REFUSED, EXIT_NUMERICS)
+    assert "given up: 3 failures in a row without a new checkpoint" in finished.stderr
+    assert [read_manifest(path).progress.step for path in find_checkpoints(tmp_path / "run")] == [2]

@@ -1,0 +1,79 @@
+"""A non-finite gradient on one rank never reaches the weights of any, whatever the stage and the precision."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launching import pretrain, read_series, run, write_deepspeed_config, write_recipe
+from test_resume import tensors_of
+
+from tinyllama_ds.errors import EXIT_NUMERICS
+from tinyllama_ds.training.checkpoint import find_checkpoints
+from tinyllama_ds.training.faults import FAULT_VARIABLE
+
+POISONED = 3
+BF16 = {"bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, {}), (3, BF16), *(pytest.param(stage, precision, marks=pytest.mark.all_faults)
+     for stage, precision in [(0, BF16), (1, {}), (1, BF16), (2, {}), (2, BF16), (3, {})])],
+)  # fmt: skip
+def test_a_bad_gradient_on_one_rank_is_skipped_by_all(
+    stage: int, precision: dict, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss stays finite: what is poisoned is the gradient of one micro batch of rank 1."""
+    recipe = write_recipe(tmp_path / "small.toml", POISONED + 3, save_every=1, name="poisoned")
+    recipe.write_text(recipe.read_text() + "keep_last = 10\n")
+    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=2, **precision)
+    monkeypatch.setenv(FAULT_VARIABLE, f"step.backward:1:{POISONED}:poison")
+    finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
+    assert finished.returncode == 0, finished.stderr
+    assert "step 4: skipped, its loss or gradient was not finite (samples 24 to 31)" in finished.stdout
+    assert read_series(tmp_path / "run", "Guard/SkippedSteps") == [1]
+    assert (read_series(tmp_path / "run", "Guard/FirstSample"), read_series(tmp_path / "run", "Guard/LastSample")) == (
+        [24], [31],
+    )  # fmt: skip
+    tensors = [tensors_of(path) for path in find_checkpoints(tmp_path / "run")]
+    before, after, later = (tensors[POISONED + offset - 1] for offset in (0, 1, 2))
+    assert len(before) > 10
+    assert [place for place in before if not torch.equal(before[place], after[place])] == []
+    assert [place for place in before if not torch.equal(before[place], later[place])] != []
+
+
+@pytest.mark.parametrize("poison", ["own check off", "every step"])
+def test_bad_numbers_that_stay_or_get_through_stop_the_run(
+    poison: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 79, no restart, nothing committed from the state that went bad."""
+    recipe = write_recipe(tmp_path / "small.toml", 20, save_every=1)
+    changes = {"bf16": {"enabled": True, "check_grad_overflow": False}} if poison == "own check off" else {}
+    config = write_deepspeed_config(tmp_path / "ds.json", 2, micro_batch=4, **changes)
+    step = POISONED if poison == "own check off" else "3+"
+    monkeypatch.setenv(FAULT_VARIABLE, f"step.backward:1:{step}:poison")
+    finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
+    assert finished.returncode == EXIT_NUMERICS, finished.stderr
+    reason = "DeepSpeed applied it to the weights" if poison == "own check off" else "for the 5th step in a row"
+    assert reason in finished.stderr
+    assert "starting it again" not in finished.stderr
+    last = find_checkpoints(tmp_path / "run")[-1]
+    assert last.name == ("step_00000003" if poison == "own check off" else "step_00000007")
+    assert all(torch.isfinite(tensor).all() for tensor in tensors_of(last).values())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_copies_that_drift_apart_are_found(stage: int, data_dir: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "small.toml", 8, save_every=8)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 100} if stage == 3 else {"stage": stage}
+    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=4, zero_optimization=zero)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    script = Path(__file__).with_name("drift_apart.py")
+    finished = run(
+        [*launcher, "--master-port", "29617", *map(str, (script, recipe, config, data_dir, tmp_path / "run"))],
+        OMP_NUM_THREADS="1",
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    sentence = "parameter 'model.norm.weight' differs between rank 0 and rank 1"
+    assert finished.stdout.count(f"equal, then: {sentence}") == 2, "on both ranks"

@@ -1,0 +1,66 @@
+"""Who may write into a run directory."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.launch import lock
+from tinyllama_ds.launch.lock import LOCK_FILE, hold_run
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def owner(**changes: object) -> str:
+    ours = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": psutil.Process().create_time(),
+        "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+    }
+    return json.dumps(ours | changes)
+
+
+def test_a_directory_is_made_held_and_let_go(tmp_path: Path) -> None:
+    with hold_run(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == os.getpid()
+        assert (tmp_path / "run").stat().st_mode & 0o777 == 0o750
+        with pytest.raises(Refusal, match=f"is in use by process {os.getpid()} on host {socket.gethostname()}"):
+            hold_run(tmp_path / "run").__enter__()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [{"pid": dead_process()}, {"started": 0.0}, {"boot": "before the last boot"}])
+def test_the_lock_of_a_dead_owner_is_taken_over(change: dict, tmp_path: Path) -> None:
+    """Its process is gone, its number belongs to another process now, or the machine was booted since."""
+    (tmp_path / LOCK_FILE).write_text(owner(**change))
+    with hold_run(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text()) == json.loads(owner())
+
+
+def test_an_owner_on_another_host_is_watched_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_SILENCE_SECONDS", 1.0)
+    (tmp_path / LOCK_FILE).write_text(owner(host="elsewhere"))
+    touch = f"import os, time\nfor _ in range(40): time.sleep(0.1); os.utime({str(tmp_path / LOCK_FILE)!r})"
+    refreshing = subprocess.Popen([sys.executable, "-c", touch])
+    with pytest.raises(Refusal, match="is in use by process .* on host elsewhere"):
+        hold_run(tmp_path).__enter__()
+    refreshing.wait()
+    with hold_run(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["host"] == socket.gethostname()
+
+
+def test_a_lock_that_was_taken_over_is_not_removed_by_its_old_owner(tmp_path: Path) -> None:
+    with hold_run(tmp_path):
+        (tmp_path / LOCK_FILE).write_text(owner(host="elsewhere"))
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["host"] == "elsewhere"

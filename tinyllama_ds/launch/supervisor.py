@@ -1,0 +1,238 @@
+"""Around the deepspeed launcher: watches the ranks, restarts them, stops them together, leaves no process behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART
+from tinyllama_ds.launch.lock import RunLock
+
+_FINAL_CODES = (EXIT_FINISHED, EXIT_RESTART, EXIT_REFUSED, EXIT_NUMERICS)
+_CODES_OF_STATES = {"finished": EXIT_FINISHED, "stopped": EXIT_RESTART}
+_MAX_FAILURES = 3  # in a row without a new checkpoint
+_STOP_SECONDS = 25  # from the wish to stop to the end of all processes; a scheduler often kills after 30
+_POLL_SECONDS = 0.2
+_CRASHED = 1
+
+Launch = Callable[[dict[str, str]], subprocess.Popen]  # with these variables, in a session of its own
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the supervisor looks at, and for how long it waits."""
+
+    status_file: Path
+    stop_file: Path
+    committed: Callable[[], tuple[int, int]]  # steps and tokens of the newest checkpoint
+    step_seconds: float  # a rank that completes no step for so long is stuck
+    start_seconds: float  # the same until its first step, with imports, loading and compiling in it
+    max_seconds: float | None  # of wall time, then stop
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """How it ended."""
+
+    code: int
+    restarts: int
+    seconds: float
+    tokens: int  # committed by this call
+
+
+@dataclass(frozen=True)
+class RankSide:
+    """How the ranks know their supervisor: names of environment variables, and the signal that asks for stacks."""
+
+    supervisor_variable: str
+    heartbeat_variable: str
+    restart_variable: str
+    stacks_signal: int
+
+
+def supervise(launch: Launch, watch: Watch, lock: RunLock, ranks: RankSide) -> Supervised:
+    """Run until it has finished, was stopped, was refused, or failed three times in a row without a new checkpoint."""
+    started = time.monotonic()
+    stop = _Stop(watch)
+    step, tokens_before = watch.committed()
+    restarts = failures = 0
+    while True:
+        code = _run_once(launch, watch, stop, lock, ranks, restarts)
+        last_step, (step, tokens) = step, watch.committed()
+        failures = 0 if step > last_step else failures + 1
+        if code in _FINAL_CODES or failures == _MAX_FAILURES:
+            break
+        _say(f"the run ended with code {code} at checkpoint {step:,}; starting it again in {2**failures} s")
+        stop.wait(2**failures)
+        if stop.wanted_at is not None:
+            code = EXIT_RESTART
+            break
+        restarts += 1
+    stop.file.unlink(missing_ok=True)
+    if code not in _FINAL_CODES:
+        _say(f"given up: {failures} failures in a row without a new checkpoint, the last with code {code}")
+    return Supervised(code, restarts, time.monotonic() - started, tokens - tokens_before)
+
+
+def _run_once(launch: Launch, watch: Watch, stop: "_Stop", lock: RunLock, ranks: RankSide, restarts: int) -> int:
+    """From the start of the launcher to the end of its last process."""
+    watch.status_file.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tinyllama-ds-", dir=os.environ.get("XDG_RUNTIME_DIR")) as directory:
+        process = launch(
+            {
+                ranks.supervisor_variable: str(os.getpid()),
+                ranks.heartbeat_variable: directory,
+                ranks.restart_variable: str(restarts),
+            }
+        )
+        try:
+            return _wait(process, _Watchdog(Path(directory), watch, ranks.stacks_signal), stop, lock, watch.status_file)
+        finally:
+            end_group(process)
+
+
+class _Stop:
+    """The wish to stop: a signal, or the end of the wall time. Passed on to the ranks through the stop file."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.file = watch.stop_file
+        self.wanted_at: float | None = None
+        self.is_impatient = False
+        self._deadline = None if watch.max_seconds is None else time.monotonic() + watch.max_seconds
+        self.file.unlink(missing_ok=True)  # it was meant for an earlier process
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def look(self) -> None:
+        """To be called often."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self.wanted_at = self.wanted_at or time.monotonic()
+        if self.wanted_at is not None:
+            self.file.touch()
+
+    def is_overdue(self) -> bool:
+        """Whether waiting for the ranks' own end is over."""
+        late = self.wanted_at is not None and time.monotonic() - self.wanted_at > _STOP_SECONDS
+        return self.is_impatient or late
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless a stop is wanted."""
+        end = time.monotonic() + seconds
+        while self.wanted_at is None and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.is_impatient = self.wanted_at is not None
+        self.wanted_at = self.wanted_at or time.monotonic()
+
+
+def _wait(process: subprocess.Popen, watchdog: "_Watchdog", stop: _Stop, lock: RunLock, status_file: Path) -> int:
+    """The exit code of the run; returns early, the launcher still alive, where it is stuck or stopping too long."""
+    while process.poll() is None:
+        lock.refresh()
+        stop.look()
+        if stop.is_overdue():
+            _say("the ranks did not stop by themselves; the last checkpoint stands")
+            return EXIT_RESTART
+        stuck = watchdog.stuck_rank()
+        if stuck is not None:
+            _say(f"{stuck}; stacks of all ranks:\n{watchdog.stacks()}")
+            return _CRASHED
+        time.sleep(_POLL_SECONDS)
+    return _exit_code(process.returncode, status_file)
+
+
+def _exit_code(code: int, status_file: Path) -> int:
+    """What rank 0 wrote counts: the launcher exits 0 when it dies by a signal, and pdsh mixes up the ranks' codes."""
+    try:
+        state = json.loads(status_file.read_text())["state"]
+    except (OSError, ValueError, KeyError):
+        state = None
+    if state in _CODES_OF_STATES:
+        return _CODES_OF_STATES[state]
+    if code < 0:
+        return 128 - code
+    return code or _CRASHED
+
+
+class _Watchdog:
+    """Sees that every rank of this machine goes on. Clocks of other processes are not read, only changes seen here."""
+
+    def __init__(self, directory: Path, watch: Watch, stacks_signal: int) -> None:
+        self._directory = directory
+        self._watch = watch
+        self._signal = stacks_signal
+        self._started = time.monotonic()
+        self._seen: dict[Path, tuple[int, float]] = {}  # change time of the file, and when it was first seen
+
+    def stuck_rank(self) -> str | None:
+        """A sentence about the first rank found stuck."""
+        now = time.monotonic()
+        for file in sorted(self._directory.glob("rank_*")):
+            changed = file.stat().st_mtime_ns
+            if self._seen.get(file, (None,))[0] != changed:
+                self._seen[file] = (changed, now)
+        if not self._seen and now - self._started > self._watch.start_seconds:
+            return f"no rank has come to life for {self._watch.start_seconds:g} s"
+        for file, (_, since) in self._seen.items():
+            beat = _read_beat(file)
+            limit = self._watch.step_seconds if beat.get("doing") != "starting" else self._watch.start_seconds
+            if now - since > limit:
+                return f"{file.name} has been {beat.get('doing')} at step {beat.get('step')} for {limit:g} s"
+        return None
+
+    def stacks(self) -> str:
+        """The stacks of all ranks of this machine, one that was stopped by a signal included."""
+        for file in self._seen:
+            with suppress(ProcessLookupError, KeyError):
+                os.kill(_read_beat(file)["pid"], self._signal)
+                os.kill(_read_beat(file)["pid"], signal.SIGCONT)
+        time.sleep(1)
+        stacks = sorted(self._directory.glob("stacks_*"))
+        return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in stacks)
+
+
+def _read_beat(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {"doing": "working"}  # read while it was being written
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Nothing of the launcher's session outlives it, whatever group it is in. Returns when all of it is gone."""
+    if process.poll() is None:
+        process.terminate()  # lets the launcher end the ranks on other hosts
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(3)
+    for _ in range(100):
+        members = _session(process.pid)
+        if not members:
+            break
+        for member in members:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(members, timeout=0.2)
+    process.wait()
+
+
+def _session(leader: int) -> list[psutil.Process]:
+    members = []
+    for candidate in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getsid(candidate.pid) == leader and candidate.info["status"] != psutil.STATUS_ZOMBIE:
+                members.append(candidate)
+    return members
+
+
+def _say(text: str) -> None:
+    print(f"tinyllama-ds: {text}", file=sys.stderr, flush=True)

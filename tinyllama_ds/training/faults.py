@@ -1,0 +1,58 @@
+"""Faults on purpose, for the tests: `TINYLLAMA_DS_FAULT="point:rank:step:action"` strikes one rank at one point.
+
+A process without the variable pays one comparison per point. A step `3+` means every step from 3 on. After a restart by
+the supervisor a fault does not strike again, unless `:always` is appended.
+"""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from functools import cache
+
+from tinyllama_ds.errors import Refusal
+
+FAULT_VARIABLE = "TINYLLAMA_DS_FAULT"
+RESTART_VARIABLE = "TINYLLAMA_DS_RESTART"  # how often the supervisor has restarted the run
+_FOR_EVER = 2**63
+ACTIONS = ("kill", "stop", "spin", "raise", "poison")
+
+
+@dataclass(frozen=True)
+class _Fault:
+    point: str
+    rank: int
+    steps: range
+    action: str
+
+
+def strike(point: str, step: int) -> bool:
+    """Do what was ordered for this point, rank and step; True where the caller is to poison its numbers."""
+    fault = _ordered()
+    if fault is None or fault.point != point or step not in fault.steps:
+        return False
+    if fault.rank != int(os.environ.get("RANK", "0")):
+        return False
+    if fault.action == "raise":
+        raise OSError(f"injected at {point} of step {step}")
+    if fault.action == "spin":
+        while True:  # a rank that is alive and gets nowhere
+            time.sleep(1)
+    if fault.action != "poison":
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault.action])
+    return fault.action == "poison"
+
+
+@cache
+def _ordered() -> _Fault | None:
+    text = os.environ.get(FAULT_VARIABLE)
+    if not text:
+        return None
+    point, rank, step, action, *more = text.split(":")
+    if action not in ACTIONS or more not in ([], ["always"]):
+        raise Refusal(f"{FAULT_VARIABLE}: {text!r} is not point:rank:step:action with action {' or '.join(ACTIONS)}")
+    restarted = os.environ.get(RESTART_VARIABLE, "0") != "0"
+    if restarted and not more:
+        return None
+    first = int(step.removesuffix("+"))
+    return _Fault(point, int(rank), range(first, _FOR_EVER if step.endswith("+") else first + 1), action)
