@@ -63,11 +63,10 @@ def test_bad_numbers_that_stay_or_get_through_stop_the_run(
     assert all(torch.isfinite(tensor).all() for tensor in tensors_of(last).values())
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 2])
 def test_copies_that_drift_apart_are_found(stage: int, data_dir: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "small.toml", 8, save_every=8)
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 100} if stage == 3 else {"stage": stage}
-    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=4, zero_optimization=zero)
+    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=4)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     script = Path(__file__).with_name("drift_apart.py")
     finished = run(

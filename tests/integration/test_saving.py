@@ -30,11 +30,11 @@ def test_a_run_whose_last_save_failed_is_not_finished(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on from the save before."""
-    monkeypatch.setenv(FAULT_VARIABLE, "save.mid_shard:1:4:raise")
-    recipe = write_recipe(tmp_path / "small.toml", 4, save_every=2)
+    monkeypatch.setenv(FAULT_VARIABLE, "save.mid_shard:1:6:raise")
+    recipe = write_recipe(tmp_path / "small.toml", 6, save_every=3)
     config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=4)
     finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
     assert finished.returncode == 0, finished.stderr
-    assert "the save at the end of step 4 failed: rank 1: OSError: injected" in finished.stderr
-    assert "at checkpoint 2; starting it again" in finished.stderr
-    assert [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")] == [2, 4]
+    assert "the save at the end of step 6 failed: rank 1: OSError: injected" in finished.stderr
+    assert "at checkpoint 3; starting it again" in finished.stderr
+    assert [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")] == [3, 6]

@@ -1,6 +1,7 @@
 """Putting a run together, and telling one run from another."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,15 @@ def test_intervals_may_change(options: Options, tmp_path: Path) -> None:
     open_run_directory(resolve(options))
     write_recipe(tmp_path / "small.toml", 10, save_every=2, evaluate_every=3, validation_samples=2)
     assert check_run_directory(resolve(options)) is None
+
+
+def test_a_directory_of_somebody_else_is_refused(options: Options) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory away")
+    open_run_directory(resolve(options))
+    os.chown(options.run_dir, 12345, -1)
+    with pytest.raises(Refusal, match="belongs to user 12345; expected a directory of your own"):
+        check_run_directory(resolve(options))
 
 
 def test_never_resume_refuses_a_run_that_exists(options: Options) -> None:

@@ -232,6 +232,10 @@ def check_run_directory(run: Run) -> Path | None:
     checkpoints = find_checkpoints(run.run_dir)
     if run.run_dir.exists() and not run.run_dir.is_dir():
         raise Refusal(f"{run.run_dir}: is not a directory")
+    if run.run_dir.exists() and run.run_dir.stat().st_uid != os.geteuid():
+        raise Refusal(f"{run.run_dir}: belongs to user {run.run_dir.stat().st_uid}; expected a directory of your own")
+    if run.run_dir.exists() and not os.access(run.run_dir, os.W_OK):
+        raise Refusal(f"{run.run_dir}: cannot be written; expected a directory that this user may write")
     if path.exists():
         held = json.loads(path.read_text())
         wanted = json.loads(json.dumps(run.description))
