@@ -5,7 +5,7 @@ import argparse
 import os
 import sys
 
-from tinyllama_ds.cli import add_run_arguments, run_options
+from tinyllama_ds.commands.training import add_run_arguments, run_options
 from tinyllama_ds.training.pretrain import pretrain
 
 if __name__ == "__main__":

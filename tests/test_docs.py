@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_ds.cli import _parser, add_run_arguments
+from tinyllama_ds.cli import command_parser
+from tinyllama_ds.commands.training import add_run_arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
@@ -32,7 +33,7 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command: list[str]) -> None:
     if command[0] == "tinyllama-ds":
-        parsed = _parser().parse_args(command[1:])
+        parsed = command_parser().parse_args(command[1:])
     else:
         script = command.index("scripts/pretrain.py")
         parser = argparse.ArgumentParser()

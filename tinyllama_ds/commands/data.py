@@ -1,0 +1,315 @@
+"""Commands that make, import and inspect token shards."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllama_ds.commands.printing import add_json, print_result
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, EXIT_RESTART, Refusal
+
+if TYPE_CHECKING:
+    from tinyllama_ds.data.order import SampleOrder
+    from tinyllama_ds.data.shards import Manifest, TokenStream
+    from tinyllama_ds.plan import RunPlan
+_START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
+
+
+def _add_demo_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, metavar="OUT", help="directory to create")
+    add_json(parser)
+
+
+def _demo_data(options: argparse.Namespace) -> int:
+    """Write a raw demo corpus in the published formats, made from the Python installation."""
+    from tinyllama_ds.data.demo_corpus import make_demo_corpus
+
+    made = make_demo_corpus(options.output)
+    lines = [f"{options.output / name}: {counts}" for name, counts in made.items()]
+    return print_result(options, made, "\n".join(lines) or f"{options.output}: already there")
+
+
+def _add_train_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="DIR", help="raw corpora")
+    parser.add_argument("--vocab-size", type=int, default=32_000, help="number of pieces (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, metavar="tokenizer.model")
+    parser.add_argument("--text-field", help="where the text is, for corpora of your own (default: text)")
+    add_json(parser)
+
+
+def _train_tokenizer(options: argparse.Namespace) -> int:
+    """Train a sentencepiece tokenizer with Llama's settings."""
+    from tinyllama_ds.data.tokenizer import train_tokenizer
+
+    if options.output.exists():
+        raise Refusal(f"{options.output}: already exists; expected a new file")
+    tokenizer = train_tokenizer(_texts(options.input, options.text_field), options.vocab_size, options.output)
+    result = {"tokenizer": str(options.output), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
+    return print_result(options, result, f"{options.output}: {tokenizer.vocab_size:,} pieces")
+
+
+def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
+    """Texts of all corpora by turns, so that each has its share of what the tokenizer sees."""
+    readers = [_texts_of(directory, text_field) for directory in directories]
+    while readers:
+        for reader in list(readers):
+            text = next(reader, None)
+            if text is None:
+                readers.remove(reader)
+            else:
+                yield text
+
+
+def _texts_of(directory: Path, text_field: str | None) -> Iterator[str]:
+    from tinyllama_ds.data.sources import find_inputs, read_texts, source_format
+
+    fmt = source_format(directory.name, text_field)
+    for path in find_inputs(directory, fmt).get("train", []):
+        yield from read_texts(path, fmt)
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source", required=True, help="slimpajama, starcoderdata, proof-pile-2, skypile, or a name of your own"
+    )
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="raw files, or one file")
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="tokenizer.model")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the data directory")
+    parser.add_argument("--text-field", help="where the text is, for corpora of your own (default: text)")
+    parser.add_argument(
+        "--subset",
+        nargs="+",
+        metavar="NAME",
+        help="only these parts: SlimPajama's set names, or folders (languages of StarCoderData)",
+    )
+    parser.add_argument(
+        "--max-bad-records",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="list and leave out up to N (default: %(default)s)",
+    )
+    parser.add_argument("--encoder", choices=("auto", "gigatoken", "sentencepiece"), default="auto")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument(
+        "--shard-bytes", type=int, default=256 * 2**20, metavar="N", help="about this many per shard (default: 256 MiB)"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", type=Path, metavar="H", help="work on all these hosts, through ssh")
+    where.add_argument("--mpi", action="store_true", help="work on the ranks of mpirun ... python -m mpi4py.futures")
+    where.add_argument(
+        "--share", type=_share, default=(0, 1), metavar="RANK/SIZE", help="make only every SIZE-th shard, from RANK on"
+    )
+    add_json(parser)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
+
+
+def _share(text: str) -> tuple[int, int]:
+    rank, _, size = text.partition("/")
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form RANK/SIZE, such as 0/4 to 3/4")
+    return int(rank), int(size)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    """Tokenise one source into shards; starts again where it stopped."""
+    from concurrent.futures import BrokenExecutor
+
+    from tinyllama_ds.data.agents import prepare_on_hosts
+    from tinyllama_ds.data.prepare import Preparation, prepare, summarise
+    from tinyllama_ds.data.sources import count_other_files, source_format
+    from tinyllama_ds.launch.hostfile import read_hostfile
+
+    job = Preparation(
+        source=options.source,
+        input=options.input.absolute(),
+        format=source_format(options.source, options.text_field, options.subset),
+        tokenizer=options.tokenizer.absolute(),
+        output=options.output.absolute(),
+        encoder=options.encoder,
+        max_bad_records=options.max_bad_records,
+        shard_bytes=options.shard_bytes,
+    )
+    if options.hostfile is not None:
+        hosts = [host.name for host in read_hostfile(options.hostfile)]
+        for failure in prepare_on_hosts(job, hosts, _agent_arguments(options)):
+            print(f"{failure}; finishing its share here", file=sys.stderr)
+    workers = max(1, options.workers or os.cpu_count() or 1)
+    try:
+        table = summarise(prepare(job, workers, options.share, options.mpi))
+    except BrokenExecutor:
+        print("tinyllama-ds: a worker was killed, perhaps for memory; start again, shards are kept", file=sys.stderr)
+        return EXIT_RESTART
+    if others := count_other_files(options.input):
+        print(f"{options.input}: {others:,} files of other kinds were not read", file=sys.stderr)
+    return print_result(options, table, _prepare_text(options.source, table))
+
+
+def _agent_arguments(options: argparse.Namespace) -> list[str]:
+    """The same preparation on another host, paths made absolute."""
+    arguments = ["prepare", "--source", options.source, "--input", str(options.input.absolute())]
+    arguments += ["--tokenizer", str(options.tokenizer.absolute()), "--output", str(options.output.absolute())]
+    arguments += ["--encoder", options.encoder, "--max-bad-records", str(options.max_bad_records)]
+    arguments += ["--shard-bytes", str(options.shard_bytes)]
+    arguments += ["--text-field", options.text_field] if options.text_field else []
+    arguments += ["--workers", str(options.workers)] if options.workers else []
+    return arguments + (["--subset", *options.subset] if options.subset else [])
+
+
+def _prepare_text(source: str, table: dict[str, dict]) -> str:
+    lines = []
+    for split, row in table.items():
+        rejected = ", ".join(f"{count:,} {reason}" for reason, count in row["rejected"].items()) or "none"
+        encoders = ", ".join(f"{count:,} by {name}" for name, count in row["encoders"].items())
+        lines.append(
+            f"{source}/{split}: {row['files']:,} files ({encoders}), {row['records']:,} records,"
+            f" {row['documents']:,} documents, rejected: {rejected}, {len(row['faults']):,} bad;"
+            f" {row['tokens']:,} tokens, {row['bytes_per_token']:.2f} bytes per token, {row['shards']:,} shards"
+        )
+        lines += [f"  bad: {fault}" for fault in row["faults"]] + [f"  {fallback}" for fallback in row["fallbacks"]]
+    return "\n".join(lines)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="FILE", help="in the order in which they are joined")
+    parser.add_argument("--source", required=True, help="the name that recipes give it")
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="train")
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="tokenizer.model", help="what made the tokens")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the data directory")
+    add_json(parser)
+
+
+def _import_megatron(options: argparse.Namespace) -> int:
+    """Make Megatron's .idx files (their .bin beside them) usable for training, without a copy."""
+    from tinyllama_ds.data.imports import Import, import_megatron
+
+    job = Import(options.source, options.split, options.tokenizer, options.output)
+    return _print_imported(options, import_megatron(job, options.inputs))
+
+
+def _import_litpkds(options: argparse.Namespace) -> int:
+    """Turn the LITPKDS chunks of TinyLlama's own scripts into shards."""
+    from tinyllama_ds.data.imports import Import, import_litpkds
+
+    job = Import(options.source, options.split, options.tokenizer, options.output)
+    return _print_imported(options, import_litpkds(job, options.inputs))
+
+
+def _print_imported(options: argparse.Namespace, manifests: "list[Manifest]") -> int:
+    result = {
+        "shards": len(manifests),
+        "documents": sum(manifest.documents for manifest in manifests),
+        "tokens": sum(manifest.tokens for manifest in manifests),
+        "filler_tokens": sum(manifest.source_format.get("filler_tokens_left_out", 0) for manifest in manifests),
+    }
+    text = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in result.items())
+    return print_result(options, result, f"{options.source}/{options.split}: {text}")
+
+
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, metavar="DATA_DIR")
+    parser.add_argument("--recipe", help="also prove that this recipe trains on it as it says")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: %(default)s)")
+    parser.add_argument(
+        "--raw", action="append", default=[], metavar="SOURCE=DIR", help="compare random documents with the raw input"
+    )
+    parser.add_argument(
+        "--samples", type=_count, default=20, help="documents per shard to compare (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="HTML", help="default: DATA_DIR/audit.html")
+    add_json(parser)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    """Check every token of a data directory, and that a recipe trains on all of it as it says."""
+    from tinyllama_ds.data.audit import audit_data
+    from tinyllama_ds.data.audit_page import audit_page, verdict
+    from tinyllama_ds.data.coverage import check_coverage
+    from tinyllama_ds.plan import micro_batch_of
+
+    coverage = None
+    if options.recipe is not None:
+        plan, order, _ = _planned_order(options.recipe, options.data)
+        micro_batch_of(plan, None, options.world_size)  # refuses a number of ranks that no batch divides over
+        coverage = check_coverage(order, [stage.batch for stage in plan.stages], options.world_size)
+    audit = audit_data(options.data, _raw_inputs(options.raw), options.samples, options.workers)
+    output = options.output or options.data / "audit.html"
+    output.write_text(audit_page(audit, coverage, f"Audit of {options.data}"), encoding="utf-8")
+    problems = audit.problems + (coverage.problems if coverage else [])
+    warnings = audit.warnings + (coverage.warnings if coverage else [])
+    result = {"good": not problems, "problems": problems, "warnings": warnings, "page": str(output)}
+    print_result(options, result, f"{verdict(audit, coverage)}\n{output}")
+    return EXIT_REFUSED if problems else EXIT_FINISHED
+
+
+def _raw_inputs(pairs: list[str]) -> dict[str, Path]:
+    named = [pair.partition("=") for pair in pairs]
+    for source, separator, directory in named:
+        if not separator or not Path(directory).exists():
+            raise Refusal(f"--raw {source}{separator}{directory}: expected SOURCE=DIR with a directory that exists")
+    return {source: Path(directory) for source, _, directory in named}
+
+
+def _planned_order(recipe_name: str, data: Path) -> "tuple[RunPlan, SampleOrder, dict[str, TokenStream]]":
+    """What a recipe makes of a data directory."""
+    from tinyllama_ds.data.order import MixtureStage, SampleOrder
+    from tinyllama_ds.data.shards import TokenStream
+    from tinyllama_ds.plan import RunPlan
+    from tinyllama_ds.recipe import load_recipe
+
+    recipe = load_recipe(recipe_name)
+    plan = RunPlan(recipe)
+    streams = {name: TokenStream(data / name / "train") for name in recipe.sources}
+    sizes = {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()}
+    mixtures = [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages]
+    return plan, SampleOrder(recipe.seed, sizes, mixtures), streams
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="action")
+    show = actions.add_parser("show", help="print the texts that a step trains on")
+    show.add_argument("step", type=int, metavar="STEP", help="from 0")
+    show.add_argument("--recipe", required=True)
+    show.add_argument("--data", type=Path, required=True, metavar="DIR")
+    show.add_argument("--limit", type=_count, default=8, metavar="N", help="samples to print (default: %(default)s)")
+    add_json(show)
+
+
+def _data(options: argparse.Namespace) -> int:
+    """Look into prepared data: `show` prints the texts that a step trains on."""
+    from tinyllama_ds.data.show import show_samples
+    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+
+    plan, order, streams = _planned_order(options.recipe, options.data)
+    if not 0 <= options.step < plan.total_steps:
+        raise Refusal(f"step {options.step}: the recipe {options.recipe!r} has steps 0 to {plan.total_steps - 1}")
+    step = plan.step(options.step)
+    positions = range(step.first_position, step.first_position + min(options.limit, step.batch))
+    tokenizer = Tokenizer(options.data / TOKENIZER_FILE)
+    shown = list(show_samples(streams, order, positions, plan.sequence_length, tokenizer))
+    lines = [
+        f"=== position {sample.position}: {sample.source}, epoch {sample.epoch}, sample {sample.sample},"
+        f" {sample.place}\n{sample.text}"
+        for sample in shown
+    ]
+    return print_result(options, {"samples": [asdict(sample) for sample in shown]}, "\n".join(lines))
+
+
+COMMANDS = (
+    ("demo-data", _add_demo_data, _demo_data),
+    ("train-tokenizer", _add_train_tokenizer, _train_tokenizer),
+    ("prepare", _add_prepare, _prepare),
+    ("import-megatron", _add_import, _import_megatron),
+    ("import-litpkds", _add_import, _import_litpkds),
+    ("audit", _add_audit, _audit),
+    ("data", _add_data, _data),
+)

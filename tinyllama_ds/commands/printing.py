@@ -1,0 +1,17 @@
+"""What every command does with its result."""
+
+import argparse
+import json
+
+from tinyllama_ds.errors import EXIT_FINISHED
+
+
+def print_result(options: argparse.Namespace, result: dict, text: str) -> int:
+    """The result as JSON where `--json` was given, else the text; returns the exit code."""
+    print(json.dumps(result) if options.json else text)
+    return EXIT_FINISHED
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The `--json` that `print_result` looks at."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")

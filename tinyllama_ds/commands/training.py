@@ -1,0 +1,201 @@
+"""Commands that train and measure training."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllama_ds.commands.printing import add_json, print_result
+from tinyllama_ds.errors import Refusal
+
+if TYPE_CHECKING:
+    from tinyllama_ds.launch.launcher import Placement
+    from tinyllama_ds.launch.supervisor import Supervised
+    from tinyllama_ds.training.run import Options
+_START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `tinyllama-ds pretrain` and `scripts/pretrain.py` share."""
+    parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or a TOML file")
+    parser.add_argument(
+        "--deepspeed-config", "--deepspeed_config", type=Path, required=True, metavar="JSON", help="DeepSpeed config"
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data directory made by prepare")
+    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="where the run lives")
+    parser.add_argument(
+        "--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint (%(default)s)"
+    )
+    parser.add_argument(
+        "--attention", default="auto", help="auto, flash_attention_2, sdpa, blocked ... (default: %(default)s)"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the decoder blocks one by one")
+    parser.add_argument(
+        "--activation-checkpointing",
+        type=int,
+        default=0,
+        metavar="K",
+        help="to save memory, compute every K-th block again in the backward pass; 1 is all, 0 none (default)",
+    )
+
+
+def run_options(namespace: argparse.Namespace) -> "Options":
+    """The typed form of `add_run_arguments`."""
+    from tinyllama_ds.training.run import Options
+
+    return Options(
+        recipe=namespace.recipe,
+        deepspeed_config=namespace.deepspeed_config,
+        data=namespace.data,
+        run_dir=namespace.run_dir,
+        resume=namespace.resume,
+        attention=namespace.attention,
+        compile=namespace.compile,
+        activation_checkpointing=namespace.activation_checkpointing,
+    )
+
+
+def _add_pretrain(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", type=Path, metavar="H", help="machines, lines of 'host slots=N'")
+    where.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine (default: its GPUs, else 2)")
+    parser.add_argument(
+        "--step-timeout", type=float, default=600, metavar="SECONDS", help="restart a run that is stuck for so long"
+    )
+    parser.add_argument("--max-wall-time", type=float, metavar="MINUTES", help="then save and exit with code 75")
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    """Train under the deepspeed launcher; restarts and resumes by itself."""
+    from tinyllama_ds.launch.launcher import start_launcher
+    from tinyllama_ds.launch.lock import hold_run
+    from tinyllama_ds.launch.supervisor import RankSide, Watch, supervise
+    from tinyllama_ds.training.checkpoint import newest_progress
+    from tinyllama_ds.training.faults import RESTART_VARIABLE
+    from tinyllama_ds.training.heartbeat import HEARTBEAT_VARIABLE, STACKS_SIGNAL, SUPERVISOR_VARIABLE
+    from tinyllama_ds.training.run import STATUS_FILE
+    from tinyllama_ds.training.stop import STOP_FILE
+
+    placement = _placement(options)
+    _check_run(options, placement)
+    watch = Watch(
+        status_file=options.run_dir / STATUS_FILE,
+        stop_file=options.run_dir / STOP_FILE,
+        committed=lambda: newest_progress(options.run_dir),
+        step_seconds=options.step_timeout,
+        start_seconds=max(_START_SECONDS, options.step_timeout),
+        max_seconds=options.max_wall_time and 60 * options.max_wall_time,
+    )
+    ranks = RankSide(SUPERVISOR_VARIABLE, HEARTBEAT_VARIABLE, RESTART_VARIABLE, STACKS_SIGNAL)
+    arguments = _run_arguments(options)
+    with hold_run(options.run_dir) as lock:
+        supervised = supervise(lambda variables: start_launcher(placement, arguments, variables), watch, lock, ranks)
+    _say_goodput(options.run_dir, supervised)
+    return supervised.code
+
+
+def _check_run(options: argparse.Namespace, placement: "Placement") -> None:
+    import torch
+
+    from tinyllama_ds.training.engine import supports_fast_bf16
+    from tinyllama_ds.training.run import check_run_directory, resolve_run
+
+    device_type = "cpu" if placement.on_cpu else "cuda"
+    bf16 = supports_fast_bf16(torch.device(device_type))
+    check_run_directory(resolve_run(run_options(options), placement.world_size, device_type, bf16))
+
+
+def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
+    from tinyllama_ds.evaluation.report import read_metrics
+
+    if not supervised.tokens:
+        return
+    peak = max(row.get("Speed/TokensPerSecond", 0.0) for row in read_metrics(run_dir))
+    goodput = supervised.tokens / (peak * supervised.seconds)
+    print(
+        f"goodput {goodput:.1%}: {supervised.tokens:,} tokens committed in {supervised.seconds:,.0f} s, start-up,"
+        f" validation, saving and {supervised.restarts} restarts included, at a peak of {peak:,.0f} tokens/s"
+    )
+
+
+def _placement(options: argparse.Namespace) -> "Placement":
+    import torch
+
+    from tinyllama_ds.launch.hostfile import read_hostfile
+    from tinyllama_ds.launch.launcher import Placement
+
+    on_cpu = not torch.cuda.is_available()
+    if options.hostfile is not None:
+        return Placement(options.hostfile, read_hostfile(options.hostfile), 0, on_cpu)
+    available = min(2, os.cpu_count() or 1) if on_cpu else torch.cuda.device_count()
+    wanted = available if options.num_gpus is None else options.num_gpus
+    if wanted < 1 or (not on_cpu and wanted > available):
+        raise Refusal(f"--num-gpus {wanted}: this machine has {available}")
+    return Placement(None, [], wanted, on_cpu)
+
+
+def _run_arguments(options: argparse.Namespace) -> list[str]:
+    """The same run arguments for scripts/pretrain.py, paths made absolute for launchers that change directory."""
+    recipe = options.recipe if not options.recipe.endswith(".toml") else str(Path(options.recipe).absolute())
+    arguments = ["--deepspeed_config", str(options.deepspeed_config.absolute()), "--recipe", recipe]
+    arguments += ["--data", str(options.data.absolute()), "--run-dir", str(options.run_dir.absolute())]
+    arguments += ["--resume", options.resume, "--attention", options.attention]
+    arguments += ["--activation-checkpointing", str(options.activation_checkpointing)]
+    return arguments + (["--compile"] if options.compile else [])
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="tinyllama-1.1b", help="named size (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="default: %(default)s")
+    parser.add_argument(
+        "--deepspeed-config", type=Path, nargs="+", required=True, metavar="JSON", help="ZeRO files to compare"
+    )
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[8], metavar="B", help="default: 8")
+    parser.add_argument("--attention", nargs="+", default=["auto"], help="backends (default: auto)")
+    parser.add_argument("--compile", choices=("on", "off", "both"), default="both", help="default: %(default)s")
+    parser.add_argument("--activation-checkpointing", type=int, default=0, metavar="K", help="as in pretrain")
+    parser.add_argument("--accumulation", type=int, default=4, help="micro batches per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps (default: %(default)s)")
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks (default: this machine's GPUs, else 2)")
+    parser.add_argument("--output", type=Path, default=Path("bench"), help="for bench.json and bench.png (%(default)s)")
+    add_json(parser)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """Measure tokens/s, MFU, memory and the split of a step over a grid of settings."""
+    from tqdm import tqdm
+
+    from tinyllama_ds import bench
+    from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
+
+    options.hostfile = None
+    placement = _placement(options)
+    for config in options.deepspeed_config:
+        if not config.is_file():
+            raise Refusal(f"{config}: the DeepSpeed config is missing")
+    compiled = {"on": [True], "off": [False], "both": [False, True]}[options.compile]
+    settings = bench.grid(options.deepspeed_config, options.micro_batch, options.attention, compiled)
+    shared = {
+        key: getattr(options, key)
+        for key in ("model", "sequence_length", "activation_checkpointing", "accumulation", "steps")
+    }
+    measured = bench.measure_all(
+        [setting | shared for setting in settings],
+        lambda arguments: launcher_command(placement, arguments, MEASURE_SCRIPT),
+        launcher_environment(placement),
+    )
+    rows = list(tqdm(measured, total=len(settings), desc="bench", unit="setting"))
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
+    title = f"{options.model}, {options.sequence_length} tokens, {placement.world_size} ranks"
+    bench.draw(rows, options.output / "bench.png", title)
+    text = f"{bench.table(rows)}\n\n{bench.advice(rows)}\n{options.output / 'bench.png'}"
+    return print_result(options, {"rows": rows}, text)
+
+
+COMMANDS = (
+    ("pretrain", _add_pretrain, _pretrain),
+    ("bench", _add_bench, _bench),
+)
