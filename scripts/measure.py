@@ -2,9 +2,9 @@
 """What `tinyllama-ds bench` starts under the deepspeed launcher for each of its settings."""
 
 import argparse
-import sys
 from pathlib import Path
 
+from tinyllama_ds.training.engine import leave
 from tinyllama_ds.training.measure import Setting, main
 
 if __name__ == "__main__":
@@ -26,4 +26,4 @@ if __name__ == "__main__":
         options.activation_checkpointing,
     )
     run = (options.model, options.sequence_length, options.accumulation, options.steps, options.output)
-    sys.exit(main(setting, *run))
+    leave(main(setting, *run))

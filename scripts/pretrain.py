@@ -2,17 +2,13 @@
 """What the deepspeed launcher (or torchrun) starts on every rank; see `--help`."""
 
 import argparse
-import os
-import sys
 
 from tinyllama_ds.commands.training import add_run_arguments, run_options
+from tinyllama_ds.training.engine import leave
 from tinyllama_ds.training.pretrain import pretrain
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     add_run_arguments(parser)
     parser.add_argument("--local_rank", type=int, help="appended by the launcher; the environment is what counts")
-    code = pretrain(run_options(parser.parse_args()))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # everything is written; the interpreter's own end can abort in gloo's threads after a good run
+    leave(pretrain(run_options(parser.parse_args())))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinyllama_ds.errors import BadNumbers
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.training.engine import read_world, start_process_group, wrap
+from tinyllama_ds.training.engine import leave, read_world, start_process_group, wrap
 from tinyllama_ds.training.guard import check_parameters
 from tinyllama_ds.training.run import Options, resolve_run
 
@@ -29,3 +29,4 @@ def main(recipe: str, config: str, data: str, run_dir: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.training.engine import read_world, set_learning_rate, start_process_group, wrap
+from tinyllama_ds.training.engine import leave, read_world, set_learning_rate, start_process_group, wrap
 from tinyllama_ds.training.loop import micro_batches, train_step
 from tinyllama_ds.training.metrics import PhaseClock
 from tinyllama_ds.training.run import Options, resolve_run
@@ -47,3 +47,4 @@ def master_weights(engine) -> list[torch.Tensor]:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)
