@@ -93,11 +93,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
     recipe = load_recipe(options.recipe)
     raw = load_deepspeed_config(options.deepspeed_config)
     model = model_config(recipe.model)
-    if recipe.sequence_length > model.max_position_embeddings:
-        raise Refusal(
-            f"recipe {recipe.name!r}: sequence_length {recipe.sequence_length} is beyond the"
-            f" {model.max_position_embeddings} positions of model {recipe.model!r}"
-        )
+    _refuse_positions_beyond(recipe, model)
     plan = RunPlan(recipe)
     micro_batch = micro_batch_of(plan, requested_micro_batch(raw, options.deepspeed_config), world_size)
     resolved = resolve_deepspeed_config(
@@ -112,37 +108,18 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
     )
     engine_config, monitors = split_off_our_sections(resolved)
     _refuse_absent_monitors(monitors, options.deepspeed_config)
-    if options.activation_checkpointing < 0:
-        raise Refusal(
-            f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
-        )
-    attention = resolve_attention_backend(options.attention, device_type)
-    if recipe.document_mask and attention == "sdpa_flash":
-        raise Refusal(
-            "attention backend 'sdpa_flash' takes no mask, and the recipe says document_mask = true; use sdpa"
-        )
+    attention = _resolve_attention(options, recipe, device_type)
     streams, validation = _open_data(options.data, recipe, model)
     order = SampleOrder(
         recipe.seed,
         {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
         [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
     )
-    description = {
-        "recipe": recipe.to_dict(),
+    description = _settings(options, recipe, plan, model, world_size) | {
         "deepspeed_config": resolved,
-        "model": model.to_dict(),
-        "data": {
-            split: {name: _fingerprint(stream) for name, stream in opened.items()}
-            for split, opened in (("train", streams), ("validation", {held.source: held.stream for held in validation}))
-        },
-        "order_version": ORDER_VERSION,
-        "world_size": world_size,
         "micro_batch": micro_batch,
         "attention": attention,
-        "compile": options.compile,
-        "activation_checkpointing": options.activation_checkpointing,
-        "plan": {"steps": plan.total_steps, "tokens": plan.total_tokens},
-        "versions": _versions(),
+        "data": _fingerprints(streams, validation),
     }
     return Run(
         recipe=recipe,
@@ -163,6 +140,50 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         resume=options.resume,
         description=description,
     )
+
+
+def _refuse_positions_beyond(recipe: Recipe, model: LlamaConfig) -> None:
+    if recipe.sequence_length > model.max_position_embeddings:
+        raise Refusal(
+            f"recipe {recipe.name!r}: sequence_length {recipe.sequence_length} is beyond the"
+            f" {model.max_position_embeddings} positions of model {recipe.model!r}"
+        )
+
+
+def _resolve_attention(options: Options, recipe: Recipe, device_type: str) -> str:
+    if options.activation_checkpointing < 0:
+        raise Refusal(
+            f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
+        )
+    attention = resolve_attention_backend(options.attention, device_type)
+    if recipe.document_mask and attention == "sdpa_flash":
+        raise Refusal(
+            "attention backend 'sdpa_flash' takes no mask, and the recipe says document_mask = true; use sdpa"
+        )
+    return attention
+
+
+def _settings(options: Options, recipe: Recipe, plan: RunPlan, model: LlamaConfig, world_size: int) -> dict:
+    """The part of run.json that is known before the data is opened."""
+    return {
+        "recipe": recipe.to_dict(),
+        "model": model.to_dict(),
+        "order_version": ORDER_VERSION,
+        "world_size": world_size,
+        "compile": options.compile,
+        "activation_checkpointing": options.activation_checkpointing,
+        "plan": {"steps": plan.total_steps, "tokens": plan.total_tokens},
+        "versions": _versions(),
+    }
+
+
+def _fingerprints(streams: dict[str, TokenStream], validation: list[ValidationSet]) -> dict:
+    """What identifies the tokens of every source, by split."""
+    held_out = {held.source: held.stream for held in validation}
+    return {
+        split: {name: _fingerprint(stream) for name, stream in opened.items()}
+        for split, opened in (("train", streams), ("validation", held_out))
+    }
 
 
 def _refuse_absent_monitors(monitors: dict, path: Path) -> None:
