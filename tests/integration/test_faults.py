@@ -5,6 +5,8 @@ The fast part runs by default, all of it with `--all-faults`.
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +25,9 @@ from tinyllama_ds.training.checkpoint import Progress, find_checkpoints, read_ma
 from tinyllama_ds.training.faults import FAULT_VARIABLE
 
 STEPS, SAVE_EVERY = 6, 2
-SAVE_POINTS = ("begin", "mid_shard", "after_shard", "before_manifest", "before_rename", "after_rename")
+# Phases of a save that every rank goes through, and those of the commit, which is rank 0's; in order.
+RANK_PHASES = ("copy", "begin", "mid_shard", "after_shard", "agreed", "ended")
+COMMIT_PHASES = ("before_manifest", "before_rename", "after_rename")
 slow = pytest.mark.all_faults
 
 
@@ -34,6 +38,7 @@ class Setup:
     recipe: Path
     config: Path
     data: Path
+    finished: Path  # its run directory
     progress: Progress
     tensors: dict[str, torch.Tensor]
 
@@ -64,19 +69,32 @@ def setup(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     assert finished.returncode == 0, finished.stderr
     assert "goodput" in finished.stdout
     last = find_checkpoints(root / "run")[-1]
-    return Setup(recipe, config, data_dir, read_manifest(last).progress, tensors_of(last))
+    return Setup(recipe, config, data_dir, root / "run", read_manifest(last).progress, tensors_of(last))
 
 
 def cases(points: dict[str, bool]) -> list:
     return [pytest.param(fault, id=fault, marks=() if is_fast else slow) for fault, is_fast in points.items()]
 
 
-KILLS = {f"save.{point}:{rank}:4:kill": (point, rank) in {("mid_shard", 1), ("before_rename", 0), ("after_rename", 0)}
-         for point in SAVE_POINTS for rank in ((0, 1) if "shard" in point or point == "begin" else (0,))}  # fmt: skip
-KILLS |= {"step.begin:1:3:kill": False, "step.before_optimizer:0:3:kill": True}
+FAST_KILLS = {"save.mid_shard:1:4:kill", "save.agreed:1:4:kill", "save.after_rename:0:4:kill"}
+KILLS = {
+    f"save.{point}:{rank}:4:kill"
+    for ranks, points in (((0, 1), RANK_PHASES), ((0,), COMMIT_PHASES))
+    for rank in ranks
+    for point in points
+}
+KILLS_IN_A_STEP = {"step.begin:1:3:kill": False, "step.before_optimizer:0:3:kill": True}
 
 
-@pytest.mark.parametrize("fault", cases(KILLS))
+def committed_after(fault: str) -> set[int]:
+    """The checkpoints that a run can go on from when the save of step 4 was cut off there."""
+    if "after_rename" in fault or "ended" in fault:
+        return {4}
+    return {2, 4} if "agreed:1" in fault else {2}  # rank 1 dies while rank 0 commits
+
+
+@pytest.mark.parametrize("fault", cases(dict.fromkeys(sorted(KILLS), False) | dict.fromkeys(FAST_KILLS, True)
+                                        | KILLS_IN_A_STEP))  # fmt: skip
 def test_kill_9_costs_steps_and_nothing_else(
     fault: str, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,9 +102,10 @@ def test_kill_9_costs_steps_and_nothing_else(
     monkeypatch.setenv(FAULT_VARIABLE, fault)
     finished = setup.start(tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
-    committed = 4 if "after_rename" in fault else 2
-    assert f"at checkpoint {committed}; starting it again" in finished.stderr
-    assert f"resumed at step {committed}" in finished.stdout
+    said = re.search(r"at checkpoint (\d+); starting it again", finished.stderr)
+    assert said, finished.stderr
+    assert int(said[1]) in committed_after(fault)
+    assert f"resumed at step {said[1]}" in finished.stdout
     assert "1 restarts" in finished.stdout
     setup.assert_same_end(tmp_path / "run")
 
@@ -109,10 +128,19 @@ def flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
+def swap_with_rank_0(shard: Path) -> None:
+    """Both are whole and in place, and yet not what they ought to be."""
+    other = shard.with_name(shard.name.replace("rank_1", "rank_0"))
+    shard.rename(shard.with_name("aside"))
+    other.rename(shard)
+    shard.with_name("aside").rename(other)
+
+
 DAMAGES = {
     "flipped byte": flip_a_byte,
     "cut short": lambda file: os.truncate(file, 100),
     "deleted": lambda file: file.unlink(),
+    "swapped with another rank's": swap_with_rank_0,
 }
 
 
@@ -120,20 +148,20 @@ DAMAGES = {
     "damage", [pytest.param(name, marks=() if name == "flipped byte" else slow) for name in DAMAGES]
 )
 def test_a_damaged_checkpoint_is_put_aside(damage: str, setup: Setup, tmp_path: Path) -> None:
-    assert setup.start(tmp_path / "run").returncode == 0
+    shutil.copytree(setup.finished, tmp_path / "run")
     newest = find_checkpoints(tmp_path / "run")[-1]
     shard = sorted(newest.glob("*optim_states.pt"))[1]
     DAMAGES[damage](shard)
     finished = setup.start(tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
-    assert f"moved to quarantine: {shard}: " in finished.stderr
+    assert re.search(f"moved to quarantine: {newest}/.*_optim_states.pt: ", finished.stderr), finished.stderr
     assert f"resumed at step {STEPS - SAVE_EVERY}" in finished.stdout
     assert (tmp_path / "run" / "quarantine" / f"{newest.name}.0").is_dir()
     setup.assert_same_end(tmp_path / "run")
 
 
 def test_damaged_checkpoints_alone_are_refused(setup: Setup, tmp_path: Path) -> None:
-    assert setup.start(tmp_path / "run").returncode == 0
+    shutil.copytree(setup.finished, tmp_path / "run")
     for checkpoint in find_checkpoints(tmp_path / "run"):
         flip_a_byte(next(checkpoint.glob("*optim_states.pt")))
     finished = setup.start(tmp_path / "run")

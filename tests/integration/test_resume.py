@@ -48,7 +48,8 @@ def test_half_and_half_equals_whole(stage: int, data_dir: Path, tmp_path: Path) 
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed at step {HALF}" in resumed.stdout + resumed.stderr
 
-    assert read_series(halves, "step") == read_series(whole, "step")
+    # A save is reported when it has ended, some steps after its own: the order of these rows is not fixed.
+    assert sorted(read_series(halves, "step")) == sorted(read_series(whole, "step"))
     for name in ("Train/Loss", "Train/GradNorm", "Train/LearningRate", "Validation/Loss/slimpajama"):
         assert read_series(halves, name) == read_series(whole, name), name
     expected, found = (tensors_of(find_checkpoints(run)[-1]) for run in (whole, halves))

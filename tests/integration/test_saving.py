@@ -35,6 +35,6 @@ def test_a_run_whose_last_save_failed_is_not_finished(
     config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=4)
     finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
     assert finished.returncode == 0, finished.stderr
-    assert "the save at the end of step 6 failed: rank 1: OSError: injected" in finished.stderr
+    assert "the last save failed: rank 1: OSError: injected" in finished.stderr
     assert "at checkpoint 3; starting it again" in finished.stderr
     assert [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")] == [3, 6]

@@ -17,7 +17,7 @@ from tinyllama_ds.training.checkpoint import (
     resolve_checkpoint,
     verify_checkpoint,
 )
-from tinyllama_ds.training.saving import Retention, remove_old_checkpoints, sweep_leftovers
+from tinyllama_ds.training.retention import Retention, remove_old_checkpoints, sweep_leftovers
 
 MANIFEST = {
     "progress": {"step": 4, "position": 32, "tokens": 1024},

@@ -27,18 +27,21 @@ class Agreement:
 
     stop: bool
     save: bool
+    busy: bool  # some rank still writes
     is_finite: bool  # loss and gradient, on every rank
     digest: int  # of all samples that were trained on, whoever had them
 
 
-def agree(stop: bool, save: bool, loss: torch.Tensor, grad_norm: torch.Tensor | float, digest: int) -> Agreement:
+def agree(
+    stop: bool, save: bool, busy: bool, loss: torch.Tensor, grad_norm: torch.Tensor | float, digest: int
+) -> Agreement:
     """Collective. One sum over the ranks, read once: the only wait for the device that a step adds to DeepSpeed's."""
     device = loss.device
     norm = torch.as_tensor(grad_norm, device=device)
     is_bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-    ours = torch.tensor([stop, save, digest], dtype=torch.int64, device=device)
-    stops, saves, digests, bad = sum_over_ranks(torch.cat((ours, is_bad.long().reshape(1)))).tolist()
-    return Agreement(stops > 0, saves > 0, bad == 0, digests)
+    ours = torch.tensor([stop, save, busy, digest], dtype=torch.int64, device=device)
+    stops, saves, busy_ranks, digests, bad = sum_over_ranks(torch.cat((ours, is_bad.long().reshape(1)))).tolist()
+    return Agreement(stops > 0, saves > 0, busy_ranks > 0, bad == 0, digests)
 
 
 class Guard:

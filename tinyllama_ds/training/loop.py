@@ -27,7 +27,7 @@ from tinyllama_ds.training.guard import (
 from tinyllama_ds.training.heartbeat import Heartbeat
 from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, memory_bytes, peak_flops
 from tinyllama_ds.training.run import Run
-from tinyllama_ds.training.saving import Saver
+from tinyllama_ds.training.saving import Save, Saver
 from tinyllama_ds.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -61,16 +61,17 @@ def train(
     metrics: MetricsLogger | None,
     stop: StopRequest,
     heartbeat: Heartbeat,
+    saver: Saver,
 ) -> Progress:
     """Train from `start` to the end of the plan, or to a stop that any rank was asked for; the end is saved.
 
-    Collective; `metrics` is given on rank 0 only. Raises `BadNumbers` on all ranks.
+    Collective; `metrics` is given on rank 0 only. Raises `BadNumbers` on all ranks; a save may be under way then.
     """
     window = Window(PhaseClock(world.device))
     peak, _ = peak_flops(world.device, next(engine.module.parameters()).dtype)
     batches = DigestedBatches(prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES))
     progress, final = start, run.plan.total_steps
-    saver, guard = Saver(run, world), Guard()
+    guard = Guard()
     if run.validation and start.step == 0:
         report_validation(engine, run, world, start, metrics)  # where the curves begin: about ln(vocabulary)
     take_over_garbage_collection()
@@ -80,7 +81,7 @@ def train(
         is_logged = (step.number + 1) % run.recipe.intervals.log_steps == 0 or step.number + 1 == final
         learning_rate = set_learning_rate(engine, run.schedule.ratio(step.tokens_after))
         loss, grad_norm = train_step(engine, step, batches, run.micro_batch, world, window.clock)
-        agreed = agree(stop.is_wanted(), saver.is_due(), loss, grad_norm, batches.take())
+        agreed = agree(stop.is_wanted(), saver.is_due(), saver.is_busy(), loss, grad_norm, batches.take())
         guard.check(engine, step, agreed)
         chain = extend_chain(progress.chain, step.number, agreed.digest)
         progress = Progress(step.number + 1, step.first_position + step.batch, step.tokens_after, chain)
@@ -96,12 +97,14 @@ def train(
         if run.validation and (progress.step == final or step.crosses(run.recipe.intervals.evaluate_tokens)):
             heartbeat.beat(progress.step, "validating")
             report_validation(engine, run, world, progress, metrics)
-        is_saved = is_last or agreed.save or step.crosses(run.recipe.intervals.save_tokens)
-        if is_saved or progress.step % run.recipe.intervals.check_steps == 0:
-            check_parameters(engine)
-        if is_saved:
+        saver.advance(agreed.busy)
+        if is_last or agreed.save or step.crosses(run.recipe.intervals.save_tokens):
             heartbeat.beat(progress.step, "saving")
-            save(saver, engine, progress, metrics, must_succeed=is_last)
+            saver.save(engine, progress)
+            if is_last:
+                saver.finish_for_good()
+        elif progress.step % run.recipe.intervals.check_steps == 0:
+            check_parameters(engine)
         if progress.step % _COLLECT_STEPS == 0:
             gc.collect()
         window.paused += perf_counter() - paused_at
@@ -229,28 +232,26 @@ def report_skip(metrics: MetricsLogger | None, step: Step, progress: Progress, g
     metrics.say(f"step {progress.step:,}: skipped, its loss or gradient was not finite (samples {first} to {last})")
 
 
-def save(
-    saver: Saver, engine: "DeepSpeedEngine", progress: Progress, metrics: MetricsLogger | None, must_succeed: bool
-) -> None:
-    """Save, and say how long training stood still for it. Collective.
-
-    A save that fails does not stop training; the last one raises OSError on all ranks, so that a run whose end is lost
-    does not count as finished.
-    """
-    saved = saver.save(engine, progress)
-    if saved.failures and must_succeed:
-        raise OSError(f"the save at the end of step {progress.step} failed: {'; '.join(saved.failures)}")
+def report_save(metrics: MetricsLogger | None, save: Save) -> None:
+    """Say how a save went, and how long training stood still for it. Rank 0 only."""
     if metrics is None:
         return
-    metrics.log(
-        progress.step,
-        progress.tokens,
-        {"Checkpoint/StallSeconds": saved.seconds, "Checkpoint/Failures": saver.failures},
-    )
-    if saved.failures:
-        metrics.say(f"step {progress.step:,}: NOT saved, training goes on: {'; '.join(saved.failures)}")
+    progress = save.progress
+    figures = {
+        "Checkpoint/StallSeconds": save.stall,
+        "Checkpoint/Seconds": save.seconds,
+        "Checkpoint/GiB": save.size / 2**30,
+        "Checkpoint/Failures": save.failures_so_far,
+    }
+    metrics.log(progress.step, progress.tokens, figures)
+    if save.failures:
+        again = f" ({save.failures_in_a_row} saves in a row)" if save.failures_in_a_row > 1 else ""
+        metrics.say(f"step {progress.step:,}: NOT saved{again}, training goes on: {'; '.join(save.failures)}")
     else:
-        metrics.say(f"step {progress.step:,}: saved {saved.size / 2**30:.2f} GiB in {saved.seconds:.1f} s")
+        metrics.say(
+            f"step {progress.step:,}: saved {save.size / 2**30:.2f} GiB in {save.seconds:.1f} s,"
+            f" {save.stall:.2f} s of which training stood still"
+        )
 
 
 def report_validation(

@@ -24,8 +24,9 @@ from tinyllama_ds.training.engine import (
     wrap,
 )
 from tinyllama_ds.training.heartbeat import Heartbeat
-from tinyllama_ds.training.loop import train
+from tinyllama_ds.training.loop import report_save, train
 from tinyllama_ds.training.metrics import MetricsLogger, peak_flops
+from tinyllama_ds.training.retention import sweep_leftovers
 from tinyllama_ds.training.run import (
     STATUS_FILE,
     Options,
@@ -35,7 +36,7 @@ from tinyllama_ds.training.run import (
     resolve_run,
     write_json,
 )
-from tinyllama_ds.training.saving import sweep_leftovers
+from tinyllama_ds.training.saving import Saver
 from tinyllama_ds.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -83,7 +84,12 @@ def _pretrain(options: Options, world: World) -> int:
     if checkpoint is not None:
         start = load_checkpoint(engine, checkpoint, run.description["deepspeed_config"]["zero_optimization"])
     metrics = _open_metrics(run, world, start, engine) if world.is_main else None
-    progress = train(engine, run, world, start, metrics, StopRequest(run.run_dir), heartbeat)
+    saver = Saver(run, world, on_end=lambda save: report_save(metrics, save))
+    try:
+        progress = train(engine, run, world, start, metrics, StopRequest(run.run_dir), heartbeat, saver)
+    except BadNumbers:
+        saver.finish()  # what was copied before was good
+        raise
     is_finished = progress.step == run.plan.total_steps
     if metrics is not None:
         metrics.close()

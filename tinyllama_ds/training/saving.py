@@ -1,21 +1,26 @@
 """The commit protocol: every rank writes, all agree, one rename. Whatever dies on the way, the last checkpoint stands.
 
-1. Rank 0 makes `checkpoints/.step_00001000.partial/`.
+Training stands still for a copy of the state into host memory only; the rest goes on behind it, in a thread per rank:
+
+1. Rank 0 makes `checkpoints/.step_00001000.partial/`, and every rank copies its state. Training goes on.
 2. Every rank writes its files into it, hashing them on the way to the disk, and syncs them.
-3. The ranks gather what they wrote and what went wrong; one failure makes all of them abandon this save.
+3. At the first step after which no rank is busy any more, the ranks gather what they wrote and what went wrong; one
+   failure makes all of them abandon this save.
 4. Rank 0 writes `manifest.json` last, syncs it and the folder, and renames the folder to its final name.
 5. Old checkpoints go, each by a rename to `.trash-` first, so that half of one is never taken for a whole.
+
+The threads never talk to each other: whether a rank is busy is part of the one sum that every step makes anyway
+(`guard.agree`), and all collectives are called by the training thread, in the same order on all ranks.
 """
 
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Thread
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -28,128 +33,202 @@ from tinyllama_ds.training.checkpoint import (
     File,
     Progress,
     checkpoint_name,
-    find_checkpoints,
-    read_manifest,
 )
 from tinyllama_ds.training.engine import World, gather_from_ranks
 from tinyllama_ds.training.faults import strike
+from tinyllama_ds.training.guard import check_parameters
+from tinyllama_ds.training.retention import Retention, remove_old_checkpoints
+from tinyllama_ds.training.snapshot import Snapshots
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from tinyllama_ds.training.run import Run
 
-_LEFTOVER = re.compile(r"\.(step_\d{8,}\.(partial|whole)|trash-step_\d{8,})")
 
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay: the newest `keep_last`, and for ever one for every `keep_tokens` tokens."""
-
-    keep_last: int
-    keep_tokens: int
-
-
-@dataclass(frozen=True)
+@dataclass
 class Save:
-    """How a save went: seconds that training stood still, bytes over all ranks, and what failed on which rank."""
+    """How a save went."""
 
-    seconds: float
-    size: int
-    failures: list[str]
+    progress: Progress
+    started: float
+    stall: float = 0.0  # seconds that training stood still for it
+    seconds: float = 0.0  # from its begin to its end
+    size: int = 0  # bytes, over all ranks
+    failures: list[str] = field(default_factory=list)  # what failed, on which rank
+    failures_in_a_row: int = 0  # saves, this one included
+    failures_so_far: int = 0
 
 
 class Saver:
-    """Saves a run's checkpoints, knows when the clock says that one is due, and counts the saves that failed."""
+    """Saves a run's checkpoints behind the training, one at a time, and knows when the clock says that one is due.
 
-    def __init__(self, run: "Run", world: World) -> None:
+    `save` begins one, `advance` after every step takes it on, `finish` waits for its end. `on_end` is told, on all
+    ranks, how each of them went.
+    """
+
+    def __init__(self, run: "Run", world: World, on_end: Callable[[Save], None]) -> None:
         intervals = run.recipe.intervals
-        self.failures = 0
         self._run = run
         self._world = world
+        self._on_end = on_end
         self._retention = Retention(intervals.keep_last, intervals.keep_tokens)
         self._interval = 60 * intervals.save_minutes
         self._saved_at = monotonic()
+        self._snapshots = Snapshots()
+        self._flight: _Flight | None = None
+        self._failures = self._failures_in_a_row = 0
+        self._last_failures: list[str] = []
 
     def is_due(self) -> bool:
         """Whether the wall-clock interval has passed on this rank."""
         return monotonic() - self._saved_at >= self._interval
 
-    def save(self, engine: "DeepSpeedEngine", progress: Progress) -> Save:
-        """Collective. Save and apply the retention; a save that fails is abandoned by all ranks, and counted."""
-        saved = save_checkpoint(
-            engine, self._run.run_dir, progress, self._run.model.to_dict(), self._run.description, self._world
-        )
+    def is_busy(self) -> bool:
+        """Whether this rank still has something to do for a save."""
+        return self._flight is not None and self._flight.work.is_alive()
+
+    def save(self, engine: "DeepSpeedEngine", progress: Progress) -> None:
+        """Collective. Begin a save, after the end of the one before.
+
+        Raises `BadNumbers` on all ranks, and saves nothing, where a weight is not finite or differs between ranks.
+        """
+        self.finish()
+        started = perf_counter()
+        check_parameters(engine)
         self._saved_at = monotonic()
-        self.failures += bool(saved.failures)
-        if self._world.is_main and not saved.failures:
-            remove_old_checkpoints(self._run.run_dir, self._retention)
-        return saved
+        final = self._run.run_dir / CHECKPOINTS / checkpoint_name(progress.step)
+        partial = final.with_name(f".{final.name}.partial")
+        save = Save(progress, started)
+        save.failures = _failures_of_all(_attempt(lambda: _make_empty(partial), self._world.is_main))
+        if save.failures:
+            self._end(save)
+            return
+        states, failure = self._snapshots.take(engine, partial, progress.step)
+        work = _Background(lambda: _write_files(states, partial, progress.step), failure)
+        manifest = self._describe(engine, progress)
+        self._flight = _Flight(save, partial, final, manifest, work, self._commit_or_abandon)
+        save.stall += perf_counter() - started
 
+    def advance(self, is_any_busy: bool) -> None:
+        """Collective where a save is under way and no rank is busy with it: agree on what was done, begin the rest."""
+        if self._flight is None or is_any_busy:
+            return
+        flight, started = self._flight, perf_counter()
+        flight.next(flight)
+        flight.save.stall += perf_counter() - started
+        if self._flight is None:
+            self._end(flight.save)
 
-def save_checkpoint(
-    engine: "DeepSpeedEngine", run_dir: Path, progress: Progress, model: dict, run: dict, world: World
-) -> Save:
-    """Collective. Commits a checkpoint, or abandons it on all ranks; an existing one of the same step is left alone."""
-    started = perf_counter()
-    final = run_dir / CHECKPOINTS / checkpoint_name(progress.step)
-    partial = final.with_name(f".{final.name}.partial")
-    if gather_from_ranks((final / MANIFEST_FILE).is_file())[0]:
-        return Save(perf_counter() - started, 0, [])
-    shards = _ShardWriter(progress.step)
-    failures = _failures_of_all(_attempt(lambda: _make_empty(partial), world.is_main))
-    if not failures:
-        with shards.writing_for(engine):
-            engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
-        failures = _failures_of_all(shards.failure)
-    files = {name: File(**file) for part in gather_from_ranks(shards.report()) for name, file in part.items()}
-    if not failures:
+    def finish(self) -> None:
+        """Collective. Wait for the end of the save that is under way."""
+        while self._flight is not None:
+            started = perf_counter()
+            self._flight.work.wait()
+            self._flight.save.stall += perf_counter() - started
+            self.advance(is_any_busy=False)
+
+    def finish_for_good(self) -> None:
+        """Collective. As `finish`; raises OSError on all ranks where the save failed.
+
+        For the last save of a run, which does not count as finished when its end is lost.
+        """
+        self.finish()
+        if self._last_failures:
+            raise OSError(f"the last save failed: {'; '.join(self._last_failures)}")
+
+    def _describe(self, engine: "DeepSpeedEngine", progress: Progress) -> CheckpointManifest:
         dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
-        manifest = CheckpointManifest(progress, world.size, engine.zero_optimization_stage(), dtype, model, run, files)
-        failures = _failures_of_all(_attempt(lambda: _commit(partial, final, manifest), world.is_main))
-    if failures and world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Save(perf_counter() - started, sum(file.size for file in files.values()), failures)
+        stage = engine.zero_optimization_stage()
+        model = self._run.model.to_dict()
+        return CheckpointManifest(progress, self._world.size, stage, dtype, model, self._run.description, files={})
 
+    def _commit_or_abandon(self, flight: "_Flight") -> None:
+        """Collective. Every rank has written its files, or failed to."""
+        reports = gather_from_ranks([flight.work.failure, flight.work.result])
+        strike("save.agreed", flight.save.progress.step)
+        flight.save.failures = _name_ranks([failure for failure, _ in reports])
+        files = {name: File(**file) for _, written in reports for name, file in (written or {}).items()}
+        flight.save.size = sum(file.size for file in files.values())
+        manifest = replace(flight.manifest, files=files)
+        flight.work = _Background(lambda: self._conclude(flight, manifest), wanted=self._world.is_main)
+        flight.next = self._agree_on_end
 
-class _ShardWriter:
-    """Stands in for the writing half of DeepSpeed's checkpoint engine on one rank: hashes, syncs, and never raises.
-
-    An exception inside DeepSpeed's save would leave the other ranks waiting in a barrier for this one.
-    """
-
-    def __init__(self, step: int) -> None:
-        self.failure: str | None = None
-        self._step = step
-        self._files: dict[str, File] = {}
-
-    @contextmanager
-    def writing_for(self, engine: "DeepSpeedEngine") -> Iterator[None]:
-        """Put this writer into an engine for one save."""
-        original = engine.checkpoint_engine.save
-        engine.checkpoint_engine.save = self.save
-        engine._copy_recovery_script = lambda _: None  # scripts nobody needs, written where an error would hang a rank
+    def _conclude(self, flight: "_Flight", manifest: CheckpointManifest) -> None:
+        """On rank 0, behind the training."""
         try:
-            yield
+            if not flight.save.failures:
+                _commit(flight.partial, flight.final, manifest)
+                remove_old_checkpoints(self._run.run_dir, self._retention)
         finally:
-            engine.checkpoint_engine.save = original
+            shutil.rmtree(flight.partial, ignore_errors=True)
 
-    def save(self, state_dict: dict, path: str) -> None:
-        self.failure = self.failure or _attempt(lambda: self._write(state_dict, Path(path)))
+    def _agree_on_end(self, flight: "_Flight") -> None:
+        """Collective. Rank 0 has committed the save, or abandoned it."""
+        flight.save.failures = flight.save.failures or _failures_of_all(flight.work.failure)
+        self._flight = None
 
-    def _write(self, state: dict, path: Path) -> None:
-        strike("save.begin", self._step)
-        with path.open("wb") as file:
+    def _end(self, save: Save) -> None:
+        strike("save.ended", save.progress.step)
+        save.seconds = perf_counter() - save.started
+        self._last_failures = save.failures
+        self._failures += bool(save.failures)
+        self._failures_in_a_row = self._failures_in_a_row + 1 if save.failures else 0
+        save.failures_so_far, save.failures_in_a_row = self._failures, self._failures_in_a_row
+        self._on_end(save)
+
+
+@dataclass
+class _Flight:
+    """A save between its begin and its end, as this rank sees it."""
+
+    save: Save
+    partial: Path
+    final: Path
+    manifest: CheckpointManifest
+    work: "_Background"
+    next: Callable[["_Flight"], None]  # what all ranks do once none is busy
+
+
+class _Background(Thread):
+    """Does something behind the training; remembers what came of it, or what went wrong."""
+
+    def __init__(self, action: Callable[[], Any], failure: str | None = None, wanted: bool = True) -> None:
+        super().__init__(name="saving", daemon=True)
+        self.result: Any = None
+        self.failure = failure
+        self._action = action
+        self._is_started = wanted and failure is None
+        if self._is_started:
+            self.start()
+
+    def run(self) -> None:
+        self.failure = _attempt(self._note_result)
+
+    def wait(self) -> None:
+        if self._is_started:
+            self.join()
+
+    def _note_result(self) -> None:
+        self.result = self._action()
+
+
+def _write_files(states: dict[str, Any], folder: Path, step: int) -> dict[str, dict]:
+    """Write this rank's files, synced; returns what the manifest says of each."""
+    # Every file has its SHA-256; PyTorch's own CRC-32 would cost more time than all the rest.
+    torch.serialization.set_crc32_options(False)
+    files = {}
+    for name, state in states.items():
+        strike("save.begin", step)
+        with (folder / name).open("wb") as file:
             hashing = _HashingFile(file)
             torch.save(state, cast(BinaryIO, hashing))
-            strike("save.mid_shard", self._step)
+            strike("save.mid_shard", step)
             file.flush()
             os.fsync(file.fileno())
-        self._files[path.name] = File(hashing.size, hashing.digest())
-        strike("save.after_shard", self._step)
-
-    def report(self) -> dict[str, dict]:
-        return {name: asdict(file) for name, file in self._files.items()}
+        files[name] = asdict(File(hashing.size, hashing.digest()))
+        strike("save.after_shard", step)
+    return files
 
 
 class _HashingFile:
@@ -177,14 +256,18 @@ def _attempt(action: Callable[[], None], wanted: bool = True) -> str | None:
     try:
         if wanted:
             action()
-    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
+    except Exception as error:  # whatever it is, the other ranks wait to hear of it
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def _failures_of_all(failure: str | None) -> list[str]:
     """What failed on all ranks, the same list on each."""
-    return [f"rank {rank}: {text}" for rank, text in enumerate(gather_from_ranks(failure)) if text]
+    return _name_ranks(gather_from_ranks(failure))
+
+
+def _name_ranks(failures: list[str | None]) -> list[str]:
+    return [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
 
 
 def _make_empty(partial: Path) -> None:
@@ -210,31 +293,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def remove_old_checkpoints(run_dir: Path, retention: Retention) -> None:
-    """Remove what the retention does not keep. What cannot be removed stays; training does not stop for it."""
-    kept_multiples: set[int] = set()
-    for checkpoint in find_checkpoints(run_dir)[: -retention.keep_last]:
-        progress = read_manifest(checkpoint).progress
-        multiple = progress.tokens // retention.keep_tokens
-        if multiple > 0 and multiple not in kept_multiples:
-            kept_multiples.add(multiple)  # the first one past each multiple
-            continue
-        _remove(checkpoint, progress.step)
-
-
-def _remove(checkpoint: Path, step: int) -> None:
-    trash = checkpoint.with_name(f".trash-{checkpoint.name}")
-    shutil.rmtree(trash, ignore_errors=True)
-    with suppress(OSError):
-        checkpoint.rename(trash)
-        strike("purge.mid", step)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-def sweep_leftovers(run_dir: Path) -> None:
-    """Remove what a killed process left of a save or a removal. Called by one rank before training."""
-    for path in (run_dir / CHECKPOINTS).glob(".*"):
-        if _LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)

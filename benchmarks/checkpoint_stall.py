@@ -1,0 +1,188 @@
+"""How long training stands still for a checkpoint, and what the writing behind it costs the steps.
+
+    python benchmarks/checkpoint_stall.py --json benchmarks/results/checkpoint_stall.json
+
+Two ranks train tinyllama-120m under ZeRO-3, which gives a rank 0.8 GB of state: as much as each of 16 ranks has of
+tinyllama-1.1b. They save some times the way `pretrain` does (`training/saving.py`), and then with the writing waited
+for, which is what a synchronous save would cost. Everything is real but the tokens, which are random.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from itertools import count, repeat
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from tinyllama_ds.model.config import model_config
+from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.plan import Step
+from tinyllama_ds.training.checkpoint import Progress
+from tinyllama_ds.training.engine import read_world, start_process_group, sum_over_ranks, wrap
+from tinyllama_ds.training.guard import check_parameters
+from tinyllama_ds.training.loop import train_step
+from tinyllama_ds.training.metrics import PhaseClock
+from tinyllama_ds.training.saving import Save, Saver
+from tinyllama_ds.training.snapshot import Snapshots
+
+MODEL, T, MICRO_BATCH, RANKS = "tinyllama-120m", 256, 1, 2
+SAVES = 4  # of each kind; the first one has to make its host memory
+CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero3.json"
+
+
+class Trainer:
+    """An engine that takes steps, each timed."""
+
+    def __init__(self) -> None:
+        self.world = read_world()
+        start_process_group(self.world)
+        self.model = model_config(MODEL)
+        config = json.loads(CONFIG.read_text())
+        zero = config["zero_optimization"] | {"reduce_bucket_size": 10_000_000}
+        keep = {key: config[key] for key in ("gradient_clipping", "bf16", "data_types", "optimizer")}
+        timers = {"timers": {"throughput": {"enabled": False}}}
+        batch = {"train_micro_batch_size_per_gpu": MICRO_BATCH, "gradient_accumulation_steps": 1}
+        self.engine = wrap(build_model(self.model, "sdpa", 1), keep | timers | batch | {"zero_optimization": zero}, 1.0)
+        self.tokens = torch.randint(self.model.vocab_size, (MICRO_BATCH, T + 1))
+        self.numbers = count()
+
+    def step(self) -> float:
+        """Seconds of one optimizer step."""
+        started = perf_counter()
+        batch = MICRO_BATCH * self.world.size
+        step = Step(next(self.numbers), "bench", 0, batch, 0, batch * T)
+        train_step(self.engine, step, repeat((self.tokens,)), MICRO_BATCH, self.world, PhaseClock(self.world.device))
+        dist.barrier()
+        return perf_counter() - started
+
+
+def measure(run_dir: Path) -> dict:
+    """All figures, of rank 0. Collective."""
+    trainer = Trainer()
+    quiet = [trainer.step() for _ in range(6)][2:]
+    started = perf_counter()
+    check_parameters(trainer.engine)
+    check_seconds = perf_counter() - started
+    saves: list[Save] = []
+    intervals = SimpleNamespace(keep_last=2, keep_tokens=10**15, save_minutes=1e9)
+    run = SimpleNamespace(run_dir=run_dir, recipe=SimpleNamespace(intervals=intervals), model=trainer.model)
+    run.description = {}
+    saver = Saver(run, trainer.world, saves.append)
+    while_writing = [seconds for _ in range(SAVES) for seconds in save_behind(trainer, saver, saves)]
+    quiet += [trainer.step() for _ in range(4)]
+    for number in range(SAVES, 2 * SAVES):
+        saver.save(trainer.engine, Progress(number + 1, 0, 0))
+        saver.finish()
+    copies = copy_seconds(trainer, run_dir / "aside")
+    first, *later = saves[:SAVES]
+    return {
+        "model": MODEL, "ranks": trainer.world.size, "bytes_per_rank": first.size // trainer.world.size,
+        "check_seconds": check_seconds, "copy_seconds": copies,
+        "stall_seconds_first": first.stall, "stall_seconds": [save.stall for save in later],
+        "seconds_behind_training": [save.seconds for save in later],
+        "stall_seconds_synchronous": [save.stall for save in saves[SAVES:]],
+        "step_seconds": statistics.median(quiet), "step_seconds_while_writing": statistics.median(while_writing),
+    }  # fmt: skip
+
+
+def save_behind(trainer: Trainer, saver: Saver, saves: list[Save]) -> list[float]:
+    """Save as the training loop does; seconds of the steps until the save has ended."""
+    number = len(saves)
+    saver.save(trainer.engine, Progress(number + 1, 0, 0))
+    seconds = []
+    while len(saves) == number:
+        seconds.append(trainer.step())
+        busy = int(sum_over_ranks(torch.tensor([saver.is_busy()], dtype=torch.int64)))
+        saver.advance(is_any_busy=busy > 0)
+    return seconds
+
+
+def copy_seconds(trainer: Trainer, folder: Path) -> list[float]:
+    """Seconds of the bare copy, into new memory and into memory that was used before."""
+    folder.mkdir(parents=True)
+    snapshots = Snapshots()
+    found = []
+    for _ in range(3):
+        dist.barrier()
+        started = perf_counter()
+        snapshots.take(trainer.engine, folder, 0)
+        found.append(perf_counter() - started)
+    return found
+
+
+def bytes_per_rank(stage: int, ranks: int, parameters: int) -> int:
+    """What rank 0 copies under bf16: its part of master and both moments in fp32, before stage 3 also all weights."""
+    return 12 * parameters // ranks + (2 * parameters if stage < 3 else 0)
+
+
+def arithmetic(figures: dict) -> list[dict]:
+    """The stall of tinyllama-1.1b on 16 ranks at the copy rate measured here: check and agreement as they are."""
+    parameters = model_config("tinyllama-1.1b").num_parameters
+    rate = figures["bytes_per_rank"] / figures["copy_seconds"][-1]
+    rest = statistics.median(figures["stall_seconds"]) - figures["copy_seconds"][-1]
+    rows = []
+    for stage in (1, 3):
+        size = bytes_per_rank(stage, 16, parameters)
+        rows.append({"stage": stage, "ranks": 16, "bytes_of_rank_0": size, "stall_seconds": size / rate + rest})
+    return rows
+
+
+def table(figures: dict) -> str:
+    """The figures in words."""
+    size, copying = figures["bytes_per_rank"], figures["copy_seconds"][-1]
+    stall, writing, synchronous = (
+        statistics.median(figures[key])
+        for key in ("stall_seconds", "seconds_behind_training", "stall_seconds_synchronous")
+    )
+    lines = [
+        f"{figures['model']}, ZeRO-3, {figures['ranks']} ranks: {size / 1e9:.2f} GB per rank",
+        f"copy                  {copying:.2f} s, {size / copying / 1e9:.2f} GB/s per rank",
+        f"stall, asynchronous   {stall:.2f} s ({figures['stall_seconds_first']:.2f} s the first time)",
+        f"stall, synchronous    {synchronous:.2f} s",
+        f"save as a whole       {writing:.2f} s, {size / writing / 1e9:.2f} GB/s per rank",
+        f"step                  {figures['step_seconds']:.2f} s, {figures['step_seconds_while_writing']:.2f} s during",
+    ]
+    for row in figures["tinyllama_1.1b"]:
+        lines.append(
+            f"1.1b, ZeRO-{row['stage']}, {row['ranks']} ranks: by arithmetic {row['stall_seconds']:.2f} s stall,"
+            f" {row['bytes_of_rank_0'] / 1e9:.2f} GB on rank 0"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Start the ranks, or be one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--directory", type=Path, help="where to save (default: a temporary directory)")
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        figures = measure(options.directory)
+        if dist.get_rank() == 0:
+            options.json.write_text(json.dumps(figures))
+        return
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        output = Path(directory) / "figures.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+        command = [*launcher, __file__, "--json", str(output), "--directory", f"{directory}/run"]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        figures = json.loads(output.read_text())
+    figures["tinyllama_1.1b"] = arithmetic(figures)
+    figures["machine"] = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
+    figures["load_before"] = os.getloadavg()[0]
+    print(table(figures))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

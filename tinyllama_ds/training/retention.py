@@ -1,0 +1,56 @@
+"""Which checkpoints stay, and how the others go."""
+
+import re
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.training.checkpoint import CHECKPOINTS, find_checkpoints, read_manifest
+from tinyllama_ds.training.faults import strike
+
+_LEFTOVER = re.compile(r"\.(step_\d{8,}\.(partial|whole)|trash-step_\d{8,})")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `keep_last`, and for ever one for every `keep_tokens` tokens."""
+
+    keep_last: int
+    keep_tokens: int
+
+
+def remove_old_checkpoints(run_dir: Path, retention: Retention) -> None:
+    """Remove what the retention does not keep. What cannot be removed stays; training does not stop for it."""
+    kept_multiples: set[int] = set()
+    for checkpoint in find_checkpoints(run_dir)[: -retention.keep_last]:
+        try:
+            progress = read_manifest(checkpoint).progress
+        except Refusal:
+            continue  # damaged since it was committed: evidence, not rubbish
+        multiple = progress.tokens // retention.keep_tokens
+        if multiple > 0 and multiple not in kept_multiples:
+            kept_multiples.add(multiple)  # the first one past each multiple
+            continue
+        _remove(checkpoint, progress.step)
+
+
+def _remove(checkpoint: Path, step: int) -> None:
+    trash = checkpoint.with_name(f".trash-{checkpoint.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    with suppress(OSError):
+        checkpoint.rename(trash)
+        strike("purge.mid", step)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def find_leftovers(run_dir: Path) -> list[Path]:
+    """What a killed process left of a save or a removal."""
+    return [path for path in (run_dir / CHECKPOINTS).glob(".*") if _LEFTOVER.fullmatch(path.name)]
+
+
+def sweep_leftovers(run_dir: Path) -> None:
+    """Remove what a killed process left. Called by one rank before training."""
+    for path in find_leftovers(run_dir):
+        shutil.rmtree(path, ignore_errors=True)
