@@ -108,7 +108,7 @@ def save_behind(trainer: Trainer, saver: Saver, saves: list[Save]) -> list[float
 
 def copy_seconds(trainer: Trainer, folder: Path) -> list[float]:
     """Seconds of the bare copy, into new memory and into memory that was used before."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     snapshots = Snapshots()
     found = []
     for _ in range(3):

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if item.get_closest_marker("all_faults") is None]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """Makes file systems of some bytes and inodes, of this user, empty."""
+    mounted: list[Path] = []
+
+    def make(size: int, inodes: int = 1000) -> Path:
+        place = tmp_path_factory.mktemp("disk")
+        options = f"size={size},nr_inodes={inodes},mode=750"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            pytest.skip(f"mounting a file system is not permitted here: {finished.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield make
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def made_up_text(seed: int, words: int) -> str:

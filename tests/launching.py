@@ -71,8 +71,13 @@ def write_deepspeed_config(path: Path, stage: int, micro_batch: int, **changes: 
 
 def pretrain(recipe: Path, config: Path, data: Path, run_dir: Path, ranks: int, *more: str) -> Finished:
     """`tinyllama-ds pretrain`, to its end."""
+    return run(pretrain_command(recipe, config, data, run_dir, ranks, *more))
+
+
+def pretrain_command(recipe: Path, config: Path, data: Path, run_dir: Path, ranks: int, *more: str) -> list[str]:
+    """The command line of `tinyllama-ds pretrain`."""
     arguments = ["--recipe", recipe, "--deepspeed-config", config, "--data", data, "--run-dir", run_dir]
-    return tinyllama_ds("pretrain", *arguments, "--num-gpus", ranks, *more)
+    return [sys.executable, "-m", "tinyllama_ds.cli", "pretrain", *map(str, arguments), "--num-gpus", str(ranks), *more]
 
 
 def tinyllama_ds(*arguments: object) -> Finished:

@@ -234,3 +234,9 @@ def test_an_index_whose_lengths_do_not_add_up_is_refused(tmp_path: Path):
     stream = TokenStream(prefix.parent)
     with pytest.raises(Refusal, match="counts 20 tokens, but its manifest says 19"):
         _ = stream.shards[0].document_starts
+
+
+@pytest.mark.parametrize("source", ["../elsewhere", "/etc", "a/b", ".", "..", ".hidden", "--help", ""])
+def test_a_source_is_a_folder_of_the_data_directory(source: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="expected the name of a folder to make in"):
+        ShardName(tmp_path, source, "train", 0, 1)

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from launching import pretrain, read_series, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
+from tinyllama_ds.training.reshape import write_whole_tensors
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,34 @@ def test_curve_and_samples_do_not_depend_on_the_layouts(name: str, data_dir: Pat
         assert read_series(tmp_path / "run", figure) == pytest.approx(
             read_series(tmp_path / "whole", figure), rel=tolerance
         )
+
+
+@pytest.mark.all_faults
+def test_bf16_at_stage_0_is_left_and_entered(data_dir: Path, tmp_path: Path) -> None:
+    """Its master weights are where no other stage has them. Rounded they are the weights, under every name."""
+    layouts = [Layout(0, 2, 4), Layout(2, 1, 4), Layout(0, 2, 2)]
+    recipe = write_recipe(tmp_path / "small.toml", STEPS * len(layouts), save_every=STEPS)
+    recipe.write_text(recipe.read_text() + "keep_last = 10\n")
+    for number, layout in enumerate(layouts):
+        bf16 = {"bf16": {"enabled": True}}
+        config = write_deepspeed_config(tmp_path / "ds.json", layout.stage, layout.micro_batch, **bf16)
+        stop_after(tmp_path / "run", STEPS * number)
+        finished = pretrain(recipe, config, data_dir, tmp_path / "run", layout.ranks)
+        assert finished.returncode == 0, finished.stderr
+        if number == 0:
+            shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    for figure, tolerance in (("Train/Loss", 3e-3), ("Train/GradNorm", 3e-2)):
+        assert read_series(tmp_path / "run", figure) == pytest.approx(
+            read_series(tmp_path / "whole", figure), rel=tolerance
+        )
+    checkpoint = find_checkpoints(tmp_path / "run")[-1]
+    weights = torch.load(checkpoint / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    write_whole_tensors(checkpoint, 0, {name: weight.shape for name, weight in weights.items()}, tmp_path / "tensors")
+    for name, weight in weights.items():
+        master = torch.load(tmp_path / "tensors" / "zero" / name / "fp32.pt")["param"]
+        assert (master.dtype, master.shape) == (torch.float32, weight.shape)
+        assert torch.equal(master.bfloat16(), weight), name
+        assert not torch.equal(master, weight.float()), "more than the weight"
 
 
 def stop_after(run_dir: Path, step: int) -> None:

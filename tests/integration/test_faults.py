@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launching import Finished, pretrain, read_series, write_deepspeed_config, write_recipe
+from launching import Finished, pretrain, pretrain_command, read_series, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
 from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART
@@ -46,9 +45,7 @@ class Setup:
         return pretrain(self.recipe, self.config, self.data, run_dir, 2, *more)
 
     def command(self, run_dir: Path, *more: str) -> list[str]:
-        arguments = ["--recipe", self.recipe, "--deepspeed-config", self.config, "--data", self.data]
-        arguments += ["--run-dir", run_dir, "--num-gpus", 2, *more]
-        return [sys.executable, "-m", "tinyllama_ds.cli", "pretrain", *map(str, arguments)]
+        return pretrain_command(self.recipe, self.config, self.data, run_dir, 2, *more)
 
     def assert_same_end(self, run_dir: Path) -> None:
         """The hash chain over all samples and every tensor are those of the run that was left alone."""

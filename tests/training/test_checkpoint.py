@@ -10,6 +10,7 @@ import pytest
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.training.checkpoint import (
+    checkpoint_name,
     choose_checkpoint,
     consolidated_weights,
     find_checkpoints,
@@ -39,12 +40,21 @@ def commit(run_dir: Path, name: str, **changes: object) -> Path:
 
 
 def test_the_newest_is_found_by_number(tmp_path: Path) -> None:
-    """Past 99,999,999 steps too, where names sort wrongly."""
-    names = ["step_00000900", "step_100000000", "step_99999999", "step_00001000"]
-    folders = [commit(tmp_path, name) for name in names]
-    assert find_checkpoints(tmp_path) == [folders[0], folders[3], folders[2], folders[1]]
-    assert resolve_checkpoint(tmp_path) == folders[1]
-    assert resolve_checkpoint(folders[3]) == folders[3]
+    """Past 999,999 steps, and past 99,999,999 too, where names sort wrongly."""
+    steps = [900, 100_000_000, 99_999_999, 1_000_000, 999_999]
+    folders = {step: commit(tmp_path, checkpoint_name(step)) for step in steps}
+    assert find_checkpoints(tmp_path) == [folders[step] for step in sorted(steps)]
+    assert resolve_checkpoint(tmp_path) == folders[100_000_000]
+    assert resolve_checkpoint(folders[900]) == folders[900]
+
+
+@pytest.mark.parametrize("content", ["", "step_00000099", "../../elsewhere", "/etc"])
+def test_a_file_named_latest_is_not_believed(content: str, tmp_path: Path) -> None:
+    """Nothing here writes one; other programs do."""
+    folder = commit(tmp_path, "step_00000004")
+    for place in (tmp_path, folder.parent):
+        (place / "latest").write_text(content)
+    assert choose_checkpoint(tmp_path).checkpoint == resolve_checkpoint(tmp_path) == folder
 
 
 def test_what_has_no_manifest_is_no_checkpoint(tmp_path: Path) -> None:

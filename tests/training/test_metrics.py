@@ -2,12 +2,15 @@
 
 import json
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tinyllama_ds.training import sinks
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, peak_flops, tensorboard_directory
 
@@ -41,6 +44,72 @@ def test_a_row_cut_short_by_a_crash_is_dropped(tmp_path: Path) -> None:
     log_steps(tmp_path, 3, 4)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time passes between a failure and the next attempt."""
+    monkeypatch.setattr(sinks, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(sinks, "_FLUSH_SECONDS", 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+@pytest.mark.usefixtures("impatient")
+def test_a_full_disk_loses_no_row(small_disk: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that found no room follow when there is some again, in both sinks, in order, each once."""
+    run_dir = small_disk(size=2**20) / "run"
+    metrics = MetricsLogger(run_dir, {}, 10, Progress(0, 0, 0), "{}")
+    row = {"Train/Loss": 1.0} | {f"Tokens/{'source' * 30}{number}": 0.0 for number in range(20)}
+    for step in range(1, 10):
+        if step == 4:
+            fill(run_dir / "others")
+        if step == 7:
+            (run_dir / "others").unlink()
+            time.sleep(1.1)  # event files are read in the order of the second in their names
+        metrics.log(step, step * 100, row)
+    metrics.close()
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("Train/Loss")] == list(range(1, 10))
+    events = EventAccumulator(str(run_dir / "tensorboard" / "over_tokens")).Reload()
+    assert [event.step for event in events.Scalars("OverTokens/Train/Loss")] == list(range(100, 1000, 100))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line]
+    assert sum("metrics.jsonl: cannot be written (No space left on device)" in line for line in warnings) == 1
+    assert sum("/tensorboard: cannot be written (No space left on device)" in line for line in warnings) == 1
+
+
+def fill(path: Path) -> None:
+    """Take all the room there is."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(512))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_folder_that_cannot_be_made_is_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("in the way")
+    metrics = MetricsLogger(tmp_path, {}, 10, Progress(0, 0, 0), "{}")
+    metrics.log(1, 100, {"Train/Loss": 1.0})
+    (tmp_path / "tensorboard").unlink()
+    metrics.log(2, 200, {"Train/Loss": 2.0})
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("Train/Loss")] == [(1, 1.0), (2, 2.0)]
+    assert events.Tags()["tensors"] == ["run/text_summary"]
+
+
+def test_what_a_run_logged_before_its_first_save_is_done_again(tmp_path: Path) -> None:
+    """It starts over at step 0, whose validation was logged too."""
+    for _ in range(2):
+        metrics = MetricsLogger(tmp_path, {}, 10, Progress(0, 0, 0), "{}")
+        metrics.log(0, 0, {"Validation/Loss/a": 6.0})
+        metrics.log(1, 100, {"Train/Loss": 1.0})
+        metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("Validation/Loss/a")] == [0]
 
 
 def test_tensorboard_can_be_off(tmp_path: Path) -> None:

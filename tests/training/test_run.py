@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +99,18 @@ def test_a_directory_of_somebody_else_is_refused(options: Options) -> None:
     os.chown(options.run_dir, 12345, -1)
     with pytest.raises(Refusal, match="belongs to user 12345; expected a directory of your own"):
         check_run_directory(resolve(options))
+
+
+def test_a_directory_that_cannot_be_written_is_refused(options: Options, small_disk: Callable[..., Path]) -> None:
+    """A file system that was mounted read-only; whether the run directory is there already or not."""
+    disk = small_disk(size=64 * 2**20)
+    here, new = (resolve(replace(options, run_dir=disk / name)) for name in ("here", "new"))
+    open_run_directory(here)
+    check_run_directory(new)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for run, place in ((here, disk / "here"), (new, disk)):
+        with pytest.raises(Refusal, match=f"^{place}: cannot be written; expected a directory that this user may"):
+            check_run_directory(run)
 
 
 def test_never_resume_refuses_a_run_that_exists(options: Options) -> None:

@@ -92,6 +92,10 @@ class ShardName:
     number: int
     shards: int
 
+    def __post_init__(self) -> None:
+        if not self.source or self.source != Path(self.source).name or self.source.startswith((".", "-")):
+            raise Refusal(f"source {self.source!r}: expected the name of a folder to make in {self.data}")
+
     @property
     def prefix(self) -> Path:
         return self.data / self.source / self.split / f"shard_{self.number:05d}"

@@ -235,4 +235,5 @@ def _session(leader: int) -> list[psutil.Process]:
 
 
 def _say(text: str) -> None:
-    print(f"tinyllama-ds: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # a log file on a full disk ends no run
+        print(f"tinyllama-ds: {text}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from threading import Thread
 SUPERVISOR_VARIABLE = "TINYLLAMA_DS_SUPERVISOR"  # its process id
 HEARTBEAT_VARIABLE = "TINYLLAMA_DS_HEARTBEATS"  # its private directory
 STACKS_SIGNAL = signal.SIGUSR2
+_BEAT_BYTES = 128
 
 
 class Heartbeat:
@@ -29,10 +30,9 @@ class Heartbeat:
         """Say that this rank got as far as `step`, and what it does now."""
         if self._file is None:
             return
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps({"pid": os.getpid(), "step": step, "doing": doing}))
-        self._file.flush()
+        beat = json.dumps({"pid": os.getpid(), "step": step, "doing": doing}).ljust(_BEAT_BYTES)
+        # In place: the block that the first beat took is still there on a full disk. The time of change is what counts.
+        os.pwrite(self._file.fileno(), beat.encode(), 0)
 
 
 def _die_with(supervisor: int) -> None:

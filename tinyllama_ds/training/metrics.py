@@ -1,20 +1,19 @@
 """Figures of a run: metrics.jsonl, TensorBoard, the monitors of the DeepSpeed JSON, and the console. Rank 0 only."""
 
-import json
 import resource
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from tinyllama_ds.training.checkpoint import Progress
+from tinyllama_ds.training.sinks import EventFiles, Rows, warn
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -98,18 +97,18 @@ class MetricsLogger:
 
     def __init__(self, run_dir: Path, monitors: dict, total_steps: int, start: Progress, config_text: str) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._path = run_dir / METRICS_FILE
-        self._forget_after(start.step)
-        self._file = self._path.open("a", encoding="utf-8")
+        last_step, last_tokens = (start.step, start.tokens) if start.step else (-1, -1)
+        self._rows = Rows(run_dir / METRICS_FILE, last_step)
         self._tensorboard = self._over_tokens = None
         section = monitors.get("tensorboard", {})
         if section.get("enabled", True):
             directory = tensorboard_directory(section, run_dir)
-            self._tensorboard = _open_tensorboard(directory, start.step)
+            self._tensorboard = EventFiles(directory, last_step)
             # A folder of its own: what a resumed run does again is purged by x, which counts tokens there.
-            self._over_tokens = _open_tensorboard(directory / "over_tokens", start.tokens)
-            self._tensorboard.add_text("run", f"```json\n{config_text}\n```", start.step)
+            self._over_tokens = EventFiles(directory / "over_tokens", last_tokens)
+            self._tensorboard.write_text("run", f"```json\n{config_text}\n```", start.step)
         self._monitor = _deepspeed_monitor(monitors, run_dir)
+        self._monitor_failed = False
         self._bar = tqdm(
             total=total_steps,
             initial=start.step,
@@ -121,46 +120,41 @@ class MetricsLogger:
 
     def log(self, step: int, tokens: int, figures: dict[str, float]) -> None:
         """Write the figures of a step to every sink. Names are `Namespace/Name`."""
-        self._file.write(json.dumps({"step": step, "tokens": tokens} | figures) + "\n")
-        self._file.flush()
+        self._rows.write({"step": step, "tokens": tokens} | figures)
         if self._tensorboard is not None and self._over_tokens is not None:
-            for name, value in figures.items():
-                self._tensorboard.add_scalar(name, value, step)
-                if "Loss" in name:
-                    self._over_tokens.add_scalar(f"OverTokens/{name}", value, tokens)
+            self._tensorboard.write(step, figures)
+            losses = {f"OverTokens/{name}": value for name, value in figures.items() if "Loss" in name}
+            if losses:
+                self._over_tokens.write(tokens, losses)
         if self._monitor is not None:
-            self._monitor.write_events([(name, value, step) for name, value in figures.items()])
+            self._write_to_monitor([(name, value, step) for name, value in figures.items()])
 
     def advance(self, step: int, text: str) -> None:
         """Move the progress bar to a step, and say how it goes."""
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(step - self._bar.n)
+        with suppress(OSError):  # a log file on a full disk
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
 
     def say(self, text: str) -> None:
         """A line of its own above the progress bar."""
-        tqdm.write(text)
+        with suppress(OSError):
+            tqdm.write(text)
 
     def close(self) -> None:
-        self._bar.close()
-        self._file.close()
-        for writer in (self._tensorboard, self._over_tokens):
-            if writer is not None:
-                writer.close()
+        with suppress(OSError):
+            self._bar.close()
+        self._rows.close()
+        for events in (self._tensorboard, self._over_tokens):
+            if events is not None:
+                events.close()
 
-    def _forget_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run will do again."""
-        if not self._path.exists():
-            return
-        lines = self._path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # a crash can leave half a line
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(self._path)
-
-
-def _open_tensorboard(directory: Path, last_x: int) -> SummaryWriter:
-    return SummaryWriter(str(directory), purge_step=last_x + 1 if last_x else None)
+    def _write_to_monitor(self, events: list[tuple[str, float, int]]) -> None:
+        try:
+            self._monitor.write_events(events)
+        except OSError as error:
+            if not self._monitor_failed:
+                warn("a monitor of the DeepSpeed JSON", error)
+            self._monitor_failed = True
 
 
 def tensorboard_directory(section: dict, run_dir: Path) -> Path:

@@ -37,6 +37,7 @@ from tinyllama_ds.training.run import (
     write_json,
 )
 from tinyllama_ds.training.saving import Saver
+from tinyllama_ds.training.sinks import warn
 from tinyllama_ds.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ def _pretrain(options: Options, world: World) -> int:
     is_finished = progress.step == run.plan.total_steps
     if metrics is not None:
         metrics.close()
-        state = "finished" if is_finished else "stopped"
-        write_json(run.run_dir / STATUS_FILE, {"state": state, "step": progress.step, "tokens": progress.tokens})
+        write_status(run.run_dir, "finished" if is_finished else "stopped", progress)
     torch.distributed.destroy_process_group()
     return EXIT_FINISHED if is_finished else EXIT_RESTART
 
@@ -135,5 +135,19 @@ def _open_metrics(run: Run, world: World, start: Progress, engine: "DeepSpeedEng
     )
     if start.step:
         metrics.say(f"resumed at step {start.step:,} ({start.tokens:,} tokens)")
-    write_json(run.run_dir / STATUS_FILE, {"state": "running", "step": start.step, "tokens": start.tokens})
+    write_status(run.run_dir, "running", start)
     return metrics
+
+
+def write_status(run_dir: Path, state: str, progress: Progress) -> None:
+    """What the run does, for the supervisor and for people. On a full disk it takes the place of the status before."""
+    path, status = run_dir / STATUS_FILE, {"state": state, "step": progress.step, "tokens": progress.tokens}
+    try:
+        write_json(path, status)
+    except OSError as error:
+        try:
+            with path.open("r+") as file:
+                file.write(json.dumps(status))
+                file.truncate()
+        except OSError:
+            warn(path, error)

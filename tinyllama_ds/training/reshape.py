@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tinyllama_ds.errors import Refusal
-
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -34,6 +32,8 @@ def parameter_shapes(engine: "DeepSpeedEngine") -> Shapes:
 
 def write_whole_tensors(checkpoint: Path, zero_stage: int, shapes: Shapes, output: Path) -> None:
     """Convert a verified checkpoint of any layout to a folder for `load_whole_tensors`. Called by one rank."""
+    import deepspeed
+
     shutil.rmtree(output, ignore_errors=True)
     if zero_stage == 0:
         state = _write_stage_0(checkpoint, shapes, output)
@@ -49,7 +49,8 @@ def write_whole_tensors(checkpoint: Path, zero_stage: int, shapes: Shapes, outpu
         torch.save(step, folder / "step.pt")
     groups = state["param_groups"]
     nested = {"state": {0: {"step": step}}, "param_groups": groups}
-    torch.save(state | {"optimizer_state_dict": nested}, output / "zero" / "optimizer_state.pt")
+    version = {"ds_version": deepspeed.__version__}  # asked for by stages 1 and 2, not among the state of stage 3
+    torch.save(state | version | {"optimizer_state_dict": nested}, output / "zero" / "optimizer_state.pt")
 
 
 def load_whole_tensors(engine: "DeepSpeedEngine", folder: Path) -> None:
@@ -92,31 +93,45 @@ def _step_of(state: dict[str, Any], step_file: Path) -> Any:
 
 
 def _write_stage_0(checkpoint: Path, shapes: Shapes, output: Path) -> dict[str, Any]:
-    import deepspeed
-
+    """One group in the order of the model: under bf16 as one flat master or one of each parameter, else the weights."""
     saved = _load(checkpoint / "mp_rank_00_model_states.pt")
-    optimizer = saved["optimizer"]
-    if "state" not in optimizer:
-        raise Refusal(f"{checkpoint}: stage 0 in bf16 can only be continued on the layout that it was saved with")
-    for number, name in enumerate(shapes):  # one group: the optimizer numbers the parameters in the model's order
+    optimizer = saved["optimizer"].get("optimizer_state_dict", saved["optimizer"])
+    masters: list = saved["optimizer"].get("fp32_groups_flat") or sum(saved["optimizer"].get("fp32_groups", []), [])
+    moments = [optimizer["state"][number] for number in sorted(optimizer["state"])]
+    parts = {"fp32": masters or [saved["module"][name] for name in shapes]}
+    parts |= {key: [moment[key] for moment in moments] for key in _STATES[1:]}
+    sizes = [shape.numel() for shape in shapes.values()]
+    whole = {
+        key: torch.cat([part.detach().flatten() for part in tensors]).split(sizes) for key, tensors in parts.items()
+    }
+    for number, name in enumerate(shapes):
         folder = output / "zero" / name
         folder.mkdir(parents=True)
-        moments = optimizer["state"][number]
-        for key, tensor in (("fp32", saved["module"][name]), *((key, moments[key]) for key in _STATES[1:])):
-            torch.save({"param": tensor}, folder / f"{key}.pt")
-        torch.save(moments["step"], folder / "step.pt")
-    return {"ds_version": deepspeed.__version__, "param_groups": optimizer["param_groups"]}
+        for key in _STATES:
+            torch.save({"param": whole[key][number].clone()}, folder / f"{key}.pt")
+        torch.save(moments[0]["step"], folder / "step.pt")
+    return {"param_groups": optimizer["param_groups"]}
 
 
 def _load_stage_0(engine: "DeepSpeedEngine", folder: Path) -> None:
+    masters: list[torch.Tensor] = list(engine.module.parameters())
+    optimizer = engine.optimizer
     if engine.bfloat16_enabled():
-        raise Refusal("DeepSpeed's stage 0 in bf16 cannot continue a checkpoint of another layout; use stage 1, 2 or 3")
+        wrapper, optimizer = optimizer, optimizer.optimizer
+        masters = wrapper.fp32_groups_flat if hasattr(wrapper, "fp32_groups_flat") else sum(wrapper.fp32_groups, [])
+    places = {name: folder / "zero" / name for name, _ in engine.module.named_parameters()}
+    sizes = [master.numel() for master in masters]
+    flat = {
+        key: torch.cat([_load(place / f"{key}.pt")["param"].flatten() for place in places.values()]).split(sizes)
+        for key in _STATES
+    }
+    step = torch.as_tensor(_load(next(iter(places.values())) / "step.pt"), dtype=torch.float32)
+    for number, master in enumerate(masters):
+        weight, *moments = (flat[key][number].reshape(master.shape).to(master.device).clone() for key in _STATES)
+        master.data.copy_(weight)
+        optimizer.state[master] = dict(zip(_STATES[1:], moments, strict=True)) | {"step": step.clone()}
     for name, parameter in engine.module.named_parameters():
-        place = folder / "zero" / name
-        whole = {key: _load(place / f"{key}.pt")["param"].to(parameter.device) for key in _STATES}
-        parameter.data.copy_(whole.pop("fp32"))
-        step = torch.as_tensor(_load(place / "step.pt"), dtype=torch.float32).clone()
-        engine.optimizer.state[parameter] = whole | {"step": step}
+        parameter.data.copy_(_load(places[name] / "fp32.pt")["param"])
 
 
 def _load(path: Path) -> Any:

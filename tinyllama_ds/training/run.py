@@ -34,6 +34,7 @@ from tinyllama_ds.plan import RunPlan, micro_batch_of
 from tinyllama_ds.recipe import Recipe, load_recipe
 from tinyllama_ds.training.checkpoint import find_checkpoints
 from tinyllama_ds.training.schedule import ConstantSchedule, CosineSchedule, Schedule
+from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_little_room
 
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
@@ -255,8 +256,9 @@ def check_run_directory(run: Run) -> Path | None:
         raise Refusal(f"{run.run_dir}: is not a directory")
     if run.run_dir.exists() and run.run_dir.stat().st_uid != os.geteuid():
         raise Refusal(f"{run.run_dir}: belongs to user {run.run_dir.stat().st_uid}; expected a directory of your own")
-    if run.run_dir.exists() and not os.access(run.run_dir, os.W_OK):
-        raise Refusal(f"{run.run_dir}: cannot be written; expected a directory that this user may write")
+    parent = next(folder for folder in (run.run_dir, *run.run_dir.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise Refusal(f"{parent}: cannot be written; expected a directory that this user may write")
     if path.exists():
         held = json.loads(path.read_text())
         wanted = json.loads(json.dumps(run.description))
@@ -270,7 +272,14 @@ def check_run_directory(run: Run) -> Path | None:
         raise Refusal(f"{run.run_dir}: holds checkpoints but no {RUN_FILE}, so what made them is unknown")
     if not checkpoints and run.resume == "must":
         raise Refusal(f"{run.run_dir}: holds no checkpoint to resume from, and --resume must was given")
+    refuse_too_little_room(run.run_dir, _need_of_checkpoint(run), run.recipe.intervals.keep_last)
     return checkpoints[-1] if checkpoints else None
+
+
+def _need_of_checkpoint(run: Run) -> Need:
+    stage = run.engine_config["zero_optimization"].get("stage", 0)
+    bf16 = run.engine_config.get("bf16", {}).get("enabled", False)
+    return checkpoint_need(run.model.num_parameters, stage, bf16, run.description["world_size"])
 
 
 def _first_difference(held: object, wanted: object, place: str, free: tuple[str, ...] = ()) -> str | None:
@@ -293,5 +302,9 @@ def open_run_directory(run: Run) -> None:
 def write_json(path: Path, content: dict) -> None:
     """Write whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

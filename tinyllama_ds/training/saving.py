@@ -39,6 +39,7 @@ from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import check_parameters
 from tinyllama_ds.training.retention import Retention, remove_old_checkpoints
 from tinyllama_ds.training.snapshot import Snapshots
+from tinyllama_ds.training.storage import checkpoint_need, require_room
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -100,13 +101,13 @@ class Saver:
         final = self._run.run_dir / CHECKPOINTS / checkpoint_name(progress.step)
         partial = final.with_name(f".{final.name}.partial")
         save = Save(progress, started)
-        save.failures = _failures_of_all(_attempt(lambda: _make_empty(partial), self._world.is_main))
+        manifest = self._describe(engine, progress)
+        save.failures = _failures_of_all(_attempt(lambda: self._make_room(partial, manifest), self._world.is_main))
         if save.failures:
             self._end(save)
             return
         states, failure = self._snapshots.take(engine, partial, progress.step)
         work = _Background(lambda: _write_files(states, partial, progress.step), failure)
-        manifest = self._describe(engine, progress)
         self._flight = _Flight(save, partial, final, manifest, work, self._commit_or_abandon)
         save.stall += perf_counter() - started
 
@@ -142,6 +143,17 @@ class Saver:
         stage = engine.zero_optimization_stage()
         model = self._run.model.to_dict()
         return CheckpointManifest(progress, self._world.size, stage, dtype, model, self._run.description, files={})
+
+    def _make_room(self, partial: Path, manifest: CheckpointManifest) -> None:
+        """Make an empty folder; raises OSError where the file system cannot take another checkpoint."""
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, mode=0o750)
+        parameters, is_bf16 = self._run.model.num_parameters, manifest.dtype == "bfloat16"
+        try:
+            require_room(partial, checkpoint_need(parameters, manifest.zero_stage, is_bf16, self._world.size))
+        except OSError:
+            partial.rmdir()
+            raise
 
     def _commit_or_abandon(self, flight: "_Flight") -> None:
         """Collective. Every rank has written its files, or failed to."""
@@ -268,11 +280,6 @@ def _failures_of_all(failure: str | None) -> list[str]:
 
 def _name_ranks(failures: list[str | None]) -> list[str]:
     return [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
-
-
-def _make_empty(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, mode=0o750)
 
 
 def _commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:

@@ -1,0 +1,74 @@
+"""A disk that is too small or fills up: refused before anything starts, outlived once it has."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from launching import pretrain, pretrain_command, read_series, write_deepspeed_config, write_recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.training.checkpoint import find_checkpoints, verify_checkpoint
+
+MIB = 2**20
+STEPS = 200
+
+
+def test_a_full_disk_costs_checkpoints_and_nothing_else(
+    small_disk: Callable[..., Path], data_dir: Path, tmp_path: Path
+) -> None:
+    """Somebody takes all the room after the first save, and gives it back after a save was abandoned."""
+    run_dir = small_disk(size=20 * MIB) / "run"
+    recipe = write_recipe(tmp_path / "small.toml", STEPS, save_every=STEPS // 20)
+    config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=4, tensorboard={"enabled": True})
+    command = pretrain_command(recipe, config, data_dir, run_dir, 2)
+    others = run_dir.parent / "others"
+    errors = (tmp_path / "stderr").open("w+")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "saved" in line and "NOT" not in line and not others.exists():
+                fill(others)
+            elif "NOT saved" in line:
+                others.unlink(missing_ok=True)
+                break
+        said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, (tmp_path / "stderr").read_text()
+    assert "a checkpoint needs 2.06 MiB, and 0.00 MiB are free there" in line
+    assert f"step {STEPS}: saved" in said
+    assert verify_checkpoint(find_checkpoints(run_dir)[-1]).progress.step == STEPS
+    assert_every_step_once(run_dir)
+    assert read_series(run_dir, "Checkpoint/Failures")[-1] >= 1
+    warnings = [line for line in (tmp_path / "stderr").read_text().splitlines() if "metrics.jsonl: cannot be" in line]
+    assert len(warnings) == 1
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
+
+def assert_every_step_once(run_dir: Path) -> None:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "Train/Loss" in row] == steps
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("Train/Loss")] == steps
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_starts(
+    small_disk: Callable[..., Path], data_dir: Path, tmp_path: Path
+) -> None:
+    disk = small_disk(size=5 * MIB)
+    recipe = write_recipe(tmp_path / "small.toml", 8, save_every=4)
+    config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=4)
+    finished = pretrain(recipe, config, data_dir, disk / "run", 2)
+    assert finished.returncode == EXIT_REFUSED
+    assert finished.stderr == f"tinyllama-ds: {disk}: 4 checkpoints need 8.23 MiB, and 5.00 MiB are free there\n"
+    assert list(disk.iterdir()) == []
