@@ -126,3 +126,10 @@ def test_public_functions_say_what_they_do() -> None:
 
 def is_plain_dataclass(node: ast.ClassDef) -> bool:
     return bool(node.decorator_list) and not any(isinstance(child, ast.FunctionDef) for child in node.body)
+
+
+def test_nothing_depends_on_the_clock_on_the_wall() -> None:
+    """It jumps, and differs between hosts; only what TensorBoard and a log print has a date."""
+    wall_clocks = ("time.time()", "datetime.now", "datetime.utcnow", "create_time", "localtime", "strftime", "getmtime")
+    found = [f"{path}: {clock}" for path in FILES for clock in wall_clocks if clock in path.read_text()]
+    assert found == []

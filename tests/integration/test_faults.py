@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launching import Finished, pretrain, pretrain_command, read_series, write_deepspeed_config, write_recipe
+from launching import (
+    Finished,
+    pretrain,
+    pretrain_command,
+    read_series,
+    tinyllama_ds,
+    write_deepspeed_config,
+    write_recipe,
+)
 from test_resume import tensors_of
 
 from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART
@@ -61,6 +70,7 @@ class Setup:
 def setup(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     root = tmp_path_factory.mktemp("reference")
     recipe = write_recipe(root / "small.toml", STEPS, save_every=SAVE_EVERY)
+    recipe.write_text(recipe.read_text() + "keep_last = 2\n")
     config = write_deepspeed_config(root / "ds.json", 3, micro_batch=4)
     finished = pretrain(recipe, config, data_dir, root / "run", 2)
     assert finished.returncode == 0, finished.stderr
@@ -79,20 +89,25 @@ KILLS = {
     for ranks, points in (((0, 1), RANK_PHASES), ((0,), COMMIT_PHASES))
     for rank in ranks
     for point in points
-}
-KILLS_IN_A_STEP = {"step.begin:1:3:kill": False, "step.before_optimizer:0:3:kill": True}
+} | {"purge.mid:0:2:kill"}
+# The last two are the thread that reads ahead: what it meets ends the rank, and a rank that it starves is stuck.
+DEATHS_IN_A_STEP = {"step.begin:1:4:kill": False, "step.before_optimizer:0:4:kill": True, "data.read:1:4:raise": False}
+STUCK = {"step.begin:1:3:stop": True, "step.begin:0:3:spin": False, "data.read:1:3:block": False}
 
 
 def committed_after(fault: str) -> set[int]:
     """The checkpoints that a run can go on from when the save of step 4 was cut off there."""
+    if fault.startswith("purge"):
+        return {STEPS}
     if "after_rename" in fault or "ended" in fault:
         return {4}
-    return {2, 4} if "agreed:1" in fault else {2}  # rank 1 dies while rank 0 commits
+    meanwhile = "agreed:1" in fault or not fault.startswith("save")  # rank 0 may be committing
+    return {2, 4} if meanwhile else {2}
 
 
 @pytest.mark.parametrize("fault", cases(dict.fromkeys(sorted(KILLS), False) | dict.fromkeys(FAST_KILLS, True)
-                                        | KILLS_IN_A_STEP))  # fmt: skip
-def test_kill_9_costs_steps_and_nothing_else(
+                                        | DEATHS_IN_A_STEP))  # fmt: skip
+def test_a_death_costs_steps_and_nothing_else(
     fault: str, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank dies in the middle of a step or in any phase of a save; the supervisor starts the run again."""
@@ -107,7 +122,7 @@ def test_kill_9_costs_steps_and_nothing_else(
     setup.assert_same_end(tmp_path / "run")
 
 
-@pytest.mark.parametrize("fault", cases({"step.begin:1:3:stop": True, "step.begin:0:3:spin": False}))
+@pytest.mark.parametrize("fault", cases(STUCK))
 def test_a_stuck_rank_is_noticed_and_its_stacks_are_shown(
     fault: str, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,20 +178,25 @@ def test_damaged_checkpoints_alone_are_refused(setup: Setup, tmp_path: Path) -> 
         flip_a_byte(next(checkpoint.glob("*optim_states.pt")))
     finished = setup.start(tmp_path / "run")
     assert finished.returncode == EXIT_REFUSED
-    assert "none of 3 checkpoints verifies" in finished.stderr
-    assert len(find_checkpoints(tmp_path / "run")) == 3
+    assert "none of 2 checkpoints verifies" in finished.stderr
+    assert len(find_checkpoints(tmp_path / "run")) == 2
 
 
-def start_in_background(setup: Setup, run_dir: Path, *more: str) -> subprocess.Popen:
-    """A long run, once it is training."""
-    recipe = write_recipe(run_dir.parent / "long.toml", 5000, save_every=5000)
-    command = [str(recipe) if part == str(setup.recipe) else part for part in setup.command(run_dir, *more)]
+def start_in_background(setup: Setup, run_dir: Path, save_every: int = 5000, sign: str = "") -> subprocess.Popen:
+    """A long run, once it is training, or once a file of its directory is there."""
+    recipe = write_recipe(run_dir.parent / "long.toml", 5000, save_every=save_every)
+    command = [str(recipe) if part == str(setup.recipe) else part for part in setup.command(run_dir)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
-    while not (run_dir / "metrics.jsonl").exists() or not read_series(run_dir, "Train/Loss"):
+    while not ((run_dir / sign).exists() if sign else is_training(run_dir)):
         assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.2)
     return process
+
+
+def is_training(run_dir: Path) -> bool:
+    return (run_dir / "metrics.jsonl").exists() and bool(read_series(run_dir, "Train/Loss"))
 
 
 def rank_process(supervisor: subprocess.Popen, rank: int) -> psutil.Process:
@@ -205,6 +225,54 @@ def test_a_graceful_stop_loses_nothing(how: str, setup: Setup, tmp_path: Path) -
     saved = verify_checkpoint(find_checkpoints(tmp_path / "run")[-1]).progress
     assert saved.step == max(read_series(tmp_path / "run", "step")), "the step that was trained last"
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
+
+
+@slow
+def test_a_stop_waits_for_the_save_that_is_under_way(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 is slow to write; both that save and the one of the stop are committed."""
+    monkeypatch.setenv(FAULT_VARIABLE, "save.mid_shard:1:20:pause")
+    partial = "checkpoints/.step_00000020.partial"
+    supervisor = start_in_background(setup, tmp_path / "run", save_every=20, sign=partial)
+    supervisor.terminate()
+    said, errors = supervisor.communicate(timeout=60)
+    assert supervisor.returncode == EXIT_RESTART, errors
+    steps = [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")]
+    assert steps[0] == 20
+    assert steps[-1] == max(read_series(tmp_path / "run", "step"))
+    assert said.count(f"step {steps[-1]}: saved") == 1
+    assert list((tmp_path / "run" / "checkpoints").glob(".*")) == []
+
+
+@slow
+def test_a_stop_during_the_first_step_is_kept_for_its_end(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which compiles, and takes long."""
+    monkeypatch.setenv(FAULT_VARIABLE, "step.begin:0:0:pause")
+    supervisor = start_in_background(setup, tmp_path / "run", sign="run.json")
+    supervisor.terminate()
+    said, errors = supervisor.communicate(timeout=60)
+    assert supervisor.returncode == EXIT_RESTART, errors
+    assert [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")] == [1]
+    assert said.count("step 1: saved") == 1
+
+
+@slow
+def test_a_second_signal_is_quick(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank is stuck, and whoever stops the run does not want to wait for it."""
+    monkeypatch.setenv(FAULT_VARIABLE, "step.begin:1:10:block")
+    supervisor = start_in_background(setup, tmp_path / "run")
+    family = psutil.Process(supervisor.pid).children(recursive=True)
+    supervisor.terminate()
+    time.sleep(1)
+    assert supervisor.poll() is None
+    supervisor.terminate()
+    _, errors = supervisor.communicate(timeout=15)
+    assert supervisor.returncode == EXIT_RESTART
+    assert "the ranks did not stop by themselves; the last checkpoint stands" in errors
+    assert psutil.wait_procs(family, timeout=1)[1] == [], "orphans"
 
 
 def test_wall_time_ends_in_a_save_and_the_next_start_ends_equal(setup: Setup, tmp_path: Path) -> None:
@@ -245,3 +313,29 @@ def test_it_gives_up_after_three_failures_without_a_new_checkpoint(
     assert finished.returncode not in (0, EXIT_RESTART, EXIT_REFUSED, EXIT_NUMERICS)
     assert "given up: 3 failures in a row without a new checkpoint" in finished.stderr
     assert find_checkpoints(tmp_path / "run") == []
+
+
+@slow
+def test_an_export_that_is_killed_leaves_no_folder(setup: Setup, tmp_path: Path) -> None:
+    output, partial = tmp_path / "hf", tmp_path / ".hf.partial"
+    process = subprocess.Popen([sys.executable, "-m", "tinyllama_ds.cli", "export", str(setup.finished), str(output)])
+    while not partial.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not output.exists()
+    finished = tinyllama_ds("export", setup.finished, output)
+    assert finished.returncode == 0, finished.stderr
+    assert (output / "model.safetensors").is_file()
+    assert not partial.exists()
+
+
+def test_a_damaged_checkpoint_is_not_exported(setup: Setup, tmp_path: Path) -> None:
+    shutil.copytree(setup.finished, tmp_path / "run")
+    shard = next(find_checkpoints(tmp_path / "run")[-1].glob("*optim_states.pt"))
+    flip_a_byte(shard)
+    finished = tinyllama_ds("export", tmp_path / "run", tmp_path / "hf")
+    assert finished.returncode == EXIT_REFUSED
+    assert f"{shard}: its SHA-256 is not the one in manifest.json" in finished.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

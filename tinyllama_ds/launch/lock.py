@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 from tinyllama_ds.errors import Refusal
 
 LOCK_FILE = "lock.json"
@@ -55,8 +53,17 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
 
 
 def _owner() -> dict:
-    process = psutil.Process()
-    return {"pid": process.pid, "host": socket.gethostname(), "started": process.create_time(), "boot": _boot_id()}
+    pid = os.getpid()
+    return {"pid": pid, "host": socket.gethostname(), "started": _ticks_at_start(pid), "boot": _boot_id()}
+
+
+def _ticks_at_start(pid: int) -> int | None:
+    """When a process was started, in clock ticks since boot, which no change of the clock moves; None without it."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # its name can hold anything
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
 
 
 def _boot_id() -> str:
@@ -82,10 +89,7 @@ def _is_dead(path: Path, held: str) -> bool:
         return _is_silent(path)
     if owner["boot"] != _boot_id():
         return True
-    try:
-        return psutil.Process(owner["pid"]).create_time() != owner["started"]
-    except psutil.NoSuchProcess:
-        return True
+    return _ticks_at_start(owner["pid"]) != owner["started"]
 
 
 def _is_silent(path: Path) -> bool:

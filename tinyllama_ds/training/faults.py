@@ -4,18 +4,20 @@ A process without the variable pays one comparison per point. A step `3+` means 
 the supervisor a fault does not strike again, unless `:always` is appended.
 """
 
+import ctypes
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from tinyllama_ds.errors import Refusal
 
 FAULT_VARIABLE = "TINYLLAMA_DS_FAULT"
 RESTART_VARIABLE = "TINYLLAMA_DS_RESTART"  # how often the supervisor has restarted the run
 _FOR_EVER = 2**63
-ACTIONS = ("kill", "stop", "spin", "raise", "poison")
+ACTIONS = ("kill", "stop", "spin", "block", "pause", "raise", "poison")
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,27 @@ def strike(point: str, step: int) -> bool:
         return False
     if fault.action == "raise":
         raise OSError(f"injected at {point} of step {step}")
-    if fault.action == "spin":
-        while True:  # a rank that is alive and gets nowhere
-            time.sleep(1)
+    if fault.action in _WAITS:
+        _WAITS[fault.action]()
+        return False
     if fault.action != "poison":
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault.action])
     return fault.action == "poison"
+
+
+def _spin() -> None:
+    """A rank that is alive and gets nowhere, none of its threads does: PyDLL keeps the interpreter lock."""
+    while True:
+        ctypes.PyDLL(None).sleep(1)
+
+
+def _block() -> None:
+    """One thread gets nowhere."""
+    while True:
+        time.sleep(1)
+
+
+_WAITS: dict[str, Callable[[], None]] = {"spin": _spin, "block": _block, "pause": partial(time.sleep, 5)}
 
 
 @cache

@@ -124,6 +124,7 @@ def take_over_garbage_collection() -> None:
 def micro_batches(run: Run, world: World, first_step: int) -> Iterator[Batch]:
     """This rank's micro batches of all steps from a number on."""
     for step in run.plan.steps(first_step):
+        strike("data.read", step.number)
         share = rank_positions(step.first_position, step.batch, world.rank, world.size)
         for start in share[:: run.micro_batch]:
             yield read_batch(run, np.arange(start, start + run.micro_batch), world.device)
