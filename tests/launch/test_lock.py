@@ -63,3 +63,16 @@ def test_a_lock_that_was_taken_over_is_not_removed_by_its_old_owner(tmp_path: Pa
     with hold_run(tmp_path):
         (tmp_path / LOCK_FILE).write_text(owner(host="elsewhere"))
     assert json.loads((tmp_path / LOCK_FILE).read_text())["host"] == "elsewhere"
+
+
+def test_an_owner_learns_that_it_was_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a network that was down for a while there may be two: the one without the lock ends its run."""
+    monkeypatch.setattr(lock, "_REFRESH_SECONDS", 0.0)
+    with hold_run(tmp_path) as held:
+        held.refresh()
+        (tmp_path / LOCK_FILE).write_text(owner(host="elsewhere"))
+        with pytest.raises(Refusal, match=f"was taken over by process {os.getpid()} on host elsewhere while this"):
+            held.refresh()
+        (tmp_path / LOCK_FILE).unlink()
+        with pytest.raises(Refusal, match="was taken over by nobody, who removed the lock, while this process"):
+            held.refresh()

@@ -18,15 +18,20 @@ _SILENCE_SECONDS = 3 * _REFRESH_SECONDS  # after which an owner on another host 
 class RunLock:
     """The lock that this process holds; to be refreshed, so that other hosts see its owner alive."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ours: str) -> None:
         self._path = path
+        self._ours = ours
         self._refreshed_at = time.monotonic()
 
     def refresh(self) -> None:
-        """Touch the file now and then."""
-        if time.monotonic() - self._refreshed_at >= _REFRESH_SECONDS:
-            os.utime(self._path)
-            self._refreshed_at = time.monotonic()
+        """Touch the file now and then. Raises `Refusal` where somebody took the directory over, who thought us dead."""
+        if time.monotonic() - self._refreshed_at < _REFRESH_SECONDS:
+            return
+        held = self._path.read_text() if self._path.exists() else "{}"
+        if held != self._ours:
+            raise Refusal(f"{self._path.parent}: was taken over by {_name(held)} while this process held it")
+        os.utime(self._path)
+        self._refreshed_at = time.monotonic()
 
 
 @contextmanager
@@ -42,14 +47,18 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
     while not _create(path, ours):
         held = path.read_text()
         if not _is_dead(path, held):
-            owner = json.loads(held)
-            raise Refusal(f"{run_dir}: is in use by process {owner['pid']} on host {owner['host']}")
+            raise Refusal(f"{run_dir}: is in use by {_name(held)}")
         path.unlink(missing_ok=True)
     try:
-        yield RunLock(path)
+        yield RunLock(path, ours)
     finally:
         if path.exists() and path.read_text() == ours:
             path.unlink()
+
+
+def _name(held: str) -> str:
+    owner = json.loads(held)
+    return f"process {owner['pid']} on host {owner['host']}" if owner else "nobody, who removed the lock,"
 
 
 def _owner() -> dict:
