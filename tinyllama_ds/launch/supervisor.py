@@ -117,7 +117,8 @@ class _Stop:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.wanted_at = self.wanted_at or time.monotonic()
         if self.wanted_at is not None:
-            self.file.touch()
+            with suppress(OSError):  # without an inode for it there is none for a checkpoint either
+                self.file.touch()
 
     def is_overdue(self) -> bool:
         """Whether waiting for the ranks' own end is over."""
