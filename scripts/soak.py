@@ -235,26 +235,28 @@ def pretrain_command(directory: Path, data: Path, run_dir: Path, steps: int) -> 
     recipe.write_text(RECIPE.format(**numbers, save_tokens=max(1, steps // SAVES) * STEP_TOKENS))
     config.write_text(json.dumps(DEEPSPEED))
     arguments = ["--recipe", recipe, "--deepspeed-config", config, "--data", data, "--run-dir", run_dir]
-    return [*COMMAND, "pretrain", *map(str, arguments), "--num-gpus", "2", "--step-timeout", "20"]
+    return [*COMMAND, "pretrain", *map(str, arguments), "--num-gpus", "2", "--step-timeout", "30"]
 
 
 def train_alone(directory: Path, data: Path, run_dir: Path, steps: int) -> float:
     """A run without faults; returns the seconds from its first step to its end."""
     with (directory / f"{run_dir.name}.log").open("a") as log:
         process = start(pretrain_command(directory, data, run_dir, steps), log)
-        while not (run_dir / "metrics.jsonl").exists():
-            time.sleep(0.2)
+        wait_for(lambda: (run_dir / "metrics.jsonl").exists() or process.poll() is not None)
         started = time.monotonic()
         if process.wait() != EXIT_FINISHED:
             raise RuntimeError(f"the run without faults failed; see {log.name}")
     return time.monotonic() - started
 
 
-def inject(soak: Soak, names: list[str], rng: random.Random, started: float) -> Fault:
-    """Strike once, and wait until the run trains again."""
+def inject(soak: Soak, names: list[str], rng: random.Random, started: float) -> Fault | None:
+    """Strike once, and wait until the run trains again; None where the run had just ended."""
     fault = Fault(rng.choice(names), time.monotonic() - started, soak.step())
     struck, said_before = time.monotonic(), len(soak.said())
-    getattr(soak, fault.name)()
+    try:
+        getattr(soak, fault.name)()
+    except (IndexError, psutil.NoSuchProcess):
+        return None
     while not soak.is_finished():
         resumed = re.findall(r"resumed at step ([\d,]+)", soak.said()[said_before:])
         if resumed:
@@ -279,8 +281,9 @@ def endure(soak: Soak, report: Report, every: float, rng: random.Random, names: 
         if soak.is_finished():
             break
         fault = inject(soak, names, rng, started)
-        report.faults.append(fault)
-        print(f"{fault.at_seconds:6.0f} s  step {fault.at_step:6}  {fault.name}", flush=True)
+        if fault is not None:
+            report.faults.append(fault)
+            print(f"{fault.at_seconds:6.0f} s  step {fault.at_step:6}  {fault.name}", flush=True)
     report.seconds = time.monotonic() - started
     report.starts = soak.starts
 
