@@ -179,7 +179,7 @@ def main() -> None:
         figures = json.loads(output.read_text())
     figures["tinyllama_1.1b"] = arithmetic(figures)
     figures["machine"] = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
-    figures["load_before"] = os.getloadavg()[0]
+    figures["load_average"] = os.getloadavg()[0]  # of the last minute, the ranks included
     print(table(figures))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 from launching import pretrain, read_series, write_deepspeed_config, write_recipe
+from test_resume import tensors_of
 
 from tinyllama_ds.training.checkpoint import find_checkpoints, verify_checkpoint
 from tinyllama_ds.training.faults import FAULT_VARIABLE
@@ -38,3 +40,26 @@ def test_a_run_whose_last_save_failed_is_not_finished(
     assert "the last save failed: rank 1: OSError: injected" in finished.stderr
     assert "at checkpoint 3; starting it again" in finished.stderr
     assert [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(1, {"bf16": {"enabled": True}}), *(pytest.param(stage, precision, marks=pytest.mark.all_faults)
+     for stage, precision in [(0, {}), (0, {"bf16": {"enabled": True}}), (2, {}), (3, {})])],
+)  # fmt: skip
+def test_a_save_holds_the_state_of_its_step(
+    stage: int, precision: dict, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on while rank 0 waits five seconds with its writing: what it writes is of the step of the save."""
+    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=4, **precision)
+    recipe = write_recipe(tmp_path / "small.toml", 8, save_every=4)
+    for name in ("slow", "alone"):
+        monkeypatch.setenv(FAULT_VARIABLE, "save.begin:0:4:pause" if name == "slow" else "")
+        finished = pretrain(recipe, config, data_dir, tmp_path / name, 2)
+        assert finished.returncode == 0, finished.stderr
+    slow, alone = (find_checkpoints(tmp_path / name)[0] for name in ("slow", "alone"))
+    assert slow.name == alone.name == "step_00000004"
+    assert read_series(tmp_path / "slow", "Checkpoint/Seconds")[0] > 5
+    expected, found = tensors_of(alone), tensors_of(slow)
+    assert len(expected) > 10
+    assert [place for place in expected if not torch.equal(found[place], expected[place])] == []
