@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from launching import (
+    TIMEOUT,
     Finished,
     pretrain,
     pretrain_command,
@@ -29,7 +30,14 @@ from launching import (
 from test_resume import tensors_of
 
 from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART
-from tinyllama_ds.training.checkpoint import Progress, find_checkpoints, read_manifest, verify_checkpoint
+from tinyllama_ds.launch.launcher import free_port
+from tinyllama_ds.training.checkpoint import (
+    Progress,
+    find_checkpoints,
+    newest_progress,
+    read_manifest,
+    verify_checkpoint,
+)
 from tinyllama_ds.training.faults import FAULT_VARIABLE
 
 STEPS, SAVE_EVERY = 6, 2
@@ -83,15 +91,20 @@ def cases(points: dict[str, bool]) -> list:
     return [pytest.param(fault, id=fault, marks=() if is_fast else slow) for fault, is_fast in points.items()]
 
 
-FAST_KILLS = {"save.mid_shard:1:4:kill", "save.after_rename:0:4:kill"}
 KILLS = {
     f"save.{point}:{rank}:4:kill"
     for ranks, points in (((0, 1), RANK_PHASES), ((0,), COMMIT_PHASES))
     for rank in ranks
     for point in points
 } | {"purge.mid:0:2:kill"}
-# The last two are the thread that reads ahead: what it meets ends the rank, and a rank that it starves is stuck.
-DEATHS_IN_A_STEP = {"step.begin:1:4:kill": False, "step.before_optimizer:0:4:kill": True, "data.read:1:4:raise": False}
+# Ends of a rank that the supervisor has to see. The last one is of the thread that reads ahead, and ends its rank.
+DEATHS = {
+    "save.mid_shard:1:4:kill": True,
+    "save.after_rename:0:4:kill": True,
+    "step.before_optimizer:0:4:kill": True,
+    "step.begin:1:4:kill": False,
+    "data.read:1:4:raise": False,
+}
 STUCK = {"step.begin:1:3:stop": True, "step.begin:0:3:spin": False, "data.read:1:3:block": False}
 
 
@@ -105,12 +118,11 @@ def committed_after(fault: str) -> set[int]:
     return {2, 4} if meanwhile else {2}
 
 
-@pytest.mark.parametrize("fault", cases(dict.fromkeys(sorted(KILLS), False) | dict.fromkeys(FAST_KILLS, True)
-                                        | DEATHS_IN_A_STEP))  # fmt: skip
+@pytest.mark.parametrize("fault", cases(DEATHS))
 def test_a_death_costs_steps_and_nothing_else(
     fault: str, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank dies in the middle of a step or in any phase of a save; the supervisor starts the run again."""
+    """A rank dies in the middle of a step or of a save; the supervisor starts the run again."""
     monkeypatch.setenv(FAULT_VARIABLE, fault)
     finished = setup.start(tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
@@ -120,6 +132,38 @@ def test_a_death_costs_steps_and_nothing_else(
     assert f"resumed at step {said[1]}" in finished.stdout
     assert "1 restarts" in finished.stdout
     setup.assert_same_end(tmp_path / "run")
+
+
+@slow
+@pytest.mark.parametrize("fault", sorted(KILLS))
+def test_a_kill_in_any_phase_of_a_save_leaves_one_that_is_whole(fault: str, setup: Setup, tmp_path: Path) -> None:
+    """Bare ranks, started again by hand: what matters here is on the disk."""
+    codes, _ = run_ranks(setup, tmp_path / "run", fault)
+    assert codes[int(fault.split(":")[1])] == -signal.SIGKILL
+    assert 0 not in codes, "no rank goes on without the other"
+    committed, _ = newest_progress(tmp_path / "run")
+    assert committed in committed_after(fault)
+    codes, said = run_ranks(setup, tmp_path / "run", fault="")
+    assert codes == [0, 0], said
+    assert f"resumed at step {committed}" in said
+    setup.assert_same_end(tmp_path / "run")
+
+
+def run_ranks(setup: Setup, run_dir: Path, fault: str) -> tuple[list[int], str]:
+    """The exit codes of both ranks, started without launcher and supervisor, and what rank 0 has printed."""
+    script = Path(__file__).parents[2] / "scripts" / "pretrain.py"
+    arguments = ["--deepspeed_config", setup.config, "--recipe", setup.recipe, "--data", setup.data]
+    command = [sys.executable, "-u", *map(str, (script, *arguments, "--run-dir", run_dir))]
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)  # as the launcher does
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), FAULT_VARIABLE: fault,
+              "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}  # fmt: skip
+    ranks = []
+    for rank in ("0", "1"):
+        environment = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}
+        with (run_dir.parent / f"rank_{rank}").open("w") as output:
+            ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+    codes = [rank.wait(TIMEOUT) for rank in ranks]
+    return codes, (run_dir.parent / "rank_0").read_text()
 
 
 @pytest.mark.parametrize("fault", cases(STUCK))
