@@ -8,11 +8,11 @@ from tinyllama_ds.errors import Refusal
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """All rows of a run's metrics.jsonl."""
+    """All rows of a run's metrics.jsonl; a last one that was cut short is left out."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise Refusal(f"{path}: is missing; expected the directory of a run that has logged a step")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def summarise(rows: list[dict]) -> dict[str, float]:
