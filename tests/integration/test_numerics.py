@@ -31,7 +31,7 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all(
     monkeypatch.setenv(FAULT_VARIABLE, f"step.backward:1:{POISONED}:poison")
     finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
     assert finished.returncode == 0, finished.stderr
-    assert "step 4: skipped, its loss or gradient was not finite (samples 24 to 31)" in finished.stdout
+    assert "step 4: skipped, loss or gradient is not finite (samples 24 to 31)" in finished.stdout
     assert read_series(tmp_path / "run", "Guard/SkippedSteps") == [1]
     assert (read_series(tmp_path / "run", "Guard/FirstSample"), read_series(tmp_path / "run", "Guard/LastSample")) == (
         [24], [31],

@@ -26,6 +26,7 @@ from tinyllama_ds.training.checkpoint import (
     MANIFEST_FILE,
     CheckpointManifest,
     File,
+    Health,
     Progress,
     checkpoint_name,
     find_checkpoints,
@@ -75,10 +76,11 @@ class Saver:
         """Whether the wall-clock interval has passed on this rank."""
         return monotonic() - self._saved_at >= self._interval
 
-    def save(self, engine: "DeepSpeedEngine", progress: Progress) -> Save:
+    def save(self, engine: "DeepSpeedEngine", progress: Progress, health: Health) -> Save:
         """Collective. Save and apply the retention; a save that fails is abandoned by all ranks, and counted."""
+        run = self._run
         saved = save_checkpoint(
-            engine, self._run.run_dir, progress, self._run.model.to_dict(), self._run.description, self._world
+            engine, run.run_dir, progress, run.model.to_dict(), run.description, self._world, health
         )
         self._saved_at = monotonic()
         self.failures += bool(saved.failures)
@@ -88,7 +90,7 @@ class Saver:
 
 
 def save_checkpoint(
-    engine: "DeepSpeedEngine", run_dir: Path, progress: Progress, model: dict, run: dict, world: World
+    engine: "DeepSpeedEngine", run_dir: Path, progress: Progress, model: dict, run: dict, world: World, health: Health
 ) -> Save:
     """Collective. Commits a checkpoint, or abandons it on all ranks; an existing one of the same step is left alone."""
     started = perf_counter()
@@ -105,7 +107,8 @@ def save_checkpoint(
     files = {name: File(**file) for part in gather_from_ranks(shards.report()) for name, file in part.items()}
     if not failures:
         dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
-        manifest = CheckpointManifest(progress, world.size, engine.zero_optimization_stage(), dtype, model, run, files)
+        stage = engine.zero_optimization_stage()
+        manifest = CheckpointManifest(progress, world.size, stage, dtype, model, run, files, health)
         failures = _failures_of_all(_attempt(lambda: _commit(partial, final, manifest), world.is_main))
     if failures and world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
