@@ -1,6 +1,7 @@
 """Spikes of the loss, made on purpose: logged, skipped on every rank, or rolled back and left out for good."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from launching import Finished, pretrain, read_series, tinyllama_ds, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
+from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED
 from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
 from tinyllama_ds.training.faults import FAULT_VARIABLE
 from tinyllama_ds.training.ledger import LEDGER_FILE
@@ -53,6 +55,7 @@ def setup(data_dir: Path, tmp_path: Path) -> Setup:
     return Setup(tmp_path, data_dir)
 
 
+@slow
 def test_log_says_which_samples_and_goes_on(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAULT_VARIABLE, SPIKE)
     finished = setup.start("run", "log")
@@ -65,12 +68,10 @@ def test_log_says_which_samples_and_goes_on(setup: Setup, monkeypatch: pytest.Mo
 
 BF16 = {"bf16": {"enabled": True}}
 FP32_SUMS = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
-LAYOUTS = [(0, {}), (3, BF16)], [(0, BF16), (1, {}), (1, BF16), (1, FP32_SUMS), (2, {}), (2, FP32_SUMS), (3, {})]
+LAYOUTS = [(0, {}), (0, BF16), (1, {}), (1, BF16), (1, FP32_SUMS), (2, {}), (2, FP32_SUMS), (3, {})]
 
 
-@pytest.mark.parametrize(
-    ("stage", "config"), [*LAYOUTS[0], *(pytest.param(*layout, marks=slow) for layout in LAYOUTS[1])]
-)
+@pytest.mark.parametrize(("stage", "config"), [(3, BF16), *(pytest.param(*layout, marks=slow) for layout in LAYOUTS)])
 def test_a_skipped_spike_is_as_if_its_gradient_had_been_thrown_away(
     stage: int, config: dict, setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,3 +111,42 @@ def test_a_rollback_leaves_out_exactly_the_samples_of_the_spike(setup: Setup, mo
         setup.root / "run", "--json",
     )  # fmt: skip
     assert [sample["position"] for sample in json.loads(shown.stdout)["samples"]] == list(range(80, 88))
+
+
+@slow
+def test_two_rollbacks_and_then_a_resume_from_before_them(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples that take the place of the first ones spike too. On one rank afterwards: the same samples."""
+    monkeypatch.setenv(FAULT_VARIABLE, f"{SPIKE}:1")
+    finished = setup.start("run", "rollback")
+    assert finished.returncode == 0, finished.stderr
+    assert [(entry["first_sample"], entry["last_sample"]) for entry in setup.ledger("run")] == [(72, 79), (80, 87)]
+    assert "samples 72 to 87 are left out" in finished.stdout
+    monkeypatch.delenv(FAULT_VARIABLE)
+    shutil.copytree(setup.root / "run", setup.root / "again")
+    for checkpoint in find_checkpoints(setup.root / "again")[1:]:
+        shutil.rmtree(checkpoint)
+    shutil.copytree(setup.root / "again", setup.root / "elastic")
+    assert setup.start("again", "rollback").returncode == 0
+    setup.assert_same_end("run", "again")
+    assert setup.start("elastic", "rollback", stage=1, ranks=1).returncode == 0
+    ends = [read_manifest(find_checkpoints(setup.root / name)[-1]).progress for name in ("run", "elastic")]
+    assert ends[0] == ends[1]
+
+
+@slow
+def test_rollbacks_are_counted_over_the_whole_run(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAULT_VARIABLE, f"{SPIKE}:always")
+    finished = setup.start("run", "rollback")
+    assert finished.returncode == EXIT_NUMERICS, finished.stderr
+    assert "and the run has used up its 2 rollbacks" in finished.stderr
+    assert len(setup.ledger("run")) == 2
+
+
+@slow
+def test_a_checkpoint_without_its_ledger_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAULT_VARIABLE, SPIKE)
+    assert setup.start("run", "rollback").returncode == 0
+    (setup.root / "run" / LEDGER_FILE).unlink()
+    finished = setup.start("run", "rollback")
+    assert finished.returncode == EXIT_REFUSED
+    assert "leaves out the samples [] of the first 96, but the checkpoint of step 12" in finished.stderr
