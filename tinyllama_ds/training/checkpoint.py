@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MANIFEST_FILE = "manifest.json"
 CHECKPOINTS = "checkpoints"  # the folders of a run directory
 QUARANTINE = "quarantine"
+FORMAT = 2  # of manifests, to be raised when an older version could not continue from a new one
 _NAME = re.compile(r"step_(\d{8,})")
 _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -72,6 +73,11 @@ class CheckpointManifest:
     run: dict  # what run.json said: recipe, configs, data, versions
     files: dict[str, File]
     health: Health = Health()
+    format: int = FORMAT
+
+
+class NewerFormat(Refusal):
+    """A checkpoint that a later version of the toolkit wrote: not damaged, and not to be put aside."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -104,6 +110,8 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     path = checkpoint / MANIFEST_FILE
     try:
         raw = json.loads(path.read_text())
+        if raw.get("format", 1) > FORMAT:
+            raise NewerFormat(f"{path}: has format {raw['format']} and is known up to {FORMAT}; use what wrote it")
         files = {name: File(**file) for name, file in raw["files"].items()}
         parts = {"progress": Progress(**raw["progress"]), "files": files, "health": _health(raw.get("health", {}))}
         return CheckpointManifest(**raw | parts)
@@ -176,13 +184,16 @@ class Choice:
 def choose_checkpoint(run_dir: Path) -> Choice:
     """The newest checkpoint that verifies; newer ones that do not are moved to `quarantine/`. Called by one rank.
 
-    Raises `Refusal`, moving nothing, where there are checkpoints and none verifies: that is never a fresh start.
+    Raises `Refusal`, moving nothing, where there are checkpoints and none verifies, which is never a fresh start, and
+    where a later version of the toolkit wrote one.
     """
     damaged: list[Path] = []
     damages: list[str] = []
     for checkpoint in reversed(find_checkpoints(run_dir)):
         try:
             verify_checkpoint(checkpoint)
+        except NewerFormat:
+            raise
         except Refusal as refusal:
             damaged.append(checkpoint)
             damages.append(str(refusal))

@@ -126,6 +126,8 @@ def _pretrain(options: Options, world: World) -> int:
     try:
         progress = train(engine, run, world, start, guard, metrics, StopRequest(run.run_dir), heartbeat)
     except Rollback as rollback:
+        if metrics is not None:
+            metrics.close()
         return roll_back(run, world, rollback)
     is_finished = progress.step == run.plan.total_steps
     if metrics is not None:
