@@ -7,7 +7,7 @@ from statistics import median
 
 _SIGMA_OF_MAD = 1.4826  # standard deviation of a normal distribution / its median absolute deviation
 # Of the median, what counts as one deviation at least: a loss that stands still may tremble, and gradient norms have
-# long tails (six in 700 steps of a small model lay beyond six deviations, none beyond 1.7 times the median).
+# long tails (six in 700 steps of a small model lay beyond six deviations, none beyond 1.9 times the median).
 _LEAST_SPREAD = {"loss": 0.01, "grad_norm": 0.25}
 
 
