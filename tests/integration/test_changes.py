@@ -31,11 +31,11 @@ class Setup:
     data: Path
     recipe: Path
 
-    def config(self, stage: int, clipping: float = 1.0, **optimizer: object) -> Path:
+    def config(self, stage: int, micro_batch: int = 8, clipping: float = 1.0, **optimizer: object) -> Path:
         return write_deepspeed_config(
             self.root / "ds.json",
             stage,
-            micro_batch=8,
+            micro_batch=micro_batch,
             gradient_clipping=clipping,
             optimizer={"type": "AdamW", "params": OPTIMIZER | optimizer},
             scheduler={"type": "WarmupCosineLR", "params": {"total_num_steps": "auto"} | SCHEDULER},
@@ -72,7 +72,7 @@ def test_changed_hyper_parameters_are_refused_or_allowed_by_name_and_then_in_for
     assert setup.start(setup.config(before)).returncode == 0
     run_dir = setup.root / "run"
     shutil.rmtree(find_checkpoints(run_dir)[-1])
-    changed = {"lr": 5e-4, "betas": [0.7, 0.99], "eps": 1e-5, "weight_decay": 0.05}
+    changed = {"lr": 5e-4, "betas": (0.7, 0.99), "eps": 1e-5, "weight_decay": 0.05}
     config = setup.config(after, clipping=0.5, **changed)
     refused = setup.start(config)
     assert refused.returncode == EXIT_REFUSED, refused.stderr
@@ -91,7 +91,8 @@ def test_changed_hyper_parameters_are_refused_or_allowed_by_name_and_then_in_for
     groups = [group for state in saved for groups in values_of(state, "param_groups") for group in groups]
     assert groups
     for group in groups:
-        assert {name: group[name] for name in changed if name != "lr"} | {"lr": group["configured_lr"]} == changed
+        found = {name: group[name] for name in changed} | {"lr": group["configured_lr"], "betas": tuple(group["betas"])}
+        assert found == changed
     assert set(values_of(saved, "clip_grad")) <= {0.5}
 
 
@@ -117,7 +118,7 @@ def test_a_rotten_token_is_named_by_the_rank_that_reads_it(setup: Setup, tmp_pat
     """An id without a row in the embeddings, in a sample of rank 1's second step; the manifest knows nothing of it."""
     data = tmp_path / "data"
     shutil.copytree(setup.data, data)
-    config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=4)
+    config = setup.config(3, micro_batch=4)
     order = resolve_run(Options(str(setup.recipe), config, data, tmp_path / "run"), 2, "cpu", bf16=False).order
     located = order.locate(np.array(rank_positions(8, 8, 1, 2))[:1])
     shard = data / order.sources[located.source[0]] / "train" / "shard_00000.bin"
