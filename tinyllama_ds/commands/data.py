@@ -293,6 +293,8 @@ def _data(options: argparse.Namespace) -> int:
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
     from tinyllama_ds.training.ledger import left_out, read_ledger
 
+    if options.run_dir is not None and not options.run_dir.is_dir():
+        raise Refusal(f"--run-dir {options.run_dir}: is missing; expected the directory of a run")
     passed_over = left_out(read_ledger(options.run_dir)) if options.run_dir else []
     plan, order, streams = _planned_order(options.recipe, options.data, passed_over)
     if not 0 <= options.step < plan.total_steps:
