@@ -37,12 +37,13 @@ class Setup:
         config = write_deepspeed_config(self.root / f"{name}.json", stage, micro_batch=2, **(config or {}))
         return pretrain(recipe, config, self.data, self.root / name, ranks)
 
-    def assert_same_end(self, name: str, other: str) -> None:
+    def assert_same_end(self, name: str, other: str, rounding: float = 0.0) -> None:
         ends = [find_checkpoints(self.root / run)[-1] for run in (name, other)]
         first, second = (read_manifest(end) for end in ends)
         assert first.progress == second.progress, "the same samples in every step"
         assert first.health.left_out == second.health.left_out
-        assert first.health.guard["window"] == second.health.guard["window"]
+        for figure, values in first.health.guard["window"].items():
+            assert values == pytest.approx(second.health.guard["window"][figure], rel=rounding, abs=0.0)
         tensors, others = map(tensors_of, ends)
         assert len(tensors) > 10
         assert [place for place in tensors if not torch.equal(tensors[place], others[place])] == []
@@ -72,6 +73,11 @@ FP32_SUMS = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
 LAYOUTS = [(0, {}), (0, BF16), (1, {}), (1, BF16), (1, FP32_SUMS), (2, {}), (2, FP32_SUMS), (3, {})]
 
 
+def rounding_of_norm(stage: int, config: dict) -> float:
+    """How far DeepSpeed's norm in a step is from the one before it: at stage 0 in bf16 it adds up in bf16."""
+    return 5e-3 if (stage, config) == (0, BF16) else 0.0
+
+
 @pytest.mark.parametrize(("stage", "config"), [(3, BF16), *(pytest.param(*layout, marks=slow) for layout in LAYOUTS)])
 def test_a_skipped_spike_is_as_if_its_gradient_had_been_thrown_away(
     stage: int, config: dict, setup: Setup, monkeypatch: pytest.MonkeyPatch
@@ -87,7 +93,7 @@ def test_a_skipped_spike_is_as_if_its_gradient_had_been_thrown_away(
     monkeypatch.setenv(FAULT_VARIABLE, SPIKE.replace("forward", "backward").replace("spike", "poison"))
     poisoned = setup.start("poisoned", "log", stage, config=config)
     assert poisoned.returncode == 0, poisoned.stderr
-    setup.assert_same_end("skipped", "poisoned")
+    setup.assert_same_end("skipped", "poisoned", rounding_of_norm(stage, config))
 
 
 @pytest.mark.parametrize(("stage", "config"), [(3, BF16), *(pytest.param(*layout, marks=slow) for layout in LAYOUTS)])
@@ -99,8 +105,8 @@ def test_the_norm_before_a_step_is_deepspeeds_own(stage: int, config: dict, data
     assert finished.returncode == 0, finished.stderr
     norms = json.loads(finished.stdout.splitlines()[-1])
     assert len(norms) == 5
-    rounding = 5e-3 if (stage, config) == (0, BF16) else 1e-6  # DeepSpeed adds up in bf16 there
-    assert [before for before, _ in norms] == pytest.approx([after for _, after in norms], rel=rounding)
+    rounding = rounding_of_norm(stage, config)
+    assert [before for before, _ in norms] == pytest.approx([after for _, after in norms], rel=rounding, abs=0.0)
 
 
 def test_a_rollback_leaves_out_exactly_the_samples_of_the_spike(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +143,7 @@ def test_two_rollbacks_and_then_a_resume_from_before_them(setup: Setup, monkeypa
     shutil.copytree(setup.root / "again", setup.root / "elastic")
     assert setup.start("again", "rollback").returncode == 0
     setup.assert_same_end("run", "again")
-    assert setup.start("elastic", "rollback", stage=1, ranks=1).returncode == 0
+    assert setup.start("elastic", "rollback", ranks=1).returncode == 0
     ends = [read_manifest(find_checkpoints(setup.root / name)[-1]).progress for name in ("run", "elastic")]
     assert ends[0] == ends[1]
 
