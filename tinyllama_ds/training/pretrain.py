@@ -31,10 +31,10 @@ from tinyllama_ds.training.checkpoint import (
     load_checkpoint,
     read_manifest,
 )
+from tinyllama_ds.training.compilation import compile_blocks, decide_compilation
 from tinyllama_ds.training.engine import (
     World,
     check_with_deepspeed,
-    compile_blocks,
     gather_from_ranks,
     read_world,
     start_process_group,
@@ -111,7 +111,8 @@ def _pretrain(options: Options, world: World) -> int:
     if world.is_main:
         sweep_leftovers(run.run_dir)
     model = build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
-    if run.compile:
+    is_compiled, compilation = decide_compilation(run.compile, world)
+    if is_compiled:
         compile_blocks(model)
     engine = wrap(model, run.engine_config, run.schedule.ratio(0))
     if checkpoint is not None:
@@ -122,7 +123,7 @@ def _pretrain(options: Options, world: World) -> int:
         tell_changes(open_run_directory(run, start.step), run.allow_change)
         forget_skips_after(run.run_dir, start.step)
     guard = Guard(run.recipe.guard, health.guard, rollbacks=len(left_out(read_ledger(run.run_dir))))
-    metrics = _open_metrics(run, world, start, engine) if world.is_main else None
+    metrics = _open_metrics(run, world, start, engine, compilation) if world.is_main else None
     try:
         progress = train(engine, run, world, start, guard, metrics, StopRequest(run.run_dir), heartbeat)
     except Rollback as rollback:
@@ -182,7 +183,9 @@ def agree_on_checkpoint(run: Run, world: World) -> Path | None:
     return run.run_dir / CHECKPOINTS / answer["name"] if answer["name"] else None
 
 
-def _open_metrics(run: Run, world: World, start: Progress, engine: "DeepSpeedEngine") -> MetricsLogger:
+def _open_metrics(
+    run: Run, world: World, start: Progress, engine: "DeepSpeedEngine", compilation: str
+) -> MetricsLogger:
     metrics = MetricsLogger(
         run.run_dir, run.monitors, run.plan.total_steps, start, json.dumps(run.description, indent=1)
     )
@@ -192,7 +195,7 @@ def _open_metrics(run: Run, world: World, start: Progress, engine: "DeepSpeedEng
     metrics.say(
         f"{run.recipe.model}: {run.model.num_parameters:,} parameters in {str(dtype).removeprefix('torch.')} on"
         f" {world.size} x {world.device.type}, ZeRO-{engine.zero_optimization_stage()}, attention {run.attention},"
-        f" blocks {'compiled' if run.compile else 'not compiled'}\n"
+        f" blocks {compilation}\n"
         f"{run.plan.total_steps:,} steps, {run.plan.total_tokens:,} tokens; a step is {batch} sequences of"
         f" {run.recipe.sequence_length} tokens in {batch // run.micro_batch // world.size} micro batches of"
         f" {run.micro_batch} on each rank\n"

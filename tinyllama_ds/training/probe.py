@@ -29,17 +29,17 @@ def take_probe(engine: "DeepSpeedEngine", run: Run, world: World) -> Probe:
         if not np.isfinite(loss):
             raise BadNumbers(f"the probe's loss is {loss} on rank {rank}: the weights are not fit to be saved")
     dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
-    return Probe(tokens, segments, losses[0], dtype, circumstances(run, world))
+    return Probe(tokens, segments, losses[0], dtype, circumstances(engine, run, world))
 
 
-def circumstances(run: Run, world: World) -> dict:
+def circumstances(engine: "DeepSpeedEngine", run: Run, world: World) -> dict:
     """What a loss depends on in its last bits, beside weights and sample."""
     return {
         "world_size": world.size,
         "zero_optimization": run.description["deepspeed_config"]["zero_optimization"],
         "micro_batch": run.micro_batch,
         "attention": run.attention,
-        "compile": run.compile,
+        "compiled": hasattr(engine.module.model.layers[0].forward, "_torchdynamo_orig_callable"),
         "versions": {name: run.description["versions"].get(name) for name in ("torch", "deepspeed", "device")},
         "cpu": [_cpu_model(), torch.get_num_threads()],
     }
@@ -57,7 +57,7 @@ def check_probe(engine: "DeepSpeedEngine", run: Run, world: World, probe: Probe,
     Raises `Refusal` on all ranks where it is not: the weights in the engine are not those that were saved.
     """
     dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
-    is_same_way = (dtype, circumstances(run, world)) == (probe.dtype, probe.circumstances)
+    is_same_way = (dtype, circumstances(engine, run, world)) == (probe.dtype, probe.circumstances)
     loss = probe_loss(engine, probe.tokens, probe.segments, run.micro_batch, world.device)
     found = gather_from_ranks([loss, is_same_way])
     allowed = 0.0 if all(same for _, same in found) else max(TOLERANCE[dtype], TOLERANCE[probe.dtype])
