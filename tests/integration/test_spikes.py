@@ -75,7 +75,7 @@ LAYOUTS = [(0, {}), (0, BF16), (1, {}), (1, BF16), (1, FP32_SUMS), (2, {}), (2, 
 
 def rounding_of_norm(stage: int, config: dict) -> float:
     """How far DeepSpeed's norm in a step is from the one before it: at stage 0 in bf16 it adds up in bf16."""
-    return 5e-3 if (stage, config) == (0, BF16) else 0.0
+    return 1e-2 if (stage, config) == (0, BF16) else 0.0
 
 
 @pytest.mark.parametrize(("stage", "config"), [(3, BF16), *(pytest.param(*layout, marks=slow) for layout in LAYOUTS)])
