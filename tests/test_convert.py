@@ -1,6 +1,7 @@
 """The Hugging Face folder: the tokenizer gives sentencepiece's ids, and a wrong folder is refused."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.model.probe import Probe, probe_loss
 
 CONFIG = MODEL_SIZES["test"]
 LLAMA2 = Path(
@@ -83,3 +85,20 @@ def test_token_ids_that_differ_are_refused(
     with pytest.raises(Refusal, match="token ids of .* differ from sentencepiece's"):
         export(weights, CONFIG, tokenizer, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_the_folder_must_give_the_loss_that_training_had(
+    document_mask: bool, tokenizer: Tokenizer, weights: dict, tmp_path: Path
+) -> None:
+    """The probe of a checkpoint, computed in bf16 as training does; then one whose weights had another loss."""
+    model = build_model(CONFIG, "sdpa", seed=1).bfloat16()
+    model.load_state_dict(weights)
+    tokens = tokenizer.encode(" ".join(PROBE_TEXTS))[:65]
+    segments = [number // 20 for number in range(64)] if document_mask else None
+    loss = probe_loss(model, tokens, segments, 2, torch.device("cpu"))
+    probe = Probe(tokens, segments, loss, "bfloat16", {})
+    export(weights, CONFIG, tokenizer, tmp_path / "hf", probe)
+    with pytest.raises(Refusal, match=r"the loss on the checkpoint's probe is \d\.\d+ and was .* in training"):
+        export(weights, CONFIG, tokenizer, tmp_path / "other", replace(probe, loss=1.01 * loss))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -7,7 +7,7 @@ import pytest
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.plan import RunPlan
-from tinyllama_ds.recipe import RECIPE_DIRECTORY, load_recipe
+from tinyllama_ds.recipe import RECIPE_DIRECTORY, GuardSettings, load_recipe
 
 SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
 VALID = """
@@ -121,3 +121,30 @@ def test_mistakes_are_named(tmp_path: Path, change: tuple[str, str], sentence: s
 def test_unknown_name_lists_the_shipped_ones() -> None:
     with pytest.raises(Refusal, match="'tinylama-v1' is unknown; the shipped ones are demo, "):
         load_recipe("tinylama-v1")
+
+
+GUARD = '\n[guard]\nspike_policy = "rollback"\nspike_window = 64\nspike_sigmas = 8\nmax_rollbacks = 1\n'
+
+
+def test_the_guard_is_the_recipes(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert load_recipe(str(path)).guard == GuardSettings("log", 128, 6.0, 3)
+    path.write_text(VALID + GUARD)
+    assert load_recipe(str(path)).guard == GuardSettings("rollback", 64, 8.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('"rollback"', '"roll back"', r"mine.toml: guard: spike_policy is 'roll back'; expected log, skip, rollback"),
+        ("spike_sigmas = 8", "spike_sigmas = 0", "guard: spike_sigmas is 0; expected a positive number"),
+        ("spike_sigmas = 8", 'spike_sigmas = "8"', "guard: spike_sigmas is '8'; expected a number"),
+        ("spike_window", "spike_windows", "guard: unknown key 'spike_windows'; did you mean 'spike_window'"),
+    ],
+)
+def test_a_wrong_guard_is_refused(old: str, new: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID + GUARD.replace(old, new))
+    with pytest.raises(Refusal, match=sentence):
+        load_recipe(str(path))

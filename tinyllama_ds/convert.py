@@ -1,6 +1,7 @@
 """Our weights to a Hugging Face folder, proven equal before it appears."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM
+from tinyllama_ds.model.probe import TOLERANCE, Probe, loss_difference, probe_loss
 
 LOGIT_TOLERANCE = 1e-4  # largest difference in fp32, relative to the largest logit
 
@@ -29,11 +31,13 @@ PROBE_TEXTS = [
 ]  # fmt: skip
 
 
-def export(weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer, output: Path) -> float:
+def export(
+    weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer, output: Path, probe: Probe | None = None
+) -> float:
     """Write config.json, safetensors and the tokenizer to a new folder; returns the largest relative logit difference.
 
-    Raises `Refusal`, leaving nothing behind, unless transformers loads the folder and gives the logits of our model
-    and the token ids of sentencepiece.
+    Raises `Refusal`, leaving nothing behind, unless transformers loads the folder and gives the logits of our model,
+    the token ids of sentencepiece, and on the checkpoint's probe the loss that training had on it.
     """
     if output.exists():
         raise Refusal(f"{output}: already exists; expected a new folder")
@@ -49,7 +53,7 @@ def export(weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer
         shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
-        difference = _prove_equal(partial, weights, config, tokenizer)
+        difference = _prove_equal(partial, weights, config, tokenizer, probe)
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -109,7 +113,9 @@ def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> Any:
     )
 
 
-def _prove_equal(folder: Path, weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer) -> float:
+def _prove_equal(
+    folder: Path, weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer, probe: Probe | None
+) -> float:
     import transformers
 
     loaded_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -128,4 +134,21 @@ def _prove_equal(folder: Path, weights: dict[str, Tensor], config: LlamaConfig, 
     difference = ((expected - found).abs().max() / expected.abs().max()).item()
     if not difference <= LOGIT_TOLERANCE:
         raise Refusal(f"export: transformers' logits differ from ours by {difference:.1e} of the largest logit")
+    if probe is not None:
+        # A mask within documents is no part of a Hugging Face folder; our model has it, and equal logits without one.
+        _prove_loss(probe, ours if probe.segments else lambda ids, labels: _loss(theirs(ids).logits, labels))
     return difference
+
+
+def _prove_loss(probe: Probe, score: Callable[..., Tensor]) -> None:
+    loss = probe_loss(score, probe.tokens, probe.segments, 1, torch.device("cpu"))
+    allowed = TOLERANCE[probe.dtype]
+    if loss_difference(probe, loss) > allowed:
+        raise Refusal(
+            f"export: the loss on the checkpoint's probe is {loss:.6f} and was {probe.loss:.6f} in training, more than"
+            f" {allowed:g} of it apart; the weights are not those that were saved"
+        )
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())

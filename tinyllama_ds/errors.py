@@ -2,6 +2,7 @@
 
 EXIT_FINISHED = 0
 EXIT_RESTART = 75  # saved, please restart
+EXIT_ROLLBACK = 76  # inside: the supervisor starts the run again, without the samples before a spike
 EXIT_REFUSED = 78  # wrong configuration or input, do not restart
 EXIT_NUMERICS = 79  # numbers went bad, a human must look
 
@@ -10,6 +11,13 @@ class Refusal(Exception):
     """Wrong configuration or input: one sentence that names the file, key, line or host and what was expected.
 
     Raised before anything is changed; every command turns it into exit code 78.
+    """
+
+
+class BadData(Exception):
+    """Tokens that cannot be what was prepared: one sentence that names the shard and the place. Raised in mid run.
+
+    Raised on the one rank that read them; the run ends with exit code 79 and is not restarted.
     """
 
 

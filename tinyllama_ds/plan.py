@@ -79,6 +79,13 @@ class RunPlan:
             first_position += stage.samples
         raise IndexError(f"step {number} of {self.total_steps}")
 
+    def end_of(self, steps: int) -> tuple[int, int]:
+        """Samples and tokens of the first so many steps."""
+        if steps == 0:
+            return 0, 0
+        last = self.step(min(steps, self.total_steps) - 1)
+        return last.first_position + last.batch, last.tokens_after
+
     def steps(self, start: int) -> Iterator[Step]:
         """All steps from a number on."""
         return (self.step(number) for number in range(start, self.total_steps))

@@ -2,8 +2,10 @@
 
 import difflib
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from tinyllama_ds.errors import Refusal
@@ -35,6 +37,21 @@ class Intervals:
     keep_tokens: int = 100_000_000_000  # one checkpoint for every so many tokens stays for ever
 
 
+SPIKE_POLICIES = ("log", "skip", "rollback")
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """When a loss or a gradient norm counts as a spike, and what is done about it."""
+
+    spike_policy: str = "log"  # or "skip" the step, or "rollback" to the last checkpoint and leave its samples out
+    spike_window: int = 128  # steps that a new one is compared with; none is judged before the window is full
+    spike_sigmas: float = (
+        6.0  # above the window's median, in standard deviations estimated from its absolute deviations
+    )
+    max_rollbacks: int = 3  # of a whole run, then it ends for a human to look
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything about a run that does not depend on the machines it runs on."""
@@ -47,6 +64,7 @@ class Recipe:
     intervals: Intervals
     validation_samples: int  # per source
     document_mask: bool = False  # attention inside documents only; TinyLlama's sees all of a packed row
+    guard: GuardSettings = GuardSettings()
 
     @property
     def sources(self) -> list[str]:
@@ -88,6 +106,7 @@ def _parse(raw: dict, path: Path) -> Recipe:
         intervals=_parse_intervals(_Table(top.table("intervals"), f"{path}: intervals")),
         validation_samples=top.positive("validation_samples"),
         document_mask=top.switch("document_mask") if top.holds("document_mask") else False,
+        guard=_parse_guard(_Table(top.table("guard") if top.holds("guard") else {}, f"{path}: guard")),
     )
     top.finish()
     _check(recipe, path)
@@ -102,6 +121,20 @@ def _parse_intervals(table: "_Table") -> Intervals:
     if intervals.keep_last < 2:
         raise Refusal(f"{table.place}: keep_last is {intervals.keep_last}; expected 2 or more, in case one is damaged")
     return intervals
+
+
+def _parse_guard(table: "_Table") -> GuardSettings:
+    readers: dict[str, Callable[[str], Any]] = {
+        "spike_policy": table.text,
+        "spike_window": table.positive,
+        "spike_sigmas": table.number,
+        "max_rollbacks": table.positive,
+    }
+    guard = GuardSettings(**{key: read(key) for key, read in readers.items() if table.holds(key)})
+    table.finish()
+    if guard.spike_policy not in SPIKE_POLICIES:
+        raise Refusal(f"{table.place}: spike_policy is {guard.spike_policy!r}; expected {', '.join(SPIKE_POLICIES)}")
+    return guard
 
 
 def _parse_stage(table: "_Table") -> Stage:
@@ -149,7 +182,7 @@ class _Table:
         self._known: list[str] = []
         self.place = place
 
-    def _take(self, key: str, kind: type, expected: str) -> Any:
+    def _take(self, key: str, kind: type | UnionType, expected: str) -> Any:
         self._known.append(key)
         if key not in self._raw:
             close = difflib.get_close_matches(key, self._raw, n=1)
@@ -176,6 +209,12 @@ class _Table:
         if value < 1:
             raise Refusal(f"{self.place}: {key} is {value}; expected 1 or more")
         return value
+
+    def number(self, key: str) -> float:
+        value = self._take(key, int | float, "a number")
+        if not 0 < value < float("inf"):
+            raise Refusal(f"{self.place}: {key} is {value}; expected a positive number")
+        return float(value)
 
     def switch(self, key: str) -> bool:
         self._known.append(key)

@@ -23,6 +23,7 @@ from tinyllama_ds.data.shards import Manifest
 from tinyllama_ds.data.sources import source_format
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.training.ledger import ROLLED_BACK, Entry, record
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +320,19 @@ def test_data_show_prints_what_a_step_trains_on(
         assert len(shown) == (expected == EOS_ID).sum() + 1
         assert tokenizer.decode(expected[expected != EOS_ID].tolist()).split() == " ".join(shown).split()
     assert main([*arguments[:2], "99", *arguments[3:]]) == 78
+
+
+def test_data_show_passes_over_what_a_run_left_out(
+    honest: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    record(tmp_path, Entry(ROLLED_BACK, 2, 10, 19, "spike"))
+    arguments = ["data", "show", "3", "--recipe", str(recipe), "--data", str(honest / "data"), "--json", "--run-dir"]
+    assert main([*arguments, str(tmp_path), "--limit", "99"]) == 0
+    samples = json.loads(capsys.readouterr().out)["samples"]
+    assert [sample["position"] for sample in samples] == list(range(40, 50))
+    assert main([*arguments[:2], "4", *arguments[3:-1], "--limit", "99"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == samples, "what the step after it shows without a ledger"
+    assert main([*arguments, str(tmp_path / "absent")]) == 78
 
 
 def test_shown_text_cannot_command_a_terminal():

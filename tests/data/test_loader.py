@@ -14,7 +14,7 @@ from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.shards import TokenStream
 from tinyllama_ds.data.sources import source_format
 from tinyllama_ds.data.tokenizer import EOS_ID, TOKENIZER_FILE, Tokenizer, train_tokenizer
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import BadData, Refusal
 
 T = 64
 
@@ -104,7 +104,7 @@ def test_an_id_beyond_the_vocabulary_is_refused_with_its_place(tmp_path: Path, t
     tokens[70] = 65_535
     tokens.tofile(path)
     reader, _ = reader_of(data, ["bad"], 10)
-    with pytest.raises(Refusal, match=r"shard_00000\.bin at token 70: token id 65535 is beyond the vocabulary of 512"):
+    with pytest.raises(BadData, match=r"shard_00000\.bin at token 70: token id 65535 is beyond the vocabulary of 512"):
         reader.read(np.arange(10))
 
 

@@ -271,3 +271,30 @@ def test_a_planted_shuffle_per_rank_would_be_caught():
     read = set.union(*shares)
     assert len(read) < size
     assert 0.5 < len(read) / size < 0.75
+
+
+# --- samples left out -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_passed_over_and_nothing_else_changes():
+    stages = [MixtureStage(100, {"a": 0.7, "b": 0.3}), MixtureStage(60, {"a": 0.2, "b": 0.8})]
+    gaps = [range(95, 103), range(16, 24), range(24, 40)]  # over a stage's border, and two that touch
+    whole = SampleOrder(7, {"a": 1000, "b": 500}, stages)
+    order = SampleOrder(7, {"a": 1000, "b": 500}, stages, gaps)
+    kept = np.array([ordinal for ordinal in range(160) if not any(ordinal in gap for gap in gaps)])
+    positions = np.arange(len(kept))
+    assert np.array_equal(order.ordinals(positions), kept)
+    found, expected = order.locate(positions), whole.locate(kept)
+    for field in ("source", "epoch", "sample"):
+        assert np.array_equal(getattr(found, field), getattr(expected, field))
+    for position in range(len(kept)):
+        seen = np.bincount(found.source[:position], minlength=2)
+        assert list(order.counts(position).values()) == seen.tolist()
+    assert order.span(14, 4) == range(14, 42)
+
+
+def test_the_run_goes_on_past_its_last_stage_by_what_was_left_out():
+    order = SampleOrder(7, {"a": 1000}, [MixtureStage(40, {"a": 1.0})], [range(8, 16)])
+    located = order.locate(np.arange(40))
+    assert order.ordinals(np.array([39]))[0] == 47
+    assert len(set(located.sample.tolist())) == 40

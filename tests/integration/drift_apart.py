@@ -6,6 +6,8 @@ usage: torchrun drift_apart.py RECIPE DEEPSPEED_CONFIG DATA RUN_DIR
 import sys
 from pathlib import Path
 
+import torch
+
 from tinyllama_ds.errors import BadNumbers
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.training.engine import leave, read_world, start_process_group, wrap
@@ -15,12 +17,13 @@ from tinyllama_ds.training.run import Options, resolve_run
 
 def main(recipe: str, config: str, data: str, run_dir: str) -> None:
     world = read_world()
-    run = resolve_run(Options(recipe, Path(config), Path(data), Path(run_dir)), world.size, "cpu", bf16=False)
+    run = resolve_run(Options(recipe, Path(config), Path(data), Path(run_dir)), world.size, "cpu", bf16=True)
     start_process_group(world)
     engine = wrap(build_model(run.model, "sdpa", run.recipe.seed), run.engine_config, run.schedule.ratio(0))
     check_parameters(engine)
     if world.rank == 1:
-        engine.module.model.norm.weight.data[0] += 1e-6
+        weight = engine.module.model.norm.weight.data
+        weight[0] = torch.nextafter(weight[0], torch.zeros_like(weight[0]))  # the least drift there is
     try:
         check_parameters(engine)
     except BadNumbers as bad:

@@ -14,6 +14,7 @@ from tinyllama_ds.training.faults import FAULT_VARIABLE
 
 POISONED = 3
 BF16 = {"bf16": {"enabled": True}}
+slow = pytest.mark.all_faults
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all(
     monkeypatch.setenv(FAULT_VARIABLE, f"step.backward:1:{POISONED}:poison")
     finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
     assert finished.returncode == 0, finished.stderr
-    assert "step 4: skipped, its loss or gradient was not finite (samples 24 to 31)" in finished.stdout
+    assert "step 4: skipped, loss or gradient is not finite (samples 24 to 31)" in finished.stdout
     assert read_series(tmp_path / "run", "Guard/SkippedSteps") == [1]
     assert (read_series(tmp_path / "run", "Guard/FirstSample"), read_series(tmp_path / "run", "Guard/LastSample")) == (
         [24], [31],
@@ -39,6 +40,23 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all(
     tensors = [tensors_of(path) for path in find_checkpoints(tmp_path / "run")]
     before, after, later = (tensors[POISONED + offset - 1] for offset in (0, 1, 2))
     assert len(before) > 10
+    assert [place for place in before if not torch.equal(before[place], after[place])] == []
+    assert [place for place in before if not torch.equal(before[place], later[place])] != []
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("fault", ["forward:1:3:poison", "forward:0:3:overflow", "backward:1:3:overflow"])
+@slow
+def test_a_bad_loss_and_an_infinite_gradient_are_skipped_like_it(
+    fault: str, stage: int, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "small.toml", POISONED + 2, save_every=1)
+    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=2)
+    monkeypatch.setenv(FAULT_VARIABLE, f"step.{fault}")
+    finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
+    assert finished.returncode == 0, finished.stderr
+    assert "step 4: skipped, loss or gradient is not finite (samples 24 to 31)" in finished.stdout
+    before, after, later = (tensors_of(path) for path in find_checkpoints(tmp_path / "run"))
     assert [place for place in before if not torch.equal(before[place], after[place])] == []
     assert [place for place in before if not torch.equal(before[place], later[place])] != []
 
@@ -63,10 +81,12 @@ def test_bad_numbers_that_stay_or_get_through_stop_the_run(
     assert all(torch.isfinite(tensor).all() for tensor in tensors_of(last).values())
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_copies_that_drift_apart_are_found(stage: int, data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, {}), (2, BF16), *(pytest.param(*c, marks=slow) for c in [(1, {}), (1, BF16), (2, {})])]
+)
+def test_copies_that_drift_apart_are_found(stage: int, precision: dict, data_dir: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "small.toml", 8, save_every=8)
-    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=4)
+    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=4, **precision)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     script = Path(__file__).with_name("drift_apart.py")
     finished = run(

@@ -160,6 +160,13 @@ def test_damaged_checkpoints_are_never_a_fresh_start(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path) == folders, "nothing was moved"
 
 
+def test_a_checkpoint_of_a_later_version_is_neither_read_nor_put_aside(tmp_path: Path) -> None:
+    folders = [commit(tmp_path, "step_00000002"), commit(tmp_path, "step_00000004", format=99, new_key=1)]
+    with pytest.raises(Refusal, match="has format 99 and is known up to"):
+        choose_checkpoint(tmp_path)
+    assert find_checkpoints(tmp_path) == folders
+
+
 def test_the_last_ones_and_one_for_every_so_many_tokens_stay(tmp_path: Path) -> None:
     for step in range(1, 11):
         progress = {"step": step, "position": 8 * step, "tokens": 256 * step}

@@ -11,7 +11,18 @@ import pytest
 from launching import BATCH, SEQUENCE_LENGTH, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.training.run import Options, Run, check_run_directory, open_run_directory, resolve_run
+from tinyllama_ds.training.checkpoint import Health, Progress
+from tinyllama_ds.training.ledger import ROLLED_BACK, Entry, record
+from tinyllama_ds.training.pretrain import tell_changes
+from tinyllama_ds.training.run import (
+    RUN_FILE,
+    Options,
+    Run,
+    check_run_directory,
+    open_run_directory,
+    refuse_another_past,
+    resolve_run,
+)
 
 
 @pytest.fixture
@@ -55,11 +66,18 @@ def test_a_fresh_directory_is_a_fresh_start(options: Options) -> None:
     assert run.run_dir.stat().st_mode & 0o777 == 0o750
 
 
+def change_config(options: Options, section: str, **params: object) -> None:
+    config = json.loads(options.deepspeed_config.read_text())
+    config[section]["params"] |= params
+    options.deepspeed_config.write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
         ({"seed": 2}, "recipe.seed is 1 there and 2 now"),
         ({"sequence_length": 16}, "recipe.sequence_length is 32 there and 16 now"),
+        ({"document_mask": True}, "recipe.document_mask is false there and true now"),
     ],
 )
 def test_another_recipe_is_another_run(options: Options, tmp_path: Path, change: dict, difference: str) -> None:
@@ -67,16 +85,97 @@ def test_another_recipe_is_another_run(options: Options, tmp_path: Path, change:
     write_recipe(tmp_path / "small.toml", 10, save_every=5, **change)
     with pytest.raises(Refusal, match="holds another run: ") as refusal:
         check_run_directory(resolve(options))
-    assert difference in str(refusal.value) or "deepspeed_config" in str(refusal.value)
+    assert difference in str(refusal.value)
 
 
-def test_another_learning_rate_is_another_run(options: Options) -> None:
+def test_a_refusal_shows_every_change_and_the_names_that_allow_them(options: Options, tmp_path: Path) -> None:
     open_run_directory(resolve(options))
-    config = json.loads(options.deepspeed_config.read_text())
-    config["optimizer"]["params"]["lr"] = 1.0
-    options.deepspeed_config.write_text(json.dumps(config))
-    with pytest.raises(Refusal, match=r"deepspeed_config.optimizer.params.lr is 0.003 there and 1.0 now"):
+    change_config(options, "optimizer", lr=1.0, betas=[0.9, 0.99])
+    change_config(options, "scheduler", cos_min_ratio=0.5)
+    recipe = Path(options.recipe)
+    recipe.write_text(recipe.read_text().replace("slimpajama = 0.7", "slimpajama = 0.6"))
+    changes = {
+        "deepspeed_config.optimizer.params.betas.1": "0.95 there and 0.99 now",
+        "deepspeed_config.optimizer.params.lr": "0.003 there and 1.0 now",
+        "deepspeed_config.scheduler.params.cos_min_ratio": "0.1 there and 0.5 now",
+        "recipe.stages.0.weights.slimpajama": "0.7 there and 0.6 now",
+    }
+    with pytest.raises(Refusal) as refusal:
         check_run_directory(resolve(options))
+    for key, values in changes.items():
+        assert f"{key} is {values}" in str(refusal.value)
+        assert f"--allow-change {key}" in str(refusal.value)
+    some = replace(options, allow_change=("deepspeed_config.optimizer", "recipe.stages.0.weights.slimpajama"))
+    with pytest.raises(Refusal) as refusal:
+        check_run_directory(resolve(some))
+    assert "cos_min_ratio" in str(refusal.value)
+    assert "lr" not in str(refusal.value)
+    assert check_run_directory(resolve(replace(options, allow_change=tuple(changes)))) is None
+
+
+def test_what_was_run_with_what_is_never_lost(options: Options) -> None:
+    open_run_directory(resolve(options))
+    change_config(options, "optimizer", lr=1.0)
+    changed = resolve(replace(options, allow_change=("deepspeed_config.optimizer.params.lr",)), world_size=1)
+    changes = open_run_directory(changed, step=7)
+    open_run_directory(changed, step=8)
+    held = json.loads((options.run_dir / RUN_FILE).read_text())
+    assert held["deepspeed_config"]["optimizer"]["params"]["lr"] == 1.0
+    (entry,) = held["history"]
+    assert entry["step"] == 7
+    found = {change["key"]: (change["there"], change["now"]) for change in entry["changes"]}
+    assert found["deepspeed_config.optimizer.params.lr"] == (0.003, 1.0)
+    assert found["world_size"] == (2, 1)
+    assert found == {change.key: (change.there, change.now) for change in changes}
+
+
+def test_other_packages_are_a_change_that_is_no_reason_to_refuse(
+    options: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_run_directory(resolve(options))
+    held = json.loads((options.run_dir / RUN_FILE).read_text())
+    now = held["versions"]["torch"]
+    held["versions"] |= {"torch": "2.0.0", "flash-attn": "1.0"}
+    (options.run_dir / RUN_FILE).write_text(json.dumps(held))
+    run = resolve(options)
+    assert check_run_directory(run) is None
+    tell_changes(open_run_directory(run), ())
+    told = capsys.readouterr().err
+    assert f"warning: other packages than at the last start: flash-attn 1.0 -> absent, torch 2.0.0 -> {now}\n" in told
+
+
+def test_other_data_is_refused_unless_it_is_allowed_by_name(options: Options, data_dir: Path) -> None:
+    open_run_directory(resolve(options))
+    held = json.loads((options.run_dir / RUN_FILE).read_text())
+    held["data"]["train"]["slimpajama"]["bin_sha256"] = ["0" * 64]
+    (options.run_dir / RUN_FILE).write_text(json.dumps(held))
+    with pytest.raises(Refusal, match=r'data.train.slimpajama.bin_sha256.0 is "0+" there and .* --allow-change data$'):
+        check_run_directory(resolve(options))
+    assert check_run_directory(resolve(replace(options, allow_change=("data",)))) is None
+
+
+def test_another_model_cannot_be_allowed(options: Options) -> None:
+    open_run_directory(resolve(options))
+    held = json.loads((options.run_dir / RUN_FILE).read_text())
+    held["model"]["hidden_size"] = 1
+    (options.run_dir / RUN_FILE).write_text(json.dumps(held))
+    with pytest.raises(Refusal, match="model.hidden_size is 1 there and .*; no run can change that"):
+        check_run_directory(resolve(replace(options, allow_change=("model",))))
+
+
+def test_a_checkpoint_must_fit_the_plan_and_the_ledger(options: Options) -> None:
+    options.run_dir.mkdir()
+    record(options.run_dir, Entry(ROLLED_BACK, 3, 16, 23, "spike"))
+    run = resolve(options)
+    at = {step: Progress(step, step * BATCH, step * BATCH * SEQUENCE_LENGTH) for step in (0, 2, 3, 10)}
+    for step, known in {0: [], 2: [], 3: [[16, 23]], 10: [[16, 23]]}.items():
+        refuse_another_past(run, at[step], Health(left_out=known))
+    with pytest.raises(Refusal, match=r"leaves out the samples \[\[16, 23\]\] of the first 32, but .* without \[\]"):
+        refuse_another_past(run, at[3], Health())
+    with pytest.raises(Refusal, match=r"leaves out the samples \[\] of the first 16, but .* without \[\[8, 15\]\]"):
+        refuse_another_past(run, at[2], Health(left_out=[[8, 15]]))
+    with pytest.raises(Refusal, match="the first 3 steps are 24 samples of 768 tokens now, but the checkpoint has"):
+        refuse_another_past(run, replace(at[3], position=48), Health(left_out=[[16, 23]]))
 
 
 def test_the_layout_may_change(options: Options) -> None:

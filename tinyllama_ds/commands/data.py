@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -269,7 +269,9 @@ def _raw_inputs(pairs: list[str]) -> dict[str, Path]:
     return {source: Path(directory) for source, _, directory in named}
 
 
-def _planned_order(recipe_name: str, data: Path) -> "tuple[RunPlan, SampleOrder, dict[str, TokenStream]]":
+def _planned_order(
+    recipe_name: str, data: Path, left_out: Sequence[range] = ()
+) -> "tuple[RunPlan, SampleOrder, dict[str, TokenStream]]":
     """What a recipe makes of a data directory."""
     from tinyllama_ds.data.order import MixtureStage, SampleOrder
     from tinyllama_ds.data.shards import TokenStream
@@ -281,7 +283,7 @@ def _planned_order(recipe_name: str, data: Path) -> "tuple[RunPlan, SampleOrder,
     streams = {name: TokenStream(data / name / "train") for name in recipe.sources}
     sizes = {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()}
     mixtures = [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages]
-    return plan, SampleOrder(recipe.seed, sizes, mixtures), streams
+    return plan, SampleOrder(recipe.seed, sizes, mixtures, left_out), streams
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -290,6 +292,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     show.add_argument("step", type=int, metavar="STEP", help="from 0")
     show.add_argument("--recipe", required=True)
     show.add_argument("--data", type=Path, required=True, metavar="DIR")
+    show.add_argument("--run-dir", type=Path, metavar="DIR", help="leave out what this run's ledger leaves out")
     show.add_argument("--limit", type=_count, default=8, metavar="N", help="samples to print (default: %(default)s)")
     add_json(show)
 
@@ -298,8 +301,12 @@ def _data(options: argparse.Namespace) -> int:
     """Look into prepared data: `show` prints the texts that a step trains on."""
     from tinyllama_ds.data.show import show_samples
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+    from tinyllama_ds.training.ledger import left_out, read_ledger
 
-    plan, order, streams = _planned_order(options.recipe, options.data)
+    if options.run_dir is not None and not options.run_dir.is_dir():
+        raise Refusal(f"--run-dir {options.run_dir}: is missing; expected the directory of a run")
+    passed_over = left_out(read_ledger(options.run_dir)) if options.run_dir else []
+    plan, order, streams = _planned_order(options.recipe, options.data, passed_over)
     if not 0 <= options.step < plan.total_steps:
         raise Refusal(f"step {options.step}: the recipe {options.recipe!r} has steps 0 to {plan.total_steps - 1}")
     step = plan.step(options.step)

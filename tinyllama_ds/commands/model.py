@@ -23,9 +23,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _export(options: argparse.Namespace) -> int:
     """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
     from tinyllama_ds.convert import export
+    from tinyllama_ds.training.checkpoint import read_manifest, resolve_checkpoint
 
-    weights, config, tokenizer = _load_checkpoint(options.checkpoint)
-    difference = export(weights, config, tokenizer, options.output)
+    checkpoint = resolve_checkpoint(options.checkpoint)
+    probe = read_manifest(checkpoint).health.probe
+    difference = export(*_load_checkpoint(checkpoint), options.output, probe)
     result = {"output": str(options.output), "largest_logit_difference": difference}
     text = f"{options.output}: token ids equal, largest difference of logits {difference:.1e}"
     return print_result(options, result, text)

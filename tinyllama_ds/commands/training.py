@@ -28,6 +28,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint (%(default)s)"
     )
     parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume although this differs from the run in --run-dir, named as in the refusal: recipe.seed, data ...",
+    )
+    parser.add_argument(
         "--attention", default="auto", help="auto, flash_attention_2, sdpa, blocked ... (default: %(default)s)"
     )
     parser.add_argument(
@@ -58,6 +65,7 @@ def run_options(namespace: argparse.Namespace) -> "Options":
         attention=namespace.attention,
         compile=namespace.compile,
         activation_checkpointing=namespace.activation_checkpointing,
+        allow_change=tuple(namespace.allow_change),
     )
 
 
@@ -148,6 +156,7 @@ def _run_arguments(options: argparse.Namespace) -> list[str]:
     arguments += ["--data", str(options.data.absolute()), "--run-dir", str(options.run_dir.absolute())]
     arguments += ["--resume", options.resume, "--attention", options.attention]
     arguments += ["--activation-checkpointing", str(options.activation_checkpointing)]
+    arguments += [part for key in options.allow_change for part in ("--allow-change", key)]
     return [*arguments, "--compile", options.compile]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from tinyllama_ds.data.order import SampleOrder
 from tinyllama_ds.data.shards import TokenStream
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import BadData, Refusal
 
 Item = TypeVar("Item")
 
@@ -52,7 +52,10 @@ class SampleReader:
         self._vocab_size = vocab_size
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        """Samples (n, T + 1) int64 at positions (n,): input ids without the last column, labels without the first."""
+        """Samples (n, T + 1) int64 at positions (n,): input ids without the last column, labels without the first.
+
+        Raises `BadData` for an id that the model has no row for.
+        """
         located = self._order.locate(positions)
         pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
         return np.stack([self._sample(source, sample) for source, sample in pairs])
@@ -69,7 +72,7 @@ class SampleReader:
         if tokens.max() >= self._vocab_size or tokens.min() < 0:
             offset = int(np.argmax((tokens >= self._vocab_size) | (tokens < 0)))
             place = stream.place(sample * self._sequence_length + offset)
-            raise Refusal(f"{place}: token id {tokens[offset]} is beyond the vocabulary of {self._vocab_size}")
+            raise BadData(f"{place}: token id {tokens[offset]} is beyond the vocabulary of {self._vocab_size}")
         return tokens
 
 

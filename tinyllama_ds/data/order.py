@@ -2,6 +2,9 @@
 
 A position is a global sample number, counted from the start of the run. There is no state and no replay: seeking to
 position 10^12 costs the same as to 0.
+
+A run that leaves samples out (after a rollback) counts on behind them: the ordinal of a position is its number when
+nothing is left out, and the mixture and the samples are functions of the ordinal.
 """
 
 import hashlib
@@ -40,8 +43,14 @@ class Located:
 class SampleOrder:
     """The order of a whole run over several sources."""
 
-    def __init__(self, seed: int, num_samples: Mapping[str, int], stages: Sequence[MixtureStage]) -> None:
-        """`num_samples` is the size of each source; its key order numbers the sources.
+    def __init__(
+        self,
+        seed: int,
+        num_samples: Mapping[str, int],
+        stages: Sequence[MixtureStage],
+        left_out: Sequence[range] = (),
+    ) -> None:
+        """`num_samples` is the size of each source; its key order numbers the sources. `left_out` are ordinals.
 
         Raises `Refusal` for a source of which there is not one sample.
         """
@@ -51,6 +60,7 @@ class SampleOrder:
         self.sources = list(num_samples)
         self.num_samples = dict(num_samples)
         self.stages = list(stages)
+        self.left_out = _merged(left_out)
         self._seed = seed
         self._sizes = np.array(list(num_samples.values()), dtype=np.int64)
         mixtures = [_Mixture([stage.weights.get(name, 0.0) for name in self.sources]) for stage in stages]
@@ -63,21 +73,40 @@ class SampleOrder:
         for mixture, stage in zip(self._mixtures, stages, strict=True):
             self._counts_at_start.append(self._counts_at_start[-1] + mixture.counts(np.array([stage.samples]))[0])
 
+    def ordinals(self, positions: np.ndarray) -> np.ndarray:
+        """The ordinal of each position (int64, any shape (n,)): later by what was left out before it."""
+        starts = np.array([gap.start for gap in self.left_out], dtype=np.int64)
+        shifts = np.cumsum([0] + [len(gap) for gap in self.left_out], dtype=np.int64)
+        return positions + shifts[np.searchsorted(starts - shifts[:-1], positions, side="right")]
+
+    def span(self, position: int, samples: int) -> range:
+        """From the first to the last ordinal of some samples that follow each other."""
+        first, last = self.ordinals(np.array([position, position + samples - 1])).tolist()
+        return range(first, last + 1)
+
     def counts(self, position: int) -> dict[str, int]:
-        """How many samples of each source lie before a position."""
-        stage = self._stage_of(np.array([position]))[0]
-        within = np.array([position - self._stage_starts[stage]])
-        counts = self._counts_at_start[stage] + self._mixtures[stage].counts(within)[0]
+        """How many samples of each source lie before a position; what was left out does not count."""
+        end = int(self.ordinals(np.array([position]))[0])
+        counts = self._counts_before(end)
+        for gap in self.left_out:
+            if gap.stop <= end:
+                counts = counts - (self._counts_before(gap.stop) - self._counts_before(gap.start))
         return dict(zip(self.sources, counts.tolist(), strict=True))
+
+    def _counts_before(self, ordinal: int) -> np.ndarray:
+        stage = self._stage_of(np.array([ordinal]))[0]
+        within = np.array([ordinal - self._stage_starts[stage]])
+        return self._counts_at_start[stage] + self._mixtures[stage].counts(within)[0]
 
     def locate(self, positions: np.ndarray) -> Located:
         """Source, epoch and sample of each position (int64, any shape (n,))."""
-        source = np.empty(len(positions), dtype=np.int64)
-        drawn = np.empty(len(positions), dtype=np.int64)  # how many samples of its source came before
-        stage_of = self._stage_of(positions)
+        ordinals = self.ordinals(positions)
+        source = np.empty(len(ordinals), dtype=np.int64)
+        drawn = np.empty(len(ordinals), dtype=np.int64)  # how many samples of its source came before
+        stage_of = self._stage_of(ordinals)
         for stage in np.unique(stage_of):
             here = stage_of == stage
-            within = positions[here] - self._stage_starts[stage]
+            within = ordinals[here] - self._stage_starts[stage]
             before, after = self._mixtures[stage].counts(within), self._mixtures[stage].counts(within + 1)
             source[here] = (after - before).argmax(axis=1)
             drawn[here] = (self._counts_at_start[stage] + before)[np.arange(len(within)), source[here]]
@@ -89,8 +118,8 @@ class SampleOrder:
             sample[members] = permute(place[members], int(self._sizes[number]), key)
         return Located(source, epoch, sample)
 
-    def _stage_of(self, positions: np.ndarray) -> np.ndarray:
-        stage = np.searchsorted(self._stage_starts, positions, side="right") - 1
+    def _stage_of(self, ordinals: np.ndarray) -> np.ndarray:
+        stage = np.searchsorted(self._stage_starts, ordinals, side="right") - 1
         return np.minimum(stage, len(self._mixtures) - 1)
 
 
@@ -101,6 +130,17 @@ def rank_positions(first: int, batch: int, rank: int, world_size: int) -> range:
     """
     share = batch // world_size
     return range(first + rank * share, first + (rank + 1) * share)
+
+
+def _merged(ranges: Sequence[range]) -> list[range]:
+    """The same numbers in ranges that rise and do not touch."""
+    merged: list[range] = []
+    for gap in sorted(ranges, key=lambda gap: gap.start):
+        if merged and gap.start <= merged[-1].stop:
+            merged[-1] = range(merged[-1].start, max(merged[-1].stop, gap.stop))
+        else:
+            merged.append(gap)
+    return merged
 
 
 def _groups(values: np.ndarray) -> list[np.ndarray]:

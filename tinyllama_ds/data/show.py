@@ -14,7 +14,7 @@ from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
 class ShownSample:
     """One sample of a run: where it comes from, and what it says."""
 
-    position: int
+    position: int  # ordinal, by which a ledger names it too
     source: str
     epoch: int
     sample: int
@@ -30,8 +30,15 @@ def show_samples(
     tokenizer: Tokenizer,
 ) -> Iterator[ShownSample]:
     """The samples at some positions as text; a line `--- end of document ---` stands where a document ends."""
-    located = order.locate(np.arange(positions.start, positions.stop))
-    rows = zip(positions, located.source.tolist(), located.epoch.tolist(), located.sample.tolist(), strict=True)
+    numbers = np.arange(positions.start, positions.stop)
+    located = order.locate(numbers)
+    rows = zip(
+        order.ordinals(numbers).tolist(),
+        located.source.tolist(),
+        located.epoch.tolist(),
+        located.sample.tolist(),
+        strict=True,
+    )
     for position, number, epoch, sample in rows:
         stream = streams[order.sources[number]]
         tokens = stream.sample(sample, sequence_length)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import psutil
 
-from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART, EXIT_ROLLBACK
 from tinyllama_ds.launch.lock import RunLock
 
 _FINAL_CODES = (EXIT_FINISHED, EXIT_RESTART, EXIT_REFUSED, EXIT_NUMERICS)
-_CODES_OF_STATES = {"finished": EXIT_FINISHED, "stopped": EXIT_RESTART}
+_CODES_OF_STATES = {"finished": EXIT_FINISHED, "stopped": EXIT_RESTART, "rolled back": EXIT_ROLLBACK}
 _MAX_FAILURES = 3  # in a row without a new checkpoint
 _STOP_SECONDS = 25  # from the wish to stop to the end of all processes; a scheduler often kills after 30
 _POLL_SECONDS = 0.2
@@ -68,11 +68,14 @@ def supervise(launch: Launch, watch: Watch, lock: RunLock, ranks: RankSide) -> S
     while True:
         code = _run_once(launch, watch, stop, lock, ranks, restarts)
         last_step, (step, tokens) = step, watch.committed()
-        failures = 0 if step > last_step else failures + 1
-        if code in _FINAL_CODES or failures == _MAX_FAILURES:
-            break
-        _say(f"the run ended with code {code} at checkpoint {step:,}; starting it again in {2**failures} s")
-        stop.wait(2**failures)
+        if code == EXIT_ROLLBACK:  # no failure; the run itself counts how often it does this
+            _say(f"going back to checkpoint {step:,}, without the samples of the spike")
+        else:
+            failures = 0 if step > last_step else failures + 1
+            if code in _FINAL_CODES or failures == _MAX_FAILURES:
+                break
+            _say(f"the run ended with code {code} at checkpoint {step:,}; starting it again in {2**failures} s")
+            stop.wait(2**failures)
         if stop.wanted_at is not None:
             code = EXIT_RESTART
             break

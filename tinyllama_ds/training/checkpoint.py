@@ -12,7 +12,7 @@ import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.model.probe import Probe
 from tinyllama_ds.training.reshape import load_whole_tensors, parameter_shapes, write_whole_tensors
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 MANIFEST_FILE = "manifest.json"
 CHECKPOINTS = "checkpoints"  # the folders of a run directory
 QUARANTINE = "quarantine"
+FORMAT = 2  # of manifests, to be raised when an older version could not continue from a new one
 _NAME = re.compile(r"step_(\d{8,})")
 _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -53,6 +55,15 @@ class File:
 
 
 @dataclass(frozen=True)
+class Health:
+    """What the process that continues from a checkpoint has to know of the numbers that led to it."""
+
+    guard: dict = field(default_factory=dict)  # `Guard.state()`
+    left_out: list[list[int]] = field(default_factory=list)  # samples, each [first, last]
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True)
 class CheckpointManifest:
     progress: Progress
     world_size: int
@@ -61,6 +72,12 @@ class CheckpointManifest:
     model: dict  # shapes
     run: dict  # what run.json said: recipe, configs, data, versions
     files: dict[str, File]
+    health: Health = Health()
+    format: int = FORMAT
+
+
+class NewerFormat(Refusal):
+    """A checkpoint that a later version of the toolkit wrote: not damaged, and not to be put aside."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -93,10 +110,18 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     path = checkpoint / MANIFEST_FILE
     try:
         raw = json.loads(path.read_text())
+        if raw.get("format", 1) > FORMAT:
+            raise NewerFormat(f"{path}: has format {raw['format']} and is known up to {FORMAT}; use what wrote it")
         files = {name: File(**file) for name, file in raw["files"].items()}
-        return CheckpointManifest(**raw | {"progress": Progress(**raw["progress"]), "files": files})
+        parts = {"progress": Progress(**raw["progress"]), "files": files, "health": _health(raw.get("health", {}))}
+        return CheckpointManifest(**raw | parts)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Refusal(f"{path}: not a checkpoint manifest ({error})") from error
+
+
+def _health(raw: dict) -> Health:
+    probe = raw.get("probe")
+    return Health(**raw | {"probe": Probe(**probe) if probe else None})
 
 
 def newest_progress(run_dir: Path) -> tuple[int, int]:
@@ -159,13 +184,16 @@ class Choice:
 def choose_checkpoint(run_dir: Path) -> Choice:
     """The newest checkpoint that verifies; newer ones that do not are moved to `quarantine/`. Called by one rank.
 
-    Raises `Refusal`, moving nothing, where there are checkpoints and none verifies: that is never a fresh start.
+    Raises `Refusal`, moving nothing, where there are checkpoints and none verifies, which is never a fresh start, and
+    where a later version of the toolkit wrote one.
     """
     damaged: list[Path] = []
     damages: list[str] = []
     for checkpoint in reversed(find_checkpoints(run_dir)):
         try:
             verify_checkpoint(checkpoint)
+        except NewerFormat:
+            raise
         except Refusal as refusal:
             damaged.append(checkpoint)
             damages.append(str(refusal))
@@ -184,7 +212,7 @@ def _quarantine(checkpoint: Path, quarantine: Path) -> None:
     checkpoint.rename(next(quarantine / name for name in names if not (quarantine / name).exists()))
 
 
-def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: dict) -> Progress:
+def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: dict) -> None:
     """Collective. Weights, optimizer and its step counter, into the layout that the run has now.
 
     The checkpoint has been verified by `choose_checkpoint`. `zero_section` is the run's own; one that differs from the
@@ -199,11 +227,23 @@ def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: d
             raise Refusal(f"{checkpoint}: DeepSpeed found nothing to load in it")
     else:
         _load_reshaped(engine, checkpoint, manifest)
-    # DeepSpeed restores each group's hyper-parameters too, under stage 3 the first group's in all of them; the
-    # configured ones are in force (and were checked equal).
+    # DeepSpeed restores hyper-parameters too, under stage 3 the first group's in all of them, and at some stages the
+    # clipping; the configured ones are in force.
     for group, wanted in zip(engine.optimizer.param_groups, configured, strict=True):
         group.update({key: value for key, value in wanted.items() if key != "params"})
-    return manifest.progress
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = engine.gradient_clipping()
+    for number, wanted in enumerate(configured):
+        for key, value in effective_hyper_parameters(engine, number).items():
+            if value != wanted.get(key, value):
+                raise Refusal(
+                    f"{checkpoint}: {key} of optimizer group {number} is {value} after loading, not {wanted[key]}"
+                )
+
+
+def effective_hyper_parameters(engine: "DeepSpeedEngine", group: int) -> dict:
+    """Learning rate, betas, eps, weight decay and what else a group has, in the optimizer that makes the steps."""
+    return {key: value for key, value in engine.basic_optimizer.param_groups[group].items() if key != "params"}
 
 
 def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: CheckpointManifest) -> None:

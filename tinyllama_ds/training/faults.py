@@ -1,7 +1,7 @@
 """Faults on purpose, for the tests: `TINYLLAMA_DS_FAULT="point:rank:step:action"` strikes one rank at one point.
 
 A process without the variable pays one comparison per point. A step `3+` means every step from 3 on. After a restart by
-the supervisor a fault does not strike again, unless `:always` is appended.
+the supervisor a fault does not strike again, unless `:always` is appended, or `:N` for the first N restarts.
 """
 
 import ctypes
@@ -17,7 +17,9 @@ from tinyllama_ds.errors import Refusal
 FAULT_VARIABLE = "TINYLLAMA_DS_FAULT"
 RESTART_VARIABLE = "TINYLLAMA_DS_RESTART"  # how often the supervisor has restarted the run
 _FOR_EVER = 2**63
-ACTIONS = ("kill", "stop", "spin", "block", "pause", "raise", "poison")
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+_FACTORS = {"poison": float("nan"), "overflow": float("inf"), "spike": 50.0}
+ACTIONS = (*_SIGNALS, "spin", "block", "pause", "raise", *_FACTORS)
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,20 @@ class _Fault:
     action: str
 
 
-def strike(point: str, step: int) -> bool:
-    """Do what was ordered for this point, rank and step; True where the caller is to poison its numbers."""
+def strike(point: str, step: int) -> float:
+    """Do what was ordered for this point, rank and step; returns what the caller is to multiply its numbers by."""
     fault = _ordered()
     if fault is None or fault.point != point or step not in fault.steps:
-        return False
+        return 1.0
     if fault.rank != int(os.environ.get("RANK", "0")):
-        return False
+        return 1.0
     if fault.action == "raise":
         raise OSError(f"injected at {point} of step {step}")
     if fault.action in _WAITS:
         _WAITS[fault.action]()
-        return False
-    if fault.action != "poison":
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault.action])
-    return fault.action == "poison"
+    if fault.action in _SIGNALS:
+        os.kill(os.getpid(), _SIGNALS[fault.action])
+    return _FACTORS.get(fault.action, 1.0)
 
 
 def _spin() -> None:
@@ -66,10 +67,10 @@ def _ordered() -> _Fault | None:
     if not text:
         return None
     point, rank, step, action, *more = text.split(":")
-    if action not in ACTIONS or more not in ([], ["always"]):
+    if action not in ACTIONS or len(more) > 1:
         raise Refusal(f"{FAULT_VARIABLE}: {text!r} is not point:rank:step:action with action {' or '.join(ACTIONS)}")
-    restarted = os.environ.get(RESTART_VARIABLE, "0") != "0"
-    if restarted and not more:
+    last_restart = _FOR_EVER if more == ["always"] else int("".join(more) or 0)
+    if int(os.environ.get(RESTART_VARIABLE, "0")) > last_restart:
         return None
     first = int(step.removesuffix("+"))
     return _Fault(point, int(rank), range(first, _FOR_EVER if step.endswith("+") else first + 1), action)

@@ -1,15 +1,19 @@
-"""Bad numbers never reach weights or checkpoints, and what all ranks do next is agreed in one small sum per step."""
+"""Bad numbers never reach weights or checkpoints, and what all ranks do next is agreed in one small sum per step.
+
+A step is bad when its loss or gradient is not finite on any rank, and suspicious when one of them spikes (`spikes.py`).
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 from tinyllama_ds.errors import BadNumbers
-from tinyllama_ds.plan import Step
+from tinyllama_ds.recipe import GuardSettings
 from tinyllama_ds.training.engine import gather_from_ranks, sum_over_ranks
+from tinyllama_ds.training.spikes import SpikeWindow
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -17,52 +21,126 @@ if TYPE_CHECKING:
 Batch = tuple[torch.Tensor, ...]  # tokens (B, T + 1), and with a document mask the segments (B, T)
 
 MAX_SKIPS_IN_A_ROW = 5
+_NOT_FINITE = "loss or gradient is not finite"
+_FIGURE_UNITS = 2**32  # in which loss and norm are summed
+_LARGEST_FIGURE = 1e5  # of ten thousand ranks they add up without leaving int64
 _DIGEST_BYTES = 5  # of a sample; a million of them add up without leaving int64
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # to read the bits of a parameter
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the ranks know of a step together."""
+    """What the ranks know of a step together, the same on all of them to the last bit."""
 
     stop: bool
     save: bool
     busy: bool  # some rank still writes
     is_finite: bool  # loss and gradient, on every rank
     digest: int  # of all samples that were trained on, whoever had them
+    loss: float  # mean over the ranks; means something where all are finite
+    grad_norm: float  # global, before clipping
 
 
 def agree(
-    stop: bool, save: bool, busy: bool, loss: torch.Tensor, grad_norm: torch.Tensor | float, digest: int
+    stop: bool, save: bool, busy: bool, digest: int, loss: torch.Tensor, grad_norm: torch.Tensor | float
 ) -> Agreement:
-    """Collective. One sum over the ranks, read once: the only wait for the device that a step adds to DeepSpeed's."""
+    """Collective. One sum over the ranks, read once: the only wait for the device that a step adds to DeepSpeed's.
+
+    Loss and norm travel as whole numbers of 2^-32, whose sum does not depend on the order of the ranks.
+    """
     device = loss.device
-    norm = torch.as_tensor(grad_norm, device=device)
-    is_bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-    ours = torch.tensor([stop, save, busy, digest], dtype=torch.int64, device=device)
-    stops, saves, busy_ranks, digests, bad = sum_over_ranks(torch.cat((ours, is_bad.long().reshape(1)))).tolist()
-    return Agreement(stops > 0, saves > 0, busy_ranks > 0, bad == 0, digests)
+    figures = torch.stack((loss.double(), torch.as_tensor(grad_norm, device=device).double()))
+    is_bad = ~torch.isfinite(figures).all() | (figures[1] < 0)  # DeepSpeed marks a norm that is not finite by -1
+    fixed = (figures.nan_to_num(0, 0, 0).clamp(max=_LARGEST_FIGURE) * _FIGURE_UNITS).round().long()
+    ours = torch.tensor([1, stop, save, busy, digest], dtype=torch.int64, device=device)
+    together = sum_over_ranks(torch.cat((ours, is_bad.long().reshape(1), fixed)))
+    ranks, stops, saves, busy_ranks, digests, bad, *sums = together.tolist()
+    mean_loss, mean_norm = (value / ranks / _FIGURE_UNITS for value in sums)
+    return Agreement(stops > 0, saves > 0, busy_ranks > 0, bad == 0, digests, mean_loss, mean_norm)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the guard thinks of a step."""
+
+    is_applied: bool  # or is to be applied, where the guard is asked before the optimizer
+    reason: str | None = None  # why it was skipped, or is remarkable
+
+
+class Rollback(Exception):
+    """A spike under the policy `rollback`, on all ranks alike.
+
+    The run is to go on from its last checkpoint, and to leave these samples out.
+    """
+
+    def __init__(self, step: int, samples: range, reason: str) -> None:
+        super().__init__(f"step {step}: {reason} (samples {samples[0]} to {samples[-1]})")
+        self.step = step
+        self.samples = samples
+        self.reason = reason
 
 
 class Guard:
-    """Counts the steps whose numbers were bad. The gradient of such a step is thrown away, by DeepSpeed or by us."""
+    """Judges every step, and counts those whose gradient was thrown away. All ranks come to the same judgement."""
 
-    def __init__(self) -> None:
-        self.skipped = 0
+    def __init__(self, settings: GuardSettings, state: dict, rollbacks: int = 0) -> None:
+        """`state` is that of the guard before a restart, or empty; `rollbacks` is how many the run has had."""
+        self.skipped = state.get("skipped", 0)
+        self.spikes = state.get("spikes", 0)  # that were applied all the same
+        self._in_a_row = state.get("in_a_row", 0)
+        self._window = SpikeWindow(settings.spike_window, settings.spike_sigmas, **state.get("window", {}))
+        self._settings = settings
+        self._rollbacks = rollbacks
+
+    @property
+    def decides_first(self) -> bool:
+        """Whether it is to be asked before the optimizer, and not after."""
+        return self._settings.spike_policy == "skip"
+
+    def judge(self, engine: "DeepSpeedEngine", step: int, samples: range, agreement: Agreement) -> Verdict:
+        """What to do about a step.
+
+        Raises, on all ranks alike, `BadNumbers` where bad numbers reached the weights or do not end, and `Rollback`.
+        """
+        if not agreement.is_finite:
+            if not self.decides_first and engine.zero_optimization() and engine.was_step_applied():
+                raise BadNumbers(f"{_place(step, samples)}: {_NOT_FINITE}, and DeepSpeed applied it to the weights")
+            return self._skip(step, samples, _NOT_FINITE)
+        spike = self._window.find(agreement.loss, agreement.grad_norm)
+        if spike and self._settings.spike_policy == "skip":
+            return self._skip(step, samples, f"spike of the {spike}")
+        if spike and self._settings.spike_policy == "rollback":
+            self._roll_back(step, samples, f"spike of the {spike}")
         self._in_a_row = 0
+        self.spikes += spike is not None
+        self._window.add(agreement.loss, agreement.grad_norm)
+        return Verdict(True, f"spike of the {spike}" if spike else None)
 
-    def check(self, engine: "DeepSpeedEngine", step: Step, agreement: Agreement) -> None:
-        """Raises `BadNumbers`, on all ranks alike, where bad numbers reached the weights or do not end."""
-        if agreement.is_finite:
-            self._in_a_row = 0
-            return
+    def state(self) -> dict:
+        """What a later process needs to judge as this one would; survives JSON to the last bit."""
+        return {
+            "skipped": self.skipped,
+            "spikes": self.spikes,
+            "in_a_row": self._in_a_row,
+            "window": self._window.state(),
+        }
+
+    def _skip(self, step: int, samples: range, reason: str) -> Verdict:
         self.skipped += 1
         self._in_a_row += 1
-        place = f"step {step.number + 1} (samples {step.first_position} to {step.first_position + step.batch - 1})"
-        if engine.zero_optimization() and engine.was_step_applied():
-            raise BadNumbers(f"{place}: loss or gradient is not finite, and DeepSpeed applied it to the weights")
         if self._in_a_row == MAX_SKIPS_IN_A_ROW:
-            raise BadNumbers(f"{place}: loss or gradient is not finite for the {self._in_a_row}th step in a row")
+            raise BadNumbers(f"{_place(step, samples)}: {reason} for the {self._in_a_row}th step in a row")
+        return Verdict(False, reason)
+
+    def _roll_back(self, step: int, samples: range, reason: str) -> NoReturn:
+        allowed = self._settings.max_rollbacks
+        if self._rollbacks >= allowed:
+            raise BadNumbers(f"{_place(step, samples)}: {reason}, and the run has used up its {allowed} rollbacks")
+        raise Rollback(step, samples, reason)
+
+
+def _place(step: int, samples: range) -> str:
+    return f"step {step} (samples {samples[0]} to {samples[-1]})"
 
 
 def check_parameters(engine: "DeepSpeedEngine") -> None:

@@ -1,8 +1,10 @@
 """The training loop: one optimizer step after another, measured, validated and saved as the plan says."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -13,19 +15,30 @@ from tinyllama_ds.data.loader import prefetch
 from tinyllama_ds.data.order import rank_positions
 from tinyllama_ds.evaluation.validation import perplexity, validation_losses
 from tinyllama_ds.plan import Step
-from tinyllama_ds.training.checkpoint import Progress
-from tinyllama_ds.training.engine import World, set_learning_rate, sum_over_ranks
+from tinyllama_ds.training.checkpoint import Health, Progress
+from tinyllama_ds.training.engine import (
+    World,
+    drop_gradients,
+    gradient_norm,
+    local_gradient_norm,
+    set_learning_rate,
+    sum_over_ranks,
+)
 from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import (
+    Agreement,
     Batch,
     DigestedBatches,
     Guard,
+    Verdict,
     agree,
     check_parameters,
     extend_chain,
 )
 from tinyllama_ds.training.heartbeat import Heartbeat
+from tinyllama_ds.training.ledger import SKIPPED, Entry, record
 from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, memory_bytes, peak_flops
+from tinyllama_ds.training.probe import take_probe
 from tinyllama_ds.training.run import Run
 from tinyllama_ds.training.saving import Save, Saver
 from tinyllama_ds.training.stop import StopRequest
@@ -58,6 +71,7 @@ def train(
     run: Run,
     world: World,
     start: Progress,
+    guard: Guard,
     metrics: MetricsLogger | None,
     stop: StopRequest,
     heartbeat: Heartbeat,
@@ -65,13 +79,13 @@ def train(
 ) -> Progress:
     """Train from `start` to the end of the plan, or to a stop that any rank was asked for; the end is saved.
 
-    Collective; `metrics` is given on rank 0 only. Raises `BadNumbers` on all ranks; a save may be under way then.
+    Collective; `metrics` is given on rank 0 only. Raises `BadNumbers` and `Rollback` on all ranks; a save may be under
+    way then.
     """
     window = Window(PhaseClock(world.device))
     peak, _ = peak_flops(world.device, next(engine.module.parameters()).dtype)
     batches = DigestedBatches(prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES))
     progress, final = start, run.plan.total_steps
-    guard = Guard()
     if run.validation and start.step == 0:
         report_validation(engine, run, world, start, metrics)  # where the curves begin: about ln(vocabulary)
     take_over_garbage_collection()
@@ -80,17 +94,17 @@ def train(
         strike("step.begin", step.number)
         is_logged = (step.number + 1) % run.recipe.intervals.log_steps == 0 or step.number + 1 == final
         learning_rate = set_learning_rate(engine, run.schedule.ratio(step.tokens_after))
-        loss, grad_norm = train_step(engine, step, batches, run.micro_batch, world, window.clock)
-        agreed = agree(stop.is_wanted(), saver.is_due(), saver.is_busy(), loss, grad_norm, batches.take())
-        guard.check(engine, step, agreed)
+        loss = accumulate_gradients(engine, step, batches, run.micro_batch, world, window.clock)
+        agree_on = partial(agree, stop.is_wanted(), saver.is_due(), saver.is_busy(), batches.take(), loss)
+        samples = run.order.span(step.first_position, step.batch)
+        agreed, verdict = take_step(engine, step, samples, guard, agree_on, window.clock)
         chain = extend_chain(progress.chain, step.number, agreed.digest)
         progress = Progress(step.number + 1, step.first_position + step.batch, step.tokens_after, chain)
-        if not agreed.is_finite:
-            report_skip(metrics, step, progress, guard)
+        if verdict.reason:
+            report_verdict(run, metrics, progress, samples, verdict, guard)
         window.tokens += step.tokens_after - step.tokens_before
         if is_logged:
-            figures = step_figures(run, world, window, loss, grad_norm, learning_rate, progress, peak)
-            report(metrics, progress, figures)
+            report(metrics, progress, step_figures(run, world, window, agreed, learning_rate, progress, peak))
             window.restart()
         paused_at = perf_counter()
         is_last = progress.step == final or agreed.stop
@@ -100,7 +114,7 @@ def train(
         saver.advance(agreed.busy)
         if is_last or agreed.save or step.crosses(run.recipe.intervals.save_tokens):
             heartbeat.beat(progress.step, "saving")
-            saver.save(engine, progress)
+            saver.save(engine, progress, partial(take_health, engine, run, world, guard))
             if is_last:
                 saver.finish_for_good()
         elif progress.step % run.recipe.intervals.check_steps == 0:
@@ -147,7 +161,21 @@ def train_step(
     world: World,
     clock: PhaseClock,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step; returns this rank's mean loss and the global gradient norm before clipping, on the device.
+    """One optimizer step; returns this rank's mean loss and the global gradient norm before clipping, on the device."""
+    loss = accumulate_gradients(engine, step, batches, micro_batch, world, clock)
+    with clock.phase("step"):
+        return loss, apply_gradients(engine, step)
+
+
+def accumulate_gradients(
+    engine: "DeepSpeedEngine",
+    step: Step,
+    batches: Iterator[Batch],
+    micro_batch: int,
+    world: World,
+    clock: PhaseClock,
+) -> torch.Tensor:
+    """Forward and backward of all micro batches of a step; returns this rank's mean loss, on the device.
 
     Every micro batch has equally many targets, so the mean of their losses is the loss per target token.
     """
@@ -159,45 +187,70 @@ def train_step(
             tokens, *segments = (part.to(world.device, non_blocking=True) for part in next(batches))
         with clock.phase("forward"):
             loss = engine(tokens[:, :-1], tokens[:, 1:], *segments)
+            fault = strike("step.forward", step.number)
+            if fault != 1.0:
+                loss = loss * fault
         with clock.phase("backward"):
-            poison = float("nan") if strike("step.backward", step.number) else 1.0
-            engine.backward(loss * (poison / accumulation), scale_wrt_gas=False)
+            fault = strike("step.backward", step.number)
+            engine.backward(loss * (fault / accumulation), scale_wrt_gas=False)
         total += loss.detach() / accumulation
-    with clock.phase("step"):
-        strike("step.before_optimizer", step.number)
-        grad_norm = local_grad_norm(engine)
-        if grad_norm is None or torch.isfinite(grad_norm):
-            engine.step()
-        else:
-            engine.zero_grad()  # stage 0 in fp32, where DeepSpeed does not look and would apply it
-    return total, engine.get_global_grad_norm() if grad_norm is None else grad_norm
+    return total
 
 
-def local_grad_norm(engine: "DeepSpeedEngine") -> torch.Tensor | None:
-    """The norm where DeepSpeed keeps none: stage 0 in fp32, whose gradients are whole and averaged before the step."""
+def apply_gradients(engine: "DeepSpeedEngine", step: Step) -> torch.Tensor:
+    """The optimizer's step, unless the gradient is not finite; returns the global gradient norm before clipping."""
+    strike("step.before_optimizer", step.number)
     if engine.zero_optimization() or engine.bfloat16_enabled():
-        return None
-    return torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+        engine.step()
+        return engine.get_global_grad_norm()
+    grad_norm = local_gradient_norm(engine)  # stage 0 in fp32, where DeepSpeed keeps none and looks at none
+    if torch.isfinite(grad_norm):
+        engine.step()
+    else:
+        drop_gradients(engine)
+    return grad_norm
+
+
+def take_step(
+    engine: "DeepSpeedEngine",
+    step: Step,
+    samples: range,
+    guard: Guard,
+    agree_on: Callable[[torch.Tensor], Agreement],
+    clock: PhaseClock,
+) -> tuple[Agreement, Verdict]:
+    """Let the optimizer make its step if the guard does not mind. Collective; `agree_on` takes the gradient norm."""
+    if not guard.decides_first:
+        with clock.phase("step"):
+            grad_norm = apply_gradients(engine, step)
+        agreed = agree_on(grad_norm)
+        return agreed, guard.judge(engine, step.number + 1, samples, agreed)
+    with clock.phase("step"):
+        agreed = agree_on(gradient_norm(engine))
+        verdict = guard.judge(engine, step.number + 1, samples, agreed)
+        if verdict.is_applied:
+            apply_gradients(engine, step)
+        else:
+            drop_gradients(engine)
+    return agreed, verdict
 
 
 def step_figures(
     run: Run,
     world: World,
     window: Window,
-    loss: torch.Tensor,
-    grad_norm: torch.Tensor,
+    agreed: Agreement,
     learning_rate: float,
     progress: Progress,
     peak: float,
 ) -> dict[str, float]:
-    """The figures of a logged step, the loss averaged over all ranks. Collective, and the only wait for the device."""
-    global_loss = sum_over_ranks(loss.double()).item() / world.size
+    """The figures of a logged step."""
     tokens_per_second = window.tokens_per_second()
     flops = run.model.flops_per_token(run.recipe.sequence_length) * tokens_per_second
     figures = {
-        "Train/Loss": global_loss,
+        "Train/Loss": agreed.loss if agreed.is_finite else float("nan"),
         "Train/LearningRate": learning_rate,
-        "Train/GradNorm": float(grad_norm),
+        "Train/GradNorm": agreed.grad_norm if agreed.is_finite else float("inf"),
         "Speed/TokensPerSecond": tokens_per_second,
         "Speed/MFU": flops / (peak * world.size),
         "Memory/PeakGiB": memory_bytes(world.device) / 2**30,
@@ -220,17 +273,26 @@ def report(metrics: MetricsLogger | None, progress: Progress, figures: dict[str,
     )
 
 
-def report_skip(metrics: MetricsLogger | None, step: Step, progress: Progress, guard: Guard) -> None:
-    """Say which samples were trained on in vain."""
+def report_verdict(
+    run: Run, metrics: MetricsLogger | None, progress: Progress, samples: range, verdict: Verdict, guard: Guard
+) -> None:
+    """Say what was wrong with a step, and which samples it was trained on; the ledger keeps it if that was in vain."""
     if metrics is None:
         return
-    first, last = step.first_position, step.first_position + step.batch - 1
-    metrics.log(
-        progress.step,
-        progress.tokens,
-        {"Guard/SkippedSteps": guard.skipped, "Guard/FirstSample": first, "Guard/LastSample": last},
-    )
-    metrics.say(f"step {progress.step:,}: skipped, its loss or gradient was not finite (samples {first} to {last})")
+    if not verdict.is_applied:
+        with suppress(OSError):  # a full disk does not stop training; the figures and the console have it too
+            record(run.run_dir, Entry(SKIPPED, progress.step, samples[0], samples[-1], verdict.reason or ""))
+    figures = {"Guard/SkippedSteps": guard.skipped} if not verdict.is_applied else {"Guard/Spikes": guard.spikes}
+    figures |= {"Guard/FirstSample": samples[0], "Guard/LastSample": samples[-1]}
+    metrics.log(progress.step, progress.tokens, figures)
+    skipped = "" if verdict.is_applied else "skipped, "
+    metrics.say(f"step {progress.step:,}: {skipped}{verdict.reason} (samples {samples[0]} to {samples[-1]})")
+
+
+def take_health(engine: "DeepSpeedEngine", run: Run, world: World, guard: Guard) -> Health:
+    """What a checkpoint remembers of the numbers that led to it. Collective. Raises `BadNumbers` on all ranks."""
+    left_out = [[gap[0], gap[-1]] for gap in run.order.left_out]
+    return Health(guard.state(), left_out, take_probe(engine, run, world))
 
 
 def report_save(metrics: MetricsLogger | None, save: Save) -> None:

@@ -10,9 +10,27 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART, BadNumbers, Refusal
+from tinyllama_ds.errors import (
+    EXIT_FINISHED,
+    EXIT_NUMERICS,
+    EXIT_REFUSED,
+    EXIT_RESTART,
+    EXIT_ROLLBACK,
+    BadData,
+    BadNumbers,
+    Refusal,
+)
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.training.checkpoint import CHECKPOINTS, QUARANTINE, Progress, choose_checkpoint, load_checkpoint
+from tinyllama_ds.training.changes import Change
+from tinyllama_ds.training.checkpoint import (
+    CHECKPOINTS,
+    QUARANTINE,
+    Health,
+    Progress,
+    choose_checkpoint,
+    load_checkpoint,
+    read_manifest,
+)
 from tinyllama_ds.training.compilation import compile_blocks, decide_compilation
 from tinyllama_ds.training.engine import (
     World,
@@ -23,9 +41,20 @@ from tinyllama_ds.training.engine import (
     supports_fast_bf16,
     wrap,
 )
+from tinyllama_ds.training.guard import Guard, Rollback
 from tinyllama_ds.training.heartbeat import Heartbeat
+from tinyllama_ds.training.ledger import (
+    LEDGER_FILE,
+    ROLLED_BACK,
+    Entry,
+    forget_skips_after,
+    left_out,
+    read_ledger,
+    record,
+)
 from tinyllama_ds.training.loop import report_save, train
 from tinyllama_ds.training.metrics import MetricsLogger, peak_flops
+from tinyllama_ds.training.probe import check_probe
 from tinyllama_ds.training.retention import sweep_leftovers
 from tinyllama_ds.training.run import (
     STATUS_FILE,
@@ -33,6 +62,7 @@ from tinyllama_ds.training.run import (
     Run,
     check_run_directory,
     open_run_directory,
+    refuse_another_past,
     resolve_run,
     write_json,
 )
@@ -53,6 +83,9 @@ def pretrain(options: Options) -> int:
         if world.is_main:
             print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
         return EXIT_REFUSED
+    except BadData as bad:
+        print(f"tinyllama-ds: {bad}; audit the data before it goes on", file=sys.stderr, flush=True)
+        return EXIT_NUMERICS
     except BadNumbers as bad:
         if world.is_main:
             print(f"tinyllama-ds: {bad}; nothing was saved since", file=sys.stderr, flush=True)
@@ -74,30 +107,66 @@ def _pretrain(options: Options, world: World) -> int:
     start_process_group(world)
     check_with_deepspeed(run.engine_config, str(options.deepspeed_config))
     checkpoint = agree_on_checkpoint(run, world)
+    manifest = read_manifest(checkpoint) if checkpoint else None
+    start, health = (manifest.progress, manifest.health) if manifest else (Progress(0, 0, 0), Health())
+    refuse_another_past(run, start, health)
     if world.is_main:
-        open_run_directory(run)
         sweep_leftovers(run.run_dir)
     model = build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
     is_compiled, compilation = decide_compilation(run.compile, world)
     if is_compiled:
         compile_blocks(model)
     engine = wrap(model, run.engine_config, run.schedule.ratio(0))
-    start = Progress(step=0, position=0, tokens=0)
     if checkpoint is not None:
-        start = load_checkpoint(engine, checkpoint, run.description["deepspeed_config"]["zero_optimization"])
+        load_checkpoint(engine, checkpoint, run.description["deepspeed_config"]["zero_optimization"])
+        if health.probe is not None:
+            check_probe(engine, run, world, health.probe, str(checkpoint))
+    if world.is_main:
+        tell_changes(open_run_directory(run, start.step), run.allow_change)
+        forget_skips_after(run.run_dir, start.step)
+    guard = Guard(run.recipe.guard, health.guard, rollbacks=len(left_out(read_ledger(run.run_dir))))
     metrics = _open_metrics(run, world, start, engine, compilation) if world.is_main else None
     saver = Saver(run, world, on_end=lambda save: report_save(metrics, save))
     try:
-        progress = train(engine, run, world, start, metrics, StopRequest(run.run_dir), heartbeat, saver)
+        progress = train(engine, run, world, start, guard, metrics, StopRequest(run.run_dir), heartbeat, saver)
     except BadNumbers:
         saver.finish()  # what was copied before was good
         raise
+    except Rollback as rollback:
+        saver.finish()
+        if metrics is not None:
+            metrics.close()
+        return roll_back(run, world, rollback)
     is_finished = progress.step == run.plan.total_steps
     if metrics is not None:
         metrics.close()
         write_status(run.run_dir, "finished" if is_finished else "stopped", progress)
     torch.distributed.destroy_process_group()
     return EXIT_FINISHED if is_finished else EXIT_RESTART
+
+
+def tell_changes(changes: list[Change], allowed: tuple[str, ...]) -> None:
+    """Say on the console what was allowed to change since the run last started, and which packages did."""
+    packages = [change for change in changes if change.is_below("versions")]
+    if packages:
+        pairs = [f"{change.key.removeprefix('versions.')} {change.there} -> {change.now}" for change in packages]
+        print(f"tinyllama-ds: warning: other packages than at the last start: {', '.join(pairs)}", file=sys.stderr)
+    for change in changes:
+        if any(change.is_below(key) for key in allowed):
+            print(f"tinyllama-ds: allowed change: {change}", file=sys.stderr)
+    sys.stderr.flush()
+
+
+def roll_back(run: Run, world: World, rollback: Rollback) -> int:
+    """Note in the ledger what the next process leaves out, and ask for it by the exit code. Collective."""
+    if world.is_main:
+        first, last = rollback.samples[0], rollback.samples[-1]
+        record(run.run_dir, Entry(ROLLED_BACK, rollback.step, first, last, rollback.reason))
+        write_json(run.run_dir / STATUS_FILE, {"state": ROLLED_BACK, "step": rollback.step})
+        print(f"tinyllama-ds: rolled back at {rollback}", file=sys.stderr, flush=True)
+    gather_from_ranks(None)  # no rank leaves before it is written: its exit code would end rank 0
+    torch.distributed.destroy_process_group()
+    return EXIT_ROLLBACK
 
 
 def agree_on_checkpoint(run: Run, world: World) -> Path | None:
@@ -114,6 +183,9 @@ def agree_on_checkpoint(run: Run, world: World) -> Path | None:
     answer = gather_from_ranks(answer)[0]
     if "refusal" in answer:
         raise Refusal(answer["refusal"])
+    ledgers = gather_from_ranks([[gap.start, gap.stop] for gap in run.order.left_out])
+    if any(ledger != ledgers[0] for ledger in ledgers):
+        raise OSError(f"{run.run_dir / LEDGER_FILE}: the ranks read different ledgers; expected storage that all share")
     return run.run_dir / CHECKPOINTS / answer["name"] if answer["name"] else None
 
 
@@ -139,6 +211,8 @@ def _open_metrics(
     if start.step:
         metrics.say(f"resumed at step {start.step:,} ({start.tokens:,} tokens)")
     write_status(run.run_dir, "running", start)
+    for gap in run.order.left_out:
+        metrics.say(f"samples {gap[0]} to {gap[-1]} are left out ({LEDGER_FILE})")
     return metrics
 
 

@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +33,9 @@ from tinyllama_ds.model.attention import resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
 from tinyllama_ds.plan import RunPlan, micro_batch_of
 from tinyllama_ds.recipe import Recipe, load_recipe
-from tinyllama_ds.training.checkpoint import find_checkpoints
+from tinyllama_ds.training.changes import ABSENT, Change, changes_between, refuse_changes
+from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints
+from tinyllama_ds.training.ledger import LEDGER_FILE, left_out, read_ledger
 from tinyllama_ds.training.schedule import ConstantSchedule, CosineSchedule, Schedule
 from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_little_room
 
@@ -49,6 +52,7 @@ _FREE = {  # may change from start to start
         "tensorboard",
     ),
 }
+_HISTORY = "history"  # in run.json: every change from start to start
 _PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "flash-attn")
 
 
@@ -64,6 +68,7 @@ class Options:
     attention: str = "auto"
     compile: str = "auto"
     activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
+    allow_change: tuple[str, ...] = ()  # keys of what may differ from the run that the directory holds
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ class Run:
     tokenizer: Path
     run_dir: Path
     resume: str
-    description: dict  # what run.json holds
+    allow_change: tuple[str, ...]
+    description: dict  # what run.json holds, but for its history
 
 
 def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool) -> Run:
@@ -115,6 +121,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         recipe.seed,
         {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
         [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
+        left_out(read_ledger(options.run_dir)),
     )
     description = _settings(options, recipe, plan, model, world_size) | {
         "deepspeed_config": resolved,
@@ -139,6 +146,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         tokenizer=options.data / TOKENIZER_FILE,
         run_dir=options.run_dir,
         resume=options.resume,
+        allow_change=options.allow_change,
         description=description,
     )
 
@@ -260,12 +268,8 @@ def check_run_directory(run: Run) -> Path | None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise Refusal(f"{parent}: cannot be written; expected a directory that this user may write")
     if path.exists():
-        held = json.loads(path.read_text())
-        wanted = json.loads(json.dumps(run.description))
-        for key in _IDENTITY:
-            difference = _first_difference(held.get(key), wanted[key], key, _FREE.get(key, ()))
-            if difference:
-                raise Refusal(f"{path}: holds another run: {difference}; choose another --run-dir")
+        there, now = _identity_of(_held_description(path)), _identity_of(json.loads(json.dumps(run.description)))
+        refuse_changes(list(changes_between(there, now)), run.allow_change, path)
         if run.resume == "never":
             raise Refusal(f"{path}: already holds this run, and --resume never was given; choose another --run-dir")
     elif checkpoints:
@@ -282,21 +286,56 @@ def _need_of_checkpoint(run: Run) -> Need:
     return checkpoint_need(run.model.num_parameters, stage, bf16, run.description["world_size"])
 
 
-def _first_difference(held: object, wanted: object, place: str, free: tuple[str, ...] = ()) -> str | None:
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        for key in sorted((held.keys() | wanted.keys()) - set(free)):
-            difference = _first_difference(held.get(key), wanted.get(key), f"{place}.{key}")
-            if difference:
-                return difference
-        return None
-    return None if held == wanted else f"{place} is {held} there and {wanted} now"
+def _held_description(path: Path) -> dict:
+    """What run.json said when the run last started, without its history."""
+    held = json.loads(path.read_text())
+    return {key: value for key, value in held.items() if key != _HISTORY}
 
 
-def open_run_directory(run: Run) -> None:
-    """Create the directory with run.json and the tokenizer. Called by one rank, after every check has passed."""
+def _identity_of(description: dict) -> dict:
+    """The part of a description that decides the result of the run."""
+    identity = {key: description.get(key, ABSENT) for key in _IDENTITY}
+    for key, free in _FREE.items():
+        if isinstance(identity[key], dict):
+            identity[key] = {name: value for name, value in identity[key].items() if name not in free}
+    return identity
+
+
+def refuse_another_past(run: Run, start: Progress, health: Health) -> None:
+    """A checkpoint must end where the plan's step ends, and have left out before that what the ledger says."""
+    planned = run.plan.end_of(start.step)
+    if planned != (start.position, start.tokens):
+        raise Refusal(
+            f"{run.run_dir}: the first {start.step} steps are {planned[0]} samples of {planned[1]} tokens now, but the"
+            f" checkpoint has behind it {start.position} samples of {start.tokens}; choose another --run-dir"
+        )
+    end = run.order.span(0, start.position).stop if start.position else 0
+    now = [[gap[0], gap[-1]] for gap in run.order.left_out if gap.start < end]
+    then = [gap for gap in health.left_out if gap[0] < end]
+    if now != then:
+        raise Refusal(
+            f"{run.run_dir / LEDGER_FILE}: leaves out the samples {now} of the first {end}, but the checkpoint of step"
+            f" {start.step} was made without {then}; expected the ledger that belongs to it"
+        )
+
+
+def open_run_directory(run: Run, step: int = 0) -> list[Change]:
+    """Create the directory with run.json and the tokenizer. Called by one rank, after every check has passed.
+
+    Returns what has changed since the run last started; run.json's history keeps it, with the step to go on from.
+    """
+    path = run.run_dir / RUN_FILE
     run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
     shutil.copyfile(run.tokenizer, run.run_dir / TOKENIZER_FILE)
-    write_json(run.run_dir / RUN_FILE, run.description)
+    changes, history = [], []
+    if path.exists():
+        changes = list(changes_between(_held_description(path), json.loads(json.dumps(run.description))))
+        history = json.loads(path.read_text()).get(_HISTORY, [])
+    if changes:
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        history = [*history, {"time": time, "step": step, "changes": [asdict(change) for change in changes]}]
+    write_json(path, run.description | {_HISTORY: history})
+    return changes
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -31,6 +31,7 @@ from tinyllama_ds.training.checkpoint import (
     MANIFEST_FILE,
     CheckpointManifest,
     File,
+    Health,
     Progress,
     checkpoint_name,
 )
@@ -89,8 +90,8 @@ class Saver:
         """Whether this rank still has something to do for a save."""
         return self._flight is not None and self._flight.work.is_alive()
 
-    def save(self, engine: "DeepSpeedEngine", progress: Progress) -> None:
-        """Collective. Begin a save, after the end of the one before.
+    def save(self, engine: "DeepSpeedEngine", progress: Progress, health: Callable[[], Health]) -> None:
+        """Collective. Begin a save, after the end of the one before; `health` is called for what goes with it.
 
         Raises `BadNumbers` on all ranks, and saves nothing, where a weight is not finite or differs between ranks.
         """
@@ -101,7 +102,7 @@ class Saver:
         final = self._run.run_dir / CHECKPOINTS / checkpoint_name(progress.step)
         partial = final.with_name(f".{final.name}.partial")
         save = Save(progress, started)
-        manifest = self._describe(engine, progress)
+        manifest = self._describe(engine, progress, health())
         save.failures = _failures_of_all(_attempt(lambda: self._make_room(partial, manifest), self._world.is_main))
         if save.failures:
             self._end(save)
@@ -138,11 +139,11 @@ class Saver:
         if self._last_failures:
             raise OSError(f"the last save failed: {'; '.join(self._last_failures)}")
 
-    def _describe(self, engine: "DeepSpeedEngine", progress: Progress) -> CheckpointManifest:
+    def _describe(self, engine: "DeepSpeedEngine", progress: Progress, health: Health) -> CheckpointManifest:
         dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
         stage = engine.zero_optimization_stage()
         model = self._run.model.to_dict()
-        return CheckpointManifest(progress, self._world.size, stage, dtype, model, self._run.description, files={})
+        return CheckpointManifest(progress, self._world.size, stage, dtype, model, self._run.description, {}, health)
 
     def _make_room(self, partial: Path, manifest: CheckpointManifest) -> None:
         """Make an empty folder; raises OSError where the file system cannot take another checkpoint."""

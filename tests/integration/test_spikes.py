@@ -1,0 +1,167 @@
+"""Spikes of the loss, made on purpose: logged, skipped on every rank, or rolled back and left out for good."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from launching import Finished, pretrain, read_series, run, write_deepspeed_config, write_recipe
+from test_resume import tensors_of
+
+from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED
+from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
+from tinyllama_ds.training.faults import FAULT_VARIABLE
+from tinyllama_ds.training.ledger import LEDGER_FILE
+
+STEPS, SAVE_EVERY, WINDOW, SPIKED = 12, 4, 4, 9
+SPIKE = f"step.forward:1:{SPIKED}:spike"  # step 10 for people; one micro batch of rank 1 scaled by 50
+slow = pytest.mark.all_faults
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How to start small runs that differ in their policy only."""
+
+    root: Path
+    data: Path
+
+    def start(self, name: str, policy: str, stage: int = 3, ranks: int = 2, config: dict | None = None) -> Finished:
+        recipe = write_recipe(self.root / f"{policy}.toml", STEPS, save_every=SAVE_EVERY)
+        settings = (
+            f'[guard]\nspike_policy = "{policy}"\nspike_window = {WINDOW}\nspike_sigmas = 100\nmax_rollbacks = 2\n'
+        )
+        recipe.write_text(recipe.read_text() + "keep_last = 10\n" + settings)
+        config = write_deepspeed_config(self.root / f"{name}.json", stage, micro_batch=2, **(config or {}))
+        return pretrain(recipe, config, self.data, self.root / name, ranks)
+
+    def assert_same_end(self, name: str, other: str, rounding: float = 0.0) -> None:
+        ends = [find_checkpoints(self.root / run)[-1] for run in (name, other)]
+        first, second = (read_manifest(end) for end in ends)
+        assert first.progress == second.progress, "the same samples in every step"
+        assert first.health.left_out == second.health.left_out
+        for figure, values in first.health.guard["window"].items():
+            assert values == pytest.approx(second.health.guard["window"][figure], rel=rounding, abs=0.0)
+        tensors, others = map(tensors_of, ends)
+        assert len(tensors) > 10
+        assert [place for place in tensors if not torch.equal(tensors[place], others[place])] == []
+
+    def ledger(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.root / name / LEDGER_FILE).read_text().splitlines()]
+
+
+@pytest.fixture
+def setup(data_dir: Path, tmp_path: Path) -> Setup:
+    return Setup(tmp_path, data_dir)
+
+
+@slow
+def test_log_says_which_samples_and_goes_on(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAULT_VARIABLE, SPIKE)
+    finished = setup.start("run", "log")
+    assert finished.returncode == 0, finished.stderr
+    assert "step 10: spike of the loss " in finished.stdout
+    assert "(samples 72 to 79)" in finished.stdout
+    assert read_series(setup.root / "run", "Guard/Spikes") == [1]
+    assert not (setup.root / "run" / LEDGER_FILE).exists()
+
+
+BF16 = {"bf16": {"enabled": True}}
+FP32_SUMS = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
+LAYOUTS = [(0, {}), (0, BF16), (1, {}), (1, BF16), (1, FP32_SUMS), (2, {}), (2, FP32_SUMS), (3, {})]
+
+
+def rounding_of_norm(stage: int, config: dict) -> float:
+    """How far DeepSpeed's norm in a step is from the one before it: at stage 0 in bf16 it adds up in bf16."""
+    return 1e-2 if (stage, config) == (0, BF16) else 0.0
+
+
+@pytest.mark.parametrize(("stage", "config"), [(3, BF16), *(pytest.param(*layout, marks=slow) for layout in LAYOUTS)])
+def test_a_skipped_spike_is_as_if_its_gradient_had_been_thrown_away(
+    stage: int, config: dict, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is a run whose gradient at that step is not finite, which DeepSpeed's own check throws away."""
+    monkeypatch.setenv(FAULT_VARIABLE, SPIKE)
+    skipped = setup.start("skipped", "skip", stage, config=config)
+    assert skipped.returncode == 0, skipped.stderr
+    assert "step 10: skipped, spike of the loss " in skipped.stdout
+    assert read_series(setup.root / "skipped", "Guard/SkippedSteps") == [1]
+    (entry,) = setup.ledger("skipped")
+    assert (entry["event"], entry["step"], entry["first_sample"], entry["last_sample"]) == ("skipped", 10, 72, 79)
+    monkeypatch.setenv(FAULT_VARIABLE, SPIKE.replace("forward", "backward").replace("spike", "poison"))
+    poisoned = setup.start("poisoned", "log", stage, config=config)
+    assert poisoned.returncode == 0, poisoned.stderr
+    setup.assert_same_end("skipped", "poisoned", rounding_of_norm(stage, config))
+
+
+@pytest.mark.parametrize(("stage", "config"), [(3, BF16), *(pytest.param(*layout, marks=slow) for layout in LAYOUTS)])
+def test_the_norm_before_a_step_is_deepspeeds_own(stage: int, config: dict, data_dir: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "small.toml", 6, save_every=6)
+    path = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=2, **config)
+    script = Path(__file__).with_name("norm_before_step.py")
+    finished = run([sys.executable, *map(str, (script, recipe, path, data_dir, tmp_path / "run"))])
+    assert finished.returncode == 0, finished.stderr
+    norms = json.loads(finished.stdout.splitlines()[-1])
+    assert len(norms) == 5
+    rounding = rounding_of_norm(stage, config)
+    assert [before for before, _ in norms] == pytest.approx([after for _, after in norms], rel=rounding, abs=0.0)
+
+
+def test_a_rollback_leaves_out_exactly_the_samples_of_the_spike(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And equals a run, on other machines too, that never stopped and had the same ledger from the start."""
+    monkeypatch.setenv(FAULT_VARIABLE, SPIKE)
+    finished = setup.start("run", "rollback")
+    assert finished.returncode == 0, finished.stderr
+    assert "rolled back at step 10: spike of the loss " in finished.stderr
+    assert "going back to checkpoint 8, without the samples of the spike" in finished.stderr
+    assert "resumed at step 8" in finished.stdout
+    assert "samples 72 to 79 are left out" in finished.stdout
+    (entry,) = setup.ledger("run")
+    assert (entry["event"], entry["step"], entry["first_sample"], entry["last_sample"]) == ("rolled back", 10, 72, 79)
+    monkeypatch.delenv(FAULT_VARIABLE)
+    (setup.root / "whole").mkdir()
+    (setup.root / "whole" / LEDGER_FILE).write_bytes((setup.root / "run" / LEDGER_FILE).read_bytes())
+    whole = setup.start("whole", "rollback")
+    assert whole.returncode == 0, whole.stderr
+    setup.assert_same_end("run", "whole")
+
+
+@slow
+def test_two_rollbacks_and_then_a_resume_from_before_them(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples that take the place of the first ones spike too. On one rank afterwards: the same samples."""
+    monkeypatch.setenv(FAULT_VARIABLE, f"{SPIKE}:1")
+    finished = setup.start("run", "rollback")
+    assert finished.returncode == 0, finished.stderr
+    assert [(entry["first_sample"], entry["last_sample"]) for entry in setup.ledger("run")] == [(72, 79), (80, 87)]
+    assert "samples 72 to 87 are left out" in finished.stdout
+    monkeypatch.delenv(FAULT_VARIABLE)
+    shutil.copytree(setup.root / "run", setup.root / "again")
+    for checkpoint in find_checkpoints(setup.root / "again")[1:]:
+        shutil.rmtree(checkpoint)
+    shutil.copytree(setup.root / "again", setup.root / "elastic")
+    assert setup.start("again", "rollback").returncode == 0
+    setup.assert_same_end("run", "again")
+    assert setup.start("elastic", "rollback", ranks=1).returncode == 0
+    ends = [read_manifest(find_checkpoints(setup.root / name)[-1]).progress for name in ("run", "elastic")]
+    assert ends[0] == ends[1]
+
+
+@slow
+def test_rollbacks_are_counted_over_the_whole_run(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAULT_VARIABLE, f"{SPIKE}:always")
+    finished = setup.start("run", "rollback")
+    assert finished.returncode == EXIT_NUMERICS, finished.stderr
+    assert "and the run has used up its 2 rollbacks" in finished.stderr
+    assert len(setup.ledger("run")) == 2
+
+
+@slow
+def test_a_checkpoint_without_its_ledger_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAULT_VARIABLE, SPIKE)
+    assert setup.start("run", "rollback").returncode == 0
+    (setup.root / "run" / LEDGER_FILE).unlink()
+    finished = setup.start("run", "rollback")
+    assert finished.returncode == EXIT_REFUSED
+    assert "leaves out the samples [] of the first 96, but the checkpoint of step 12" in finished.stderr

@@ -1,0 +1,41 @@
+"""A probe: one sample, and the loss that a model had on it. The same weights give it again, whatever carried them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Relative difference of the loss when the same weights are computed with in another way: another number of threads,
+# another kernel, another chip, or fp32 instead of bf16.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is stored with weights, to know them again."""
+
+    tokens: list[int]  # T + 1
+    segments: list[int] | None  # T, which document each input token belongs to; with a document mask
+    loss: float
+    dtype: str  # of the weights in the forward pass
+    circumstances: dict  # under equal ones the loss is the same to the last bit
+
+
+@torch.no_grad()
+def probe_loss(
+    score: Callable[..., Tensor], tokens: list[int], segments: list[int] | None, rows: int, device: torch.device
+) -> float:
+    """The mean loss that `score`, a decoder, has on the probe's sample, repeated to fill a batch of `rows`.
+
+    So a probe has the shape of a training batch, and compiled blocks and kernels need no second one.
+    """
+    batch = torch.tensor([tokens], device=device).repeat(rows, 1)  # (B, T + 1)
+    parts = [] if segments is None else [torch.tensor([segments], device=device, dtype=torch.int32).repeat(rows, 1)]
+    return score(batch[:, :-1], batch[:, 1:], *parts).item()
+
+
+def loss_difference(probe: Probe, loss: float) -> float:
+    """How far a loss is from the probe's, relative to it; infinite where it is not finite."""
+    relative = abs(loss - probe.loss) / max(abs(probe.loss), 1e-12)
+    return relative if relative == relative else float("inf")

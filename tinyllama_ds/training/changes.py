@@ -1,0 +1,66 @@
+"""What differs between the run that a directory holds and the one that is asked for, and what of it is allowed."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllama_ds.errors import Refusal
+
+ABSENT = "absent"
+_FIXED = ("model", "order_version")  # no checkpoint can be continued with others
+_WIDTH = 80  # of a printed value
+_MOST = 20  # printed changes
+
+
+@dataclass(frozen=True)
+class Change:
+    """One value that is another one now. The key is what `--allow-change` takes."""
+
+    key: str
+    there: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} is {_short(self.there)} there and {_short(self.now)} now"
+
+    def is_below(self, key: str) -> bool:
+        """Whether a key names this value or a table that it is in."""
+        return f"{self.key}.".startswith(f"{key}.")
+
+
+def _short(value: Any) -> str:
+    text = ABSENT if value == ABSENT else json.dumps(value)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
+
+
+def changes_between(there: Any, now: Any, key: str = "") -> Iterator[Change]:
+    """All leaves of two JSON values that differ, each under its dotted key; entries of lists are keyed by number."""
+    if isinstance(there, list) and isinstance(now, list) and len(there) == len(now):
+        there, now = ({str(number): entry for number, entry in enumerate(entries)} for entries in (there, now))
+    if isinstance(there, dict) and isinstance(now, dict):
+        for name in sorted(there.keys() | now.keys()):
+            inner = f"{key}.{name}" if key else name
+            yield from changes_between(there.get(name, ABSENT), now.get(name, ABSENT), inner)
+    elif there != now:
+        yield Change(key, there, now)
+
+
+def refuse_changes(changes: Sequence[Change], allowed: Sequence[str], path: Path) -> None:
+    """Raises `Refusal` with every change that is not allowed by its name or by the name of a table around it."""
+    fixed = [change for change in changes if any(change.is_below(key) for key in _FIXED)]
+    if fixed:
+        raise Refusal(f"{path}: holds another run: {_list(fixed)}; no run can change that, choose another --run-dir")
+    refused = [change for change in changes if not any(change.is_below(key) for key in allowed)]
+    if refused:
+        names = dict.fromkeys("data" if change.is_below("data") else change.key for change in refused)
+        raise Refusal(
+            f"{path}: holds another run: {_list(refused)}; choose another --run-dir, or go on all the same with"
+            f" {' '.join(f'--allow-change {name}' for name in names)}"
+        )
+
+
+def _list(changes: Sequence[Change]) -> str:
+    more = len(changes) - _MOST
+    return "; ".join(map(str, changes[:_MOST])) + (f"; and {more} more" if more > 0 else "")

@@ -1,0 +1,82 @@
+"""The ledger of a run: which samples it passed over, and why. `ledger.jsonl`, one JSON object per line.
+
+`skipped`      a step whose gradient was thrown away: its samples were read in vain
+`rolled back`  samples that are left out of the order for good, because a step on them was followed by a spike
+
+Every change replaces the file as a whole, so that a crash leaves the old one or the new one.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tinyllama_ds.errors import Refusal
+
+LEDGER_FILE = "ledger.jsonl"
+SKIPPED, ROLLED_BACK = "skipped", "rolled back"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line. Samples are ordinals: their numbers in the run's order when nothing is left out."""
+
+    event: str
+    step: int  # counted from 1, as in the figures
+    first_sample: int
+    last_sample: int
+    reason: str
+
+    @property
+    def samples(self) -> range:
+        return range(self.first_sample, self.last_sample + 1)
+
+
+def read_ledger(run_dir: Path) -> list[Entry]:
+    """All entries, oldest first; none where there is no ledger. Raises `Refusal` for a line that is no entry."""
+    path = run_dir / LEDGER_FILE
+    if not path.exists():
+        return []
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = Entry(**json.loads(line))
+            if entry.event not in (SKIPPED, ROLLED_BACK) or not 0 <= entry.first_sample <= entry.last_sample:
+                raise ValueError(f"{entry.event!r} of samples {entry.first_sample} to {entry.last_sample}")
+        except (ValueError, TypeError) as error:
+            raise Refusal(f"{path}:{number}: not an entry of a run's ledger ({error})") from error
+        entries.append(entry)
+    return entries
+
+
+def left_out(entries: list[Entry]) -> list[range]:
+    """The samples that the run never trains on."""
+    return [entry.samples for entry in entries if entry.event == ROLLED_BACK]
+
+
+def record(run_dir: Path, entry: Entry) -> None:
+    """Add an entry; it is on the disk when this returns. Called by one rank."""
+    _write(run_dir, [*read_ledger(run_dir), entry])
+
+
+def forget_skips_after(run_dir: Path, step: int) -> None:
+    """Drop what was noted of steps that a resumed run will do again. Called by one rank."""
+    entries = read_ledger(run_dir)
+    kept = [entry for entry in entries if entry.event == ROLLED_BACK or entry.step <= step]
+    if kept != entries:
+        _write(run_dir, kept)
+
+
+def _write(run_dir: Path, entries: list[Entry]) -> None:
+    path = run_dir / LEDGER_FILE
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
