@@ -129,7 +129,7 @@ def is_plain_dataclass(node: ast.ClassDef) -> bool:
 
 
 def test_nothing_depends_on_the_clock_on_the_wall() -> None:
-    """It jumps, and differs between hosts; only what TensorBoard and a log print has a date."""
+    """It jumps, and differs between hosts; only what people read has a date, as TensorBoard and run.json's history."""
     wall_clocks = ("time.time()", "datetime.now", "datetime.utcnow", "create_time", "localtime", "strftime", "getmtime")
-    found = [f"{path}: {clock}" for path in FILES for clock in wall_clocks if clock in path.read_text()]
-    assert found == []
+    found = [f"{path.name}: {clock}" for path in FILES for clock in wall_clocks if clock in path.read_text()]
+    assert found == ["run.py: datetime.now"]

@@ -9,7 +9,7 @@ from tinyllama_ds.errors import BadNumbers
 from tinyllama_ds.recipe import GuardSettings
 from tinyllama_ds.training.guard import MAX_SKIPS_IN_A_ROW, Agreement, Guard, Rollback
 
-GOOD = Agreement(stop=False, save=False, is_finite=True, digest=0, loss=2.5, grad_norm=1.0)
+GOOD = Agreement(stop=False, save=False, busy=False, is_finite=True, digest=0, loss=2.5, grad_norm=1.0)
 SPIKE, BAD = replace(GOOD, loss=9.0), replace(GOOD, is_finite=False, loss=0.0)
 SAMPLES = range(24, 32)
 ENGINE = SimpleNamespace(zero_optimization=lambda: True, was_step_applied=lambda: False)
