@@ -14,7 +14,7 @@ from tinyllama_ds.data.order import rank_positions
 from tinyllama_ds.evaluation.validation import perplexity, validation_losses
 from tinyllama_ds.plan import Step
 from tinyllama_ds.training.checkpoint import Progress
-from tinyllama_ds.training.engine import World, set_learning_rate, sum_over_ranks
+from tinyllama_ds.training.engine import set_learning_rate, sum_over_ranks
 from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import (
     Batch,
@@ -29,6 +29,7 @@ from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, memory_byte
 from tinyllama_ds.training.run import Run
 from tinyllama_ds.training.saving import Saver
 from tinyllama_ds.training.stop import StopRequest
+from tinyllama_ds.training.world import World
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

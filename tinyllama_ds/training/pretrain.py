@@ -14,11 +14,9 @@ from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.training.checkpoint import CHECKPOINTS, QUARANTINE, Progress, choose_checkpoint, load_checkpoint
 from tinyllama_ds.training.engine import (
-    World,
     check_with_deepspeed,
     compile_blocks,
     gather_from_ranks,
-    read_world,
     start_process_group,
     supports_fast_bf16,
     wrap,
@@ -37,6 +35,7 @@ from tinyllama_ds.training.run import (
 )
 from tinyllama_ds.training.saving import sweep_leftovers
 from tinyllama_ds.training.stop import StopRequest
+from tinyllama_ds.training.world import World, read_world
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -44,27 +43,34 @@ if TYPE_CHECKING:
 
 def pretrain(options: Options) -> int:
     """Train until the plan is complete; returns the exit code. A refusal is printed once, by rank 0."""
-    world = read_world()
     try:
-        return _pretrain(options, world)
+        world = read_world()
+    except Refusal as refusal:
+        print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
+        return EXIT_REFUSED
+    heartbeat = Heartbeat(world.rank)
+    try:
+        code = _pretrain(options, world, heartbeat)
     except Refusal as refusal:
         if world.is_main:
             print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
-        return EXIT_REFUSED
+        code = EXIT_REFUSED
     except BadNumbers as bad:
         if world.is_main:
             print(f"tinyllama-ds: {bad}; nothing was saved since", file=sys.stderr, flush=True)
-        return EXIT_NUMERICS
-    except BaseException:
+        code = EXIT_NUMERICS
+    except BaseException as error:
+        heartbeat.fail(error)
         # The other ranks wait in a collective for this one: leave at once, so that the launcher can end them.
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+    heartbeat.farewell(code)
+    return code
 
 
-def _pretrain(options: Options, world: World) -> int:
+def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    heartbeat = Heartbeat(world.rank)
     heartbeat.beat(0, "starting")
     run = resolve_run(options, world.size, world.device.type, supports_fast_bf16(world.device))
     check_run_directory(run)

@@ -31,13 +31,14 @@ from tinyllama_ds.training.checkpoint import (
     find_checkpoints,
     read_manifest,
 )
-from tinyllama_ds.training.engine import World, gather_from_ranks
+from tinyllama_ds.training.engine import gather_from_ranks
 from tinyllama_ds.training.faults import strike
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from tinyllama_ds.training.run import Run
+from tinyllama_ds.training.world import World
 
 _LEFTOVER = re.compile(r"\.(step_\d{8,}\.(partial|whole)|trash-step_\d{8,})")
 
