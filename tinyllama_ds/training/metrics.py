@@ -2,7 +2,6 @@
 
 import json
 import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -96,7 +95,15 @@ def memory_bytes(device: torch.device) -> int:
 class MetricsLogger:
     """Takes one dict of figures per logged step and hands it to every sink. x is the optimizer step, counted from 1."""
 
-    def __init__(self, run_dir: Path, monitors: dict, total_steps: int, start: Progress, config_text: str) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        monitors: dict,
+        total_steps: int,
+        start: Progress,
+        config_text: str,
+        is_terminal: bool = False,
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_FILE
         self._forget_after(start.step)
@@ -116,7 +123,7 @@ class MetricsLogger:
             desc="pretrain",
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants lines, not frames
+            mininterval=1 if is_terminal else 10,  # a log file wants lines, not frames
         )
 
     def log(self, step: int, tokens: int, figures: dict[str, float]) -> None:

@@ -22,6 +22,7 @@ from tinyllama_ds.training.engine import (
     wrap,
 )
 from tinyllama_ds.training.heartbeat import Heartbeat
+from tinyllama_ds.training.logs import log_to
 from tinyllama_ds.training.loop import train
 from tinyllama_ds.training.metrics import MetricsLogger, peak_flops
 from tinyllama_ds.training.run import (
@@ -75,6 +76,7 @@ def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
     run = resolve_run(options, world.size, world.device.type, supports_fast_bf16(world.device))
     check_run_directory(run)
     os.umask(0o027)  # what others could write would not be loaded again
+    is_terminal = log_to(run.run_dir, world.rank)
     start_process_group(world)
     check_with_deepspeed(run.engine_config, str(options.deepspeed_config))
     checkpoint = agree_on_checkpoint(run, world)
@@ -88,7 +90,7 @@ def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
     start = Progress(step=0, position=0, tokens=0)
     if checkpoint is not None:
         start = load_checkpoint(engine, checkpoint, run.description["deepspeed_config"]["zero_optimization"])
-    metrics = _open_metrics(run, world, start, engine) if world.is_main else None
+    metrics = _open_metrics(run, world, start, engine, is_terminal) if world.is_main else None
     progress = train(engine, run, world, start, metrics, StopRequest(run.run_dir), heartbeat)
     is_finished = progress.step == run.plan.total_steps
     if metrics is not None:
@@ -116,9 +118,11 @@ def agree_on_checkpoint(run: Run, world: World) -> Path | None:
     return run.run_dir / CHECKPOINTS / answer["name"] if answer["name"] else None
 
 
-def _open_metrics(run: Run, world: World, start: Progress, engine: "DeepSpeedEngine") -> MetricsLogger:
+def _open_metrics(
+    run: Run, world: World, start: Progress, engine: "DeepSpeedEngine", is_terminal: bool
+) -> MetricsLogger:
     metrics = MetricsLogger(
-        run.run_dir, run.monitors, run.plan.total_steps, start, json.dumps(run.description, indent=1)
+        run.run_dir, run.monitors, run.plan.total_steps, start, json.dumps(run.description, indent=1), is_terminal
     )
     dtype = next(engine.module.parameters()).dtype
     peak, origin = peak_flops(world.device, dtype)
