@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +128,15 @@ class Host:
 
     def stop_sshd(self) -> None:
         """Nobody can log in any more."""
-        for process in psutil.process_iter(["cmdline"]):
-            if f"PidFile={self.root}/{self.name}.pid" in " ".join(process.info["cmdline"] or []):
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+        self._sshd().kill()
+
+    def hang_sshd(self) -> None:
+        """The port is open and nobody speaks, as on a host whose disk hangs."""
+        self._sshd().suspend()
+
+    def _sshd(self) -> psutil.Process:
+        mark = f"PidFile={self.root}/{self.name}.pid"
+        return next(p for p in psutil.process_iter(["cmdline"]) if mark in " ".join(p.info["cmdline"] or []))
 
     def _environment(self) -> dict[str, str]:
         return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -155,7 +160,9 @@ def start_hosts(count: int, root: Path) -> Iterator[list[Host]]:
         hosts = []
         for number in range(1, count + 1):
             keepers.append(_keep("--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"))
-            hosts.append(_plug_in(number, _init_of(keepers[-1].pid), switch, root))
+            init = _init_of(keepers[-1].pid)
+            assert init is not None
+            hosts.append(_plug_in(number, init, switch, root))
         yield hosts
     finally:
         for keeper in reversed(keepers):
@@ -180,17 +187,28 @@ def _write_ssh_files(root: Path, count: int) -> None:
 def _keep(*namespaces: str) -> subprocess.Popen:
     """A process that keeps namespaces alive, and reaps what is orphaned in them."""
     forever = "while :; do sleep 86400 & wait $!; done"
-    return subprocess.Popen(
+    keeper = subprocess.Popen(
         ["unshare", *namespaces, "bash", "-c", forever], start_new_session=True, stdin=subprocess.DEVNULL
     )
+    _wait_for(lambda: _init_of(keeper.pid) is not None)
+    return keeper
 
 
-def _init_of(unshare: int) -> int:
+def _init_of(unshare: int) -> int | None:
+    """The process in the new namespaces, once it is there: unshare has become bash, or started it."""
+    process = psutil.Process(unshare)
+    for candidate in (process, *process.children()):
+        with suppress(psutil.NoSuchProcess):
+            if candidate.cmdline()[:1] == ["bash"]:
+                return candidate.pid
+    return None
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while not (children := psutil.Process(unshare).children()):
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return children[0].pid
 
 
 def _plug_in(number: int, init: int, switch: list[str], root: Path) -> Host:
@@ -211,6 +229,7 @@ def _plug_in(number: int, init: int, switch: list[str], root: Path) -> Host:
         sshd,
     ):
         _do(host.command(*command))
+    _wait_for((root / f"{host.name}.pid").exists)  # sshd is a daemon before it listens
     return host
 
 

@@ -220,7 +220,9 @@ def describe_launch(placement: Placement, arguments: list[str], directory: Path)
         lines.append(f"mkdir -m 700 {shlex.quote(str(directory))}")
         for name, content in launch_files(placement, environment).items():
             lines += [f"cat >{shlex.quote(str(directory / name))} <<'END'", _masked(content).rstrip("\n"), "END"]
-    settings = [f"{name}={shlex.quote(value)}" for name, value in runner.items()]
+    hidden = environment.keys() - without_secrets(environment, placement.forward).keys() if runner else ()
+    unset = ["env", *(part for name in sorted(hidden) for part in ("-u", name))] if hidden else []
+    settings = [*unset, *(f"{name}={shlex.quote(value)}" for name, value in runner.items())]
     return "\n".join(
         [*lines, " ".join([*settings, shlex.join(launcher_command(placement, arguments, directory=directory))])]
     )

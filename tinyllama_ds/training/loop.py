@@ -26,6 +26,7 @@ from tinyllama_ds.training.guard import (
 )
 from tinyllama_ds.training.heartbeat import Heartbeat
 from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, memory_bytes, peak_flops
+from tinyllama_ds.training.pace import Pace
 from tinyllama_ds.training.run import Run
 from tinyllama_ds.training.saving import Saver
 from tinyllama_ds.training.stop import StopRequest
@@ -72,6 +73,7 @@ def train(
     batches = DigestedBatches(prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES))
     progress, final = start, run.plan.total_steps
     saver, guard = Saver(run, world), Guard()
+    pace = Pace(engine.module.model.layers, world)
     if run.validation and start.step == 0:
         report_validation(engine, run, world, start, metrics)  # where the curves begin: about ln(vocabulary)
     take_over_garbage_collection()
@@ -90,7 +92,7 @@ def train(
         window.tokens += step.tokens_after - step.tokens_before
         if is_logged:
             figures = step_figures(run, world, window, loss, grad_norm, learning_rate, progress, peak)
-            report(metrics, progress, figures)
+            report(metrics, progress, figures | compare_ranks(pace, figures, metrics))
             window.restart()
         paused_at = perf_counter()
         is_last = progress.step == final or agreed.stop
@@ -203,6 +205,15 @@ def step_figures(
     for source, samples in run.order.counts(progress.position).items():
         figures[f"Tokens/{source}"] = samples * run.recipe.sequence_length
     return figures
+
+
+def compare_ranks(pace: Pace, figures: dict[str, float], metrics: MetricsLogger | None) -> dict[str, float]:
+    """The figures of the ranks' own work; says which rank has become slow. Collective."""
+    found, sentences = pace.compare(figures.get("Seconds/data", 0.0))
+    if metrics is not None:
+        for sentence in sentences:
+            metrics.say(sentence)
+    return found
 
 
 def report(metrics: MetricsLogger | None, progress: Progress, figures: dict[str, float]) -> None:
