@@ -149,7 +149,24 @@ def test_a_cut_link_ends_both_sides_and_the_run_resumes(setup: Setup, hosts: lis
     hosts[1].mend()
     finished = finish(process)
     assert finished.returncode == 0, explain(finished)
-    assert "rank 1 on node2 has been silent for 30 s: its host or the network to it is down" in finished.stderr
+    assert (
+        "rank 1 on node2 has been silent for 30 s: it is stopped, or its host or the network to it is down"
+        in finished.stderr
+    )
+    setup.assert_same_end(tmp_path / "run")
+
+
+@slow
+def test_a_stopped_rank_is_killed_on_its_host(setup: Setup, hosts: list[Host], tmp_path: Path) -> None:
+    process = start_and_hold(setup, hosts, tmp_path)
+    before = [rank for host in hosts for rank in host.ranks()]
+    for found in hosts[1].processes():
+        if found in before:
+            found.suspend()
+    gone, left = psutil.wait_procs(before, timeout=60)
+    assert left == [], "orphans"
+    finished = finish(process)
+    assert finished.returncode == 0, explain(finished)
     setup.assert_same_end(tmp_path / "run")
 
 
@@ -300,6 +317,27 @@ def test_an_ill_host_is_refused_before_the_start(setup: Setup, hosts: list[Host]
     assert finished.returncode == EXIT_REFUSED
     assert "RED ssh            node2: " in finished.stderr
     assert not list((tmp_path / "run").glob("*"))
+
+
+@slow
+def test_hybrid_sharding_equals_zero3_and_sends_less(setup: Setup, hosts: list[Host], tmp_path: Path) -> None:
+    """hpZ over two hosts of two ranks: ZeRO-3's curve, and fewer bytes between the hosts."""
+    hostfile = write_hostfile(tmp_path / "hostfile", hosts, slots=2)
+    sent, losses = {}, {}
+    for name, changes in {"zero3": {}, "zero3_hpz": {"zero_hpz_partition_size": 2}}.items():
+        config = write_deepspeed_config(tmp_path / f"{name}.json", 3, micro_batch=2)
+        content = json.loads(config.read_text())
+        content["zero_optimization"] |= changes
+        config.write_text(json.dumps(content))
+        before = [host.sent_bytes() for host in hosts]
+        run_dir = tmp_path / name
+        finished = hosts[0].tinyllama_ds(*replace(setup, config=config).arguments(run_dir, "--hostfile", hostfile))
+        assert finished.returncode == 0, explain(finished)
+        sent[name] = sum(host.sent_bytes() - earlier for host, earlier in zip(hosts, before, strict=True))
+        losses[name] = read_series(run_dir, "Train/Loss")
+    assert losses["zero3"] == pytest.approx(setup.losses, rel=1e-5)
+    assert losses["zero3_hpz"] == pytest.approx(losses["zero3"], rel=1e-5)
+    assert sent["zero3_hpz"] < sent["zero3"]
 
 
 @slow

@@ -101,7 +101,7 @@ def test_a_farewell_is_no_death(line: Lifeline) -> None:
 def test_a_rank_ends_with_its_whole_host_when_the_supervisor_is_gone(line: Lifeline, tmp_path: Path) -> None:
     process = start_rank(line)
     look_until(line, tmp_path / "rank_3")
-    line.close()
+    assert line.close() == []
     assert group_is_gone(process)
 
 
@@ -124,10 +124,12 @@ def test_a_stopped_rank_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     process = start_rank(line)
     look_until(line, tmp_path / "rank_3")
     os.killpg(process.pid, signal.SIGSTOP)
-    assert "has been silent for 3 s: its host or the network to it is down" in (look_until(line) or "")
+    assert "has been silent for 3 s: it is stopped, or its host or the network to it is down" in (
+        look_until(line) or ""
+    )
+    assert line.close() == [(socket.gethostname(), process.pid)], "to be killed by other means"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    line.close()
 
 
 @pytest.mark.parametrize(

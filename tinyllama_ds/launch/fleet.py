@@ -1,19 +1,22 @@
 """The hosts of one run, from start to start: looked at before each, waited for or left out when they are gone."""
 
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.launch.doctor import Examined, examine, table
+from tinyllama_ds.launch.doctor import Examined, examine, ssh_command, table
 from tinyllama_ds.launch.hostfile import Host, write_filter
 from tinyllama_ds.launch.launcher import Placement, free_port, start_launcher
 from tinyllama_ds.launch.supervisor import Started
 
 _WAIT_SECONDS = 600  # for a host to come back
+_KILL_SECONDS = 15
 
 
 class Fleet:
@@ -63,7 +66,15 @@ class Fleet:
         process = start_launcher(placement, self._arguments, variables, directory)
         here = socket.gethostname()
         hosts = [placement.host_of(rank) if placement.hosts else here for rank in range(placement.world_size)]
-        return Started(process, hosts)
+        return Started(process, hosts, self._kill)
+
+    def _kill(self, host: str, group: int) -> None:
+        """For ranks that do not end by themselves, because they are stopped, say."""
+        if not self._placement.is_remote or self._placement.launcher == "slurm":
+            return
+        command = ssh_command(host, ["sh", "-c", f"kill -9 -{group}"], self._placement.ssh_port)
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, capture_output=True, timeout=_KILL_SECONDS, check=False)
 
     def _choose(self, examined: Examined) -> list[Host] | None:
         """The hosts to start on; None to wait for those that are ill."""

@@ -20,6 +20,7 @@ from pathlib import Path
 SILENCE_SECONDS = 30
 _PING_SECONDS = 2
 _GATHER_SECONDS = 240  # from the first rank that comes to life to the last
+_END_SECONDS = 3  # from the cut to the end of the ranks
 _LONGEST_MESSAGE = 1 << 20
 
 
@@ -31,6 +32,7 @@ class _Rank:
     heard_at: float
     number: int | None = None
     host: str = "?"
+    group: int = 0
     has_left: bool = False
     received: bytes = field(default=b"", repr=False)
 
@@ -84,12 +86,27 @@ class Lifeline:
             self.look()
             time.sleep(0.1)
 
-    def close(self) -> None:
-        """Cut all lines; every rank that is still there ends."""
+    def close(self) -> list[tuple[str, int]]:
+        """Cut all lines, at which every rank ends its host's ranks; host and process group of those that do not."""
+        for rank in self._ranks:
+            with suppress(OSError):
+                rank.connection.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + _END_SECONDS
+        while self._ranks and time.monotonic() < deadline:
+            for key, _ in self._selector.select(0.1):
+                if key.fileobj is not self._server:
+                    self._hear(key.data, time.monotonic())
+        left = [(self._host_of(rank), rank.group) for rank in self._ranks if rank.number is not None]
         for rank in self._ranks:
             rank.connection.close()
         self._selector.close()
         self._server.close()
+        return left
+
+    def _host_of(self, rank: _Rank) -> str:
+        """As the hostfile calls it, which ssh understands."""
+        is_known = rank.number is not None and rank.number < len(self._hosts)
+        return self._hosts[rank.number] if is_known and rank.number is not None else rank.host
 
     def _accept(self, now: float) -> None:
         connection, _ = self._server.accept()
@@ -120,6 +137,7 @@ class Lifeline:
                 if not secrets.compare_digest(str(message["token"]), self._token):
                     raise ValueError("wrong token")
                 rank.number, rank.host = int(message["rank"]), str(message["host"])
+                rank.group = int(message["group"])
                 self._first_at = self._first_at or time.monotonic()
         except (ValueError, KeyError, TypeError):
             self._drop(rank)
@@ -148,7 +166,8 @@ class Lifeline:
         silent = [rank for rank in self._ranks if rank.number is not None and now - rank.heard_at > SILENCE_SECONDS]
         if not silent:
             return None
-        return f"{_name(silent[0])} has been silent for {SILENCE_SECONDS} s: its host or the network to it is down"
+        why = "it is stopped, or its host or the network to it is down"
+        return f"{_name(silent[0])} has been silent for {SILENCE_SECONDS} s: {why}"
 
     def _missing(self, now: float) -> str | None:
         if self._first_at is None or now - self._first_at < _GATHER_SECONDS:

@@ -31,10 +31,11 @@ _STATUS_SECONDS = 10  # for what rank 0 wrote to be seen on another host
 
 @dataclass(frozen=True)
 class Started:
-    """A launcher in a session of its own, and the host of every rank, by rank."""
+    """A launcher in a session of its own, the host of every rank, by rank, and how a process group there is killed."""
 
     process: subprocess.Popen
     hosts: list[str]
+    kill: Callable[[str, int], None]
 
 
 # With these variables, and a private directory for its files; None where hosts are missing that may come back.
@@ -129,9 +130,10 @@ def _run_once(
             watchdog = _Watchdog(directory, watch, ranks.stacks_signal, lifeline)
             return _wait(started.process, watchdog, stop, lock, watch.status_file)
         finally:
-            if lifeline is not None:
-                lifeline.close()
+            left = lifeline.close() if lifeline is not None else []
             if started is not None:
+                for host, group in left:
+                    started.kill(host, group)
                 # DeepSpeed's own end of a run on other hosts kills every run of this Python there; ours is the line.
                 end_group(started.process, gently=lifeline is None)
 

@@ -64,7 +64,7 @@ class _Lifeline:
         self._silence = float(silence)
         self._connection = _connect(address, int(port), float(patience))
         self._sending = Lock()
-        self.say({"token": token, "rank": rank, "host": socket.gethostname()})
+        self.say({"token": token, "rank": rank, "host": socket.gethostname(), "group": os.getpgid(0)})
         Thread(target=self._keep, name="supervisor is alive", daemon=True).start()
 
     def say(self, message: dict) -> None:
