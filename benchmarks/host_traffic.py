@@ -14,9 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from conftest import made_up_text, prepare_small_data  # noqa: E402
 from hosts import Host, start_hosts  # noqa: E402
 from launching import STEP_TOKENS, write_deepspeed_config, write_recipe  # noqa: E402
 
+from tinyllama_ds.data.tokenizer import train_tokenizer  # noqa: E402
 from tinyllama_ds.model.config import model_config  # noqa: E402
 
 LAYOUTS: dict[str, tuple[int, dict]] = {
@@ -49,14 +51,15 @@ def measure(name: str, hosts: list[Host], data: Path, folder: Path) -> dict:
 def main() -> None:
     """Print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="prepared with a vocabulary of 512")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "hosts").mkdir()
+        texts = [made_up_text(seed, 2000) for seed in range(20)]
+        data = prepare_small_data(folder, train_tokenizer(texts, 512, folder / "tokenizer.model").path)
         with start_hosts(2, folder / "hosts") as hosts:
-            rows = [measure(layout, hosts, options.data.absolute(), folder) for layout in LAYOUTS]
+            rows = [measure(layout, hosts, data, folder) for layout in LAYOUTS]
     for row in rows:
         print(
             f"{row['layout']:12}{row['bytes_per_step']:>12,} bytes per step, {row['times_the_weights']} x the weights"

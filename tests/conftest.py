@@ -49,7 +49,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """Two prepared sources, `slimpajama` and `starcoderdata`, each with a validation split."""
-    root = tmp_path_factory.mktemp("data")
+    return prepare_small_data(tmp_path_factory.mktemp("data"), tokenizer.path)
+
+
+def prepare_small_data(root: Path, tokenizer: Path) -> Path:
+    """The same for whoever has a tokenizer file."""
     for number, source in enumerate(("slimpajama", "starcoderdata")):
         fmt = source_format(source)
         for split, documents in (("train", 60), ("validation", 6)):
@@ -58,5 +62,5 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> 
             texts = [made_up_text(1000 * number + 100 * len(split) + index, 300) for index in range(documents)]
             lines = [json.dumps({fmt.text_field: text}) for text in texts]
             (directory / "part.jsonl").write_text("\n".join(lines))
-        prepare(Preparation(source, root / "raw" / source, fmt, tokenizer.path, root / "prepared"))
+        prepare(Preparation(source, root / "raw" / source, fmt, tokenizer, root / "prepared"))
     return root / "prepared"

@@ -13,6 +13,7 @@ from tinyllama_ds.errors import Refusal
 from tinyllama_ds.launch.hostfile import Host
 from tinyllama_ds.launch.launcher import (
     Placement,
+    check_partition,
     check_placement,
     describe_launch,
     launcher_command,
@@ -70,6 +71,15 @@ def test_without_ssh_every_host_has_its_command() -> None:
 def test_what_a_launcher_cannot_do_is_refused(launcher: str, hosts: list[Host], sentence: str) -> None:
     with pytest.raises(Refusal, match=sentence):
         check_placement(Placement(Path("h"), hosts, 0, on_cpu=False, launcher=launcher), [])
+
+
+def test_a_partition_must_stay_inside_a_host() -> None:
+    check_partition(REMOTE, 4, Path("ds.json"))
+    uneven = Placement(Path("h"), [Host("node1", 8), Host("node2", 4)], 0, on_cpu=False)
+    with pytest.raises(Refusal, match="zero_hpz_partition_size 8 does not divide the 4 ranks of node2"):
+        check_partition(uneven, 8, Path("ds.json"))
+    with pytest.raises(Refusal, match="the 2 ranks of this machine"):
+        check_partition(Placement(None, [], 2, on_cpu=True), 8, Path("ds.json"))
 
 
 def record_commands(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

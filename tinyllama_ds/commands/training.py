@@ -149,12 +149,16 @@ def _watch(options: argparse.Namespace, placement: "Placement") -> "Watch":
 def _check_run(options: argparse.Namespace, placement: "Placement") -> None:
     import torch
 
+    from tinyllama_ds.launch.launcher import check_partition
     from tinyllama_ds.training.engine import supports_fast_bf16
     from tinyllama_ds.training.run import check_run_directory, resolve_run
 
     device_type = "cpu" if placement.on_cpu else "cuda"
     bf16 = supports_fast_bf16(torch.device(device_type))
-    check_run_directory(resolve_run(run_options(options), placement.world_size, device_type, bf16))
+    run = resolve_run(run_options(options), placement.world_size, device_type, bf16)
+    partition = run.engine_config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    check_partition(placement, partition, options.deepspeed_config)
+    check_run_directory(run)
 
 
 def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:

@@ -92,6 +92,17 @@ def check_placement(placement: Placement, arguments: list[str]) -> None:
     check_argument(os.getcwd(), launcher)
 
 
+def check_partition(placement: Placement, partition: int, config: Path) -> None:
+    """Refuse an hpZ partition that would reach over the border of a host, where it costs more than it saves."""
+    ranks = {host.name: host.ranks for host in placement.hosts} or {"this machine": placement.num_local}
+    for name, count in ranks.items():
+        if count % partition:
+            raise Refusal(
+                f"{config}: zero_hpz_partition_size {partition} does not divide the {count} ranks of {name};"
+                " expected the number of ranks per host"
+            )
+
+
 def launcher_command(
     placement: Placement, arguments: list[str], script: Path = PRETRAIN_SCRIPT, directory: Path | None = None
 ) -> list[str]:
@@ -114,8 +125,9 @@ def _on_hosts(placement: Placement, directory: Path | None) -> list[str]:
         where += ["--include", write_filter(placement.hosts)]
     if placement.node_rank is not None:
         return [*where, "--no_ssh", "--node_rank", str(placement.node_rank)]
+    where.append("--no_ssh_check")  # doctor has looked, and one host that is this machine needs no ssh
     if placement.is_remote:
-        where += ["--force_multi", "--no_ssh_check", "--launcher", placement.launcher]
+        where += ["--force_multi", "--launcher", placement.launcher]
         where += [f"--launcher_args={_launcher_args(placement)}"] if _launcher_args(placement) else []
     return where
 
