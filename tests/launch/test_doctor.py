@@ -143,7 +143,7 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
     "rank 0 by a loopback name": (own_name_is_loopback, "network", "node1 is 127.0"),
     "wrong clock": (other_clock, "clock", "+100."),
 }  # fmt: skip
-FAST = ("no sshd", "wrong key", "other package", "run directory read-only", "closed ports")
+FAST = ("wrong key", "other package", "run directory read-only", "closed ports")
 
 
 @pytest.mark.parametrize(

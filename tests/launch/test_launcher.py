@@ -12,6 +12,7 @@ import pytest
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.launch.hostfile import Host
 from tinyllama_ds.launch.launcher import (
+    LAUNCHERS,
     Placement,
     check_partition,
     check_placement,
@@ -91,7 +92,9 @@ def record_commands(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory / "called"
 
 
-@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpich", "slurm"])
+@pytest.mark.parametrize(
+    "launcher", [name if name == "slurm" else pytest.param(name, marks=pytest.mark.hosts) for name in LAUNCHERS]
+)
 def test_deepspeeds_runner_is_called_with_hosts_and_environment(
     launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
