@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyllama_ds.launch.hostfile import Host
-from tinyllama_ds.launch.launcher import Placement
+from tinyllama_ds.launch.launcher import Placement, is_this_machine
 from tinyllama_ds.launch.probe import listen
 from tinyllama_ds.network import local_address_towards
 
@@ -57,12 +57,12 @@ class Examined:
 
 
 class _Conversation:
-    """The probe on one host, asked over ssh; or here, without a name."""
+    """The probe on one host, asked over ssh, or on this machine."""
 
-    def __init__(self, name: str | None, ssh_port: int | None) -> None:
-        self.name = name or HERE
+    def __init__(self, name: str, *, is_here: bool, ssh_port: int | None = None) -> None:
+        self.name = name
         python = [sys.executable, "-m", "tinyllama_ds.launch.probe"]
-        command = python if name is None else ssh_command(name, python, ssh_port)
+        command = python if is_here else ssh_command(name, python, ssh_port)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
         )
@@ -124,8 +124,11 @@ def examine(placement: Placement, data: Path | None, run_dir: Path | None) -> Ex
     token = f".doctor-{secrets.token_hex(6)}"
     question = {"data": data and str(data.absolute()), "run_dir": run_dir and str(run_dir.absolute())}
     with ExitStack() as stack:
-        here = _Conversation(None, None)
-        talks = [_Conversation(host.name, placement.ssh_port) for host in placement.hosts]
+        here = _Conversation(HERE, is_here=True)
+        talks = [
+            _Conversation(host.name, is_here=_starts_here(host, placement), ssh_port=placement.ssh_port)
+            for host in placement.hosts
+        ]
         for talk in (*talks, here):
             stack.callback(talk.end)
         answers = _ask_all([*talks, here], [question | {"token": f"{token}-{n}"} for n in (*range(len(talks)), "here")])
@@ -145,6 +148,11 @@ def examine(placement: Placement, data: Path | None, run_dir: Path | None) -> Ex
         shared = f"{token}-here" if run_dir and not reference["run_dir_error"] else None
         examined.findings += _look_around(examined.reports, there, placement, run_dir, shared)
     return examined
+
+
+def _starts_here(host: Host, placement: Placement) -> bool:
+    """Whether the launcher needs no ssh for this host: pdsh does even for this machine, mpirun does not."""
+    return (placement.launcher != "pdsh" or not placement.is_remote) and is_this_machine(host.name)
 
 
 def _ask_all(talks: Sequence[_Conversation], questions: Sequence[dict]) -> list[dict | str]:
