@@ -5,6 +5,7 @@ The fast part runs by default, all of it with `--hosts`.
 """
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import slurm
 from conftest import made_up_text
 from hosts import Finished, Host, start_hosts, why_not
-from launching import pretrain, read_series, write_deepspeed_config, write_recipe
+from launching import pretrain, read_series, run, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import EXIT_REFUSED
@@ -287,6 +289,21 @@ def test_torchrun_starts_the_script(setup: Setup, hosts: list[Host], tmp_path: P
     for process in processes:
         finished = finish(process)
         assert finished.returncode == 0, explain(finished)
+    setup.assert_same_end(tmp_path / "run")
+
+
+@slow
+@pytest.mark.skipif(slurm.why_not() is not None, reason=slurm.why_not() or "")
+def test_slurm_starts_the_ranks(setup: Setup, tmp_path: Path) -> None:
+    """Through DeepSpeed's runner and a real Slurm of one node."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "hostfile").write_text(f"{socket.gethostname()} slots=2\n")
+    more = ("--hostfile", tmp_path / "hostfile", "--launcher", "slurm")
+    arguments = map(str, setup.arguments(tmp_path / "run", *more))
+    with slurm.slurm(tmp_path / "slurm") as environment:
+        finished = run([sys.executable, "-m", "tinyllama_ds.cli", *arguments], **environment)
+    assert finished.returncode == 0, explain(finished)
+    assert "2 ranks on 1 hosts through slurm" in finished.stderr
     setup.assert_same_end(tmp_path / "run")
 
 

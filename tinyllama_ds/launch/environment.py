@@ -14,7 +14,7 @@ from tinyllama_ds.errors import Refusal
 
 USER_FILE = ".deepspeed_env"
 _PREFIXES = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH", "PYTORCH_", "CUDA_", "TRITON_", "HF_", "TRANSFORMERS_",
-             "TOKENIZERS_", "WANDB_", "DEEPSPEED_", "DS_", "MKL_", "OMP_", "TINYLLAMA_DS_")  # fmt: skip
+             "TOKENIZERS_", "WANDB_", "DEEPSPEED_", "DS_", "MKL_", "OMP_", "MALLOC_", "TINYLLAMA_DS_")  # fmt: skip
 _NAMES = ("PATH", "LD_LIBRARY_PATH")
 _NEVER = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")  # the launcher's own business
 _SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|KEY|APIKEY|PAT)(_|$)", re.IGNORECASE)

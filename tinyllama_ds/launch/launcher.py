@@ -49,8 +49,9 @@ class Placement:
 
     @property
     def is_remote(self) -> bool:
-        """Whether ranks are started on hosts over the network."""
-        return self.hostfile is not None and self.node_rank is None and not self._is_all_here
+        """Whether ranks are started on hosts over the network, or by Slurm."""
+        is_elsewhere = self.launcher == "slurm" or not self._is_all_here
+        return self.hostfile is not None and self.node_rank is None and is_elsewhere
 
     @property
     def spans_hosts(self) -> bool:
@@ -186,8 +187,11 @@ def start_launcher(
 def launch_files(placement: Placement, environment: Mapping[str, str]) -> dict[str, str]:
     """Name and content of the files that DeepSpeed's runner reads at a start over the network."""
     variables = forwarded(environment, placement.forward, placement.launcher)
-    if placement.launcher == "openmpi":  # DeepSpeed leaves these to mpi4py; Slurm itself says which host is first
-        variables |= {"MASTER_ADDR": placement.master_address, "MASTER_PORT": str(placement.master_port)}
+    # DeepSpeed leaves these to mpi4py.
+    if placement.launcher in ("openmpi", "slurm"):
+        variables["MASTER_PORT"] = str(placement.master_port)
+    if placement.launcher == "openmpi":  # Slurm itself says which host is first
+        variables["MASTER_ADDR"] = placement.master_address
     files = {_ENVIRONMENT_FILE: "".join(f"{name}={value}\n" for name, value in variables.items())}
     if placement.launcher in _MPI:
         files[_HOSTFILE] = "".join(f"{host.name} slots={host.ranks}\n" for host in placement.hosts)
@@ -213,6 +217,9 @@ def launcher_environment(placement: Placement) -> dict[str, str]:
         ranks = max((host.ranks for host in placement.hosts), default=placement.num_local)
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
         environment.setdefault("OMP_NUM_THREADS", str(threads))
+        # glibc gives every large tensor back to the kernel and faults its pages in again: a twentieth of a step.
+        environment.setdefault("MALLOC_MMAP_MAX_", "0")
+        environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
     return environment
 
 
