@@ -47,7 +47,8 @@ def deepspeed_config(name: str) -> dict:
 def ours(name: str, attention: str = "blocked") -> Callable[[], None]:
     """Our model, engine and step, blocks compiled, as `tinyllama-ds pretrain --compile` runs them."""
     from tinyllama_ds.training.compilation import compile_blocks
-    from tinyllama_ds.training.engine import read_world, start_process_group, wrap
+    from tinyllama_ds.training.engine import start_process_group, wrap
+    from tinyllama_ds.training.world import read_world
 
     start_process_group(read_world())
     model = build_model(MODEL, attention, seed=1)
@@ -61,7 +62,8 @@ def transformers_deepspeed() -> Callable[[], None]:
     import deepspeed
 
     from tinyllama_ds.convert import hf_model
-    from tinyllama_ds.training.engine import read_world, start_process_group
+    from tinyllama_ds.training.engine import start_process_group
+    from tinyllama_ds.training.world import read_world
 
     start_process_group(read_world())
     model = hf_model(dict(build_model(MODEL, "sdpa", seed=1).state_dict()), MODEL).train()

@@ -18,12 +18,12 @@ layer attention head query key value rope cosine sine floor peak data order seed
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-faults", action="store_true", help="every fault case, not only the fast part")
+    parser.addoption("--hosts", action="store_true", help="the whole multi-host suite, not only its fast part")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--all-faults"):
-        return
-    chosen = [item for item in items if item.get_closest_marker("all_faults") is None]
+    left_out = {marker for marker in ("all_faults", "hosts") if not config.getoption(f"--{marker.replace('_', '-')}")}
+    chosen = [item for item in items if not left_out & {marker.name for marker in item.iter_markers()}]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
 
@@ -71,7 +71,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """Two prepared sources, `slimpajama` and `starcoderdata`, each with a validation split."""
-    root = tmp_path_factory.mktemp("data")
+    return prepare_small_data(tmp_path_factory.mktemp("data"), tokenizer.path)
+
+
+def prepare_small_data(root: Path, tokenizer: Path) -> Path:
+    """The same for whoever has a tokenizer file."""
     for number, source in enumerate(("slimpajama", "starcoderdata")):
         fmt = source_format(source)
         for split, documents in (("train", 60), ("validation", 6)):
@@ -80,5 +84,5 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> 
             texts = [made_up_text(1000 * number + 100 * len(split) + index, 300) for index in range(documents)]
             lines = [json.dumps({fmt.text_field: text}) for text in texts]
             (directory / "part.jsonl").write_text("\n".join(lines))
-        prepare(Preparation(source, root / "raw" / source, fmt, tokenizer.path, root / "prepared"))
+        prepare(Preparation(source, root / "raw" / source, fmt, tokenizer, root / "prepared"))
     return root / "prepared"

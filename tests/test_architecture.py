@@ -16,14 +16,15 @@ MAY_IMPORT = {
     "recipe": set(),
     "deepspeed_config": set(),
     "plan": {"recipe"},
+    "network": set(),
     "model": {"model"},
     "data": {"data"},
     "evaluation": {"evaluation", "model", "data"},
     "convert": {"model", "data"},
     "generate": {"model", "data", "convert"},
-    "launch": {"launch"},
+    "launch": {"launch", "network"},
     "bench": set(),
-    "training": {"training", "evaluation", "model", "data", "recipe", "deepspeed_config", "plan"},
+    "training": {"training", "evaluation", "model", "data", "recipe", "deepspeed_config", "plan", "network"},
     "commands": None,  # see everything
     "cli": {"commands"},
 }

@@ -10,9 +10,10 @@ import torch
 
 from tinyllama_ds.errors import BadNumbers
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.training.engine import leave, read_world, start_process_group, wrap
+from tinyllama_ds.training.engine import leave, start_process_group, wrap
 from tinyllama_ds.training.guard import check_parameters
 from tinyllama_ds.training.run import Options, resolve_run
+from tinyllama_ds.training.world import read_world
 
 
 def main(recipe: str, config: str, data: str, run_dir: str) -> None:

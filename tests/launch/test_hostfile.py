@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.launch.hostfile import Host, read_hostfile
+from tinyllama_ds.launch.hostfile import Host, filter_hosts, read_hostfile, write_filter
 
 EXAMPLES = sorted(path for path in (Path(__file__).parents[2] / "hostfiles").iterdir() if path.suffix != ".md")
 
@@ -60,3 +60,41 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("# nobody\n")
     with pytest.raises(Refusal, match="names no host"):
         read_hostfile(tmp_path / "hosts")
+
+
+POOL = [Host("node1", 2), Host("node2", 4)]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude"),
+    [("node1", None), ("node2:0,2", None), ("node2:3@node1", None), (None, "node1"), (None, "node2:1,0@node1:1")],
+)
+def test_filters_choose_what_deepspeed_chooses(
+    include: str | None, exclude: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.launcher.runner import parse_inclusion_exclusion
+
+    wanted = parse_inclusion_exclusion({host.name: host.slots for host in POOL}, include or "", exclude or "")
+    chosen = filter_hosts(POOL, include, exclude)
+    assert {host.name: list(host.devices or range(host.slots)) for host in chosen} == dict(wanted)
+    again = parse_inclusion_exclusion({host.name: host.slots for host in POOL}, write_filter(chosen), "")
+    assert dict(again) == dict(wanted)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "sentence"),
+    [
+        ("node3", None, "node3 is not in the hostfile; expected one of node1, node2"),
+        ("node1:2", None, "node1 has no slot 2; expected 0 to 1"),
+        ("node1:", None, "'node1:' is not of the form"),
+        ("node1:0-1", None, "is not of the form"),
+        ("node1,node2", None, "node1,node2 is not in the hostfile"),
+        ("node1@@node2", None, "'' is not of the form"),
+        (None, "node1@node2", "leaves no GPU of any host"),
+        ("node1", "node2", "were both given"),
+    ],
+)
+def test_bad_filters_are_refused(include: str | None, exclude: str | None, sentence: str) -> None:
+    with pytest.raises(Refusal, match=sentence):
+        filter_hosts(POOL, include, exclude)

@@ -1,22 +1,129 @@
-"""The launcher's command line."""
+"""The launcher's command line, and that a dry run prints all of it."""
 
+import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from tinyllama_ds.errors import Refusal
 from tinyllama_ds.launch.hostfile import Host
-from tinyllama_ds.launch.launcher import Placement, launcher_command
+from tinyllama_ds.launch.launcher import (
+    LAUNCHERS,
+    Placement,
+    check_partition,
+    check_placement,
+    describe_launch,
+    launcher_command,
+    start_launcher,
+)
+
+HOSTS = [Host("node1", 8), Host("node2", 8)]
+REMOTE = Placement(Path("hostfiles/a100_2x8"), HOSTS, 0, on_cpu=False, master_port=12345)
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
 
 
 def test_local_command() -> None:
     command = launcher_command(Placement(None, [], 2, on_cpu=True), ["--recipe", "demo"])
     assert command[1:3] == ["-m", "deepspeed.launcher.runner"]
-    assert command[command.index("--num_gpus") + 1] == "2"
+    assert option(command, "--num_gpus") == "2"
     assert command[-2:] == ["--recipe", "demo"]
 
 
 def test_hostfile_command_names_the_first_host_as_master() -> None:
-    hosts = [Host("node1", 8), Host("node2", 8)]
-    placement = Placement(Path("hostfiles/a100_2x8"), hosts, 0, on_cpu=False)
-    command = launcher_command(placement, [])
-    assert command[command.index("--hostfile") + 1] == "hostfiles/a100_2x8"
-    assert command[command.index("--master_addr") + 1] == "node1"
-    assert placement.world_size == 16
+    command = launcher_command(REMOTE, [])
+    assert option(command, "--hostfile") == "hostfiles/a100_2x8"
+    assert option(command, "--master_addr") == "node1"
+    assert option(command, "--launcher") == "pdsh"
+    assert option(command, "--include") == "node1@node2"
+    assert REMOTE.world_size == 16
+    assert [REMOTE.host_of(rank) for rank in (0, 7, 8)] == ["node1", "node1", "node2"]
+
+
+def test_a_single_host_that_is_not_this_one_is_reached_over_the_network() -> None:
+    """DeepSpeed alone would train here, whatever the host's name."""
+    command = launcher_command(Placement(Path("h"), [Host("node1", 8)], 0, on_cpu=False), [])
+    assert "--force_multi" in command
+    assert "--force_multi" not in launcher_command(Placement(Path("h"), [Host("localhost", 8)], 0, on_cpu=False), [])
+
+
+def test_without_ssh_every_host_has_its_command() -> None:
+    placement = Placement(Path("h"), HOSTS, 0, on_cpu=False, node_rank=1, master_port=12345)
+    assert option(launcher_command(placement, []), "--node_rank") == "1"
+    text = describe_launch(placement, [], Path("/tmp/x"))
+    assert [line for line in text.splitlines() if line.startswith("# node")] == ["# node1", "# node2"]
+    assert "--node_rank 0" in text
+    assert "--node_rank 1" in text
+
+
+@pytest.mark.parametrize(
+    ("launcher", "hosts", "sentence"),
+    [
+        ("openmpi", [Host("node1", 8, (1, 2))], "openmpi cannot choose GPUs by number"),
+        ("slurm", [Host("node1", 8), Host("node2", 4)], "slurm needs the same slots on every host"),
+    ],
+)
+def test_what_a_launcher_cannot_do_is_refused(launcher: str, hosts: list[Host], sentence: str) -> None:
+    with pytest.raises(Refusal, match=sentence):
+        check_placement(Placement(Path("h"), hosts, 0, on_cpu=False, launcher=launcher), [])
+
+
+def test_a_partition_must_stay_inside_a_host() -> None:
+    check_partition(REMOTE, 4, Path("ds.json"))
+    uneven = Placement(Path("h"), [Host("node1", 8), Host("node2", 4)], 0, on_cpu=False)
+    with pytest.raises(Refusal, match="zero_hpz_partition_size 8 does not divide the 4 ranks of node2"):
+        check_partition(uneven, 8, Path("ds.json"))
+    with pytest.raises(Refusal, match="the 2 ranks of this machine"):
+        check_partition(Placement(None, [], 2, on_cpu=True), 8, Path("ds.json"))
+
+
+def record_commands(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs in the place of the launchers that write down how they were called."""
+    for name in ("pdsh", "mpirun", "ompi_info", "srun", "sinfo"):
+        (directory / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$0" "$@" > {directory}/called\n')
+        (directory / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
+    return directory / "called"
+
+
+@pytest.mark.parametrize(
+    "launcher", [name if name == "slurm" else pytest.param(name, marks=pytest.mark.hosts) for name in LAUNCHERS]
+)
+def test_deepspeeds_runner_is_called_with_hosts_and_environment(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What DeepSpeed makes of our arguments and files, up to the program that it would start; and so the dry run."""
+    called = record_commands(tmp_path, monkeypatch)
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "geheim")
+    (tmp_path / "hosts").write_text("node1 slots=8\nnode2 slots=8\nnode3 slots=8\n")
+    placement = Placement(tmp_path / "hosts", HOSTS, 0, on_cpu=False, launcher=launcher, master_port=12345)
+    process = start_launcher(placement, ["--recipe", "demo"], {"TINYLLAMA_DS_X": "1"}, tmp_path)
+    assert process.wait(60) == 0
+    words = called.read_text()
+    assert "NCCL_DEBUG=WARN" in words
+    assert "TINYLLAMA_DS_X=1" in words
+    assert "geheim" not in words
+    assert "node3" not in words
+    assert words.endswith("--recipe\ndemo\n")
+    assert "12345" in words
+    real = words
+    script = describe_launch(placement, ["--recipe", "demo"], tmp_path / "dry")
+    assert "geheim" not in script
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    dry = called.read_text().replace("/dry/", "/")
+    assert words_of(dry) - words_of(real) == set()
+    assert {word.removeprefix("export ") for word in words_of(real) - words_of(dry)} == {"TINYLLAMA_DS_X=1"}
+    assert shlex.split(script.splitlines()[-1])[-2:] == ["--recipe", "demo"]
+    assert sys.executable in script
+
+
+def words_of(call: str) -> set[str]:
+    return set(re.split(r"\n|; |,", call))

@@ -3,15 +3,24 @@
 import argparse
 import json
 import os
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.commands.placement import (
+    add_placement_arguments,
+    lifeline_opener,
+    lifeline_to_first,
+    local_placement,
+    read_placement,
+)
 from tinyllama_ds.commands.printing import add_json, print_result
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 
 if TYPE_CHECKING:
     from tinyllama_ds.launch.launcher import Placement
-    from tinyllama_ds.launch.supervisor import Supervised
+    from tinyllama_ds.launch.supervisor import Supervised, Watch
     from tinyllama_ds.training.run import Options
 _START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
@@ -71,9 +80,12 @@ def run_options(namespace: argparse.Namespace) -> "Options":
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--hostfile", type=Path, metavar="H", help="machines, lines of 'host slots=N'")
-    where.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine (default: its GPUs, else 2)")
+    add_placement_arguments(parser)
+    parser.add_argument(
+        "--allow-shrink", action="store_true", help="after a failure go on with the hosts that are left, same batch"
+    )
+    parser.add_argument("--skip-doctor", action="store_true", help="start on hosts that doctor finds ill")
+    parser.add_argument("--dry-run", action="store_true", help="print all commands and start nothing")
     parser.add_argument(
         "--step-timeout", type=float, default=600, metavar="SECONDS", help="restart a run that is stuck for so long"
     )
@@ -82,42 +94,84 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 def _pretrain(options: argparse.Namespace) -> int:
     """Train under the deepspeed launcher; restarts and resumes by itself."""
-    from tinyllama_ds.launch.launcher import start_launcher
+    from tinyllama_ds.launch.fleet import Fleet
+    from tinyllama_ds.launch.launcher import check_placement
     from tinyllama_ds.launch.lock import hold_run
-    from tinyllama_ds.launch.supervisor import RankSide, Watch, supervise
+    from tinyllama_ds.launch.supervisor import RankSide, supervise
+    from tinyllama_ds.training import faults, heartbeat
+
+    placement, arguments = read_placement(options), _run_arguments(options)
+    check_placement(placement, arguments)
+    _check_run(options, placement)
+    if options.dry_run:
+        return _describe(placement, arguments)
+    fleet = Fleet(
+        placement,
+        arguments,
+        options.data,
+        options.run_dir,
+        look_first=not options.skip_doctor,
+        may_shrink=options.allow_shrink,
+        check=lambda smaller: _check_run(options, smaller),
+    )
+    ranks = RankSide(
+        heartbeat.SUPERVISOR_VARIABLE,
+        heartbeat.HEARTBEAT_VARIABLE,
+        faults.RESTART_VARIABLE,
+        heartbeat.LIFELINE_VARIABLE,
+        heartbeat.STACKS_SIGNAL,
+    )
+    watch = _watch(options, placement)
+    if placement.node_rank:  # the first host's supervisor holds the run, and the line to all ranks
+        line = {heartbeat.LIFELINE_VARIABLE: lifeline_to_first(placement, options.run_dir)}
+        return supervise(lambda own, directory: fleet.start(own | line, directory), watch, None, ranks).code
+    with hold_run(options.run_dir) as lock:
+        supervised = supervise(fleet.start, watch, lock, ranks)
+    _say_goodput(options.run_dir, supervised)
+    return supervised.code
+
+
+def _describe(placement: "Placement", arguments: list[str]) -> int:
+    """The dry run. Its port is free on this machine; a real start asks the first host for one."""
+    from tinyllama_ds.launch.launcher import describe_launch, free_port
+
+    port = placement.master_port or free_port()
+    directory = Path(tempfile.gettempdir()) / f"tinyllama-ds-{os.getpid()}"
+    print(describe_launch(replace(placement, master_port=port), arguments, directory))
+    return EXIT_FINISHED
+
+
+def _watch(options: argparse.Namespace, placement: "Placement") -> "Watch":
+    from tinyllama_ds.launch.supervisor import Watch
     from tinyllama_ds.training.checkpoint import newest_progress
-    from tinyllama_ds.training.faults import RESTART_VARIABLE
-    from tinyllama_ds.training.heartbeat import HEARTBEAT_VARIABLE, STACKS_SIGNAL, SUPERVISOR_VARIABLE
     from tinyllama_ds.training.run import STATUS_FILE
     from tinyllama_ds.training.stop import STOP_FILE
 
-    placement = _placement(options)
-    _check_run(options, placement)
-    watch = Watch(
+    return Watch(
         status_file=options.run_dir / STATUS_FILE,
         stop_file=options.run_dir / STOP_FILE,
         committed=lambda: newest_progress(options.run_dir),
         step_seconds=options.step_timeout,
         start_seconds=max(_START_SECONDS, options.step_timeout),
         max_seconds=options.max_wall_time and 60 * options.max_wall_time,
+        is_first=not placement.node_rank,
+        open_lifeline=lifeline_opener(placement, options.run_dir),
     )
-    ranks = RankSide(SUPERVISOR_VARIABLE, HEARTBEAT_VARIABLE, RESTART_VARIABLE, STACKS_SIGNAL)
-    arguments = _run_arguments(options)
-    with hold_run(options.run_dir) as lock:
-        supervised = supervise(lambda variables: start_launcher(placement, arguments, variables), watch, lock, ranks)
-    _say_goodput(options.run_dir, supervised)
-    return supervised.code
 
 
 def _check_run(options: argparse.Namespace, placement: "Placement") -> None:
     import torch
 
+    from tinyllama_ds.launch.launcher import check_partition
     from tinyllama_ds.training.engine import supports_fast_bf16
     from tinyllama_ds.training.run import check_run_directory, resolve_run
 
     device_type = "cpu" if placement.on_cpu else "cuda"
     bf16 = supports_fast_bf16(torch.device(device_type))
-    check_run_directory(resolve_run(run_options(options), placement.world_size, device_type, bf16))
+    run = resolve_run(run_options(options), placement.world_size, device_type, bf16)
+    partition = run.engine_config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    check_partition(placement, partition, options.deepspeed_config)
+    check_run_directory(run)
 
 
 def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
@@ -131,22 +185,6 @@ def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
         f"goodput {goodput:.1%}: {supervised.tokens:,} tokens committed in {supervised.seconds:,.0f} s, start-up,"
         f" validation, saving and {supervised.restarts} restarts included, at a peak of {peak:,.0f} tokens/s"
     )
-
-
-def _placement(options: argparse.Namespace) -> "Placement":
-    import torch
-
-    from tinyllama_ds.launch.hostfile import read_hostfile
-    from tinyllama_ds.launch.launcher import Placement
-
-    on_cpu = not torch.cuda.is_available()
-    if options.hostfile is not None:
-        return Placement(options.hostfile, read_hostfile(options.hostfile), 0, on_cpu)
-    available = min(2, os.cpu_count() or 1) if on_cpu else torch.cuda.device_count()
-    wanted = available if options.num_gpus is None else options.num_gpus
-    if wanted < 1 or (not on_cpu and wanted > available):
-        raise Refusal(f"--num-gpus {wanted}: this machine has {available}")
-    return Placement(None, [], wanted, on_cpu)
 
 
 def _run_arguments(options: argparse.Namespace) -> list[str]:
@@ -184,8 +222,7 @@ def _bench(options: argparse.Namespace) -> int:
     from tinyllama_ds import bench
     from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
 
-    options.hostfile = None
-    placement = _placement(options)
+    placement = local_placement(options.num_gpus)
     for config in options.deepspeed_config:
         if not config.is_file():
             raise Refusal(f"{config}: the DeepSpeed config is missing")

@@ -52,7 +52,8 @@ def _start(host: str, arguments: list[str], log: IO[str]) -> subprocess.Popen:
     path = os.environ.get("PYTHONPATH")
     command = [*(["env", f"PYTHONPATH={path}"] if path else []), sys.executable, "-m", "tinyllama_ds.cli", *arguments]
     remote = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}"
-    ssh = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", host, remote]
+    options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))  # as for pdsh
+    ssh = ["ssh", *options, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", host, remote]
     return subprocess.Popen(ssh, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, text=True)
 
 

@@ -1,17 +1,30 @@
 """The command line and environment of the deepspeed launcher."""
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.launch.hostfile import Host
+from tinyllama_ds.launch.environment import check_argument, forwarded, is_secret, without_secrets, write_file
+from tinyllama_ds.launch.hostfile import Host, write_filter
 
 PRETRAIN_SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
 MEASURE_SCRIPT = PRETRAIN_SCRIPT.with_name("measure.py")
+ALL_REDUCE_SCRIPT = PRETRAIN_SCRIPT.with_name("all_reduce.py")
+DEFAULT_PORT = 29500  # torch's own
+_ENVIRONMENT_FILE = "deepspeed_env"
+_HOSTFILE = "hostfile"
+_MPI = ("openmpi", "mpich")  # cannot leave hosts out, so they get a hostfile of our own
+_BY_COUNT = (*_MPI, "slurm")  # cannot be told which GPUs
+_PROGRAMS = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "slurm": "srun"}
+LAUNCHERS = tuple(_PROGRAMS)
 
 
 @dataclass(frozen=True)
@@ -22,58 +35,221 @@ class Placement:
     hosts: list[Host]
     num_local: int
     on_cpu: bool
+    launcher: str = "pdsh"
+    launcher_args: str = ""
+    ssh_port: int | None = None
+    node_rank: int | None = None  # without ssh: which of the hosts this one is
+    master: str | None = None  # default: the first host
+    master_port: int | None = None  # default: a free one
+    forward: tuple[str, ...] = ()  # variables named by the user
 
     @property
     def world_size(self) -> int:
-        return sum(host.slots for host in self.hosts) if self.hosts else self.num_local
+        return sum(host.ranks for host in self.hosts) if self.hosts else self.num_local
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether ranks are started on hosts over the network, or by Slurm."""
+        is_elsewhere = self.launcher == "slurm" or not self._is_all_here
+        return self.hostfile is not None and self.node_rank is None and is_elsewhere
+
+    @property
+    def spans_hosts(self) -> bool:
+        """Whether there are ranks that are not children of this machine's launcher."""
+        return self.is_remote or len(self.hosts) > 1
+
+    @property
+    def _is_all_here(self) -> bool:
+        return len(self.hosts) == 1 and is_this_machine(self.hosts[0].name)
+
+    @property
+    def master_address(self) -> str:
+        """Where rank 0 waits for the others."""
+        if self.master is not None:
+            return self.master
+        return self.hosts[0].name if self.hosts and not self._is_all_here else "127.0.0.1"
+
+    def host_of(self, rank: int) -> str:
+        """The host that a rank runs on; hosts are filled in the order of the hostfile."""
+        for host in self.hosts:
+            if rank < host.ranks:
+                return host.name
+            rank -= host.ranks
+        return socket.gethostname()
 
 
-def launcher_command(placement: Placement, arguments: list[str], script: Path = PRETRAIN_SCRIPT) -> list[str]:
-    """The ordinary deepspeed command line that starts a script of ours on every rank."""
+def check_placement(placement: Placement, arguments: list[str]) -> None:
+    """Raises `Refusal` for what DeepSpeed's runner would get wrong or only notice on the other hosts."""
+    if not placement.is_remote:
+        return
+    launcher = placement.launcher
+    if launcher in _BY_COUNT and not all(host.takes_first for host in placement.hosts):
+        raise Refusal(f"--include, --exclude: {launcher} cannot choose GPUs by number; name whole hosts, or use pdsh")
+    if launcher in ("mpich", "slurm") and len({host.ranks for host in placement.hosts}) > 1:
+        counts = ", ".join(f"{host.name} {host.ranks}" for host in placement.hosts)
+        raise Refusal(f"{placement.hostfile}: {launcher} needs the same slots on every host, and these have {counts}")
+    for argument in arguments:
+        check_argument(argument, launcher)
+    check_argument(os.getcwd(), launcher)
+
+
+def check_partition(placement: Placement, partition: int, config: Path) -> None:
+    """Refuse an hpZ partition that would reach over the border of a host, where it costs more than it saves."""
+    ranks = {host.name: host.ranks for host in placement.hosts} or {"this machine": placement.num_local}
+    for name, count in ranks.items():
+        if count % partition:
+            raise Refusal(
+                f"{config}: zero_hpz_partition_size {partition} does not divide the {count} ranks of {name};"
+                " expected the number of ranks per host"
+            )
+
+
+def launcher_command(
+    placement: Placement, arguments: list[str], script: Path = PRETRAIN_SCRIPT, directory: Path | None = None
+) -> list[str]:
+    """The ordinary deepspeed command line that starts a script of ours on every rank.
+
+    `directory` is where a hostfile of our own lies, for those launchers that know no other way to leave hosts out.
+    """
     if not script.is_file():
         raise Refusal(f"{script}: is missing; pretrain and bench need the checkout, install with pip install -e")
-    if placement.hostfile is not None:
-        where = ["--hostfile", str(placement.hostfile), "--master_addr", placement.hosts[0].name]
-    else:
-        where = ["--num_gpus", str(placement.num_local), "--master_addr", "127.0.0.1"]
-    port = ["--master_port", str(free_port())]
-    return [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--log_level",
-        "error",
-        *where,
-        *port,
-        str(script),
-        *arguments,
-    ]
+    where = _on_hosts(placement, directory) if placement.hosts else ["--num_gpus", str(placement.num_local)]
+    where += ["--master_addr", placement.master_address]
+    where += ["--master_port", str(placement.master_port or free_port())]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", *where, str(script), *arguments]
+
+
+def _on_hosts(placement: Placement, directory: Path | None) -> list[str]:
+    ours = placement.launcher in _MPI and placement.is_remote and directory is not None
+    where = ["--hostfile", str(directory / _HOSTFILE if ours and directory else placement.hostfile)]
+    if not ours:
+        where += ["--include", write_filter(placement.hosts)]
+    if placement.node_rank is not None:
+        return [*where, "--no_ssh", "--node_rank", str(placement.node_rank)]
+    where.append("--no_ssh_check")  # doctor has looked, and one host that is this machine needs no ssh
+    if placement.is_remote:
+        where += ["--force_multi", "--launcher", placement.launcher]
+        where += [f"--launcher_args={_launcher_args(placement)}"] if _launcher_args(placement) else []
+    return where
+
+
+def _launcher_args(placement: Placement) -> str:
+    """Ours before the user's: OpenMPI would bind ranks to cores and not run as root, srun let other tasks go on."""
+    ours = []
+    if placement.launcher == "slurm":
+        ours = ["--kill-on-bad-exit=1", f"--ntasks-per-node={placement.hosts[0].ranks}"]
+    if placement.launcher == "openmpi":
+        ours = ["--bind-to", "none", "--map-by", "slot", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+        ours += ["--mca", "plm_rsh_args", f"'-p {placement.ssh_port}'"] if placement.ssh_port else []
+    return " ".join([*ours, placement.launcher_args]).strip()
 
 
 def free_port() -> int:
     """A TCP port that nobody listens on right now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
-def start_launcher(placement: Placement, arguments: list[str], variables: dict[str, str]) -> subprocess.Popen:
-    """Start the launcher in a session of its own: a SIGTERM to the deepspeed command alone would orphan its ranks."""
-    return subprocess.Popen(
-        launcher_command(placement, arguments), env=launcher_environment(placement) | variables, start_new_session=True
-    )
+def is_this_machine(name: str) -> bool:
+    """Whether a host's name or address is this machine's."""
+    if name in ("localhost", socket.gethostname()):
+        return True
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        return False
+    ours = [found.address for addresses in psutil.net_if_addrs().values() for found in addresses]
+    return address in ours
+
+
+def start_launcher(
+    placement: Placement,
+    arguments: list[str],
+    variables: dict[str, str],
+    directory: Path,
+    script: Path = PRETRAIN_SCRIPT,
+    output: int | None = None,
+) -> subprocess.Popen:
+    """Start the launcher in a session of its own: a SIGTERM to the deepspeed command alone would orphan its ranks.
+
+    `directory` is private to this start and outlives it; the file of forwarded variables lies there.
+    """
+    environment = launcher_environment(placement) | variables
+    if placement.is_remote:
+        for name, content in launch_files(placement, environment).items():
+            write_file(directory / name, content)
+        environment = without_secrets(environment, placement.forward) | _for_runner(placement, directory)
+    command = launcher_command(placement, arguments, script, directory)
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)
+
+
+def launch_files(placement: Placement, environment: Mapping[str, str]) -> dict[str, str]:
+    """Name and content of the files that DeepSpeed's runner reads at a start over the network."""
+    variables = forwarded(environment, placement.forward, placement.launcher)
+    # DeepSpeed leaves these to mpi4py.
+    if placement.launcher in ("openmpi", "slurm"):
+        variables["MASTER_PORT"] = str(placement.master_port)
+    if placement.launcher == "openmpi":  # Slurm itself says which host is first
+        variables["MASTER_ADDR"] = placement.master_address
+    files = {_ENVIRONMENT_FILE: "".join(f"{name}={value}\n" for name, value in variables.items())}
+    if placement.launcher in _MPI:
+        files[_HOSTFILE] = "".join(f"{host.name} slots={host.ranks}\n" for host in placement.hosts)
+    return files
+
+
+def _for_runner(placement: Placement, directory: Path) -> dict[str, str]:
+    variables = {"DS_ENV_FILE": str(directory / _ENVIRONMENT_FILE)}
+    if placement.launcher == "pdsh":
+        port = ["-p", str(placement.ssh_port)] if placement.ssh_port else []
+        ours = ["-o", "BatchMode=yes", "-o", "ServerAliveInterval=10", *port]
+        variables["PDSH_SSH_ARGS_APPEND"] = " ".join([os.environ.get("PDSH_SSH_ARGS_APPEND", ""), *ours]).strip()
+    return variables
 
 
 def launcher_environment(placement: Placement) -> dict[str, str]:
-    """The environment of a local launch: as many threads per rank as there are cores for it."""
+    """The environment of a launch: as many threads per rank as there are cores for it."""
     environment = dict(os.environ)
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     if placement.on_cpu:
         environment.setdefault("DS_ACCELERATOR", "cpu")
         # Without a limit every rank starts a thread per core.
-        threads = max(1, len(os.sched_getaffinity(0)) // max(1, placement.num_local))
+        ranks = max((host.ranks for host in placement.hosts), default=placement.num_local)
+        threads = max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         # glibc gives every large tensor back to the kernel and faults its pages in again: a twentieth of a step.
         environment.setdefault("MALLOC_MMAP_MAX_", "0")
         environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
     return environment
+
+
+def describe_launch(placement: Placement, arguments: list[str], directory: Path) -> str:
+    """All that a start would do, as lines for a shell; the values of secrets are left out."""
+    lines = [f"# rank 0 on {placement.master_address} waits for the others at port {placement.master_port}"]
+    environment = launcher_environment(placement)
+    if placement.node_rank is not None:
+        lines.append("# on each host, with what it needs in the environment:")
+        for rank, host in enumerate(placement.hosts):
+            command = launcher_command(replace(placement, node_rank=rank), arguments)
+            lines += [f"# {host.name}", f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}"]
+        return "\n".join(lines)
+    runner: dict[str, str] = {}
+    if placement.is_remote:
+        runner = _for_runner(placement, directory)
+        lines.append(f"mkdir -m 700 {shlex.quote(str(directory))}")
+        for name, content in launch_files(placement, environment).items():
+            lines += [f"cat >{shlex.quote(str(directory / name))} <<'END'", _masked(content).rstrip("\n"), "END"]
+    hidden = environment.keys() - without_secrets(environment, placement.forward).keys() if runner else ()
+    unset = ["env", *(part for name in sorted(hidden) for part in ("-u", name))] if hidden else []
+    settings = [*unset, *(f"{name}={shlex.quote(value)}" for name, value in runner.items())]
+    return "\n".join(
+        [*lines, " ".join([*settings, shlex.join(launcher_command(placement, arguments, directory=directory))])]
+    )
+
+
+def _masked(content: str) -> str:
+    lines = []
+    for line in content.splitlines():
+        name, _, value = line.partition("=")
+        lines.append(f"{name}={'...' if is_secret(name) else value}" if value else line)
+    return "\n".join(lines)

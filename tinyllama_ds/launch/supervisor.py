@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART, EXIT_ROLLBACK
+from tinyllama_ds.launch.lifeline import Lifeline
 from tinyllama_ds.launch.lock import RunLock
 
 _FINAL_CODES = (EXIT_FINISHED, EXIT_RESTART, EXIT_REFUSED, EXIT_NUMERICS)
@@ -24,7 +25,21 @@ _STOP_SECONDS = 25  # from the wish to stop to the end of all processes; a sched
 _POLL_SECONDS = 0.2
 _CRASHED = 1
 
-Launch = Callable[[dict[str, str]], subprocess.Popen]  # with these variables, in a session of its own
+_HOSTS_SECONDS = 10  # between two looks for hosts that are missing
+_STATUS_SECONDS = 10  # for what rank 0 wrote to be seen on another host
+
+
+@dataclass(frozen=True)
+class Started:
+    """A launcher in a session of its own, the host of every rank, by rank, and how a process group there is killed."""
+
+    process: subprocess.Popen
+    hosts: list[str]
+    kill: Callable[[str, int], None]
+
+
+# With these variables, and a private directory for its files; None where hosts are missing that may come back.
+Launch = Callable[[dict[str, str], Path], Started | None]
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,8 @@ class Watch:
     step_seconds: float  # a rank that completes no step for so long is stuck
     start_seconds: float  # the same until its first step, with imports, loading and compiling in it
     max_seconds: float | None  # of wall time, then stop
+    is_first: bool = True  # of several supervisors on one run, each with its own host's ranks
+    open_lifeline: Callable[[Path], Lifeline] | None = None  # for ranks on other hosts
 
 
 @dataclass(frozen=True)
@@ -56,10 +73,11 @@ class RankSide:
     supervisor_variable: str
     heartbeat_variable: str
     restart_variable: str
+    lifeline_variable: str
     stacks_signal: int
 
 
-def supervise(launch: Launch, watch: Watch, lock: RunLock, ranks: RankSide) -> Supervised:
+def supervise(launch: Launch, watch: Watch, lock: RunLock | None, ranks: RankSide) -> Supervised:
     """Run until it has finished, was stopped, was refused, or failed three times in a row without a new checkpoint."""
     started = time.monotonic()
     stop = _Stop(watch)
@@ -67,6 +85,11 @@ def supervise(launch: Launch, watch: Watch, lock: RunLock, ranks: RankSide) -> S
     restarts = failures = 0
     while True:
         code = _run_once(launch, watch, stop, lock, ranks, restarts)
+        if code is None:
+            stop.wait(_HOSTS_SECONDS)
+            if stop.wanted_at is None:
+                continue
+            code = EXIT_RESTART
         last_step, (step, tokens) = step, watch.committed()
         if code == EXIT_ROLLBACK:  # no failure; the run itself counts how often it does this
             _say(f"going back to checkpoint {step:,}, without the samples of the spike")
@@ -86,21 +109,36 @@ def supervise(launch: Launch, watch: Watch, lock: RunLock, ranks: RankSide) -> S
     return Supervised(code, restarts, time.monotonic() - started, tokens - tokens_before)
 
 
-def _run_once(launch: Launch, watch: Watch, stop: "_Stop", lock: RunLock, ranks: RankSide, restarts: int) -> int:
-    """From the start of the launcher to the end of its last process."""
-    watch.status_file.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="tinyllama-ds-", dir=os.environ.get("XDG_RUNTIME_DIR")) as directory:
-        process = launch(
-            {
-                ranks.supervisor_variable: str(os.getpid()),
-                ranks.heartbeat_variable: directory,
-                ranks.restart_variable: str(restarts),
-            }
-        )
+def _run_once(
+    launch: Launch, watch: Watch, stop: "_Stop", lock: RunLock | None, ranks: RankSide, restarts: int
+) -> int | None:
+    """From the start of the launcher to the end of its last process; None where it could not start yet."""
+    if watch.is_first:
+        watch.status_file.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tinyllama-ds-", dir=os.environ.get("XDG_RUNTIME_DIR")) as name:
+        directory = Path(name)
+        variables = {ranks.restart_variable: str(restarts)}
+        lifeline = None if watch.open_lifeline is None else watch.open_lifeline(directory)
+        if lifeline is None:
+            variables |= {ranks.supervisor_variable: str(os.getpid()), ranks.heartbeat_variable: name}
+        else:
+            variables[ranks.lifeline_variable] = lifeline.value
+        started = None
         try:
-            return _wait(process, _Watchdog(Path(directory), watch, ranks.stacks_signal), stop, lock, watch.status_file)
+            started = launch(variables, directory)
+            if started is None:
+                return None
+            if lifeline is not None:
+                lifeline.expect(started.hosts)
+            watchdog = _Watchdog(directory, watch, ranks.stacks_signal, lifeline)
+            return _wait(started.process, watchdog, stop, lock, watch.status_file)
         finally:
-            end_group(process)
+            left = lifeline.close() if lifeline is not None else []
+            if started is not None:
+                for host, group in left:
+                    started.kill(host, group)
+                # DeepSpeed's own end of a run on other hosts kills every run of this Python there; ours is the line.
+                end_group(started.process, gently=lifeline is None)
 
 
 class _Stop:
@@ -139,28 +177,38 @@ class _Stop:
         self.wanted_at = self.wanted_at or time.monotonic()
 
 
-def _wait(process: subprocess.Popen, watchdog: "_Watchdog", stop: _Stop, lock: RunLock, status_file: Path) -> int:
+def _wait(
+    process: subprocess.Popen, watchdog: "_Watchdog", stop: _Stop, lock: RunLock | None, status_file: Path
+) -> int:
     """The exit code of the run; returns early, the launcher still alive, where it is stuck or stopping too long."""
     while process.poll() is None:
-        lock.refresh()
+        if lock is not None:
+            lock.refresh()
         stop.look()
         if stop.is_overdue():
             _say("the ranks did not stop by themselves; the last checkpoint stands")
             return EXIT_RESTART
+        failed = watchdog.failed_rank()
+        if failed is not None:
+            return watchdog.code_of_failure(failed, status_file)
         stuck = watchdog.stuck_rank()
         if stuck is not None:
             _say(f"{stuck}; stacks of all ranks:\n{watchdog.stacks()}")
             return _CRASHED
         time.sleep(_POLL_SECONDS)
+    failed = watchdog.failed_rank()  # its last words
+    if failed is not None:
+        return watchdog.code_of_failure(failed, status_file)
     return _exit_code(process.returncode, status_file)
 
 
 def _exit_code(code: int, status_file: Path) -> int:
     """What rank 0 wrote counts: the launcher exits 0 when it dies by a signal, and pdsh mixes up the ranks' codes."""
-    try:
-        state = json.loads(status_file.read_text())["state"]
-    except (OSError, ValueError, KeyError):
-        state = None
+    state = _read_state(status_file)
+    deadline = time.monotonic() + _STATUS_SECONDS
+    while code == 0 and state == "running" and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        state = _read_state(status_file)
     if state in _CODES_OF_STATES:
         return _CODES_OF_STATES[state]
     if code < 0:
@@ -168,15 +216,35 @@ def _exit_code(code: int, status_file: Path) -> int:
     return code or _CRASHED
 
 
-class _Watchdog:
-    """Sees that every rank of this machine goes on. Clocks of other processes are not read, only changes seen here."""
+def _read_state(status_file: Path) -> str | None:
+    try:
+        return json.loads(status_file.read_text())["state"]
+    except (OSError, ValueError, KeyError):
+        return None
 
-    def __init__(self, directory: Path, watch: Watch, stacks_signal: int) -> None:
+
+class _Watchdog:
+    """Sees that every rank goes on. Clocks of other processes are not read, only changes seen here."""
+
+    def __init__(self, directory: Path, watch: Watch, stacks_signal: int, lifeline: Lifeline | None) -> None:
+        self._lifeline = lifeline
         self._directory = directory
         self._watch = watch
         self._signal = stacks_signal
         self._started = time.monotonic()
         self._seen: dict[Path, tuple[int, float]] = {}  # change time of the file, and when it was first seen
+
+    def failed_rank(self) -> str | None:
+        """A sentence about the first rank on any host that said why it ends, died, or fell silent."""
+        return None if self._lifeline is None else self._lifeline.look()
+
+    def code_of_failure(self, failed: str, status_file: Path) -> int:
+        """What a rank's end means: nothing, where the launcher ended it because another had come to a regular end."""
+        code = None if self._lifeline is None else self._lifeline.code
+        code = _exit_code(code or _CRASHED, status_file)
+        if code not in _FINAL_CODES:
+            _say(failed)
+        return code
 
     def stuck_rank(self) -> str | None:
         """A sentence about the first rank found stuck."""
@@ -195,7 +263,9 @@ class _Watchdog:
         return None
 
     def stacks(self) -> str:
-        """The stacks of all ranks of this machine, one that was stopped by a signal included."""
+        """The stacks of all ranks; on this machine of one that was stopped by a signal, too."""
+        if self._lifeline is not None:
+            self._lifeline.stacks()
         for file in self._seen:
             with suppress(ProcessLookupError, KeyError):
                 os.kill(_read_beat(file)["pid"], self._signal)
@@ -212,9 +282,9 @@ def _read_beat(file: Path) -> dict:
         return {"doing": "working"}  # read while it was being written
 
 
-def end_group(process: subprocess.Popen) -> None:
+def end_group(process: subprocess.Popen, gently: bool = True) -> None:
     """Nothing of the launcher's session outlives it, whatever group it is in. Returns when all of it is gone."""
-    if process.poll() is None:
+    if gently and process.poll() is None:
         process.terminate()  # lets the launcher end the ranks on other hosts
         with suppress(subprocess.TimeoutExpired):
             process.wait(3)

@@ -4,7 +4,8 @@ import torch
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.llama import LlamaForCausalLM
-from tinyllama_ds.training.engine import World, gather_from_ranks
+from tinyllama_ds.training.engine import gather_from_ranks
+from tinyllama_ds.training.world import World
 
 
 def compile_blocks(model: LlamaForCausalLM) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,34 +12,13 @@ import torch.distributed as dist
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.llama import Block, LlamaForCausalLM
+from tinyllama_ds.training.world import World, choose_interface
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-
-@dataclass(frozen=True)
-class World:
-    """This process among all others."""
-
-    rank: int
-    local_rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def read_world() -> World:
-    """Rank, local rank and world size as the deepspeed launcher and torchrun set them; alone without a launcher."""
-    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)
-    if torch.cuda.is_available():
-        return World(rank, local_rank, size, torch.device("cuda", local_rank))
-    return World(rank, local_rank, size, torch.device("cpu"))
-
-
-_RANK_VARIABLES = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+# For runs without a supervisor, which alone notices earlier that a host has vanished.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 def supports_fast_bf16(device: torch.device) -> bool:
@@ -54,21 +32,17 @@ def start_process_group(world: World) -> None:
     """Join the other ranks: NCCL on GPUs, gloo elsewhere."""
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        os.environ.setdefault(name, value)
-    if world.size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
+    choose_interface(world)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
     import deepspeed
 
     if world.device.type == "cpu":
         # Without a list of ops DeepSpeed compiles a shared-memory all-reduce that only inference uses.
         deepspeed.ops.__compatible_ops__ = {}
-        deepspeed.init_distributed("gloo", verbose=False)
+        deepspeed.init_distributed("gloo", verbose=False, timeout=_COLLECTIVE_TIMEOUT)
     else:
         torch.cuda.set_device(world.device)
-        deepspeed.init_distributed("nccl", verbose=False, timeout=timedelta(minutes=30))
+        deepspeed.init_distributed("nccl", verbose=False, timeout=_COLLECTIVE_TIMEOUT)
 
 
 def check_with_deepspeed(config: dict, path: str) -> None:

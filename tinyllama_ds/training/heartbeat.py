@@ -5,17 +5,24 @@ import json
 import os
 import select
 import signal
+import socket
+import sys
+import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 
 SUPERVISOR_VARIABLE = "TINYLLAMA_DS_SUPERVISOR"  # its process id
 HEARTBEAT_VARIABLE = "TINYLLAMA_DS_HEARTBEATS"  # its private directory
+LIFELINE_VARIABLE = "TINYLLAMA_DS_LIFELINE"  # for ranks on other hosts: where it listens, a token, time-outs
 STACKS_SIGNAL = signal.SIGUSR2
 _BEAT_BYTES = 128
+_PING_SECONDS = 2
 
 
 class Heartbeat:
-    """Writes `rank_N` into the supervisor's directory; without a supervisor on this machine it does nothing."""
+    """Tells the supervisor how far this rank is: by a file on its machine, by a connection from other hosts."""
 
     def __init__(self, rank: int) -> None:
         directory = os.environ.get(HEARTBEAT_VARIABLE)
@@ -25,14 +32,81 @@ class Heartbeat:
             # Written by the C handler itself, so that a rank that holds the interpreter lock answers too.
             faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
             _die_with(int(os.environ[SUPERVISOR_VARIABLE]))
+        line = os.environ.get(LIFELINE_VARIABLE)
+        self._lifeline = None if line is None else _Lifeline(line, rank)
 
     def beat(self, step: int, doing: str) -> None:
         """Say that this rank got as far as `step`, and what it does now."""
+        if self._lifeline is not None:
+            self._lifeline.say({"step": step, "doing": doing})
         if self._file is None:
             return
         beat = json.dumps({"pid": os.getpid(), "step": step, "doing": doing}).ljust(_BEAT_BYTES)
         # In place: the block that the first beat took is still there on a full disk. The time of change is what counts.
         os.pwrite(self._file.fileno(), beat.encode(), 0)
+
+    def fail(self, error: BaseException) -> None:
+        """Say why this rank is about to end; the supervisor shows the first such sentence of a run."""
+        if self._lifeline is not None:
+            self._lifeline.say({"error": f"{type(error).__name__}: {error}"})
+
+    def farewell(self, code: int) -> None:
+        """Say that this rank ends as it should, and its exit code."""
+        if self._lifeline is not None:
+            self._lifeline.say({"farewell": code})
+
+
+class _Lifeline:
+    """The connection to a supervisor on another host. When it breaks or falls silent, this host's ranks end."""
+
+    def __init__(self, line: str, rank: int) -> None:
+        address, port, token, silence, patience = line.split(":")
+        self._silence = float(silence)
+        self._connection = _connect(address, int(port), float(patience))
+        self._sending = Lock()
+        self.say({"token": token, "rank": rank, "host": socket.gethostname(), "group": os.getpgid(0)})
+        Thread(target=self._keep, name="supervisor is alive", daemon=True).start()
+
+    def say(self, message: dict) -> None:
+        with self._sending, suppress(OSError):  # a broken line is noticed by `_keep`
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def _keep(self) -> None:
+        self._connection.settimeout(_PING_SECONDS)
+        heard_at = time.monotonic()
+        while time.monotonic() - heard_at < self._silence:
+            try:
+                received = self._connection.recv(1 << 16)
+            except TimeoutError:
+                received = None
+            except OSError:
+                received = b""
+            if received == b"":
+                break
+            if received is not None:
+                heard_at = time.monotonic()
+                if b"stacks" in received:
+                    self.say({"stacks": _stacks()})
+            self.say({})
+        _end_host("the connection to the supervisor is gone")
+
+
+def _connect(address: str, port: int, patience: float) -> socket.socket:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=30)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                _end_host(f"the supervisor at {address}:{port} does not answer: {error}")
+        time.sleep(1)
+
+
+def _stacks() -> str:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
 
 
 def _die_with(supervisor: int) -> None:
@@ -44,3 +118,10 @@ def _die_with(supervisor: int) -> None:
         os.killpg(0, signal.SIGKILL)
 
     Thread(target=wait, name="supervisor is alive", daemon=True).start()
+
+
+def _end_host(reason: str) -> None:
+    """End the process group: this host's launcher and all of its ranks, or under MPI this rank."""
+    with suppress(OSError):
+        print(f"tinyllama-ds: {socket.gethostname()}: {reason}; ending", file=sys.stderr, flush=True)
+    os.killpg(0, signal.SIGKILL)

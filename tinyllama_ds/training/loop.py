@@ -17,7 +17,6 @@ from tinyllama_ds.evaluation.validation import perplexity, validation_losses
 from tinyllama_ds.plan import Step
 from tinyllama_ds.training.checkpoint import Health, Progress
 from tinyllama_ds.training.engine import (
-    World,
     drop_gradients,
     gradient_norm,
     local_gradient_norm,
@@ -38,10 +37,12 @@ from tinyllama_ds.training.guard import (
 from tinyllama_ds.training.heartbeat import Heartbeat
 from tinyllama_ds.training.ledger import SKIPPED, Entry, record
 from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, memory_bytes, peak_flops
+from tinyllama_ds.training.pace import Pace
 from tinyllama_ds.training.probe import take_probe
 from tinyllama_ds.training.run import Run
 from tinyllama_ds.training.saving import Save, Saver
 from tinyllama_ds.training.stop import StopRequest
+from tinyllama_ds.training.world import World
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -86,6 +87,7 @@ def train(
     peak, _ = peak_flops(world.device, next(engine.module.parameters()).dtype)
     batches = DigestedBatches(prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES))
     progress, final = start, run.plan.total_steps
+    pace = Pace(engine.module.model.layers, world)
     if run.validation and start.step == 0:
         report_validation(engine, run, world, start, metrics)  # where the curves begin: about ln(vocabulary)
     take_over_garbage_collection()
@@ -104,7 +106,8 @@ def train(
             report_verdict(run, metrics, progress, samples, verdict, guard)
         window.tokens += step.tokens_after - step.tokens_before
         if is_logged:
-            report(metrics, progress, step_figures(run, world, window, agreed, learning_rate, progress, peak))
+            figures = step_figures(run, world, window, agreed, learning_rate, progress, peak)
+            report(metrics, progress, figures | compare_ranks(pace, figures, metrics))
             window.restart()
         paused_at = perf_counter()
         is_last = progress.step == final or agreed.stop
@@ -259,6 +262,15 @@ def step_figures(
     for source, samples in run.order.counts(progress.position).items():
         figures[f"Tokens/{source}"] = samples * run.recipe.sequence_length
     return figures
+
+
+def compare_ranks(pace: Pace, figures: dict[str, float], metrics: MetricsLogger | None) -> dict[str, float]:
+    """The figures of the ranks' own work; says which rank has become slow. Collective."""
+    found, sentences = pace.compare(figures.get("Seconds/data", 0.0))
+    if metrics is not None:
+        for sentence in sentences:
+            metrics.say(sentence)
+    return found
 
 
 def report(metrics: MetricsLogger | None, progress: Progress, figures: dict[str, float]) -> None:

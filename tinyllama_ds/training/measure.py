@@ -18,14 +18,13 @@ from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.plan import Step
 from tinyllama_ds.training.compilation import compile_blocks
 from tinyllama_ds.training.engine import (
-    World,
-    read_world,
     start_process_group,
     supports_fast_bf16,
     wrap,
 )
 from tinyllama_ds.training.loop import train_step
 from tinyllama_ds.training.metrics import PhaseClock, measured_peak, memory_bytes, peak_flops
+from tinyllama_ds.training.world import World, read_world
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -1,7 +1,6 @@
 """Figures of a run: metrics.jsonl, TensorBoard, the monitors of the DeepSpeed JSON, and the console. Rank 0 only."""
 
 import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -95,7 +94,15 @@ def memory_bytes(device: torch.device) -> int:
 class MetricsLogger:
     """Takes one dict of figures per logged step and hands it to every sink. x is the optimizer step, counted from 1."""
 
-    def __init__(self, run_dir: Path, monitors: dict, total_steps: int, start: Progress, config_text: str) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        monitors: dict,
+        total_steps: int,
+        start: Progress,
+        config_text: str,
+        is_terminal: bool = False,
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         last_step, last_tokens = (start.step, start.tokens) if start.step else (-1, -1)
         self._rows = Rows(run_dir / METRICS_FILE, last_step)
@@ -115,7 +122,7 @@ class MetricsLogger:
             desc="pretrain",
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants lines, not frames
+            mininterval=1 if is_terminal else 10,  # a log file wants lines, not frames
         )
 
     def log(self, step: int, tokens: int, figures: dict[str, float]) -> None:

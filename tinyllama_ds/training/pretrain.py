@@ -33,10 +33,8 @@ from tinyllama_ds.training.checkpoint import (
 )
 from tinyllama_ds.training.compilation import compile_blocks, decide_compilation
 from tinyllama_ds.training.engine import (
-    World,
     check_with_deepspeed,
     gather_from_ranks,
-    read_world,
     start_process_group,
     supports_fast_bf16,
     wrap,
@@ -52,6 +50,7 @@ from tinyllama_ds.training.ledger import (
     read_ledger,
     record,
 )
+from tinyllama_ds.training.logs import log_to
 from tinyllama_ds.training.loop import report_save, train
 from tinyllama_ds.training.metrics import MetricsLogger, peak_flops
 from tinyllama_ds.training.probe import check_probe
@@ -69,6 +68,7 @@ from tinyllama_ds.training.run import (
 from tinyllama_ds.training.saving import Saver
 from tinyllama_ds.training.sinks import warn
 from tinyllama_ds.training.stop import StopRequest
+from tinyllama_ds.training.world import World, read_world
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -76,34 +76,42 @@ if TYPE_CHECKING:
 
 def pretrain(options: Options) -> int:
     """Train until the plan is complete; returns the exit code. A refusal is printed once, by rank 0."""
-    world = read_world()
     try:
-        return _pretrain(options, world)
+        world = read_world()
+    except Refusal as refusal:
+        print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
+        return EXIT_REFUSED
+    heartbeat = Heartbeat(world.rank)
+    try:
+        code = _pretrain(options, world, heartbeat)
     except Refusal as refusal:
         if world.is_main:
             print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
-        return EXIT_REFUSED
+        code = EXIT_REFUSED
     except BadData as bad:
         print(f"tinyllama-ds: {bad}; audit the data before it goes on", file=sys.stderr, flush=True)
-        return EXIT_NUMERICS
+        code = EXIT_NUMERICS
     except BadNumbers as bad:
         if world.is_main:
             print(f"tinyllama-ds: {bad}; nothing was saved since", file=sys.stderr, flush=True)
-        return EXIT_NUMERICS
-    except BaseException:
+        code = EXIT_NUMERICS
+    except BaseException as error:
+        heartbeat.fail(error)
         # The other ranks wait in a collective for this one: leave at once, so that the launcher can end them.
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+    heartbeat.farewell(code)
+    return code
 
 
-def _pretrain(options: Options, world: World) -> int:
+def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    heartbeat = Heartbeat(world.rank)
     heartbeat.beat(0, "starting")
     run = resolve_run(options, world.size, world.device.type, supports_fast_bf16(world.device))
     check_run_directory(run)
     os.umask(0o027)  # what others could write would not be loaded again
+    is_terminal = log_to(run.run_dir, world.rank)
     start_process_group(world)
     check_with_deepspeed(run.engine_config, str(options.deepspeed_config))
     checkpoint = agree_on_checkpoint(run, world)
@@ -125,7 +133,7 @@ def _pretrain(options: Options, world: World) -> int:
         tell_changes(open_run_directory(run, start.step), run.allow_change)
         forget_skips_after(run.run_dir, start.step)
     guard = Guard(run.recipe.guard, health.guard, rollbacks=len(left_out(read_ledger(run.run_dir))))
-    metrics = _open_metrics(run, world, start, engine, compilation) if world.is_main else None
+    metrics = _open_metrics(run, world, start, engine, compilation, is_terminal) if world.is_main else None
     saver = Saver(run, world, on_end=lambda save: report_save(metrics, save))
     try:
         progress = train(engine, run, world, start, guard, metrics, StopRequest(run.run_dir), heartbeat, saver)
@@ -190,10 +198,10 @@ def agree_on_checkpoint(run: Run, world: World) -> Path | None:
 
 
 def _open_metrics(
-    run: Run, world: World, start: Progress, engine: "DeepSpeedEngine", compilation: str
+    run: Run, world: World, start: Progress, engine: "DeepSpeedEngine", compilation: str, is_terminal: bool
 ) -> MetricsLogger:
     metrics = MetricsLogger(
-        run.run_dir, run.monitors, run.plan.total_steps, start, json.dumps(run.description, indent=1)
+        run.run_dir, run.monitors, run.plan.total_steps, start, json.dumps(run.description, indent=1), is_terminal
     )
     dtype = next(engine.module.parameters()).dtype
     peak, origin = peak_flops(world.device, dtype)

@@ -9,8 +9,9 @@ import torch
 
 from tinyllama_ds.errors import BadNumbers, Refusal
 from tinyllama_ds.model.probe import TOLERANCE, Probe, loss_difference, probe_loss
-from tinyllama_ds.training.engine import World, gather_from_ranks
+from tinyllama_ds.training.engine import gather_from_ranks
 from tinyllama_ds.training.run import Run
+from tinyllama_ds.training.world import World
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -35,7 +35,7 @@ from tinyllama_ds.training.checkpoint import (
     Progress,
     checkpoint_name,
 )
-from tinyllama_ds.training.engine import World, gather_from_ranks
+from tinyllama_ds.training.engine import gather_from_ranks
 from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import check_parameters
 from tinyllama_ds.training.retention import Retention, remove_old_checkpoints
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from tinyllama_ds.training.run import Run
+from tinyllama_ds.training.world import World
 
 
 @dataclass

@@ -1,0 +1,83 @@
+"""What other hosts get of this environment, and that DeepSpeed reads the file as it was meant."""
+
+from pathlib import Path
+
+import pytest
+
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.launch.environment import check_argument, forwarded, is_secret, read_user_files, without_secrets
+
+
+@pytest.fixture(autouse=True)
+def empty_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home and a working directory without a .deepspeed_env."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    return tmp_path
+
+
+def test_only_what_is_on_the_list_goes_out() -> None:
+    environment = {
+        "NCCL_DEBUG": "INFO", "PATH": "/usr/bin", "HF_HOME": "/cache", "EDITOR": "vi", "CUDA_VISIBLE_DEVICES": "0",
+        "HF_TOKEN": "hf_1", "WANDB_API_KEY": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_LOGS": "",
+    }  # fmt: skip
+    assert forwarded(environment, [], "pdsh") == {
+        "NCCL_DEBUG": "INFO", "PATH": "/usr/bin", "HF_HOME": "/cache", "TOKENIZERS_PARALLELISM": "false"
+    }  # fmt: skip
+    assert forwarded(environment, ["WANDB_API_KEY"], "pdsh")["WANDB_API_KEY"] == "1"
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password", "MLFLOW_TRACKING_TOKEN", "KEY"])
+def test_secrets_stay_unless_they_are_named(name: str) -> None:
+    assert is_secret(name)
+    assert without_secrets({name: "x", "A": "b"}, []) == {"A": "b"}
+    assert without_secrets({name: "x"}, [name]) == {name: "x"}
+    assert not is_secret("TOKENIZERS_PARALLELISM")
+    assert not is_secret("MONKEY")
+
+
+def test_the_users_file_is_respected_and_may_have_comments(tmp_path: Path) -> None:
+    (tmp_path / ".deepspeed_env").write_text("# ours\n\nNCCL_SOCKET_IFNAME=ib0\nMY_OPTION=a=b\n")
+    assert read_user_files() == {"NCCL_SOCKET_IFNAME": "ib0", "MY_OPTION": "a=b"}
+    assert forwarded({"NCCL_SOCKET_IFNAME": "eth0"}, [], "pdsh")["NCCL_SOCKET_IFNAME"] == "ib0"
+
+
+@pytest.mark.parametrize("line", ["export A=b", "A", "1A=b", "=b"])
+def test_a_bad_line_of_the_users_file_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / ".deepspeed_env").write_text(f"A=b\n{line}\n")
+    with pytest.raises(Refusal, match=r"\.deepspeed_env:2: "):
+        read_user_files()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "value", "passes"),
+    [
+        ("pdsh", "two words; and more", True), ("pdsh", 'a "quote"', False), ("pdsh", "$HOME", False),
+        ("pdsh", "100%h", False), ("pdsh", "a\nb", False), ("pdsh", "`id`", False), ("pdsh", "a\\b", False),
+        ("openmpi", "a:b,c=d", True), ("openmpi", "two words", False), ("slurm", "a,b", False), ("slurm", "a:b", True),
+    ],
+)  # fmt: skip
+def test_a_value_arrives_or_is_refused(launcher: str, value: str, passes: bool) -> None:
+    if passes:
+        assert forwarded({"NCCL_X": value}, [], launcher) == {"NCCL_X": value}
+        return
+    with pytest.raises(Refusal, match="NCCL_X: its value"):
+        forwarded({"NCCL_X": value}, [], launcher)
+    assert forwarded({"PATH": value}, [], launcher) == {}, "other hosts have a PATH of their own"
+
+
+def test_a_named_variable_must_be_set_and_its_value_is_not_shown() -> None:
+    with pytest.raises(Refusal, match="--forward-env NOPE: is not set"):
+        forwarded({}, ["NOPE"], "pdsh")
+    with pytest.raises(Refusal) as refusal:
+        forwarded({"MY_KEY": "$geheim"}, ["MY_KEY"], "pdsh")
+    assert "geheim" not in str(refusal.value)
+
+
+def test_arguments_that_a_remote_shell_would_change_are_refused() -> None:
+    check_argument("/data/two words", "pdsh")
+    check_argument("/data/$x", "openmpi")
+    for argument in ("/data/$x", "/data/a;b", "/data/`id` x", "/data/%h", "/data/it's"):
+        with pytest.raises(Refusal, match="a remote shell would change it"):
+            check_argument(argument, "pdsh")

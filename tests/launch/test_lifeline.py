@@ -1,0 +1,154 @@
+"""The line to ranks on other hosts: what breaks it, who notices, and who may not take part."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tinyllama_ds.launch import lifeline as module
+from tinyllama_ds.launch.lifeline import Lifeline
+from tinyllama_ds.training.heartbeat import LIFELINE_VARIABLE
+
+RANK = """
+import sys, time
+from tinyllama_ds.training.heartbeat import Heartbeat
+heartbeat = Heartbeat(3)
+heartbeat.beat(7, "training")
+{then}
+"""
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[Lifeline]:
+    lifeline = Lifeline(tmp_path, "127.0.0.1")
+    yield lifeline
+    lifeline.close()
+
+
+def start_rank(line: Lifeline, then: str = "time.sleep(600)") -> subprocess.Popen:
+    """A rank with a process group of its own, and a child that stands for the launcher and the other ranks."""
+    program = "import subprocess; subprocess.Popen(['sleep', '600'])\n" + RANK.format(then=then)
+    return subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {LIFELINE_VARIABLE: line.value}, start_new_session=True
+    )
+
+
+def look_until(line: Lifeline, path: Path | None = None, seconds: float = 30) -> str | None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        said = line.look()
+        if said or (path is not None and path.exists()):
+            return said
+        time.sleep(0.05)
+    raise AssertionError("nothing happened")
+
+
+def group_is_gone(process: subprocess.Popen) -> bool:
+    process.wait(10)
+    for _ in range(50):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_beats_and_stacks_arrive_as_files(line: Lifeline, tmp_path: Path) -> None:
+    process = start_rank(line)
+    assert look_until(line, tmp_path / "rank_3") is None
+    assert json.loads((tmp_path / "rank_3").read_text()) == {"step": 7, "doing": "training"}
+    line.stacks()
+    assert "Thread" in (tmp_path / "stacks_3").read_text()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_dead_rank_is_known_at_once(line: Lifeline, tmp_path: Path) -> None:
+    process = start_rank(line)
+    look_until(line, tmp_path / "rank_3")
+    os.killpg(process.pid, signal.SIGKILL)
+    assert look_until(line) == f"rank 3 on {socket.gethostname()} has died"
+    process.wait()
+
+
+def test_a_rank_says_why_or_that_it_leaves(line: Lifeline, tmp_path: Path) -> None:
+    process = start_rank(line, "heartbeat.fail(OSError('disk'))")
+    assert look_until(line) == f"rank 3 on {socket.gethostname()}: OSError: disk"
+    process.wait()
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_farewell_is_no_death(line: Lifeline) -> None:
+    process = start_rank(line, "heartbeat.farewell(78)")
+    deadline = time.monotonic() + 30
+    while line.code is None:
+        assert line.look() is None
+        assert time.monotonic() < deadline
+    process.wait()
+    assert line.look() is None
+    assert line.code == 78
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_rank_ends_with_its_whole_host_when_the_supervisor_is_gone(line: Lifeline, tmp_path: Path) -> None:
+    process = start_rank(line)
+    look_until(line, tmp_path / "rank_3")
+    assert line.close() == []
+    assert group_is_gone(process)
+
+
+def test_silence_ends_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENCE_SECONDS", 3)
+    line = Lifeline(tmp_path, "127.0.0.1")
+    process = start_rank(line)
+    look_until(line, tmp_path / "rank_3")
+    assert group_is_gone(process), "the supervisor has said nothing for 3 s"
+    other = start_rank(line)
+    (tmp_path / "rank_3").unlink()
+    look_until(line, tmp_path / "rank_3")
+    line.close()
+    group_is_gone(other)
+
+
+def test_a_stopped_rank_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENCE_SECONDS", 3)
+    line = Lifeline(tmp_path, "127.0.0.1")
+    process = start_rank(line)
+    look_until(line, tmp_path / "rank_3")
+    os.killpg(process.pid, signal.SIGSTOP)
+    assert "has been silent for 3 s: it is stopped, or its host or the network to it is down" in (
+        look_until(line) or ""
+    )
+    assert line.close() == [(socket.gethostname(), process.pid)], "to be killed by other means"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    "words", [b"GET / HTTP/1.1\n", b'{"token": "guess", "rank": 0, "host": "x"}\n', b"[]\n", b"1\n"]
+)
+def test_strangers_are_hung_up_on(line: Lifeline, words: bytes, tmp_path: Path) -> None:
+    _, port, *_ = line.value.split(":")
+    with socket.create_connection(("127.0.0.1", int(port))) as stranger:
+        stranger.sendall(words)
+        stranger.settimeout(0.1)
+        deadline = time.monotonic() + 10
+        while True:
+            assert line.look() is None
+            assert time.monotonic() < deadline
+            try:
+                if stranger.recv(100) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionResetError:
+                break
+    assert list(tmp_path.iterdir()) == []

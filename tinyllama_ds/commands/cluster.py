@@ -1,0 +1,96 @@
+"""The command that looks at machines before a run does."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllama_ds.commands.placement import add_placement_arguments, lifeline_opener, read_placement
+from tinyllama_ds.commands.printing import add_json
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED
+
+if TYPE_CHECKING:
+    from tinyllama_ds.launch.doctor import Finding
+    from tinyllama_ds.launch.launcher import Placement
+    from tinyllama_ds.launch.lifeline import Lifeline
+_BANDWIDTH_SECONDS = 180  # with the imports on every host
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    add_placement_arguments(parser)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data directory that all hosts must see")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run directory that all hosts must share")
+    parser.add_argument("--quick", action="store_true", help="without measuring the network")
+    add_json(parser)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Is this machine, are these hosts, ready for a run; each red answer says what to do."""
+    from tinyllama_ds.launch.doctor import examine, table
+
+    placement = read_placement(options)
+    examined = examine(placement, options.data, options.run_dir)
+    if examined.is_green and not options.quick and placement.world_size > 1:
+        first = placement.hosts[0].name if placement.hosts else None
+        port = examined.reports[first]["free_port"] if first else None
+        examined.findings.append(_bandwidth(replace(placement, master_port=placement.master_port or port)))
+    if options.json:
+        findings = [asdict(finding) for finding in examined.findings]
+        print(json.dumps({"green": examined.is_green, "findings": findings, "hosts": examined.reports}))
+    else:
+        print(table(examined, sys.stdout.isatty()))
+    return EXIT_FINISHED if examined.is_green else EXIT_REFUSED
+
+
+def _bandwidth(placement: "Placement") -> "Finding":
+    """A small job over all ranks, started as a run would be."""
+    from tinyllama_ds.launch.doctor import HERE, Finding
+    from tinyllama_ds.launch.launcher import ALL_REDUCE_SCRIPT, start_launcher
+    from tinyllama_ds.launch.supervisor import end_group
+    from tinyllama_ds.training.heartbeat import LIFELINE_VARIABLE
+
+    host = f"{len(placement.hosts)} hosts" if placement.hosts else HERE
+    mend = "start it by hand to see why: the line is what pretrain --dry-run prints, with scripts/all_reduce.py"
+    open_lifeline = lifeline_opener(placement, Path(__file__))
+    with tempfile.TemporaryDirectory(prefix="tinyllama-ds-") as name, tempfile.TemporaryFile("w+") as log:
+        lifeline = open_lifeline(Path(name)) if open_lifeline else None
+        variables = {LIFELINE_VARIABLE: lifeline.value} if lifeline else {}
+        process = start_launcher(placement, [], variables, Path(name), ALL_REDUCE_SCRIPT, output=log.fileno())
+        try:
+            failed = _wait(process, lifeline)
+        finally:
+            if lifeline is not None:
+                lifeline.close()  # at which the ranks on other hosts end
+            end_group(process, gently=False)
+        if failed is not None:
+            return Finding("all-reduce", host, False, failed, mend)
+        log.seek(0)
+        lines = log.read().splitlines()
+    answers = [line.partition("all-reduce: ")[2] for line in lines if "all-reduce: " in line]
+    if not answers:
+        said = next((line for line in reversed(lines) if line.strip()), "nothing")
+        return Finding("all-reduce", host, False, f"the job ended with code {process.returncode}: {said}", mend)
+    result = json.loads(answers[0])
+    rate = result["bytes_per_second"] / 1e9
+    return Finding("all-reduce", host, True, f"{rate:.2f} GB/s of bus bandwidth over {result['ranks']} ranks")
+
+
+def _wait(process: subprocess.Popen, lifeline: "Lifeline | None") -> str | None:
+    """To the end of the job; a sentence where it was not a good one."""
+    deadline = time.monotonic() + _BANDWIDTH_SECONDS
+    while process.poll() is None:
+        failed = lifeline.look() if lifeline is not None else None
+        if failed is not None:
+            return failed
+        if time.monotonic() > deadline:
+            return f"not done in {_BANDWIDTH_SECONDS} s"
+        time.sleep(0.2)
+    return None
+
+
+COMMANDS = (("doctor", _add_doctor, _doctor),)

@@ -1,0 +1,137 @@
+"""The arguments that say where ranks run and how they get there, and what pretrain does with them."""
+
+import argparse
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllama_ds.errors import Refusal
+
+if TYPE_CHECKING:
+    from tinyllama_ds.launch.launcher import Placement
+    from tinyllama_ds.launch.lifeline import Lifeline
+
+_LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm")
+
+
+def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
+    """This machine, or a hostfile and the way to its hosts."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", type=Path, metavar="H", help="machines, lines of 'host slots=N'")
+    where.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine (default: its GPUs, else 2)")
+    hosts = parser.add_argument_group("with a hostfile")
+    some = hosts.add_mutually_exclusive_group()
+    some.add_argument("--include", metavar="HOSTS", help="only these, as 'node1@node2:0,2' (node2: slots 0 and 2)")
+    some.add_argument("--exclude", metavar="HOSTS", help="all but these")
+    hosts.add_argument(
+        "--launcher", choices=_LAUNCHERS, default="pdsh", help="how DeepSpeed reaches the hosts (default: %(default)s)"
+    )
+    hosts.add_argument("--launcher-args", default="", metavar="ARGS", help="further arguments of pdsh, mpirun or srun")
+    hosts.add_argument(
+        "--ssh-port", type=int, metavar="PORT", help="of sshd on the hosts (default: as ssh is configured)"
+    )
+    hosts.add_argument(
+        "--no-ssh", action="store_true", help="start this host's ranks only; give each host its own command"
+    )
+    hosts.add_argument(
+        "--node-rank", type=int, metavar="N", help="with --no-ssh: the line of this host, counted from 0"
+    )
+    hosts.add_argument("--master-addr", metavar="HOST", help="where rank 0 listens (default: the first host)")
+    hosts.add_argument("--master-port", type=int, metavar="PORT", help="its port (default: a free one)")
+    hosts.add_argument(
+        "--forward-env",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="hand this variable to the ranks, secret or not",
+    )
+
+
+def read_placement(options: argparse.Namespace) -> "Placement":
+    """Where the ranks run; raises `Refusal` for hosts, slots or GPUs that are not there."""
+    if options.hostfile is not None:
+        return _on_hosts(options)
+    for name in ("include", "exclude", "no_ssh", "node_rank", "ssh_port"):
+        if getattr(options, name) not in (None, False):
+            raise Refusal(f"--{name.replace('_', '-')}: is for several hosts; expected --hostfile with it")
+    return local_placement(options.num_gpus)
+
+
+def local_placement(ranks: int | None) -> "Placement":
+    """Ranks on this machine: as many as it has GPUs, two without, or the number given."""
+    import torch
+
+    from tinyllama_ds.launch.launcher import Placement
+
+    on_cpu = not torch.cuda.is_available()
+    available = min(2, os.cpu_count() or 1) if on_cpu else torch.cuda.device_count()
+    wanted = available if ranks is None else ranks
+    if wanted < 1 or (not on_cpu and wanted > available):
+        raise Refusal(f"--num-gpus {wanted}: this machine has {available}")
+    return Placement(None, [], wanted, on_cpu)
+
+
+def _on_hosts(options: argparse.Namespace) -> "Placement":
+    import torch
+
+    from tinyllama_ds.launch.hostfile import filter_hosts, is_host, read_hostfile
+    from tinyllama_ds.launch.launcher import DEFAULT_PORT, Placement
+
+    hosts = filter_hosts(read_hostfile(options.hostfile), options.include, options.exclude)
+    if options.no_ssh != (options.node_rank is not None):
+        raise Refusal("--no-ssh and --node-rank belong together: the command of host N in the hostfile says N")
+    if options.no_ssh and not 0 <= options.node_rank < len(hosts):
+        raise Refusal(f"--node-rank {options.node_rank}: {options.hostfile} leaves hosts 0 to {len(hosts) - 1}")
+    if options.master_addr is not None and not is_host(options.master_addr):
+        raise Refusal(f"--master-addr {options.master_addr}: is neither a host name nor an IPv4 address")
+    return Placement(
+        hostfile=options.hostfile.absolute(),
+        hosts=hosts,
+        num_local=0,
+        on_cpu=not torch.cuda.is_available(),
+        launcher=options.launcher,
+        launcher_args=options.launcher_args,
+        ssh_port=options.ssh_port,
+        node_rank=options.node_rank,
+        master=options.master_addr,
+        master_port=options.master_port or (DEFAULT_PORT if options.no_ssh else None),
+        forward=tuple(options.forward_env),
+    )
+
+
+def lifeline_opener(placement: "Placement", run_dir: Path) -> "Callable[[Path], Lifeline] | None":
+    """How the supervisor opens its line to the ranks, where there are some on other hosts and it is theirs."""
+    from tinyllama_ds.launch.launcher import is_this_machine
+    from tinyllama_ds.launch.lifeline import Lifeline
+    from tinyllama_ds.network import local_address_towards
+
+    if not placement.spans_hosts or placement.node_rank:
+        return None
+    if placement.node_rank == 0:
+        port, token = _lifeline_port(placement), _lifeline_token(run_dir)
+        return lambda directory: Lifeline(directory, placement.master_address, port, token=token)
+    others = [host.name for host in placement.hosts if not is_this_machine(host.name)]
+    address = local_address_towards((others or [placement.hosts[0].name])[0])
+    if address is None:
+        raise Refusal(f"{placement.hostfile}: {others[0]} cannot be resolved or reached from this machine")
+    return lambda directory: Lifeline(directory, address)
+
+
+def lifeline_to_first(placement: "Placement", run_dir: Path) -> str:
+    """Without ssh: the line of the first host's supervisor, which may start minutes later than this one."""
+    from tinyllama_ds.launch.lifeline import lifeline_value
+
+    where = (placement.master_address, _lifeline_port(placement))
+    return lifeline_value(*where, _lifeline_token(run_dir), patience=600)
+
+
+def _lifeline_port(placement: "Placement") -> int:
+    assert placement.master_port is not None
+    return placement.master_port + 1
+
+
+def _lifeline_token(run_dir: Path) -> str:
+    """What the supervisors of one run agree on without talking."""
+    return hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16]

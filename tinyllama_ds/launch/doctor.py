@@ -1,0 +1,331 @@
+"""Is this machine, are these hosts, ready for a run: every host is asked at once, and each red answer has its mend."""
+
+import json
+import os
+import secrets
+import select
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tinyllama_ds.launch.hostfile import Host
+from tinyllama_ds.launch.launcher import Placement, is_this_machine
+from tinyllama_ds.launch.probe import listen
+from tinyllama_ds.network import local_address_towards
+
+ANSWER_SECONDS = 30  # for one answer of one host; all hosts are asked at the same time
+_CLOCK_SECONDS = 2.0  # tolerated difference
+_LEAST_FREE_GIB = 1.0
+_BUSY_MIB = 1024  # in use on a GPU before the run starts
+HERE = "this machine"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check of one host: green, or red with what to do about it."""
+
+    check: str
+    host: str
+    is_green: bool
+    found: str
+    mend: str = ""
+
+
+@dataclass
+class Examined:
+    """What came out; `reports` by host."""
+
+    findings: list[Finding] = field(default_factory=list)
+    reports: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def is_green(self) -> bool:
+        return all(finding.is_green for finding in self.findings)
+
+    def healthy(self, hosts: Sequence[Host]) -> list[Host]:
+        """The hosts without a red row."""
+        ill = {finding.host for finding in self.findings if not finding.is_green}
+        return [host for host in hosts if host.name not in ill]
+
+
+class _Conversation:
+    """The probe on one host, asked over ssh, or on this machine."""
+
+    def __init__(self, name: str, *, is_here: bool, ssh_port: int | None = None) -> None:
+        self.name = name
+        python = [sys.executable, "-m", "tinyllama_ds.launch.probe"]
+        command = python if is_here else ssh_command(name, python, ssh_port)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        )
+        self._received = b""
+
+    def ask(self, question: dict) -> dict | str:
+        """The answer, or a sentence about why there is none."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + ANSWER_SECONDS
+        try:
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+        except OSError:
+            return self._last_words()
+        while b"\n" not in self._received:
+            if not select.select([self._process.stdout], [], [], max(0, deadline - time.monotonic()))[0]:
+                return f"no answer in {ANSWER_SECONDS} s"
+            received = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not received:
+                return self._last_words()
+            self._received += received
+        line, _, self._received = self._received.partition(b"\n")
+        try:
+            return json.loads(line)
+        except ValueError:
+            return f"answered {line[:80].decode(errors='replace')!r} instead of JSON"
+
+    def end(self) -> None:
+        """Close the probe's input, at which it leaves."""
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _last_words(self) -> str:
+        assert self._process.stderr is not None
+        readable = select.select([self._process.stderr], [], [], 2)[0]
+        text = os.read(self._process.stderr.fileno(), 1 << 16).decode(errors="replace") if readable else ""
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[-1] if lines else "the connection was closed"
+
+
+def ssh_command(host: str, command: Sequence[str], port: int | None = None) -> list[str]:
+    """A command on a host that was read from a hostfile, with pdsh's options, this directory and this PYTHONPATH."""
+    path = os.environ.get("PYTHONPATH")
+    words = [*(["env", f"PYTHONPATH={path}"] if path else []), *command]
+    options = [*shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")), *(["-p", str(port)] if port else [])]
+    options += ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
+    return ["ssh", *options, "--", host, f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"]
+
+
+def examine(placement: Placement, data: Path | None, run_dir: Path | None) -> Examined:
+    """Ask all hosts of a placement, or this machine where it names none, and compare them with this machine."""
+    examined = Examined()
+    token = f".doctor-{secrets.token_hex(6)}"
+    question = {"data": data and str(data.absolute()), "run_dir": run_dir and str(run_dir.absolute())}
+    with ExitStack() as stack:
+        here = _Conversation(HERE, is_here=True)
+        talks = [
+            _Conversation(host.name, is_here=_starts_here(host, placement), ssh_port=placement.ssh_port)
+            for host in placement.hosts
+        ]
+        for talk in (*talks, here):
+            stack.callback(talk.end)
+        answers = _ask_all([*talks, here], [question | {"token": f"{token}-{n}"} for n in (*range(len(talks)), "here")])
+        reference = answers.pop()
+        if not isinstance(reference, dict):
+            raise RuntimeError(f"the probe failed on this machine: {reference}")
+        examined.reports[HERE] = reference
+        if not talks or reference["run_dir_error"]:
+            alone = Host(HERE, placement.num_local)
+            examined.findings += _compare(alone, reference, reference, placement.on_cpu)
+        for host, answer in zip(placement.hosts, answers, strict=True):
+            examined.findings.append(_ssh(host.name, answer))
+            if isinstance(answer, dict):
+                examined.reports[host.name] = answer
+                examined.findings += _compare(host, answer, reference, placement.on_cpu)
+        there = [talk for talk in talks if talk.name in examined.reports]
+        shared = f"{token}-here" if run_dir and not reference["run_dir_error"] else None
+        examined.findings += _look_around(examined.reports, there, placement, run_dir, shared)
+    return examined
+
+
+def _starts_here(host: Host, placement: Placement) -> bool:
+    """Whether the launcher needs no ssh for this host: pdsh does even for this machine, mpirun does not."""
+    return (placement.launcher != "pdsh" or not placement.is_remote) and is_this_machine(host.name)
+
+
+def _ask_all(talks: Sequence[_Conversation], questions: Sequence[dict]) -> list[dict | str]:
+    with ThreadPoolExecutor(max(1, len(talks))) as pool:
+        return list(pool.map(_Conversation.ask, talks, questions))
+
+
+def _look_around(
+    reports: dict[str, dict], talks: list[_Conversation], placement: Placement, run_dir: Path | None, token: str | None
+) -> list[Finding]:
+    """What the hosts see of each other: ports, the run directory, the way to rank 0, the clock."""
+    shared = run_dir and str(run_dir.absolute())
+    port, questions = listen() if talks else 0, []
+    for talk in talks:
+        peers = {other.name: [other.name, reports[other.name]["port"]] for other in talks if other is not talk}
+        peers[HERE] = [local_address_towards(talk.name) or socket.gethostname(), port]
+        tokens = [token] if token else []
+        questions.append({"peers": peers, "run_dir": shared, "tokens": tokens, "master": placement.master_address})
+    findings, unreached = [], []
+    for talk, sight in zip(talks, _ask_all(talks, questions), strict=True):
+        if not isinstance(sight, dict):
+            findings.append(_ssh(talk.name, sight))
+            continue
+        reports[talk.name] |= {"address": sight["address"], "interface": sight["interface"]}
+        findings.append(_interface(talk.name, sight, placement.master_address))
+        findings += [_clock(talk)] + ([_shared(talk.name, sight, run_dir)] if token else [])
+        unreached += [(talk.name, name, error) for name, error in sight["unreached"].items()]
+    return findings + _ports([talk.name for talk in talks], unreached)
+
+
+def _ssh(host: str, answer: dict | str) -> Finding:
+    if isinstance(answer, dict):
+        return Finding("ssh", host, True, "answers")
+    if "No module named" in answer or "No such file" in answer or "not found" in answer:
+        return Finding("ssh", host, False, answer, f"have the same checkout and Python there: {sys.executable}")
+    return Finding("ssh", host, False, answer, f"make 'ssh {host} true' work without a password")
+
+
+def _compare(host: Host, report: dict, reference: dict, on_cpu: bool) -> list[Finding]:
+    """A host's own report against this machine's."""
+    here = f"here {reference['python']}"
+    mend = "use the same Python everywhere, best the same environment on shared storage"
+    findings = [_equal("python", host.name, report["python"], reference["python"], mend)]
+    for name, wanted in reference["packages"].items():
+        found = report["packages"][name]
+        if found != wanted:
+            here = f"{name} {found or 'is missing'}, here {wanted or 'not installed'}"
+            findings.append(Finding("packages", host.name, False, here, f"install {name}=={wanted} there"))
+    if not any(finding.check == "packages" for finding in findings):
+        installed = ", ".join(f"{name} {number}" for name, number in report["packages"].items() if number)
+        findings.append(Finding("packages", host.name, True, installed))
+    mend = f"bring the checkout there to the same state; git says {report['revision']}, here {reference['revision']}"
+    findings.append(_equal("code", host.name, report["code"], reference["code"], mend))
+    findings += [_gpus(host, report, reference, on_cpu), *_space(host.name, report)]
+    if report["data"] is not None:
+        findings.append(_data(host.name, report["data"], reference["data"]))
+    if report["run_dir_error"]:
+        mend = "let this user write there, on storage that all hosts share"
+        findings.append(Finding("run directory", host.name, False, report["run_dir_error"], mend))
+    return findings
+
+
+def _equal(check: str, host: str, found: str, wanted: str, mend: str) -> Finding:
+    return Finding(check, host, found == wanted, found if found == wanted else f"{found}, here {wanted}", mend)
+
+
+def _gpus(host: Host, report: dict, reference: dict, on_cpu: bool) -> Finding:
+    gpus = report["gpus"]
+    if on_cpu and not gpus:
+        return Finding("GPUs", host.name, True, f"none, as here; {report['cores']} cores")
+    if len(gpus) < host.slots:
+        mend = "say as many slots in the hostfile as there are GPUs, or look at what nvidia-smi says there"
+        return Finding("GPUs", host.name, False, f"{len(gpus)} GPUs for {host.slots} slots", mend)
+    kinds = {(gpu["name"], gpu["driver"]) for gpu in (*gpus, *reference["gpus"])}
+    what = f"{len(gpus)} x {gpus[0]['name']}, {int(gpus[0]['mib']) / 1024:.0f} GiB, driver {gpus[0]['driver']}"
+    if len(kinds) > 1:
+        mend = "use the same GPUs and driver everywhere: the slowest GPU sets the speed"
+        return Finding("GPUs", host.name, False, f"{what}, and others here or there", mend)
+    busy = [number for number, gpu in enumerate(gpus[: host.slots]) if int(gpu["used_mib"]) > _BUSY_MIB]
+    if busy:
+        mend = "end what runs there, or leave that GPU out with --exclude"
+        return Finding("GPUs", host.name, False, f"GPU {busy[0]} already holds {gpus[busy[0]]['used_mib']} MiB", mend)
+    return Finding("GPUs", host.name, True, what)
+
+
+def _space(host: str, report: dict) -> list[Finding]:
+    findings = []
+    for path, size in report["free"].items():
+        mend = f"make room under {path}, for checkpoints or temporary files"
+        is_enough = size / 2**30 >= _LEAST_FREE_GIB
+        findings.append(Finding("free space", host, is_enough, f"{size / 2**30:.1f} GiB under {path}", mend))
+    return findings
+
+
+def _data(host: str, found: dict, wanted: dict) -> Finding:
+    if "error" in found:
+        return Finding("data", host, False, found["error"], "make the data directory visible there at the same path")
+    if found != wanted:
+        mend = "give all hosts the same prepared data, best on shared storage"
+        other = wanted.get("digest") or wanted["error"]
+        return Finding("data", host, False, f"manifests {found['digest']}, here {other}", mend)
+    return Finding("data", host, True, f"{found['manifests']} manifests, {found['digest']}")
+
+
+def _shared(host: str, sight: dict, run_dir: Path | None) -> Finding:
+    if not sight["unseen_tokens"]:
+        return Finding("run directory", host, True, "shared and writable")
+    mend = "mount the same storage at the same path on all hosts"
+    return Finding("run directory", host, False, f"{run_dir} is another directory there", mend)
+
+
+def _interface(host: str, sight: dict, master: str) -> Finding:
+    address, interface = sight["address"], sight["interface"]
+    if interface is None:
+        mend = f"let {host} resolve and reach {master}, in /etc/hosts or DNS and by a route"
+        return Finding("network", host, False, f"no way to {master}", mend)
+    if address.startswith("127."):
+        mend = f"give {master} its own line with its real address in /etc/hosts of {host}"
+        return Finding("network", host, False, f"{master} is {address} to it", mend)
+    return Finding("network", host, True, f"{interface} ({address}) towards {master}")
+
+
+def _ports(hosts: list[str], unreached: list[tuple[str, str, str]]) -> list[Finding]:
+    """Of the pairs that cannot talk, those hosts are named that explain the most."""
+    findings = {}
+    while unreached:
+        counts = Counter(name for source, target, _ in unreached for name in (source, target) if name != HERE)
+        host = max(counts, key=lambda name: (counts[name], sum(target == name for _, target, _ in unreached)))
+        source, target, error = next(pair for pair in unreached if host in pair[:2])
+        unreached = [pair for pair in unreached if host not in pair[:2]]
+        mend = f"open the ports between {source} and {target}, and look at {host}'s network"
+        findings[host] = Finding("ports", host, False, f"{source} cannot connect to {target}: {error}", mend)
+    green = [Finding("ports", host, True, "reached in both directions") for host in hosts if host not in findings]
+    return [*findings.values(), *green]
+
+
+def _clock(talk: _Conversation) -> Finding:
+    before = time.time()
+    answer = talk.ask({"clock": True})
+    after = time.time()
+    if not isinstance(answer, dict):
+        return _ssh(talk.name, answer)
+    difference = answer["time"] - (before + after) / 2
+    is_green = abs(difference) - (after - before) / 2 <= _CLOCK_SECONDS
+    mend = "start a time service there (chrony, systemd-timesyncd)"
+    return Finding("clock", talk.name, is_green, f"{difference:+.3f} s", mend)
+
+
+def table(examined: Examined, in_color: bool) -> str:
+    """One line per check where all hosts agree, else one per host; below each red one its mend."""
+    lines = []
+    for check in dict.fromkeys(finding.check for finding in examined.findings):
+        rows = [finding for finding in examined.findings if finding.check == check]
+        green = [finding for finding in rows if finding.is_green]
+        by_found: dict[str, list[str]] = {}
+        for finding in green:
+            by_found.setdefault(finding.found, []).append(finding.host)
+        for found, hosts in by_found.items():
+            lines.append(_line(_paint("ok ", 32, in_color), check, _some(hosts), found))
+        for finding in rows:
+            if not finding.is_green:
+                lines.append(_line(_paint("RED", 31, in_color), check, finding.host, finding.found))
+                lines.append(f"{'':4}{'':15}mend: {finding.mend}")
+    return "\n".join(lines)
+
+
+def _line(state: str, check: str, hosts: str, found: str) -> str:
+    return f"{state} {check:15}{hosts}: {found}"
+
+
+def _some(hosts: list[str]) -> str:
+    return ", ".join(hosts) if len(hosts) <= 4 else f"{len(hosts)} hosts"
+
+
+def _paint(text: str, color: int, in_color: bool) -> str:
+    return f"\033[{color}m{text}\033[0m" if in_color else text

@@ -1,0 +1,103 @@
+"""Which variables of this shell the ranks on other hosts see, and the file through which DeepSpeed hands them on.
+
+DeepSpeed reads `KEY=VALUE` lines, crashes on any other line, and puts the values unescaped into a shell command (pdsh)
+or into arguments (MPI, Slurm). So the file is written here, from an allow-list and from the user's own
+`.deepspeed_env`, and a value that would not arrive as it is is refused.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tinyllama_ds.errors import Refusal
+
+USER_FILE = ".deepspeed_env"
+_PREFIXES = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH", "PYTORCH_", "CUDA_", "TRITON_", "HF_", "TRANSFORMERS_",
+             "TOKENIZERS_", "WANDB_", "DEEPSPEED_", "DS_", "MKL_", "OMP_", "MALLOC_", "TINYLLAMA_DS_")  # fmt: skip
+_NAMES = ("PATH", "LD_LIBRARY_PATH")
+_NEVER = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")  # the launcher's own business
+_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|KEY|APIKEY|PAT)(_|$)", re.IGNORECASE)
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PLAIN = re.compile(r"[\w@+=:,./-]*")  # what DeepSpeed hands on without quotes
+_QUOTABLE = re.compile(r"[\w@+=:,./ ;&|<>()*?~#!\[\]{}'^-]*")  # what double quotes protect in a shell
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable's name says that its value is nobody else's business."""
+    return _SECRET.search(name) is not None
+
+
+def forwarded(environment: Mapping[str, str], named: Iterable[str], launcher: str) -> dict[str, str]:
+    """The variables for all ranks: the allow-list without secrets, the user's `.deepspeed_env`, and those named.
+
+    Raises `Refusal` for a named variable that is not set, a bad line of the file, and a value that cannot be handed on.
+    """
+    missing = [name for name in named if name not in environment]
+    if missing:
+        raise Refusal(f"--forward-env {missing[0]}: is not set in this environment")
+    chosen = {
+        name: value
+        for name, value in environment.items()
+        if value and name not in _NEVER and name.startswith(_PREFIXES) and not is_secret(name)
+    }
+    # The other hosts have paths of their own to fall back on, so these are left out where they do not fit.
+    chosen |= {name: environment[name] for name in _NAMES if _arrives(environment.get(name, ""), launcher)}
+    chosen |= read_user_files()
+    chosen |= {name: environment[name] for name in named}
+    for name, value in chosen.items():
+        _check_value(name, value, launcher)
+    return chosen
+
+
+def without_secrets(environment: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
+    """The environment of the launcher itself: srun and some mpiruns hand on all that they see."""
+    return {name: value for name, value in environment.items() if name in named or not is_secret(name)}
+
+
+def read_user_files() -> dict[str, str]:
+    """What the user's own files say: in the home directory, then in the working directory, as DeepSpeed reads them."""
+    found: dict[str, str] = {}
+    name = os.environ.get("DS_ENV_FILE", USER_FILE)
+    for path in dict.fromkeys((Path.home() / name, Path.cwd() / name)):
+        if not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            content = line.strip()
+            if not content or content.startswith("#"):
+                continue
+            key, separator, value = content.partition("=")
+            if not separator or not _KEY.fullmatch(key):
+                raise Refusal(f"{path}:{number}: {key!r} is not the start of a line 'KEY=VALUE'")
+            found[key] = value
+    return found
+
+
+def write_file(path: Path, content: str) -> None:
+    """A file that only this user can read: a named secret may be in it."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(content)
+
+
+def check_argument(argument: str, launcher: str) -> None:
+    """Refuse an argument that pdsh and the remote shell would change on its way to the script."""
+    fits = _QUOTABLE if " " in argument else _PLAIN  # DeepSpeed quotes for the sake of blanks alone
+    if launcher == "pdsh" and not fits.fullmatch(argument):
+        raise Refusal(f"{argument!r}: a remote shell would change it; expected letters, digits, blanks and @+=:,./-")
+
+
+def _check_value(name: str, value: str, launcher: str) -> None:
+    if not _arrives(value, launcher):
+        what = "its value" if is_secret(name) else f"its value {value!r}"
+        raise Refusal(
+            f"{name}: {what} does not reach other hosts unchanged through {launcher}; expected letters, digits and"
+            f" @+=:./-, or the variable unset"
+        )
+
+
+def _arrives(value: str, launcher: str) -> bool:
+    if not value:
+        return False  # an empty one is as good as none, and Slurm would take it for something else
+    if launcher == "slurm" and "," in value:
+        return False
+    return (_QUOTABLE if launcher == "pdsh" else _PLAIN).fullmatch(value) is not None

@@ -1,0 +1,171 @@
+"""What `doctor` starts on every host: it answers questions, one line of JSON each, and leaves no trace.
+
+`{"data": ..., "run_dir": ..., "token": ...}` is answered by a report of this host, `{"peers": ..., "tokens": ...,
+"master": ...}` by what it sees of the others, `{"clock": true}` by the time.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from threading import Thread
+
+from tinyllama_ds.network import interface_of, local_address_towards
+
+_PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "sentencepiece", "flash-attn", "nvidia-nccl-cu12")
+_PACKAGE = Path(__file__).parents[1]
+_CONNECT_SECONDS = 5
+
+
+def report(data: str | None, run_dir: str | None, token: str) -> dict:
+    """Everything about this host that needs no other one; puts a token into the run directory."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "code": code_digest(),
+        "revision": _revision(),
+        "gpus": gpus(),
+        "cores": len(os.sched_getaffinity(0)),
+        "free": {path: _free_bytes(Path(path)) for path in (run_dir, tempfile.gettempdir()) if path},
+        "data": None if data is None else data_digest(Path(data)),
+        "run_dir_error": None if run_dir is None else _leave_token(Path(run_dir), token),
+        "free_port": _free_port(),
+    }
+
+
+def see_others(peers: dict[str, list], run_dir: str | None, tokens: list[str], master: str) -> dict:
+    """Which peers (name: [address, port]) can be reached, whose tokens are there, and the way to rank 0."""
+    with ThreadPoolExecutor(64) as pool:
+        errors = dict(zip(peers, pool.map(lambda peer: _connect(*peer), peers.values()), strict=True))
+    address = local_address_towards(master)
+    return {
+        "unreached": {name: error for name, error in errors.items() if error},
+        "unseen_tokens": [token for token in tokens if run_dir and not (Path(run_dir) / token).is_file()],
+        "address": address,
+        "interface": interface_of(address),
+    }
+
+
+def code_digest() -> str:
+    """SHA-256 over the package and its scripts, which a git revision of a changed checkout would not show."""
+    digest = hashlib.sha256()
+    files = [*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.toml"), *(_PACKAGE.parent / "scripts").glob("*.py")]
+    for path in sorted(files):
+        digest.update(str(path.relative_to(_PACKAGE.parent)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def data_digest(data: Path) -> dict:
+    """One hash over all manifests of a data directory, and the first file that is not as its manifest says."""
+    if not data.is_dir():
+        return {"error": f"{data} is missing"}
+    digest, manifests = hashlib.sha256(), sorted(data.rglob("*.json"))
+    for path in manifests:
+        digest.update(str(path.relative_to(data)).encode() + b"\0" + path.read_bytes() + b"\0")
+        shard = path.with_suffix(".bin")
+        if shard.is_file() != path.with_suffix(".idx").is_file():
+            return {"error": f"{shard} or its .idx is missing"}
+    sizes = [(str(path.relative_to(data)), path.stat().st_size) for path in sorted(data.rglob("*.bin"))]
+    digest.update(json.dumps(sizes).encode())
+    return {"digest": digest.hexdigest()[:12], "manifests": len(manifests)}
+
+
+def gpus() -> list[dict]:
+    """Name, memory in MiB, memory in use and driver of every NVIDIA GPU, as nvidia-smi lists them."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (subprocess.SubprocessError, OSError):
+        return []
+    rows = [[part.strip() for part in line.split(",")] for line in lines]
+    return [{"name": row[0], "mib": row[1], "used_mib": row[2], "driver": row[3]} for row in rows if len(row) == 4]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    git = ["git", "-C", str(_PACKAGE.parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (subprocess.SubprocessError, OSError):
+        return None
+
+
+def _free_bytes(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _leave_token(run_dir: Path, token: str) -> str | None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+        (run_dir / token).write_text(socket.gethostname())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _connect(host: str, port: int) -> str | None:
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def listen() -> int:
+    """Accept connections on a port of its own for as long as this process lives; returns the port."""
+    server = socket.create_server(("", 0), backlog=1024)
+
+    def accept() -> None:
+        while True:
+            server.accept()[0].close()
+
+    Thread(target=accept, daemon=True).start()
+    return server.getsockname()[1]
+
+
+def main() -> None:
+    """Answer until the other end closes; then take the token away again."""
+    port, token = listen(), None
+    try:
+        for line in sys.stdin:
+            question = json.loads(line)
+            if "clock" in question:
+                answer: dict = {"time": time.time()}
+            elif "peers" in question:
+                answer = see_others(**question)
+            else:
+                token = Path(question["run_dir"]) / question["token"] if question["run_dir"] else None
+                answer = report(**question) | {"port": port}
+            print(json.dumps(answer), flush=True)
+    finally:
+        if token is not None:
+            token.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

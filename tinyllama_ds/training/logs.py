@@ -1,0 +1,30 @@
+"""What a rank writes to its standard output and error goes to the console, and to a file of its own in the run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+LOGS = "logs"
+
+
+def log_to(run_dir: Path, rank: int) -> bool:
+    """From now on copy both streams into `logs/rank_N.log`, the words of native libraries and of a crash included.
+
+    Returns whether the console is a terminal, which nobody can see any more after this.
+
+    `tee` is a process of its own, so that it still writes down the last words of a rank that is gone.
+    """
+    is_terminal = sys.stderr.isatty()
+    directory = run_dir / LOGS
+    directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+    tees = [
+        subprocess.Popen(["tee", "-a", "-i", directory / f"rank_{rank}.log"], stdin=subprocess.PIPE, stdout=stream)
+        for stream in (1, 2)
+    ]
+    for stream, tee in zip((sys.stdout, sys.stderr), tees, strict=True):
+        assert tee.stdin is not None
+        stream.flush()
+        os.dup2(tee.stdin.fileno(), stream.fileno())
+        tee.stdin.close()
+    return is_terminal
