@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "generate": {"model", "data", "convert"},
     "launch": {"launch"},
     "bench": set(),
+    "planning": {"planning", "plan", "recipe", "deepspeed_config", "model", "data", "training"},
     "training": {"training", "evaluation", "model", "data", "recipe", "deepspeed_config", "plan"},
     "commands": None,  # see everything
     "cli": {"commands"},

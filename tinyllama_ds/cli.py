@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from tinyllama_ds import __version__
-from tinyllama_ds.commands import data, model, training
+from tinyllama_ds.commands import data, model, planning, training
 from tinyllama_ds.errors import EXIT_REFUSED, Refusal
 
 
@@ -26,7 +26,7 @@ def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tinyllama-ds", description="Raw text to a TinyLlama-class model.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for name, add_arguments, command in (*data.COMMANDS, *training.COMMANDS, *model.COMMANDS):
+    for name, add_arguments, command in (*data.COMMANDS, *planning.COMMANDS, *training.COMMANDS, *model.COMMANDS):
         help_text = (command.__doc__ or "").splitlines()[0]
         child = commands.add_parser(name, help=help_text, description=help_text)
         add_arguments(child)
