@@ -27,8 +27,9 @@ LEAN = {"stage3_max_live_parameters": 700_000, "stage3_max_reuse_distance": 100_
         "stage3_prefetch_bucket_size": 300_000, "stage3_param_persistence_threshold": 1000}  # fmt: skip
 LAYOUTS = {"zero0": {}, "zero1": {}, "zero2": {}, "zero3": LEAN, "zero3_keep": {},
            "zero3_hpz": LEAN | {"zero_hpz_partition_size": 2}}  # fmt: skip
-# A full Ethernet frame: 14 bytes of Ethernet, 20 of IPv4 and 32 of TCP with time stamps around 1,448 bytes of payload.
-PAYLOAD_SHARE = 1448 / 1514
+# A full Ethernet frame: 14 bytes of Ethernet, 20 of IPv4 and 32 of TCP with time stamps around 1,448 bytes of payload;
+# and a host that receives as much as it sends acknowledges every second frame with one of 66 bytes.
+PAYLOAD_SHARE = 1448 / (1514 + 66 / 2)
 LATENCY = 1e-4
 
 
@@ -47,10 +48,10 @@ def layout_of(name: str, accumulation: int, ranks: int) -> Layout:
     return read_layout(deepspeed_config(name, MICRO_BATCH, accumulation, **LAYOUTS[name]), name, ranks)
 
 
-def planned_bytes(name: str, ranks: int) -> float:
+def planned_bytes(name: str, ranks: int, accumulation: int = ACCUMULATION) -> float:
     """Payload that each rank sends per step: gloo's algorithms, every rank a host of its own."""
-    layout = layout_of(name, ACCUMULATION, ranks)
-    found = collectives_of(MODEL, layout, ranks, ACCUMULATION, layout.hpz)
+    layout = layout_of(name, accumulation, ranks)
+    found = collectives_of(MODEL, layout, ranks, accumulation, layout.hpz)
     return sum(part.sent_per_rank(layout.hpz if part.is_in_node else ranks, "gloo") for part in found)
 
 

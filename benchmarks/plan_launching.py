@@ -83,19 +83,24 @@ def namespaces(count: int) -> Iterator[None]:
             _ip("-n", name, "addr", "add", f"{_NETWORK}.{rank + 1}/24", "dev", _INTERFACE)
             for interface in (_INTERFACE, "lo"):
                 _ip("-n", name, "link", "set", interface, "up")
+            # What a host is set to may be BBR, which takes tens of round trips to find a short flow's rate.
+            setting = "net.ipv4.tcp_congestion_control=reno"
+            subprocess.run(["ip", "netns", "exec", name, "sysctl", "-qw", setting], check=True)
         yield
     finally:
-        for rank in range(count):
-            subprocess.run(["ip", "netns", "del", host_name(rank)], check=False, capture_output=True)
+        for rank in range(count):  # the link first: a namespace lives on for a moment after it is deleted
+            for thing in (["link", "del", f"tlp{os.getpid()}v{rank + 1}"], ["netns", "del", host_name(rank)]):
+                subprocess.run(["ip", *thing], check=False, capture_output=True)
         _ip("link", "del", bridge)
 
 
 def throttle(count: int, mbit: float) -> None:
-    """Let every host send so many Mbit/s, headers included, and no more."""
-    limit = ["tbf", "rate", f"{mbit:g}mbit", "burst", "64kb", "latency", "400ms"]
+    """Let every host send so many Mbit/s, headers included, and no more; 50 ms of it may wait in the queue."""
+    burst = max(64_000, int(mbit * 1e6 / 8 * 0.004))  # bytes, 4 ms: less could not fill a fast link
+    limit = ["tbf", "rate", f"{mbit:g}mbit", "burst", str(burst), "latency", "50ms"]
     for rank in range(count):
-        inside = ["ip", "netns", "exec", host_name(rank), "tc", "qdisc"]
-        subprocess.run([*inside, "replace", "dev", _INTERFACE, "root", *limit], check=True)
+        inside = ["ip", "netns", "exec", host_name(rank)]
+        subprocess.run([*inside, "tc", "qdisc", "replace", "dev", _INTERFACE, "root", *limit], check=True)
 
 
 def _ip(*arguments: str) -> None:

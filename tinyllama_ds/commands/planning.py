@@ -228,7 +228,7 @@ def _write_pictures(options: argparse.Namespace, found: "Answer", tables: list, 
 
 def _how_to_start(options: argparse.Namespace, ranking: "Ranking") -> str:
     best = ranking.candidates[0]
-    config = options.write_config or "what --write-config would write"
+    config = options.write_config or "FILE (--write-config FILE writes it)"
     flags = f" --activation-checkpointing {best.work.recompute_every}" if best.work.recompute_every else ""
     flags += " --compile" if options.compile else ""
     return f"\n\nstart it with: pretrain --deepspeed-config {config}{flags}"

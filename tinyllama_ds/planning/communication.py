@@ -10,6 +10,11 @@ from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persist
 _WHOLE_BUCKET = 500_000_000  # elements that DeepSpeed's engine reduces at once outside ZeRO 2 and 3
 
 
+# Two gloo ranks share one connection both ways: the one that is early sends half of its part before the other's
+# permission to send can pass, so a gather takes as long as one and a half parts.
+_GLOO_PAIR_GATHER = 1.5
+
+
 @dataclass(frozen=True)
 class Hosts:
     """Equal hosts of some GPUs each."""
@@ -112,6 +117,7 @@ def traffic_of(
     ranks = hpz if collective.is_in_node else hosts.ranks
     sent = collective.sent_per_rank(ranks, algorithm)
     crosses = hosts.nodes > 1 and not collective.is_in_node
+    slower = _GLOO_PAIR_GATHER if (algorithm, collective.kind, ranks) == ("gloo", "all-gather", 2) else 1.0
     inside = sent / network.link_bandwidth if hosts.gpus > 1 else 0.0
     between = sent / network.node_bandwidth if crosses else 0.0
     hops = collective.passes(algorithm) * (ranks - 1)
@@ -121,4 +127,6 @@ def traffic_of(
         latency = min(
             latency, 2 * hosts.nodes.bit_length() * network.node_latency + 2 * hosts.gpus * network.link_latency
         )
-    return Traffic(collective, sent, sent if crosses else 0.0, max(inside, between) + collective.calls * latency)
+    return Traffic(
+        collective, sent, sent if crosses else 0.0, slower * max(inside, between) + collective.calls * latency
+    )

@@ -11,20 +11,21 @@ from tinyllama_ds.planning.search import Ranking, reason
 
 _STYLE = """body { font: 15px/1.5 sans-serif; max-width: 66em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: .5em 0 1.5em } td, th { padding: .2em .9em .2em 0; text-align: right;
-border-bottom: 1px solid #ddd; vertical-align: top } td:first-child, th:first-child, td.words { text-align: left }
+border-bottom: 1px solid #ddd; vertical-align: top } td:first-child, th:first-child, .words { text-align: left }
 .good { color: #17692b } .bad { color: #a11 } .note { color: #666; margin: 0 } img { max-width: 100% }
-h2 { margin-bottom: .2em; font-size: 1.15em }"""
+h1 { font-size: 1.35em } h2 { margin-bottom: .2em; font-size: 1.15em }"""
 _TOKENS_300B = 300e9  # what published tables of GPU-hours count
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table of the page; the last column may hold words."""
+    """One table of the page."""
 
     title: str
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     note: str = ""
+    ends_in_words: bool = False  # the last column, which is then aligned to the left
 
 
 def headline(found: Answer) -> str:
@@ -89,7 +90,7 @@ def _memory(found: Answer) -> Table:
         ("total at the peak", f"{found.memory.total / GIB:.2f}", found.memory.peak_phase, f"of {capacity / GIB:.1f}")
     )
     note = "Rows of the micro batch and of the optimizer step are not held together; the larger of the two counts."
-    return Table("Memory per GPU, GiB", ("", "GiB", "held", "how"), rows, note)
+    return Table("Memory per GPU, GiB", ("", "GiB", "held", "how"), rows, note, ends_in_words=True)
 
 
 def _step(found: Answer) -> Table:
@@ -131,7 +132,9 @@ def _course(found: Answer) -> Table:
         )
         for border in found.course.borders
     ]
-    return Table("What the run will do", ("", "step", "tokens", "learning rate", "batch", "mixture"), rows)
+    return Table(
+        "What the run will do", ("", "step", "tokens", "learning rate", "batch", "mixture"), rows, ends_in_words=True
+    )
 
 
 def _sources(found: Answer) -> Table:
@@ -185,7 +188,7 @@ def _values(found: Answer) -> Table:
         ("GPUs", f"{found.question.machines.hosts.nodes} x {found.question.machines.hosts.gpus}", "hostfile"),
         ("gradient accumulation", ", ".join(map(str, found.accumulations)), "derived"),
     ]
-    return Table("Values and their owners", ("", "value", "owner"), rows)
+    return Table("Values and their owners", ("", "value", "owner"), rows, ends_in_words=True)
 
 
 def ranking_table(ranking: Ranking, memory_bytes: int, shown: int = 12) -> Table:
@@ -194,7 +197,7 @@ def ranking_table(ranking: Ranking, memory_bytes: int, shown: int = 12) -> Table
         (f"{place}.", reason(candidate, memory_bytes)) for place, candidate in enumerate(ranking.candidates[:shown], 1)
     ]
     note = f"{len(ranking.candidates)} of {ranking.tried} combinations fit; the first is taken."
-    return Table("Ranking", ("", "reason"), rows, note)
+    return Table("Ranking", ("", "reason"), rows, note, ends_in_words=True)
 
 
 def as_text(title: str, tables: list[Table], warnings: tuple[str, ...]) -> str:
@@ -207,11 +210,11 @@ def as_text(title: str, tables: list[Table], warnings: tuple[str, ...]) -> str:
 def _text_table(table: Table) -> str:
     cells = [table.head, *table.rows] if any(table.head) else table.rows
     widths = [max(len(row[column]) for row in cells) for column in range(len(table.head))]
-    last = len(widths) - 1
+    left = {0, len(widths) - 1} if table.ends_in_words else {0}
     lines = [table.title]
     for row in cells:
         padded = (
-            cell.ljust(width) if column in (0, last) else cell.rjust(width)
+            cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         lines.append("  " + "  ".join(padded).rstrip())
@@ -234,14 +237,14 @@ def as_html(title: str, is_good: bool, tables: list[Table], warnings: tuple[str,
 
 
 def _html_table(table: Table) -> str:
-    last = len(table.head) - 1
+    last = len(table.head) - 1 if table.ends_in_words else 0
 
-    def cell_of(number: int, cell: str) -> str:
-        words = " class=words" if number == last > 0 and not cell[:1].isdigit() else ""
-        return f"<td{words}>{html.escape(cell)}"
+    def row_of(tag: str, row: tuple[str, ...]) -> str:
+        words = {last: " class=words"} if last else {}
+        cells = (f"<{tag}{words.get(number, '')}>{html.escape(cell)}" for number, cell in enumerate(row))
+        return f"<tr>{''.join(cells)}"
 
-    head = "".join(f"<th>{html.escape(cell)}" for cell in table.head)
-    rows = ("".join(cell_of(number, cell) for number, cell in enumerate(row)) for row in table.rows)
-    body = "".join(f"<tr>{row}" for row in rows)
+    head = row_of("th", table.head) if any(table.head) else ""
+    body = "".join(row_of("td", row) for row in table.rows)
     note = f"<p class=note>{html.escape(table.note)}</p>" if table.note else ""
-    return f"<h2>{html.escape(table.title)}</h2>{note}<table><tr>{head}{body}</table>"
+    return f"<h2>{html.escape(table.title)}</h2>{note}<table>{head}{body}</table>"
