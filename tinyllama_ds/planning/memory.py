@@ -114,7 +114,7 @@ def _states(model: LlamaConfig, layout: Layout, world_size: int) -> list[MemoryR
         ),
         _gradients(P, share, layout),
     ]
-    if stage == 3:
+    if stage == 3 and world_size > 1:  # a single rank's own part is all of it
         persistent = w * persistent_elements(model, layout)
         rows.append(MemoryRow("gathered weights, persistent", persistent, "always", "parameters up to the threshold"))
     return rows
@@ -130,28 +130,44 @@ def _gradients(P: int, share: int, layout: Layout) -> MemoryRow:
 
 
 def _buffers(model: LlamaConfig, layout: Layout, world_size: int) -> list[MemoryRow]:
-    P, share = model.num_parameters, ceil(model.num_parameters / world_size)
+    """What gradients and gathered weights need on their way, beside the states."""
     w, units = layout.weight_bytes, modules_of(model)
-    largest = max(map(max, units))
-    in_flight = w * max(map(sum, units)) if layout.stage == 3 else w * largest
-    if layout.stage < 2:
-        flattened = min(P, _STAGE_1_BUCKET + largest)
-        how = "gradients flattened for the all-reduce"
-        if layout.stage == 0:
-            grown = 4 * P if w == 2 else 0
-            return [MemoryRow("step buffers", max(w * flattened, grown), "optimizer step", f"{how}, or made fp32")]
-        size = (4 if layout.is_bf16_stage_1 else 0) + layout.reduce_bytes
-        return [MemoryRow("step buffers", size * flattened, "optimizer step", how)]
-    buckets = 2 if layout.stage == 2 and layout.overlap else 1
+    unit = max(map(sum, units)) if layout.stage == 3 else max(map(max, units))  # a leaf's gradients come together
     rows = [
-        MemoryRow("reduce bucket", buckets * w * layout.reduce_bucket, "always", f"{buckets} x reduce_bucket_size"),
-        MemoryRow("gradients in flight", 2 * in_flight, "micro batch", "of one unit, and its copy on the way"),
-        MemoryRow("step buffers", 4 * share, "optimizer step", "fp32 gradients of the optimizer's share, flattened"),
+        MemoryRow("gradients in flight", 2 * w * unit, "micro batch", "of one unit, and their copy on the way"),
+        _step_buffers(model, layout, world_size),
     ]
-    if layout.stage == 3:
-        live = w * gathers_of(model, layout).peak_live
-        rows.append(MemoryRow("gathered weights", live, "micro batch", "at most, as the coordinator fetches them"))
+    if layout.stage >= 2:
+        count = 2 if layout.stage == 2 and layout.overlap else 1
+        size = count * w * layout.reduce_bucket
+        rows.append(MemoryRow("reduce bucket", size, "always", f"{count} x reduce_bucket_size"))
+    if layout.stage == 3 and world_size > 1:
+        gathers = gathers_of(model, layout)
+        arriving = min(layout.prefetch_bucket + unit, gathers.peak_live)
+        rows += [
+            MemoryRow(
+                "gathered weights", w * gathers.peak_live, "micro batch", "at most, as the coordinator keeps them"
+            ),
+            MemoryRow(
+                "weights on the way", w * arriving, "micro batch", "prefetch bucket and one unit, before copying"
+            ),
+        ]
     return rows
+
+
+def _step_buffers(model: LlamaConfig, layout: Layout, world_size: int) -> MemoryRow:
+    """Gradients flattened for a collective or for the optimizer, when activations are gone."""
+    P = model.num_parameters
+    bucket = min(P, _STAGE_1_BUCKET + max(map(max, modules_of(model))))
+    if layout.stage >= 2:
+        size, how = 4 * ceil(P / world_size), "fp32 gradients of the optimizer's share, flattened"
+    elif layout.stage == 1:
+        size = (layout.reduce_bytes + (4 if layout.is_bf16_stage_1 else 0)) * bucket
+        how = "gradients flattened for the all-reduce"
+    else:
+        size = max(layout.weight_bytes * bucket, 4 * P if layout.weight_bytes == 2 else 0)
+        how = "gradients flattened for the all-reduce, then made fp32"
+    return MemoryRow("step buffers", size, "optimizer step", how)
 
 
 def block_bytes_per_token(model: LlamaConfig, layout: Layout, work: Work) -> int:
