@@ -10,10 +10,11 @@ from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import Refusal
 
 if TYPE_CHECKING:
-    from tinyllama_ds.planning.answer import Answer, Inputs, Machines, Question
+    from tinyllama_ds.planning.answer import Answer, Inputs, Question
     from tinyllama_ds.planning.communication import Hosts
     from tinyllama_ds.planning.gpus import Gpu
     from tinyllama_ds.planning.search import Ranking
+    from tinyllama_ds.planning.timing import Machines
 
 _MEMORY_OF_ATTENTION = {"blocked": "blocked", "eager": "eager"}  # all others keep what flash attention keeps
 
@@ -117,8 +118,8 @@ def _refuse_nonsense(options: argparse.Namespace) -> None:
 
 
 def _machines(options: argparse.Namespace, inputs: "Inputs") -> "Machines":
-    from tinyllama_ds.planning.answer import Machines
     from tinyllama_ds.planning.gpus import custom_gpu, gpu_named, network_of
+    from tinyllama_ds.planning.timing import Machines
 
     gpu = gpu_named(options.gpu)
     if options.gpu_memory is not None:

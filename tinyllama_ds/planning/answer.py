@@ -29,25 +29,14 @@ from tinyllama_ds.planning.course import (
     make_schedule,
     schedule_warnings,
 )
-from tinyllama_ds.planning.gpus import GIB, Gpu, Network
+from tinyllama_ds.planning.gpus import GIB
 from tinyllama_ds.planning.layout import Layout, gathers_of, persistent_elements, read_layout
 from tinyllama_ds.planning.memory import Memory, Work, memory_of
-from tinyllama_ds.planning.timing import StepTime, step_time
+from tinyllama_ds.planning.timing import Machines, StepTime, step_time
 from tinyllama_ds.recipe import Recipe, load_recipe
 from tinyllama_ds.training.schedule import Schedule
 
 TINY_MICRO_BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Machines:
-    """Where the run is to take place."""
-
-    hosts: Hosts
-    gpu: Gpu
-    network: Network
-    compute_flops: float  # of one GPU while it computes
-    compute_from: str  # where that figure comes from
 
 
 @dataclass(frozen=True)
@@ -137,13 +126,7 @@ def answer(question: Question, inputs: Inputs, sizes: dict[str, int]) -> Answer:
         micro_batch, inputs.recipe.sequence_length, question.attention, question.recompute_every, question.is_compiled
     )
     accumulations = tuple(stage.batch // ranks // micro_batch for stage in inputs.plan.stages)
-    steps = tuple(
-        step_time(
-            inputs.model, layout, work, machines.hosts, accumulation, machines.gpu, machines.network,
-            machines.compute_flops,
-        )
-        for accumulation in accumulations
-    )  # fmt: skip
+    steps = tuple(step_time(inputs.model, layout, work, count, machines) for count in accumulations)
     duration = _duration(inputs.plan, steps, ranks, question.tokens_per_second)
     intervals = inputs.recipe.intervals
     good, bad = (

@@ -1,5 +1,6 @@
 """How a DeepSpeed JSON lays a model out over ranks: what decides memory and communication, defaults filled."""
 
+from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -95,57 +96,72 @@ class Gathers:
 
 @lru_cache(maxsize=256)
 def gathers_of(model: LlamaConfig, layout: Layout) -> Gathers:
-    """Replay DeepSpeed's fetch, prefetch and release over one micro batch (zero/partitioned_param_coordinator.py).
+    """Replay what DeepSpeed fetches, prefetches and releases in one micro batch of a recorded trace."""
+    coordinator = _Coordinator(model, layout)
+    half = len(coordinator.order) // 2
+    fetched = [coordinator.run(step) for step in range(2 * half)]
+    return Gathers(sum(fetched[:half]), sum(fetched[half:]), coordinator.peak_live)
 
-    A unit's parameters are fetched when it runs; then the next ones of the trace are fetched ahead while they fit
-    `prefetch_bucket` and `max_live`; they are released after it ran unless a use lies within `max_reuse` elements, or
-    the look-ahead has already passed over their next use.
+
+_Parameter = tuple[int, int, int]  # number of its unit, number in the unit, elements
+
+
+class _Coordinator:
+    """DeepSpeed's zero/partitioned_param_coordinator.py, reduced to which parameters are there and when.
+
+    A unit's parameters are fetched when it runs; then the next ones of the trace are fetched ahead, while they fit the
+    prefetch bucket and the live parameters; they are released after it ran, unless their next use lies within the reuse
+    distance, or the look-ahead has passed over it already.
     """
-    units = [
-        [(number, index, size) for index, size in enumerate(sizes) if not layout.persists(size)]
-        for number, sizes in enumerate(modules_of(model))
-    ]
-    order = list(range(len(units))) + list(reversed(range(len(units))))
-    forward_steps = len(units)
-    queue = [(step, parameter) for step, unit in enumerate(order) for parameter in units[unit]]
-    available: set = set()
-    counted = {True: 0, False: 0}
-    last_seen: dict = {}
-    live = peak = position = 0
-    for step, unit in enumerate(order):
-        for parameter in units[unit]:
-            if parameter not in available:
-                available.add(parameter)
-                live += parameter[2]
-                counted[step < forward_steps] += parameter[2]
-        while position < len(queue) and queue[position][0] <= step:
-            last_seen[queue[position][1]] = max(last_seen.get(queue[position][1], -1), queue[position][0])
-            position += 1
-        room, ahead = min(layout.max_live - live, layout.prefetch_bucket), 0
-        while position < len(queue) and ahead < room:
-            used_at, parameter = queue[position]
-            last_seen[parameter] = used_at
-            position += 1
-            if parameter not in available:
-                available.add(parameter)
-                ahead += parameter[2]
-                counted[step < forward_steps] += parameter[2]
-        live += ahead
-        peak = max(peak, live)
-        for parameter in _released(units, order, step, last_seen, layout.max_reuse):
-            if parameter in available:
-                available.remove(parameter)
-                live -= parameter[2]
-    return Gathers(counted[True], counted[False], peak)
 
+    def __init__(self, model: LlamaConfig, layout: Layout) -> None:
+        units = [
+            [(unit, index, size) for index, size in enumerate(sizes) if not layout.persists(size)]
+            for unit, sizes in enumerate(modules_of(model))
+        ]
+        self.order: list[list[_Parameter]] = [*units, *reversed(units)]  # forward, then backward
+        self.peak_live = 0
+        self._layout = layout
+        self._live: set[_Parameter] = set()
+        self._queue = deque((step, parameter) for step, unit in enumerate(self.order) for parameter in unit)
+        self._seen_up_to: dict[_Parameter, int] = {}  # the last use that fetching or looking ahead has passed
 
-def _released(units: list, order: list[int], step: int, last_seen: dict, max_reuse: int) -> set:
-    released = {parameter for parameter in units[order[step]] if last_seen.get(parameter, -1) <= step}
-    traversed = 0
-    for unit in order[step + 1 :]:
-        if traversed >= max_reuse or not released:
-            break
-        for parameter in units[unit]:
-            released.discard(parameter)
-            traversed += parameter[2]
-    return released
+    def run(self, step: int) -> int:
+        """One unit's turn; returns the elements that were gathered in it."""
+        fetched = self._gather(self.order[step])
+        while self._queue and self._queue[0][0] <= step:
+            self._take()
+        fetched += self._prefetch()
+        self.peak_live = max(self.peak_live, self._num_live())
+        self._live -= self._released(step)
+        return fetched
+
+    def _prefetch(self) -> int:
+        room = min(self._layout.max_live - self._num_live(), self._layout.prefetch_bucket)
+        ahead = 0
+        while self._queue and ahead < room:
+            ahead += self._gather([self._take()])
+        return ahead
+
+    def _take(self) -> _Parameter:
+        step, parameter = self._queue.popleft()
+        self._seen_up_to[parameter] = step
+        return parameter
+
+    def _gather(self, parameters: list[_Parameter]) -> int:
+        missing = set(parameters) - self._live
+        self._live |= missing
+        return sum(size for _, _, size in missing)
+
+    def _released(self, step: int) -> set[_Parameter]:
+        released = {parameter for parameter in self.order[step] if self._seen_up_to[parameter] <= step}
+        traversed = 0
+        for unit in self.order[step + 1 :]:
+            if traversed >= self._layout.max_reuse:
+                break
+            released -= set(unit)
+            traversed += sum(size for _, _, size in unit)
+        return released
+
+    def _num_live(self) -> int:
+        return sum(size for _, _, size in self._live)

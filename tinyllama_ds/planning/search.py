@@ -119,13 +119,11 @@ def _configs(question: Question, inputs: Inputs) -> dict[str, dict]:
 def _candidate(
     question: Question, inputs: Inputs, name: str, raw: dict, micro_batch: int, recompute_every: int
 ) -> Candidate:
-    machines, ranks = question.machines, question.machines.hosts.ranks
+    ranks = question.machines.hosts.ranks
     config = raw | {"train_micro_batch_size_per_gpu": micro_batch}
     layout = read_layout(resolve(inputs, question.deepspeed_config, config, micro_batch, ranks), name, ranks)
     work = Work(micro_batch, inputs.recipe.sequence_length, question.attention, recompute_every, question.is_compiled)
     longest = max(inputs.plan.stages, key=lambda stage: stage.samples)
-    step = step_time(
-        inputs.model, layout, work, machines.hosts, longest.batch // ranks // micro_batch, machines.gpu,
-        machines.network, machines.compute_flops,
-    )  # fmt: skip
+    accumulation = longest.batch // ranks // micro_batch
+    step = step_time(inputs.model, layout, work, accumulation, question.machines)
     return Candidate(name, config, layout, work, memory_of(inputs.model, layout, work, ranks), step)

@@ -22,6 +22,17 @@ _HOST_ADAM_BYTES = 100e9  # bytes/s of memory that a host's cores reach, per GPU
 
 
 @dataclass(frozen=True)
+class Machines:
+    """Where the run is to take place."""
+
+    hosts: Hosts
+    gpu: Gpu
+    network: Network
+    compute_flops: float  # of one GPU while it computes
+    compute_from: str  # where that figure comes from
+
+
+@dataclass(frozen=True)
 class StepTime:
     """Seconds of one optimizer step and where they go."""
 
@@ -46,34 +57,23 @@ class StepTime:
         return 1 - self.exposed / self.seconds
 
 
-def step_time(
-    model: LlamaConfig,
-    layout: Layout,
-    work: Work,
-    hosts: Hosts,
-    accumulation: int,
-    gpu: Gpu,
-    network: Network,
-    compute_flops: float,
-) -> StepTime:
-    """One step on GPUs that compute at `compute_flops` FLOP/s while they do not wait.
-
-    Recomputed blocks cost their forward pass once more.
-    """
+def step_time(model: LlamaConfig, layout: Layout, work: Work, accumulation: int, machines: Machines) -> StepTime:
+    """One step of so many micro batches. Recomputed blocks cost their forward pass once more."""
+    hosts = machines.hosts
     blocks = model.num_hidden_layers
     recomputed = ceil(blocks / work.recompute_every) / blocks if work.recompute_every else 0.0
     tokens = work.tokens * accumulation
-    plain = model.flops_per_token(work.sequence_length) * tokens / compute_flops
+    plain = model.flops_per_token(work.sequence_length) * tokens / machines.compute_flops
     passes = {"forward": plain * _FORWARD, "backward": plain * (1 - _FORWARD + recomputed * _FORWARD)}
     traffic = tuple(
-        traffic_of(collective, hosts, network, layout.hpz)
+        traffic_of(collective, hosts, machines.network, layout.hpz)
         for collective in collectives_of(model, layout, hosts.ranks, accumulation, hosts.gpus)
     )
     return StepTime(
         compute=sum(passes.values()),
         communication=sum(part.seconds for part in traffic),
         exposed=exposed_seconds(traffic, passes),
-        optimizer=_optimizer_seconds(model, layout, hosts.ranks, gpu),
+        optimizer=_optimizer_seconds(model, layout, hosts.ranks, machines.gpu),
         traffic=traffic,
         tokens_per_gpu=tokens,
     )
