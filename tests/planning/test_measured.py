@@ -18,9 +18,8 @@ from plan_launching import host_name, namespaces, run_ranks, throttle
 from tinyllama_ds.model.config import model_config
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero3"])
-def test_two_ranks_hold_what_the_plan_says(name: str, tmp_path: Path) -> None:
-    row = plan_memory.compare(name, 2, tmp_path)
+def test_two_ranks_hold_what_the_plan_says(tmp_path: Path) -> None:
+    row = plan_memory.compare("zero3", 2, tmp_path)
     assert row["planned_states"] == pytest.approx(row["measured_states"], rel=0.05)
     assert row["planned_peak"] == pytest.approx(row["measured_peak"], rel=0.10)
 
@@ -50,13 +49,13 @@ def why_not_on_namespaces() -> str | None:
 
 @pytest.mark.parametrize("name", ["zero1", "zero3"])
 def test_two_hosts_send_the_bytes_and_take_the_seconds_of_the_plan(name: str, tmp_path: Path) -> None:
-    """On a slow link, where the step is the network's: 20 Mbit/s, seconds from the formula, bytes from the counters."""
+    """On a slow link, where the step is the network's: 50 Mbit/s, seconds from the formula, bytes from the counters."""
     reason = why_not_on_namespaces()
     if reason:
         pytest.skip(reason)
     with namespaces(2):
         (free, _) = run_ranks(network_plan.setting(name, 1, 2), 2, tmp_path / "free", True)
-        throttle(2, 20)
+        throttle(2, 50)
         (slow, _) = run_ranks(network_plan.setting(name, 1, 1), 2, tmp_path / "slow", True)
     assert free["sent"] == pytest.approx(network_plan.planned_bytes(name, 2, accumulation=1), rel=0.02)
-    assert slow["seconds"] == pytest.approx(network_plan.predicted_seconds(name, 20, free), rel=0.2)
+    assert slow["seconds"] == pytest.approx(network_plan.predicted_seconds(name, 50, free), rel=0.2)
