@@ -15,19 +15,19 @@ from pathlib import Path
 from plan_launching import deepspeed_config, run_ranks
 
 from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.model.loss import MAX_CHUNK_LOGITS
 from tinyllama_ds.planning.layout import read_layout
 from tinyllama_ds.planning.memory import Memory, Work, host_bytes, memory_of
 
 MODEL = LlamaConfig(4096, 256, 704, 4, 4, 2, 512)  # 5.0M parameters
 T, MICRO_BATCH, ACCUMULATION = 256, 2, 2
 LAYOUTS = {"zero0": {}, "zero1": {}, "zero2": {}, "zero3": {}, "zero3_keep": {}, "zero3_hpz": {}, "zero3_offload": {}}
-CPU_CHUNK_LOGITS = 2**20  # model/loss.py
 
 
 def planned(name: str, ranks: int) -> tuple[Memory, int]:
     """The plan's rows for a rank of the measurement, and what it puts into host memory."""
     layout = read_layout(deepspeed_config(name, MICRO_BATCH, ACCUMULATION, **hpz(name, ranks)), name, ranks)
-    work = replace(Work(MICRO_BATCH, T), chunk_logits=CPU_CHUNK_LOGITS)
+    work = replace(Work(MICRO_BATCH, T), chunk_logits=MAX_CHUNK_LOGITS["cpu"])
     return memory_of(MODEL, layout, work, ranks), host_bytes(MODEL, layout, ranks)
 
 

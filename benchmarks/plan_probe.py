@@ -23,7 +23,8 @@ import torch.distributed as dist
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.plan import Step
-from tinyllama_ds.training.engine import compile_blocks, leave, read_world, start_process_group, wrap
+from tinyllama_ds.training.compilation import compile_blocks
+from tinyllama_ds.training.engine import leave, read_world, start_process_group, wrap
 from tinyllama_ds.training.loop import train_step
 from tinyllama_ds.training.metrics import PhaseClock
 

@@ -1,10 +1,11 @@
 """Tokens per second of one training step: ours beside what a user would pick instead, same model, tokens and machine.
 
-    python benchmarks/training_peers.py --rounds 3 --json benchmarks/results/training_peers_cpu.json
+    python benchmarks/training_peers.py --json benchmarks/results/training_peers_cpu.json
 
-Every contender runs in fresh processes, in turn, round after round, so that a drift of the machine hits all of them.
+Every contender starts once and warms up; then each in turn trains a step while the rest wait, round after round,
+so that a drift of the machine hits all. Ours run in the environment that `tinyllama-ds pretrain` gives its ranks.
 litgpt is not among our dependencies: install it (`pip install litgpt`), or leave its row out with --only.
-Ranks: two of one thread each; `plain` is one process with two threads. Needs a CPU or GPUs; nothing is downloaded.
+Ranks: two of one thread each; `plain` is one process with two threads. About 1.2 GB per process; nothing is downloaded.
 """
 
 import argparse
@@ -23,12 +24,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tinyllama_ds.launch.launcher import Placement, free_port, launcher_environment
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
 
 MODEL = LlamaConfig(8192, 512, 1472, 6, 8, 4, 512)  # 26.7M parameters
 T, MICRO_BATCH, ACCUMULATION, RANKS = 512, 4, 8, 2
-WARMUP_STEPS, MEASURED_STEPS = 1, 2
+WARMUP_STEPS = 1
 
 
 def deepspeed_config(name: str) -> dict:
@@ -44,7 +46,8 @@ def deepspeed_config(name: str) -> dict:
 
 def ours(name: str, attention: str = "blocked") -> Callable[[], None]:
     """Our model, engine and step, blocks compiled, as `tinyllama-ds pretrain --compile` runs them."""
-    from tinyllama_ds.training.engine import compile_blocks, read_world, start_process_group, wrap
+    from tinyllama_ds.training.compilation import compile_blocks
+    from tinyllama_ds.training.engine import read_world, start_process_group, wrap
 
     start_process_group(read_world())
     model = build_model(MODEL, attention, seed=1)
@@ -170,51 +173,102 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def measure(name: str) -> None:
-    """Run inside the ranks: one line of JSON with the tokens per second of all ranks together."""
+def serve(name: str) -> None:
+    """Run inside the ranks: after the warm-up, a step for every line on stdin, and its seconds on stdout."""
     ranks, build = CONTENDERS[name]
     torch.set_num_threads(RANKS // ranks)
     step = build()
     for _ in range(WARMUP_STEPS):
         step()
-    started = time.perf_counter()
-    for _ in range(MEASURED_STEPS):
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
         step()
-    seconds = (time.perf_counter() - started) / MEASURED_STEPS
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(json.dumps({"tokens_per_second": RANKS * ACCUMULATION * MICRO_BATCH * T / seconds}), flush=True)
+        print(time.perf_counter() - started, flush=True)
+    os._exit(0)  # gloo's threads can abort at the interpreter's end
 
 
-def run_once(name: str) -> float:
-    """Start a contender's processes and wait for its figure."""
+class Contender:
+    """The processes of one contender, waiting for their turn."""
+
+    def __init__(self, name: str) -> None:
+        ranks, _ = CONTENDERS[name]
+        port = str(free_port())
+        self.name = name
+        self._ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--serve", name],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment_of(name, rank, port),
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        for process in self._ranks:
+            self._read(process, "ready")
+
+    def step_seconds(self) -> float:
+        """Let all ranks train one step; the slowest counts."""
+        for process in self._ranks:
+            assert process.stdin is not None
+            process.stdin.write("step\n")
+            process.stdin.flush()
+        return max(float(self._read(process)) for process in self._ranks)
+
+    def end(self) -> None:
+        for process in self._ranks:
+            process.kill()
+            process.wait()
+
+    def _read(self, process: subprocess.Popen, wanted: str | None = None) -> str:
+        assert process.stdout is not None
+        for line in process.stdout:  # libraries print there too
+            text = line.strip()
+            if text == wanted or (wanted is None and text.replace(".", "").isdigit()):
+                return text
+        raise RuntimeError(f"{self.name} ended with code {process.wait()}")
+
+
+def environment_of(name: str, rank: int, port: str) -> dict[str, str]:
     ranks, _ = CONTENDERS[name]
-    command = [sys.executable, __file__, "--measure", name]
-    if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*launcher, __file__, "--measure", name]
-    environment = os.environ | {"OMP_NUM_THREADS": str(RANKS // ranks), "DS_ACCELERATOR": "cpu"}
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
-    lines = [line for line in finished.stdout.splitlines() if line.startswith('{"tokens_per_second"')]
-    if finished.returncode or not lines:
-        raise RuntimeError(f"{name} failed:\n{finished.stderr[-3000:]}")
-    return json.loads(lines[-1])["tokens_per_second"]
+    environment = dict(os.environ)
+    if name.startswith("ours"):
+        environment = launcher_environment(Placement(None, [], RANKS, on_cpu=True))
+    return environment | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port, "OMP_NUM_THREADS": str(RANKS // ranks), "DS_ACCELERATOR": "cpu",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }  # fmt: skip
+
+
+def measure(names: list[str], rounds: int) -> dict[str, list[float]]:
+    """Tokens per second of every contender in every round."""
+    contenders: list[Contender] = []
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    try:
+        for name in names:
+            contenders.append(Contender(name))
+            print(f"{name} is warm", flush=True)
+        for number in range(rounds):
+            for contender in contenders:
+                rate = RANKS * ACCUMULATION * MICRO_BATCH * T / contender.step_seconds()
+                rates[contender.name].append(rate)
+                print(f"round {number + 1}: {contender.name}: {rate:,.0f} tokens/s", flush=True)
+    finally:
+        for contender in contenders:
+            contender.end()
+    return rates
 
 
 def main() -> None:
     """Measure all contenders in turn and print a table of medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure:
-        return measure(options.measure)
-    rates: dict[str, list[float]] = {name: [] for name in options.only}
-    for number in range(options.rounds):
-        for name in options.only:
-            rates[name].append(run_once(name))
-            print(f"round {number + 1}: {name}: {rates[name][-1]:,.0f} tokens/s", flush=True)
+    if options.serve:
+        return serve(options.serve)
+    rates = measure(options.only, options.rounds)
     first = rates[options.only[0]]
     print(f"\n{'':<38}{'tokens/s':>10}  {options.only[0]} / it, median of rounds (min to max)")
     for name, values in rates.items():

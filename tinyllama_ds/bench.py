@@ -98,7 +98,7 @@ def advice(rows: list[Row]) -> str:
     smallest = min(close, key=lambda row: row["peak_gib"])
     best = smallest if smallest["peak_gib"] <= 0.9 * fastest["peak_gib"] else fastest
     flags = f"--deepspeed-config {best['deepspeed_config']} --attention {best['attention']}"
-    flags += " --compile" if best["compile"] else ""
+    flags += f" --compile {'on' if best['compile'] else 'off'}"
     return (
         f"take {name_of(best)}: {best['tokens_per_second']:,.0f} tokens/s, {best['peak_gib']:.2f} GiB\n"
         f'pretrain {flags}, with "train_micro_batch_size_per_gpu": {best["micro_batch"]}'

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from corpora import made_up_text, write_jsonl
+from slurm import slurm, why_not
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizer import Tokenizer
@@ -68,6 +69,23 @@ def test_shares_make_up_the_whole(tmp_path: Path, corpus: Path, tokenizer: Token
 def test_an_impossible_share_is_refused(tmp_path: Path, tokenizer: Tokenizer, share: str):
     with pytest.raises(SystemExit):
         main([*arguments(tmp_path, tokenizer, tmp_path), "--share", share])
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_each_task_of_srun_makes_its_share(
+    tmp_path: Path, corpus: Path, tokenizer: Tokenizer, expected: dict[str, bytes]
+):
+    (tmp_path / "slurm").mkdir()
+    command = [sys.executable, "-m", "tinyllama_ds.cli", *arguments(corpus, tokenizer, tmp_path / "out")]
+    with slurm(tmp_path / "slurm") as environment:
+        done = subprocess.run(
+            ["srun", "--ntasks=2", *command, "--workers", "1"],
+            env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shares = [line.split(", ")[-1] for line in done.stdout.splitlines() if line.startswith("mine/train")]
+    assert sorted(shares) == ["4 shards", "5 shards"]
+    assert contents(tmp_path / "out") == expected
 
 
 # --- MPI --------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def test_curve_equals_plain_pytorch(
     assert read_series(tmp_path / "run", "Train/GradNorm") == pytest.approx(reference["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("switch", ["--compile", "--activation-checkpointing=1", "--attention=eager"])
+@pytest.mark.parametrize("switch", ["--compile=on", "--activation-checkpointing=1", "--attention=eager"])
 def test_switches_for_speed_and_memory_keep_the_curve(
     switch: str, recipe: Path, reference: dict, data_dir: Path, tmp_path: Path
 ) -> None:

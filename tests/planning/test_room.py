@@ -30,7 +30,7 @@ def test_data_sheets_agree_with_those_that_mfu_is_counted_with() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_schedule_is_the_one_that_training_makes(config: Path) -> None:
-    for path in RECIPE_DIRECTORY.glob("*.toml"):
+    for path in RECIPE_DIRECTORY.glob("tinyllama-*.toml"):
         plan, raw = RunPlan(load_recipe(path.stem)), load_deepspeed_config(config)
         assert make_schedule(raw, config, plan) == run.make_schedule(raw, config, plan)
 

@@ -101,7 +101,10 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--hostfile", type=Path, metavar="H", help="work on all these hosts, through ssh")
     where.add_argument("--mpi", action="store_true", help="work on the ranks of mpirun ... python -m mpi4py.futures")
     where.add_argument(
-        "--share", type=_share, default=(0, 1), metavar="RANK/SIZE", help="make only every SIZE-th shard, from RANK on"
+        "--share",
+        type=_share,
+        metavar="RANK/SIZE",
+        help="make only every SIZE-th shard, from RANK on (default: all; under srun each task its share)",
     )
     add_json(parser)
 
@@ -117,6 +120,13 @@ def _share(text: str) -> tuple[int, int]:
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form RANK/SIZE, such as 0/4 to 3/4")
     return int(rank), int(size)
+
+
+def _share_of_task(options: argparse.Namespace) -> tuple[int, int]:
+    """What was asked for, else this task's share under srun, whose batch scripts know no number of tasks in a step."""
+    if options.share is None and not (options.mpi or options.hostfile) and "SLURM_STEP_NUM_TASKS" in os.environ:
+        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
+    return options.share or (0, 1)
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -142,9 +152,9 @@ def _prepare(options: argparse.Namespace) -> int:
         hosts = [host.name for host in read_hostfile(options.hostfile)]
         for failure in prepare_on_hosts(job, hosts, _agent_arguments(options)):
             print(f"{failure}; finishing its share here", file=sys.stderr)
-    workers = max(1, options.workers or os.cpu_count() or 1)
+    workers = max(1, options.workers or len(os.sched_getaffinity(0)))
     try:
-        table = summarise(prepare(job, workers, options.share, options.mpi))
+        table = summarise(prepare(job, workers, _share_of_task(options), options.mpi))
     except BrokenExecutor:
         print("tinyllama-ds: a worker was killed, perhaps for memory; start again, shards are kept", file=sys.stderr)
         return EXIT_RESTART

@@ -47,7 +47,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how")
     how.add_argument("--attention", default="auto", help="backend, as in pretrain (default: %(default)s)")
-    how.add_argument("--compile", action="store_true", help="as in pretrain")
+    how.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="as in pretrain: auto is on")
     how.add_argument("--activation-checkpointing", type=int, default=0, metavar="K", help="as in pretrain")
     how.add_argument("--search", action="store_true", help="try every layout, micro batch and checkpointing; rank them")
     how.add_argument("--write-config", type=Path, metavar="JSON", help="with --search: the winner's DeepSpeed config")
@@ -157,8 +157,9 @@ def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str
 
     on_cpu = not torch.cuda.is_available()
     placement = Placement(None, [], 1 if on_cpu else torch.cuda.device_count(), on_cpu)
+    is_compiled = options.compile == "on" or (options.compile == "auto" and not on_cpu)
     micro_batch = requested_micro_batch(inputs.raw, options.deepspeed_config) or 1
-    settings = bench.grid([options.deepspeed_config], [micro_batch], [options.attention], [options.compile])
+    settings = bench.grid([options.deepspeed_config], [micro_batch], [options.attention], [is_compiled])
     shared = {
         "model": inputs.recipe.model,
         "sequence_length": inputs.recipe.sequence_length,
@@ -186,7 +187,7 @@ def _question(options: argparse.Namespace, machines: "Machines") -> "Question":
         options.deepspeed_config,
         machines,
         attention=_MEMORY_OF_ATTENTION.get(options.attention, "flash"),
-        is_compiled=options.compile,
+        is_compiled=options.compile != "off",
         recompute_every=options.activation_checkpointing,
         tokens_per_second=options.tokens_per_second,
         price_per_hour=options.price_per_hour,
@@ -232,7 +233,7 @@ def _how_to_start(options: argparse.Namespace, ranking: "Ranking") -> str:
     best = ranking.candidates[0]
     config = options.write_config or "FILE (--write-config FILE writes it)"
     flags = f" --activation-checkpointing {best.work.recompute_every}" if best.work.recompute_every else ""
-    flags += " --compile" if options.compile else ""
+    flags += f" --compile {options.compile}" if options.compile != "auto" else ""
     return f"\n\nstart it with: pretrain --deepspeed-config {config}{flags}"
 
 

@@ -30,7 +30,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", default="auto", help="auto, flash_attention_2, sdpa, blocked ... (default: %(default)s)"
     )
-    parser.add_argument("--compile", action="store_true", help="compile the decoder blocks one by one")
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="the decoder's blocks, one by one; auto (the default) is on with GPUs, where it works",
+    )
     parser.add_argument(
         "--activation-checkpointing",
         type=int,
@@ -143,7 +148,7 @@ def _run_arguments(options: argparse.Namespace) -> list[str]:
     arguments += ["--data", str(options.data.absolute()), "--run-dir", str(options.run_dir.absolute())]
     arguments += ["--resume", options.resume, "--attention", options.attention]
     arguments += ["--activation-checkpointing", str(options.activation_checkpointing)]
-    return arguments + (["--compile"] if options.compile else [])
+    return [*arguments, "--compile", options.compile]
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

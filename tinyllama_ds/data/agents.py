@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import IO
 
-from tqdm import tqdm
-
-from tinyllama_ds.data.prepare import Preparation, plan_shards
+from tinyllama_ds.data.prepare import Preparation, plan_shards, watch_shards
+from tinyllama_ds.data.tokenizer import Tokenizer
 
 _POLL_SECONDS = 0.5
 
@@ -26,7 +25,8 @@ def prepare_on_hosts(job: Preparation, hosts: Sequence[str], arguments: Sequence
 
     The hosts must see the same directories, and this Python under the same path.
     """
-    tasks = plan_shards(job)
+    open_tasks = [task for task in plan_shards(job) if not task.manifest.exists()]
+    vocab_size = Tokenizer(job.tokenizer).vocab_size
     with ExitStack() as files:
         logs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in hosts]
         agents = [
@@ -34,10 +34,9 @@ def prepare_on_hosts(job: Preparation, hosts: Sequence[str], arguments: Sequence
             for rank, (host, log) in enumerate(zip(hosts, logs, strict=True))
         ]
         try:
-            with tqdm(total=len(tasks), desc=f"prepare {job.source} on {len(hosts)} hosts", unit="shard") as progress:
+            with watch_shards(f"prepare {job.source} on {len(hosts)} hosts", open_tasks, vocab_size).watching():
                 while any(agent.poll() is None for agent in agents):
                     time.sleep(_POLL_SECONDS)
-                    progress.update(sum(task.manifest.exists() for task in tasks) - progress.n)
         finally:
             for agent in agents:
                 agent.terminate()

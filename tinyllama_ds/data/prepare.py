@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tqdm import tqdm
-
 from tinyllama_ds.data.encoding import FileEncoder, load_gigatoken
-from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter
+from tinyllama_ds.data.progress import ShardProgress
+from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter, token_dtype
 from tinyllama_ds.data.sources import Record, SourceFormat, find_inputs, read_records
 from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, Tokenizer, hold_tokenizer
 from tinyllama_ds.errors import Refusal
@@ -74,7 +73,8 @@ def prepare(
     hold_tokenizer(tokenizer, job.output)
     finished = {task.manifest: _finished(task, tokenizer) for task in tasks}
     pending = [task for task in tasks if finished[task.manifest] is None]
-    _run(job, pending, [manifest for manifest in finished.values() if manifest], workers, use_mpi)
+    with watch_shards(f"prepare {job.source}", pending, tokenizer.vocab_size).watching():
+        _run(job, pending, [manifest for manifest in finished.values() if manifest], workers, use_mpi)
     manifests = [finished[task.manifest] or Manifest.read(task.manifest) for task in tasks]
     _check_accounts(manifests)
     if size == 1:
@@ -99,12 +99,22 @@ def _fill(inputs: list[Path], shard_bytes: int) -> Iterator[list[Path]]:
     size = 0.0
     for path in inputs:
         group.append(path)
-        size += path.stat().st_size * _TOKEN_BYTES_PER_INPUT_BYTE.get(path.suffix, 0.5)
+        size += _expected_token_bytes(path)
         if size >= shard_bytes:
             yield group
             group, size = [], 0.0
     if group:
         yield group
+
+
+def _expected_token_bytes(path: Path) -> float:
+    return path.stat().st_size * _TOKEN_BYTES_PER_INPUT_BYTE.get(path.suffix, 0.5)
+
+
+def watch_shards(description: str, tasks: list[ShardTask], vocab_size: int) -> ShardProgress:
+    """The progress bar of some tasks, whoever works on them."""
+    expected = {task.name.prefix.with_suffix(".bin"): sum(map(_expected_token_bytes, task.inputs)) for task in tasks}
+    return ShardProgress(description, expected, token_dtype(vocab_size).itemsize)
 
 
 def _remove_leftovers(job: Preparation) -> None:
@@ -132,18 +142,12 @@ def _finished(task: ShardTask, tokenizer: Tokenizer) -> Manifest | None:
 
 
 def _run(job: Preparation, pending: list[ShardTask], done: list[Manifest], workers: int, use_mpi: bool) -> None:
-    """Make the pending shards under a progress bar; stop at the bad record that is one too many."""
+    """Make the pending shards; stop at the bad record that is one too many."""
     faults = _faults(done)
     _check_faults(faults, job.max_bad_records)
-    total = sum(path.stat().st_size for task in pending for path in task.inputs)
-    with tqdm(total=total, desc=f"prepare {job.source}", unit="B", unit_scale=True, disable=not pending) as progress:
-        tokens = 0
-        for manifest in _make_shards(pending, workers, use_mpi):
-            tokens += manifest.tokens
-            progress.update(sum(entry.bytes for entry in manifest.inputs))
-            progress.set_postfix_str(f"{tokens / progress.format_dict['elapsed']:,.0f} tokens/s")
-            faults += _faults([manifest])
-            _check_faults(faults, job.max_bad_records)
+    for manifest in _make_shards(pending, workers, use_mpi):
+        faults += _faults([manifest])
+        _check_faults(faults, job.max_bad_records)
 
 
 def _faults(manifests: list[Manifest]) -> list[str]:

@@ -73,4 +73,7 @@ def launcher_environment(placement: Placement) -> dict[str, str]:
         # Without a limit every rank starts a thread per core.
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, placement.num_local))
         environment.setdefault("OMP_NUM_THREADS", str(threads))
+        # glibc gives every large tensor back to the kernel and faults its pages in again: a twentieth of a step.
+        environment.setdefault("MALLOC_MMAP_MAX_", "0")
+        environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
     return environment

@@ -3,14 +3,16 @@
 Shapes: N rows (B times T), D hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100  # a label that is no target, PyTorch's convention
-# fp32 logits alive at once: 256 MiB keeps a GPU busy (2,048 rows of Llama's vocabulary), 4 MiB stays in a CPU's cache.
-MAX_CHUNK_LOGITS = {"cuda": 64 * 2**20, "cpu": 2**20}
+# Logits alive at once: 2,048 rows of Llama's vocabulary keep a GPU busy. On a CPU every chunk adds a gradient of the
+# whole weight, so that small ones lose, and large ones leave the cache (docs/performance.md).
+MAX_CHUNK_LOGITS = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 
 
 class LMHeadLoss(nn.Module):
@@ -23,6 +25,7 @@ class LMHeadLoss(nn.Module):
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.loss_and_grad = loss_and_grad  # or its compiled form
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) without labels; with labels (B, T), the mean cross-entropy over all targets, a fp32 scalar.
@@ -32,10 +35,31 @@ class LMHeadLoss(nn.Module):
         if labels is None:
             return hidden @ self.weight.t()
         rows = hidden.flatten(0, -2)  # (N, D)
-        return chunked_cross_entropy(rows, self.weight, labels.flatten())
+        return chunked_cross_entropy(rows, self.weight, labels.flatten(), of_chunk=self.loss_and_grad)
 
 
-def chunked_cross_entropy(rows: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int | None = None) -> Tensor:
+def loss_and_grad(logits: Tensor, labels: Tensor, num_targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of a chunk of logits (C, V) in the mean loss, and d(mean loss)/d(logits), (softmax - onehot) / targets.
+
+    Both are computed in fp32; the gradient is returned in the logits' dtype.
+    """
+    is_target = labels != IGNORE_INDEX  # (C,)
+    targets = labels.clamp(min=0)[:, None]  # (C, 1)
+    scale = is_target / num_targets
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    loss = -(log_probs.gather(1, targets)[:, 0] * scale).sum()
+    grad = log_probs.exp_()
+    grad.scatter_add_(1, targets, grad.new_full(targets.shape, -1.0))
+    return loss, grad.mul_(scale[:, None]).to(logits.dtype)
+
+
+def chunked_cross_entropy(
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_rows: int | None = None,
+    of_chunk: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = loss_and_grad,
+) -> Tensor:
     """Mean cross-entropy of `rows @ weight.T` (N, V) against `labels` (N,), with one chunk of logits alive at a time.
 
     The softmax is in fp32 and the gradient of the weight is summed over chunks in fp32. `chunk_rows` defaults to what
@@ -43,14 +67,14 @@ def chunked_cross_entropy(rows: Tensor, weight: Tensor, labels: Tensor, chunk_ro
     """
     if chunk_rows is None:
         chunk_rows = max(1, MAX_CHUNK_LOGITS[rows.device.type] // weight.shape[0])
-    return _ChunkedCrossEntropy.apply(rows, weight, labels, chunk_rows)
+    return _ChunkedCrossEntropy.apply(rows, weight, labels, chunk_rows, of_chunk)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Gradients are computed in the forward pass, while a chunk's logits are at hand, and scaled in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, of_chunk: Callable) -> Tensor:
         num_targets = (labels != IGNORE_INDEX).sum().clamp(min=1)
         needs_grad = rows.requires_grad or weight.requires_grad
         grad_rows = torch.empty_like(rows if needs_grad else rows[:0])
@@ -58,26 +82,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         for start in range(0, rows.shape[0], chunk_rows):
             chunk = slice(start, start + chunk_rows)
-            log_probs = torch.log_softmax(rows[chunk] @ weight.t(), dim=-1, dtype=torch.float32)  # (C, V)
-            is_target = labels[chunk] != IGNORE_INDEX
-            targets = labels[chunk].clamp(min=0)[:, None]  # (C, 1)
-            total -= (log_probs.gather(1, targets)[:, 0] * is_target).sum()
+            loss, grad_logits = of_chunk(rows[chunk] @ weight.t(), labels[chunk], num_targets)
+            total += loss
             if needs_grad:
-                grad_logits = _logits_grad_(log_probs, targets, is_target / num_targets).to(rows.dtype)
                 torch.mm(grad_logits, weight, out=grad_rows[chunk])
                 grad_weight += grad_logits.t() @ rows[chunk]
         if needs_grad:
             ctx.save_for_backward(grad_rows, grad_weight.to(weight.dtype))
-        return total / num_targets
+        return total
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_rows, grad_weight = ctx.saved_tensors
-        return grad_rows * grad_loss, grad_weight * grad_loss, None, None
-
-
-def _logits_grad_(log_probs: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """In place: log-probabilities (C, V) become d(mean loss)/d(logits) = (softmax - onehot(targets)) * scale (C,)."""
-    grad = log_probs.exp_()
-    grad.scatter_add_(1, targets, grad.new_full(targets.shape, -1.0))
-    return grad.mul_(scale[:, None])
+        return grad_rows * grad_loss, grad_weight * grad_loss, None, None, None

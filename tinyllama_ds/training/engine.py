@@ -86,15 +86,6 @@ def check_with_deepspeed(config: dict, path: str) -> None:
         raise Refusal(f"{path}: {error}") from error
 
 
-def compile_blocks(model: LlamaForCausalLM) -> None:
-    """Compile each decoder block by itself; one graph serves them all.
-
-    The unit is the block because ZeRO-3's hooks run between blocks, where a graph would break anyway.
-    """
-    for layer in model.model.layers:
-        layer.forward = torch.compile(layer.forward)
-
-
 def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "DeepSpeedEngine":
     """The DeepSpeed engine. Under ZeRO-3 a block is a leaf: gathered as a whole, one collective instead of nine."""
     import deepspeed

@@ -16,9 +16,9 @@ from tinyllama_ds.model.attention import resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.plan import Step
+from tinyllama_ds.training.compilation import compile_blocks
 from tinyllama_ds.training.engine import (
     World,
-    compile_blocks,
     read_world,
     start_process_group,
     supports_fast_bf16,

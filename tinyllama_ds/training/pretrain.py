@@ -13,10 +13,10 @@ import torch
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART, BadNumbers, Refusal
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.training.checkpoint import CHECKPOINTS, QUARANTINE, Progress, choose_checkpoint, load_checkpoint
+from tinyllama_ds.training.compilation import compile_blocks, decide_compilation
 from tinyllama_ds.training.engine import (
     World,
     check_with_deepspeed,
-    compile_blocks,
     gather_from_ranks,
     read_world,
     start_process_group,
@@ -76,13 +76,14 @@ def _pretrain(options: Options, world: World) -> int:
         open_run_directory(run)
         sweep_leftovers(run.run_dir)
     model = build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
-    if run.compile:
+    is_compiled, compilation = decide_compilation(run.compile, world)
+    if is_compiled:
         compile_blocks(model)
     engine = wrap(model, run.engine_config, run.schedule.ratio(0))
     start = Progress(step=0, position=0, tokens=0)
     if checkpoint is not None:
         start = load_checkpoint(engine, checkpoint, run.description["deepspeed_config"]["zero_optimization"])
-    metrics = _open_metrics(run, world, start, engine) if world.is_main else None
+    metrics = _open_metrics(run, world, start, engine, compilation) if world.is_main else None
     progress = train(engine, run, world, start, metrics, StopRequest(run.run_dir), heartbeat)
     is_finished = progress.step == run.plan.total_steps
     if metrics is not None:
@@ -110,7 +111,9 @@ def agree_on_checkpoint(run: Run, world: World) -> Path | None:
     return run.run_dir / CHECKPOINTS / answer["name"] if answer["name"] else None
 
 
-def _open_metrics(run: Run, world: World, start: Progress, engine: "DeepSpeedEngine") -> MetricsLogger:
+def _open_metrics(
+    run: Run, world: World, start: Progress, engine: "DeepSpeedEngine", compilation: str
+) -> MetricsLogger:
     metrics = MetricsLogger(
         run.run_dir, run.monitors, run.plan.total_steps, start, json.dumps(run.description, indent=1)
     )
@@ -120,7 +123,7 @@ def _open_metrics(run: Run, world: World, start: Progress, engine: "DeepSpeedEng
     metrics.say(
         f"{run.recipe.model}: {run.model.num_parameters:,} parameters in {str(dtype).removeprefix('torch.')} on"
         f" {world.size} x {world.device.type}, ZeRO-{engine.zero_optimization_stage()}, attention {run.attention},"
-        f" blocks {'compiled' if run.compile else 'not compiled'}\n"
+        f" blocks {compilation}\n"
         f"{run.plan.total_steps:,} steps, {run.plan.total_tokens:,} tokens; a step is {batch} sequences of"
         f" {run.recipe.sequence_length} tokens in {batch // run.micro_batch // world.size} micro batches of"
         f" {run.micro_batch} on each rank\n"

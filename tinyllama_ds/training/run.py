@@ -61,7 +61,7 @@ class Options:
     run_dir: Path
     resume: str = "auto"  # auto, must, never
     attention: str = "auto"
-    compile: bool = False
+    compile: str = "auto"
     activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
 
 
@@ -75,7 +75,7 @@ class Run:
     monitors: dict
     model: LlamaConfig
     attention: str
-    compile: bool
+    compile: str  # auto, on or off
     activation_checkpointing: int
     micro_batch: int
     schedule: Schedule
