@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "generate": {"model", "data", "convert"},
     "launch": {"launch", "network"},
     "bench": set(),
+    "planning": {"planning", "plan", "recipe", "deepspeed_config", "model", "data", "training"},
     "training": {"training", "evaluation", "model", "data", "recipe", "deepspeed_config", "plan", "network"},
     "commands": None,  # see everything
     "cli": {"commands"},

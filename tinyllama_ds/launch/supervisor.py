@@ -242,7 +242,7 @@ class _Watchdog:
         """What a rank's end means: nothing, where the launcher ended it because another had come to a regular end."""
         code = None if self._lifeline is None else self._lifeline.code
         code = _exit_code(code or _CRASHED, status_file)
-        if code not in _FINAL_CODES:
+        if code not in (*_FINAL_CODES, EXIT_ROLLBACK):
             _say(failed)
         return code
 

@@ -1,0 +1,132 @@
+"""What ranks send each other in one optimizer step, and how long that takes. Formulas: docs/planning.md."""
+
+from dataclasses import dataclass
+from math import ceil
+
+from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.planning.gpus import Network
+from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persistent_elements
+
+_WHOLE_BUCKET = 500_000_000  # elements that DeepSpeed's engine reduces at once outside ZeRO 2 and 3
+
+
+# Two gloo ranks share one connection both ways: the one that is early sends half of its part before the other's
+# permission to send can pass, so a gather takes as long as one and a half parts.
+_GLOO_PAIR_GATHER = 1.5
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Equal hosts of some GPUs each."""
+
+    nodes: int
+    gpus: int  # per host
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of collective of a step. `bytes` is the whole tensor, as one rank holds it before or after."""
+
+    name: str
+    kind: str  # all-reduce, all-gather or reduce-scatter
+    bytes: int  # per step, all calls together
+    calls: int  # per step
+    is_in_node: bool = False  # among the GPUs of one host (hpZ)
+    hides_behind: str = ""  # forward or backward, of the same micro batch; "" stops the computation
+
+    def passes(self, algorithm: str = "ring") -> int:
+        """How often the tensor goes round: a ring's all-reduce is a reduce-scatter and an all-gather."""
+        halves = 2 if self.kind == "all-reduce" else 1
+        if algorithm == "gloo" and self.kind == "reduce-scatter":
+            halves = 2  # PyTorch's gloo all-reduces and throws away the rest
+        return halves
+
+    def sent_per_rank(self, ranks: int, algorithm: str = "ring") -> float:
+        """Bytes that each of `ranks` sends: (ranks - 1) / ranks of the tensor for each pass of a ring."""
+        return self.passes(algorithm) * self.bytes * (ranks - 1) / ranks
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One collective on given hosts: bytes and seconds per step."""
+
+    collective: Collective
+    per_gpu: float  # bytes that each GPU sends, mostly to its neighbours in the host
+    per_node: float  # bytes that leave each host
+    seconds: float
+
+
+def collectives_of(
+    model: LlamaConfig, layout: Layout, ranks: int, accumulation: int, hosts_gpus: int = 1
+) -> list[Collective]:
+    """Every collective of one optimizer step that moves weights or gradients."""
+    if ranks == 1:
+        return []
+    P = model.num_parameters
+    weights, gradients = layout.weight_bytes * P, layout.reduce_bytes * P
+    if layout.stage == 3:
+        return _zero3(model, layout, ranks, accumulation, hosts_gpus)
+    if layout.stage == 2:
+        behind = "backward" if layout.overlap else ""
+        calls = accumulation * max(1, ceil(P / layout.reduce_bucket))
+        reduced = Collective("gradients", "all-reduce", accumulation * gradients, calls, hides_behind=behind)
+    else:
+        is_whole = layout.stage == 0 or layout.is_bf16_stage_1
+        bucket = _WHOLE_BUCKET if is_whole else layout.reduce_bucket
+        reduced = Collective("gradients", "all-reduce", gradients, max(1, ceil(P / bucket)))
+    updated = [Collective("updated weights", "all-gather", weights, 1)] if layout.stage else []
+    return [reduced, *updated]
+
+
+def _zero3(model: LlamaConfig, layout: Layout, ranks: int, accumulation: int, hosts_gpus: int) -> list[Collective]:
+    w, gathers, units = layout.weight_bytes, gathers_of(model, layout), len(modules_of(model))
+    behind = ("forward", "backward") if layout.overlap else ("", "")
+    is_in_node = 1 < layout.hpz <= hosts_gpus
+    first = 1 if layout.hpz > 1 else accumulation  # of the step's micro batches; later ones read hpZ's second copy
+    found = [
+        Collective("weights, forward", "all-gather", first * w * gathers.forward, first * units, False, behind[0]),
+        Collective(
+            "weights, forward, second copy", "all-gather", (accumulation - first) * w * gathers.forward,
+            (accumulation - first) * units, is_in_node, behind[0],
+        ),
+        Collective(
+            "weights, backward", "all-gather", accumulation * w * gathers.backward, accumulation * units,
+            is_in_node, behind[1],
+        ),
+        Collective(
+            "gradients", "reduce-scatter", accumulation * layout.reduce_bytes * model.num_parameters,
+            accumulation * max(1, ceil(model.num_parameters / layout.reduce_bucket)), False, behind[1],
+        ),
+        Collective("persistent weights", "all-gather", w * persistent_elements(model, layout), 1),
+    ]  # fmt: skip
+    return [collective for collective in found if collective.bytes]
+
+
+def traffic_of(
+    collective: Collective, hosts: Hosts, network: Network, hpz: int = 1, algorithm: str = "ring"
+) -> Traffic:
+    """Bytes and seconds of a collective as NCCL's rings carry it, or gloo's on CPUs.
+
+    A ring over all GPUs enters and leaves each host once, so what leaves a host is what one GPU sends. The slower of
+    the two links decides. Latency: one message per hop and call; all-reduces of more than a few hosts go by trees.
+    """
+    ranks = hpz if collective.is_in_node else hosts.ranks
+    sent = collective.sent_per_rank(ranks, algorithm)
+    crosses = hosts.nodes > 1 and not collective.is_in_node
+    slower = _GLOO_PAIR_GATHER if (algorithm, collective.kind, ranks) == ("gloo", "all-gather", 2) else 1.0
+    inside = sent / network.link_bandwidth if hosts.gpus > 1 else 0.0
+    between = sent / network.node_bandwidth if crosses else 0.0
+    hops = collective.passes(algorithm) * (ranks - 1)
+    node_hops = collective.passes(algorithm) * (hosts.nodes - 1) if crosses else 0
+    latency = node_hops * network.node_latency + (hops - node_hops) * network.link_latency
+    if collective.kind == "all-reduce":
+        latency = min(
+            latency, 2 * hosts.nodes.bit_length() * network.node_latency + 2 * hosts.gpus * network.link_latency
+        )
+    return Traffic(
+        collective, sent, sent if crosses else 0.0, slower * max(inside, between) + collective.calls * latency
+    )

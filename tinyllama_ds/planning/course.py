@@ -1,0 +1,173 @@
+"""What a run will do: learning rate, batch and mixture at every border, epochs per source, and what to worry about."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from tinyllama_ds.data.order import MixtureStage, SampleOrder
+from tinyllama_ds.deepspeed_config import read_schedule
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.plan import RunPlan
+from tinyllama_ds.recipe import Recipe
+from tinyllama_ds.training.schedule import ConstantSchedule, CosineSchedule, Schedule
+
+# Tokens with Llama's tokenizer, of whole sources: TinyLlama's sampling weights over 950 billion tokens (SlimPajama
+# without GitHub, StarCoderData), and the cards of Proof-Pile-2 and SkyPile (their own tokenizers).
+PUBLISHED_TOKENS = {
+    "slimpajama": 659_000_000_000,
+    "starcoderdata": 291_000_000_000,
+    "proof-pile-2": 55_000_000_000,
+    "skypile": 150_000_000_000,
+}
+MANY_EPOCHS = 4  # up to here repeated data are nearly as good as new: Muennighoff et al. 2023
+
+
+@dataclass(frozen=True)
+class Border:
+    """The state of a run right after a step."""
+
+    name: str
+    step: int  # how many are complete
+    tokens: int
+    learning_rate: float
+    batch_tokens: int
+    mixture: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Course:
+    """Everything about a run that does not depend on machines."""
+
+    borders: list[Border]
+    tokens_by_source: dict[str, int]
+    epochs: dict[str, float]  # of the sources whose size is known
+    tokens_between_saves: int
+
+
+def make_schedule(raw: dict, path: Path, plan: RunPlan) -> Schedule:
+    """The JSON's schedule over the plan's tokens, as training makes it (a test compares them)."""
+    params = read_schedule(raw, path)
+    if params is None:
+        return ConstantSchedule()
+    warmup_tokens = params.warmup_num_steps * plan.first_batch_tokens
+    if warmup_tokens >= plan.total_tokens:
+        raise Refusal(
+            f"{path}: warmup_num_steps {params.warmup_num_steps} leaves nothing of the run's {plan.total_steps} steps;"
+            f" expected fewer than {plan.total_tokens // plan.first_batch_tokens}"
+        )
+    return CosineSchedule(warmup_tokens, plan.total_tokens, params.warmup_min_ratio, params.cos_min_ratio)
+
+
+def course_of(recipe: Recipe, plan: RunPlan, schedule: Schedule, peak_rate: float, sizes: Mapping[str, int]) -> Course:
+    """`sizes` are tokens of the sources that are known; raises `Refusal` for one with less than a sample."""
+    order = sample_order(recipe, plan, sizes)
+    end = order.counts(sum(stage.samples for stage in plan.stages))
+    T = recipe.sequence_length
+    tokens = {name: count * T for name, count in end.items()}
+    return Course(
+        _borders(plan, schedule, peak_rate, order),
+        tokens,
+        {name: count / (sizes[name] // T) for name, count in end.items() if name in sizes},
+        _tokens_between_saves(recipe, plan),
+    )
+
+
+def sample_order(recipe: Recipe, plan: RunPlan, sizes: Mapping[str, int]) -> SampleOrder:
+    """The real order of the run; a source of unknown size counts as large as the whole run."""
+    samples = {
+        name: sizes[name] // recipe.sequence_length if name in sizes else plan.total_tokens for name in recipe.sources
+    }
+    stages = [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages]
+    return SampleOrder(recipe.seed, samples, stages)
+
+
+def _borders(plan: RunPlan, schedule: Schedule, peak_rate: float, order: SampleOrder) -> list[Border]:
+    at = {1: "first step"}
+    if isinstance(schedule, CosineSchedule) and schedule.warmup_tokens:
+        at[_steps_to(plan, schedule.warmup_tokens)] = "end of the warm-up"
+    first = 0
+    for before, stage in pairwise([None, *plan.stages]):
+        assert stage is not None
+        if before is not None:
+            at[first + 1] = f"first step of {stage.name}"
+        if stage.ramp_samples:
+            at[first + -(-stage.ramp_samples // stage.batch)] = f"end of the ramp of {stage.name}"
+        first += stage.steps
+        at[first] = f"end of {stage.name}"
+    return [border_at(plan, schedule, peak_rate, order, number, name) for number, name in sorted(at.items())]
+
+
+def border_at(
+    plan: RunPlan, schedule: Schedule, peak_rate: float, order: SampleOrder, number: int, name: str = ""
+) -> Border:
+    """The run after `number` steps; the mixture is what its stage draws around that step."""
+    step = plan.step(number - 1)
+    window = 10_000  # samples, over which the mixture of a ramp is counted
+    end = step.first_position + step.batch
+    begin = max(end - window, _stage_start(plan, number - 1))
+    counts, before = order.counts(end), order.counts(begin)
+    mixture = {source: (counts[source] - before[source]) / (end - begin) for source in order.sources}
+    rate = peak_rate * schedule.ratio(step.tokens_after)
+    return Border(name, number, step.tokens_after, rate, step.batch * plan.sequence_length, mixture)
+
+
+def _stage_start(plan: RunPlan, number: int) -> int:
+    first_step = position = 0
+    for stage in plan.stages:
+        if number < first_step + stage.steps:
+            break
+        first_step, position = first_step + stage.steps, position + stage.samples
+    return position
+
+
+def _steps_to(plan: RunPlan, tokens: int) -> int:
+    """The number of steps after which that many tokens are complete."""
+    steps = done = 0
+    for stage in plan.stages:
+        per_step = stage.batch * plan.sequence_length
+        if done + stage.steps * per_step >= tokens:
+            return steps + -(-(tokens - done) // per_step)
+        steps, done = steps + stage.steps, done + stage.steps * per_step
+    return plan.total_steps
+
+
+def _tokens_between_saves(recipe: Recipe, plan: RunPlan) -> int:
+    """Saves happen at the first step past each multiple of `save_tokens`, or by the clock if that is sooner."""
+    largest = max(stage.batch for stage in plan.stages) * plan.sequence_length
+    return max(recipe.intervals.save_tokens, largest)
+
+
+def schedule_warnings(plan: RunPlan, schedule: Schedule) -> list[str]:
+    """What is wrong or odd about the learning rate."""
+    if isinstance(schedule, ConstantSchedule):
+        return [
+            "the learning rate never falls: the JSON has no scheduler, so the floor equals the peak (TinyLlama trained"
+            " half a trillion tokens like that by mistake)"
+        ]
+    found = []
+    first = plan.stages[0].samples * plan.sequence_length
+    if schedule.warmup_tokens > first:
+        found.append(
+            f"the warm-up of {schedule.warmup_tokens:,} tokens is longer than stage {plan.stages[0].name!r}"
+            f" of {first:,}"
+        )
+    elif schedule.warmup_tokens > plan.total_tokens / 10:
+        found.append(f"the warm-up takes {schedule.warmup_tokens / plan.total_tokens:.0%} of the run; 1 % is usual")
+    if schedule.min_ratio > 0.5:
+        found.append(f"cos_min_ratio {schedule.min_ratio:g}: the learning rate hardly falls; 0.1 is usual")
+    return found
+
+
+def data_warnings(course: Course) -> list[str]:
+    """Which sources repeat, and which are not known."""
+    found = []
+    for name, tokens in course.tokens_by_source.items():
+        epochs = course.epochs.get(name)
+        if epochs is None:
+            found.append(f"source {name!r}: its size is not known, so whether it repeats is not either; give --data")
+        elif epochs > MANY_EPOCHS:
+            found.append(f"source {name!r}: {epochs:.1f} epochs; beyond {MANY_EPOCHS}, repetition teaches little")
+        elif epochs > 1:
+            found.append(f"source {name!r} repeats: {epochs:.2f} epochs, {tokens:,} tokens drawn")
+    return found

@@ -1,0 +1,99 @@
+"""GPUs and networks by name. Every figure is a data sheet's; what a program reaches of it is another matter."""
+
+from dataclasses import dataclass
+
+from tinyllama_ds.errors import Refusal
+
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: memory as nvidia-smi shows it, dense bf16 rate with fp32 accumulation, memory and link bandwidth."""
+
+    name: str
+    memory_bytes: int
+    peak_flops: float
+    memory_bandwidth: float  # bytes/s
+    link_bandwidth: float  # bytes/s to the other GPUs of its host, in one direction: NVLink, or PCIe where it has none
+
+
+def _gpu(name: str, memory_mib: int, peak_tflops: float, memory_gb_s: float, link_gb_s: float) -> Gpu:
+    return Gpu(name, memory_mib * MIB, peak_tflops * 1e12, memory_gb_s * 1e9, link_gb_s * 1e9)
+
+
+# NVIDIA's data sheets: A100 (2021), H100 (2022), H200 (2023), HGX B200 (2024), L4, L40S, A10, RTX A6000; for GeForce
+# the whitepapers of the GA102 and Ada architectures. Sparsity is never counted.
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("a100-40g", 40_960, 312, 1555, 300),
+        _gpu("a100-80g", 81_920, 312, 2039, 300),
+        _gpu("h100", 81_559, 989, 3350, 450),
+        _gpu("h100-pcie", 81_559, 756, 2000, 64),
+        _gpu("h200", 143_771, 989, 4800, 450),
+        _gpu("b200", 183_359, 2250, 8000, 900),
+        _gpu("rtx-3090", 24_576, 71, 936, 32),
+        _gpu("rtx-4090", 24_564, 165, 1008, 32),
+        _gpu("rtx-a6000", 49_140, 155, 768, 32),
+        _gpu("l40s", 46_068, 362, 864, 32),
+        _gpu("a10", 23_028, 125, 600, 32),
+        _gpu("l4", 23_034, 121, 300, 32),
+    )
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU of a name; raises `Refusal` naming those that are known."""
+    if name.lower() not in GPUS:
+        raise Refusal(
+            f"--gpu {name!r} is unknown; expected {', '.join(GPUS)}, or --gpu-memory and --peak-tflops for any other"
+        )
+    return GPUS[name.lower()]
+
+
+def custom_gpu(memory: str, peak_tflops: float, based_on: Gpu) -> Gpu:
+    """A GPU of any size, its bandwidths those of another; `memory` is a number with GiB or GB, '40GiB'."""
+    factor = {"gib": GIB, "gb": 10**9}
+    for unit, size in factor.items():
+        number = memory.strip().lower().removesuffix(unit)
+        if number != memory.strip().lower() and _is_positive(number):
+            name = f"{memory} GPU"
+            link = based_on.link_bandwidth
+            return Gpu(name, int(float(number) * size), peak_tflops * 1e12, based_on.memory_bandwidth, link)
+    raise Refusal(f"--gpu-memory {memory!r}: expected a size such as 40GiB or 24GB")
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class Network:
+    """What joins the GPUs: bytes per second that a collective reaches, and seconds that a message takes by itself."""
+
+    node_bandwidth: float  # out of one host, in one direction
+    link_bandwidth: float  # out of one GPU to the others of its host, in one direction
+    node_latency: float
+    link_latency: float
+
+    @property
+    def description(self) -> str:
+        return (
+            f"{self.node_bandwidth * 8 / 1e9:,.4g} Gbit/s between hosts and {self.link_bandwidth / 1e9:,.4g} GB/s"
+            " inside, as collectives reach them"
+        )
+
+
+# NCCL's rings reach about four fifths of a link (nccl-tests: 230-240 of A100's 300 GB/s, 80-90 % of an InfiniBand
+# port). Latencies are of the order that nccl-tests shows for the smallest messages, per hop.
+LINK_SHARE = 0.8
+NODE_LATENCY, LINK_LATENCY = 8e-6, 2e-6
+
+
+def network_of(gpu: Gpu, node_gbit: float) -> Network:
+    """A cluster of that GPU with so many Gbit/s out of each host, all ports together."""
+    return Network(node_gbit / 8 * 1e9 * LINK_SHARE, gpu.link_bandwidth * LINK_SHARE, NODE_LATENCY, LINK_LATENCY)

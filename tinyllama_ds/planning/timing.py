@@ -1,0 +1,97 @@
+"""How long an optimizer step takes: computing, waiting for the network, stepping."""
+
+from dataclasses import dataclass
+from math import ceil
+
+from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.planning.communication import Hosts, Traffic, collectives_of, traffic_of
+from tinyllama_ds.planning.gpus import Gpu, Network
+from tinyllama_ds.planning.layout import Layout
+from tinyllama_ds.planning.memory import Work
+
+# Of the seconds that a forward or backward pass computes, the share behind which communication can hide: the first
+# gather and the last reduction of a pass have nothing to hide behind. An assumption.
+HIDEABLE = 0.8
+# Of the seconds that do hide, the share that is lost all the same: NCCL's kernels take multiprocessors and memory
+# bandwidth from the computation. An assumption too.
+HIDING_COSTS = 0.1
+_FORWARD = 1 / 3  # of a training step's operations; the backward pass is twice the forward
+_OPTIMIZER_BYTES = 42  # read and written per parameter: norm 4, clip 8, AdamW on fp32 states 28, weights 2
+_HOST_LINK = 25e9  # bytes/s over PCIe 4 x16, as copies from pinned memory reach it
+_HOST_ADAM_BYTES = 100e9  # bytes/s of memory that a host's cores reach, per GPU's share of them
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where the run is to take place."""
+
+    hosts: Hosts
+    gpu: Gpu
+    network: Network
+    compute_flops: float  # of one GPU while it computes
+    compute_from: str  # where that figure comes from
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step and where they go."""
+
+    compute: float
+    communication: float  # all of it, hidden or not
+    exposed: float  # what the computation waits for
+    optimizer: float
+    traffic: tuple[Traffic, ...]
+    tokens_per_gpu: int
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exposed + self.optimizer
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.tokens_per_gpu / self.seconds
+
+    @property
+    def efficiency(self) -> float:
+        """The share of the step in which the GPUs compute or step: 1 without a network."""
+        return 1 - self.exposed / self.seconds
+
+
+def step_time(model: LlamaConfig, layout: Layout, work: Work, accumulation: int, machines: Machines) -> StepTime:
+    """One step of so many micro batches. Recomputed blocks cost their forward pass once more."""
+    hosts = machines.hosts
+    blocks = model.num_hidden_layers
+    recomputed = ceil(blocks / work.recompute_every) / blocks if work.recompute_every else 0.0
+    tokens = work.tokens * accumulation
+    plain = model.flops_per_token(work.sequence_length) * tokens / machines.compute_flops
+    passes = {"forward": plain * _FORWARD, "backward": plain * (1 - _FORWARD + recomputed * _FORWARD)}
+    traffic = tuple(
+        traffic_of(collective, hosts, machines.network, layout.hpz)
+        for collective in collectives_of(model, layout, hosts.ranks, accumulation, hosts.gpus)
+    )
+    return StepTime(
+        compute=sum(passes.values()),
+        communication=sum(part.seconds for part in traffic),
+        exposed=exposed_seconds(traffic, passes),
+        optimizer=_optimizer_seconds(model, layout, hosts.ranks, machines.gpu),
+        traffic=traffic,
+        tokens_per_gpu=tokens,
+    )
+
+
+def exposed_seconds(traffic: tuple[Traffic, ...], passes: dict[str, float]) -> float:
+    """What communication adds to a step: all that does not hide behind its pass, and what hiding the rest costs."""
+    total = 0.0
+    for behind in ("", *passes):
+        waiting = sum(part.seconds for part in traffic if part.collective.hides_behind == behind)
+        hidden = min(waiting, HIDEABLE * passes.get(behind, 0.0))
+        total += waiting - hidden + HIDING_COSTS * hidden
+    return total
+
+
+def _optimizer_seconds(model: LlamaConfig, layout: Layout, ranks: int, gpu: Gpu) -> float:
+    share = model.num_parameters / (ranks if layout.stage else 1)
+    if layout.offload_optimizer:
+        moved = (layout.gradient_bytes + layout.weight_bytes) * share
+        return moved / _HOST_LINK + _OPTIMIZER_BYTES * share / _HOST_ADAM_BYTES
+    return _OPTIMIZER_BYTES * share / gpu.memory_bandwidth
