@@ -115,13 +115,10 @@ def train(
             heartbeat.beat(progress.step, "validating")
             report_validation(engine, run, world, progress, metrics)
         saver.advance(agreed.busy)
-        if is_last or agreed.save or step.crosses(run.recipe.intervals.save_tokens):
+        is_save_due = is_last or agreed.save or step.crosses(run.recipe.intervals.save_tokens)
+        if is_save_due:
             heartbeat.beat(progress.step, "saving")
-            saver.save(engine, progress, partial(take_health, engine, run, world, guard))
-            if is_last:
-                saver.finish_for_good()
-        elif progress.step % run.recipe.intervals.check_steps == 0:
-            check_parameters(engine)
+        save_or_check(engine, run, world, progress, guard, saver, is_save_due, is_last)
         if progress.step % _COLLECT_STEPS == 0:
             gc.collect()
         window.paused += perf_counter() - paused_at
@@ -129,6 +126,25 @@ def train(
         if is_last:
             break
     return progress
+
+
+def save_or_check(
+    engine: "DeepSpeedEngine",
+    run: Run,
+    world: World,
+    progress: Progress,
+    guard: Guard,
+    saver: Saver,
+    is_due: bool,
+    is_last: bool,
+) -> None:
+    """Begin a save where one is due, and wait for the last; between saves look at the weights now and then. Collective."""
+    if is_due:
+        saver.save(engine, progress, partial(take_health, engine, run, world, guard))
+        if is_last:
+            saver.finish_for_good()
+    elif progress.step % run.recipe.intervals.check_steps == 0:
+        check_parameters(engine)
 
 
 def take_over_garbage_collection() -> None:
