@@ -138,7 +138,7 @@ def save_or_check(
     is_due: bool,
     is_last: bool,
 ) -> None:
-    """Begin a save where one is due, and wait for the last; between saves look at the weights now and then. Collective."""
+    """Begin a save where one is due, and wait for the last; else look at the weights now and then. Collective."""
     if is_due:
         saver.save(engine, progress, partial(take_health, engine, run, world, guard))
         if is_last:
