@@ -24,9 +24,10 @@ from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.plan import Step
 from tinyllama_ds.training.compilation import compile_blocks
-from tinyllama_ds.training.engine import leave, read_world, start_process_group, wrap
+from tinyllama_ds.training.engine import leave, start_process_group, wrap
 from tinyllama_ds.training.loop import train_step
 from tinyllama_ds.training.metrics import PhaseClock
+from tinyllama_ds.training.world import read_world
 
 WARMUP_STEPS = 2  # the optimizer's state, and ZeRO-3's recording of the order of modules
 _MASTERS = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups",
