@@ -14,9 +14,9 @@ from pathlib import Path
 
 from plan_launching import deepspeed_config, namespaces, run_ranks, throttle
 
+from tinyllama_ds.gpus import Network
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.communication import Hosts, collectives_of, traffic_of
-from tinyllama_ds.planning.gpus import Network
 from tinyllama_ds.planning.layout import Layout, read_layout
 from tinyllama_ds.planning.timing import exposed_seconds
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from tinyllama_ds.gpus import GPUS, network_of
 from tinyllama_ds.plan import RunPlan
 from tinyllama_ds.planning.answer import Question, read_inputs
 from tinyllama_ds.planning.communication import Hosts
-from tinyllama_ds.planning.gpus import GPUS, network_of
 from tinyllama_ds.planning.search import search
 from tinyllama_ds.planning.timing import Machines
 from tinyllama_ds.recipe import Recipe

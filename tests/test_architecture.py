@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "generate": {"model", "data", "convert"},
     "launch": {"launch", "network"},
     "bench": set(),
-    "planning": {"planning", "plan", "recipe", "deepspeed_config", "model", "data", "training"},
-    "training": {"training", "evaluation", "model", "data", "recipe", "deepspeed_config", "plan", "network"},
+    "gpus": set(),
+    "planning": {"planning", "gpus", "plan", "recipe", "deepspeed_config", "model", "data", "training"},
+    "training": {"training", "evaluation", "model", "data", "recipe", "deepspeed_config", "plan", "network", "gpus"},
     "commands": None,  # see everything
     "cli": {"commands"},
 }

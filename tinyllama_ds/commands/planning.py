@@ -10,9 +10,9 @@ from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import Refusal
 
 if TYPE_CHECKING:
+    from tinyllama_ds.gpus import Gpu
     from tinyllama_ds.planning.answer import Answer, Inputs, Question
     from tinyllama_ds.planning.communication import Hosts
-    from tinyllama_ds.planning.gpus import Gpu
     from tinyllama_ds.planning.search import Ranking
     from tinyllama_ds.planning.timing import Machines
 
@@ -118,7 +118,7 @@ def _refuse_nonsense(options: argparse.Namespace) -> None:
 
 
 def _machines(options: argparse.Namespace, inputs: "Inputs") -> "Machines":
-    from tinyllama_ds.planning.gpus import custom_gpu, gpu_named, network_of
+    from tinyllama_ds.gpus import custom_gpu, gpu_named, network_of
     from tinyllama_ds.planning.timing import Machines
 
     gpu = gpu_named(options.gpu)

@@ -10,6 +10,7 @@ from tinyllama_ds.deepspeed_config import (
     resolve_deepspeed_config,
 )
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.gpus import GIB
 from tinyllama_ds.model.config import LlamaConfig, model_config
 from tinyllama_ds.plan import RunPlan, micro_batch_of
 from tinyllama_ds.planning.communication import Hosts
@@ -26,15 +27,13 @@ from tinyllama_ds.planning.course import (
     Course,
     course_of,
     data_warnings,
-    make_schedule,
     schedule_warnings,
 )
-from tinyllama_ds.planning.gpus import GIB
 from tinyllama_ds.planning.layout import Layout, gathers_of, persistent_elements, read_layout
 from tinyllama_ds.planning.memory import Memory, Work, memory_of
 from tinyllama_ds.planning.timing import Machines, StepTime, step_time
 from tinyllama_ds.recipe import Recipe, load_recipe
-from tinyllama_ds.training.schedule import Schedule
+from tinyllama_ds.training.schedule import Schedule, make_schedule
 
 TINY_MICRO_BATCH_TOKENS = 4096
 

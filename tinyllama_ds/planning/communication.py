@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from math import ceil
 
+from tinyllama_ds.gpus import Network
 from tinyllama_ds.model.config import LlamaConfig
-from tinyllama_ds.planning.gpus import Network
 from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persistent_elements
 
 _WHOLE_BUCKET = 500_000_000  # elements that DeepSpeed's engine reduces at once outside ZeRO 2 and 3

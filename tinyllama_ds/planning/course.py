@@ -3,11 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
-from tinyllama_ds.deepspeed_config import read_schedule
-from tinyllama_ds.errors import Refusal
 from tinyllama_ds.plan import RunPlan
 from tinyllama_ds.recipe import Recipe
 from tinyllama_ds.training.schedule import ConstantSchedule, CosineSchedule, Schedule
@@ -43,20 +40,6 @@ class Course:
     tokens_by_source: dict[str, int]
     epochs: dict[str, float]  # of the sources whose size is known
     tokens_between_saves: int
-
-
-def make_schedule(raw: dict, path: Path, plan: RunPlan) -> Schedule:
-    """The JSON's schedule over the plan's tokens, as training makes it (a test compares them)."""
-    params = read_schedule(raw, path)
-    if params is None:
-        return ConstantSchedule()
-    warmup_tokens = params.warmup_num_steps * plan.first_batch_tokens
-    if warmup_tokens >= plan.total_tokens:
-        raise Refusal(
-            f"{path}: warmup_num_steps {params.warmup_num_steps} leaves nothing of the run's {plan.total_steps} steps;"
-            f" expected fewer than {plan.total_tokens // plan.first_batch_tokens}"
-        )
-    return CosineSchedule(warmup_tokens, plan.total_tokens, params.warmup_min_ratio, params.cos_min_ratio)
 
 
 def course_of(recipe: Recipe, plan: RunPlan, schedule: Schedule, peak_rate: float, sizes: Mapping[str, int]) -> Course:

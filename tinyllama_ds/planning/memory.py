@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from math import ceil
 
+from tinyllama_ds.gpus import GIB
 from tinyllama_ds.model.config import LlamaConfig
-from tinyllama_ds.planning.gpus import GIB
 from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persistent_elements
 
 CHUNK_LOGITS = 64 * 2**20  # fp32 logits alive at once on a GPU: model/loss.py

@@ -5,8 +5,8 @@ from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tinyllama_ds.gpus import GIB
 from tinyllama_ds.planning.answer import Answer
-from tinyllama_ds.planning.gpus import GIB
 from tinyllama_ds.planning.search import Ranking, reason
 
 _STYLE = """body { font: 15px/1.5 sans-serif; max-width: 66em; margin: 2em auto; padding: 0 1em; color: #222 }

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.gpus import GIB
 from tinyllama_ds.planning.answer import Inputs, Question, resolve
-from tinyllama_ds.planning.gpus import GIB
 from tinyllama_ds.planning.layout import Layout, read_layout
 from tinyllama_ds.planning.memory import Memory, Work, memory_of
 from tinyllama_ds.planning.timing import StepTime, step_time

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from math import ceil
 
+from tinyllama_ds.gpus import Gpu, Network
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.communication import Hosts, Traffic, collectives_of, traffic_of
-from tinyllama_ds.planning.gpus import Gpu, Network
 from tinyllama_ds.planning.layout import Layout
 from tinyllama_ds.planning.memory import Work
 

@@ -11,32 +11,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tinyllama_ds.gpus import gpu_of_device
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.sinks import EventFiles, Rows, warn
 
 METRICS_FILE = "metrics.jsonl"
-
-# Dense bf16 matrix rate of the data sheets, in FLOP/s (NVIDIA; without sparsity). Matched by substring.
-DATA_SHEET_PEAK = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-    "L4": 121e12,
-}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """(FLOP/s of one device, where the number comes from): its data sheet, else a matrix product measured now."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for key, peak in DATA_SHEET_PEAK.items():
-            if key in name and dtype == torch.bfloat16:
-                return peak, f"data sheet of {name}"
+        gpu = gpu_of_device(name)
+        if gpu is not None and dtype == torch.bfloat16:
+            return gpu.peak_flops, f"data sheet of {name}"
     return measured_peak(device, dtype), f"a 2048 x 2048 x 2048 {str(dtype).removeprefix('torch.')} matrix product"
 
 

@@ -22,7 +22,6 @@ from tinyllama_ds.data.shards import TokenStream
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE
 from tinyllama_ds.deepspeed_config import (
     load_deepspeed_config,
-    read_schedule,
     requested_micro_batch,
     resolve_deepspeed_config,
     split_off_our_sections,
@@ -36,7 +35,7 @@ from tinyllama_ds.recipe import Recipe, load_recipe
 from tinyllama_ds.training.changes import ABSENT, Change, changes_between, refuse_changes
 from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints
 from tinyllama_ds.training.ledger import LEDGER_FILE, left_out, read_ledger
-from tinyllama_ds.training.schedule import ConstantSchedule, CosineSchedule, Schedule
+from tinyllama_ds.training.schedule import Schedule, make_schedule
 from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_little_room
 
 RUN_FILE = "run.json"
@@ -199,19 +198,6 @@ def _refuse_absent_monitors(monitors: dict, path: Path) -> None:
     for section, package in (("wandb", "wandb"), ("comet", "comet_ml")):
         if monitors.get(section, {}).get("enabled") and find_spec(package) is None:
             raise Refusal(f"{path}: {section}.enabled is true, but the package {package} is not installed")
-
-
-def make_schedule(raw: dict, path: Path, plan: RunPlan) -> Schedule:
-    """The JSON's schedule over the plan's tokens: a warm-up step counts the tokens of the first stage's batch."""
-    params = read_schedule(raw, path)
-    if params is None:
-        return ConstantSchedule()
-    warmup_tokens = params.warmup_num_steps * plan.first_batch_tokens
-    if warmup_tokens >= plan.total_tokens:
-        raise Refusal(
-            f"{path}: warmup_num_steps {params.warmup_num_steps} leaves nothing of the run's {plan.total_steps} steps"
-        )
-    return CosineSchedule(warmup_tokens, plan.total_tokens, params.warmup_min_ratio, params.cos_min_ratio)
 
 
 def _open_data(data: Path, recipe: Recipe, model: LlamaConfig) -> tuple[dict[str, TokenStream], list[ValidationSet]]:

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 from math import cos, pi
+from pathlib import Path
+
+from tinyllama_ds.deepspeed_config import read_schedule
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.plan import RunPlan
 
 
 @dataclass(frozen=True)
@@ -38,3 +43,20 @@ class ConstantSchedule:
 
 
 Schedule = CosineSchedule | ConstantSchedule
+
+
+def make_schedule(raw: dict, path: Path, plan: RunPlan) -> Schedule:
+    """The JSON's schedule over the plan's tokens: a warm-up step counts the tokens of the first stage's batch.
+
+    Raises `Refusal` where the warm-up leaves nothing of the run.
+    """
+    params = read_schedule(raw, path)
+    if params is None:
+        return ConstantSchedule()
+    warmup_tokens = params.warmup_num_steps * plan.first_batch_tokens
+    if warmup_tokens >= plan.total_tokens:
+        raise Refusal(
+            f"{path}: warmup_num_steps {params.warmup_num_steps} leaves nothing of the run's {plan.total_steps} steps;"
+            f" expected fewer than {plan.total_tokens // plan.first_batch_tokens}"
+        )
+    return CosineSchedule(warmup_tokens, plan.total_tokens, params.warmup_min_ratio, params.cos_min_ratio)
