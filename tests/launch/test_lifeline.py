@@ -86,6 +86,19 @@ def test_a_rank_says_why_or_that_it_leaves(line: Lifeline, tmp_path: Path) -> No
     os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_a_death_comes_before_the_errors_that_it_causes(line: Lifeline, tmp_path: Path) -> None:
+    victim = start_rank(line)
+    look_until(line, tmp_path / "rank_3")
+    (tmp_path / "rank_3").unlink()
+    other = start_rank(line, "time.sleep(2); heartbeat.fail(OSError('connection closed by peer'))")
+    look_until(line, tmp_path / "rank_3")
+    os.killpg(victim.pid, signal.SIGKILL)
+    other.wait()
+    assert line.look() == f"rank 3 on {socket.gethostname()} has died"
+    os.killpg(other.pid, signal.SIGKILL)
+    victim.wait()
+
+
 def test_a_farewell_is_no_death(line: Lifeline) -> None:
     process = start_rank(line, "heartbeat.farewell(78)")
     deadline = time.monotonic() + 30

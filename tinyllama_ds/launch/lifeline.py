@@ -59,6 +59,7 @@ class Lifeline:
         self._first_at: float | None = None
         self._pinged_at = 0.0
         self._error: str | None = None
+        self._death: str | None = None  # comes before errors: the others fail because of it
         self.code: int | None = None  # with which the first rank ended of its own accord
 
     def expect(self, hosts: Sequence[str]) -> None:
@@ -76,7 +77,7 @@ class Lifeline:
         if now - self._pinged_at > _PING_SECONDS:
             self._pinged_at = now
             self._tell({})
-        return self._error or self._silent(now) or self._missing(now)
+        return self._death or self._error or self._silent(now) or self._missing(now)
 
     def stacks(self) -> None:
         """Ask all ranks for their stacks, and wait for the answers."""
@@ -148,6 +149,7 @@ class Lifeline:
         if "stacks" in message:
             (self._directory / f"stacks_{rank.number}").write_text(message["stacks"])
         if "error" in message:
+            rank.has_left = True
             self._error = self._error or f"{_name(rank)}: {message['error']}"
         if "farewell" in message:
             rank.has_left = True
@@ -160,7 +162,7 @@ class Lifeline:
         if rank in self._ranks:
             self._ranks.remove(rank)
         if rank.number is not None and not rank.has_left:
-            self._error = self._error or f"{_name(rank)} has died"
+            self._death = self._death or f"{_name(rank)} has died"
 
     def _silent(self, now: float) -> str | None:
         silent = [rank for rank in self._ranks if rank.number is not None and now - rank.heard_at > SILENCE_SECONDS]
