@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tinyllama_ds.training.sinks import EventFiles, Rows, warn
 METRICS_FILE = "metrics.jsonl"
 
 
+@cache  # a matrix product takes a moment
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """(FLOP/s of one device, where the number comes from): its data sheet, else a matrix product measured now."""
     if device.type == "cuda":
