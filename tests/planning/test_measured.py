@@ -1,0 +1,61 @@
+"""The plan beside real ranks: what they hold and send. Whole tables: benchmarks/plan_memory.py and network_plan.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import network_plan
+import plan_memory
+from launching import tinyllama_ds, write_deepspeed_config, write_recipe
+from plan_launching import host_name, namespaces, run_ranks, throttle
+
+from tinyllama_ds.model.config import model_config
+
+
+def test_two_ranks_hold_what_the_plan_says(tmp_path: Path) -> None:
+    row = plan_memory.compare("zero3", 2, tmp_path)
+    assert row["planned_states"] == pytest.approx(row["measured_states"], rel=0.05)
+    assert row["planned_peak"] == pytest.approx(row["measured_peak"], rel=0.10)
+
+
+def test_speed_can_be_measured_here(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "small.toml", steps=100, save_every=10)
+    config = write_deepspeed_config(tmp_path / "ds.json", 1, micro_batch=2)
+    arguments = ("--recipe", recipe, "--deepspeed-config", config, "--num-gpus", 2, "--measure", "--json")
+    finished = tinyllama_ds("plan", *arguments)
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads(finished.stdout)
+    (step,) = found["step_seconds"]
+    flops = 2 * 2 * 32 * model_config("test").flops_per_token(32)  # accumulation 2, micro batch 2, 32 tokens
+    assert 1e6 < flops / step["compute"] < 1e13  # this machine's, not a GPU's 175e12
+
+
+def why_not_on_namespaces() -> str | None:
+    """The reason for which hosts cannot be made here."""
+    if os.geteuid() != 0:
+        return "needs root, for network namespaces"
+    if not (shutil.which("ip") and shutil.which("tc")):
+        return "needs Debian's iproute2 (ip, tc)"
+    made = subprocess.run(["ip", "netns", "add", host_name(98)], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "del", host_name(98)], capture_output=True, check=False)
+    return None if made.returncode == 0 else f"no network namespaces here: {made.stderr.strip()}"
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_two_hosts_send_the_bytes_and_take_the_seconds_of_the_plan(name: str, tmp_path: Path) -> None:
+    """On a slow link, where the step is the network's: 50 Mbit/s, seconds from the formula, bytes from the counters."""
+    reason = why_not_on_namespaces()
+    if reason:
+        pytest.skip(reason)
+    with namespaces(2):
+        (free, _) = run_ranks(network_plan.setting(name, 1, 2), 2, tmp_path / "free", True)
+        throttle(2, 50)
+        (slow, _) = run_ranks(network_plan.setting(name, 1, 1), 2, tmp_path / "slow", True)
+    assert free["sent"] == pytest.approx(network_plan.planned_bytes(name, 2, accumulation=1), rel=0.02)
+    assert slow["seconds"] == pytest.approx(network_plan.predicted_seconds(name, 50, free), rel=0.2)
