@@ -48,6 +48,13 @@ class Setup:
             *("--data", self.data, "--run-dir", run_dir, *more),
         )
 
+    def assert_all_finish(self, processes: list, run_dir: Path) -> None:
+        """Every process of a run ends well, and the run as it does on one machine."""
+        for process in processes:
+            finished = finish(process)
+            assert finished.returncode == 0, explain(finished)
+        self.assert_same_end(run_dir)
+
     def assert_same_end(self, run_dir: Path) -> None:
         """The hash chain over all samples is the same, the loss to rounding."""
         assert read_manifest(find_checkpoints(run_dir)[-1]).progress == self.progress
@@ -269,10 +276,7 @@ def test_every_host_starts_its_own_ranks_without_ssh(setup: Setup, hosts: list[H
         more = ("--hostfile", hostfile, "--no-ssh", "--node-rank", rank)
         command = setup.arguments(tmp_path / "run", *more)
         processes.append(hosts[rank].start(sys.executable, "-m", "tinyllama_ds.cli", *command, **fault))
-    for process in processes:
-        finished = finish(process)
-        assert finished.returncode == 0, explain(finished)
-    setup.assert_same_end(tmp_path / "run")
+    setup.assert_all_finish(processes, tmp_path / "run")
     assert [process for host in hosts for process in host.processes()] == []
 
 
@@ -286,10 +290,7 @@ def test_torchrun_starts_the_script(setup: Setup, hosts: list[Host], tmp_path: P
         )
         for rank, host in enumerate(hosts)
     ]
-    for process in processes:
-        finished = finish(process)
-        assert finished.returncode == 0, explain(finished)
-    setup.assert_same_end(tmp_path / "run")
+    setup.assert_all_finish(processes, tmp_path / "run")
 
 
 @slow
@@ -320,10 +321,7 @@ def test_srun_tasks_find_their_ranks(setup: Setup, hosts: list[Host], tmp_path: 
         )
         for rank, host in enumerate(hosts)
     ]
-    for process in processes:
-        finished = finish(process)
-        assert finished.returncode == 0, explain(finished)
-    setup.assert_same_end(tmp_path / "run")
+    setup.assert_all_finish(processes, tmp_path / "run")
 
 
 @slow

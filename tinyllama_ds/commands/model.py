@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
     from tinyllama_ds.data.tokenizer import Tokenizer
     from tinyllama_ds.model.config import LlamaConfig
-_START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.training.storage import sync
 
 LEDGER_FILE = "ledger.jsonl"
 SKIPPED, ROLLED_BACK = "skipped", "rolled back"
@@ -75,8 +76,4 @@ def _write(run_dir: Path, entries: list[Entry]) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    descriptor = os.open(run_dir, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(run_dir)

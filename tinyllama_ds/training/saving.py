@@ -40,7 +40,7 @@ from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import check_parameters
 from tinyllama_ds.training.retention import Retention, remove_old_checkpoints
 from tinyllama_ds.training.snapshot import Snapshots
-from tinyllama_ds.training.storage import checkpoint_need, require_room
+from tinyllama_ds.training.storage import checkpoint_need, require_room, sync
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -288,17 +288,9 @@ def _commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
     step = manifest.progress.step
     strike("save.before_manifest", step)
     (partial / MANIFEST_FILE).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-    _sync(partial / MANIFEST_FILE)
-    _sync(partial)
+    sync(partial / MANIFEST_FILE)
+    sync(partial)
     strike("save.before_rename", step)
     partial.rename(final)
     strike("save.after_rename", step)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
