@@ -1,5 +1,6 @@
 """The Hugging Face folder: the tokenizer gives sentencepiece's ids, and a wrong folder is refused."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tinyllama_ds import convert
 from tinyllama_ds.convert import PROBE_TEXTS, export, hf_tokenizer
@@ -16,6 +18,7 @@ from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.model.probe import Probe, probe_loss
+from tinyllama_ds.weights import INDEX_FILE
 
 CONFIG = MODEL_SIZES["test"]
 LLAMA2 = Path(
@@ -53,28 +56,68 @@ def test_token_ids_equal_sentencepiece_with_llamas_own_vocabulary() -> None:
 
 
 def test_exported_weights_are_the_same_bits(tokenizer: Tokenizer, weights: dict, tmp_path: Path) -> None:
-    assert export(weights, CONFIG, tokenizer, tmp_path / "hf") < convert.LOGIT_TOLERANCE
+    assert export(weights.items(), CONFIG, tokenizer, tmp_path / "hf") < convert.LOGIT_TOLERANCE
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in (tmp_path / "hf").iterdir())
 
 
+def test_weights_that_differ_are_refused_and_leave_nothing(
+    tokenizer: Tokenizer, weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault in the writing itself: two projections swapped in the file."""
+    real = convert.write_weights
+
+    def swapped(folder: Path, *arguments: object) -> object:
+        written = real(folder, *arguments)
+        stored = load_file(folder / "model.safetensors")
+        layer = "model.layers.0.mlp"
+        names = f"{layer}.gate_proj.weight", f"{layer}.up_proj.weight"
+        stored[names[0]], stored[names[1]] = stored[names[1]], stored[names[0]]
+        save_file(stored, folder / "model.safetensors", {"format": "pt"})
+        return written
+
+    monkeypatch.setattr(convert, "write_weights", swapped)
+    with pytest.raises(Refusal, match="transformers loads other bits of model.layers.0.mlp.gate_proj.weight than ours"):
+        export(weights.items(), CONFIG, tokenizer, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_logits_that_differ_are_refused_and_leave_nothing(
     tokenizer: Tokenizer, weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault in the conversion itself: two projections swapped on their way out."""
-    real = convert.hf_model
-
-    def swapped(weights: dict, config: object) -> object:
-        layer = "model.layers.0.mlp"
-        names = f"{layer}.gate_proj.weight", f"{layer}.up_proj.weight"
-        return real(weights | {names[0]: weights[names[1]], names[1]: weights[names[0]]}, config)
-
-    monkeypatch.setattr(convert, "hf_model", swapped)
+    """A fault in the description: another base of the rotation."""
+    real = convert.hf_config
+    monkeypatch.setattr(convert, "hf_config", lambda config, dtype: real(replace(config, rope_theta=500.0), dtype))
     with pytest.raises(Refusal, match="logits differ from ours"):
-        export(weights, CONFIG, tokenizer, tmp_path / "hf")
+        export(weights.items(), CONFIG, tokenizer, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
+
+
+def test_shards_are_within_their_size_and_load_in_transformers(
+    tokenizer: Tokenizer, weights: dict, tmp_path: Path
+) -> None:
+    export(weights.items(), CONFIG, tokenizer, tmp_path / "ours", max_shard_size="100KB")
+    convert.hf_model(weights, CONFIG).save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    shards = sorted((tmp_path / "ours").glob("*.safetensors"))
+    assert [shard.name for shard in shards] == [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(4)]
+    assert all(sum(t.numel() * t.element_size() for t in load_file(shard).values()) <= 100_000 for shard in shards)
+    ours, theirs = (json.loads((tmp_path / name / INDEX_FILE).read_text()) for name in ("ours", "theirs"))
+    assert ours["metadata"] == theirs["metadata"]
+    assert ours["weight_map"] == {name: shard.name for shard in shards for name in load_file(shard)}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    with pytest.raises(Refusal, match="--max-shard-size big: expected a size such as 5GB"):
+        export(weights.items(), CONFIG, tokenizer, tmp_path / "hf", max_shard_size="big")
+
+
+def test_the_description_is_what_transformers_writes(tokenizer: Tokenizer, weights: dict, tmp_path: Path) -> None:
+    export(weights.items(), CONFIG, tokenizer, tmp_path / "ours")
+    convert.hf_model(weights, CONFIG).save_pretrained(tmp_path / "theirs")
+    for name in ("config.json", "generation_config.json"):
+        ours, theirs = (json.loads((tmp_path / folder / name).read_text()) for folder in ("ours", "theirs"))
+        assert ours == theirs
 
 
 def test_token_ids_that_differ_are_refused(
@@ -83,7 +126,7 @@ def test_token_ids_that_differ_are_refused(
     """A fault in the tokenizer's conversion: merges in the opposite order."""
     monkeypatch.setattr(convert, "ranked_merges", lambda tokenizer: ranked_merges(tokenizer)[::-1])
     with pytest.raises(Refusal, match="token ids of .* differ from sentencepiece's"):
-        export(weights, CONFIG, tokenizer, tmp_path / "hf")
+        export(weights.items(), CONFIG, tokenizer, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
 
 
@@ -98,7 +141,7 @@ def test_the_folder_must_give_the_loss_that_training_had(
     segments = [number // 20 for number in range(64)] if document_mask else None
     loss = probe_loss(model, tokens, segments, 2, torch.device("cpu"))
     probe = Probe(tokens, segments, loss, "bfloat16", {})
-    export(weights, CONFIG, tokenizer, tmp_path / "hf", probe)
+    export(weights.items(), CONFIG, tokenizer, tmp_path / "hf", probe)
     with pytest.raises(Refusal, match=r"the loss on the checkpoint's probe is \d\.\d+ and was .* in training"):
-        export(weights, CONFIG, tokenizer, tmp_path / "other", replace(probe, loss=1.01 * loss))
+        export(weights.items(), CONFIG, tokenizer, tmp_path / "other", replace(probe, loss=1.01 * loss))
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -258,20 +259,31 @@ def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: Checkp
 
 
 def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str, torch.Tensor]]:
-    """The whole model on the CPU, under its parameter names, in the dtype that the forward pass used.
+    """The whole model on the CPU, under its parameter names, in the dtype that the forward pass used."""
+    manifest, tensors = stream_weights(checkpoint)
+    return manifest, dict(tensors)
+
+
+def stream_weights(checkpoint: Path) -> tuple[CheckpointManifest, Iterator[tuple[str, torch.Tensor]]]:
+    """The same, one after another in the order of the model; the files are mapped until the last one is taken.
 
     Under bf16 training the weights are the fp32 masters rounded once, exactly what the last step left in the model.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # merging is done in memory; unset, DeepSpeed prints its guess
+    manifest = verify_checkpoint(checkpoint)
+    return manifest, _whole_tensors(checkpoint, manifest)
+
+
+def _whole_tensors(checkpoint: Path, manifest: CheckpointManifest) -> Iterator[tuple[str, torch.Tensor]]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    manifest = verify_checkpoint(checkpoint)
-    dtype = getattr(torch, manifest.dtype)
     if manifest.zero_stage == 0:
-        weights = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)[
-            "module"
-        ]
+        path = checkpoint / "mp_rank_00_model_states.pt"
+        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
     else:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # DeepSpeed prints its way through the files
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    return manifest, {name: tensor.to(dtype).contiguous().clone() for name, tensor in weights.items()}
+            weights = get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
+            )
+    for name, tensor in weights.items():
+        yield name, tensor.contiguous().to(getattr(torch, manifest.dtype), copy=True)
