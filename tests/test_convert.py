@@ -1,13 +1,13 @@
 """The Hugging Face folder: the tokenizer gives sentencepiece's ids, and a wrong folder is refused."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from llama2 import LLAMA2, needs_llama2
 from safetensors.torch import load_file, save_file
 
 from tinyllama_ds import convert
@@ -21,10 +21,20 @@ from tinyllama_ds.model.probe import Probe, probe_loss
 from tinyllama_ds.weights import INDEX_FILE
 
 CONFIG = MODEL_SIZES["test"]
-LLAMA2 = Path(
-    os.environ.get("TINYLLAMA_DS_LLAMA2_TOKENIZER", "")
-    or Path(__file__).parents[2] / "shared" / "data" / "llama2-tokenizer" / "tokenizer.model"
-)
+# Beyond the texts on which every export proves itself.
+TEXTS = [
+    *(width * " " + "x" for width in range(1, 40)),
+    *(f"a{width * ' '}b" for width in (2, 3, 7, 8, 15, 16, 17, 31, 63, 300)),
+    "\t\t x\n \n  \n\t \r\n\x0b\x0c\u00a0\u2003\u200b\ufeff",
+    "#!/bin/sh\nif [ -z \"$1\" ]; then\n\techo 'no $@' >&2\nfi\n",
+    "std::vector<std::pair<int, T*>> v{{1, &a}}; // -> [](auto&& x) noexcept { return x->y; }",
+    "SELECT * FROM \"t\" WHERE a <> 'b' -- c\n",
+    "小羊驼在山上。「你好，世界」\u3000全角空格；繁體字與简体字 𠮷野家 \u9fff",
+    "日本語の文章、カタカナとひらがな。ｶﾀｶﾅ 한국어 문장 ไทย Tiếng Việt",
+    "👩\u200d👩\u200d👧\u200d👦 🏳\ufe0f\u200d🌈 🇨🇭 👍🏽 ☺\ufe0f e\u0301 é",
+    "<s>[INST] <<SYS>>\n</s><unk><pad><|im_start|>user<|im_end|><0x0A><0xFF> [/INST]",
+    "</s>", "<s>", "<unk>", "x</s>y", " <s> ", "▁▁ ▁x", "\x00\x01\x7f\x80\u202e\U0010ffff", "a" * 500, "=" * 300,
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -39,24 +49,25 @@ def python_sources() -> list[str]:
 def test_token_ids_equal_sentencepiece(tokenizer: Tokenizer, tmp_path: Path) -> None:
     hf_tokenizer(tokenizer, 128).save_pretrained(tmp_path)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in [*PROBE_TEXTS, *python_sources()]:
+    for text in [*PROBE_TEXTS, *TEXTS, *python_sources()]:
         assert fast.encode(text, split_special_tokens=True) == tokenizer.encode(text), text[:80]
         assert fast.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
 
 
-@pytest.mark.skipif(
-    not LLAMA2.is_file(), reason="Llama 2's tokenizer.model is not here (TINYLLAMA_DS_LLAMA2_TOKENIZER)"
-)
-def test_token_ids_equal_sentencepiece_with_llamas_own_vocabulary() -> None:
+@needs_llama2
+def test_token_ids_equal_sentencepiece_with_llamas_own_vocabulary(tmp_path: Path) -> None:
     """Runs of spaces are where transformers' own conversion differs."""
     tokenizer = Tokenizer(LLAMA2)
-    fast = hf_tokenizer(tokenizer, 2048)
-    for text in [*PROBE_TEXTS, *python_sources()]:
+    hf_tokenizer(tokenizer, 2048).save_pretrained(tmp_path)
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*PROBE_TEXTS, *TEXTS, *python_sources()]:
         assert fast.encode(text, split_special_tokens=True) == tokenizer.encode(text), text[:80]
+        assert fast.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
 
 
 def test_exported_weights_are_the_same_bits(tokenizer: Tokenizer, weights: dict, tmp_path: Path) -> None:
-    assert export(weights.items(), CONFIG, tokenizer, tmp_path / "hf") < convert.LOGIT_TOLERANCE
+    """In whatever order they come: optimizers with groups do not keep the model's."""
+    assert export(reversed(weights.items()), CONFIG, tokenizer, tmp_path / "hf") < convert.LOGIT_TOLERANCE
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())

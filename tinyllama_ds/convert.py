@@ -42,7 +42,7 @@ def export(
 ) -> float:
     """Write config.json, safetensors and the tokenizer to a new folder; returns the largest relative logit difference.
 
-    The tensors are taken one by one, in the order of the model. Raises `Refusal`, leaving nothing behind, unless
+    The tensors are taken one by one. Raises `Refusal`, leaving nothing behind, unless
     transformers loads the folder and has the same bits, the logits of our model, the token ids of sentencepiece, and
     on the checkpoint's probe the loss that training had on it.
     """

@@ -59,7 +59,7 @@ def is_model_folder(path: Path) -> bool:
 def write_model_folder(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], model: LlamaConfig, tokenizer: Path
 ) -> Written:
-    """Fill an empty folder; the tensors come in the order of the model and in one dtype."""
+    """Fill an empty folder; the tensors come one by one, in one dtype."""
     written = write_weights(folder, tensors, parameter_shapes(model), max_shard_size=sys.maxsize)
     shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
     files = {name: _identity(folder / name) for name in _FILES}

@@ -48,7 +48,7 @@ def write_weights(
 ) -> Written:
     """Write `model.safetensors`, or numbered shards and their index, as transformers names them.
 
-    The tensors come in the order of `shapes` and in one dtype. `max_shard_size` is bytes or a text such as "5GB".
+    The tensors come in any order and in one dtype. `max_shard_size` is bytes or a text such as "5GB".
 
     Raises `Refusal` for a size that is none, ValueError for other tensors than `shapes` says.
     """
@@ -66,16 +66,20 @@ def write_weights(
         raise Refusal(f"--max-shard-size {max_shard_size}: expected a size such as 5GB or 500MB") from error
     digests = {}
     with ExitStack() as opened:
-        files = {}
-        for name, names in plan.filename_to_tensors.items():
-            files[name] = opened.enter_context((folder / name).open("xb"))
-            _write_header(files[name], {inner: empty[inner] for inner in names})
-        for (name, tensor), (expected, like) in zip(chain([first], tensors), empty.items(), strict=True):
-            if (name, tensor.shape, tensor.dtype) != (expected, like.shape, dtype):
-                raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} where {expected} {like} has to be")
+        places: dict[str, tuple[BinaryIO, int]] = {}
+        for file_name, names in plan.filename_to_tensors.items():
+            new = opened.enter_context((folder / file_name).open("xb"))
+            places |= _write_header(new, {name: empty[name] for name in names})
+        for name, tensor in chain([first], tensors):
+            if (tensor.shape, tensor.dtype) != (empty[name].shape, dtype):
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {empty[name]}")
+            file, offset = places.pop(name)
             content = _bytes_of(tensor)
-            files[plan.tensor_to_filename[name]].write(content)
+            file.seek(offset)
+            file.write(content)
             digests[name] = hashlib.sha256(content).hexdigest()
+    if places:
+        raise ValueError(f"{', '.join(places)} did not come")
     if plan.is_sharded:
         metadata = plan.metadata | {"total_parameters": sum(shape.numel() for shape in shapes.values())}
         index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
@@ -83,7 +87,8 @@ def write_weights(
     return Written(dtype, digests)
 
 
-def _write_header(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+def _write_header(file: BinaryIO, tensors: Mapping[str, Tensor]) -> dict[str, tuple[BinaryIO, int]]:
+    """Returns where each tensor's bytes have to go."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -92,6 +97,7 @@ def _write_header(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     file.write(len(text).to_bytes(8, "little") + text)
+    return {name: (file, 8 + len(text) + header[name]["data_offsets"][0]) for name in tensors}
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -12,9 +12,8 @@ import shutil
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.probe import Probe
+from tinyllama_ds.training.consolidate import whole_tensors
 from tinyllama_ds.training.reshape import load_whole_tensors, parameter_shapes, write_whole_tensors
 
 if TYPE_CHECKING:
@@ -261,29 +261,15 @@ def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: Checkp
 def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str, torch.Tensor]]:
     """The whole model on the CPU, under its parameter names, in the dtype that the forward pass used."""
     manifest, tensors = stream_weights(checkpoint)
-    return manifest, dict(tensors)
+    return manifest, {name: tensor.clone() for name, tensor in tensors}
 
 
 def stream_weights(checkpoint: Path) -> tuple[CheckpointManifest, Iterator[tuple[str, torch.Tensor]]]:
-    """The same, one after another in the order of the model; the files are mapped until the last one is taken.
+    """The same, one after another, with one tensor in memory.
 
     Under bf16 training the weights are the fp32 masters rounded once, exactly what the last step left in the model.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # merging is done in memory; unset, DeepSpeed prints its guess
     manifest = verify_checkpoint(checkpoint)
-    return manifest, _whole_tensors(checkpoint, manifest)
-
-
-def _whole_tensors(checkpoint: Path, manifest: CheckpointManifest) -> Iterator[tuple[str, torch.Tensor]]:
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    if manifest.zero_stage == 0:
-        path = checkpoint / "mp_rank_00_model_states.pt"
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
-    else:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # DeepSpeed prints its way through the files
-            weights = get_fp32_state_dict_from_zero_checkpoint(
-                str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
-            )
-    for name, tensor in weights.items():
-        yield name, tensor.contiguous().to(getattr(torch, manifest.dtype), copy=True)
+    dtype = getattr(torch, manifest.dtype)
+    tensors = whole_tensors(checkpoint, manifest.zero_stage)
+    return manifest, ((name, tensor.to(dtype)) for name, tensor in tensors)
