@@ -1,5 +1,6 @@
 """Our weights to a Hugging Face folder, proven equal before it appears."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -50,8 +51,7 @@ def export(
         written = write_weights(folder, tensors, parameter_shapes(config), max_shard_size)
         hf_config(config, written.dtype).save_pretrained(folder)
         _generation_config().save_pretrained(folder)
-        hf_tokenizer(tokenizer, config.max_position_embeddings).save_pretrained(folder)
-        shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
+        _write_tokenizer(folder, tokenizer, config.max_position_embeddings)
         _prove_ids(folder, tokenizer)
         ours, theirs = load_twins(folder, written, config)
         difference = logit_difference(ours, theirs, tokenizer)
@@ -130,6 +130,15 @@ def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> Any:
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
+    hf_tokenizer(tokenizer, max_length).save_pretrained(folder)
+    shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
+    # That a text gets no BOS goes without saying in transformers; llama.cpp would add one.
+    path = folder / "tokenizer_config.json"
+    said = json.loads(path.read_text(encoding="utf-8")) | {"add_bos_token": False, "add_eos_token": False}
+    path.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _prove_ids(folder: Path, tokenizer: Tokenizer) -> None:
