@@ -1,4 +1,4 @@
-"""Which model folders a run may start from."""
+"""What a model folder is, and which of them a run may start from."""
 
 import json
 from collections.abc import Callable
