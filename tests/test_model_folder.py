@@ -1,6 +1,7 @@
 """What a model folder is, and which of them a run may start from."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,16 +37,20 @@ def add_to_tokenizer(folder: Path) -> None:
 
 
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (lambda f: (f / "model.json").unlink(), "model: is no model folder, it has no model.json;"),
+    "no model": (lambda f: (f / "model.json").unlink(), "model: holds no checkpoint; expected a run directory or"),
+    "no folder": (shutil.rmtree, "model: is no folder; expected what import wrote, a run or a checkpoint"),
     "no JSON": (lambda f: (f / "model.json").write_text("{"), "model.json: not the description of a model folder"),
     "a later format": (lambda f: edit(f, format=2), "model.json: has format 2 and is known up to 1; use what wrote it"),
     "another dtype": (lambda f: edit(f, dtype="int8"), "model.json: not the description of a model folder"),
     "another size": (
-        lambda f: edit(f, model=CONFIG.to_dict() | {"intermediate_size": 128, "num_key_value_heads": 4}),
-        "model.json: has intermediate_size 128 (the recipe's test: 176), num_key_value_heads 4 (the recipe's test: 2);",
+        lambda f: edit(f, model=CONFIG.to_dict() | {"intermediate_size": 128}),
+        "model: its model has intermediate_size 128; the recipe's has 176",
     ),
-    "another rotation": (lambda f: edit(f, model=CONFIG.to_dict() | {"rope_theta": 5e5}), "has rope_theta 500000.0 ("),
-    "another tokenizer": (add_to_tokenizer, "model/tokenizer.model: is not "),
+    "another rotation": (
+        lambda f: edit(f, model=CONFIG.to_dict() | {"rope_theta": 5e5}),
+        "model: its model has rope_theta 500000.0; the recipe's has 10000.0",
+    ),
+    "another tokenizer": (add_to_tokenizer, "model/tokenizer.model: is the tokenizer of the weights, and not "),
 }  # fmt: skip
 
 
@@ -54,13 +59,13 @@ def test_others_are_refused(case: str, folder: Path, tokenizer: Tokenizer) -> No
     spoil, sentence = CASES[case]
     spoil(folder)
     with pytest.raises(Refusal) as refusal:
-        open_initial_weights(folder, CONFIG, "test", tokenizer.path)
+        open_initial_weights(folder, CONFIG, tokenizer.path)
     assert sentence in str(refusal.value)
 
 
 def test_positions_may_go_further_and_be_interpolated(folder: Path, tokenizer: Tokenizer) -> None:
     further = replace(CONFIG, max_position_embeddings=512, rope_scaling_factor=4.0)
-    assert open_initial_weights(folder, further, "test", tokenizer.path).model == CONFIG
+    assert open_initial_weights(folder, further, tokenizer.path).path == folder
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model"])

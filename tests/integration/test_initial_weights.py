@@ -39,10 +39,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
     return make_folder(tmp_path_factory.mktemp("imported"), 7, tokenizer)
 
 
+WARM = {
+    "type": "WarmupCosineLR",
+    "params": {"total_num_steps": "auto", "warmup_num_steps": 0, "warmup_type": "linear", "cos_min_ratio": 0.1},
+}
+
+
 def standing_still(path: Path, stage: int, **changes: object) -> Path:
     """bf16 with a learning rate of 0: after a step every master has the bits that it started with."""
     optimizer = {"type": "AdamW", "params": {"lr": 0.0, "weight_decay": 0.1, "torch_adam": True}}
-    return write_deepspeed_config(path, stage, micro_batch=2, optimizer=optimizer, bf16={"enabled": True}, **changes)
+    bf16 = {"bf16": {"enabled": True}, "scheduler": WARM}
+    return write_deepspeed_config(path, stage, micro_batch=2, optimizer=optimizer, **bf16, **changes)
 
 
 def masters_of(checkpoint: Path, stage: int, output: Path) -> dict[str, torch.Tensor]:
@@ -79,6 +86,23 @@ def test_the_masters_have_the_imported_bits(
     exported = dict(whole_tensors(checkpoint, stage))  # what export reads, one by one
     for name, tensor in imported.items():
         assert torch.equal(exported[name], tensor if stage else tensor.bfloat16()), name
+
+
+@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=slow), pytest.param(0, marks=slow)])
+def test_another_runs_masters_are_taken_over(stage: int, data_dir: Path, tmp_path: Path) -> None:
+    """Not what its forward pass used, which is rounded; at stage 0 a checkpoint has no more than that by its name."""
+    recipe = write_recipe(tmp_path / "small.toml", 8, save_every=8)
+    bf16 = {"bf16": {"enabled": True}}
+    learning = write_deepspeed_config(tmp_path / "learning.json", stage, micro_batch=2, **bf16)
+    assert pretrain(recipe, learning, data_dir, tmp_path / "first", 1).returncode == 0
+    config = standing_still(tmp_path / "ds.json", 3)
+    finished = pretrain(recipe, config, data_dir, tmp_path / "second", 2, "--init-from", str(tmp_path / "first"))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    before, after = (find_checkpoints(tmp_path / name)[-1] for name in ("first", "second"))
+    assert json.loads((tmp_path / "second" / "run.json").read_text())["init_from"]["path"] == str(before)
+    found = dict(whole_tensors(after, 3))
+    for name, tensor in whole_tensors(before, stage):
+        assert torch.equal(found[name], tensor.float()), name
 
 
 def validation_loss(folder: ModelFolder, data: Path, source: str) -> float:
@@ -127,7 +151,7 @@ def test_continual_pretraining_starts_at_the_imported_loss(folder: Path, data_di
     assert shares[2] < shares[5] == pytest.approx(0.8, abs=0.15)
 
     said = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert said["init_from"] == {"path": str(moved), "weights_sha256": opened.weights_sha256}
+    assert said["init_from"] == {"path": str(moved), "sha256": opened.weights_sha256}
     shutil.rmtree(find_checkpoints(tmp_path / "run")[-1])
     forgotten = pretrain(*arguments)
     assert forgotten.returncode == EXIT_REFUSED
@@ -143,7 +167,7 @@ def test_damaged_weights_are_refused_by_the_first_rank(folder: Path, data_dir: P
     with (model / "model.safetensors").open("r+b") as file:
         file.seek(-4, 2)
         file.write(b"\0\0\0\0")
-    recipe = write_recipe(tmp_path / "small.toml", 1, save_every=1)
+    recipe = write_recipe(tmp_path / "small.toml", 8, save_every=8)
     config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2)
     finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2, "--init-from", str(model))
     assert finished.returncode == EXIT_REFUSED, finished.stdout + finished.stderr

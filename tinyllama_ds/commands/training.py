@@ -37,7 +37,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint (%(default)s)"
     )
     parser.add_argument(
-        "--init-from", type=Path, metavar="DIR", help="start with the weights of a model folder that import wrote"
+        "--init-from",
+        type=Path,
+        metavar="DIR",
+        help="start with the weights of what import wrote, or of another run or checkpoint, and no more of it",
     )
     parser.add_argument(
         "--allow-change",

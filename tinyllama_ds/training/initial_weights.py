@@ -1,65 +1,96 @@
-"""The weights of a model folder as the start of a run, in place of random ones (`pretrain --init-from`).
+"""Weights that a run starts from in place of random ones (`pretrain --init-from`): a model folder's or another run's.
 
-They go in twice. Every rank fills its model with them before DeepSpeed divides it, tensor by tensor from the mapped
-file, which the ranks of a host share in memory: a rank holds no more than with random weights. Under bf16 DeepSpeed
-then makes its fp32 masters from weights that are already rounded, so the masters are filled again, each rank its part.
+They go in twice. Every rank fills its model with them before DeepSpeed divides it, tensor by tensor from mapped files,
+which the ranks of a host share in memory: a rank holds no more than with random weights. Under bf16 DeepSpeed then
+makes its fp32 masters from weights that are already rounded, so the masters are filled again, each rank its part.
 """
 
-from dataclasses import replace
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM
-from tinyllama_ds.model_folder import MODEL_FILE, ModelFolder, open_model_folder
+from tinyllama_ds.model_folder import is_model_folder, open_model_folder, verify_model_folder
+from tinyllama_ds.training.checkpoint import MANIFEST_FILE, read_manifest, resolve_checkpoint, verify_checkpoint
+from tinyllama_ds.training.consolidate import whole_tensors
 from tinyllama_ds.training.reshape import stage_0_masters
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+_POSITIONS = ("max_position_embeddings", "rope_scaling_factor")  # may differ: that is what interpolation changes
 
-def open_initial_weights(path: Path, model: LlamaConfig, name: str, tokenizer: Path) -> ModelFolder:
-    """The folder, after its shapes and its tokenizer were found to be the run's.
 
-    How far positions go, and by what they are divided, may differ: that is what position interpolation changes.
-    Raises `Refusal`.
+@dataclass(frozen=True)
+class InitialWeights:
+    """A model folder, or a checkpoint of another run. Nothing of it is verified yet."""
+
+    path: Path
+    sha256: str  # of the weights; of a checkpoint's manifest, which has that of every file
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]  # one after another, as exact as they are stored
+    verify: Callable[[], object]  # raises `Refusal` where a file is damaged
+
+    def to_dict(self) -> dict:
+        """What run.json remembers."""
+        return {"path": str(self.path), "sha256": self.sha256}
+
+
+def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Path) -> InitialWeights:
+    """What a path means: a model folder, a checkpoint, or the newest checkpoint of a run.
+
+    Raises `Refusal` unless its shapes and its tokenizer are this run's.
     """
-    folder = open_model_folder(path)
-    positions = {key: getattr(model, key) for key in ("max_position_embeddings", "rope_scaling_factor")}
-    there, here = replace(folder.model, **positions).to_dict(), model.to_dict()
-    differing = [f"{key} {there[key]} (the recipe's {name}: {here[key]})" for key in here if there[key] != here[key]]
-    if differing:
-        raise Refusal(f"{path / MODEL_FILE}: has {', '.join(differing)}; expected the model of the recipe")
-    if folder.tokenizer.sha256 != Tokenizer(tokenizer).sha256:
-        raise Refusal(f"{folder.tokenizer.path}: is not {tokenizer}; expected data that was prepared with this one")
-    return folder
+    if is_model_folder(path):
+        folder = open_model_folder(path)
+        found = InitialWeights(path, folder.weights_sha256, folder.tensors, lambda: verify_model_folder(folder))
+        there, held = folder.model, folder.path / TOKENIZER_FILE
+    elif path.is_dir():
+        checkpoint = resolve_checkpoint(path)
+        manifest = read_manifest(checkpoint)
+        digest = hashlib.sha256((checkpoint / MANIFEST_FILE).read_bytes()).hexdigest()
+        tensors = lambda: whole_tensors(checkpoint, manifest.zero_stage)  # noqa: E731
+        found = InitialWeights(checkpoint, digest, tensors, lambda: verify_checkpoint(checkpoint))
+        there, held = LlamaConfig(**manifest.model), checkpoint.parents[1] / TOKENIZER_FILE
+    else:
+        raise Refusal(f"--init-from {path}: is no folder; expected what import wrote, a run or a checkpoint")
+    for key, value in vars(model).items():
+        if key not in _POSITIONS and getattr(there, key) != value:
+            raise Refusal(f"{found.path}: its model has {key} {getattr(there, key)}; the recipe's has {value}")
+    if Tokenizer(held).sha256 != Tokenizer(tokenizer).sha256:
+        raise Refusal(f"{held}: is the tokenizer of the weights, and not {tokenizer}; prepare the data with it")
+    return found
 
 
-def fill_model(model: LlamaForCausalLM, folder: ModelFolder) -> None:
-    """Copy every tensor into the model, which is not DeepSpeed's yet."""
+def fill_model(model: LlamaForCausalLM, initial: InitialWeights) -> None:
+    """Copy every tensor into a model that DeepSpeed does not have yet."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, tensor in folder.tensors():
+        for name, tensor in initial.tensors():
             parameters[name].copy_(tensor)
 
 
-def fill_masters(engine: "DeepSpeedEngine", folder: ModelFolder) -> None:
-    """Give the fp32 masters the bits of the folder, which DeepSpeed has rounded to bf16. Without bf16 it has not."""
+def fill_masters(engine: "DeepSpeedEngine", initial: InitialWeights) -> None:
+    """Give the fp32 masters the stored bits, which DeepSpeed has rounded to bf16. Without bf16 it has not."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     if not engine.bfloat16_enabled():
         return
+    parameters = dict(engine.module.named_parameters())
     if engine.zero_optimization():
-        parameters = dict(engine.module.named_parameters())
-        for name, tensor in folder.tensors():
+        for name, tensor in initial.tensors():
             safe_set_full_fp32_param(parameters[name], tensor.float())
         return
-    parts = stage_0_masters(engine)
-    if len(parts) == 1:
-        parts = list(parts[0].split([parameter.numel() for parameter in engine.module.parameters()]))
-    for part, (_, tensor) in zip(parts, folder.tensors(), strict=True):
-        part.data.copy_(tensor.float().reshape(part.shape))
+    masters = stage_0_masters(engine)
+    if len(masters) == 1:
+        masters = list(masters[0].split([parameter.numel() for parameter in parameters.values()]))
+    places = dict(zip(parameters, masters, strict=True))
+    for name, tensor in initial.tensors():
+        places[name].data.copy_(tensor.float().reshape(places[name].shape))

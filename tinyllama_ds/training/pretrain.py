@@ -21,7 +21,6 @@ from tinyllama_ds.errors import (
     Refusal,
 )
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, empty_model
-from tinyllama_ds.model_folder import ModelFolder, verify_model_folder
 from tinyllama_ds.training.changes import Change
 from tinyllama_ds.training.checkpoint import (
     CHECKPOINTS,
@@ -42,7 +41,7 @@ from tinyllama_ds.training.engine import (
 )
 from tinyllama_ds.training.guard import Guard, Rollback
 from tinyllama_ds.training.heartbeat import Heartbeat
-from tinyllama_ds.training.initial_weights import fill_masters, fill_model
+from tinyllama_ds.training.initial_weights import InitialWeights, fill_masters, fill_model
 from tinyllama_ds.training.ledger import (
     LEDGER_FILE,
     ROLLED_BACK,
@@ -202,14 +201,14 @@ def agree_on_checkpoint(run: Run, world: World) -> Path | None:
     return run.run_dir / CHECKPOINTS / answer["name"] if answer["name"] else None
 
 
-def build_initial_model(run: Run, world: World, initial: ModelFolder | None) -> LlamaForCausalLM:
-    """The model before DeepSpeed has it: with the weights of a folder, which rank 0 verifies, or random. Collective."""
+def build_initial_model(run: Run, world: World, initial: InitialWeights | None) -> LlamaForCausalLM:
+    """The model before DeepSpeed has it: with stored weights, which rank 0 verifies, or random. Collective."""
     if initial is None:
         return build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
     refusal = ""
     if world.is_main:
         try:
-            verify_model_folder(initial)
+            initial.verify()
         except Refusal as refused:
             refusal = str(refused)
     refusal = gather_from_ranks(refusal)[0]
@@ -242,7 +241,7 @@ def _open_metrics(
     if start.step:
         metrics.say(f"resumed at step {start.step:,} ({start.tokens:,} tokens)")
     elif run.init_from is not None:
-        metrics.say(f"started from {run.init_from.path} (weights {run.init_from.weights_sha256[:16]})")
+        metrics.say(f"started from {run.init_from.path} (SHA-256 {run.init_from.sha256[:16]})")
     write_status(run.run_dir, "running", start)
     for gap in run.order.left_out:
         metrics.say(f"samples {gap[0]} to {gap[-1]} are left out ({LEDGER_FILE})")

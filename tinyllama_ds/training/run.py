@@ -30,12 +30,11 @@ from tinyllama_ds.errors import Refusal
 from tinyllama_ds.evaluation.validation import ValidationSet
 from tinyllama_ds.model.attention import resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
-from tinyllama_ds.model_folder import ModelFolder
 from tinyllama_ds.plan import RunPlan, micro_batch_of
 from tinyllama_ds.recipe import Recipe, load_recipe
 from tinyllama_ds.training.changes import ABSENT, Change, changes_between, refuse_changes
 from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints
-from tinyllama_ds.training.initial_weights import open_initial_weights
+from tinyllama_ds.training.initial_weights import InitialWeights, open_initial_weights
 from tinyllama_ds.training.ledger import LEDGER_FILE, left_out, read_ledger
 from tinyllama_ds.training.schedule import Schedule, make_schedule
 from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_little_room
@@ -71,7 +70,7 @@ class Options:
     compile: str = "auto"
     activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
     allow_change: tuple[str, ...] = ()  # keys of what may differ from the run that the directory holds
-    init_from: Path | None = None  # model folder with the weights to start from
+    init_from: Path | None = None  # model folder, run or checkpoint with the weights to start from
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Run:
     run_dir: Path
     resume: str
     allow_change: tuple[str, ...]
-    init_from: ModelFolder | None
+    init_from: InitialWeights | None
     description: dict  # what run.json holds, but for its history
 
 
@@ -135,8 +134,8 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
     }
     init_from = None
     if options.init_from is not None:
-        init_from = open_initial_weights(options.init_from, model, recipe.model, options.data / TOKENIZER_FILE)
-        description["init_from"] = {"path": str(init_from.path), "weights_sha256": init_from.weights_sha256}
+        init_from = open_initial_weights(options.init_from, model, options.data / TOKENIZER_FILE)
+        description["init_from"] = init_from.to_dict()
     return Run(
         recipe=recipe,
         plan=plan,
