@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from launching import tinyllama_ds
 from safetensors.torch import load_file, save_file
 
+from tinyllama_ds.cli import main
 from tinyllama_ds.convert import export, hf_config, hf_tokenizer
 from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.errors import EXIT_REFUSED, Refusal
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, Refusal
 from tinyllama_ds.importing import import_hf_folder, read_config
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
 from tinyllama_ds.model.llama import build_model, empty_model
@@ -321,21 +321,22 @@ def test_damaged_shards_are_refused(
     refuse(folder, sentence, tmp_path, monkeypatch)
 
 
-def test_the_command_imports_once_and_refuses_with_78(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """The folder has another tokenizer than the weights were trained with, until the right one is given."""
+def test_the_command_imports_once_and_refuses_with_78(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder lacks the tokenizer that the weights were trained with, until it is given."""
     folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.bfloat16, tokenizer)
     (folder / "tokenizer.model").rename(tmp_path / "right.model")
-    arguments = ["import", folder, tmp_path / "ours", "--json"]
-    refused = tinyllama_ds(*arguments)
-    assert refused.returncode == EXIT_REFUSED
-    assert refused.stderr.count("\n") == 1
-    assert "tokenizer.model: is missing" in refused.stderr
-    finished = tinyllama_ds(*arguments, "--tokenizer", tmp_path / "right.model")
-    assert finished.returncode == 0, finished.stderr
-    result = json.loads(finished.stdout)
+    arguments = ["import", str(folder), str(tmp_path / "ours"), "--json"]
+    assert main(arguments) == EXIT_REFUSED
+    said = capsys.readouterr().err.splitlines()
+    assert [f"{folder}/tokenizer.model: is missing; expected" in line for line in said] == [True]
+    arguments += ["--tokenizer", str(tmp_path / "right.model")]
+    assert main(arguments) == EXIT_FINISHED
+    result = json.loads(capsys.readouterr().out)
     assert (result["dtype"], result["model"]) == ("bfloat16", GROUPED.to_dict())
     assert result["largest_logit_difference"] < 1e-5
-    again = tinyllama_ds(*arguments)
-    assert again.returncode == EXIT_REFUSED
-    generated = tinyllama_ds("generate", tmp_path / "ours", "the small", "--max-new-tokens", 3, "--json")
-    assert json.loads(generated.stdout)["text"].startswith("the small")
+    assert main(arguments) == EXIT_REFUSED
+    assert "ours: already exists; expected a new folder" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "ours"), "the small", "--max-new-tokens", "3"]) == EXIT_FINISHED
+    assert capsys.readouterr().out.startswith("the small")
