@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +42,7 @@ from tinyllama_ds.training.engine import (
     supports_fast_bf16,
     wrap,
 )
+from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import Guard, Rollback
 from tinyllama_ds.training.heartbeat import Heartbeat
 from tinyllama_ds.training.ledger import (
@@ -74,9 +77,12 @@ from tinyllama_ds.training.world import World, read_world
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+_CAUSE_SECONDS = 3  # the launcher looks at its ranks once a second
+_TURN_SECONDS = 15  # by which rank 0 may be later than the others
+
 
 def pretrain(options: Options) -> int:
-    """Train until the plan is complete; returns the exit code. A refusal is printed once, by rank 0."""
+    """Train until the plan is complete; returns the exit code. What all ranks have to say is printed once."""
     try:
         world = read_world()
     except Refusal as refusal:
@@ -86,19 +92,18 @@ def pretrain(options: Options) -> int:
     try:
         code = _pretrain(options, world, heartbeat)
     except Refusal as refusal:
-        if world.is_main:
-            print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
+        say_once(world, str(refusal))
         code = EXIT_REFUSED
     except BadData as bad:
         print(f"tinyllama-ds: {bad}; audit the data before it goes on", file=sys.stderr, flush=True)
         code = EXIT_NUMERICS
     except BadNumbers as bad:
-        if world.is_main:
-            print(f"tinyllama-ds: {bad}; nothing was saved since", file=sys.stderr, flush=True)
+        say_once(world, f"{bad}; nothing was saved since")
         code = EXIT_NUMERICS
     except BaseException as error:
         heartbeat.fail(error)
-        # The other ranks wait in a collective for this one: leave at once, so that the launcher can end them.
+        # Where another rank's end is the cause, the launcher has seen that one and ends this one now, unheard.
+        wait_for_the_end(_CAUSE_SECONDS)
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
@@ -106,9 +111,23 @@ def pretrain(options: Options) -> int:
     return code
 
 
+def say_once(world: World, sentence: str) -> None:
+    """By rank 0, whose end makes the launcher end the others; one that lives on has something of its own to say."""
+    if not world.is_main:
+        wait_for_the_end(_TURN_SECONDS)
+    print(f"tinyllama-ds: {sentence}", file=sys.stderr, flush=True)
+
+
+def wait_for_the_end(seconds: float) -> None:
+    """Leave the launcher time to end this rank, which it does when another one has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
 def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     heartbeat.beat(0, "starting")
+    strike("start", 0)
     run = resolve_run(options, world.size, world.device.type, supports_fast_bf16(world.device))
     check_run_directory(run)
     os.umask(0o027)  # what others could write would not be loaded again
@@ -151,6 +170,7 @@ def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
     if metrics is not None:
         metrics.close()
         write_status(run.run_dir, "finished" if is_finished else "stopped", progress)
+    gather_from_ranks(None)  # no rank leaves before it is written: its exit code would end rank 0
     torch.distributed.destroy_process_group()
     return EXIT_FINISHED if is_finished else EXIT_RESTART
 
