@@ -26,9 +26,9 @@ REHEARSAL_SECONDS = 3600  # fifteen minutes on two idle cores; this machine may 
 SEQUENCE_LENGTH, BATCH, STEPS = 32, 16, (6, 4, 2)
 LONG_STEPS = (6, 150, 2)  # of the rehearsal in small, so that there is time to kill it
 PROGRAM = """#!{python}
+import os
 import sys
 from pathlib import Path
-from tinyllama_ds.cli import main
 
 def small(arguments):
     at = iter(arguments)
@@ -46,9 +46,11 @@ def small(arguments):
             yield argument
 
 arguments = sys.argv[1:]
-sys.exit(main(list(small(arguments)) if arguments[0] in ("pretrain", "audit") else arguments))
+if arguments[0] in ("pretrain", "audit"):
+    arguments = small(arguments)
+os.execv(sys.executable, [sys.executable, "-m", "tinyllama_ds.cli", *arguments])
 """
-UNCHANGED = "#!{python}\nfrom tinyllama_ds.cli import main\nraise SystemExit(main())\n"
+UNCHANGED = '#!/bin/sh\nexec {python} -m tinyllama_ds.cli "$@"\n'
 
 
 def sections() -> dict[str, str]:
