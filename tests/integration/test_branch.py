@@ -148,8 +148,10 @@ def test_a_branch_equals_a_run_of_its_own(family: Family, killed_branch: tuple[P
     whole, branch = tmp_path / "whole", tmp_path / "branch"
     finished = pretrain(family.mixed, family.config, family.data, whole, 2)
     assert finished.returncode == 0, finished.stderr
+    before = contents(family.parent)
     finished = start_branch(family, family.config, branch, 2)
     assert finished.returncode == 0, finished.stderr
+    assert contents(family.parent) == before, "the parent is only read"
     expected, found = (tensors_of(find_checkpoints(path)[-1]) for path in (whole, branch))
     assert found.keys() == expected.keys()
     assert [place for place in found if not torch.equal(found[place], expected[place])] == []
