@@ -20,6 +20,14 @@ _START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
 def _add_demo_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT", help="directory to create")
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        choices=("slimpajama", "starcoderdata", "proof-pile-2", "skypile"),
+        default=["slimpajama", "starcoderdata"],
+        metavar="NAME",
+        help="slimpajama and starcoderdata (the default), proof-pile-2, skypile",
+    )
     add_json(parser)
 
 
@@ -27,7 +35,7 @@ def _demo_data(options: argparse.Namespace) -> int:
     """Write a raw demo corpus in the published formats, made from the Python installation."""
     from tinyllama_ds.data.demo_corpus import make_demo_corpus
 
-    made = make_demo_corpus(options.output)
+    made = make_demo_corpus(options.output, sources=options.source)
     lines = [f"{options.output / name}: {counts}" for name, counts in made.items()]
     return print_result(options, made, "\n".join(lines) or f"{options.output}: already there")
 

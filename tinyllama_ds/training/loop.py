@@ -88,8 +88,8 @@ def train(
     batches = DigestedBatches(prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES))
     progress, final = start, run.plan.total_steps
     pace = Pace(engine.module.model.layers, world)
-    if run.validation and start.step == 0:
-        report_validation(engine, run, world, start, metrics)  # where the curves begin: about ln(vocabulary)
+    if run.validation and start.step == (run.parent.step if run.parent else 0):
+        report_validation(engine, run, world, start, metrics)  # where the curves begin: at 0 about ln(vocabulary)
     take_over_garbage_collection()
     window.restart()
     for step in run.plan.steps(start.step):
@@ -116,6 +116,7 @@ def train(
             report_validation(engine, run, world, progress, metrics)
         saver.advance(agreed.busy)
         is_save_due = is_last or agreed.save or step.crosses(run.recipe.intervals.save_tokens)
+        is_save_due |= progress.step in run.plan.stage_ends  # where variants branch off
         if is_save_due:
             heartbeat.beat(progress.step, "saving")
         save_or_check(engine, run, world, progress, guard, saver, is_save_due, is_last)

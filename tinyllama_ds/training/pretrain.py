@@ -23,6 +23,7 @@ from tinyllama_ds.errors import (
     Refusal,
 )
 from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.training.branch import verify_parent
 from tinyllama_ds.training.changes import Change
 from tinyllama_ds.training.checkpoint import (
     CHECKPOINTS,
@@ -145,7 +146,8 @@ def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
         compile_blocks(model)
     engine = wrap(model, run.engine_config, run.schedule.ratio(0))
     if checkpoint is not None:
-        load_checkpoint(engine, checkpoint, run.description["deepspeed_config"]["zero_optimization"])
+        zero_section = run.description["deepspeed_config"]["zero_optimization"]
+        load_checkpoint(engine, checkpoint, zero_section, scratch=run.run_dir / CHECKPOINTS)
         if health.probe is not None:
             check_probe(engine, run, world, health.probe, str(checkpoint))
     if world.is_main:
@@ -198,7 +200,7 @@ def roll_back(run: Run, world: World, rollback: Rollback) -> int:
 
 
 def agree_on_checkpoint(run: Run, world: World) -> Path | None:
-    """The newest checkpoint that verifies, found by rank 0; None for a fresh start. Collective."""
+    """The newest checkpoint that verifies, else the parent's, found by rank 0; None for a fresh start. Collective."""
     answer: dict[str, str | None] = {}
     if world.is_main:
         try:
@@ -206,15 +208,19 @@ def agree_on_checkpoint(run: Run, world: World) -> Path | None:
             for damage in choice.damages:
                 print(f"tinyllama-ds: moved to {QUARANTINE}: {damage}", file=sys.stderr, flush=True)
             answer = {"name": choice.checkpoint.name if choice.checkpoint else None}
+            if choice.checkpoint is None and run.parent is not None:
+                verify_parent(run.parent)
         except Refusal as refusal:
             answer = {"refusal": str(refusal)}
     answer = gather_from_ranks(answer)[0]
     if "refusal" in answer:
         raise Refusal(answer["refusal"])
-    ledgers = gather_from_ranks([[gap.start, gap.stop] for gap in run.order.left_out])
+    ledgers = gather_from_ranks([run.description.get("parent"), [[gap.start, gap.stop] for gap in run.order.left_out]])
     if any(ledger != ledgers[0] for ledger in ledgers):
         raise OSError(f"{run.run_dir / LEDGER_FILE}: the ranks read different ledgers; expected storage that all share")
-    return run.run_dir / CHECKPOINTS / answer["name"] if answer["name"] else None
+    if answer["name"]:
+        return run.run_dir / CHECKPOINTS / answer["name"]
+    return Path(run.parent.checkpoint) if run.parent else None
 
 
 def _open_metrics(
@@ -236,7 +242,9 @@ def _open_metrics(
         f"MFU = tokens/s x (6 x matmul parameters + 12 x layers x hidden x sequence) / peak;"
         f" peak {peak / 1e12:.2f} TFLOP/s per rank from {origin}"
     )
-    if start.step:
+    if run.parent and start.step == run.parent.step:
+        metrics.say(f"branched off at step {start.step:,} ({start.tokens:,} tokens) of {run.parent.checkpoint}")
+    elif start.step:
         metrics.say(f"resumed at step {start.step:,} ({start.tokens:,} tokens)")
     write_status(run.run_dir, "running", start)
     for gap in run.order.left_out:

@@ -32,25 +32,15 @@ from tinyllama_ds.model.attention import resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
 from tinyllama_ds.plan import RunPlan, micro_batch_of
 from tinyllama_ds.recipe import Recipe, load_recipe
-from tinyllama_ds.training.changes import ABSENT, Change, changes_between, refuse_changes
+from tinyllama_ds.training.branch import Parent, find_parent, inherited_ledger, recorded_parent
+from tinyllama_ds.training.changes import Change, changes_between, identity_of, refuse_changes
 from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints
-from tinyllama_ds.training.ledger import LEDGER_FILE, left_out, read_ledger
+from tinyllama_ds.training.ledger import LEDGER_FILE, Entry, left_out, read_ledger, write_ledger
 from tinyllama_ds.training.schedule import Schedule, make_schedule
 from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_little_room
 
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
-# What decides the result of a run; a directory that holds other values of these holds another run.
-_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version")
-_FREE = {  # may change from start to start
-    "recipe": ("intervals", "validation_samples"),
-    "deepspeed_config": (
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "zero_optimization",
-        "tensorboard",
-    ),
-}
 _HISTORY = "history"  # in run.json: every change from start to start
 _PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "flash-attn")
 
@@ -68,6 +58,7 @@ class Options:
     compile: str = "auto"
     activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
     allow_change: tuple[str, ...] = ()  # keys of what may differ from the run that the directory holds
+    branch_from: Path | None = None  # a run or checkpoint to begin with
 
 
 @dataclass(frozen=True)
@@ -91,6 +82,7 @@ class Run:
     run_dir: Path
     resume: str
     allow_change: tuple[str, ...]
+    parent: Parent | None  # of a branch
     description: dict  # what run.json holds, but for its history
 
 
@@ -116,18 +108,21 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
     _refuse_absent_monitors(monitors, options.deepspeed_config)
     attention = _resolve_attention(options, recipe, device_type)
     streams, validation = _open_data(options.data, recipe, model)
-    order = SampleOrder(
-        recipe.seed,
-        {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
-        [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
-        left_out(read_ledger(options.run_dir)),
-    )
     description = _settings(options, recipe, plan, model, world_size) | {
         "deepspeed_config": resolved,
         "micro_batch": micro_batch,
         "attention": attention,
         "data": _fingerprints(streams, validation),
     }
+    parent = _parent_of(options, description)
+    if parent is not None:
+        description["parent"] = asdict(parent)
+    order = SampleOrder(
+        recipe.seed,
+        {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
+        [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
+        left_out(_ledger_of(options.run_dir, parent)),
+    )
     return Run(
         recipe=recipe,
         plan=plan,
@@ -146,8 +141,26 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         run_dir=options.run_dir,
         resume=options.resume,
         allow_change=options.allow_change,
+        parent=parent,
         description=description,
     )
+
+
+def _parent_of(options: Options, description: dict) -> Parent | None:
+    """What a run that is there began with, else what it is to begin with."""
+    path = options.run_dir / RUN_FILE
+    if path.exists():
+        return recorded_parent(path, options.branch_from)
+    if options.branch_from is None:
+        return None
+    return find_parent(options.branch_from, description, options.allow_change)
+
+
+def _ledger_of(run_dir: Path, parent: Parent | None) -> list[Entry]:
+    """The run's own ledger, or before it has begun its parent's."""
+    if parent is not None and not (run_dir / RUN_FILE).exists():
+        return inherited_ledger(parent)
+    return read_ledger(run_dir)
 
 
 def _refuse_positions_beyond(recipe: Recipe, model: LlamaConfig) -> None:
@@ -254,8 +267,9 @@ def check_run_directory(run: Run) -> Path | None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise Refusal(f"{parent}: cannot be written; expected a directory that this user may write")
     if path.exists():
-        there, now = _identity_of(_held_description(path)), _identity_of(json.loads(json.dumps(run.description)))
-        refuse_changes(list(changes_between(there, now)), run.allow_change, path)
+        there, now = identity_of(_held_description(path)), identity_of(json.loads(json.dumps(run.description)))
+        changes = list(changes_between(there, now))
+        refuse_changes(changes, run.allow_change, f"{path}: holds another run", "choose another --run-dir")
         if run.resume == "never":
             raise Refusal(f"{path}: already holds this run, and --resume never was given; choose another --run-dir")
     elif checkpoints:
@@ -276,15 +290,6 @@ def _held_description(path: Path) -> dict:
     """What run.json said when the run last started, without its history."""
     held = json.loads(path.read_text())
     return {key: value for key, value in held.items() if key != _HISTORY}
-
-
-def _identity_of(description: dict) -> dict:
-    """The part of a description that decides the result of the run."""
-    identity = {key: description.get(key, ABSENT) for key in _IDENTITY}
-    for key, free in _FREE.items():
-        if isinstance(identity[key], dict):
-            identity[key] = {name: value for name, value in identity[key].items() if name not in free}
-    return identity
 
 
 def refuse_another_past(run: Run, start: Progress, health: Health) -> None:
@@ -314,6 +319,8 @@ def open_run_directory(run: Run, step: int = 0) -> list[Change]:
     run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
     shutil.copyfile(run.tokenizer, run.run_dir / TOKENIZER_FILE)
     changes, history = [], []
+    if not path.exists() and run.parent is not None:
+        write_ledger(run.run_dir, inherited_ledger(run.parent))
     if path.exists():
         changes = list(changes_between(_held_description(path), json.loads(json.dumps(run.description))))
         history = json.loads(path.read_text()).get(_HISTORY, [])
