@@ -105,6 +105,15 @@ def test_the_rehearsal_has_the_stages_of_v1_1_in_proportion(name: str, shares: d
         assert bool(ours.ramp_tokens) == bool(published.ramp_tokens)
 
 
+def test_the_code_model_has_the_published_numbers() -> None:
+    recipe = load_recipe("tinyllama-python-8k")
+    plan = RunPlan(recipe)
+    assert (plan.stages[0].batch, recipe.sequence_length) == (360, 8192)
+    assert plan.total_tokens == pytest.approx(7e9, rel=1e-3)
+    assert MODEL_SIZES[recipe.model].rope_scaling_factor == 4
+    assert MODEL_SIZES[recipe.model].num_parameters == MODEL_SIZES["tinyllama-1.1b"].num_parameters
+
+
 RAMP = """
 [[stages]]
 name = "second"

@@ -1,4 +1,4 @@
-"""Commands for what comes out of a run."""
+"""Commands for what comes out of a run, and for models that come from elsewhere."""
 
 import argparse
 from pathlib import Path
@@ -7,43 +7,97 @@ from typing import TYPE_CHECKING
 from tinyllama_ds.commands.printing import add_json, print_result
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from tinyllama_ds.data.tokenizer import Tokenizer
     from tinyllama_ds.model.config import LlamaConfig
+    from tinyllama_ds.model.probe import Probe
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_OR_RUN")
+    parser.add_argument("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
     parser.add_argument("output", type=Path, metavar="OUT", help="Hugging Face folder to create")
+    parser.add_argument(
+        "--max-shard-size", default="50GB", metavar="SIZE", help="of a safetensors file (default: %(default)s)"
+    )
     add_json(parser)
 
 
 def _export(options: argparse.Namespace) -> int:
     """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
     from tinyllama_ds.convert import export
-    from tinyllama_ds.training.checkpoint import read_manifest, resolve_checkpoint
+    from tinyllama_ds.model_folder import is_model_folder, open_model_folder, verify_model_folder
 
-    checkpoint = resolve_checkpoint(options.checkpoint)
-    probe = read_manifest(checkpoint).health.probe
-    difference = export(*_load_checkpoint(checkpoint), options.output, probe)
+    probe = None
+    if is_model_folder(options.checkpoint):
+        folder = open_model_folder(options.checkpoint)
+        verify_model_folder(folder)
+        tensors, config, tokenizer = folder.tensors(), folder.model, folder.tokenizer
+    else:
+        tensors, config, tokenizer, probe = _stream_checkpoint(options.checkpoint)
+    difference = export(tensors, config, tokenizer, options.output, probe, options.max_shard_size)
     result = {"output": str(options.output), "largest_logit_difference": difference}
     text = f"{options.output}: token ids equal, largest difference of logits {difference:.1e}"
     return print_result(options, result, text)
 
 
-def _load_checkpoint(path: Path) -> "tuple[dict[str, Tensor], LlamaConfig, Tokenizer]":
+def _stream_checkpoint(
+    path: Path,
+) -> "tuple[Iterator[tuple[str, Tensor]], LlamaConfig, Tokenizer, Probe | None]":
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
     from tinyllama_ds.model.config import LlamaConfig
-    from tinyllama_ds.training.checkpoint import consolidated_weights, resolve_checkpoint
+    from tinyllama_ds.training.checkpoint import resolve_checkpoint, stream_weights
 
     checkpoint = resolve_checkpoint(path)
-    manifest, weights = consolidated_weights(checkpoint)
-    return weights, LlamaConfig(**manifest.model), Tokenizer(checkpoint.parents[1] / TOKENIZER_FILE)
+    manifest, tensors = stream_weights(checkpoint)
+    tokenizer = Tokenizer(checkpoint.parents[1] / TOKENIZER_FILE)
+    return tensors, LlamaConfig(**manifest.model), tokenizer, manifest.health.probe
+
+
+def _load_weights(path: Path) -> "tuple[dict[str, Tensor], LlamaConfig, Tokenizer]":
+    """The whole model of a checkpoint, a run directory or a model folder."""
+    from tinyllama_ds.model_folder import is_model_folder, open_model_folder, verify_model_folder
+
+    if is_model_folder(path):
+        folder = open_model_folder(path)
+        verify_model_folder(folder)
+        return dict(folder.tensors()), folder.model, folder.tokenizer
+    tensors, config, tokenizer, _ = _stream_checkpoint(path)
+    return dict(tensors), config, tokenizer
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="HF_DIR", help="of Llama architecture, on this machine")
+    parser.add_argument("output", type=Path, metavar="OUT", help="model folder to create, for pretrain --init-from")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="sentencepiece model to take in place of the folder's own"
+    )
+    add_json(parser)
+
+
+def _import(options: argparse.Namespace) -> int:
+    """Read a Hugging Face folder into a model folder, after proving that transformers has our bits and logits."""
+    from tinyllama_ds.importing import import_hf_folder
+
+    imported = import_hf_folder(options.folder, options.output, options.tokenizer)
+    dtype = str(imported.dtype).removeprefix("torch.")
+    result = {
+        "output": str(options.output),
+        "model": imported.model.to_dict(),
+        "dtype": dtype,
+        "largest_logit_difference": imported.largest_logit_difference,
+    }
+    text = (
+        f"{options.output}: {imported.model.num_parameters:,} parameters in {dtype}, largest difference of logits"
+        f" {imported.largest_logit_difference:.1e}"
+    )
+    return print_result(options, result, text)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     parser.add_argument("prompt", metavar="TEXT")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
@@ -57,7 +111,7 @@ def _generate(options: argparse.Namespace) -> int:
     from tinyllama_ds.generate import Sampling, generate, load_hf_folder, serve_weights
 
     is_hf_folder = (options.model / "config.json").is_file()
-    served = load_hf_folder(options.model) if is_hf_folder else serve_weights(*_load_checkpoint(options.model))
+    served = load_hf_folder(options.model) if is_hf_folder else serve_weights(*_load_weights(options.model))
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     text = generate(served, options.prompt, sampling)
     return print_result(options, {"prompt": options.prompt, "text": text}, text)
@@ -83,6 +137,7 @@ def _report(options: argparse.Namespace) -> int:
 
 COMMANDS = (
     ("export", _add_export, _export),
+    ("import", _add_import, _import),
     ("generate", _add_generate, _generate),
     ("report", _add_report, _report),
 )

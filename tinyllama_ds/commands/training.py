@@ -43,6 +43,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="begin with another run's checkpoint: the newest that this recipe shares the past of, or a step_* folder",
     )
     parser.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="DIR",
+        help="start with the weights of what import wrote, or of another run or checkpoint, and no more of it",
+    )
+    parser.add_argument(
         "--allow-change",
         action="append",
         default=[],
@@ -82,6 +88,7 @@ def run_options(namespace: argparse.Namespace) -> "Options":
         activation_checkpointing=namespace.activation_checkpointing,
         allow_change=tuple(namespace.allow_change),
         branch_from=namespace.branch_from,
+        init_from=namespace.init_from,
     )
 
 
@@ -202,6 +209,7 @@ def _run_arguments(options: argparse.Namespace) -> list[str]:
     arguments = ["--deepspeed_config", str(options.deepspeed_config.absolute()), "--recipe", recipe]
     arguments += ["--data", str(options.data.absolute()), "--run-dir", str(options.run_dir.absolute())]
     arguments += ["--resume", options.resume, "--attention", options.attention]
+    arguments += ["--init-from", str(options.init_from.absolute())] if options.init_from else []
     arguments += ["--activation-checkpointing", str(options.activation_checkpointing)]
     arguments += ["--branch-from", str(options.branch_from.absolute())] if options.branch_from else []
     arguments += [part for key in options.allow_change for part in ("--allow-change", key)]

@@ -76,6 +76,7 @@ def _refuse_another_past(
 def _past_of(description: dict, step: int) -> dict:
     """What of a run's description (`run.json`) decides its first `step` steps."""
     past = identity_of(description)
+    del past["init_from"]  # long overwritten
     stages, first = [], 0
     for stage in description["recipe"]["stages"]:
         if first < step:

@@ -9,7 +9,7 @@ from tinyllama_ds.errors import Refusal
 
 ABSENT = "absent"
 # What decides the result of a run; a directory that holds other values of these holds another run.
-_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version")
+_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version", "init_from")
 _FREE = {  # may change from start to start
     "recipe": ("intervals", "validation_samples"),
     "deepspeed_config": (
@@ -18,6 +18,7 @@ _FREE = {  # may change from start to start
         "zero_optimization",
         "tensorboard",
     ),
+    "init_from": ("path",),
 }
 _FIXED = ("model", "order_version")  # no checkpoint can be continued with others
 _WIDTH = 80  # of a printed value

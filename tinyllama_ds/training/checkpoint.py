@@ -10,10 +10,10 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.probe import Probe
+from tinyllama_ds.training.consolidate import whole_tensors
 from tinyllama_ds.training.reshape import load_whole_tensors, parameter_shapes, write_whole_tensors
 
 if TYPE_CHECKING:
@@ -257,20 +258,17 @@ def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: Checkp
 
 
 def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str, torch.Tensor]]:
-    """The whole model on the CPU, under its parameter names, in the dtype that the forward pass used.
+    """The whole model on the CPU, under its parameter names, in the dtype that the forward pass used."""
+    manifest, tensors = stream_weights(checkpoint)
+    return manifest, {name: tensor.clone() for name, tensor in tensors}
+
+
+def stream_weights(checkpoint: Path) -> tuple[CheckpointManifest, Iterator[tuple[str, torch.Tensor]]]:
+    """The same, one after another, with one tensor in memory.
 
     Under bf16 training the weights are the fp32 masters rounded once, exactly what the last step left in the model.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # merging is done in memory; unset, DeepSpeed prints its guess
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     manifest = verify_checkpoint(checkpoint)
     dtype = getattr(torch, manifest.dtype)
-    if manifest.zero_stage == 0:
-        weights = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)[
-            "module"
-        ]
-    else:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # DeepSpeed prints its way through the files
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    return manifest, {name: tensor.to(dtype).contiguous().clone() for name, tensor in weights.items()}
+    tensors = whole_tensors(checkpoint, manifest.zero_stage)
+    return manifest, ((name, tensor.to(dtype)) for name, tensor in tensors)

@@ -22,7 +22,7 @@ from tinyllama_ds.errors import (
     BadNumbers,
     Refusal,
 )
-from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, empty_model
 from tinyllama_ds.training.branch import verify_parent
 from tinyllama_ds.training.changes import Change
 from tinyllama_ds.training.checkpoint import (
@@ -45,6 +45,7 @@ from tinyllama_ds.training.engine import (
 from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import Guard, Rollback
 from tinyllama_ds.training.heartbeat import Heartbeat
+from tinyllama_ds.training.initial_weights import InitialWeights, fill_masters, fill_model
 from tinyllama_ds.training.ledger import (
     LEDGER_FILE,
     ROLLED_BACK,
@@ -140,11 +141,14 @@ def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
     refuse_another_past(run, start, health)
     if world.is_main:
         sweep_leftovers(run.run_dir)
-    model = build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
+    initial = run.init_from if checkpoint is None else None
+    model = build_initial_model(run, world, initial)
     is_compiled, compilation = decide_compilation(run.compile, world)
     if is_compiled:
         compile_blocks(model)
     engine = wrap(model, run.engine_config, run.schedule.ratio(0))
+    if initial is not None:
+        fill_masters(engine, initial)
     if checkpoint is not None:
         zero_section = run.description["deepspeed_config"]["zero_optimization"]
         load_checkpoint(engine, checkpoint, zero_section, scratch=run.run_dir / CHECKPOINTS)
@@ -223,6 +227,24 @@ def agree_on_checkpoint(run: Run, world: World) -> Path | None:
     return Path(run.parent.checkpoint) if run.parent else None
 
 
+def build_initial_model(run: Run, world: World, initial: InitialWeights | None) -> LlamaForCausalLM:
+    """The model before DeepSpeed has it: with stored weights, which rank 0 verifies, or random. Collective."""
+    if initial is None:
+        return build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
+    refusal = ""
+    if world.is_main:
+        try:
+            initial.verify()
+        except Refusal as refused:
+            refusal = str(refused)
+    refusal = gather_from_ranks(refusal)[0]
+    if refusal:
+        raise Refusal(refusal)
+    model = empty_model(run.model, run.attention, run.activation_checkpointing)
+    fill_model(model, initial)
+    return model
+
+
 def _open_metrics(
     run: Run, world: World, start: Progress, engine: "DeepSpeedEngine", compilation: str, is_terminal: bool
 ) -> MetricsLogger:
@@ -246,6 +268,8 @@ def _open_metrics(
         metrics.say(f"branched off at step {start.step:,} ({start.tokens:,} tokens) of {run.parent.checkpoint}")
     elif start.step:
         metrics.say(f"resumed at step {start.step:,} ({start.tokens:,} tokens)")
+    elif run.init_from is not None:
+        metrics.say(f"started from {run.init_from.path} (SHA-256 {run.init_from.sha256[:16]})")
     write_status(run.run_dir, "running", start)
     for gap in run.order.left_out:
         metrics.say(f"samples {gap[0]} to {gap[-1]} are left out ({LEDGER_FILE})")

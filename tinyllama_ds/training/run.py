@@ -35,6 +35,7 @@ from tinyllama_ds.recipe import Recipe, load_recipe
 from tinyllama_ds.training.branch import Parent, find_parent, inherited_ledger, recorded_parent
 from tinyllama_ds.training.changes import Change, changes_between, identity_of, refuse_changes
 from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints
+from tinyllama_ds.training.initial_weights import InitialWeights, open_initial_weights
 from tinyllama_ds.training.ledger import LEDGER_FILE, Entry, left_out, read_ledger, write_ledger
 from tinyllama_ds.training.schedule import Schedule, make_schedule
 from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_little_room
@@ -59,6 +60,7 @@ class Options:
     activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
     allow_change: tuple[str, ...] = ()  # keys of what may differ from the run that the directory holds
     branch_from: Path | None = None  # a run or checkpoint to begin with
+    init_from: Path | None = None  # model folder, run or checkpoint with the weights to start from
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Run:
     resume: str
     allow_change: tuple[str, ...]
     parent: Parent | None  # of a branch
+    init_from: InitialWeights | None
     description: dict  # what run.json holds, but for its history
 
 
@@ -114,9 +117,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         "attention": attention,
         "data": _fingerprints(streams, validation),
     }
-    parent = _parent_of(options, description)
-    if parent is not None:
-        description["parent"] = asdict(parent)
+    parent, init_from = _beginning_of(options, model, description)
     order = SampleOrder(
         recipe.seed,
         {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
@@ -142,8 +143,25 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         resume=options.resume,
         allow_change=options.allow_change,
         parent=parent,
+        init_from=init_from,
         description=description,
     )
+
+
+def _beginning_of(
+    options: Options, model: LlamaConfig, description: dict
+) -> tuple[Parent | None, InitialWeights | None]:
+    """Where the weights come from, added to the description: another run's state, stored weights, or neither."""
+    if options.branch_from is not None and options.init_from is not None:
+        raise Refusal("--branch-from and --init-from: both say where the weights come from; expected one of them")
+    parent = _parent_of(options, description)
+    if parent is not None:
+        description["parent"] = asdict(parent)
+    if options.init_from is None:
+        return parent, None
+    weights = open_initial_weights(options.init_from, model, options.data / TOKENIZER_FILE)
+    description["init_from"] = weights.to_dict()
+    return parent, weights
 
 
 def _parent_of(options: Options, description: dict) -> Parent | None:
