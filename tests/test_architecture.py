@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "model", "data"},
     "convert": {"model", "data"},
     "generate": {"model", "data", "convert"},
+    "chat": {"generate", "data"},
     "launch": {"launch", "network"},
     "bench": set(),
     "gpus": set(),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyllama_ds.data.chat import CHAT_TEMPLATE, conversation_ids, prompt_ids
 from tinyllama_ds.data.encoding import ranked_merges
+from tinyllama_ds.data.sources import Message
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
@@ -32,9 +34,16 @@ PROBE_TEXTS = [
 
 
 def export(
-    weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer, output: Path, probe: Probe | None = None
+    weights: dict[str, Tensor],
+    config: LlamaConfig,
+    tokenizer: Tokenizer,
+    output: Path,
+    probe: Probe | None = None,
+    chats: bool = False,
 ) -> float:
     """Write config.json, safetensors and the tokenizer to a new folder; returns the largest relative logit difference.
+
+    The tokenizer of a model that `chats` brings the chat template.
 
     Raises `Refusal`, leaving nothing behind, unless transformers loads the folder and gives the logits of our model,
     the token ids of sentencepiece, and on the checkpoint's probe the loss that training had on it.
@@ -49,7 +58,8 @@ def export(
     try:
         partial.mkdir(parents=True)
         hf_model(weights, config).save_pretrained(partial)
-        hf_tokenizer(tokenizer, config.max_position_embeddings).save_pretrained(partial)
+        template = CHAT_TEMPLATE if chats else None
+        hf_tokenizer(tokenizer, config.max_position_embeddings, template).save_pretrained(partial)
         shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
@@ -80,7 +90,7 @@ def hf_model(weights: dict[str, Tensor], config: LlamaConfig) -> Any:
     return model.eval()
 
 
-def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> Any:
+def hf_tokenizer(tokenizer: Tokenizer, max_length: int, chat_template: str | None = None) -> Any:
     """The sentencepiece model as a fast tokenizer with the same ids.
 
     transformers' own conversion orders merges by id and pre-splits words, which changes runs of spaces. Sentencepiece
@@ -110,6 +120,7 @@ def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> Any:
         eos_token=pieces[EOS_ID],
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
+        chat_template=chat_template,
     )
 
 
@@ -123,6 +134,8 @@ def _prove_equal(
         theirs = loaded_tokenizer.encode(text, split_special_tokens=True)
         if theirs != tokenizer.encode(text):
             raise Refusal(f"export: transformers' token ids of {text!r} differ from sentencepiece's")
+    if loaded_tokenizer.chat_template is not None:
+        _prove_chat(loaded_tokenizer, tokenizer)
     length = min(64, config.max_position_embeddings)
     ids = torch.tensor([(tokenizer.encode(" ".join(PROBE_TEXTS)) * length)[:length]])
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -138,6 +151,29 @@ def _prove_equal(
         # A mask within documents is no part of a Hugging Face folder; our model has it, and equal logits without one.
         _prove_loss(probe, ours if probe.segments else lambda ids, labels: _loss(theirs(ids).logits, labels))
     return difference
+
+
+def _prove_chat(loaded: Any, tokenizer: Tokenizer) -> None:
+    """transformers' ids of whole conversations and of prompts are ours, and so are their answers.
+
+    Of control tokens in a text it makes other ids, but none of control tokens.
+    """
+    for text in PROBE_TEXTS:
+        if not text.strip():
+            continue
+        roles = ("system", "user", "assistant", "user", "assistant")
+        messages = [Message(role, text) for role in roles]
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        whole = loaded.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        theirs = whole["input_ids"], list(whole["assistant_masks"])
+        prompt = loaded.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
+        if any(control in text for control in tokenizer.pieces[: EOS_ID + 1]):
+            is_proven = [theirs[0].count(control) for control in (UNK_ID, BOS_ID, EOS_ID)] == [0, 0, len(turns)]
+        else:
+            ours = conversation_ids(tokenizer, messages)
+            is_proven = theirs == ours and prompt == prompt_ids(tokenizer, messages[:-1])
+        if not is_proven:
+            raise Refusal(f"export: transformers' chat template gives other ids than ours with {text!r}")
 
 
 def _prove_loss(probe: Probe, score: Callable[..., Tensor]) -> None:

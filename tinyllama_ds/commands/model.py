@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama_ds.commands.printing import add_json, print_result
+from tinyllama_ds.errors import EXIT_FINISHED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tinyllama_ds.data.tokenizer import Tokenizer
+    from tinyllama_ds.generate import Sampling, Served
     from tinyllama_ds.model.config import LlamaConfig
 
 
@@ -23,10 +25,12 @@ def _export(options: argparse.Namespace) -> int:
     """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
     from tinyllama_ds.convert import export
     from tinyllama_ds.training.checkpoint import read_manifest, resolve_checkpoint
+    from tinyllama_ds.training.run import learned_to_chat
 
     checkpoint = resolve_checkpoint(options.checkpoint)
-    probe = read_manifest(checkpoint).health.probe
-    difference = export(*_load_checkpoint(checkpoint), options.output, probe)
+    manifest = read_manifest(checkpoint)
+    chats = learned_to_chat(manifest.run)
+    difference = export(*_load_checkpoint(checkpoint), options.output, manifest.health.probe, chats)
     result = {"output": str(options.output), "largest_logit_difference": difference}
     text = f"{options.output}: token ids equal, largest difference of logits {difference:.1e}"
     return print_result(options, result, text)
@@ -54,13 +58,44 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     """Continue a text from a checkpoint or a Hugging Face folder."""
-    from tinyllama_ds.generate import Sampling, generate, load_hf_folder, serve_weights
+    from tinyllama_ds.generate import generate
 
-    is_hf_folder = (options.model / "config.json").is_file()
-    served = load_hf_folder(options.model) if is_hf_folder else serve_weights(*_load_checkpoint(options.model))
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
-    text = generate(served, options.prompt, sampling)
+    text = generate(_serve(options.model), options.prompt, _sampling(options))
     return print_result(options, {"prompt": options.prompt, "text": text}, text)
+
+
+def _serve(model: Path) -> "Served":
+    from tinyllama_ds.generate import load_hf_folder, serve_weights
+    from tinyllama_ds.training.checkpoint import read_manifest, resolve_checkpoint
+    from tinyllama_ds.training.run import learned_to_chat
+
+    if (model / "config.json").is_file():
+        return load_hf_folder(model)
+    chats = learned_to_chat(read_manifest(resolve_checkpoint(model)).run)
+    return serve_weights(str(model), *_load_checkpoint(model), chats)
+
+
+def _sampling(options: argparse.Namespace) -> "Sampling":
+    from tinyllama_ds.generate import Sampling
+
+    return Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def _chat(options: argparse.Namespace) -> int:
+    """Talk to a chat model; questions come from the terminal, or a line each from standard input."""
+    from tinyllama_ds.chat import Conversation, talk
+
+    talk(Conversation(_serve(options.model), _sampling(options), options.system))
+    return EXIT_FINISHED
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -84,5 +119,6 @@ def _report(options: argparse.Namespace) -> int:
 COMMANDS = (
     ("export", _add_export, _export),
     ("generate", _add_generate, _generate),
+    ("chat", _add_chat, _chat),
     ("report", _add_report, _report),
 )
