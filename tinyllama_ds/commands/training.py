@@ -37,6 +37,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint (%(default)s)"
     )
     parser.add_argument(
+        "--init-from", type=Path, metavar="RUN", help="start with the weights of this run or checkpoint, no more of it"
+    )
+    parser.add_argument(
         "--allow-change",
         action="append",
         default=[],
@@ -75,6 +78,7 @@ def run_options(namespace: argparse.Namespace) -> "Options":
         compile=namespace.compile,
         activation_checkpointing=namespace.activation_checkpointing,
         allow_change=tuple(namespace.allow_change),
+        init_from=namespace.init_from,
     )
 
 
@@ -194,6 +198,7 @@ def _run_arguments(options: argparse.Namespace) -> list[str]:
     arguments += ["--data", str(options.data.absolute()), "--run-dir", str(options.run_dir.absolute())]
     arguments += ["--resume", options.resume, "--attention", options.attention]
     arguments += ["--activation-checkpointing", str(options.activation_checkpointing)]
+    arguments += ["--init-from", str(options.init_from.absolute())] if options.init_from else []
     arguments += [part for key in options.allow_change for part in ("--allow-change", key)]
     return [*arguments, "--compile", options.compile]
 

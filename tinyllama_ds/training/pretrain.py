@@ -44,6 +44,7 @@ from tinyllama_ds.training.engine import (
 from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import Guard, Rollback
 from tinyllama_ds.training.heartbeat import Heartbeat
+from tinyllama_ds.training.initial_weights import fill_model
 from tinyllama_ds.training.ledger import (
     LEDGER_FILE,
     ROLLED_BACK,
@@ -140,6 +141,8 @@ def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
     if world.is_main:
         sweep_leftovers(run.run_dir)
     model = build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
+    if run.init_from is not None and checkpoint is None:
+        fill_model(model, run.init_from)
     is_compiled, compilation = decide_compilation(run.compile, world)
     if is_compiled:
         compile_blocks(model)
@@ -236,6 +239,8 @@ def _open_metrics(
         f"MFU = tokens/s x (6 x matmul parameters + 12 x layers x hidden x sequence) / peak;"
         f" peak {peak / 1e12:.2f} TFLOP/s per rank from {origin}"
     )
+    if run.init_from is not None:
+        metrics.say(f"weights from {run.init_from.checkpoint}")
     if start.step:
         metrics.say(f"resumed at step {start.step:,} ({start.tokens:,} tokens)")
     write_status(run.run_dir, "running", start)

@@ -34,6 +34,7 @@ from tinyllama_ds.plan import RunPlan, micro_batch_of
 from tinyllama_ds.recipe import Recipe, load_recipe
 from tinyllama_ds.training.changes import ABSENT, Change, changes_between, refuse_changes
 from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints
+from tinyllama_ds.training.initial_weights import InitialWeights, open_initial_weights
 from tinyllama_ds.training.ledger import LEDGER_FILE, left_out, read_ledger
 from tinyllama_ds.training.schedule import Schedule, make_schedule
 from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_little_room
@@ -41,8 +42,9 @@ from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_litt
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
 # What decides the result of a run; a directory that holds other values of these holds another run.
-_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version")
+_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version", "init_from")
 _FREE = {  # may change from start to start
+    "init_from": ("path",),
     "recipe": ("intervals", "validation_samples"),
     "deepspeed_config": (
         "train_micro_batch_size_per_gpu",
@@ -69,6 +71,7 @@ class Options:
     compile: str = "auto"
     activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
     allow_change: tuple[str, ...] = ()  # keys of what may differ from the run that the directory holds
+    init_from: Path | None = None  # run or checkpoint with the weights to start from
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Run:
     run_dir: Path
     resume: str
     allow_change: tuple[str, ...]
+    init_from: InitialWeights | None
     description: dict  # what run.json holds, but for its history
 
 
@@ -130,6 +134,10 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         "attention": attention,
         "data": _fingerprints(streams, validation),
     }
+    init_from = None
+    if options.init_from is not None:
+        init_from = open_initial_weights(options.init_from, model, options.data / TOKENIZER_FILE)
+        description["init_from"] = init_from.to_dict()
     return Run(
         recipe=recipe,
         plan=plan,
@@ -148,6 +156,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         run_dir=options.run_dir,
         resume=options.resume,
         allow_change=options.allow_change,
+        init_from=init_from,
         description=description,
     )
 
