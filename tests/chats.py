@@ -81,7 +81,7 @@ def prepare_chat(
     return prepare(Preparation("chat", raw, fmt, tokenizer, output, shard_bytes=1, **changes))
 
 
-def write_chat_recipe(path: Path, steps: int, **changes: object) -> Path:
+def write_chat_recipe(path: Path, steps: int, save_every: int | None = None, **changes: object) -> Path:
     """A recipe of some steps for the model size `test`."""
     lines = {
         "name": "chat",
@@ -101,6 +101,6 @@ weights = {{ chat = 1 }}
 [intervals]
 log_steps = 1
 evaluate_tokens = {steps * STEP_TOKENS}
-save_tokens = {steps * STEP_TOKENS}
+save_tokens = {(save_every or steps) * STEP_TOKENS}
 """)
     return path
