@@ -15,12 +15,13 @@ HELP = "/reset forgets what was said, /exit leaves"
 
 
 class Conversation:
-    """What was said so far. The oldest exchanges are forgotten when the model's positions would not hold them."""
+    """What was said so far to a chat model.
+
+    The oldest exchanges are forgotten when the model's positions would not hold them.
+    """
 
     def __init__(self, served: Served, sampling: Sampling, system: str | None = None) -> None:
-        """Raises `Refusal` where the model has no chat template: it was not taught to answer."""
-        if served.encode_chat is None:
-            raise Refusal(f"{served.name}: was not trained on conversations; expected a chat model (see docs/chat.md)")
+        assert served.encode_chat is not None
         self._encode = served.encode_chat
         self._served = served
         self._sampling = sampling

@@ -21,7 +21,6 @@ from tinyllama_ds.model.config import LlamaConfig
 class Served:
     """A model that can generate, and how its text becomes ids and back."""
 
-    name: str
     model: Any
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
@@ -54,7 +53,6 @@ def load_hf_folder(folder: Path) -> Served:
         return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
 
     return Served(
-        str(folder),
         model,
         lambda text: tokenizer.encode(text, split_special_tokens=True),
         lambda ids: tokenizer.decode(ids),
@@ -63,13 +61,10 @@ def load_hf_folder(folder: Path) -> Served:
     )
 
 
-def serve_weights(
-    name: str, weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer, chats: bool = False
-) -> Served:
+def serve_weights(weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer, chats: bool = False) -> Served:
     """The weights of a checkpoint; `chats` says that they were trained on conversations."""
-    model = hf_model(weights, config)
     encode_chat = partial(prompt_ids, tokenizer) if chats else None
-    return Served(name, model, tokenizer.encode, tokenizer.decode, encode_chat)
+    return Served(hf_model(weights, config), tokenizer.encode, tokenizer.decode, encode_chat)
 
 
 def generate(served: Served, prompt: str, sampling: Sampling) -> str:

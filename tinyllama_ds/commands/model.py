@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama_ds.commands.printing import add_json, print_result
-from tinyllama_ds.errors import EXIT_FINISHED
+from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ def _serve(model: Path) -> "Served":
     if (model / "config.json").is_file():
         return load_hf_folder(model)
     chats = learned_to_chat(read_manifest(resolve_checkpoint(model)).run)
-    return serve_weights(str(model), *_load_checkpoint(model), chats)
+    return serve_weights(*_load_checkpoint(model), chats)
 
 
 def _sampling(options: argparse.Namespace) -> "Sampling":
@@ -94,7 +94,10 @@ def _chat(options: argparse.Namespace) -> int:
     """Talk to a chat model; questions come from the terminal, or a line each from standard input."""
     from tinyllama_ds.chat import Conversation, talk
 
-    talk(Conversation(_serve(options.model), _sampling(options), options.system))
+    served = _serve(options.model)
+    if served.encode_chat is None:
+        raise Refusal(f"{options.model}: was not trained on conversations; expected a chat model (docs/chat.md)")
+    talk(Conversation(served, _sampling(options), options.system))
     return EXIT_FINISHED
 
 

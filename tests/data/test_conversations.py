@@ -1,6 +1,7 @@
 """Conversations: read in both forms, encoded as the template says, the answers marked, faults named by their line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,18 @@ import pytest
 import sentencepiece
 from chats import SEQUENCE_LENGTH as T
 from chats import conversations, guanaco, prepare_chat, turns, write_chat_recipe, write_records
-from corpora import made_up_text
+from corpora import made_up_text, write_jsonl
 from megatron import read_mmididx
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.audit import audit_data
 from tinyllama_ds.data.chat import conversation_ids, prompt_ids
 from tinyllama_ds.data.conversations import ChatFormat
+from tinyllama_ds.data.loader import SampleReader, open_streams
+from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.data.packing import ConversationStream, best_fit_decreasing, open_stream
-from tinyllama_ds.data.sources import Message, read_records
+from tinyllama_ds.data.prepare import Preparation, prepare
+from tinyllama_ds.data.sources import Message, read_records, source_format
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
 
@@ -246,6 +250,26 @@ def test_labels_count_where_the_mask_says_so_and_never_across_a_border(chat_data
         segments = stream.segments(index, T)
         assert (segments[:-1] == segments[1:])[targets[index][:-1]].all()
     assert stream.count_targets(indices, T) == sum(int(target.sum()) for target in targets)
+
+
+def test_running_text_may_be_mixed_in_and_counts_as_a_whole(chat_data: Path, tokenizer: Tokenizer, tmp_path: Path):
+    write_jsonl(tmp_path / "raw" / "x.jsonl", [made_up_text(1, 2000)])
+    shutil.copytree(chat_data / "data", tmp_path / "data")
+    prepare(Preparation("prose", tmp_path / "raw", source_format("prose"), tokenizer.path, tmp_path / "data"))
+    streams = open_streams(tmp_path / "data", ["chat", "prose"], "train", 512)
+    sizes = {name: stream.num_samples(T) for name, stream in streams.items()}
+    order = SampleOrder(1, sizes, [MixtureStage(24, {"chat": 1, "prose": 1})])
+    reader = SampleReader(streams, order, T, 512)
+    positions = np.arange(24)
+    is_prose = order.locate(positions).source == 1
+    targets = reader.read_targets(positions)
+    assert reader.has_answers
+    assert is_prose.sum() == 12
+    assert targets[is_prose].all()
+    assert not targets[~is_prose].all(axis=1).any()
+    assert reader.count_targets(positions) == targets.sum()
+    assert reader.read(positions).shape == (24, T + 1)
+    assert reader.read_segments(positions).shape == (24, T)
 
 
 def test_a_shorter_sample_than_a_conversation_is_refused(chat_data: Path):
