@@ -84,6 +84,12 @@ def test_what_is_no_conversation_is_named_with_its_line(
     assert (manifest.documents, len(manifest.inputs[0].faults)) == (1, 1)
 
 
+def test_a_parquet_file_without_conversations_is_named_with_its_columns(tmp_path: Path):
+    path = write_records(tmp_path / "x.parquet", [{"dialogue": "a", "id": 1}])
+    (record,) = read_records(path, ChatFormat())
+    assert record.fault == f"{path}: has no column 'messages' or 'text'; it has dialogue, id"
+
+
 def test_what_is_left_out_is_counted(tmp_path: Path, tokenizer: Tokenizer):
     long = made_up_text(1, 200)
     records = [

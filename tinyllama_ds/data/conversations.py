@@ -26,6 +26,10 @@ class ChatFormat(SourceFormat):
 
     max_tokens: int = 2048
 
+    @property
+    def expected_columns(self) -> str:
+        return f"{MESSAGES_FIELD!r} or {self.text_field!r}"
+
     def columns(self, present: Sequence[str]) -> list[str]:
         return next(([field] for field in (MESSAGES_FIELD, self.text_field) if field in present), [])
 

@@ -39,6 +39,11 @@ class SourceFormat:
     def wants(self, subset: str | None) -> bool:
         return subset not in self.excluded if self.subsets is None else subset in self.subsets
 
+    @property
+    def expected_columns(self) -> str:
+        """What `columns` looks for, for error messages."""
+        return repr(self.text_field)
+
     def columns(self, present: Sequence[str]) -> list[str]:
         """Which columns of a parquet file are read; none where it has not what is needed."""
         if self.text_field not in present:
@@ -222,7 +227,7 @@ def _read_parquet(path: Path, fmt: SourceFormat) -> Iterator[Record]:
         names = file.schema_arrow.names
         columns = fmt.columns(names)
         if not columns:
-            yield Record(fault=f"{path}: has no column {fmt.text_field!r}; it has {', '.join(names)}")
+            yield Record(fault=f"{path}: has no column {fmt.expected_columns}; it has {', '.join(names)}")
             return
         row = 0
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
