@@ -80,20 +80,13 @@ def test_stage_3_on_two_ranks_is_conversations_alone_in_plain_pytorch(reference:
     assert validation[-1] < validation[0]
 
 
-def test_so_is_stage_0_on_two_ranks(recipe: Path, reference: dict, chat_data: Path, tmp_path: Path) -> None:
-    config = write_deepspeed_config(tmp_path / "ds.json", 0, micro_batch=2)
-    finished = pretrain(recipe, config, chat_data, tmp_path / "run", 2)
-    assert finished.returncode == 0, finished.stderr
-    assert_curve_is(reference, tmp_path / "run")
-
-
-def test_and_after_a_stop_on_another_layout(
+def test_so_is_stage_0_after_a_stop_with_another_micro_batch(
     recipe: Path, reference: dict, chat_data: Path, finished_run: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished_run, tmp_path / "run")
     shutil.rmtree(find_checkpoints(tmp_path / "run")[-1])
-    config = write_deepspeed_config(tmp_path / "ds.json", 1, micro_batch=BATCH)
-    finished = pretrain(recipe, config, chat_data, tmp_path / "run", 1)
+    config = write_deepspeed_config(tmp_path / "ds.json", 0, micro_batch=BATCH // 4)
+    finished = pretrain(recipe, config, chat_data, tmp_path / "run", 2)
     assert finished.returncode == 0, finished.stderr
     assert f"resumed at step {STEPS // 2}" in finished.stdout
     assert_curve_is(reference, tmp_path / "run")
@@ -119,7 +112,7 @@ def test_the_page_about_it_works_from_its_first_command_to_its_last(
 ) -> None:
     """At toy size; the run above stands for the quickstart's."""
     monkeypatch.chdir(tmp_path)
-    recipe = write_chat_recipe(tmp_path / "toy.toml", steps=60)
+    recipe = write_chat_recipe(tmp_path / "toy.toml", steps=30)
     config = write_deepspeed_config(tmp_path / "toy.json", 3, micro_batch=2)
     shutil.copytree(finished_run, tmp_path / "demo" / "run")
     shutil.copyfile(tokenizer.path, tmp_path / "demo" / "tokenizer.model")
@@ -167,9 +160,9 @@ def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(finished_run: Path) -> Non
         os.write(ours, b"\x03")
         read_to_prompt(ours)
         os.write(ours, b"the loss\n")
-        (echo, *answer) = read_to_prompt(ours).splitlines()
-        assert echo.endswith("the loss")
-        assert any(line.strip(" >") for line in answer)
+        assert "the loss" in read_to_prompt(ours)
+        os.write(ours, b"/quit\n")
+        assert "/quit is no command" in read_to_prompt(ours)
         os.write(ours, b"\x04")
         assert chat.wait(timeout=60) == 0
     finally:
