@@ -1,7 +1,14 @@
 """Talking to a model: history, its truncation, streaming, commands; and the template that an export brings along."""
 
+import fcntl
 import io
 import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -217,3 +224,41 @@ def test_questions_from_a_pipe_are_answered_line_by_line(
     first = Conversation(served, GREEDY).ask("the loss", str)
     assert out.startswith(first)
     assert out.endswith(f"{first}\n")
+
+
+def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(
+    weights: dict[str, torch.Tensor], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    export(weights, CONFIG, tokenizer, tmp_path / "model", chats=True)
+    ours, theirs = pty.openpty()
+    chat = subprocess.Popen(
+        [sys.executable, "-m", "tinyllama_ds.cli", "chat", str(tmp_path / "model"), "--max-new-tokens", "10"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    try:
+        assert "Ctrl-C stops an answer, Ctrl-D leaves" in read_to_prompt(ours)
+        os.write(ours, b"\x03")
+        read_to_prompt(ours)
+        os.write(ours, b"the loss\n")
+        assert "the loss" in read_to_prompt(ours)
+        os.write(ours, b"/quit\n")
+        assert "/quit is no command" in read_to_prompt(ours)
+        os.write(ours, b"\x04")
+        assert chat.wait(timeout=60) == 0
+    finally:
+        chat.kill()
+        os.close(ours)
+
+
+def read_to_prompt(terminal: int) -> str:
+    """What a program prints, up to its next prompt."""
+    text = ""
+    while not text.endswith("> "):
+        assert select.select([terminal], [], [], 120)[0], text
+        text += os.read(terminal, 1000).decode()
+    return text
