@@ -196,7 +196,7 @@ def _question(options: argparse.Namespace, machines: "Machines") -> "Question":
 
 
 def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
-    """Tokens of each source: of the prepared data, or as published."""
+    """Tokens of each source, the fillers of packs included: of the prepared data, or as published."""
     from tinyllama_ds.planning.course import PUBLISHED_TOKENS
 
     if data is None:
@@ -212,7 +212,10 @@ def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
                 f"{stream.directory}: {stream.tokens} tokens of {name!r} are less than one sample of"
                 f" {inputs.recipe.sequence_length + 1} tokens; prepare more, or drop the source from the recipe"
             )
-    return {name: stream.tokens for name, stream in streams.items()}
+    T = inputs.recipe.sequence_length
+    return {
+        name: stream.num_samples(T) * T if stream.has_answers else stream.tokens for name, stream in streams.items()
+    }
 
 
 def _write_pictures(options: argparse.Namespace, found: "Answer", tables: list) -> None:

@@ -82,22 +82,22 @@ def _package_roots(packages: Sequence[str]) -> Iterator[Path]:
             yield Path(spec.origin).parent
 
 
-def _sources(root: Path) -> list[Path]:
+def python_files(root: Path) -> list[Path]:
     """Python files, without third-party packages, deliberately broken files, and pydoc's topics, which are prose."""
     excluded = {"site-packages", "lib2to3", "pydoc_data", "__pycache__"}
     return [path for path in sorted(root.rglob("*.py")) if not excluded & set(path.relative_to(root).parts)]
 
 
 def _code(root: Path) -> Iterator[Document]:
-    for path in _sources(root):
-        text = _read(path)
+    for path in python_files(root):
+        text = read_source(path)
         if text.strip():
             yield Document(_module(root, path), str(path.relative_to(root)), text)
 
 
 def _prose(roots: list[Path]) -> Iterator[Document]:
     yield from _pydoc_topics()
-    files = [(root, path) for root in roots for path in _sources(root)]
+    files = [(root, path) for root in roots for path in python_files(root)]
     for root, path, text in _with_docstrings(files):
         if text:
             yield Document(_module(root, path), f"{root.name}/{path.relative_to(root)}", text)
@@ -105,12 +105,12 @@ def _prose(roots: list[Path]) -> Iterator[Document]:
 
 def _mathematics(roots: list[Path]) -> Iterator[Document]:
     """What a module says as a page of the web, what it does as code of the algebraic stack."""
-    files = [(root, path) for root in roots for path in _sources(root) if "tests" not in path.parts]
+    files = [(root, path) for root in roots for path in python_files(root) if "tests" not in path.parts]
     for root, path, text in _with_docstrings(files):
         module, place = _module(root, path), f"{root.name}/{path.relative_to(root)}"
         if text:
             yield Document(module, place, text, "open-web-math")
-        if source := _read(path):
+        if source := read_source(path):
             yield Document(module, place, source, "algebraic-stack")
 
 
@@ -139,7 +139,7 @@ def _docstrings(path: Path) -> list[str]:
     """The long docstrings of a file, in its order; none where it is not valid Python."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about escapes in other people's strings
-            tree = ast.parse(_read(path))
+            tree = ast.parse(read_source(path))
     except (SyntaxError, ValueError, RecursionError):
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -147,7 +147,8 @@ def _docstrings(path: Path) -> list[str]:
     return [text for text in found if text and len(text) >= _MIN_DOCSTRING]
 
 
-def _read(path: Path) -> str:
+def read_source(path: Path) -> str:
+    """The text of a source file; none where it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
@@ -167,8 +168,9 @@ def _is_new(text: str, seen: set[bytes]) -> bool:
     return is_new
 
 
-def _is_held_out(document: Document) -> bool:
-    return int.from_bytes(hashlib.sha256(document.module.encode()).digest()[:8], "little") % 100 < _HELD_OUT_PERCENT
+def is_held_out(module: str) -> bool:
+    """Whether what is made of a module goes to the validation split."""
+    return int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "little") % 100 < _HELD_OUT_PERCENT
 
 
 def _write_source(root: Path, documents: Iterable[Document], write: _Writer, max_bytes: int) -> dict[str, int]:
@@ -181,7 +183,7 @@ def _write_source(root: Path, documents: Iterable[Document], write: _Writer, max
             if total + size > max_bytes:
                 break
             if _is_new(document.text, seen):
-                splits["validation" if _is_held_out(document) else "train"].append(document)
+                splits["validation" if is_held_out(document.module) else "train"].append(document)
                 total += size
                 progress.update(size)
     partial = root.with_name(f".{root.name}.partial")

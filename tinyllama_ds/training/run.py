@@ -42,6 +42,7 @@ from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_litt
 
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
+_MASKS = "mask_sha256"  # in run.json: of a source of conversations
 _HISTORY = "history"  # in run.json: every change from start to start
 _PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "flash-attn")
 
@@ -111,6 +112,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
     _refuse_absent_monitors(monitors, options.deepspeed_config)
     attention = _resolve_attention(options, recipe, device_type)
     streams, validation = _open_data(options.data, recipe, model)
+    _refuse_conversations_without_mask(recipe, streams)
     description = _settings(options, recipe, plan, model, world_size) | {
         "deepspeed_config": resolved,
         "micro_batch": micro_batch,
@@ -189,6 +191,15 @@ def _refuse_positions_beyond(recipe: Recipe, model: LlamaConfig) -> None:
         )
 
 
+def _refuse_conversations_without_mask(recipe: Recipe, streams: dict[str, TokenStream]) -> None:
+    for name, stream in streams.items():
+        if stream.has_answers and not recipe.document_mask:
+            raise Refusal(
+                f"recipe {recipe.name!r}: the source {name!r} holds conversations, which must not see the others of"
+                " their row; expected document_mask = true"
+            )
+
+
 def _resolve_attention(options: Options, recipe: Recipe, device_type: str) -> str:
     if options.activation_checkpointing < 0:
         raise Refusal(
@@ -248,12 +259,20 @@ def _open_data(data: Path, recipe: Recipe, model: LlamaConfig) -> tuple[dict[str
 
 def _fingerprint(stream: TokenStream) -> dict:
     """What identifies a source's tokens, in their order."""
-    return {
+    found = {
         "tokens": stream.tokens,
         "documents": sum(manifest.documents for manifest in stream.manifests),
         "tokenizer_sha256": stream.manifests[0].tokenizer_sha256,
         "bin_sha256": [manifest.bin_sha256 for manifest in stream.manifests],
     }
+    if stream.has_answers:
+        found[_MASKS] = [manifest.mask_sha256 for manifest in stream.manifests]
+    return found
+
+
+def learned_to_chat(description: dict) -> bool:
+    """Whether a run was trained on conversations, given what its run.json or a checkpoint's manifest says of it."""
+    return any(_MASKS in source for source in description["data"]["train"].values())
 
 
 def _without_engine_noise(engine_config: dict) -> dict:
