@@ -20,10 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-faults", action="store_true", help="every fault case, not only the fast part")
     parser.addoption("--slow", action="store_true", help="models of their real size too")
     parser.addoption("--hosts", action="store_true", help="the whole multi-host suite, not only its fast part")
+    parser.addoption("--rehearsal", action="store_true", help="docs/reproduce.md in small, and the rehearsal of v1.1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    flags = {"all_faults": "--all-faults", "hosts": "--hosts", "slow_models": "--slow"}
+    flags = {"all_faults": "--all-faults", "hosts": "--hosts", "rehearsal": "--rehearsal", "slow_models": "--slow"}
     left_out = {marker for marker, flag in flags.items() if not config.getoption(flag)}
     chosen = [item for item in items if not left_out & {marker.name for marker in item.iter_markers()}]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

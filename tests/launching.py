@@ -9,7 +9,7 @@ from pathlib import Path
 SEQUENCE_LENGTH = 32
 BATCH = 8  # sequences per optimizer step
 STEP_TOKENS = SEQUENCE_LENGTH * BATCH
-TIMEOUT = 180
+TIMEOUT = 600  # a machine may be busy
 
 Finished = subprocess.CompletedProcess[str]
 

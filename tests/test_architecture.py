@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "convert": {"model", "data", "weights"},
     "importing": {"model", "data", "weights", "model_folder", "convert"},
     "generate": {"model", "data", "convert"},
+    "chat": {"generate", "data"},
     "launch": {"launch", "network"},
     "bench": set(),
     "gpus": set(),

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyllama_ds.data.chat import CHAT_TEMPLATE, conversation_ids, prompt_ids
 from tinyllama_ds.data.encoding import ranked_merges
+from tinyllama_ds.data.sources import Message
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
@@ -40,18 +42,20 @@ def export(
     output: Path,
     probe: Probe | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    chats: bool = False,
 ) -> float:
     """Write config.json, safetensors and the tokenizer to a new folder; returns the largest relative logit difference.
 
-    The tensors are taken one by one. Raises `Refusal`, leaving nothing behind, unless
-    transformers loads the folder and has the same bits, the logits of our model, the token ids of sentencepiece, and
-    on the checkpoint's probe the loss that training had on it.
+    The tensors are taken one by one. The tokenizer of a model that `chats` brings the chat template.
+
+    Raises `Refusal`, leaving nothing behind, unless transformers loads the folder and has the same bits, the logits of
+    our model, the token ids of sentencepiece, and on the checkpoint's probe the loss that training had on it.
     """
     with new_folder(output) as folder:
         written = write_weights(folder, tensors, parameter_shapes(config), max_shard_size)
         hf_config(config, written.dtype).save_pretrained(folder)
         _generation_config().save_pretrained(folder)
-        _write_tokenizer(folder, tokenizer, config.max_position_embeddings)
+        _write_tokenizer(folder, tokenizer, config.max_position_embeddings, CHAT_TEMPLATE if chats else None)
         _prove_ids(folder, tokenizer)
         ours, theirs = load_twins(folder, written, config)
         difference = logit_difference(ours, theirs, tokenizer)
@@ -99,7 +103,7 @@ def _generation_config() -> Any:
     return transformers.GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, do_sample=False)
 
 
-def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> Any:
+def hf_tokenizer(tokenizer: Tokenizer, max_length: int, chat_template: str | None = None) -> Any:
     """The sentencepiece model as a fast tokenizer with the same ids.
 
     transformers' own conversion orders merges by id and pre-splits words, which changes runs of spaces. Sentencepiece
@@ -129,11 +133,12 @@ def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> Any:
         eos_token=pieces[EOS_ID],
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
+        chat_template=chat_template,
     )
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
-    hf_tokenizer(tokenizer, max_length).save_pretrained(folder)
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_template: str | None) -> None:
+    hf_tokenizer(tokenizer, max_length, chat_template).save_pretrained(folder)
     shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
     # That a text gets no BOS goes without saying in transformers; llama.cpp would add one.
     path = folder / "tokenizer_config.json"
@@ -148,6 +153,8 @@ def _prove_ids(folder: Path, tokenizer: Tokenizer) -> None:
     for text in PROBE_TEXTS:
         if loaded.encode(text, split_special_tokens=True) != tokenizer.encode(text):
             raise Refusal(f"export: transformers' token ids of {text!r} differ from sentencepiece's")
+    if loaded.chat_template is not None:
+        _prove_chat(loaded, tokenizer)
 
 
 def load_twins(folder: Path, written: Written, config: LlamaConfig) -> tuple[LlamaForCausalLM, Any]:
@@ -209,6 +216,29 @@ def logit_difference(ours: LlamaForCausalLM, theirs: Any, tokenizer: Tokenizer) 
     if not difference <= LOGIT_TOLERANCE:
         raise Refusal(f"transformers' logits differ from ours by {difference:.1e} of the largest logit")
     return difference
+
+
+def _prove_chat(loaded: Any, tokenizer: Tokenizer) -> None:
+    """transformers' ids of whole conversations and of prompts are ours, and so are their answers.
+
+    Of control tokens in a text it makes other ids, but none of control tokens.
+    """
+    for text in PROBE_TEXTS:
+        if not text.strip():
+            continue
+        roles = ("system", "user", "assistant", "user", "assistant")
+        messages = [Message(role, text) for role in roles]
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        whole = loaded.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        theirs = whole["input_ids"], list(whole["assistant_masks"])
+        prompt = loaded.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
+        if any(control in text for control in tokenizer.pieces[: EOS_ID + 1]):
+            is_proven = [theirs[0].count(control) for control in (UNK_ID, BOS_ID, EOS_ID)] == [0, 0, len(turns)]
+        else:
+            ours = conversation_ids(tokenizer, messages)
+            is_proven = theirs == ours and prompt == prompt_ids(tokenizer, messages[:-1])
+        if not is_proven:
+            raise Refusal(f"export: transformers' chat template gives other ids than ours with {text!r}")
 
 
 def _prove_loss(probe: Probe, score: Callable[..., Tensor]) -> None:

@@ -213,11 +213,11 @@ def _quarantine(checkpoint: Path, quarantine: Path) -> None:
     checkpoint.rename(next(quarantine / name for name in names if not (quarantine / name).exists()))
 
 
-def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: dict) -> None:
+def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: dict, scratch: Path) -> None:
     """Collective. Weights, optimizer and its step counter, into the layout that the run has now.
 
     The checkpoint has been verified by `choose_checkpoint`. `zero_section` is the run's own; one that differs from the
-    checkpoint's, or another number of ranks, takes the way over whole tensors.
+    checkpoint's, or another number of ranks, takes the way over whole tensors, which lie in `scratch` meanwhile.
     """
     manifest = read_manifest(checkpoint)
     configured = [dict(group, params=None) for group in engine.optimizer.param_groups]
@@ -227,7 +227,7 @@ def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: d
         if loaded is None:
             raise Refusal(f"{checkpoint}: DeepSpeed found nothing to load in it")
     else:
-        _load_reshaped(engine, checkpoint, manifest)
+        _load_reshaped(engine, checkpoint, manifest, scratch / f".{checkpoint.name}.whole")
     # DeepSpeed restores hyper-parameters too, under stage 3 the first group's in all of them, and at some stages the
     # clipping; the configured ones are in force.
     for group, wanted in zip(engine.optimizer.param_groups, configured, strict=True):
@@ -247,8 +247,7 @@ def effective_hyper_parameters(engine: "DeepSpeedEngine", group: int) -> dict:
     return {key: value for key, value in engine.basic_optimizer.param_groups[group].items() if key != "params"}
 
 
-def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: CheckpointManifest) -> None:
-    whole = checkpoint.with_name(f".{checkpoint.name}.whole")
+def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: CheckpointManifest, whole: Path) -> None:
     if dist.get_rank() == 0:
         write_whole_tensors(checkpoint, manifest.zero_stage, parameter_shapes(engine), whole)
     dist.barrier()
