@@ -108,7 +108,8 @@ def commit(folder: Path, stage: int, dtype: torch.dtype) -> None:
         with path.open("rb") as file:
             files[path.name] = File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
     name = str(dtype).removeprefix("torch.")
-    manifest = CheckpointManifest(Progress(1, 1, 2048), 2, stage, name, CONFIG.to_dict(), {}, files)
+    said = {"data": {"train": {}}}
+    manifest = CheckpointManifest(Progress(1, 1, 2048), 2, stage, name, CONFIG.to_dict(), said, files)
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
 
 
