@@ -88,7 +88,8 @@ def test_the_masters_have_the_imported_bits(
         assert torch.equal(exported[name], tensor if stage else tensor.bfloat16()), name
 
 
-@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=slow), pytest.param(0, marks=slow)])
+@slow
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_another_runs_masters_are_taken_over(stage: int, data_dir: Path, tmp_path: Path) -> None:
     """Not what its forward pass used, which is rounded; at stage 0 a checkpoint has no more than that by its name."""
     recipe = write_recipe(tmp_path / "small.toml", 8, save_every=8)
@@ -162,6 +163,7 @@ def test_continual_pretraining_starts_at_the_imported_loss(folder: Path, data_di
     assert losses[5:8] == losses[8:]
 
 
+@slow
 def test_damaged_weights_are_refused_by_the_first_rank(folder: Path, data_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(folder, tmp_path / "model")
     with (model / "model.safetensors").open("r+b") as file:
