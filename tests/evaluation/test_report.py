@@ -79,7 +79,8 @@ def rows_of(steps: int) -> list[dict]:
             {"step": step, "tokens": step * STEP_TOKENS, "seconds": 10.0 + step}
             | {"Train/Loss": 6 / (1 + step / 99), "Train/LearningRate": 1e-3, "Train/GradNorm": 1.0 + (step == 77) * 50}
             | {"Train/BatchTokens": STEP_TOKENS, "Speed/TokensPerSecond": 500.0 + step % 7, "Speed/MFU": 0.5}
-            | {"Memory/PeakGiB": 1.0} | {f"Tokens/{name}": count * LENGTH for name, count in counts.items()}
+            | {"Memory/PeakGiB": 1.0, "Seconds/forward": 0.1, "Seconds/backward": 0.2}
+            | {f"Tokens/{name}": count * LENGTH for name, count in counts.items()}
         )  # fmt: skip
     stall = {"Checkpoint/StallSeconds": 0.3, "Checkpoint/Seconds": 1.0, "Checkpoint/GiB": 0.1}
     saved = {"step": 50, "tokens": 50 * STEP_TOKENS, "seconds": 11.0 + steps} | stall
@@ -155,10 +156,10 @@ def test_every_text_is_escaped_and_nothing_is_fetched(run: Path) -> None:
 def test_the_page_tells_everything(run: Path) -> None:
     page = page_of(run)
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.S)
-    assert len([ElementTree.fromstring(drawing) for drawing in drawings]) == 9
+    assert len([ElementTree.fromstring(drawing) for drawing in drawings]) == 10
     for text in ("after a failure, by the supervisor", "after a rollback", ">13<", "rolled back", "808 to 815"):
         assert text in page, text
-    for text in ("Pythia-1.0B", "0.7070", "0.0100", "n1 (2 ranks)", "torch", "b$x$", "clipped at 1"):
+    for text in ("Pythia-1.0B", ">0.707<", ">0.01<", "n1 (2 ranks)", "torch", "b$x$", "clipped at 1"):
         assert text in page, text
     assert [name for name, _ in stage_starts(read_history(run))] == ["basic", HOSTILE]
 

@@ -111,7 +111,7 @@ def test_report_writes_a_page_and_a_picture(workspace: Path) -> None:
     assert 0 < summary["goodput"] < 1
     page = Path(summary["page"]).read_text()
     assert f"Finished: all {STEPS} steps, {summary['tokens']:,} tokens" in page
-    assert page.count("<svg") == 9
+    assert page.count("<svg") == 10
     assert "the small llama" in page
     picture = Path(summary["picture"]).read_bytes()
     assert picture.startswith(b"\x89PNG")

@@ -56,17 +56,29 @@ def _mark(axis: Any, tokens: list[int], marker: str, label: str, bottom: bool) -
         )  # fmt: skip
 
 
-def line_of(name: str, label: str, from_zero: bool = True, percent: bool = False) -> Callable[[Any, History], None]:
+def line_of(name: str, label: str, scale: float = 1.0) -> Callable[[Any, History], None]:
     """What draws one figure as a line."""
 
     def draw(axis: Any, history: History) -> None:
         tokens, values = history.points(name)
-        axis.plot(tokens, values * 100 if percent else values, linewidth=0.9)
-        if from_zero:
-            axis.set_ylim(0, None)
+        axis.plot(tokens, values * scale, linewidth=0.9)
+        _from_zero(axis)
         _finish(axis, history, label)
 
     return draw
+
+
+def draw_phases(axis: Any, history: History) -> None:
+    """What the time between two logged steps is spent on."""
+    for phase in history.names("Seconds/"):
+        axis.plot(*history.points(f"Seconds/{phase}"), linewidth=0.9, label=phase)
+    _from_zero(axis)
+    axis.legend(loc="upper right", ncols=4)
+    _finish(axis, history, "seconds on rank 0")
+
+
+def _from_zero(axis: Any) -> None:
+    axis.set_ylim(0, 1.1 * axis.dataLim.y1 or 1)
 
 
 def draw_gradient_norm(axis: Any, history: History) -> None:
@@ -90,7 +102,7 @@ def draw_stalls(axis: Any, history: History) -> None:
     tokens, seconds = history.points("Checkpoint/StallSeconds")
     axis.vlines(tokens, 0, seconds, linewidth=0.8)
     axis.plot(tokens, seconds, "o", markersize=3.5, clip_on=False)
-    axis.set_ylim(0, None)
+    _from_zero(axis)
     _finish(axis, history, "seconds of a stall")
 
 
@@ -169,7 +181,8 @@ PANELS: tuple[tuple[str, str, Callable[[Any, History], None]], ...] = (  # what 
     ("Train/BatchTokens", "Batch size", line_of("Train/BatchTokens", "tokens per step")),
     ("Train/GradNorm", "Gradient norm", draw_gradient_norm),
     ("Speed/TokensPerSecond", "Throughput", line_of("Speed/TokensPerSecond", "tokens per second")),
-    ("Speed/MFU", "Model FLOPs utilisation", line_of("Speed/MFU", "% of peak", percent=True)),
+    ("Speed/MFU", "Model FLOPs utilisation", line_of("Speed/MFU", "% of peak", scale=100)),
+    ("Seconds/forward", "Phases of a step", draw_phases),
     ("Memory/PeakGiB", "Memory", line_of("Memory/PeakGiB", "peak GiB on rank 0")),
     ("Checkpoint/StallSeconds", "Checkpoint stalls", draw_stalls),
 )

@@ -17,7 +17,7 @@ METRICS_FILE = "metrics.jsonl"
 _COLUMNS = 500  # of a drawing
 _MOST_POINTS = 65_536  # of a series, before it is thinned out
 _TAIL_BYTES = 65_536
-_DRAWN = ("Train/", "Validation/Loss/", "Speed/", "Tokens/", "Memory/", "Checkpoint/StallSeconds")
+_DRAWN = ("Train/", "Validation/Loss/", "Speed/", "Seconds/", "Tokens/", "Memory/", "Checkpoint/StallSeconds")
 
 
 class Series:

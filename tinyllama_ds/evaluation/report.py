@@ -211,8 +211,8 @@ def _samples(history: History) -> str:
     for sample in history.samples:
         by_prompt.setdefault(sample["prompt"], []).append(sample)
     parts = []
-    for prompt, samples in by_prompt.items():
-        parts.append(f"<h3><code>{html.escape(prompt)}</code></h3>")
+    for number, (prompt, samples) in enumerate(by_prompt.items(), start=1):
+        parts.append(f"<h3>Prompt {number}</h3>")
         parts += [
             f"<div class=sample><span class=note>{sample['tokens']:,} tokens</span>"
             f"<pre><mark>{html.escape(prompt)}</mark>{html.escape(sample['text'])}</pre></div>"
@@ -244,8 +244,8 @@ def _score_rows(scores: dict) -> Iterator[tuple[str, ...]]:
                     str(row.get("model", f"{name}, {scores['file']}" if part == "results" else name)),
                     str(row.get("task", "")),
                     str(row.get("metric", "")),
-                    f"{row['value']:.4f}",
-                    f"{error:.4f}" if isinstance(error, int | float) else "",
+                    f"{row['value']:.4g}",
+                    f"{error:.2g}" if isinstance(error, int | float) else "",
                 )
 
 
