@@ -169,7 +169,7 @@ def test_the_page_tells_everything(run: Path) -> None:
     [
         ("finished", False, STEPS, "Finished: all 240 steps, 61,440 tokens in 4 min 11 s; loss 1.752, 503 tokens/s"),
         ("running", True, 120, "Running: step 120 of 240, 30,720 of 61,440 tokens (50.0%)"),
-        ("running", False, 120, "Interrupted after step 120 of 240"),
+        ("running", False, 120, "Not finished, and held by no supervisor: step 120 of 240"),
         ("stopped", False, 120, "Stopped and saved at step 120 of 240"),
     ],
 )  # fmt: skip
@@ -189,6 +189,17 @@ def test_the_verdict(state: str, is_held: bool, steps: int, expected: str, tmp_p
 )
 def test_durations(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
+
+
+def test_figures_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
+    row = '{{"step": {0}, "tokens": {0}, "Train/Loss": {1}, "Train/GradNorm": Infinity, "Validation/Loss/a": NaN}}\n'
+    (tmp_path / "metrics.jsonl").write_text(row.format(1, 3.5) + row.format(2, "NaN"))
+    history = read_history(tmp_path)
+    assert [points.tolist() for points in history.points("Train/Loss")] == [[1.0], [3.5]]
+    assert list(history.series) == ["Train/Loss"]
+    summary = summarise(history, standing(history, 0, False))
+    assert (summary["Train/Loss"], summary["goodput"]) == (None, None)
+    assert "loss nan" in page_of(tmp_path)
 
 
 def test_a_bare_directory_of_figures_is_enough(tmp_path: Path) -> None:

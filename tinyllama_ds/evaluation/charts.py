@@ -35,21 +35,20 @@ def draw_losses(axis: Any, history: History) -> None:
         highest = losses[: max(1, len(losses) // 50)].max()
         low = min([highest - 0.1, losses.min(), *lowest])
         axis.set_ylim(low - 0.05 * (highest - low), highest + 0.15 * (highest - low))
-    _mark(axis, [start["tokens"] for start in history.starts[1:]], "^", "start", bottom=True)
-    _mark(axis, passed_over(history), "x", "step skipped or rolled back", bottom=False)
+    _mark(axis, [start["tokens"] for start in history.starts[1:]], "^", "start", height=0.02)
+    _mark(axis, _passed_over(history), "x", "step skipped or rolled back", height=0.97)
     _finish(axis, history, "loss, nats per token", with_names=True)
     axis.legend(loc="upper right")
 
 
-def passed_over(history: History) -> list[int]:
+def _passed_over(history: History) -> list[int]:
     """Where steps were skipped or rolled back, in tokens."""
     length = history.description.get("recipe", {}).get("sequence_length", 0)
     return [entry["first_sample"] * length for entry in history.ledger if "first_sample" in entry]
 
 
-def _mark(axis: Any, tokens: list[int], marker: str, label: str, bottom: bool) -> None:
+def _mark(axis: Any, tokens: list[int], marker: str, label: str, height: float) -> None:
     if tokens:
-        height = 0.02 if bottom else 0.97
         axis.plot(
             tokens, [height] * len(tokens), marker, transform=axis.get_xaxis_transform(), markersize=5,
             linestyle="none", color="C5", label=label, clip_on=False,

@@ -40,6 +40,9 @@ class Series:
             if len(self._tokens) == _MOST_POINTS:
                 self._thin_out()
 
+    def __len__(self) -> int:
+        return len(self._tokens)
+
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, ascending, and values, each (N,); N is four times the number of columns at most."""
         self._thin_out()
@@ -47,8 +50,6 @@ class Series:
 
     def _thin_out(self) -> None:
         tokens, values = np.array(self._tokens), np.array(self._values)
-        if len(tokens) == 0:
-            return
         by_tokens = np.argsort(tokens, kind="stable")
         tokens, values = tokens[by_tokens], values[by_tokens]
         columns = (tokens * self._scale).astype(np.int64)
@@ -134,7 +135,7 @@ def _read_figures(path: Path, history: History) -> None:
             rates.append(row["Speed/TokensPerSecond"])
         if "Guard/FirstSample" in row:
             history.spikes.append(row)
-    history.series = {name: series for name, series in drawn.items() if series is not None}
+    history.series = {name: series for name, series in drawn.items() if series is not None and len(series)}
     history.last |= {"step": step, "tokens": end}  # the row of a save comes late
     if rates:
         history.median_rate, history.peak_rate = float(np.median(rates)), max(rates)

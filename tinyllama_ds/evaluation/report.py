@@ -20,7 +20,7 @@ _SCIENTIFIC = 1e-2  # what is smaller is written with an exponent
 class Standing:
     """Where a run stands."""
 
-    state: str  # finished, stopped, running or interrupted
+    state: str  # finished, stopped, running or unfinished
     step: int
     steps: int  # planned
     tokens: int
@@ -49,12 +49,13 @@ class Standing:
             case "stopped":
                 return f"Stopped and saved at step {self.step:,} of {self.steps:,}, {share}; {figures}; {left}"
             case _:
-                return f"Interrupted after step {self.step:,} of {self.steps:,}, {share}; {figures}; {left}"
+                place = f"step {self.step:,} of {self.steps:,}, {share}"
+                return f"Not finished, and held by no supervisor: {place}; {figures}; {left}"
 
 
 def standing(history: History, committed: int, is_held: bool) -> Standing:
     """`committed` tokens are in a checkpoint; `is_held` says whether a supervisor is alive that holds the run."""
-    state = history.state if history.state in ("finished", "stopped") else "running" if is_held else "interrupted"
+    state = history.state if history.state in ("finished", "stopped") else "running" if is_held else "unfinished"
     plan = history.description.get("plan", {})
     seconds = history.last.get("seconds", math.nan)
     possible = history.peak_rate * seconds
@@ -86,8 +87,8 @@ def duration(seconds: float) -> str:
 
 
 def summarise(history: History, now: Standing) -> dict[str, Any]:
-    """For programs: the last value of every figure, and what the page says in words."""
-    return history.last | {
+    """For programs: the last value of every figure, and what the page says in words; None for what is not finite."""
+    summary = history.last | {
         "Speed/MedianTokensPerSecond": now.tokens_per_second,
         "state": now.state,
         "verdict": now.sentence,
@@ -99,6 +100,10 @@ def summarise(history: History, now: Standing) -> dict[str, Any]:
         "skipped_steps": sum(entry.get("event") == "skipped" for entry in history.ledger),
         "rollbacks": sum(entry.get("event") == "rolled back" for entry in history.ledger),
         "spikes": len(history.spikes),
+    }
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in summary.items()
     }
 
 
@@ -130,7 +135,7 @@ def report_page(history: History, now: Standing, place: str) -> str:
             section("Configuration", _configuration(history)),
         ]
     )
-    return page(f"Run: {name}", now.sentence, now.state != "interrupted", body)
+    return page(f"Run: {name}", now.sentence, now.state != "unfinished", body)
 
 
 def _figures(history: History, now: Standing) -> str:
