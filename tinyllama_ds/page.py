@@ -37,8 +37,9 @@ dl div { display: flex; flex-direction: column; justify-content: space-between }
 dd { font-size: 1.3em; margin: 0; font-variant-numeric: tabular-nums } summary { cursor: pointer; margin: .6em 0 }
 .sample { margin: .4em 0 .8em; padding: .2em 0 .2em .8em; border-left: 3px solid var(--line) }
 .sample pre { margin: .2em 0 } mark { background: none; color: var(--series-0) }
-@media (max-width: 40em) { .wide svg { width: 44em } }
-@media print { body { margin: 0; max-width: none } h2 { break-after: avoid }
+@media screen and (max-width: 40em) { .wide svg { width: 44em } }
+@media print { body { margin: 0; max-width: none; font-size: 12px } h2, h3 { break-after: avoid }
+  .grid { grid-template-columns: 1fr 1fr }
   figure, tr, .sample { break-inside: avoid } }
 """
 

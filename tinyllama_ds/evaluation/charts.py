@@ -71,13 +71,13 @@ def draw_phases(axis: Any, history: History) -> None:
     """What the time between two logged steps is spent on."""
     for phase in history.names("Seconds/"):
         axis.plot(*history.points(f"Seconds/{phase}"), linewidth=0.9, label=phase)
-    _from_zero(axis)
+    _from_zero(axis, room=1.3)  # for the legend
     axis.legend(loc="upper right", ncols=4)
     _finish(axis, history, "seconds on rank 0")
 
 
-def _from_zero(axis: Any) -> None:
-    axis.set_ylim(0, 1.1 * axis.dataLim.y1 or 1)
+def _from_zero(axis: Any, room: float = 1.1) -> None:
+    axis.set_ylim(0, room * axis.dataLim.y1 or 1)
 
 
 def draw_gradient_norm(axis: Any, history: History) -> None:
