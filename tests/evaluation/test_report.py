@@ -57,6 +57,8 @@ def write_run(run: Path, steps: int = STEPS, state: str = "finished") -> Path:
     starts.append(starts[0] | {"step": 50, "tokens": 50 * STEP_TOKENS, "reached": 63, "restart": 1})
     starts.append(starts[1] | {"step": 100, "tokens": 100 * STEP_TOKENS, "reached": 101, "left_out": 8})
     write_lines(run / "starts.jsonl", starts)
+    with (run / "starts.jsonl").open("a") as file:
+        file.write('{"step": 100, "tok')
     ledger = {"event": "rolled back", "step": 102, "first_sample": 808, "last_sample": 815, "reason": "spike"}
     write_lines(run / "ledger.jsonl", [ledger])
     samples = [
