@@ -183,8 +183,9 @@ def _starts(history: History) -> str:
         left_out = start.get("left_out", 0)
         hosts = ", ".join(f"{ranks} on {host}" for host, ranks in start.get("hosts", {}).items())
         again = max(0, start.get("reached", 0) - start["step"])
-        rows.append((start.get("time", ""), why, hosts, f"{start['step']:,}", f"{again:,}"))
-    return _newest(("time", "", "ranks", "from step", "steps done again"), rows, words=(0, 1, 2))
+        time = start.get("time", "").removesuffix("+00:00").replace("T", " ")
+        rows.append((time, why, hosts, f"{start['step']:,}", f"{again:,}"))
+    return _newest(("time, UTC", "", "ranks", "from step", "steps done again"), rows, words=(0, 1, 2))
 
 
 def _spikes(history: History) -> str:
