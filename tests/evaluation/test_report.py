@@ -65,9 +65,12 @@ def write_run(run: Path, steps: int = STEPS, state: str = "finished") -> Path:
         {"step": n, "tokens": n * STEP_TOKENS, "prompt": HOSTILE, "text": f"&amp;{HOSTILE} {n}"} for n in range(20)
     ]
     write_lines(run / "samples.jsonl", samples)
-    ours, theirs = {"task": "piqa", "metric": "acc_norm", "value": 0.5, "stderr": 0.01}, {"model": "Pythia-1.0B"}
-    scores = {"results": [ours], "published": [theirs | {"task": "piqa", "metric": "acc_norm", "value": 0.707}]}
-    (run / "scores" / "scores.json").write_text(json.dumps(scores))
+    task = {"task": "piqa", "metric": "acc_norm", "value": 0.51234, "stderr": None}
+    (run / "scores" / "mine.json").write_text(json.dumps({"tokens": 61_440, "scores": [task]}))
+    percent = [{"benchmark": "PIQA", "value": 51.234, "stderr": 1.2}]
+    pythia = {"model": "Pythia-1.0B", "tokens": 3e11, "scores": [70.7], "average": 70.7, "misprint": "a misprint"}
+    suite = {"percent": percent, "average": {"value": 51.234, "stderr": 1.2}, "published": [pythia]}
+    (run / "scores" / "suite.json").write_text(json.dumps(suite))
     (run / "scores" / "torn.json").write_text("{")
     return run
 
@@ -161,7 +164,10 @@ def test_the_page_tells_everything(run: Path) -> None:
     assert len([ElementTree.fromstring(drawing) for drawing in drawings]) == 10
     for text in ("after a failure, by the supervisor", "after a rollback", ">13<", "rolled back", "808 to 815"):
         assert text in page, text
-    for text in ("Pythia-1.0B", ">0.707<", ">0.01<", "n1 (2 ranks)", "torch", "b$x$", "clipped at 1"):
+    for text in ("Pythia-1.0B", ">70.70<", ">51.23 ± 1.20<", "a misprint", ">0.5123<", "300 B", "suite"):
+        assert text in page, text
+    assert "torn" not in page
+    for text in ("n1 (2 ranks)", "torch", "b$x$", "clipped at 1"):
         assert text in page, text
     assert [name for name, _ in stage_starts(read_history(run))] == ["basic", HOSTILE]
 

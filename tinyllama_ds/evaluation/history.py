@@ -106,7 +106,11 @@ def read_history(run_dir: Path) -> History:
         starts=_read_lines(run_dir / "starts.jsonl"),
         ledger=_read_lines(run_dir / "ledger.jsonl"),
         samples=_read_lines(run_dir / "samples.jsonl"),
-        scores=[_read_json(file) | {"file": file.stem} for file in sorted((run_dir / "scores").glob("*.json"))],
+        scores=[
+            content | {"file": file.stem}
+            for file in sorted((run_dir / "scores").glob("*.json"))
+            if (content := _read_json(file))
+        ],
     )
     _read_figures(path, history)
     return history

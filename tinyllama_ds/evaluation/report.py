@@ -3,7 +3,7 @@
 import html
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,23 +236,51 @@ def _spread(samples: list[dict]) -> list[dict]:
 
 
 def _scores(history: History) -> str:
-    rows = [row for scores in history.scores for row in _score_rows(scores)]
-    return table(("model", "task", "metric", "score", "standard error"), rows, words=(0, 1, 2))
+    """Every file of scores: a suite beside the published rows, in percent; else the tasks one by one."""
+    parts = []
+    for scores in history.scores:
+        trained = f", {_short(scores['tokens'])} tokens" if scores.get("tokens") else ""
+        parts.append(f"<h3>{html.escape(scores['file'] + trained)}</h3>")
+        parts.append(_suite(scores) if scores.get("percent") else _tasks(scores))
+    return "".join(parts)
 
 
-def _score_rows(scores: dict) -> Iterator[tuple[str, ...]]:
-    """Rows of `results` and `published`: task, metric, value, and perhaps stderr and the name of the model."""
-    for part, name in (("results", "this run"), ("published", "published")):
-        for row in scores.get(part) or []:
-            if isinstance(row, dict) and isinstance(row.get("value"), int | float):
-                error = row.get("stderr")
-                yield (
-                    str(row.get("model", f"{name}, {scores['file']}" if part == "results" else name)),
-                    str(row.get("task", "")),
-                    str(row.get("metric", "")),
-                    f"{row['value']:.4g}",
-                    f"{error:.2g}" if isinstance(error, int | float) else "",
-                )
+def _suite(scores: dict) -> str:
+    ours, mean = scores["percent"], scores.get("average", {})
+    head = ("", "tokens", *(str(score["benchmark"]) for score in ours), "average")
+    rows = [
+        (
+            str(row["model"]),
+            _short(row.get("tokens") or 0),
+            *(f"{value:.2f}" for value in (*row["scores"], row["average"])),
+        )
+        for row in scores.get("published", [])
+    ]
+    rows.append(("this run", _short(scores.get("tokens") or 0), *map(_with_error, (*ours, mean))))
+    misprints = "".join(
+        f"<p class=note>{html.escape(row['model'])}: {html.escape(row['misprint'])}</p>"
+        for row in scores.get("published", [])
+        if row.get("misprint")
+    )
+    return table(head, rows) + misprints
+
+
+def _with_error(score: dict) -> str:
+    error = score.get("stderr")
+    return f"{score['value']:.2f}" + (f" ± {error:.2f}" if error is not None else "")
+
+
+def _tasks(scores: dict) -> str:
+    rows = [
+        (
+            str(row["task"]),
+            str(row["metric"]),
+            f"{row['value']:.4f}",
+            "" if row["stderr"] is None else f"{row['stderr']:.4f}",
+        )
+        for row in scores.get("scores", [])
+    ]
+    return table(("task", "metric", "score", "standard error"), rows, words=(0, 1))
 
 
 def _machine(history: History) -> str:
