@@ -70,7 +70,8 @@ def write_run(run: Path, steps: int = STEPS, state: str = "finished") -> Path:
     percent = [{"benchmark": "PIQA", "value": 51.234, "stderr": 1.2}]
     pythia = {"model": "Pythia-1.0B", "tokens": 3e11, "scores": [70.7], "average": 70.7, "misprint": "a misprint"}
     suite = {"percent": percent, "average": {"value": 51.234, "stderr": 1.2}, "published": [pythia]}
-    (run / "scores" / "suite.json").write_text(json.dumps(suite))
+    (run / "evaluation" / "step_00000240").mkdir(parents=True)
+    (run / "evaluation" / "step_00000240" / "suite.json").write_text(json.dumps(suite))
     (run / "scores" / "torn.json").write_text("{")
     return run
 
@@ -164,7 +165,7 @@ def test_the_page_tells_everything(run: Path) -> None:
     assert len([ElementTree.fromstring(drawing) for drawing in drawings]) == 10
     for text in ("after a failure, by the supervisor", "after a rollback", ">13<", "rolled back", "808 to 815"):
         assert text in page, text
-    for text in ("Pythia-1.0B", ">70.70<", ">51.23 ± 1.20<", "a misprint", ">0.5123<", "300 B", "suite"):
+    for text in ("Pythia-1.0B", ">70.70<", ">51.23 ± 1.20<", "a misprint", ">0.5123<", "300 B", "step_00000240/suite"):
         assert text in page, text
     assert "torn" not in page
     for text in ("n1 (2 ranks)", "torch", "b$x$", "clipped at 1"):

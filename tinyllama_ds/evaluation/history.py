@@ -18,6 +18,7 @@ METRICS_FILE = "metrics.jsonl"
 _COLUMNS = 500  # of a drawing
 _MOST_POINTS = 65_536  # of a series, before it is thinned out
 _TAIL_BYTES = 65_536
+_SCORES = ("scores/*.json", "evaluation/*/*.json")  # the latter is by checkpoint
 _DRAWN = ("Train/", "Validation/Loss/", "Speed/", "Seconds/", "Tokens/", "Memory/", "Checkpoint/StallSeconds")
 
 
@@ -107,8 +108,9 @@ def read_history(run_dir: Path) -> History:
         ledger=_read_lines(run_dir / "ledger.jsonl"),
         samples=_read_lines(run_dir / "samples.jsonl"),
         scores=[
-            content | {"file": file.stem}
-            for file in sorted((run_dir / "scores").glob("*.json"))
+            content | {"name": f"{file.parent.name}/{file.stem}"}
+            for pattern in _SCORES
+            for file in sorted(run_dir.glob(pattern))
             if (content := _read_json(file))
         ],
     )

@@ -240,7 +240,7 @@ def _scores(history: History) -> str:
     parts = []
     for scores in history.scores:
         trained = f", {_short(scores['tokens'])} tokens" if scores.get("tokens") else ""
-        parts.append(f"<h3>{html.escape(scores['file'] + trained)}</h3>")
+        parts.append(f"<h3>{html.escape(scores['name'] + trained)}</h3>")
         parts.append(_suite(scores) if scores.get("percent") else _tasks(scores))
     return "".join(parts)
 
