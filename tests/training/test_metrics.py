@@ -19,6 +19,7 @@ from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalar
 from tinyllama_ds.training import sinks
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, peak_flops, tensorboard_directory
+from tinyllama_ds.training.sinks import Rows
 
 CPU = torch.device("cpu")
 
@@ -152,6 +153,9 @@ def test_the_time_that_a_run_was_up_goes_on_after_a_resume(tmp_path: Path) -> No
     assert metrics.reached == 8
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
     assert seconds[-1] + 60 <= last < seconds[-1] + 120
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "tokens": 700, "seconds": 99.0}\n')  # of a save, which comes late
+    assert Rows(tmp_path / "metrics.jsonl", 8).reached == 9
 
 
 def test_what_a_run_logged_before_its_first_save_is_done_again(tmp_path: Path) -> None:

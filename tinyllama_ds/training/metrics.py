@@ -130,7 +130,7 @@ class MetricsLogger:
         last_step, last_tokens = (start.step, start.tokens) if start.step else (-1, -1)
         self._rows = Rows(run_dir / METRICS_FILE, last_step)
         self._samples = Rows(run_dir / SAMPLES_FILE, last_step)
-        self.reached = max(self._rows.last.get("step", 0), start.step)  # by the processes before
+        self.reached = max(self._rows.reached, start.step)  # by the processes before
         self._began = (time.perf_counter() if began is None else began) - self._rows.last.get("seconds", 0.0)
         self._tensorboard = self._over_tokens = None
         section = monitors.get("tensorboard", {})

@@ -38,8 +38,9 @@ class Rows:
         self._is_failing = False
         self._descriptor: int | None = None
         self.last: dict = {}  # row that was there before
+        self.reached = 0  # the largest step there
         try:
-            self.last = _forget_after(path, last_step)
+            self.last, self.reached = _forget_after(path, last_step)
         except OSError as error:
             warn(path, error)
 
@@ -63,18 +64,19 @@ class Rows:
             os.close(self._descriptor)
 
 
-def _forget_after(path: Path, step: int) -> dict:
-    """Drop the rows of later steps; returns the last row that was there."""
+def _forget_after(path: Path, step: int) -> tuple[dict, int]:
+    """Drop the rows of later steps; returns the last row that was there, and the largest step, which may be another."""
     if not path.exists():
-        return {}
+        return {}, 0
     lines = path.read_text().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a crash can leave half a line
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    steps = [json.loads(line)["step"] for line in whole]
+    kept = [line for line, its_step in zip(whole, steps, strict=True) if its_step <= step]
     if kept != lines:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(path)
-    return json.loads(whole[-1]) if whole else {}
+    return (json.loads(whole[-1]), max(steps)) if whole else ({}, 0)
 
 
 class EventFiles:
