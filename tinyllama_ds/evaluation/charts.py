@@ -36,7 +36,7 @@ def draw_losses(axis: Any, history: History) -> None:
         low = min([highest - 0.1, losses.min(), *lowest])
         axis.set_ylim(low - 0.05 * (highest - low), highest + 0.15 * (highest - low))
     _mark(axis, [start["tokens"] for start in history.starts[1:]], "^", "start", height=0.02)
-    _mark(axis, _passed_over(history), "x", "step skipped or rolled back", height=0.97)
+    _mark(axis, _passed_over(history), "x", "step skipped or rolled back", height=0.07)
     _finish(axis, history, "loss, nats per token", with_names=True)
     axis.legend(loc="upper right")
 
