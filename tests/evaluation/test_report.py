@@ -200,6 +200,14 @@ def test_durations(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
 
 
+def test_the_goodput_of_a_branch_is_its_own(run: Path) -> None:
+    lines = (run / "starts.jsonl").read_text().splitlines()
+    first = json.loads(lines[0]) | {"step": 40, "tokens": 40 * STEP_TOKENS}
+    write_lines(run / "starts.jsonl", [first, *map(json.loads, lines[1:3])])
+    now = standing(read_history(run), 50 * STEP_TOKENS, False)
+    assert now.goodput == pytest.approx(10 * STEP_TOKENS / (506 * 251))
+
+
 def test_figures_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
     row = '{{"step": {0}, "tokens": {0}, "Train/Loss": {1}, "Train/GradNorm": Infinity, "Validation/Loss/a": NaN}}\n'
     (tmp_path / "metrics.jsonl").write_text(row.format(1, 3.5) + row.format(2, "NaN"))

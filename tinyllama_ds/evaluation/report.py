@@ -59,6 +59,7 @@ def standing(history: History, committed: int, is_held: bool) -> Standing:
     plan = history.description.get("plan", {})
     seconds = history.last.get("seconds", math.nan)
     possible = history.peak_rate * seconds
+    inherited = history.starts[0]["tokens"] if history.starts else 0  # by a branch, from the run it left
     total = plan.get("tokens", history.tokens)
     return Standing(
         state=state,
@@ -70,7 +71,7 @@ def standing(history: History, committed: int, is_held: bool) -> Standing:
         tokens_per_second=history.median_rate,
         peak_tokens_per_second=history.peak_rate,
         seconds=seconds,
-        goodput=committed / possible if committed and possible > 0 else math.nan,
+        goodput=(committed - inherited) / possible if committed and possible > 0 else math.nan,
         seconds_left=(total - history.tokens) / history.recent_rate if history.recent_rate > 0 else math.nan,
     )
 
