@@ -59,7 +59,7 @@ def read_scores(results: dict[str, Any], names: Iterable[str] | None = None) -> 
                     metric if filtered in ("none", "create_test") else f"{metric}, {filtered}",
                     float(value),
                     float(stderr) if isinstance(stderr, int | float) else None,
-                    documents or figures.get("sample_count") or figures.get("sample_len"),
+                    documents or figures.get("sample_len"),
                     results["n-shot"].get(task),
                     str(results["versions"].get(task, "")),
                 )

@@ -63,7 +63,17 @@ def load_suite(
     `humaneval_passes` runs a program that the model wrote and says whether its tests pass; without it HumanEval is
     refused.
     """
-    return _load([item.task for item in benchmarks], data_dir, humaneval_passes, {b.task: b.shots for b in benchmarks})
+    loaded = _load(
+        [item.task for item in benchmarks], data_dir, humaneval_passes, {b.task: b.shots for b in benchmarks}
+    )
+    for benchmark in benchmarks:
+        group = loaded["groups"].get(benchmark.task)
+        for task in group.get_all_tasks() if group else [loaded["tasks"][benchmark.task]]:
+            if benchmark.metric not in task.aggregation():
+                raise Refusal(
+                    f"task {task.task_name} of this lm-eval has no {benchmark.metric}; expected lm-eval 0.4.13"
+                )
+    return loaded
 
 
 def load_named(
