@@ -200,7 +200,9 @@ def _datasets_from(data_dir: Path | None) -> Iterator[None]:
             return original(path, name, **options)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             what = path if name is None else f"{path} ({name})"
-            raise Refusal(f"dataset {what}: {_why_absent(data_dir, folder, error)}") from error
+            names_files = "data_files" in options
+            why = _first_line(error) if names_files else _why_absent(data_dir, folder, error)
+            raise Refusal(f"dataset {what}: {why}") from error
 
     datasets.load_dataset = load
     datasets.disable_progress_bars()
@@ -238,11 +240,14 @@ def _read_folder(folder: Path, name: str | None, load_dataset: Callable[..., Any
     return load_dataset(readers.pop(), data_files=splits)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
+
+
 def _why_absent(data_dir: Path | None, folder: Path | None, error: Exception) -> str:
-    first = str(error).split("\n")[0]
     if folder is not None:
-        return f"{folder} cannot be read as its data: {first}"
+        return f"{folder} cannot be read as its data: {_first_line(error)}"
     places = "Hugging Face's cache" if data_dir is None else f"{data_dir} or Hugging Face's cache"
     if os.environ.get(_OFFLINE):
         return f"is not in {places}, and the hub is out of reach; put it there with `hf download`, or see --data-dir"
-    return f"is not to be had: {first}"
+    return f"is not to be had: {_first_line(error)}"
