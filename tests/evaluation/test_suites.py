@@ -24,7 +24,7 @@ def folders(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> t
     return root / "hf", root / "data"
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", ["commonsense", "chinese", pytest.param("instruct", marks=pytest.mark.all_faults)])
 def test_a_suite_from_a_folder(
     suite: str, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,11 +60,19 @@ def read_scores(results: dict[str, Any], names: Iterable[str] | None = None) -> 
                     float(value),
                     float(stderr) if isinstance(stderr, int | float) else None,
                     documents or figures.get("sample_len"),
-                    results["n-shot"].get(task),
+                    _shots(task, results),
                     str(results["versions"].get(task, "")),
                 )
             )
     return tuple(found)
+
+
+def _shots(task: str, results: dict[str, Any]) -> int | None:
+    """Of a task, or of all tasks of a group where they are the same."""
+    if task in results["n-shot"]:
+        return results["n-shot"][task]
+    below = {_shots(child, results) for child in results.get("group_subtasks", {}).get(task, [])}
+    return below.pop() if len(below) == 1 else None
 
 
 def of_benchmarks(scores: tuple[Score, ...], benchmarks: tuple[Benchmark, ...]) -> list[Score]:
