@@ -80,8 +80,7 @@ def train(
 ) -> Progress:
     """Train from `start` to the end of the plan, or to a stop that any rank was asked for; the end is saved.
 
-    Collective; `metrics` is given on rank 0 only. Raises `BadNumbers` and `Rollback` on all ranks; a save may be under
-    way then.
+    Collective; `metrics` is rank 0's alone. Raises `BadNumbers` and `Rollback` on all ranks, a save under way or not.
     """
     window = Window(PhaseClock(world.device))
     peak, _ = peak_flops(world.device, next(engine.module.parameters()).dtype)
