@@ -38,8 +38,11 @@ setup(
         "flash": ["flash-attn>=2.7"],
         "fast-prepare": ["gigatoken>=0.10"],
         "mpi": ["mpi4py>=4.0"],
-        "eval": ["lm-eval>=0.4.9"],
-        "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.15", "mpi4py>=4.0", "gigatoken>=0.10"],
+        "eval": ["lm-eval>=0.4.13", "accelerate>=1.0", "datasets>=4.0"],
+        "dev": [
+            *("pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.15", "mpi4py>=4.0", "gigatoken>=0.10"),
+            *("lm-eval>=0.4.13", "accelerate>=1.0", "datasets>=4.0"),
+        ],
     },
     entry_points={"console_scripts": ["tinyllama-ds = tinyllama_ds.cli:main"]},
 )

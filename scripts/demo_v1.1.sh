@@ -15,10 +15,10 @@ pretrain() { # recipe, run, DeepSpeed JSON, further arguments
   tinyllama-ds pretrain --recipe "$1" --run-dir "$demo/$2" --deepspeed-config "$3" --data "$demo/data" "${@:4}"
 }
 
-step "1/7 raw text in the published formats, from the Python installation"
+step "1/9 raw text in the published formats, from the Python installation"
 tinyllama-ds demo-data "$demo/raw" --source "${sources[@]}"
 
-step "2/7 tokenizer and token shards"
+step "2/9 tokenizer and token shards"
 if [[ ! -f $demo/tokenizer.model ]]; then
   tinyllama-ds train-tokenizer --input "${sources[@]/#/$demo/raw/}" --vocab-size 2048 --output "$demo/tokenizer.model"
 fi
@@ -27,10 +27,10 @@ for source in "${sources[@]}"; do
     --output "$demo/data"
 done
 
-step "3/7 the basic stage, and the general variant to its end"
+step "3/9 the basic stage, and the general variant to its end"
 pretrain demo-v1.1 general ds_configs/demo_zero3.json
 
-step "4/7 Math&Code from the end of the basic stage, killed in its second stage"
+step "4/9 Math&Code from the end of the basic stage, killed in its second stage"
 math_code=(tinyllama-ds pretrain --recipe demo-v1.1-math-code --run-dir "$demo/math-code" --data "$demo/data")
 is_saved() { compgen -G "$demo/math-code/checkpoints/step_*" >/dev/null; }
 if ! is_saved; then
@@ -40,14 +40,25 @@ if ! is_saved; then
   wait $! || true
 fi
 
-step "5/7 and resumed on one rank under ZeRO-1"
+step "5/9 and resumed on one rank under ZeRO-1"
 "${math_code[@]}" --deepspeed-config ds_configs/demo_zero1.json --num-gpus 1
 
-step "6/7 Chinese from the end of the basic stage"
+step "6/9 Chinese from the end of the basic stage"
 pretrain demo-v1.1-chinese chinese ds_configs/demo_zero3.json --branch-from "$demo/general"
 
-step "7/7 export to Hugging Face, proven equal"
+step "7/9 export to Hugging Face, proven equal"
 for run in general math-code chinese; do
   if [[ ! -d $demo/hf-$run ]]; then tinyllama-ds export "$demo/$run" "$demo/hf-$run"; fi
+done
+
+step "8/9 scores on a task made of held-out text"
+tinyllama-ds demo-data --tasks "$demo/raw"
+for run in general math-code chinese; do
+  tinyllama-ds evaluate "$demo/$run" --task-file "$demo/raw/tasks/demo_endings.yaml"
+done
+
+step "9/9 a page for each run"
+for run in general math-code chinese; do
+  tinyllama-ds report "$demo/$run" | tail -n 1
 done
 step "done"

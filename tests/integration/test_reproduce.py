@@ -151,6 +151,10 @@ def assert_rehearsed(demo: Path, said: str, basic: int, steps: int) -> None:
         assert last.progress.step == steps
         assert name == "general" or last.run["parent"]["step"] == basic
         assert (demo / f"hf-{name}" / "model.safetensors").is_file()
+        (scores,) = (demo / name / "evaluation").glob("*/tasks.json")
+        assert "demo_endings" in scores.read_text()
+        page = (demo / name / "report.html").read_text()
+        assert all(word in page for word in ("demo_endings", "cooldown"))
     resumed = read_manifest(find_checkpoints(demo / "math-code")[-1])
     assert (resumed.world_size, resumed.zero_stage) == (1, 1)
     (entry,) = json.loads((demo / "math-code" / "run.json").read_text())["history"]

@@ -29,7 +29,11 @@ def _add_demo_data(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="slimpajama and starcoderdata (the default), proof-pile-2, skypile",
     )
-    parser.add_argument("--chat", action="store_true", help="instead, conversations, in OUT/chat")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--chat", action="store_true", help="instead, conversations, in OUT/chat")
+    instead.add_argument(
+        "--tasks", action="store_true", help="instead, a task for evaluate, from the held-out text of OUT/slimpajama"
+    )
     add_json(parser)
 
 
@@ -37,7 +41,11 @@ def _demo_data(options: argparse.Namespace) -> int:
     """Write a raw demo corpus in the published formats, made from the Python installation."""
     from tinyllama_ds.data.demo_chat import SOURCE, make_demo_chat
     from tinyllama_ds.data.demo_corpus import make_demo_corpus
+    from tinyllama_ds.data.demo_tasks import make_demo_task
 
+    if options.tasks:
+        task = make_demo_task(options.output)
+        return print_result(options, {"task_file": str(task)}, f"{task}: a task for evaluate --task-file")
     if options.chat:
         counts = make_demo_chat(options.output)
         return print_result(options, counts, f"{options.output / SOURCE}: {counts or 'already there'}")

@@ -17,6 +17,7 @@ from tinyllama_ds.launch.hostfile import Host, write_filter
 
 PRETRAIN_SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
 MEASURE_SCRIPT = PRETRAIN_SCRIPT.with_name("measure.py")
+EVALUATE_SCRIPT = PRETRAIN_SCRIPT.with_name("evaluate.py")
 ALL_REDUCE_SCRIPT = PRETRAIN_SCRIPT.with_name("all_reduce.py")
 DEFAULT_PORT = 29500  # torch's own
 _ENVIRONMENT_FILE = "deepspeed_env"
@@ -112,7 +113,7 @@ def launcher_command(
     `directory` is where a hostfile of our own lies, for those launchers that know no other way to leave hosts out.
     """
     if not script.is_file():
-        raise Refusal(f"{script}: is missing; pretrain and bench need the checkout, install with pip install -e")
+        raise Refusal(f"{script}: is missing; several ranks need the checkout, install with pip install -e")
     where = _on_hosts(placement, directory) if placement.hosts else ["--num_gpus", str(placement.num_local)]
     where += ["--master_addr", placement.master_address]
     where += ["--master_port", str(placement.master_port or free_port())]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import Block, LlamaForCausalLM
 from tinyllama_ds.training.world import World, choose_interface
 
@@ -28,8 +29,8 @@ def supports_fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def start_process_group(world: World) -> None:
-    """Join the other ranks: NCCL on GPUs, gloo elsewhere."""
+def start_process_group(world: World, timeout: timedelta = _COLLECTIVE_TIMEOUT) -> None:
+    """Join the other ranks: NCCL on GPUs, gloo elsewhere. A collective waits for `timeout`."""
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     choose_interface(world)
@@ -39,10 +40,10 @@ def start_process_group(world: World) -> None:
     if world.device.type == "cpu":
         # Without a list of ops DeepSpeed compiles a shared-memory all-reduce that only inference uses.
         deepspeed.ops.__compatible_ops__ = {}
-        deepspeed.init_distributed("gloo", verbose=False, timeout=_COLLECTIVE_TIMEOUT)
+        deepspeed.init_distributed("gloo", verbose=False, timeout=timeout)
     else:
         torch.cuda.set_device(world.device)
-        deepspeed.init_distributed("nccl", verbose=False, timeout=_COLLECTIVE_TIMEOUT)
+        deepspeed.init_distributed("nccl", verbose=False, timeout=timeout)
 
 
 def check_with_deepspeed(config: dict, path: str) -> None:
@@ -169,3 +170,17 @@ def gather_from_ranks(value: Any) -> list[Any]:
     texts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(texts, padded)
     return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(texts, lengths, strict=True)]
+
+
+def receive_from_main(
+    weights: dict[str, torch.Tensor] | None, dtype: torch.dtype, config: LlamaConfig, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """A model's weights, which rank 0 has and the others (None) get, on the device. Collective."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    received = {}
+    for name, shape in shapes.items():
+        tensor = torch.empty(shape, dtype=dtype, device=device) if weights is None else weights[name].to(device)
+        dist.broadcast(tensor, src=0)
+        received[name] = tensor
+    return received

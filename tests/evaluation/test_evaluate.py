@@ -1,0 +1,102 @@
+"""Scores equal those of lm-eval's own `hf` model on the exported folder: a checkpoint's too, on one rank and on two."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import STEP_TOKENS, pretrain, run, write_deepspeed_config, write_recipe
+from local_tasks import write_tasks
+
+from tinyllama_ds.cli import main
+
+DOCUMENTS = 17  # no multiple of two ranks or of the batch
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_tasks(tmp_path_factory.mktemp("tasks"), DOCUMENTS)
+
+
+@pytest.fixture(scope="module")
+def run_dir(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    recipe = write_recipe(folder / "recipe.toml", steps=20, save_every=20)
+    config = write_deepspeed_config(folder / "ds.json", stage=3, micro_batch=8)
+    finished = pretrain(recipe, config, data_dir, folder / "run", 1)
+    assert finished.returncode == 0, finished.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(run_dir: Path) -> Path:
+    assert main(["export", str(run_dir), str(run_dir.parent / "hf")]) == 0
+    return run_dir.parent / "hf"
+
+
+@pytest.fixture(scope="module")
+def reference(exported: Path, tasks: list[Path]) -> dict[str, Any]:
+    """What lm-eval says of the exported folder, started as its documentation says."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(exported), "dtype": "float32"},
+        tasks=[str(path) for path in tasks],
+        device="cpu",
+        batch_size=4,
+        log_samples=False,
+        task_manager=TaskManager(include_defaults=False),  # its own 14,000 take half a minute to read
+    )
+    assert found is not None
+    return found["results"]
+
+
+def evaluate(model: Path, tasks: list[Path], output: Path, *more: object) -> dict[str, Any]:
+    arguments = ["--task-file", *tasks, "--batch-size", 4, "--output", output, "--device", "cpu", *more]
+    assert main(["evaluate", *map(str, [model, *arguments])]) == 0
+    return json.loads((output / "tasks.json").read_text())
+
+
+def test_a_checkpoint_scores_what_lm_evals_own_model_gives_for_the_exported_folder(
+    run_dir: Path, tasks: list[Path], reference: dict, tmp_path: Path
+) -> None:
+    found = evaluate(run_dir, tasks, tmp_path)
+    assert reference["local_generation"]["digest,none"] > 0
+    assert found["lm_eval"].keys() == reference.keys() == {"local_choice", "local_perplexity", "local_generation"}
+    for task, figures in reference.items():
+        assert found["lm_eval"][task] == json.loads(json.dumps(figures)), task
+    assert found["tokens"] == 20 * STEP_TOKENS
+    assert {"lm-eval", "transformers", "torch", "datasets"} <= found["versions"].keys()
+    by_key = {(score["task"], score["metric"]): score for score in found["scores"]}
+    choice = by_key["local_choice", "acc_norm"]
+    assert (choice["documents"], choice["shots"], choice["version"]) == (DOCUMENTS, 2, "1.5")
+    assert 0 < choice["value"] < 1
+    assert choice["stderr"] > 0
+    assert "local_choice" in (tmp_path / "tasks.md").read_text()
+    assert (tmp_path / "tasks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_ranks_give_the_score_of_one(run_dir: Path, tasks: list[Path], reference: dict, tmp_path: Path) -> None:
+    found = evaluate(run_dir, tasks, tmp_path, "--num-gpus", 2)
+    assert found["settings"]["ranks"] == 2
+    for task, figures in reference.items():
+        for key, value in figures.items():
+            if key.startswith(("acc", "digest")):
+                assert found["lm_eval"][task][key] == value, (task, key)
+            elif isinstance(value, float):  # its last bits depend on what else is in a batch
+                assert found["lm_eval"][task][key] == pytest.approx(value, rel=1e-5), (task, key)
+
+
+@pytest.mark.all_faults
+def test_the_exported_folder_under_torchrun(exported: Path, tasks: list[Path], reference: dict, tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "evaluate.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    arguments = [exported, "--task-file", tasks[0], "--output", tmp_path, "--device", "cpu", "--batch-size", 4]
+    finished = run([*command, *map(str, arguments)])
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads((tmp_path / "tasks.json").read_text())["lm_eval"]["local_choice"]
+    for key in ("acc,none", "acc_norm,none", "acc_stderr,none"):
+        assert found[key] == reference["local_choice"][key]

@@ -1,0 +1,80 @@
+"""The table and the picture of made-up results, beside the published rows."""
+
+import math
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from tinyllama_ds.evaluation.scores import Measured, as_json, as_markdown, average, draw, of_benchmarks, read_scores
+from tinyllama_ds.evaluation.suites import SUITES
+
+COMMONSENSE = SUITES["commonsense"]
+
+
+def results_of(value: float) -> dict:
+    """As lm-eval writes them: every metric under its name and filter, with metrics that are not the published one."""
+    names = [benchmark.task for benchmark in COMMONSENSE]
+    figures = {"acc,none": value / 2, "acc_stderr,none": 0.5, "acc_norm,none": value, "acc_norm_stderr,none": 0.01}
+    only_acc = {"acc,none": value, "acc_stderr,none": 0.01}
+    return {
+        "results": {
+            b.task: {"alias": b.task, "sample_len": 100} | (only_acc if b.metric == "acc" else figures)
+            for b in COMMONSENSE
+        },
+        "n-samples": {name: {"original": 100, "effective": 100} for name in names},
+        "n-shot": dict.fromkeys(names, 0),
+        "versions": dict.fromkeys(names, 1.0),
+    }
+
+
+@pytest.fixture
+def measured() -> Measured:
+    scores = read_scores(results_of(0.5))
+    return Measured("runs/v1", 503_000_000_000, "commonsense", scores, {"decoding": "greedy"}, {"lm-eval": "1.2.3"})
+
+
+def test_benchmarks_are_scored_by_their_published_metric_in_percent(measured: Measured) -> None:
+    ours = of_benchmarks(measured.scores, COMMONSENSE)
+    assert [score.metric for score in ours] == [benchmark.metric for benchmark in COMMONSENSE]
+    assert [(score.value, score.stderr) for score in ours] == [(50.0, 1.0)] * 7
+    assert average(ours) == (50.0, pytest.approx(math.sqrt(7) / 7))
+
+
+def test_the_table_has_our_row_errors_published_rows_and_marked_misprints(measured: Measured) -> None:
+    text = as_markdown(measured, COMMONSENSE)
+    lines = text.splitlines()
+    assert "| model | tokens | HellaSwag | OpenBookQA | WinoGrande | ARC-c | ARC-e | BoolQ | PIQA | average |" in lines
+    ours = next(line for line in lines if "**this model**" in line)
+    assert ours.count("**50.00 ± 1.00**") == 7
+    assert "503B" in ours
+    assert "| **TinyLlama, 240k steps**, as many tokens | 503B | 49.56 |" in text
+    assert "| TinyLlama v1.0 [3] | 3T | 59.20 | 36.00 | 59.12 | 30.12 | 55.25 | 57.83 | 73.29 | 52.97 |" in lines
+    assert "[3] all sources print 52.99" in text
+    assert "[1] the paper prints 57.83 for BoolQ" in text
+    assert "lm-eval 1.2.3" in text
+    assert "arc_challenge (version 1.0, 0-shot, acc_norm)" in text
+
+
+def test_json_holds_everything(measured: Measured) -> None:
+    found = as_json(measured, COMMONSENSE, results_of(0.5))
+    assert found["average"]["value"] == 50.0
+    assert found["percent"][0]["benchmark"] == "HellaSwag"
+    assert found["published"][-1]["model"] == "TinyLlama v1.1 Chinese"
+    assert found["lm_eval"]["hellaswag"]["acc,none"] == 0.25
+
+
+def test_the_picture_is_drawn(measured: Measured, tmp_path: Path) -> None:
+    draw(measured, COMMONSENSE, tmp_path / "suite.png")
+    own = Measured("model", None, None, measured.scores, {}, {})
+    draw(own, (), tmp_path / "own.png")
+    for name in ("suite.png", "own.png"):
+        assert matplotlib.image.imread(tmp_path / name).std() > 0.05
+
+
+def test_a_single_document_has_no_error() -> None:
+    results = results_of(1.0)
+    results["results"]["hellaswag"]["acc_norm_stderr,none"] = "N/A"
+    ours = of_benchmarks(read_scores(results), COMMONSENSE)
+    assert ours[0].stderr is None
+    assert average(ours) == (100.0, None)

@@ -1,0 +1,131 @@
+"""Which tasks load, from which data, and what is refused in one sentence before a model is touched."""
+
+import json
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+from local_tasks import write_tasks
+
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.evaluation import tasks
+from tinyllama_ds.evaluation.suites import SUITES
+from tinyllama_ds.evaluation.tasks import load_named, load_suite
+
+PIQA = [{"goal": f"goal {n}", "sol1": "one way", "sol2": "another", "label": n % 2} for n in range(6)]
+WAYS = ("jsonl", "parquet", "save_to_disk", "config")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a compute node: an empty cache and no hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_published_task_reads_local_data(way: str, tmp_path: Path) -> None:
+    """Files by split with the owner and without, what datasets saves, and a folder for each config."""
+    folder = tmp_path / "data" / ("piqa" if way == "jsonl" else "baber/piqa")
+    folder.mkdir(parents=True)
+    data = datasets.Dataset.from_list(PIQA)
+    if way == "save_to_disk":
+        datasets.DatasetDict(train=data, validation=data).save_to_disk(folder)
+    else:
+        for split in ("train", "validation"):
+            if way == "parquet":
+                data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+            else:
+                (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, PIQA)))
+    loaded = load_named(["piqa"], tmp_path / "data", None, shots=None)
+    task = loaded["tasks"]["piqa"]
+    assert [document["goal"] for document in task.validation_docs()] == [row["goal"] for row in PIQA]
+    assert task.config.num_fewshot == 0
+
+
+def test_a_suite_takes_the_folder_of_each_config_and_the_published_shots(tmp_path: Path) -> None:
+    for config in ("ARC-Easy", "ARC-Challenge"):
+        folder = tmp_path / "allenai/ai2_arc" / config
+        folder.mkdir(parents=True)
+        row = {"id": config, "question": config, "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+        for split in ("train", "validation", "test"):
+            (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    chosen = tuple(benchmark for benchmark in SUITES["commonsense"] if benchmark.task.startswith("arc"))
+    loaded = load_suite(chosen, tmp_path, None)
+    assert {name: task.test_docs()[0]["question"] for name, task in loaded["tasks"].items()} == {
+        "arc_challenge": "ARC-Challenge",
+        "arc_easy": "ARC-Easy",
+    }
+
+
+def test_a_task_without_its_data_is_refused_at_once(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(
+        Refusal, match=r"dataset Rowan/hellaswag: is not in Hugging Face's cache, and the hub is out of"
+    ):
+        load_suite(SUITES["commonsense"], None, None)
+    (tmp_path / "local").mkdir()
+    with pytest.raises(Refusal, match=r"dataset baber/piqa: is not in .*local or Hugging Face's cache"):
+        load_named(["piqa"], tmp_path / "local", None, None)
+    assert time.monotonic() - started < 100  # datasets alone retries for minutes where a hub does not answer
+
+
+def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
+    choice, *_ = write_tasks(tmp_path, 3)
+    samples = tmp_path / "samples.yaml"
+    samples.write_text(choice.with_name("generation.yaml").read_text().replace("do_sample: false", "do_sample: true"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("task: [")
+    unsafe = tmp_path / "unsafe.yaml"
+    unsafe.write_text(choice.read_text() + "unsafe_code: true\n")
+    for name, sentence in (
+        (str(tmp_path / "absent.yaml"), "absent.yaml: is missing"),
+        (str(broken), "broken.yaml: is not a task file of lm-eval"),
+        (str(samples), "task local_generation samples"),
+        (str(unsafe), "task local_choice runs code that the model has written"),
+        ("humaneval", "expected --allow-code-execution"),
+    ):
+        with pytest.raises(Refusal, match=sentence):
+            load_named([name], None, None, None)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"other": 1}\n')
+    with pytest.raises(Refusal, match=r"task .*choice.yaml does not load: "):
+        load_named([str(choice)], None, None, None)
+    data.unlink()
+    with pytest.raises(Refusal, match=r"dataset json: .*data.jsonl"):
+        load_named([str(choice)], None, None, None)
+
+
+def test_an_absent_lm_eval_is_named_with_the_way_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    with pytest.raises(
+        Refusal, match=r"evaluate needs lm_eval, which is not installed; pip install tinyllama_ds\[eval\]"
+    ):
+        tasks.require_lm_eval()
+
+
+def test_a_hub_out_of_reach_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    tasks.stay_off_the_hub_where_it_is_out_of_reach()
+    assert tasks.os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nowhere", "--suite", "commonsense"), "nowhere: is missing; expected a checkpoint"),
+        ((".", "--suite", "common"), "suite 'common' is unknown; choose commonsense, instruct, chinese"),
+        ((".", "--tasks", "piqa", "--batch-size", "0"), "--batch-size 0: expected 1 or more"),
+        ((".", "--suite", "instruct", "--shots", "3"), "--shots is for --tasks and --task-file"),
+    ],
+)
+def test_wrong_options_are_refused(arguments: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture) -> None:
+    from tinyllama_ds.cli import main
+
+    assert main(["evaluate", *arguments, "--device", "cpu"]) == 78
+    assert sentence in capsys.readouterr().err

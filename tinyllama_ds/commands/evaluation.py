@@ -1,0 +1,275 @@
+"""The command that scores a model on tasks."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllama_ds.commands.printing import add_json, print_result
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, Refusal
+
+if TYPE_CHECKING:
+    from tinyllama_ds.evaluation.harness import Ranks
+    from tinyllama_ds.evaluation.scores import Measured
+    from tinyllama_ds.evaluation.suites import Benchmark
+    from tinyllama_ds.training.world import World
+
+_PACKAGES = ("lm-eval", "transformers", "torch", "datasets", "tokenizers")
+_COLLECTIVE_TIMEOUT = timedelta(days=1)  # a rank with shorter texts waits for the others; a dead one ends them all
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, which tasks, and how; for `scripts/evaluate.py` too."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--suite", help="commonsense, instruct or chinese: TinyLlama's published ones")
+    what.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-eval")
+    what.add_argument("--task-file", nargs="+", metavar="YAML", help="task files of your own, in lm-eval's format")
+    parser.add_argument("--shots", type=int, metavar="N", help="examples in the prompt (default: the task's own)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task, to try it out")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="datasets on disk; the hub is left alone")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="B", help="per rank (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of weights and arithmetic (default: %(default)s, as for the published scores)",
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine (default: its GPUs, else 1)")
+    parser.add_argument(
+        "--allow-code-execution", action="store_true", help="HumanEval: run what the model writes, in a sandbox"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/evaluation/STEP, or evaluation/MODEL")
+    add_json(parser)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    """Score a model on tasks of lm-eval, beside TinyLlama's published scores."""
+    prepare(options)
+    from tinyllama_ds.training.world import read_world
+
+    world = read_world()
+    ranks = _wanted_ranks(options) if world.size == 1 else 1
+    return evaluate_on_rank(options, world) if ranks == 1 else _start_ranks(ranks, options)
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Check the options, and decide whether there is a hub, before anything of Hugging Face is imported."""
+    from tinyllama_ds.evaluation.tasks import require_lm_eval, stay_off_the_hub_where_it_is_out_of_reach
+
+    _refuse_nonsense(options)
+    require_lm_eval()
+    if options.data_dir is not None:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    stay_off_the_hub_where_it_is_out_of_reach()
+
+
+def _refuse_nonsense(options: argparse.Namespace) -> None:
+    for name in ("batch_size", "limit", "num_gpus"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise Refusal(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    if options.shots is not None and (options.suite or options.shots < 0):
+        raise Refusal("--shots is for --tasks and --task-file, and 0 or more; a suite has those of the published table")
+    if not options.model.exists():
+        raise Refusal(f"{options.model}: is missing; expected a checkpoint, a run directory or a Hugging Face folder")
+
+
+def _wanted_ranks(options: argparse.Namespace) -> int:
+    import torch
+
+    from tinyllama_ds.commands.placement import local_placement
+
+    if options.num_gpus is None and (options.device == "cpu" or not torch.cuda.is_available()):
+        return 1
+    return local_placement(options.num_gpus).world_size
+
+
+def _start_ranks(ranks: int, options: argparse.Namespace) -> int:
+    """This command again on every rank, under the deepspeed launcher."""
+    from tinyllama_ds.commands.placement import local_placement
+    from tinyllama_ds.launch.launcher import EVALUATE_SCRIPT, launcher_command, launcher_environment
+
+    placement = local_placement(ranks)
+    command = launcher_command(placement, arguments_of(options), EVALUATE_SCRIPT)
+    return subprocess.run(command, env=launcher_environment(placement), check=False).returncode
+
+
+def arguments_of(options: argparse.Namespace) -> list[str]:
+    """The command line of these options, for `scripts/evaluate.py`."""
+    arguments = [str(options.model)]
+    for name in (
+        "suite",
+        "tasks",
+        "task_file",
+        "shots",
+        "limit",
+        "data_dir",
+        "batch_size",
+        "dtype",
+        "device",
+        "output",
+    ):
+        value = getattr(options, name)
+        if value is not None:
+            arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    flags = {"--allow-code-execution": options.allow_code_execution, "--json": options.json}
+    return arguments + [flag for flag, is_set in flags.items() if is_set]
+
+
+def evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
+    """What every rank does. A refusal is printed once, by rank 0. Collective."""
+    import torch
+
+    if options.device == "cpu":
+        world = replace(world, device=torch.device("cpu"))
+    elif options.device == "cuda" and world.device.type != "cuda":
+        raise Refusal("--device cuda: this machine has no GPU that PyTorch sees")
+    try:
+        return _evaluate_on_rank(options, world)
+    except Refusal:
+        if world.is_main:
+            raise
+        return EXIT_REFUSED
+
+
+def _evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
+    from tinyllama_ds.evaluation.harness import evaluate, language_model
+    from tinyllama_ds.evaluation.scores import Measured, read_scores
+    from tinyllama_ds.evaluation.suites import suite_named
+
+    if not world.is_main:
+        os.environ["TQDM_DISABLE"] = "1"
+    benchmarks = suite_named(options.suite) if options.suite else ()
+    where = _output_folder(options)
+    ranks = _join(world)
+    tasks = _load_tasks(options, benchmarks, world)
+    model, tokenizer, tokens = _load_model(options, world)
+    results = evaluate(language_model(model, tokenizer, options.batch_size), tasks, ranks, options.limit)
+    if not world.is_main:
+        return EXIT_FINISHED
+    versions = {package: version(package) for package in _PACKAGES}
+    names = {benchmark.task for benchmark in benchmarks} or None
+    scores = read_scores(results, names)
+    measured = Measured(str(options.model), tokens, options.suite, scores, _settings(options, world), versions)
+    return _write(options, measured, benchmarks, results, where)
+
+
+def _join(world: "World") -> "Ranks":
+    from tinyllama_ds.evaluation.harness import Ranks
+    from tinyllama_ds.training.engine import gather_from_ranks, start_process_group
+
+    if world.size == 1:
+        return Ranks()
+    start_process_group(world, _COLLECTIVE_TIMEOUT)
+    return Ranks(world.rank, world.size, gather_from_ranks)
+
+
+def _load_tasks(options: argparse.Namespace, benchmarks: "tuple[Benchmark, ...]", world: "World") -> dict[str, Any]:
+    from tinyllama_ds.evaluation.sandbox import open_sandbox
+    from tinyllama_ds.evaluation.suites import HUMANEVAL
+    from tinyllama_ds.evaluation.tasks import load_named, load_suite
+
+    names = options.task_file or (options.tasks or "").split(",")
+    chosen = [benchmark.task for benchmark in benchmarks] or names
+    passes: Callable[[str], bool] | None = None
+    if options.allow_code_execution and HUMANEVAL in chosen:
+        # Every rank has all completions; one of them runs them.
+        passes = open_sandbox().passes if world.is_main else lambda program: False
+    if benchmarks:
+        return load_suite(benchmarks, options.data_dir, passes)
+    return load_named(names, options.data_dir, passes, options.shots)
+
+
+def _load_model(options: argparse.Namespace, world: "World") -> tuple[Any, Any, int | None]:
+    """transformers' model and tokenizer, and the tokens that it was trained on, where that is known."""
+    import torch
+    import transformers
+
+    dtype = getattr(torch, options.dtype)
+    transformers.utils.logging.disable_progress_bar()
+    if not (options.model / "config.json").is_file():
+        return _load_checkpoint(options.model, dtype, world)
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(options.model)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise Refusal(f"{options.model}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    return model.eval().to(world.device), tokenizer, None
+
+
+def _load_checkpoint(path: Path, dtype: Any, world: "World") -> tuple[Any, Any, int]:
+    """Rank 0 puts the weights of all shards together and sends them on: once in memory, not once per rank."""
+    import torch
+
+    from tinyllama_ds.convert import hf_model, hf_tokenizer
+    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+    from tinyllama_ds.model.config import LlamaConfig
+    from tinyllama_ds.training.checkpoint import consolidated_weights, read_manifest, resolve_checkpoint
+    from tinyllama_ds.training.engine import receive_from_main
+
+    checkpoint = resolve_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    config = LlamaConfig(**manifest.model)
+    tokenizer = Tokenizer(checkpoint.parents[1] / TOKENIZER_FILE)
+    weights = consolidated_weights(checkpoint)[1] if world.is_main else None
+    if world.size > 1:
+        weights = receive_from_main(weights, getattr(torch, manifest.dtype), config, world.device)
+    assert weights is not None  # rank 0 has them, the others have received them
+    model = hf_model({name: tensor.to(dtype) for name, tensor in weights.items()}, config)
+    return model.to(world.device), hf_tokenizer(tokenizer, config.max_position_embeddings), manifest.progress.tokens
+
+
+def _settings(options: argparse.Namespace, world: "World") -> dict[str, Any]:
+    settings = {
+        "decoding": "greedy",
+        "dtype": options.dtype,
+        "batch size": options.batch_size,
+        "ranks": world.size,
+        "device": world.device.type,
+        "seeds": "0, 1234, 1234, 1234",
+    }
+    if options.limit:
+        settings["limit"] = f"first {options.limit} documents of each task only"
+    return settings
+
+
+def _output_folder(options: argparse.Namespace) -> Path:
+    if options.output is not None:
+        return options.output
+    if (options.model / "config.json").is_file():
+        return Path("evaluation") / options.model.resolve().name
+    from tinyllama_ds.training.checkpoint import resolve_checkpoint
+
+    checkpoint = resolve_checkpoint(options.model).resolve()
+    return checkpoint.parents[1] / "evaluation" / checkpoint.name
+
+
+def _write(
+    options: argparse.Namespace,
+    measured: "Measured",
+    benchmarks: "tuple[Benchmark, ...]",
+    results: dict[str, Any],
+    where: Path,
+) -> int:
+    from tinyllama_ds.evaluation.scores import as_json, as_markdown, draw
+
+    stem = options.suite or "tasks"
+    where.mkdir(parents=True, exist_ok=True)
+    text, found = as_markdown(measured, benchmarks), as_json(measured, benchmarks, results)
+    (where / f"{stem}.md").write_text(text, encoding="utf-8")
+    (where / f"{stem}.json").write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
+    draw(measured, benchmarks, where / f"{stem}.png")
+    sys.stderr.flush()
+    return print_result(options, found, f"{text}\n{where / stem}.md, .json and .png")
+
+
+COMMANDS = (("evaluate", add_evaluate_arguments, _evaluate),)

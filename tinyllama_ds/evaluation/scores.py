@@ -1,0 +1,246 @@
+"""Scores beside the published ones: as a table, as JSON and as a picture."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from tinyllama_ds.evaluation.published import PUBLISHED, PublishedRow, nearest_checkpoint
+from tinyllama_ds.evaluation.suites import Benchmark
+
+_INSTRUCT_EVAL = (
+    "The published rows of this suite come from InstructEval, whose prompts differ from lm-eval's and whose DROP counts"
+    " questions with one answer by their first words (here: F1): compare them with care."
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task or group."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None  # None where there is none, as with a single document
+    documents: int | None
+    shots: int | None
+    version: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that an evaluation found, and how."""
+
+    model: str
+    tokens: int | None  # trained on, where it is known
+    suite: str | None  # None for tasks of the user's choice
+    scores: tuple[Score, ...]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+def read_scores(results: dict[str, Any], names: Iterable[str] | None = None) -> tuple[Score, ...]:
+    """Every metric in lm-eval's results, of all that was scored or of the tasks named."""
+    found = []
+    for task, figures in results["results"].items():
+        if names is not None and task not in names:
+            continue
+        documents = results["n-samples"].get(task, {}).get("effective")
+        for key, value in figures.items():
+            metric, _, filtered = key.partition(",")
+            if not isinstance(value, int | float) or not filtered or metric.endswith("_stderr"):
+                continue
+            stderr = figures.get(f"{metric}_stderr,{filtered}")
+            found.append(
+                Score(
+                    task,
+                    metric if filtered in ("none", "create_test") else f"{metric}, {filtered}",
+                    float(value),
+                    float(stderr) if isinstance(stderr, int | float) else None,
+                    documents or figures.get("sample_len"),
+                    _shots(task, results),
+                    str(results["versions"].get(task, "")),
+                )
+            )
+    return tuple(found)
+
+
+def _shots(task: str, results: dict[str, Any]) -> int | None:
+    """Of a task, or of all tasks of a group where they are the same."""
+    if task in results["n-shot"]:
+        return results["n-shot"][task]
+    below = {_shots(child, results) for child in results.get("group_subtasks", {}).get(task, [])}
+    return below.pop() if len(below) == 1 else None
+
+
+def of_benchmarks(scores: tuple[Score, ...], benchmarks: tuple[Benchmark, ...]) -> list[Score]:
+    """The score of each benchmark by its published metric, in percent, in the published order."""
+    by_key = {(score.task, score.metric): score for score in scores}
+    chosen = [by_key[benchmark.task, benchmark.metric] for benchmark in benchmarks]
+    return [
+        Score(**asdict(score) | {"value": 100 * score.value, "stderr": score.stderr and 100 * score.stderr})
+        for score in chosen
+    ]
+
+
+def average(scores: list[Score]) -> tuple[float, float | None]:
+    """Mean of the benchmarks and its standard error, the benchmarks taken as independent."""
+    errors = [score.stderr for score in scores]
+    mean = sum(score.value for score in scores) / len(scores)
+    known = [error for error in errors if error is not None]
+    return mean, sqrt(sum(error**2 for error in known)) / len(scores) if len(known) == len(errors) else None
+
+
+def as_markdown(measured: Measured, benchmarks: tuple[Benchmark, ...]) -> str:
+    """The table, what is misprinted in the sources, and how it was measured."""
+    body = _suite_table(measured, benchmarks) if measured.suite else _task_table(measured.scores)
+    settings = ", ".join(f"{name} {value}" for name, value in measured.settings.items())
+    versions = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
+    return f"# {measured.model}\n\n{body}\n\nHow: {settings}.\n\nVersions: {versions}.\n"
+
+
+def _task_table(scores: tuple[Score, ...]) -> str:
+    lines = ["| task | metric | score | version | shots | documents |", "| --- | --- | ---: | --- | ---: | ---: |"]
+    for score in scores:
+        figure = _with_error(score.value, score.stderr, 4)
+        documents = "" if score.documents is None else f"{score.documents:,}"
+        lines.append(f"| {score.task} | {score.metric} | {figure} | {score.version} | {score.shots} | {documents} |")
+    return "\n".join(lines)
+
+
+def _suite_table(measured: Measured, benchmarks: tuple[Benchmark, ...]) -> str:
+    assert measured.suite is not None
+    rows = PUBLISHED[measured.suite]
+    near = nearest_checkpoint(measured.suite, measured.tokens) if measured.tokens else None
+    lines = [
+        "| model | tokens | " + " | ".join(benchmark.title for benchmark in benchmarks) + " | average |",
+        "| --- | ---: |" + " ---: |" * (len(benchmarks) + 1),
+    ]
+    notes = []
+    for row in rows:
+        mark = ""
+        if row.misprint:
+            notes.append(row.misprint)
+            mark = f" [{len(notes)}]"
+        name = f"**{row.model}**, as many tokens" if row is near else row.model
+        cells = " | ".join(f"{score:.2f}" for score in row.scores)
+        lines.append(f"| {name}{mark} | {_tokens(row.tokens)} | {cells} | {row.average:.2f} |")
+    ours = of_benchmarks(measured.scores, benchmarks)
+    cells = " | ".join(f"**{_with_error(score.value, score.stderr)}**" for score in ours)
+    mean = _with_error(*average(ours))
+    lines.append(f"| **this model** | {_tokens(measured.tokens)} | {cells} | **{mean}** |")
+    lines += ["", "In percent, ± one standard error. The averages are computed from the scores."]
+    lines += ["", *(f"[{number}] {note}  " for number, note in enumerate(notes, start=1))]
+    if measured.suite == "instruct":
+        lines += ["", _INSTRUCT_EVAL]
+    lines += ["", "Tasks: " + ", ".join(_task_words(score) for score in ours) + "."]
+    return "\n".join(lines)
+
+
+def _task_words(score: Score) -> str:
+    return f"{score.task} (version {score.version or 'unknown'}, {score.shots or 0}-shot, {score.metric})"
+
+
+def _with_error(value: float, stderr: float | None, digits: int = 2) -> str:
+    return f"{value:.{digits}f}" if stderr is None else f"{value:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def _tokens(count: float | None) -> str:
+    if count is None:
+        return ""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:.0f}"
+
+
+def as_json(measured: Measured, benchmarks: tuple[Benchmark, ...], results: dict[str, Any]) -> dict[str, Any]:
+    """Everything: the scores in percent where they stand beside published ones, and lm-eval's own results."""
+    found: dict[str, Any] = asdict(measured) | {"lm_eval": json.loads(json.dumps(results["results"], default=str))}
+    if measured.suite:
+        ours = of_benchmarks(measured.scores, benchmarks)
+        mean, stderr = average(ours)
+        found |= {
+            "percent": [{"benchmark": b.title} | asdict(s) for b, s in zip(benchmarks, ours, strict=True)],
+            "average": {"value": mean, "stderr": stderr},
+            "published": [asdict(row) | {"average": row.average} for row in PUBLISHED[measured.suite]],
+        }
+    return found
+
+
+def draw(measured: Measured, benchmarks: tuple[Benchmark, ...], output: Path) -> None:
+    """One panel for each benchmark: published scores as dots, ours with its standard error, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if measured.suite:
+        figure = _draw_suite(plt, measured, measured.suite, benchmarks)
+    else:
+        figure = _draw_tasks(plt, measured.scores)
+    has_near = measured.suite and measured.tokens and nearest_checkpoint(measured.suite, measured.tokens)
+    figure.suptitle(f"{measured.model}{', orange: TinyLlama at as many tokens' if has_near else ''}")
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def _draw_suite(plt: Any, measured: Measured, suite: str, benchmarks: tuple[Benchmark, ...]) -> Any:
+    rows = PUBLISHED[suite]
+    ours = of_benchmarks(measured.scores, benchmarks)
+    near = nearest_checkpoint(suite, measured.tokens) if measured.tokens else None
+    names = [*(_label(row.model, row.tokens) for row in rows), _label("this model", measured.tokens)]
+    panels = len(benchmarks) + 1
+    figure, axes = plt.subplots(
+        1, panels, figsize=(3.2 + 1.55 * panels, 1.6 + 0.3 * len(names)), sharey=True, layout="constrained"
+    )
+    values = [*((score.value, score.stderr) for score in ours), average(ours)]
+    titles = [*(benchmark.title for benchmark in benchmarks), "average"]
+    for number, (axis, title, (value, stderr)) in enumerate(zip(axes, titles, values, strict=True)):
+        published = [row.scores[number] if number < len(benchmarks) else row.average for row in rows]
+        colours = [_colour(row, near) for row in rows]
+        axis.axvspan(value - (stderr or 0), value + (stderr or 0), color="tab:red", alpha=0.15, linewidth=0)
+        axis.axvline(value, color="tab:red", linewidth=1)
+        axis.scatter(published, range(len(rows)), c=colours, s=22, zorder=2)
+        axis.errorbar(value, len(rows), xerr=stderr, color="tab:red", marker="D", markersize=5, capsize=2)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("%")
+        axis.margins(x=0.12)
+        axis.grid(axis="y", alpha=0.2)
+        axis.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].get_yticklabels()[-1].set(color="tab:red", fontweight="bold")
+    axes[0].invert_yaxis()
+    return figure
+
+
+def _label(model: str, tokens: float | None) -> str:
+    return f"{model} ({_tokens(tokens)})" if tokens else model
+
+
+def _colour(row: PublishedRow, near: PublishedRow | None) -> str:
+    if row is near:
+        return "tab:orange"
+    return "tab:blue" if row.model.startswith("TinyLlama") else "tab:gray"
+
+
+def _draw_tasks(plt: Any, scores: tuple[Score, ...]) -> Any:
+    """Metrics have scales of their own, so each has its panel."""
+    metrics = list(dict.fromkeys(score.metric for score in scores))
+    figure, axes = plt.subplots(
+        len(metrics), 1, figsize=(8, 1.2 + 0.4 * len(scores) + 0.7 * len(metrics)), layout="constrained", squeeze=False
+    )
+    for axis, metric in zip(axes[:, 0], metrics, strict=True):
+        chosen = [score for score in scores if score.metric == metric]
+        for height, score in enumerate(chosen):
+            axis.errorbar(score.value, height, xerr=score.stderr, color="tab:red", marker="D", markersize=5, capsize=2)
+        axis.set_yticks(range(len(chosen)), [score.task for score in chosen])
+        axis.set_ylim(len(chosen) - 0.5, -0.5)
+        axis.set_xlabel(metric)
+        axis.margins(x=0.2)
+        if all(0 <= score.value <= 1 for score in chosen):
+            axis.set_xlim(-0.02, 1.02)
+        axis.grid(alpha=0.3)
+    return figure
