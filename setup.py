@@ -23,6 +23,8 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.0",
         "tokenizers>=0.22",
+        "safetensors>=0.4.3",
+        "huggingface-hub>=1.0",
         "sentencepiece>=0.2.1",
         "numpy>=1.26",
         "psutil>=5.9",

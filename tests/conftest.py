@@ -18,11 +18,14 @@ layer attention head query key value rope cosine sine floor peak data order seed
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-faults", action="store_true", help="every fault case, not only the fast part")
+    parser.addoption("--slow", action="store_true", help="models of their real size too")
     parser.addoption("--hosts", action="store_true", help="the whole multi-host suite, not only its fast part")
+    parser.addoption("--rehearsal", action="store_true", help="docs/reproduce.md in small, and the rehearsal of v1.1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = {marker for marker in ("all_faults", "hosts") if not config.getoption(f"--{marker.replace('_', '-')}")}
+    flags = {"all_faults": "--all-faults", "hosts": "--hosts", "rehearsal": "--rehearsal", "slow_models": "--slow"}
+    left_out = {marker for marker, flag in flags.items() if not config.getoption(flag)}
     chosen = [item for item in items if not left_out & {marker.name for marker in item.iter_markers()}]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen

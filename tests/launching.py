@@ -9,7 +9,7 @@ from pathlib import Path
 SEQUENCE_LENGTH = 32
 BATCH = 8  # sequences per optimizer step
 STEP_TOKENS = SEQUENCE_LENGTH * BATCH
-TIMEOUT = 180
+TIMEOUT = 600  # a machine may be busy
 
 Finished = subprocess.CompletedProcess[str]
 
@@ -85,10 +85,10 @@ def tinyllama_ds(*arguments: object) -> Finished:
     return run([sys.executable, "-m", "tinyllama_ds.cli", *map(str, arguments)])
 
 
-def run(command: list[str], **environment: str) -> Finished:
+def run(command: list[str], timeout: float = TIMEOUT, **environment: str) -> Finished:
     """A command with its output captured."""
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | environment, check=False
+        command, capture_output=True, text=True, timeout=timeout, env=os.environ | environment, check=False
     )
 
 

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from tinyllama_ds.deepspeed_config import load_deepspeed_config
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.plan import RunPlan
 from tinyllama_ds.recipe import RECIPE_DIRECTORY, GuardSettings, load_recipe
+from tinyllama_ds.training.schedule import make_schedule
 
 SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
 VALID = """
@@ -36,23 +38,80 @@ def test_shipped_recipes_load_and_fit_their_model(name: str) -> None:
     assert RunPlan(recipe).total_tokens >= sum(stage.tokens for stage in recipe.stages)
 
 
+PUBLISHED = sorted(name for name in SHIPPED if name.startswith("tinyllama-v1"))
+VARIANTS = {
+    "tinyllama-v1.1": {"slimpajama": 1.0},
+    "tinyllama-v1.1-math-code": {"slimpajama": 0.75, "starcoderdata": 0.15, "proof-pile-2": 0.1},
+    "tinyllama-v1.1-chinese": {"slimpajama": 0.5, "skypile": 0.5},
+}
+ZERO3 = RECIPE_DIRECTORY.parents[1] / "ds_configs" / "zero3.json"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_share_model_context_and_seed(name: str) -> None:
+    recipe = load_recipe(name)
+    assert MODEL_SIZES[recipe.model].num_parameters == 1_100_048_384
+    assert (recipe.sequence_length, recipe.seed, recipe.document_mask) == (2048, 3407, False)
+
+
 def test_tinyllama_v1_has_the_published_numbers() -> None:
+    """pretrain/tinyllama.py of TinyLlama's repository, and its README."""
     recipe = load_recipe("tinyllama-v1")
     plan = RunPlan(recipe)
+    assert plan.first_batch_tokens == 2_097_152
     assert plan.stages[0].batch == 1024
-    assert plan.total_steps == 1_430_512
+    assert plan.total_steps == 1_430_512 == 2 * 715_256
+    assert plan.total_tokens == 3_000_001_101_824
     assert recipe.stages[0].weights == {"slimpajama": 0.693584, "starcoderdata": 0.306416}
-    assert recipe.seed == 3407
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("tinyllama-v1.1")])
-def test_tinyllama_v1_1_has_the_published_stages(name: str) -> None:
+@pytest.mark.parametrize(("name", "shares"), VARIANTS.items())
+def test_tinyllama_v1_1_has_the_published_stages(name: str, shares: dict[str, float]) -> None:
+    """The paper's section 2.5 and appendix; 896 sequences are our reading of "about 1.8M tokens"."""
     recipe = load_recipe(name)
+    plan = RunPlan(recipe)
     assert [stage.tokens for stage in recipe.stages] == [1_500 * 10**9, 350 * 10**9, 150 * 10**9]
-    assert [stage.batch for stage in RunPlan(recipe).stages] == [896, 896, 4 * 896]
+    assert [stage.global_batch_tokens for stage in recipe.stages] == [1_835_008, 1_835_008, 7_340_032]
     assert [stage.ramp_tokens for stage in recipe.stages] == [0, 0 if name == "tinyllama-v1.1" else 6 * 10**9, 0]
-    assert recipe.stages[0].weights == {"slimpajama": 1.0}
-    assert all(sum(stage.weights.values()) == pytest.approx(1) for stage in recipe.stages)
+    assert [stage.weights for stage in recipe.stages] == [{"slimpajama": 1.0}, shares, shares]
+    assert [stage.steps for stage in plan.stages] == [817_436, 190_735, 20_436]
+    assert all(stage.batch % 64 == 0 for stage in plan.stages), "16 nodes of 4 GPUs"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_learning_rate_is_one_cosine_over_all_tokens(name: str) -> None:
+    plan = RunPlan(load_recipe(name))
+    config = load_deepspeed_config(ZERO3)
+    schedule, params = make_schedule(config, ZERO3, plan), config["optimizer"]["params"]
+    peak = params["lr"]
+    assert (peak, params["betas"], params["weight_decay"], config["gradient_clipping"]) == (4e-4, [0.9, 0.95], 0.1, 1.0)
+    assert peak * schedule.ratio(2000 * plan.first_batch_tokens) == pytest.approx(4e-4, rel=1e-12)
+    assert peak * schedule.ratio(1000 * plan.first_batch_tokens) == pytest.approx(2e-4, rel=1e-12)
+    assert peak * schedule.ratio(plan.total_tokens) == pytest.approx(4e-5, rel=1e-12)
+    if name != "tinyllama-v1":
+        assert peak * schedule.ratio(1_500 * 10**9) == pytest.approx(9.27e-5, rel=0.01)
+        assert peak * schedule.ratio(1_850 * 10**9) == pytest.approx(4.50e-5, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "shares"), VARIANTS.items())
+def test_the_rehearsal_has_the_stages_of_v1_1_in_proportion(name: str, shares: dict[str, float]) -> None:
+    small, large = (load_recipe(which) for which in (name.replace("tinyllama", "demo"), name))
+    total = sum(stage.tokens for stage in small.stages)
+    for ours, published in zip(small.stages, large.stages, strict=True):
+        assert ours.name == published.name
+        assert ours.tokens / total == published.tokens / 2e12
+        assert ours.global_batch_tokens / 2048 == published.global_batch_tokens / 1_835_008
+        assert ours.weights == published.weights
+        assert bool(ours.ramp_tokens) == bool(published.ramp_tokens)
+
+
+def test_the_code_model_has_the_published_numbers() -> None:
+    recipe = load_recipe("tinyllama-python-8k")
+    plan = RunPlan(recipe)
+    assert (plan.stages[0].batch, recipe.sequence_length) == (360, 8192)
+    assert plan.total_tokens == pytest.approx(7e9, rel=1e-3)
+    assert MODEL_SIZES[recipe.model].rope_scaling_factor == 4
+    assert MODEL_SIZES[recipe.model].num_parameters == MODEL_SIZES["tinyllama-1.1b"].num_parameters
 
 
 RAMP = """

@@ -1,19 +1,23 @@
 """Our weights to a Hugging Face folder, proven equal before it appears."""
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tinyllama_ds.data.chat import CHAT_TEMPLATE, conversation_ids, prompt_ids
 from tinyllama_ds.data.encoding import ranked_merges
-from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
+from tinyllama_ds.data.sources import Message
+from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM
 from tinyllama_ds.model.probe import TOLERANCE, Probe, loss_difference, probe_loss
+from tinyllama_ds.weights import MAX_SHARD_SIZE, Written, digest, new_folder, parameter_shapes, write_weights
 
 LOGIT_TOLERANCE = 1e-4  # largest difference in fp32, relative to the largest logit
 
@@ -32,55 +36,74 @@ PROBE_TEXTS = [
 
 
 def export(
-    weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer, output: Path, probe: Probe | None = None
+    tensors: Iterable[tuple[str, Tensor]],
+    config: LlamaConfig,
+    tokenizer: Tokenizer,
+    output: Path,
+    probe: Probe | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    chats: bool = False,
 ) -> float:
     """Write config.json, safetensors and the tokenizer to a new folder; returns the largest relative logit difference.
 
-    Raises `Refusal`, leaving nothing behind, unless transformers loads the folder and gives the logits of our model,
-    the token ids of sentencepiece, and on the checkpoint's probe the loss that training had on it.
-    """
-    if output.exists():
-        raise Refusal(f"{output}: already exists; expected a new folder")
-    from transformers.utils import logging
+    The tensors are taken one by one. The tokenizer of a model that `chats` brings the chat template.
 
-    logging.disable_progress_bar()
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        hf_model(weights, config).save_pretrained(partial)
-        hf_tokenizer(tokenizer, config.max_position_embeddings).save_pretrained(partial)
-        shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
-        for file in partial.iterdir():
-            file.chmod(0o644)  # safetensors writes for the owner alone
-        difference = _prove_equal(partial, weights, config, tokenizer, probe)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    Raises `Refusal`, leaving nothing behind, unless transformers loads the folder and has the same bits, the logits of
+    our model, the token ids of sentencepiece, and on the checkpoint's probe the loss that training had on it.
+    """
+    with new_folder(output) as folder:
+        written = write_weights(folder, tensors, parameter_shapes(config), max_shard_size)
+        hf_config(config, written.dtype).save_pretrained(folder)
+        _generation_config().save_pretrained(folder)
+        _write_tokenizer(folder, tokenizer, config.max_position_embeddings, CHAT_TEMPLATE if chats else None)
+        _prove_ids(folder, tokenizer)
+        ours, theirs = load_twins(folder, written, config)
+        difference = logit_difference(ours, theirs, tokenizer)
+        if probe is not None:
+            # A mask within documents is no part of a Hugging Face folder; our model has it, and equal logits without.
+            _prove_loss(probe, ours if probe.segments else lambda ids, labels: _loss(theirs(ids).logits, labels))
     return difference
 
 
-def hf_model(weights: dict[str, Tensor], config: LlamaConfig) -> Any:
-    """transformers' LlamaForCausalLM around the same tensors: the parameter names are the same, nothing is permuted."""
+def hf_config(config: LlamaConfig, dtype: torch.dtype) -> Any:
+    """transformers' LlamaConfig of the same model."""
     import transformers
 
-    dtype = next(iter(weights.values())).dtype
-    hf_config = transformers.LlamaConfig(
-        **config.to_dict() | {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}},
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling_factor != 1:
+        rope |= {"rope_type": "linear", "factor": config.rope_scaling_factor}
+    shapes = {key: value for key, value in config.to_dict().items() if not key.startswith("rope_")}
+    return transformers.LlamaConfig(
+        **shapes,
+        rope_parameters=rope,
+        architectures=["LlamaForCausalLM"],
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
         tie_word_embeddings=False,
         dtype=dtype,
     )
+
+
+def hf_model(weights: Mapping[str, Tensor], config: LlamaConfig) -> Any:
+    """transformers' LlamaForCausalLM around the same tensors: the parameter names are the same, nothing is permuted."""
+    import transformers
+
+    described = hf_config(config, next(iter(weights.values())).dtype)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(hf_config)
+        model = transformers.LlamaForCausalLM(described)
     model.load_state_dict(weights, strict=True, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)  # its buffers are computed, not stored
-    model.generation_config = transformers.GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, do_sample=False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(described)  # its buffers are computed, not stored
+    model.generation_config = _generation_config()
     return model.eval()
 
 
-def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> Any:
+def _generation_config() -> Any:
+    import transformers
+
+    return transformers.GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, do_sample=False)
+
+
+def hf_tokenizer(tokenizer: Tokenizer, max_length: int, chat_template: str | None = None) -> Any:
     """The sentencepiece model as a fast tokenizer with the same ids.
 
     transformers' own conversion orders merges by id and pre-splits words, which changes runs of spaces. Sentencepiece
@@ -110,34 +133,110 @@ def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> Any:
         eos_token=pieces[EOS_ID],
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
+        chat_template=chat_template,
     )
 
 
-def _prove_equal(
-    folder: Path, weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer, probe: Probe | None
-) -> float:
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_template: str | None) -> None:
+    hf_tokenizer(tokenizer, max_length, chat_template).save_pretrained(folder)
+    shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
+    # That a text gets no BOS goes without saying in transformers; llama.cpp would add one.
+    path = folder / "tokenizer_config.json"
+    said = json.loads(path.read_text(encoding="utf-8")) | {"add_bos_token": False, "add_eos_token": False}
+    path.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _prove_ids(folder: Path, tokenizer: Tokenizer) -> None:
     import transformers
 
-    loaded_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
     for text in PROBE_TEXTS:
-        theirs = loaded_tokenizer.encode(text, split_special_tokens=True)
-        if theirs != tokenizer.encode(text):
+        if loaded.encode(text, split_special_tokens=True) != tokenizer.encode(text):
             raise Refusal(f"export: transformers' token ids of {text!r} differ from sentencepiece's")
-    length = min(64, config.max_position_embeddings)
-    ids = torch.tensor([(tokenizer.encode(" ".join(PROBE_TEXTS)) * length)[:length]])
-    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    if loaded.chat_template is not None:
+        _prove_chat(loaded, tokenizer)
+
+
+def load_twins(folder: Path, written: Written, config: LlamaConfig) -> tuple[LlamaForCausalLM, Any]:
+    """Our decoder and transformers' over the tensors that transformers loads from a folder, both computing in fp32.
+
+    Raises `Refusal` unless every parameter has the bits that were written, so that one copy serves both.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # it reports buffers that older versions stored
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        folder, dtype=written.dtype, attn_implementation="sdpa", local_files_only=True
+    )
+    loaded = theirs.state_dict()
+    if loaded.keys() != written.digests.keys():
+        raise Refusal(
+            f"{folder}: transformers' parameters are not ours: {sorted(loaded.keys() ^ written.digests.keys())}"
+        )
+    for name, tensor in loaded.items():
+        if digest(tensor) != written.digests[name]:
+            raise Refusal(f"{folder}: transformers loads other bits of {name} than ours")
     with torch.device("meta"):
-        ours = LlamaForCausalLM(config, "eager")
-    ours.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=True, assign=True)
+        ours = LlamaForCausalLM(config)
+    ours.load_state_dict(loaded, strict=True, assign=True)
+    for model in (ours, theirs):
+        _compute_in_fp32(model)
+    return ours, theirs
+
+
+def _compute_in_fp32(model: Any) -> None:
+    """Widen each layer for its own forward pass only: that is exact, and the whole is never there in fp32."""
+
+    def widen(layer: torch.nn.Module, inputs: Any) -> None:
+        layer.float()
+
+    for layer in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head):
+        stored = next(layer.parameters()).dtype
+
+        def narrow(layer: torch.nn.Module, inputs: Any, output: Any, stored: torch.dtype = stored) -> None:
+            layer.to(stored)
+
+        layer.register_forward_pre_hook(widen)
+        layer.register_forward_hook(narrow)
+
+
+def logit_difference(ours: LlamaForCausalLM, theirs: Any, tokenizer: Tokenizer) -> float:
+    """The largest difference of their logits on the probe texts, relative to the largest logit.
+
+    Raises `Refusal` where it is beyond `LOGIT_TOLERANCE`.
+    """
+    length = min(64, ours.config.max_position_embeddings)
+    ids = torch.tensor([(tokenizer.encode(" ".join(PROBE_TEXTS)) * length)[:length]])
     with torch.no_grad():
         expected, found = ours(ids), theirs(ids).logits
     difference = ((expected - found).abs().max() / expected.abs().max()).item()
     if not difference <= LOGIT_TOLERANCE:
-        raise Refusal(f"export: transformers' logits differ from ours by {difference:.1e} of the largest logit")
-    if probe is not None:
-        # A mask within documents is no part of a Hugging Face folder; our model has it, and equal logits without one.
-        _prove_loss(probe, ours if probe.segments else lambda ids, labels: _loss(theirs(ids).logits, labels))
+        raise Refusal(f"transformers' logits differ from ours by {difference:.1e} of the largest logit")
     return difference
+
+
+def _prove_chat(loaded: Any, tokenizer: Tokenizer) -> None:
+    """transformers' ids of whole conversations and of prompts are ours, and so are their answers.
+
+    Of control tokens in a text it makes other ids, but none of control tokens.
+    """
+    for text in PROBE_TEXTS:
+        if not text.strip():
+            continue
+        roles = ("system", "user", "assistant", "user", "assistant")
+        messages = [Message(role, text) for role in roles]
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        whole = loaded.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        theirs = whole["input_ids"], list(whole["assistant_masks"])
+        prompt = loaded.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
+        if any(control in text for control in tokenizer.pieces[: EOS_ID + 1]):
+            is_proven = [theirs[0].count(control) for control in (UNK_ID, BOS_ID, EOS_ID)] == [0, 0, len(turns)]
+        else:
+            ours = conversation_ids(tokenizer, messages)
+            is_proven = theirs == ours and prompt == prompt_ids(tokenizer, messages[:-1])
+        if not is_proven:
+            raise Refusal(f"export: transformers' chat template gives other ids than ours with {text!r}")
 
 
 def _prove_loss(probe: Probe, score: Callable[..., Tensor]) -> None:

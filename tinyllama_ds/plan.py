@@ -5,6 +5,7 @@ The global batch comes from the recipe; the number of ranks only decides how it 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil
 
 from tinyllama_ds.errors import Refusal
@@ -59,6 +60,7 @@ class RunPlan:
             )
             for stage in recipe.stages
         ]
+        self.stage_ends = frozenset(accumulate(stage.steps for stage in self.stages))  # steps
         self.total_steps = sum(stage.steps for stage in self.stages)
         self.total_tokens = sum(stage.samples for stage in self.stages) * recipe.sequence_length
 

@@ -1,10 +1,8 @@
 """A small tokenizer and small corpora of made-up text, each made once per session."""
 
-import os
-from pathlib import Path
-
 import pytest
 from corpora import AWKWARD_TEXTS, made_up_text
+from llama2 import LLAMA2
 
 from tinyllama_ds.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -25,8 +23,6 @@ def texts() -> list[str]:
 @pytest.fixture(scope="session")
 def llama2_tokenizer() -> Tokenizer:
     """Llama 2's own vocabulary, which is not ours to ship."""
-    shared = Path(__file__).parents[3] / "shared" / "data" / "llama2-tokenizer" / "tokenizer.model"
-    path = Path(os.environ.get("TINYLLAMA_DS_LLAMA2_TOKENIZER", shared))
-    if not path.is_file():
+    if not LLAMA2.is_file():
         pytest.skip("needs Llama 2's tokenizer.model, named by TINYLLAMA_DS_LLAMA2_TOKENIZER")
-    return Tokenizer(path)
+    return Tokenizer(LLAMA2)

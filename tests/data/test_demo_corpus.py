@@ -1,9 +1,12 @@
 """The demo corpus, from a small made-up library."""
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
 
+from tinyllama_ds.data.demo_chinese import chinese_number, chinese_pages
 from tinyllama_ds.data.demo_corpus import make_demo_corpus
 from tinyllama_ds.data.sources import find_inputs, read_texts, source_format
 
@@ -39,6 +42,39 @@ def test_both_sources_are_written_as_published(tmp_path: Path, library: Path):
     assert not any("site-packages" in text for text in code)
     prose = texts_of(tmp_path, "slimpajama", "train") + texts_of(tmp_path, "slimpajama", "validation")
     assert sum("explains at some length" in text for text in prose) == 150
+
+
+def test_the_stand_ins_for_v1_1_are_written_as_published(tmp_path: Path, library: Path):
+    sources = ["proof-pile-2", "skypile"]
+    made = make_demo_corpus(tmp_path, library, max_bytes=200_000, sources=sources)
+    assert list(made) == sources
+    for source in sources:
+        splits = {split: texts_of(tmp_path, source, split) for split in ("train", "validation")}
+        assert {f"{split} documents": len(texts) for split, texts in splits.items()}.items() <= made[source].items()
+        assert all(splits.values())
+    assert {path.name for path in (tmp_path / "proof-pile-2").iterdir()} == {"open-web-math", "algebraic-stack"}
+    held_out = texts_of(tmp_path, "proof-pile-2", "validation")
+    prose, code = ([text for text in held_out if text.startswith('"""') == is_code] for is_code in (False, True))
+    assert {text.strip() for text in prose} == {text.split('"""')[1].strip() for text in code}, "a module as a whole"
+
+
+def test_chinese_numbers_are_read_as_they_are_written():
+    words = {0: "零", 7: "七", 10: "十", 15: "十五", 20: "二十", 110: "一百一十", 205: "二百零五", 1000: "一千",
+             1001: "一千零一", 1010: "一千零一十", 1200: "一千二百", 9999: "九千九百九十九"}  # fmt: skip
+    assert {number: chinese_number(number) for number in words} == words
+    assert len({chinese_number(number) for number in range(10_000)}) == 10_000
+
+
+def test_chinese_pages_are_the_same_in_every_call_and_true():
+    first, second = (list(itertools.islice(chinese_pages(), 3)) for _ in range(2))
+    assert first == second
+    text = "".join(first).replace("\n", "")
+    numbers = {chinese_number(number): number for number in range(10_000)}
+    sums = re.findall(r"(?<![^。])([^，。]+)加([^，。]+)等于([^，。]+)。", text)
+    comparisons = re.findall(r"(?<![^。])([^，。]+)大于([^，。]+)，", text)
+    assert min(len(sums), len(comparisons)) > 5
+    assert all(numbers[a] + numbers[b] == numbers[c] for a, b, c in sums)
+    assert all(numbers[a] > numbers[b] for a, b in comparisons)
 
 
 def test_a_module_is_held_out_as_a_whole(tmp_path: Path, library: Path):

@@ -169,6 +169,48 @@ def test_a_source_without_a_sample_is_refused():
         SampleOrder(1, {"a": 5, "b": 0}, [MixtureStage(10, {"a": 1.0, "b": 1.0})])
 
 
+# --- variants of one run ----------------------------------------------------------------------------------------------
+
+
+def variant_orders() -> dict[str, SampleOrder]:
+    """TinyLlama v1.1's three variants in small: one basic stage, two further stages with sources of their own."""
+    weights = {
+        "general": {"slimpajama": 1.0},
+        "math-code": V1_MATH_CODE,
+        "chinese": {"slimpajama": 0.5, "skypile": 0.5},
+    }
+    sizes = {"slimpajama": 211, "starcoderdata": 90, "proof-pile-2": 50, "skypile": 120}
+    return {
+        name: SampleOrder(
+            3407,
+            {source: sizes[source] for source in shares},
+            [MixtureStage(600, {"slimpajama": 1.0}), MixtureStage(140, shares, 40), MixtureStage(64, shares)],
+        )
+        for name, shares in weights.items()
+    }
+
+
+def test_variants_share_the_order_of_their_basic_stage_whatever_sources_come_later():
+    orders = variant_orders()
+    general = located(orders["general"], 0, 600)
+    for order in orders.values():
+        assert located(order, 0, 600) == general
+        assert order.counts(600)["slimpajama"] == 600
+
+
+def test_borders_of_stages_lose_and_repeat_nothing():
+    """Every source goes on in its epoch across the borders, wherever batches end and whatever their size."""
+    for order in variant_orders().values():
+        drawn = located(order, 0, 804)
+        steps = [*range(0, 600, 8), *range(600, 740, 7), *range(740, 804, 32)]  # three batch sizes
+        by_step = [entry for start, stop in itertools.pairwise([*steps, 804]) for entry in located(order, start, stop)]
+        assert by_step == drawn
+        assert len(set(drawn)) == len(drawn)
+        for number, size in enumerate(order.num_samples.values()):
+            own = [(epoch, sample) for source, epoch, sample in drawn if source == number]
+            assert [epoch for epoch, _ in own] == [index // size for index in range(len(own))]
+
+
 # --- ramps ------------------------------------------------------------------------------------------------------------
 
 

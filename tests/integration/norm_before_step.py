@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.training.batches import count_targets, micro_batches
 from tinyllama_ds.training.engine import drop_gradients, gradient_norm, leave, start_process_group, wrap
-from tinyllama_ds.training.loop import accumulate_gradients, apply_gradients, micro_batches
+from tinyllama_ds.training.loop import accumulate_gradients, apply_gradients
 from tinyllama_ds.training.metrics import PhaseClock
 from tinyllama_ds.training.run import Options, resolve_run
 from tinyllama_ds.training.world import read_world
@@ -25,7 +26,7 @@ def main(recipe: str, config: str, data: str, run_dir: str) -> None:
     batches, clock = micro_batches(run, world, 0), PhaseClock(world.device)
     norms = []
     for step in run.plan.steps(0):
-        accumulate_gradients(engine, step, batches, run.micro_batch, world, clock)
+        accumulate_gradients(engine, step, batches, run.micro_batch, count_targets(run, step), world, clock)
         before = float(gradient_norm(engine))
         if step.number == DROPPED:
             drop_gradients(engine)

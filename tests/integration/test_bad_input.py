@@ -14,6 +14,7 @@ from launching import Finished, pretrain, run, tinyllama_ds, write_deepspeed_con
 
 from tinyllama_ds.data.tokenizer import train_tokenizer
 from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.training.faults import FAULT_VARIABLE
 
 
 @dataclass
@@ -161,13 +162,14 @@ def test_missing_hostfile_never_means_this_machine(inputs: Inputs) -> None:
 
 
 def test_the_script_refuses_under_the_bare_launcher(inputs: Inputs) -> None:
-    """The plain deepspeed command line, without our supervisor in front of it."""
+    """Without our supervisor in front; the launcher ends rank 0, late to speak, when rank 1 has ended."""
     edit_json(inputs.config, gradient_cliping=0.5)
     script = Path(__file__).parents[2] / "scripts" / "pretrain.py"
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29611"]
     arguments = ["--deepspeed_config", inputs.config, "--recipe", inputs.recipe, "--data", inputs.data]
     command = [*launcher, script, *arguments, "--run-dir", inputs.run_dir]
-    finished = run(list(map(str, command)), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", FAULT_VARIABLE: "start:0:0:pause"}
+    finished = run(list(map(str, command)), **variables)
     assert finished.returncode == EXIT_REFUSED, finished.stderr
     said = [line for line in finished.stderr.splitlines() if line.startswith("tinyllama-ds: ")]
     assert len(said) == 1

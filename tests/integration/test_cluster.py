@@ -119,12 +119,12 @@ def start_and_hold(setup: Setup, hosts: list[Host], tmp_path: Path, *more: objec
     command = setup.arguments(tmp_path / "run", "--hostfile", hostfile, *more)
     process = hosts[0].start(sys.executable, "-m", "tinyllama_ds.cli", *command, **fault)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(read_series(tmp_path / "run", "Train/Loss")) == 3, 120, "step 3")
+    wait_for(lambda: metrics.exists() and len(read_series(tmp_path / "run", "Train/Loss")) == 3, 300, "step 3")
     time.sleep(2)
     return process
 
 
-def finish(process: subprocess.Popen, seconds: float = 200) -> Finished:
+def finish(process: subprocess.Popen, seconds: float = 600) -> Finished:
     output, errors = process.communicate(timeout=seconds)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 

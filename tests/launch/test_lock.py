@@ -36,7 +36,7 @@ def test_a_directory_is_made_held_and_let_go(tmp_path: Path) -> None:
         assert (tmp_path / "run").stat().st_mode & 0o777 == 0o750
         with pytest.raises(Refusal, match=f"is in use by process {os.getpid()} on host {socket.gethostname()}"):
             hold_run(tmp_path / "run").__enter__()
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("change", [{"pid": dead_process()}, {"started": 1}, {"boot": "before the last boot"}])
@@ -76,3 +76,9 @@ def test_an_owner_learns_that_it_was_taken_over(tmp_path: Path, monkeypatch: pyt
         (tmp_path / LOCK_FILE).unlink()
         with pytest.raises(Refusal, match="was taken over by nobody, who removed the lock, while this process"):
             held.refresh()
+
+
+def test_a_directory_that_was_used_stays(tmp_path: Path) -> None:
+    with hold_run(tmp_path / "run"):
+        (tmp_path / "run" / "run.json").touch()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]

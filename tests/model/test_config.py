@@ -3,7 +3,7 @@
 import pytest
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.model.config import LlamaConfig, model_config
+from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig, model_config
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,19 @@ from tinyllama_ds.model.config import LlamaConfig, model_config
 def test_impossible_shapes_are_refused(shape: tuple[int, ...], sentence: str) -> None:
     with pytest.raises(Refusal, match=sentence):
         LlamaConfig(*shape)
+
+
+@pytest.mark.parametrize("factor", [0.5, float("inf"), float("nan")])
+def test_impossible_interpolation_is_refused(factor: float) -> None:
+    with pytest.raises(Refusal, match="rope_scaling_factor .* must be 1 or more"):
+        LlamaConfig(100, 64, 128, 2, 4, 2, 64, rope_scaling_factor=factor)
+
+
+def test_a_description_gives_the_config_again() -> None:
+    """Without interpolation it is what runs wrote before there was any, so that they can be resumed."""
+    for config in MODEL_SIZES.values():
+        assert LlamaConfig(**config.to_dict()) == config
+        assert ("rope_scaling_factor" in config.to_dict()) == (config.rope_scaling_factor != 1)
 
 
 def test_unknown_size_names_the_known_ones() -> None:

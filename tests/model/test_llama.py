@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from tinyllama_ds.convert import hf_model
+from tinyllama_ds.convert import hf_config, hf_model
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM, apply_rope, build_model, initialize_weights, rope_tables
 
@@ -17,6 +17,7 @@ SHAPES = {
     "multi-head": LlamaConfig(97, 48, 100, 3, 4, 4, 64),
     "one key head": LlamaConfig(50, 96, 64, 1, 6, 1, 64),
     "other rope and eps": LlamaConfig(97, 64, 176, 2, 4, 2, 64, rms_norm_eps=1e-3, rope_theta=500.0),
+    "interpolated": LlamaConfig(97, 64, 176, 2, 4, 2, 64, rope_scaling_factor=4.0),
 }
 
 
@@ -84,6 +85,18 @@ def test_rope_rotates_exactly_at_far_positions_in_bf16() -> None:
     # an angle of 8192 radians carries fp32's own rounding of half a thousandth
     assert ((found - expected).abs() <= expected.abs() * 2**-8 + 5e-3).all()
     assert (found - expected).norm() / expected.norm() < 2**-8
+
+
+def test_interpolation_is_transformers_to_the_last_position() -> None:
+    """8,192 positions divided by 4, as in TinyLlama's code model: the tables are those of linear rope scaling."""
+    config = replace(MODEL_SIZES["tinyllama-1.1b-8k"], num_hidden_layers=1)
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf_config(config, torch.float32))
+    expected = rotary(torch.zeros(1), torch.arange(8192)[None])
+    for found, table in zip(rope_tables(config, 8192, torch.device("cpu")), expected, strict=True):
+        torch.testing.assert_close(found, table[0], rtol=0, atol=1e-5)
+    plain = rope_tables(MODEL_SIZES["tinyllama-1.1b"], 2048, torch.device("cpu"))
+    scaled = rope_tables(config, 8192, torch.device("cpu"))
+    assert all(torch.equal(a, b[::4]) for a, b in zip(plain, scaled, strict=True))
 
 
 def test_initialisation_is_tinyllamas() -> None:

@@ -50,6 +50,13 @@ def test_the_paper_is_named_beside_our_figure() -> None:
     assert re.search(r"GPU-hours per 300 billion tokens +3,472 \(TinyLlama's paper: 3,456\)", text)
 
 
+def test_the_code_model_fits_eight_gpus() -> None:
+    config = ROOT / "ds_configs" / "zero3_python_8k.json"
+    found = planned("--num-gpus", 8, recipe="tinyllama-python-8k", config=config)
+    assert found["steps"] == 2_374
+    assert found["memory"]["total"] <= found["memory"]["capacity"]
+
+
 def test_borders_of_v1_1() -> None:
     arguments = ("--hostfile", ROOT / "hostfiles" / "a100_16x4", "--gpu", "a100-80g")
     config = ROOT / "ds_configs" / "zero3.json"

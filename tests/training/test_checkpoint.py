@@ -176,6 +176,13 @@ def test_the_last_ones_and_one_for_every_so_many_tokens_stay(tmp_path: Path) -> 
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4, "and no trash"
 
 
+def test_the_ends_of_stages_stay(tmp_path: Path) -> None:
+    for step in range(1, 11):
+        commit(tmp_path, f"step_{step:08d}", progress={"step": step, "position": 8 * step, "tokens": 256 * step})
+        remove_old_checkpoints(tmp_path, Retention(2, 10**9, keep_steps=frozenset({4, 7})))
+    assert [read_manifest(path).progress.step for path in find_checkpoints(tmp_path)] == [4, 7, 9, 10]
+
+
 def test_leftovers_of_killed_processes_are_swept(tmp_path: Path) -> None:
     good = commit(tmp_path, "step_00000002")
     for name in (".step_00000004.partial", ".trash-step_00000001", ".mine"):

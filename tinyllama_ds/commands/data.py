@@ -14,20 +14,34 @@ from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, EXIT_RESTART, Refus
 if TYPE_CHECKING:
     from tinyllama_ds.data.order import SampleOrder
     from tinyllama_ds.data.shards import Manifest, TokenStream
+    from tinyllama_ds.data.sources import SourceFormat
     from tinyllama_ds.plan import RunPlan
 _START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
 
 def _add_demo_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT", help="directory to create")
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        choices=("slimpajama", "starcoderdata", "proof-pile-2", "skypile"),
+        default=["slimpajama", "starcoderdata"],
+        metavar="NAME",
+        help="slimpajama and starcoderdata (the default), proof-pile-2, skypile",
+    )
+    parser.add_argument("--chat", action="store_true", help="instead, conversations, in OUT/chat")
     add_json(parser)
 
 
 def _demo_data(options: argparse.Namespace) -> int:
     """Write a raw demo corpus in the published formats, made from the Python installation."""
+    from tinyllama_ds.data.demo_chat import SOURCE, make_demo_chat
     from tinyllama_ds.data.demo_corpus import make_demo_corpus
 
-    made = make_demo_corpus(options.output)
+    if options.chat:
+        counts = make_demo_chat(options.output)
+        return print_result(options, counts, f"{options.output / SOURCE}: {counts or 'already there'}")
+    made = make_demo_corpus(options.output, sources=options.source)
     lines = [f"{options.output / name}: {counts}" for name, counts in made.items()]
     return print_result(options, made, "\n".join(lines) or f"{options.output}: already there")
 
@@ -86,6 +100,16 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="only these parts: SlimPajama's set names, or folders (languages of StarCoderData)",
     )
     parser.add_argument(
+        "--chat", action="store_true", help="conversations (messages, or Guanaco's text), of which answers are targets"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=_positive,
+        default=2048,
+        metavar="T",
+        help="with --chat, cut longer conversations after an answer; a recipe's sequence_length (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max-bad-records",
         type=_count,
         default=0,
@@ -115,6 +139,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> int:
+    if _count(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
 def _share(text: str) -> tuple[int, int]:
     rank, _, size = text.partition("/")
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
@@ -135,13 +165,13 @@ def _prepare(options: argparse.Namespace) -> int:
 
     from tinyllama_ds.data.agents import prepare_on_hosts
     from tinyllama_ds.data.prepare import Preparation, prepare, summarise
-    from tinyllama_ds.data.sources import count_other_files, source_format
+    from tinyllama_ds.data.sources import count_other_files
     from tinyllama_ds.launch.hostfile import read_hostfile
 
     job = Preparation(
         source=options.source,
         input=options.input.absolute(),
-        format=source_format(options.source, options.text_field, options.subset),
+        format=_format_of(options),
         tokenizer=options.tokenizer.absolute(),
         output=options.output.absolute(),
         encoder=options.encoder,
@@ -163,6 +193,15 @@ def _prepare(options: argparse.Namespace) -> int:
     return print_result(options, table, _prepare_text(options.source, table))
 
 
+def _format_of(options: argparse.Namespace) -> "SourceFormat":
+    from tinyllama_ds.data.conversations import ChatFormat
+    from tinyllama_ds.data.sources import source_format
+
+    if options.chat:
+        return ChatFormat(options.text_field or "text", max_tokens=options.max_tokens)
+    return source_format(options.source, options.text_field, options.subset)
+
+
 def _agent_arguments(options: argparse.Namespace) -> list[str]:
     """The same preparation on another host, paths made absolute."""
     arguments = ["prepare", "--source", options.source, "--input", str(options.input.absolute())]
@@ -170,6 +209,7 @@ def _agent_arguments(options: argparse.Namespace) -> list[str]:
     arguments += ["--encoder", options.encoder, "--max-bad-records", str(options.max_bad_records)]
     arguments += ["--shard-bytes", str(options.shard_bytes)]
     arguments += ["--text-field", options.text_field] if options.text_field else []
+    arguments += ["--chat", "--max-tokens", str(options.max_tokens)] if options.chat else []
     arguments += ["--workers", str(options.workers)] if options.workers else []
     return arguments + (["--subset", *options.subset] if options.subset else [])
 
@@ -178,10 +218,11 @@ def _prepare_text(source: str, table: dict[str, dict]) -> str:
     lines = []
     for split, row in table.items():
         rejected = ", ".join(f"{count:,} {reason}" for reason, count in row["rejected"].items()) or "none"
+        shortened = "".join(f", {count:,} without their {what}" for what, count in row["shortened"].items())
         encoders = ", ".join(f"{count:,} by {name}" for name, count in row["encoders"].items())
         lines.append(
             f"{source}/{split}: {row['files']:,} files ({encoders}), {row['records']:,} records,"
-            f" {row['documents']:,} documents, rejected: {rejected}, {len(row['faults']):,} bad;"
+            f" {row['documents']:,} documents{shortened}, rejected: {rejected}, {len(row['faults']):,} bad;"
             f" {row['tokens']:,} tokens, {row['bytes_per_token']:.2f} bytes per token, {row['shards']:,} shards"
         )
         lines += [f"  bad: {fault}" for fault in row["faults"]] + [f"  {fallback}" for fallback in row["fallbacks"]]
@@ -274,13 +315,13 @@ def _planned_order(
 ) -> "tuple[RunPlan, SampleOrder, dict[str, TokenStream]]":
     """What a recipe makes of a data directory."""
     from tinyllama_ds.data.order import MixtureStage, SampleOrder
-    from tinyllama_ds.data.shards import TokenStream
+    from tinyllama_ds.data.packing import open_stream
     from tinyllama_ds.plan import RunPlan
     from tinyllama_ds.recipe import load_recipe
 
     recipe = load_recipe(recipe_name)
     plan = RunPlan(recipe)
-    streams = {name: TokenStream(data / name / "train") for name in recipe.sources}
+    streams = {name: open_stream(data / name / "train") for name in recipe.sources}
     sizes = {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()}
     mixtures = [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages]
     return plan, SampleOrder(recipe.seed, sizes, mixtures, left_out), streams

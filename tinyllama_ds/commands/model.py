@@ -1,49 +1,112 @@
-"""Commands for what comes out of a run."""
+"""Commands for what comes out of a run, and for models that come from elsewhere."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama_ds.commands.printing import add_json, print_result
+from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from tinyllama_ds.data.tokenizer import Tokenizer
+    from tinyllama_ds.generate import Sampling, Served
     from tinyllama_ds.model.config import LlamaConfig
+    from tinyllama_ds.model.probe import Probe
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_OR_RUN")
+    parser.add_argument("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
     parser.add_argument("output", type=Path, metavar="OUT", help="Hugging Face folder to create")
+    parser.add_argument(
+        "--max-shard-size", default="50GB", metavar="SIZE", help="of a safetensors file (default: %(default)s)"
+    )
     add_json(parser)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model as it lies on the disk; its tensors come one after another."""
+
+    tensors: "Iterator[tuple[str, Tensor]]"
+    config: "LlamaConfig"
+    tokenizer: "Tokenizer"
+    probe: "Probe | None" = None
+    chats: bool = False
+
+
+def open_stored(path: Path) -> Stored:
+    """The model of a checkpoint, a run directory or a model folder, every file verified."""
+    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+    from tinyllama_ds.model.config import LlamaConfig
+    from tinyllama_ds.model_folder import is_model_folder, open_model_folder, verify_model_folder
+    from tinyllama_ds.training.checkpoint import resolve_checkpoint, stream_weights
+    from tinyllama_ds.training.run import learned_to_chat
+
+    if is_model_folder(path):
+        folder = open_model_folder(path)
+        verify_model_folder(folder)
+        return Stored(folder.tensors(), folder.model, folder.tokenizer)
+    checkpoint = resolve_checkpoint(path)
+    manifest, tensors = stream_weights(checkpoint)
+    tokenizer = Tokenizer(checkpoint.parents[1] / TOKENIZER_FILE)
+    chats = learned_to_chat(manifest.run)
+    return Stored(tensors, LlamaConfig(**manifest.model), tokenizer, manifest.health.probe, chats)
 
 
 def _export(options: argparse.Namespace) -> int:
     """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
     from tinyllama_ds.convert import export
-    from tinyllama_ds.training.checkpoint import read_manifest, resolve_checkpoint
 
-    checkpoint = resolve_checkpoint(options.checkpoint)
-    probe = read_manifest(checkpoint).health.probe
-    difference = export(*_load_checkpoint(checkpoint), options.output, probe)
+    stored = open_stored(options.checkpoint)
+    difference = export(
+        stored.tensors,
+        stored.config,
+        stored.tokenizer,
+        options.output,
+        stored.probe,
+        options.max_shard_size,
+        stored.chats,
+    )
     result = {"output": str(options.output), "largest_logit_difference": difference}
     text = f"{options.output}: token ids equal, largest difference of logits {difference:.1e}"
     return print_result(options, result, text)
 
 
-def _load_checkpoint(path: Path) -> "tuple[dict[str, Tensor], LlamaConfig, Tokenizer]":
-    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
-    from tinyllama_ds.model.config import LlamaConfig
-    from tinyllama_ds.training.checkpoint import consolidated_weights, resolve_checkpoint
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="HF_DIR", help="of Llama architecture, on this machine")
+    parser.add_argument("output", type=Path, metavar="OUT", help="model folder to create, for pretrain --init-from")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="sentencepiece model to take in place of the folder's own"
+    )
+    add_json(parser)
 
-    checkpoint = resolve_checkpoint(path)
-    manifest, weights = consolidated_weights(checkpoint)
-    return weights, LlamaConfig(**manifest.model), Tokenizer(checkpoint.parents[1] / TOKENIZER_FILE)
+
+def _import(options: argparse.Namespace) -> int:
+    """Read a Hugging Face folder into a model folder, after proving that transformers has our bits and logits."""
+    from tinyllama_ds.importing import import_hf_folder
+
+    imported = import_hf_folder(options.folder, options.output, options.tokenizer)
+    dtype = str(imported.dtype).removeprefix("torch.")
+    result = {
+        "output": str(options.output),
+        "model": imported.model.to_dict(),
+        "dtype": dtype,
+        "largest_logit_difference": imported.largest_logit_difference,
+    }
+    text = (
+        f"{options.output}: {imported.model.num_parameters:,} parameters in {dtype}, largest difference of logits"
+        f" {imported.largest_logit_difference:.1e}"
+    )
+    return print_result(options, result, text)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     parser.add_argument("prompt", metavar="TEXT")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
@@ -54,13 +117,45 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     """Continue a text from a checkpoint or a Hugging Face folder."""
-    from tinyllama_ds.generate import Sampling, generate, load_hf_folder, serve_weights
+    from tinyllama_ds.generate import generate
 
-    is_hf_folder = (options.model / "config.json").is_file()
-    served = load_hf_folder(options.model) if is_hf_folder else serve_weights(*_load_checkpoint(options.model))
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
-    text = generate(served, options.prompt, sampling)
+    text = generate(_serve(options.model), options.prompt, _sampling(options))
     return print_result(options, {"prompt": options.prompt, "text": text}, text)
+
+
+def _serve(model: Path) -> "Served":
+    from tinyllama_ds.generate import load_hf_folder, serve_weights
+
+    if (model / "config.json").is_file():
+        return load_hf_folder(model)
+    stored = open_stored(model)
+    return serve_weights(dict(stored.tensors), stored.config, stored.tokenizer, stored.chats)
+
+
+def _sampling(options: argparse.Namespace) -> "Sampling":
+    from tinyllama_ds.generate import Sampling
+
+    return Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def _chat(options: argparse.Namespace) -> int:
+    """Talk to a chat model; questions come from the terminal, or a line each from standard input."""
+    from tinyllama_ds.chat import Conversation, talk
+
+    served = _serve(options.model)
+    if served.encode_chat is None:
+        raise Refusal(f"{options.model}: was not trained on conversations; expected a chat model (docs/chat.md)")
+    talk(Conversation(served, _sampling(options), options.system))
+    return EXIT_FINISHED
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +178,8 @@ def _report(options: argparse.Namespace) -> int:
 
 COMMANDS = (
     ("export", _add_export, _export),
+    ("import", _add_import, _import),
     ("generate", _add_generate, _generate),
+    ("chat", _add_chat, _chat),
     ("report", _add_report, _report),
 )

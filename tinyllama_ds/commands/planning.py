@@ -92,7 +92,7 @@ def _plan(options: argparse.Namespace) -> int:
     tables = page.tables_of(found)
     if ranking:
         tables = [page.ranking_table(ranking, memory), *tables]
-    _write_pictures(options, found, tables, sizes)
+    _write_pictures(options, found, tables)
     text = page.as_text(page.headline(found), tables, found.warnings)
     text += _how_to_start(options, ranking) if ranking else ""
     return print_result(options, _result(found, ranking), text)
@@ -196,7 +196,7 @@ def _question(options: argparse.Namespace, machines: "Machines") -> "Question":
 
 
 def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
-    """Tokens of each source: of the prepared data, or as published."""
+    """Tokens of each source, the fillers of packs included: of the prepared data, or as published."""
     from tinyllama_ds.planning.course import PUBLISHED_TOKENS
 
     if data is None:
@@ -212,16 +212,19 @@ def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
                 f"{stream.directory}: {stream.tokens} tokens of {name!r} are less than one sample of"
                 f" {inputs.recipe.sequence_length + 1} tokens; prepare more, or drop the source from the recipe"
             )
-    return {name: stream.tokens for name, stream in streams.items()}
+    T = inputs.recipe.sequence_length
+    return {
+        name: stream.num_samples(T) * T if stream.has_answers else stream.tokens for name, stream in streams.items()
+    }
 
 
-def _write_pictures(options: argparse.Namespace, found: "Answer", tables: list, sizes: dict[str, int]) -> None:
+def _write_pictures(options: argparse.Namespace, found: "Answer", tables: list) -> None:
     if not (options.picture or options.html):
         return
     from tinyllama_ds.planning.page import as_html, headline
     from tinyllama_ds.planning.picture import picture_of
 
-    picture = picture_of(found, sizes)
+    picture = picture_of(found)
     if options.picture:
         options.picture.write_bytes(picture)
     if options.html:

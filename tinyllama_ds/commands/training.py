@@ -21,7 +21,7 @@ from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 if TYPE_CHECKING:
     from tinyllama_ds.launch.launcher import Placement
     from tinyllama_ds.launch.supervisor import Supervised, Watch
-    from tinyllama_ds.training.run import Options
+    from tinyllama_ds.training.run import Options, Run
 _START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
 
@@ -35,6 +35,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="where the run lives")
     parser.add_argument(
         "--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint (%(default)s)"
+    )
+    parser.add_argument(
+        "--branch-from",
+        type=Path,
+        metavar="RUN",
+        help="begin with another run's checkpoint: the newest that this recipe shares the past of, or a step_* folder",
+    )
+    parser.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="DIR",
+        help="start with the weights of what import wrote, or of another run or checkpoint, and no more of it",
     )
     parser.add_argument(
         "--allow-change",
@@ -75,6 +87,8 @@ def run_options(namespace: argparse.Namespace) -> "Options":
         compile=namespace.compile,
         activation_checkpointing=namespace.activation_checkpointing,
         allow_change=tuple(namespace.allow_change),
+        branch_from=namespace.branch_from,
+        init_from=namespace.init_from,
     )
 
 
@@ -102,7 +116,7 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     placement, arguments = read_placement(options), _run_arguments(options)
     check_placement(placement, arguments)
-    _check_run(options, placement)
+    parent = _check_run(options, placement).parent
     if options.dry_run:
         return _describe(placement, arguments)
     fleet = Fleet(
@@ -121,7 +135,7 @@ def _pretrain(options: argparse.Namespace) -> int:
         heartbeat.LIFELINE_VARIABLE,
         heartbeat.STACKS_SIGNAL,
     )
-    watch = _watch(options, placement)
+    watch = _watch(options, placement, begun=(parent.step, parent.tokens) if parent else (0, 0))
     if placement.node_rank:  # the first host's supervisor holds the run, and the line to all ranks
         line = {heartbeat.LIFELINE_VARIABLE: lifeline_to_first(placement, options.run_dir)}
         return supervise(lambda own, directory: fleet.start(own | line, directory), watch, None, ranks).code
@@ -141,7 +155,8 @@ def _describe(placement: "Placement", arguments: list[str]) -> int:
     return EXIT_FINISHED
 
 
-def _watch(options: argparse.Namespace, placement: "Placement") -> "Watch":
+def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int, int]) -> "Watch":
+    """`begun` are the steps and tokens that a run without a checkpoint of its own has behind it."""
     from tinyllama_ds.launch.supervisor import Watch
     from tinyllama_ds.training.checkpoint import newest_progress
     from tinyllama_ds.training.run import STATUS_FILE
@@ -150,7 +165,7 @@ def _watch(options: argparse.Namespace, placement: "Placement") -> "Watch":
     return Watch(
         status_file=options.run_dir / STATUS_FILE,
         stop_file=options.run_dir / STOP_FILE,
-        committed=lambda: newest_progress(options.run_dir),
+        committed=lambda: max(newest_progress(options.run_dir), begun),
         step_seconds=options.step_timeout,
         start_seconds=max(_START_SECONDS, options.step_timeout),
         max_seconds=options.max_wall_time and 60 * options.max_wall_time,
@@ -159,7 +174,7 @@ def _watch(options: argparse.Namespace, placement: "Placement") -> "Watch":
     )
 
 
-def _check_run(options: argparse.Namespace, placement: "Placement") -> None:
+def _check_run(options: argparse.Namespace, placement: "Placement") -> "Run":
     import torch
 
     from tinyllama_ds.launch.launcher import check_partition
@@ -172,6 +187,7 @@ def _check_run(options: argparse.Namespace, placement: "Placement") -> None:
     partition = run.engine_config["zero_optimization"].get("zero_hpz_partition_size", 1)
     check_partition(placement, partition, options.deepspeed_config)
     check_run_directory(run)
+    return run
 
 
 def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
@@ -193,7 +209,9 @@ def _run_arguments(options: argparse.Namespace) -> list[str]:
     arguments = ["--deepspeed_config", str(options.deepspeed_config.absolute()), "--recipe", recipe]
     arguments += ["--data", str(options.data.absolute()), "--run-dir", str(options.run_dir.absolute())]
     arguments += ["--resume", options.resume, "--attention", options.attention]
+    arguments += ["--init-from", str(options.init_from.absolute())] if options.init_from else []
     arguments += ["--activation-checkpointing", str(options.activation_checkpointing)]
+    arguments += ["--branch-from", str(options.branch_from.absolute())] if options.branch_from else []
     arguments += [part for key in options.allow_change for part in ("--allow-change", key)]
     return [*arguments, "--compile", options.compile]
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from tinyllama_ds.data.chat import conversation_ids
+from tinyllama_ds.data.conversations import ChatFormat, format_from_dict
 from tinyllama_ds.data.shards import ShardReader, TokenStream
-from tinyllama_ds.data.sources import SPLITS, SourceFormat, read_records
+from tinyllama_ds.data.sources import SPLITS, Record, SourceFormat, read_records
 from tinyllama_ds.data.tokenizer import BOS_ID, END_OF_DOCUMENT, EOS_ID, TOKENIZER_FILE, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
 
@@ -155,6 +157,8 @@ def _contradictions(
         (unigrams[-1] == 0, f"{unigrams[-1]} ids beyond the vocabulary of {tokenizer.vocab_size}"),
         (unigrams[UNK_ID] == 0, f"{unigrams[UNK_ID]} unknown tokens (id {UNK_ID})"),
     ]
+    if manifest.mask_sha256 is not None:
+        claims += _claims_about_mask(shard, tokens, starts, unigrams)
     if manifest.end_of_document == END_OF_DOCUMENT:
         ends_with_eos = bool((tokens[starts[1:] - 1] == EOS_ID).all())
         claims += [
@@ -163,6 +167,23 @@ def _contradictions(
             (unigrams[BOS_ID] == 0, f"{unigrams[BOS_ID]} BOS tokens (id {BOS_ID}), which prepare never writes"),
         ]
     return [problem for holds, problem in claims if not holds]
+
+
+def _claims_about_mask(
+    shard: ShardReader, tokens: np.ndarray, starts: np.ndarray, unigrams: np.ndarray
+) -> list[tuple[bool, str]]:
+    """Every conversation begins with a question, and has an answer whose last token, EOS, is a target too."""
+    mask = shard.read_mask(0, shard.tokens)
+    answers = np.add.reduceat(mask, starts[:-1], dtype=np.int64) if len(starts) > 1 else np.ones(1)
+    return [
+        (_file_sha256(shard.mask_path) == shard.manifest.mask_sha256, ".mask differs from the hash in its manifest"),
+        (int(mask.max(initial=0)) <= 1, ".mask holds other values than 0 and 1"),
+        (bool((answers > 0).all()), "a conversation has no answer"),
+        (bool((mask[starts[:-1]] == 0).all()), "a conversation begins with an answer"),
+        (bool((tokens[starts[1:] - 1] == EOS_ID).all()), "a conversation does not end with EOS"),
+        (bool((mask[starts[1:] - 1] == 1).all()), "a conversation does not end with an answer"),
+        (unigrams[BOS_ID] == 0, f"{unigrams[BOS_ID]} BOS tokens (id {BOS_ID}), which prepare never writes"),
+    ]
 
 
 def _file_sha256(path: Path) -> str:
@@ -217,17 +238,45 @@ def _compare_with_raw(
     path = task.raw / inputs[number].path if task.raw.is_dir() else task.raw
     if not path.is_file():
         return 0, [f"its input {path} is missing"]
-    records = read_records(path, SourceFormat.from_dict(shard.manifest.source_format))
-    texts = (record.text for record in records if record.text)
+    fmt = format_from_dict(shard.manifest.source_format)
     differences = []
-    for index, text in enumerate(islice(texts, max(chosen) + 1)):
-        if index in chosen:
-            document = int(firsts[number]) + index
-            ids = tokens[starts[document] : starts[document + 1] - 1].tolist()
-            # Sentencepiece writes a space as U+2581, so that character comes back as a space.
-            if ids != tokenizer.encode(text) or tokenizer.decode(ids) != text.replace("\u2581", " "):
-                differences.append(f"document {document} differs from document {index} of {path}")
+    for index, record in enumerate(islice(_kept_records(path, fmt, tokenizer), max(chosen) + 1)):
+        document = int(firsts[number]) + index
+        start, end = int(starts[document]), int(starts[document + 1])
+        if index not in chosen:
+            continue
+        if isinstance(fmt, ChatFormat):
+            is_same = _is_conversation(tokens[start:end], shard.read_mask(start, end - start), record, fmt, tokenizer)
+        else:
+            is_same = _is_text(tokens[start : end - 1].tolist(), record.text, tokenizer)
+        if not is_same:
+            differences.append(f"document {document} differs from document {index} of {path}")
     return len(chosen), differences
+
+
+def _kept_records(path: Path, fmt: SourceFormat, tokenizer: Tokenizer) -> Iterator[Record]:
+    """The records of a raw file that became documents."""
+    for record in read_records(path, fmt):
+        if record.text or (isinstance(fmt, ChatFormat) and _kept_turns(record, fmt, tokenizer)):
+            yield record
+
+
+def _is_text(ids: list[int], text: str, tokenizer: Tokenizer) -> bool:
+    # Sentencepiece writes a space as U+2581, so that character comes back as a space.
+    return ids == tokenizer.encode(text) and tokenizer.decode(ids) == text.replace("\u2581", " ")
+
+
+def _is_conversation(ids: np.ndarray, mask: np.ndarray, record: Record, fmt: ChatFormat, tokenizer: Tokenizer) -> bool:
+    """Encoded again turn by turn, another way than `prepare` takes."""
+    expected = conversation_ids(tokenizer, record.messages[: _kept_turns(record, fmt, tokenizer)])
+    return (ids.tolist(), mask.tolist()) == expected
+
+
+def _kept_turns(record: Record, fmt: ChatFormat, tokenizer: Tokenizer) -> int:
+    """How many turns of a conversation fit, up to the last answer that does; 0 where none does."""
+    answers = [number for number, message in enumerate(record.messages, start=1) if message.role == "assistant"]
+    sizes = (len(conversation_ids(tokenizer, record.messages[:turns])[0]) for turns in answers)
+    return max((turns for turns, size in zip(answers, sizes, strict=True) if size <= fmt.max_tokens), default=0)
 
 
 # --- all shards together ----------------------------------------------------------------------------------------------

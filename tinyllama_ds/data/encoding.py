@@ -114,7 +114,7 @@ class FileEncoder:
     """Encodes the documents of one file, by gigatoken until a sample of them shows a difference, if one ever does."""
 
     def __init__(self, tokenizer: Tokenizer, fast: Callable[[list[str]], Encoded] | None) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._fast = fast
         self._documents = 0
         self.name = "gigatoken" if fast is not None else "sentencepiece"
@@ -128,13 +128,13 @@ class FileEncoder:
             self._fast = None
             self.name = f"gigatoken, but sentencepiece from document {self._documents}, where they differ"
         self._documents += len(texts)
-        ids, lengths = self._fast(texts) if self._fast else encode_with_sentencepiece(self._tokenizer, texts)
+        ids, lengths = self._fast(texts) if self._fast else encode_with_sentencepiece(self.tokenizer, texts)
         return _append_eos(ids, lengths)
 
     def _proves_equal(self, texts: list[str]) -> bool:
         assert self._fast is not None
         sample = [text[:_PROOF_CHARACTERS] for text in texts[::_PROOF_STRIDE]]
-        return _is_same(self._fast(sample), encode_with_sentencepiece(self._tokenizer, sample))
+        return _is_same(self._fast(sample), encode_with_sentencepiece(self.tokenizer, sample))
 
 
 def _append_eos(ids: np.ndarray, lengths: np.ndarray) -> Encoded:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from tinyllama_ds.data.order import SampleOrder
+from tinyllama_ds.data.packing import open_stream
 from tinyllama_ds.data.shards import TokenStream
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.errors import BadData, Refusal
@@ -27,7 +28,7 @@ def open_streams(data: Path, sources: Iterable[str], split: str, vocab_size: int
         raise Refusal(
             f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, but the model's vocabulary is {vocab_size}"
         )
-    streams = {name: TokenStream(data / name / split) for name in sources}
+    streams = {name: open_stream(data / name / split) for name in sources}
     for stream in streams.values():
         for shard in stream.shards:
             if shard.manifest.tokenizer_sha256 != tokenizer.sha256:
@@ -66,12 +67,31 @@ class SampleReader:
         pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
         return np.stack([self._streams[source].segments(sample, self._sequence_length) for source, sample in pairs])
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether the labels of some source count only where they are answers."""
+        return any(stream.has_answers for stream in self._streams)
+
+    def read_targets(self, positions: np.ndarray) -> np.ndarray:
+        """Which labels of the samples count (n, T) bool."""
+        located = self._order.locate(positions)
+        pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
+        return np.stack([self._streams[source].is_target(sample, self._sequence_length) for source, sample in pairs])
+
+    def count_targets(self, positions: np.ndarray) -> int:
+        """How many labels of the samples count, together: known without reading them."""
+        located = self._order.locate(positions)
+        return sum(
+            stream.count_targets(located.sample[located.source == number], self._sequence_length)
+            for number, stream in enumerate(self._streams)
+        )
+
     def _sample(self, source: int, sample: int) -> np.ndarray:
         stream = self._streams[source]
         tokens = stream.sample(sample, self._sequence_length).astype(np.int64)
         if tokens.max() >= self._vocab_size or tokens.min() < 0:
             offset = int(np.argmax((tokens >= self._vocab_size) | (tokens < 0)))
-            place = stream.place(sample * self._sequence_length + offset)
+            place = stream.place_in_sample(sample, offset, self._sequence_length)
             raise BadData(f"{place}: token id {tokens[offset]} is beyond the vocabulary of {self._vocab_size}")
         return tokens
 

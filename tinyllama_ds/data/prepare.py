@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from tinyllama_ds.data.chat import END_OF_TURN, encode_conversations, header_tokens, refuse_merged_line_breaks
+from tinyllama_ds.data.conversations import ChatFormat
 from tinyllama_ds.data.encoding import FileEncoder, load_gigatoken
 from tinyllama_ds.data.progress import ShardProgress
 from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter, token_dtype
@@ -50,6 +52,10 @@ class ShardTask:
     inputs: tuple[Path, ...]
 
     @property
+    def holds_conversations(self) -> bool:
+        return isinstance(self.job.format, ChatFormat)
+
+    @property
     def manifest(self) -> Path:
         return self.name.prefix.with_suffix(".json")
 
@@ -68,6 +74,8 @@ def prepare(
     `output` already holds, and for shards that were made from other inputs.
     """
     tokenizer, _ = _encoder_of(job.tokenizer, job.encoder)  # refuses here what no worker could do
+    if isinstance(job.format, ChatFormat):
+        refuse_merged_line_breaks(tokenizer)
     rank, size = share
     tasks = plan_shards(job)[rank::size]
     hold_tokenizer(tokenizer, job.output)
@@ -125,7 +133,8 @@ def _remove_leftovers(job: Preparation) -> None:
 
 def _finished(task: ShardTask, tokenizer: Tokenizer) -> Manifest | None:
     """The manifest of a shard that need not be made again; raises `Refusal` for one that was made otherwise."""
-    if not all(task.name.prefix.with_suffix(suffix).is_file() for suffix in (".bin", ".idx", ".json")):
+    suffixes = (".bin", ".idx", ".json", *([".mask"] if task.holds_conversations else []))
+    if not all(task.name.prefix.with_suffix(suffix).is_file() for suffix in suffixes):
         return None
     manifest = Manifest.read(task.manifest)
     made_from = ([(entry.path, entry.bytes) for entry in manifest.inputs], manifest.shards, manifest.source_format)
@@ -221,10 +230,11 @@ def _end_with_parent() -> None:
 def make_shard(task: ShardTask) -> Manifest:
     """Tokenise the inputs of one task and commit its shard."""
     tokenizer, fast = _encoder_of(task.job.tokenizer, task.job.encoder)
-    writer = ShardWriter(task.name, tokenizer.vocab_size)
+    writer = ShardWriter(task.name, tokenizer.vocab_size, has_mask=task.holds_conversations)
+    ending = END_OF_TURN if task.holds_conversations else END_OF_DOCUMENT
     try:
         inputs = [_add_file(writer, FileEncoder(tokenizer, fast), task, path) for path in task.inputs]
-        return writer.commit(tokenizer.sha256, END_OF_DOCUMENT, task.job.format.to_dict(), inputs)
+        return writer.commit(tokenizer.sha256, ending, task.job.format.to_dict(), inputs)
     except OSError as error:  # what cannot be read is a fault of its record, so this is a write
         raise Refusal(f"{task.name.prefix}.bin: the shard cannot be written ({error})") from error
     finally:
@@ -240,27 +250,49 @@ def _encoder_of(path: Path, encoder: str) -> tuple:
 
 def _add_file(writer: ShardWriter, encoder: FileEncoder, task: ShardTask, path: Path) -> InputFile:
     rejected: Counter[str] = Counter()
+    shortened: Counter[str] = Counter()
     faults: list[str] = []
-    documents = records = text_bytes = 0
+    before, records, text_bytes = writer.documents, 0, 0
     for batch in _batches(read_records(path, task.job.format)):
         records += len(batch)
         rejected.update(record.rejected for record in batch if record.rejected)
         faults += [record.fault for record in batch if record.fault]
         _check_faults(faults, task.job.max_bad_records)
-        texts = [record.text for record in batch if record.text]
-        writer.add(*encoder.encode(texts))
-        documents += len(texts)
+        if isinstance(task.job.format, ChatFormat):
+            _add_conversations(writer, encoder, task.job.format, batch, rejected, shortened)
+        else:
+            writer.add(*encoder.encode([record.text for record in batch if record.text]))
         text_bytes += sum(record.text_bytes for record in batch)
     return InputFile(
         path=task.relative(path),
         bytes=path.stat().st_size,
         records=records,
-        documents=documents,
+        documents=writer.documents - before,
         rejected=dict(sorted(rejected.items())),
         faults=faults,
         text_bytes=text_bytes,
         encoder=encoder.name,
+        shortened=dict(sorted(shortened.items())),
     )
+
+
+def _add_conversations(
+    writer: ShardWriter,
+    encoder: FileEncoder,
+    fmt: ChatFormat,
+    batch: list[Record],
+    rejected: Counter[str],
+    shortened: Counter[str],
+) -> None:
+    """Write the conversations of a batch, and count those that lost turns or are too long altogether."""
+    shortened.update(record.shortened for record in batch if record.shortened)
+    conversations = [record.messages for record in batch if record.messages]
+    encoded = encode_conversations(encoder.encode, conversations, header_tokens(encoder.tokenizer), fmt.max_tokens)
+    writer.add(encoded.ids, encoded.lengths, encoded.is_answer)
+    if encoded.shortened:
+        shortened[f"turns beyond {fmt.max_tokens} tokens"] += encoded.shortened
+    if encoded.rejected:
+        rejected[f"first answer beyond {fmt.max_tokens} tokens"] += encoded.rejected
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -285,14 +317,17 @@ def summarise(manifests: list[Manifest]) -> dict[str, dict]:
         inputs = [entry for manifest in chosen for entry in manifest.inputs]
         tokens = sum(manifest.tokens for manifest in chosen)
         rejected: Counter[str] = Counter()
+        shortened: Counter[str] = Counter()
         for entry in inputs:
             rejected.update(entry.rejected)
+            shortened.update(entry.shortened)
         table[split] = {
             "shards": len(chosen),
             "files": len(inputs),
             "records": sum(entry.records for entry in inputs),
             "documents": sum(manifest.documents for manifest in chosen),
             "rejected": dict(sorted(rejected.items())),
+            "shortened": dict(sorted(shortened.items())),
             "faults": _faults(chosen),
             "tokens": tokens,
             "bytes_per_token": sum(entry.text_bytes for entry in inputs) / tokens if tokens else 0.0,

@@ -5,6 +5,9 @@
 int64 byte offset[S], int64 first sequence of each document[D + 1]
 (Megatron-LM, megatron/core/datasets/indexed_dataset.py).
 One sequence is one document here, its EOS included. `NAME.json` is written last: a shard exists when it does.
+
+A shard of conversations has `NAME.mask` too, a byte for each token: 1 where it is part of an answer, a target of
+fine-tuning, else 0. The other files are those of any shard.
 """
 
 import hashlib
@@ -14,7 +17,7 @@ import socket
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -42,6 +45,7 @@ class InputFile:
     faults: list[str]
     text_bytes: int
     encoder: str
+    shortened: dict[str, int] = field(default_factory=dict)  # conversations that lost turns, among the documents
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Manifest:
     inputs: list[InputFile]
     tool_version: str
     manifest_version: int = MANIFEST_VERSION
+    mask_sha256: str | None = None  # of a shard of conversations
 
     @staticmethod
     def read(path: Path) -> "Manifest":
@@ -112,12 +117,12 @@ def temporary_name(path: Path) -> Path:
 
 
 class ShardWriter:
-    """Writes one shard under temporary names; `commit` syncs and renames .bin, .idx, then the manifest.
+    """Writes one shard under temporary names; `commit` syncs and renames .bin, .mask, .idx, then the manifest.
 
     Two processes at work on the same shard do no harm: both make the same bytes, and the later rename wins.
     """
 
-    def __init__(self, name: ShardName, vocab_size: int) -> None:
+    def __init__(self, name: ShardName, vocab_size: int, has_mask: bool = False) -> None:
         self._name = name
         self._vocab_size = vocab_size
         self._dtype = token_dtype(vocab_size)
@@ -125,12 +130,16 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         name.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = self._temporary(".bin").open("wb")
+        self._mask = self._temporary(".mask").open("wb") if has_mask else None
+        self._mask_hash = hashlib.sha256()
         self.tokens = 0
         self.smallest_id = vocab_size
         self.largest_id = -1
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: their ids one after the other, each with its EOS, and the length of each."""
+    def add(self, ids: np.ndarray, lengths: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Append documents: their ids one after the other, each with its EOS, the length of each, and of a shard that
+        has a mask that of each id, 0 or 1 in uint8.
+        """
         if len(ids) == 0:
             return
         smallest, largest = int(ids.min()), int(ids.max())
@@ -142,6 +151,10 @@ class ShardWriter:
         payload = ids.astype(self._dtype).tobytes()
         self._hash.update(payload)
         self._bin.write(payload)
+        if self._mask is not None:
+            assert mask is not None
+            self._mask_hash.update(mask.tobytes())
+            self._mask.write(mask.tobytes())
 
     @property
     def documents(self) -> int:
@@ -152,6 +165,8 @@ class ShardWriter:
     ) -> Manifest:
         """Make the shard durable and visible; returns its manifest."""
         _sync_and_close(self._bin)
+        if self._mask is not None:
+            _sync_and_close(self._mask)
         index = self._index()
         manifest = Manifest(
             source=self._name.source,
@@ -170,12 +185,13 @@ class ShardWriter:
             source_format=source_format,
             inputs=inputs,
             tool_version=__version__,
+            mask_sha256=self._mask_hash.hexdigest() if self._mask is not None else None,
         )
         for suffix, content in ((".idx", index), (".json", manifest.to_json().encode())):
             with self._temporary(suffix).open("wb") as file:
                 file.write(content)
                 _sync_and_close(file)
-        for suffix in (".bin", ".idx", ".json"):
+        for suffix in (".bin", *([".mask"] if self._mask is not None else []), ".idx", ".json"):
             self._temporary(suffix).replace(self._name.prefix.with_suffix(suffix))
             _sync_directory(self._name.prefix.parent)
         return manifest
@@ -183,7 +199,9 @@ class ShardWriter:
     def abandon(self) -> None:
         """Remove what was written and not committed."""
         self._bin.close()
-        for suffix in (".bin", ".idx", ".json"):
+        if self._mask is not None:
+            self._mask.close()
+        for suffix in (".bin", ".mask", ".idx", ".json"):
             self._temporary(suffix).unlink(missing_ok=True)
 
     def _temporary(self, suffix: str) -> Path:
@@ -286,6 +304,7 @@ class ShardReader:
 
     def __init__(self, prefix: Path) -> None:
         self.bin_path = prefix.with_suffix(".bin")
+        self.mask_path = prefix.with_suffix(".mask")
         self.manifest = Manifest.read(prefix.with_suffix(".json"))
         self.index = IndexHeader.read(prefix.with_suffix(".idx"))
         self.tokens = self.manifest.tokens
@@ -300,18 +319,21 @@ class ShardReader:
             raise Refusal(
                 f"{self.index.path}: {self.index.documents} documents, but its manifest says {self.manifest.documents}"
             )
+        if self.has_mask and not (self.mask_path.is_file() and self.mask_path.stat().st_size == self.tokens):
+            raise Refusal(f"{self.mask_path}: expected one byte for each of the shard's {self.tokens} tokens")
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the shard holds conversations, and says which of its tokens are answers."""
+        return self.manifest.mask_sha256 is not None
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count)."""
-        itemsize = self.index.dtype.itemsize
-        descriptor = os.open(self.bin_path, os.O_RDONLY)
-        try:
-            raw = os.pread(descriptor, count * itemsize, start * itemsize)
-        finally:
-            os.close(descriptor)
-        if len(raw) != count * itemsize:
-            raise Refusal(f"{self.bin_path}: cut short while it was read, at token {start}")
-        return np.frombuffer(raw, dtype=self.index.dtype)
+        return _read_array(self.bin_path, self.index.dtype, start, count)
+
+    def read_mask(self, start: int, count: int) -> np.ndarray:
+        """Of tokens [start, start + count), which are part of an answer: 0 or 1 in uint8."""
+        return _read_array(self.mask_path, np.dtype(np.uint8), start, count)
 
     @cached_property
     def document_starts(self) -> np.ndarray:
@@ -320,6 +342,17 @@ class ShardReader:
         if starts[-1] != self.tokens:
             raise Refusal(f"{self.index.path}: counts {starts[-1]} tokens, but its manifest says {self.tokens}")
         return starts
+
+
+def _read_array(path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarray:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        raw = os.pread(descriptor, count * dtype.itemsize, start * dtype.itemsize)
+    finally:
+        os.close(descriptor)
+    if len(raw) != count * dtype.itemsize:
+        raise Refusal(f"{path}: cut short while it was read, at token {start}")
+    return np.frombuffer(raw, dtype=dtype)
 
 
 class TokenStream:
@@ -373,6 +406,23 @@ class TokenStream:
         is_start = np.zeros(sequence_length, dtype=np.int32)
         is_start[self.document_starts(first + 1, sequence_length - 1) - first] = 1
         return np.cumsum(is_start, dtype=np.int32)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether only some tokens are targets: those of the answers in conversations (`packing.py`)."""
+        return False
+
+    def is_target(self, index: int, sequence_length: int) -> np.ndarray:
+        """Which of the T labels of sample `index`, its tokens but the first, count: (T,) bool."""
+        return np.ones(sequence_length, dtype=bool)
+
+    def count_targets(self, indices: np.ndarray, sequence_length: int) -> int:
+        """How many labels of some samples count, together."""
+        return len(indices) * sequence_length
+
+    def place_in_sample(self, index: int, offset: int, sequence_length: int) -> str:
+        """Shard file and token offset of a token of a sample, for error messages."""
+        return self.place(index * sequence_length + offset)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) of the stream."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinyllama_ds.data.order import SampleOrder
+from tinyllama_ds.data.packing import ConversationStream
 from tinyllama_ds.data.shards import TokenStream
 from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
 
@@ -41,14 +42,17 @@ def show_samples(
     )
     for position, number, epoch, sample in rows:
         stream = streams[order.sources[number]]
-        tokens = stream.sample(sample, sequence_length)
-        pieces = [tokenizer.decode(piece.tolist()) for piece in _documents(tokens)]
+        if isinstance(stream, ConversationStream):
+            documents = stream.conversations(sample, sequence_length)
+        else:
+            documents = _documents(stream.sample(sample, sequence_length))
+        pieces = [tokenizer.decode(piece.tolist()) for piece in documents]
         yield ShownSample(
             position,
             order.sources[number],
             epoch,
             sample,
-            stream.place(sample * sequence_length),
+            stream.place_in_sample(sample, 0, sequence_length),
             printable("\n--- end of document ---\n".join(pieces)),
         )
 

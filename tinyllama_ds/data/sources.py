@@ -6,7 +6,7 @@ its file and line.
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,35 @@ class SourceFormat:
 
     def wants(self, subset: str | None) -> bool:
         return subset not in self.excluded if self.subsets is None else subset in self.subsets
+
+    @property
+    def expected_columns(self) -> str:
+        """What `columns` looks for, for error messages."""
+        return repr(self.text_field)
+
+    def columns(self, present: Sequence[str]) -> list[str]:
+        """Which columns of a parquet file are read; none where it has not what is needed."""
+        if self.text_field not in present:
+            return []
+        return [self.text_field] + (["meta"] if self.subset_field is not None and "meta" in present else [])
+
+    def record(self, raw: object, place: str) -> "Record":
+        """What a record of a file holds, or why there is nothing to train on; `place` names it."""
+        text = raw.get(self.text_field) if isinstance(raw, dict) else None
+        if not isinstance(raw, dict) or not isinstance(text, str):
+            return Record(fault=f"{place}: expected a record with a text under {self.text_field!r}")
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
+            return Record(fault=f"{place}: a lone surrogate at character {error.start} of {self.text_field!r}")
+        if not text:
+            return Record(rejected="empty text")
+        if self.subset_field is not None:
+            meta = raw.get("meta")
+            subset = meta.get(self.subset_field) if isinstance(meta, dict) else None
+            if not self.wants(subset):
+                return Record(rejected=f"subset {subset}")
+        return Record(text, size)
 
     def to_dict(self) -> dict:
         return asdict(self) | {
@@ -77,8 +106,16 @@ def source_format(name: str, text_field: str | None = None, subsets: list[str] |
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str  # system, user or assistant
+    content: str
+
+
+@dataclass(frozen=True)
 class Record:
-    """One record of a file: a text to train on, or why there is none.
+    """One record of a file: a text to train on or the turns of a conversation, or why there is neither.
 
     `rejected` is a reason by rule (an unwanted subset, an empty text); `fault` is a place and what is wrong there.
     """
@@ -87,6 +124,8 @@ class Record:
     text_bytes: int = 0
     rejected: str | None = None
     fault: str | None = None
+    messages: tuple["Message", ...] = ()
+    shortened: str | None = None  # what was left out of a conversation
 
 
 def find_inputs(directory: Path, fmt: SourceFormat) -> dict[str, list[Path]]:
@@ -156,24 +195,6 @@ def read_records(path: Path, fmt: SourceFormat) -> Iterator[Record]:
         yield Record(fault=f"{path}: the file is damaged or cut short ({error})")
 
 
-def _record(raw: object, fmt: SourceFormat, place: str) -> Record:
-    text = raw.get(fmt.text_field) if isinstance(raw, dict) else None
-    if not isinstance(raw, dict) or not isinstance(text, str):
-        return Record(fault=f"{place}: expected a record with a text under {fmt.text_field!r}")
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
-        return Record(fault=f"{place}: a lone surrogate at character {error.start} of {fmt.text_field!r}")
-    if not text:
-        return Record(rejected="empty text")
-    if fmt.subset_field is not None:
-        meta = raw.get("meta")
-        subset = meta.get(fmt.subset_field) if isinstance(meta, dict) else None
-        if not fmt.wants(subset):
-            return Record(rejected=f"subset {subset}")
-    return Record(text, size)
-
-
 def _read_jsonl(compression: str | None, path: Path, fmt: SourceFormat) -> Iterator[Record]:
     # Arrow reads all frames of a file and reports one that is cut short; python-zstandard takes that for the end.
     with io.BufferedReader(pyarrow.input_stream(path, compression=compression), _READ_BYTES) as file:
@@ -197,17 +218,17 @@ def _parse(line: bytes, fmt: SourceFormat, place: str) -> Record:
         raw = json.loads(line.decode())
     except (ValueError, RecursionError) as error:  # ValueError covers invalid UTF-8
         return Record(fault=f"{place}: not a line of JSON in UTF-8 ({error})")
-    return _record(raw, fmt, place)
+    return fmt.record(raw, place)
 
 
 def _read_parquet(path: Path, fmt: SourceFormat) -> Iterator[Record]:
     # Without these two a row group, which may be the whole file, is read at once.
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
         names = file.schema_arrow.names
-        if fmt.text_field not in names:
-            yield Record(fault=f"{path}: has no column {fmt.text_field!r}; it has {', '.join(names)}")
+        columns = fmt.columns(names)
+        if not columns:
+            yield Record(fault=f"{path}: has no column {fmt.expected_columns}; it has {', '.join(names)}")
             return
-        columns = [fmt.text_field] + (["meta"] if fmt.subset_field is not None and "meta" in names else [])
         row = 0
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
             for values in zip(*(batch.column(name) for name in columns), strict=True):
@@ -217,7 +238,7 @@ def _read_parquet(path: Path, fmt: SourceFormat) -> Iterator[Record]:
 
 def _parse_row(row: dict[str, pyarrow.Scalar], fmt: SourceFormat, place: str) -> Record:
     try:
-        return _record({name: value.as_py() for name, value in row.items()}, fmt, place)
+        return fmt.record({name: value.as_py() for name, value in row.items()}, place)
     except UnicodeDecodeError as error:
         return Record(fault=f"{place}: not UTF-8 at byte {error.start}")
 
@@ -227,7 +248,7 @@ def _read_text(path: Path, fmt: SourceFormat) -> Iterator[Record]:
         yield Record(fault=f"{path}: is one document of more than {MAX_DOCUMENT_BYTES:,} bytes")
         return
     try:
-        yield _record({fmt.text_field: path.read_bytes().decode()}, fmt, str(path))
+        yield fmt.record({fmt.text_field: path.read_bytes().decode()}, str(path))
     except UnicodeDecodeError as error:
         yield Record(fault=f"{path}: not UTF-8 at byte {error.start}")
 

@@ -17,7 +17,10 @@ Score = Callable[..., Tensor]  # input ids, labels and perhaps segments, each (B
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Samples spread evenly over a source's validation split, the same for every world size and batch."""
+    """Samples spread evenly over a source's validation split, the same for every world size and batch.
+
+    Of conversations only the answers are targets.
+    """
 
     source: str
     stream: TokenStream
@@ -45,6 +48,9 @@ class ValidationSet:
             tokens = np.stack([self.stream.sample(index, self.sequence_length) for index in indices])  # (B, T + 1)
             tensor = torch.from_numpy(tokens.astype(np.int64))
             inputs, labels = tensor[:, :-1], tensor[:, 1:].clone()
+            if self.stream.has_answers:
+                is_target = np.stack([self.stream.is_target(index, self.sequence_length) for index in indices])
+                labels[~torch.from_numpy(is_target)] = IGNORE_INDEX
             labels[max(0, total - first) :] = IGNORE_INDEX
             yield inputs, labels, *self._segments(indices)
 

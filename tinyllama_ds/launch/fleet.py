@@ -31,7 +31,7 @@ class Fleet:
         *,
         look_first: bool,
         may_shrink: bool,
-        check: Callable[[Placement], None],
+        check: Callable[[Placement], object],
     ) -> None:
         """`look_first`: ask the doctor before the first start; `check` raises `Refusal` for hosts that do not fit."""
         self._placement = placement

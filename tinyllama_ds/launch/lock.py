@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tinyllama_ds.errors import Refusal
@@ -39,8 +39,10 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
     """Hold a run directory, making it if need be. Raises `Refusal`, naming the owner, where somebody else does.
 
     The lock of a dead owner is taken over: on this host one whose process is gone, on another host one who has not
-    touched the file while this process watched it for 30 s. No clock is compared with another.
+    touched the file while this process watched it for 30 s. No clock is compared with another. A directory made
+    here that stayed empty, because the start was refused, goes again.
     """
+    is_new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
     path = run_dir / LOCK_FILE
     ours = json.dumps(_owner())
@@ -54,6 +56,9 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
     finally:
         if path.exists() and path.read_text() == ours:
             path.unlink()
+        if is_new:
+            with suppress(OSError):  # there is something in it
+                run_dir.rmdir()
 
 
 def _name(held: str) -> str:

@@ -23,6 +23,7 @@ _CODES_OF_STATES = {"finished": EXIT_FINISHED, "stopped": EXIT_RESTART, "rolled 
 _MAX_FAILURES = 3  # in a row without a new checkpoint
 _STOP_SECONDS = 25  # from the wish to stop to the end of all processes; a scheduler often kills after 30
 _POLL_SECONDS = 0.2
+_STACK_SECONDS, _STACK_LOOKS = 0.5, 10  # between two looks at the stacks, and how often before it goes on without some
 _CRASHED = 1
 
 _HOSTS_SECONDS = 10  # between two looks for hosts that are missing
@@ -270,9 +271,19 @@ class _Watchdog:
             with suppress(ProcessLookupError, KeyError):
                 os.kill(_read_beat(file)["pid"], self._signal)
                 os.kill(_read_beat(file)["pid"], signal.SIGCONT)
-        time.sleep(1)
-        stacks = sorted(self._directory.glob("stacks_*"))
+        stacks = self._settled_stacks()
         return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in stacks)
+
+    def _settled_stacks(self) -> list[Path]:
+        """The files in which the ranks answer, once they grow no more; a rank may have nothing to say."""
+        sizes: list[int] = []
+        for _ in range(_STACK_LOOKS):
+            time.sleep(_STACK_SECONDS)
+            files = sorted(self._directory.glob("stacks_*"))
+            before, sizes = sizes, [file.stat().st_size for file in files]
+            if sizes == before and all(sizes):
+                break
+        return files
 
 
 def _read_beat(file: Path) -> dict:

@@ -18,6 +18,7 @@ class LlamaConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
+    rope_scaling_factor: float = 1.0  # position interpolation: positions are divided by it (Chen et al. 2023)
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -31,6 +32,8 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise Refusal(f"head size {self.head_dim} must be even, because RoPE rotates pairs")
+        if not 1 <= self.rope_scaling_factor < float("inf"):
+            raise Refusal(f"rope_scaling_factor {self.rope_scaling_factor} must be 1 or more")
 
     @property
     def head_dim(self) -> int:
@@ -60,12 +63,18 @@ class LlamaConfig:
         return 6 * self.num_matmul_parameters + attention
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """All values; without interpolation nothing is said of it, as in runs from before there was any."""
+        values = asdict(self)
+        if self.rope_scaling_factor == 1:
+            del values["rope_scaling_factor"]
+        return values
 
 
-# TinyLlama's two published shapes (lit_gpt/config.py of its repository), then small ones for the demo and the tests.
+# TinyLlama's three published shapes (lit_gpt/config.py of its repository; the second is `code_tiny_LLaMA_1b`), then
+# small ones for the demo and the tests.
 MODEL_SIZES: dict[str, LlamaConfig] = {
     "tinyllama-1.1b": LlamaConfig(32_000, 2048, 5632, 22, 32, 4, 2048),
+    "tinyllama-1.1b-8k": LlamaConfig(32_000, 2048, 5632, 22, 32, 4, 8192, rope_scaling_factor=4.0),
     "tinyllama-120m": LlamaConfig(32_000, 768, 2048, 12, 12, 1, 2048),
     "demo": LlamaConfig(2048, 512, 1408, 3, 8, 2, 512),
     "test": LlamaConfig(512, 64, 176, 2, 4, 2, 128),

@@ -33,12 +33,12 @@ class RMSNorm(nn.Module):
 def rope_tables(config: LlamaConfig, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's rotation angles, each (T, E) in fp32 (Su et al. 2021).
 
+    Positions are divided by the config's `rope_scaling_factor` (position interpolation, Chen et al. 2023).
     Dimension i of the first half is paired with dimension i of the second half: Hugging Face's half-rotation.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    angles = torch.outer(
-        torch.arange(num_positions, dtype=torch.float32, device=device), 1.0 / config.rope_theta**exponents
-    )  # (T, E/2)
+    frequencies = 1.0 / config.rope_theta**exponents / config.rope_scaling_factor  # (E/2,)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequencies)  # (T, E/2)
     angles = torch.cat((angles, angles), dim=-1)  # (T, E)
     return angles.cos(), angles.sin()
 
@@ -176,10 +176,15 @@ def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:
                 parameter.normal_(std=math.sqrt(2 / 5 / D), generator=generator)
 
 
-def build_model(config: LlamaConfig, attention: str, seed: int, recompute_every: int = 0) -> LlamaForCausalLM:
-    """A freshly initialised decoder in fp32 on the CPU."""
+def empty_model(config: LlamaConfig, attention: str, recompute_every: int = 0) -> LlamaForCausalLM:
+    """A decoder in fp32 on the CPU whose parameters are yet to be filled."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config, attention, recompute_every)
-    model.to_empty(device="cpu")
+    return model.to_empty(device="cpu")
+
+
+def build_model(config: LlamaConfig, attention: str, seed: int, recompute_every: int = 0) -> LlamaForCausalLM:
+    """A freshly initialised decoder in fp32 on the CPU."""
+    model = empty_model(config, attention, recompute_every)
     initialize_weights(model, seed)
     return model

@@ -138,7 +138,7 @@ def answer(question: Question, inputs: Inputs, sizes: dict[str, int]) -> Answer:
     return Answer(
         question, inputs, resolved, layout, work, accumulations,
         memory_of(inputs.model, layout, work, ranks), steps, duration, (good, bad),
-        storage_of(inputs.model, layout.stage, layout.weight_bytes, intervals, inputs.plan.total_tokens, corpus),
+        storage_of(inputs.model, layout.stage, layout.weight_bytes, intervals, inputs.plan, corpus),
         course,
         (
             *schedule_warnings(inputs.plan, inputs.schedule),

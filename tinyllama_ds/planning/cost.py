@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.plan import RunPlan
 from tinyllama_ds.recipe import Intervals
 
 # Interruptions per 1,000 node-days. Good: Llama 3 on 16,384 H100 (3.8), BLOOM (3.0). Bad: OPT-175B (16).
@@ -70,10 +71,10 @@ class Storage:
 
 
 def storage_of(
-    model: LlamaConfig, stage: int, weight_bytes: int, intervals: Intervals, run_tokens: int, corpus_tokens: int
+    model: LlamaConfig, stage: int, weight_bytes: int, intervals: Intervals, plan: RunPlan, corpus_tokens: int
 ) -> Storage:
-    """Checkpoints that stay (the last few, and one for every `keep_tokens`), and the prepared corpus."""
+    """Checkpoints that stay (the last few, one for every `keep_tokens` and stage), and the prepared corpus."""
     masters_and_moments = 12 * model.num_parameters
     weights = weight_bytes * model.num_parameters if stage < 3 else 0
-    kept = intervals.keep_last + run_tokens // intervals.keep_tokens
+    kept = intervals.keep_last + plan.total_tokens // intervals.keep_tokens + len(plan.stages) - 1
     return Storage(masters_and_moments + weights, kept, corpus_tokens * (2 if model.vocab_size < 65_500 else 4))

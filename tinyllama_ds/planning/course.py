@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
-from tinyllama_ds.plan import RunPlan
+from tinyllama_ds.plan import PlannedStage, RunPlan
 from tinyllama_ds.recipe import Recipe
 from tinyllama_ds.training.schedule import ConstantSchedule, CosineSchedule, Schedule
 
@@ -49,7 +49,7 @@ def course_of(recipe: Recipe, plan: RunPlan, schedule: Schedule, peak_rate: floa
     T = recipe.sequence_length
     tokens = {name: count * T for name, count in end.items()}
     return Course(
-        _borders(plan, schedule, peak_rate, order),
+        _borders(plan, schedule, peak_rate),
         tokens,
         {name: count / (sizes[name] // T) for name, count in end.items() if name in sizes},
         _tokens_between_saves(recipe, plan),
@@ -65,7 +65,7 @@ def sample_order(recipe: Recipe, plan: RunPlan, sizes: Mapping[str, int]) -> Sam
     return SampleOrder(recipe.seed, samples, stages)
 
 
-def _borders(plan: RunPlan, schedule: Schedule, peak_rate: float, order: SampleOrder) -> list[Border]:
+def _borders(plan: RunPlan, schedule: Schedule, peak_rate: float) -> list[Border]:
     at = {1: "first step"}
     if isinstance(schedule, CosineSchedule) and schedule.warmup_tokens:
         at[_steps_to(plan, schedule.warmup_tokens)] = "end of the warm-up"
@@ -78,30 +78,31 @@ def _borders(plan: RunPlan, schedule: Schedule, peak_rate: float, order: SampleO
             at[first + -(-stage.ramp_samples // stage.batch)] = f"end of the ramp of {stage.name}"
         first += stage.steps
         at[first] = f"end of {stage.name}"
-    return [border_at(plan, schedule, peak_rate, order, number, name) for number, name in sorted(at.items())]
+    return [border_at(plan, schedule, peak_rate, number, name) for number, name in sorted(at.items())]
 
 
-def border_at(
-    plan: RunPlan, schedule: Schedule, peak_rate: float, order: SampleOrder, number: int, name: str = ""
-) -> Border:
-    """The run after `number` steps; the mixture is what its stage draws around that step."""
+def border_at(plan: RunPlan, schedule: Schedule, peak_rate: float, number: int, name: str = "") -> Border:
+    """The run after `number` steps; the mixture is the planned one in the middle of the last of them."""
     step = plan.step(number - 1)
-    window = 10_000  # samples, over which the mixture of a ramp is counted
-    end = step.first_position + step.batch
-    begin = max(end - window, _stage_start(plan, number - 1))
-    counts, before = order.counts(end), order.counts(begin)
-    mixture = {source: (counts[source] - before[source]) / (end - begin) for source in order.sources}
+    mixture = _mixture_at(plan, step.first_position + step.batch / 2)
     rate = peak_rate * schedule.ratio(step.tokens_after)
     return Border(name, number, step.tokens_after, rate, step.batch * plan.sequence_length, mixture)
 
 
-def _stage_start(plan: RunPlan, number: int) -> int:
-    first_step = position = 0
+def _mixture_at(plan: RunPlan, position: float) -> dict[str, float]:
+    """The share of every source; what is drawn is within a sample of the integral of this (`data/order.py`)."""
+    sources = dict.fromkeys(name for stage in plan.stages for name in stage.weights)
+    first, before = 0, plan.stages[0]
     for stage in plan.stages:
-        if number < first_step + stage.steps:
+        if position < first + stage.samples:
             break
-        first_step, position = first_step + stage.steps, position + stage.samples
-    return position
+        first, before = first + stage.samples, stage
+    reached = min(1.0, (position - first) / stage.ramp_samples) if stage.ramp_samples else 1.0
+    return {name: reached * _share(stage, name) + (1 - reached) * _share(before, name) for name in sources}
+
+
+def _share(stage: PlannedStage, source: str) -> float:
+    return stage.weights.get(source, 0.0) / sum(stage.weights.values())
 
 
 def _steps_to(plan: RunPlan, tokens: int) -> int:

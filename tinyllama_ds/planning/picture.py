@@ -1,49 +1,100 @@
 """Learning rate, batch and mixture over tokens, as one PNG."""
 
 import io
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
+from tinyllama_ds.plan import PlannedStage
 from tinyllama_ds.planning.answer import Answer
-from tinyllama_ds.planning.course import border_at, sample_order
+from tinyllama_ds.planning.course import Border, border_at
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _POINTS = 200
+_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+_NAMED_SHARE = 0.02  # of the picture's width; no words fit into a narrower stage
+_GRAY = "#555555"
 
 
-def picture_of(found: Answer, sizes: dict[str, int]) -> bytes:
-    """A PNG of three curves with the stages' borders."""
+def picture_of(found: Answer) -> bytes:
+    """A PNG of three curves with the stages, their borders and what holds there."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
     inputs = found.inputs
-    order = sample_order(inputs.recipe, inputs.plan, sizes)
     peak = found.resolved["optimizer"]["params"].get("lr", 1e-3)
     points = [
-        border_at(inputs.plan, inputs.schedule, peak, order, number)
+        border_at(inputs.plan, inputs.schedule, peak, number)
         for number in _step_numbers(inputs.plan.total_steps, [border.step for border in found.course.borders])
     ]
-    tokens = [point.tokens for point in points]
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
     rate, batch, mixture = figure.subplots(3, 1, sharex=True)
-    rate.plot(tokens, [point.learning_rate for point in points])
-    rate.set(ylabel="learning rate", ylim=(0, None))
-    batch.step(tokens, [point.batch_tokens for point in points], where="pre")
-    batch.set(ylabel="batch (tokens)", ylim=(0, None))
-    batch.yaxis.set_major_formatter(EngFormatter())
-    mixture.stackplot(
-        tokens, [[point.mixture[name] for point in points] for name in order.sources], labels=order.sources, alpha=0.8
-    )
-    mixture.set(ylabel="share of samples", xlabel="tokens", ylim=(0, 1))
-    mixture.legend(loc="lower left")
-    mixture.xaxis.set_major_formatter(EngFormatter())
-    done = 0
+    _draw_curves(points, inputs.recipe.sources, rate, batch, mixture)
+    starts = [0]
     for stage in inputs.plan.stages:
+        starts.append(starts[-1] + stage.samples * inputs.plan.sequence_length)
+    for stage, (start, end) in zip(inputs.plan.stages, pairwise(starts), strict=True):
         for axis in (rate, batch, mixture):
-            axis.axvline(done, color="gray", linewidth=0.6, linestyle=":")
-        rate.annotate(stage.name, (done, 0), xytext=(4, 4), textcoords="offset points", color="gray")
-        done += stage.samples * inputs.plan.sequence_length
+            axis.axvline(start, color=_GRAY, linewidth=0.8, linestyle=":")
+        if end - start >= _NAMED_SHARE * starts[-1]:
+            _name_stage(stage, start, end, inputs.plan.sequence_length, (rate, batch, mixture))
+    _name_rates(found.course.borders, rate)
     figure.suptitle(f"{inputs.recipe.name}: {inputs.plan.total_steps:,} steps, {inputs.plan.total_tokens:,} tokens")
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=100)
     return drawn.getvalue()
+
+
+def _draw_curves(points: list[Border], sources: list[str], rate: "Axes", batch: "Axes", mixture: "Axes") -> None:
+    tokens = [point.tokens for point in points]
+    rate.plot(tokens, [point.learning_rate for point in points])
+    rate.set(ylabel="learning rate", ylim=(0, 1.35 * max(point.learning_rate for point in points)))
+    batch.step(tokens, [point.batch_tokens for point in points], where="pre")
+    batch.set(ylabel="batch, tokens", ylim=(0, 1.25 * max(point.batch_tokens for point in points)))
+    batch.yaxis.set_major_formatter(lambda value, _: short_tokens(value))
+    shares = [[100 * point.mixture[name] for point in points] for name in sources]
+    mixture.stackplot(tokens, shares, labels=sources, alpha=0.8)
+    mixture.set(ylabel="share of samples, %", xlabel="tokens", ylim=(0, 100), xlim=(0, tokens[-1]))
+    mixture.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=len(sources), frameon=False)
+    mixture.xaxis.set_major_formatter(lambda value, _: short_tokens(value))
+
+
+def _name_stage(
+    stage: PlannedStage, start: int, end: int, sequence_length: int, axes: "tuple[Axes, Axes, Axes]"
+) -> None:
+    """Its name and size above the learning rate, its batch, and its shares once they are reached."""
+    rate, batch, mixture = axes
+    middle, total = (start + end) / 2, sum(stage.weights.values())
+    ramp = stage.ramp_samples * sequence_length
+    words = f"{stage.name}\n{short_tokens(end - start)}" + (f"\nramp {short_tokens(ramp)}" if ramp else "")
+    rate.annotate(words, (middle, 1), xycoords=("data", "axes fraction"), xytext=(0, -4), textcoords="offset points",
+                  ha="center", va="top", color=_GRAY, fontsize=9)  # fmt: skip
+    tokens = stage.batch * sequence_length
+    batch.annotate(f"{tokens:,}", (middle, tokens), xytext=(0, 4), textcoords="offset points", ha="center",
+                   color=_GRAY, fontsize=8)  # fmt: skip
+    below = 0.0
+    for weight in stage.weights.values():
+        share = 100 * weight / total
+        mixture.text((start + ramp + end) / 2, below + share / 2, f"{share:.4g}", ha="center", va="center", fontsize=8)
+        below += share
+
+
+def _name_rates(borders: list[Border], rate: "Axes") -> None:
+    """The learning rate at the end of the warm-up and of every stage."""
+    for border in borders:
+        if border.name.startswith("end of") and "ramp" not in border.name:
+            is_early = border.tokens < borders[-1].tokens / 9
+            rate.plot(border.tokens, border.learning_rate, "o", color=_GRAY, markersize=3)
+            rate.annotate(
+                f"{border.learning_rate:.3g}", (border.tokens, border.learning_rate), xytext=(-3, 7),
+                textcoords="offset points", ha="left" if is_early else "right", color=_GRAY, fontsize=8,
+            )  # fmt: skip
+
+
+def short_tokens(tokens: float) -> str:
+    """1.5T, 350B, 114.7k: four digits at most."""
+    size, unit = next(((size, unit) for size, unit in _UNITS if tokens >= size), (1, ""))
+    return f"{tokens / size:.4g}{unit}"
 
 
 def _step_numbers(total: int, borders: list[int]) -> list[int]:

@@ -1,14 +1,25 @@
-"""What differs between the run that a directory holds and the one that is asked for, and what of it is allowed."""
+"""What differs between a run that is there and the one that is asked for, and what of it is allowed."""
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tinyllama_ds.errors import Refusal
 
 ABSENT = "absent"
+# What decides the result of a run; a directory that holds other values of these holds another run.
+_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version", "init_from")
+_FREE = {  # may change from start to start
+    "recipe": ("intervals", "validation_samples"),
+    "deepspeed_config": (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "zero_optimization",
+        "tensorboard",
+    ),
+    "init_from": ("path",),
+}
 _FIXED = ("model", "order_version")  # no checkpoint can be continued with others
 _WIDTH = 80  # of a printed value
 _MOST = 20  # printed changes
@@ -30,6 +41,17 @@ class Change:
         return f"{self.key}.".startswith(f"{key}.")
 
 
+def identity_of(description: dict) -> dict:
+    """The part of a run's description (`run.json`) that decides its result."""
+    identity = {key: description.get(key, ABSENT) for key in _IDENTITY}
+    for key, free in _FREE.items():
+        if isinstance(identity[key], dict):
+            identity[key] = {name: value for name, value in identity[key].items() if name not in free}
+    stages = description.get("recipe", {}).get("stages", [])
+    identity["sources"] = list(dict.fromkeys(name for stage in stages for name in stage["weights"]))  # a tie's order
+    return identity
+
+
 def _short(value: Any) -> str:
     text = ABSENT if value == ABSENT else json.dumps(value)
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
@@ -47,16 +69,19 @@ def changes_between(there: Any, now: Any, key: str = "") -> Iterator[Change]:
         yield Change(key, there, now)
 
 
-def refuse_changes(changes: Sequence[Change], allowed: Sequence[str], path: Path) -> None:
-    """Raises `Refusal` with every change that is not allowed by its name or by the name of a table around it."""
+def refuse_changes(changes: Sequence[Change], allowed: Sequence[str], what: str, instead: str) -> None:
+    """Raises `Refusal` with every change that is not allowed by its name or by the name of a table around it.
+
+    `what` is there that differs, and `instead` is what to do about it.
+    """
     fixed = [change for change in changes if any(change.is_below(key) for key in _FIXED)]
     if fixed:
-        raise Refusal(f"{path}: holds another run: {_list(fixed)}; no run can change that, choose another --run-dir")
+        raise Refusal(f"{what}: {_list(fixed)}; no run can change that, {instead}")
     refused = [change for change in changes if not any(change.is_below(key) for key in allowed)]
     if refused:
         names = dict.fromkeys("data" if change.is_below("data") else change.key for change in refused)
         raise Refusal(
-            f"{path}: holds another run: {_list(refused)}; choose another --run-dir, or go on all the same with"
+            f"{what}: {_list(refused)}; {instead}, or go on all the same with"
             f" {' '.join(f'--allow-change {name}' for name in names)}"
         )
 

@@ -10,10 +10,10 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.probe import Probe
+from tinyllama_ds.training.consolidate import whole_tensors
 from tinyllama_ds.training.reshape import load_whole_tensors, parameter_shapes, write_whole_tensors
 
 if TYPE_CHECKING:
@@ -212,11 +213,11 @@ def _quarantine(checkpoint: Path, quarantine: Path) -> None:
     checkpoint.rename(next(quarantine / name for name in names if not (quarantine / name).exists()))
 
 
-def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: dict) -> None:
+def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: dict, scratch: Path) -> None:
     """Collective. Weights, optimizer and its step counter, into the layout that the run has now.
 
     The checkpoint has been verified by `choose_checkpoint`. `zero_section` is the run's own; one that differs from the
-    checkpoint's, or another number of ranks, takes the way over whole tensors.
+    checkpoint's, or another number of ranks, takes the way over whole tensors, which lie in `scratch` meanwhile.
     """
     manifest = read_manifest(checkpoint)
     configured = [dict(group, params=None) for group in engine.optimizer.param_groups]
@@ -226,7 +227,7 @@ def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: d
         if loaded is None:
             raise Refusal(f"{checkpoint}: DeepSpeed found nothing to load in it")
     else:
-        _load_reshaped(engine, checkpoint, manifest)
+        _load_reshaped(engine, checkpoint, manifest, scratch / f".{checkpoint.name}.whole")
     # DeepSpeed restores hyper-parameters too, under stage 3 the first group's in all of them, and at some stages the
     # clipping; the configured ones are in force.
     for group, wanted in zip(engine.optimizer.param_groups, configured, strict=True):
@@ -246,8 +247,7 @@ def effective_hyper_parameters(engine: "DeepSpeedEngine", group: int) -> dict:
     return {key: value for key, value in engine.basic_optimizer.param_groups[group].items() if key != "params"}
 
 
-def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: CheckpointManifest) -> None:
-    whole = checkpoint.with_name(f".{checkpoint.name}.whole")
+def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: CheckpointManifest, whole: Path) -> None:
     if dist.get_rank() == 0:
         write_whole_tensors(checkpoint, manifest.zero_stage, parameter_shapes(engine), whole)
     dist.barrier()
@@ -258,20 +258,17 @@ def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: Checkp
 
 
 def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str, torch.Tensor]]:
-    """The whole model on the CPU, under its parameter names, in the dtype that the forward pass used.
+    """The whole model on the CPU, under its parameter names, in the dtype that the forward pass used."""
+    manifest, tensors = stream_weights(checkpoint)
+    return manifest, {name: tensor.clone() for name, tensor in tensors}
+
+
+def stream_weights(checkpoint: Path) -> tuple[CheckpointManifest, Iterator[tuple[str, torch.Tensor]]]:
+    """The same, one after another, with one tensor in memory.
 
     Under bf16 training the weights are the fp32 masters rounded once, exactly what the last step left in the model.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # merging is done in memory; unset, DeepSpeed prints its guess
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     manifest = verify_checkpoint(checkpoint)
     dtype = getattr(torch, manifest.dtype)
-    if manifest.zero_stage == 0:
-        weights = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)[
-            "module"
-        ]
-    else:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # DeepSpeed prints its way through the files
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    return manifest, {name: tensor.to(dtype).contiguous().clone() for name, tensor in weights.items()}
+    tensors = whole_tensors(checkpoint, manifest.zero_stage)
+    return manifest, ((name, tensor.to(dtype)) for name, tensor in tensors)

@@ -17,6 +17,7 @@ from tinyllama_ds.errors import Refusal
 FAULT_VARIABLE = "TINYLLAMA_DS_FAULT"
 RESTART_VARIABLE = "TINYLLAMA_DS_RESTART"  # how often the supervisor has restarted the run
 _FOR_EVER = 2**63
+_WAKING_SECONDS = 1  # after a stop, so that stacks asked for meanwhile show where it was
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 _FACTORS = {"poison": float("nan"), "overflow": float("inf"), "spike": 50.0}
 ACTIONS = (*_SIGNALS, "spin", "block", "pause", "raise", *_FACTORS)
@@ -43,6 +44,7 @@ def strike(point: str, step: int) -> float:
         _WAITS[fault.action]()
     if fault.action in _SIGNALS:
         os.kill(os.getpid(), _SIGNALS[fault.action])
+        time.sleep(_WAKING_SECONDS)
     return _FACTORS.get(fault.action, 1.0)
 
 

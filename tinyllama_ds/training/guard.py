@@ -18,7 +18,7 @@ from tinyllama_ds.training.spikes import SpikeWindow
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-Batch = tuple[torch.Tensor, ...]  # tokens (B, T + 1), and with a document mask the segments (B, T)
+    from tinyllama_ds.training.batches import Batch
 
 MAX_SKIPS_IN_A_ROW = 5
 _NOT_FINITE = "loss or gradient is not finite"
@@ -169,16 +169,16 @@ def check_parameters(engine: "DeepSpeedEngine") -> None:
 class DigestedBatches:
     """Hands on the micro batches of a rank, and adds up a digest of every sample in them."""
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
+    def __init__(self, batches: "Iterable[Batch]") -> None:
         self._batches = iter(batches)
         self._sum = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> "Iterator[Batch]":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> "Batch":
         batch = next(self._batches)
-        for sample in batch[0].numpy():
+        for sample in batch.tokens.numpy():
             digest = hashlib.blake2b(sample.tobytes(), digest_size=_DIGEST_BYTES).digest()
             self._sum += int.from_bytes(digest, "little")
         return batch

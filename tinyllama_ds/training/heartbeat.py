@@ -19,7 +19,6 @@ LIFELINE_VARIABLE = "TINYLLAMA_DS_LIFELINE"  # for ranks on other hosts: where i
 STACKS_SIGNAL = signal.SIGUSR2
 _BEAT_BYTES = 128
 _PING_SECONDS = 2
-_HEAR_SECONDS = 1  # in which the supervisor has listened several times
 
 
 class Heartbeat:
@@ -50,7 +49,6 @@ class Heartbeat:
         """Say why this rank is about to end; the supervisor shows the first such sentence of a run."""
         if self._lifeline is not None:
             self._lifeline.say({"error": f"{type(error).__name__}: {error}"})
-            time.sleep(_HEAR_SECONDS)  # the other ranks fail when this one is gone, and not before it was heard
 
     def farewell(self, code: int) -> None:
         """Say that this rank ends as it should, and its exit code."""

@@ -57,7 +57,7 @@ def left_out(entries: list[Entry]) -> list[range]:
 
 def record(run_dir: Path, entry: Entry) -> None:
     """Add an entry; it is on the disk when this returns. Called by one rank."""
-    _write(run_dir, [*read_ledger(run_dir), entry])
+    write_ledger(run_dir, [*read_ledger(run_dir), entry])
 
 
 def forget_skips_after(run_dir: Path, step: int) -> None:
@@ -65,10 +65,11 @@ def forget_skips_after(run_dir: Path, step: int) -> None:
     entries = read_ledger(run_dir)
     kept = [entry for entry in entries if entry.event == ROLLED_BACK or entry.step <= step]
     if kept != entries:
-        _write(run_dir, kept)
+        write_ledger(run_dir, kept)
 
 
-def _write(run_dir: Path, entries: list[Entry]) -> None:
+def write_ledger(run_dir: Path, entries: list[Entry]) -> None:
+    """Replace the ledger as a whole; it is on the disk when this returns. Called by one rank."""
     path = run_dir / LEDGER_FILE
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:

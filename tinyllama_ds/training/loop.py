@@ -8,13 +8,12 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from tinyllama_ds.data.loader import prefetch
-from tinyllama_ds.data.order import rank_positions
 from tinyllama_ds.evaluation.validation import perplexity, validation_losses
 from tinyllama_ds.plan import Step
+from tinyllama_ds.training.batches import Batch, count_targets, micro_batches
 from tinyllama_ds.training.checkpoint import Health, Progress
 from tinyllama_ds.training.engine import (
     drop_gradients,
@@ -26,7 +25,6 @@ from tinyllama_ds.training.engine import (
 from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import (
     Agreement,
-    Batch,
     DigestedBatches,
     Guard,
     Verdict,
@@ -88,15 +86,16 @@ def train(
     batches = DigestedBatches(prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES))
     progress, final = start, run.plan.total_steps
     pace = Pace(engine.module.model.layers, world)
-    if run.validation and start.step == 0:
-        report_validation(engine, run, world, start, metrics)  # where the curves begin: about ln(vocabulary)
+    if run.validation and start.step == (run.parent.step if run.parent else 0):
+        report_validation(engine, run, world, start, metrics)  # where the curves begin: at 0 about ln(vocabulary)
     take_over_garbage_collection()
     window.restart()
     for step in run.plan.steps(start.step):
         strike("step.begin", step.number)
         is_logged = (step.number + 1) % run.recipe.intervals.log_steps == 0 or step.number + 1 == final
         learning_rate = set_learning_rate(engine, run.schedule.ratio(step.tokens_after))
-        loss = accumulate_gradients(engine, step, batches, run.micro_batch, world, window.clock)
+        targets = count_targets(run, step)
+        loss = accumulate_gradients(engine, step, batches, run.micro_batch, targets, world, window.clock)
         agree_on = partial(agree, stop.is_wanted(), saver.is_due(), saver.is_busy(), batches.take(), loss)
         samples = run.order.span(step.first_position, step.batch)
         agreed, verdict = take_step(engine, step, samples, guard, agree_on, window.clock)
@@ -116,6 +115,7 @@ def train(
             report_validation(engine, run, world, progress, metrics)
         saver.advance(agreed.busy)
         is_save_due = is_last or agreed.save or step.crosses(run.recipe.intervals.save_tokens)
+        is_save_due |= progress.step in run.plan.stage_ends  # where variants branch off
         if is_save_due:
             heartbeat.beat(progress.step, "saving")
         save_or_check(engine, run, world, progress, guard, saver, is_save_due, is_last)
@@ -154,24 +154,6 @@ def take_over_garbage_collection() -> None:
     gc.disable()
 
 
-def micro_batches(run: Run, world: World, first_step: int) -> Iterator[Batch]:
-    """This rank's micro batches of all steps from a number on."""
-    for step in run.plan.steps(first_step):
-        strike("data.read", step.number)
-        share = rank_positions(step.first_position, step.batch, world.rank, world.size)
-        for start in share[:: run.micro_batch]:
-            yield read_batch(run, np.arange(start, start + run.micro_batch), world.device)
-
-
-def read_batch(run: Run, positions: np.ndarray, device: torch.device) -> Batch:
-    """The samples at some positions, pinned for a GPU."""
-    arrays = [run.reader.read(positions)]
-    if run.recipe.document_mask:
-        arrays.append(run.reader.read_segments(positions))
-    batch = tuple(map(torch.from_numpy, arrays))
-    return tuple(part.pin_memory() for part in batch) if device.type == "cuda" else batch
-
-
 def train_step(
     engine: "DeepSpeedEngine",
     step: Step,
@@ -180,8 +162,11 @@ def train_step(
     world: World,
     clock: PhaseClock,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step; returns this rank's mean loss and the global gradient norm before clipping, on the device."""
-    loss = accumulate_gradients(engine, step, batches, micro_batch, world, clock)
+    """One optimizer step; returns this rank's part of the loss and the global gradient norm before clipping, on the
+    device. All labels are targets.
+    """
+    targets = step.tokens_after - step.tokens_before
+    loss = accumulate_gradients(engine, step, batches, micro_batch, targets, world, clock)
     with clock.phase("step"):
         return loss, apply_gradients(engine, step)
 
@@ -191,28 +176,33 @@ def accumulate_gradients(
     step: Step,
     batches: Iterator[Batch],
     micro_batch: int,
+    targets: int,
     world: World,
     clock: PhaseClock,
 ) -> torch.Tensor:
-    """Forward and backward of all micro batches of a step; returns this rank's mean loss, on the device.
+    """Forward and backward of all micro batches of a step; returns this rank's part of the loss, on the device.
 
-    Every micro batch has equally many targets, so the mean of their losses is the loss per target token.
+    A micro batch's mean loss weighs as many of the global batch's `targets` as it has, times the ranks, over which
+    gradients and losses are averaged: so their mean is the sum of all token losses / targets, however unequal the
+    shares are. Where all are equal the weight is 1 / accumulation.
     """
     accumulation = step.batch // world.size // micro_batch
     total = torch.zeros((), device=world.device)
     for number in range(accumulation):
         engine.set_gradient_accumulation_boundary(number == accumulation - 1)
         with clock.phase("data"):
-            tokens, *segments = (part.to(world.device, non_blocking=True) for part in next(batches))
+            batch = next(batches)
+            inputs = batch.model_inputs(world.device)
+        weight = batch.num_targets * world.size / targets
         with clock.phase("forward"):
-            loss = engine(tokens[:, :-1], tokens[:, 1:], *segments)
+            loss = engine(*inputs)
             fault = strike("step.forward", step.number)
             if fault != 1.0:
                 loss = loss * fault
         with clock.phase("backward"):
             fault = strike("step.backward", step.number)
-            engine.backward(loss * (fault / accumulation), scale_wrt_gas=False)
-        total += loss.detach() / accumulation
+            engine.backward(loss * (fault * weight), scale_wrt_gas=False)
+        total += loss.detach() * weight
     return total
 
 

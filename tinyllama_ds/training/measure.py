@@ -16,6 +16,7 @@ from tinyllama_ds.model.attention import resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.plan import Step
+from tinyllama_ds.training.batches import Batch
 from tinyllama_ds.training.compilation import compile_blocks
 from tinyllama_ds.training.engine import (
     start_process_group,
@@ -65,26 +66,26 @@ def measure(setting: Setting, model: str, sequence_length: int, accumulation: in
         compile_blocks(decoder)
     engine_config, _ = split_off_our_sections(resolved)
     engine = wrap(decoder, {"timers": {"throughput": {"enabled": False}}} | engine_config, 1.0)
-    tokens = torch.randint(config.vocab_size, (setting.micro_batch, sequence_length + 1))
+    micro = Batch(torch.randint(config.vocab_size, (setting.micro_batch, sequence_length + 1)))
     step = Step(0, "bench", 0, batch, 0, batch * sequence_length)
-    timed = _time_steps(engine, step, tokens, setting.micro_batch, world, steps)
+    timed = _time_steps(engine, step, micro, setting.micro_batch, world, steps)
     figures = _figures(engine, config, world, sequence_length, step.tokens_after, timed)
-    communication = _communication_seconds(engine, step, tokens, setting.micro_batch, world)
+    communication = _communication_seconds(engine, step, micro, setting.micro_batch, world)
     return figures | {"attention": attention, "seconds_communication": communication}
 
 
 def _time_steps(
-    engine: "DeepSpeedEngine", step: Step, tokens: torch.Tensor, micro_batch: int, world: World, steps: int
+    engine: "DeepSpeedEngine", step: Step, batch: Batch, micro_batch: int, world: World, steps: int
 ) -> dict[str, float]:
     """Seconds of one step as a whole and by phase, averaged over `steps` after the warm-up."""
     clock = PhaseClock(world.device)
     for _ in range(_WARMUP_STEPS):
-        train_step(engine, step, repeat((tokens,)), micro_batch, world, clock)
+        train_step(engine, step, repeat(batch), micro_batch, world, clock)
     _wait(world)
     clock.read()
     started = perf_counter()
     for _ in range(steps):
-        train_step(engine, step, repeat((tokens,)), micro_batch, world, clock)
+        train_step(engine, step, repeat(batch), micro_batch, world, clock)
     _wait(world)
     whole = (perf_counter() - started) / steps
     phases = {f"seconds_{name}": seconds / steps for name, seconds in clock.read().items()}
@@ -116,13 +117,13 @@ def _figures(
 
 
 def _communication_seconds(
-    engine: "DeepSpeedEngine", step: Step, tokens: torch.Tensor, micro_batch: int, world: World
+    engine: "DeepSpeedEngine", step: Step, batch: Batch, micro_batch: int, world: World
 ) -> float:
     """Seconds that collectives of one more step ran, overlapped or not, as PyTorch's profiler saw them on rank 0."""
     on_gpu = world.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
-        train_step(engine, step, repeat((tokens,)), micro_batch, world, PhaseClock(world.device))
+        train_step(engine, step, repeat(batch), micro_batch, world, PhaseClock(world.device))
         _wait(world)
     events = [event for event in profiler.key_averages() if event.key.startswith(("nccl", "gloo:"))]
     return sum(event.device_time_total if on_gpu else event.cpu_time_total for event in events) / 1e6

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +22,8 @@ from tinyllama_ds.errors import (
     BadNumbers,
     Refusal,
 )
-from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, empty_model
+from tinyllama_ds.training.branch import verify_parent
 from tinyllama_ds.training.changes import Change
 from tinyllama_ds.training.checkpoint import (
     CHECKPOINTS,
@@ -39,8 +42,10 @@ from tinyllama_ds.training.engine import (
     supports_fast_bf16,
     wrap,
 )
+from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import Guard, Rollback
 from tinyllama_ds.training.heartbeat import Heartbeat
+from tinyllama_ds.training.initial_weights import InitialWeights, fill_masters, fill_model
 from tinyllama_ds.training.ledger import (
     LEDGER_FILE,
     ROLLED_BACK,
@@ -73,9 +78,12 @@ from tinyllama_ds.training.world import World, read_world
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+_CAUSE_SECONDS = 3  # the launcher looks at its ranks once a second
+_TURN_SECONDS = 15  # by which rank 0 may be later than the others
+
 
 def pretrain(options: Options) -> int:
-    """Train until the plan is complete; returns the exit code. A refusal is printed once, by rank 0."""
+    """Train until the plan is complete; returns the exit code. What all ranks have to say is printed once."""
     try:
         world = read_world()
     except Refusal as refusal:
@@ -85,19 +93,18 @@ def pretrain(options: Options) -> int:
     try:
         code = _pretrain(options, world, heartbeat)
     except Refusal as refusal:
-        if world.is_main:
-            print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
+        say_once(world, str(refusal))
         code = EXIT_REFUSED
     except BadData as bad:
         print(f"tinyllama-ds: {bad}; audit the data before it goes on", file=sys.stderr, flush=True)
         code = EXIT_NUMERICS
     except BadNumbers as bad:
-        if world.is_main:
-            print(f"tinyllama-ds: {bad}; nothing was saved since", file=sys.stderr, flush=True)
+        say_once(world, f"{bad}; nothing was saved since")
         code = EXIT_NUMERICS
     except BaseException as error:
         heartbeat.fail(error)
-        # The other ranks wait in a collective for this one: leave at once, so that the launcher can end them.
+        # Where another rank's end is the cause, the launcher has seen that one and ends this one now, unheard.
+        wait_for_the_end(_CAUSE_SECONDS)
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
@@ -105,9 +112,23 @@ def pretrain(options: Options) -> int:
     return code
 
 
+def say_once(world: World, sentence: str) -> None:
+    """By rank 0, whose end makes the launcher end the others; one that lives on has something of its own to say."""
+    if not world.is_main:
+        wait_for_the_end(_TURN_SECONDS)
+    print(f"tinyllama-ds: {sentence}", file=sys.stderr, flush=True)
+
+
+def wait_for_the_end(seconds: float) -> None:
+    """Leave the launcher time to end this rank, which it does when another one has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
 def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     heartbeat.beat(0, "starting")
+    strike("start", 0)
     run = resolve_run(options, world.size, world.device.type, supports_fast_bf16(world.device))
     check_run_directory(run)
     os.umask(0o027)  # what others could write would not be loaded again
@@ -120,13 +141,17 @@ def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
     refuse_another_past(run, start, health)
     if world.is_main:
         sweep_leftovers(run.run_dir)
-    model = build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
+    initial = run.init_from if checkpoint is None else None
+    model = build_initial_model(run, world, initial)
     is_compiled, compilation = decide_compilation(run.compile, world)
     if is_compiled:
         compile_blocks(model)
     engine = wrap(model, run.engine_config, run.schedule.ratio(0))
+    if initial is not None:
+        fill_masters(engine, initial)
     if checkpoint is not None:
-        load_checkpoint(engine, checkpoint, run.description["deepspeed_config"]["zero_optimization"])
+        zero_section = run.description["deepspeed_config"]["zero_optimization"]
+        load_checkpoint(engine, checkpoint, zero_section, scratch=run.run_dir / CHECKPOINTS)
         if health.probe is not None:
             check_probe(engine, run, world, health.probe, str(checkpoint))
     if world.is_main:
@@ -149,6 +174,7 @@ def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
     if metrics is not None:
         metrics.close()
         write_status(run.run_dir, "finished" if is_finished else "stopped", progress)
+    gather_from_ranks(None)  # no rank leaves before it is written: its exit code would end rank 0
     torch.distributed.destroy_process_group()
     return EXIT_FINISHED if is_finished else EXIT_RESTART
 
@@ -178,7 +204,7 @@ def roll_back(run: Run, world: World, rollback: Rollback) -> int:
 
 
 def agree_on_checkpoint(run: Run, world: World) -> Path | None:
-    """The newest checkpoint that verifies, found by rank 0; None for a fresh start. Collective."""
+    """The newest checkpoint that verifies, else the parent's, found by rank 0; None for a fresh start. Collective."""
     answer: dict[str, str | None] = {}
     if world.is_main:
         try:
@@ -186,15 +212,37 @@ def agree_on_checkpoint(run: Run, world: World) -> Path | None:
             for damage in choice.damages:
                 print(f"tinyllama-ds: moved to {QUARANTINE}: {damage}", file=sys.stderr, flush=True)
             answer = {"name": choice.checkpoint.name if choice.checkpoint else None}
+            if choice.checkpoint is None and run.parent is not None:
+                verify_parent(run.parent)
         except Refusal as refusal:
             answer = {"refusal": str(refusal)}
     answer = gather_from_ranks(answer)[0]
     if "refusal" in answer:
         raise Refusal(answer["refusal"])
-    ledgers = gather_from_ranks([[gap.start, gap.stop] for gap in run.order.left_out])
+    ledgers = gather_from_ranks([run.description.get("parent"), [[gap.start, gap.stop] for gap in run.order.left_out]])
     if any(ledger != ledgers[0] for ledger in ledgers):
         raise OSError(f"{run.run_dir / LEDGER_FILE}: the ranks read different ledgers; expected storage that all share")
-    return run.run_dir / CHECKPOINTS / answer["name"] if answer["name"] else None
+    if answer["name"]:
+        return run.run_dir / CHECKPOINTS / answer["name"]
+    return Path(run.parent.checkpoint) if run.parent else None
+
+
+def build_initial_model(run: Run, world: World, initial: InitialWeights | None) -> LlamaForCausalLM:
+    """The model before DeepSpeed has it: with stored weights, which rank 0 verifies, or random. Collective."""
+    if initial is None:
+        return build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
+    refusal = ""
+    if world.is_main:
+        try:
+            initial.verify()
+        except Refusal as refused:
+            refusal = str(refused)
+    refusal = gather_from_ranks(refusal)[0]
+    if refusal:
+        raise Refusal(refusal)
+    model = empty_model(run.model, run.attention, run.activation_checkpointing)
+    fill_model(model, initial)
+    return model
 
 
 def _open_metrics(
@@ -216,8 +264,12 @@ def _open_metrics(
         f"MFU = tokens/s x (6 x matmul parameters + 12 x layers x hidden x sequence) / peak;"
         f" peak {peak / 1e12:.2f} TFLOP/s per rank from {origin}"
     )
-    if start.step:
+    if run.parent and start.step == run.parent.step:
+        metrics.say(f"branched off at step {start.step:,} ({start.tokens:,} tokens) of {run.parent.checkpoint}")
+    elif start.step:
         metrics.say(f"resumed at step {start.step:,} ({start.tokens:,} tokens)")
+    elif run.init_from is not None:
+        metrics.say(f"started from {run.init_from.path} (SHA-256 {run.init_from.sha256[:16]})")
     write_status(run.run_dir, "running", start)
     for gap in run.order.left_out:
         metrics.say(f"samples {gap[0]} to {gap[-1]} are left out ({LEDGER_FILE})")

@@ -113,12 +113,18 @@ def _write_stage_0(checkpoint: Path, shapes: Shapes, output: Path) -> dict[str, 
     return {"param_groups": optimizer["param_groups"]}
 
 
+def stage_0_masters(engine: "DeepSpeedEngine") -> list[torch.Tensor]:
+    """The fp32 masters of an engine of stage 0 in the order of the model: one of each parameter, or one flat one."""
+    if not engine.bfloat16_enabled():
+        return list(engine.module.parameters())
+    wrapper = engine.optimizer
+    return wrapper.fp32_groups_flat if hasattr(wrapper, "fp32_groups_flat") else sum(wrapper.fp32_groups, [])
+
+
 def _load_stage_0(engine: "DeepSpeedEngine", folder: Path) -> None:
-    masters: list[torch.Tensor] = list(engine.module.parameters())
-    optimizer = engine.optimizer
+    masters, optimizer = stage_0_masters(engine), engine.optimizer
     if engine.bfloat16_enabled():
-        wrapper, optimizer = optimizer, optimizer.optimizer
-        masters = wrapper.fp32_groups_flat if hasattr(wrapper, "fp32_groups_flat") else sum(wrapper.fp32_groups, [])
+        optimizer = optimizer.optimizer
     places = {name: folder / "zero" / name for name, _ in engine.module.named_parameters()}
     sizes = [master.numel() for master in masters]
     flat = {

@@ -15,10 +15,11 @@ _LEFTOVER = re.compile(r"\.(step_\d{8,}\.(partial|whole)|trash-step_\d{8,})")
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `keep_last`, and for ever one for every `keep_tokens` tokens."""
+    """Which checkpoints stay: the newest `keep_last`; for ever one for every `keep_tokens` tokens, and `keep_steps`."""
 
     keep_last: int
     keep_tokens: int
+    keep_steps: frozenset[int] = frozenset()
 
 
 def remove_old_checkpoints(run_dir: Path, retention: Retention) -> None:
@@ -29,6 +30,8 @@ def remove_old_checkpoints(run_dir: Path, retention: Retention) -> None:
             progress = read_manifest(checkpoint).progress
         except Refusal:
             continue  # damaged since it was committed: evidence, not rubbish
+        if progress.step in retention.keep_steps:
+            continue
         multiple = progress.tokens // retention.keep_tokens
         if multiple > 0 and multiple not in kept_multiples:
             kept_multiples.add(multiple)  # the first one past each multiple

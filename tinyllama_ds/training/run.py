@@ -32,25 +32,17 @@ from tinyllama_ds.model.attention import resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
 from tinyllama_ds.plan import RunPlan, micro_batch_of
 from tinyllama_ds.recipe import Recipe, load_recipe
-from tinyllama_ds.training.changes import ABSENT, Change, changes_between, refuse_changes
+from tinyllama_ds.training.branch import Parent, find_parent, inherited_ledger, recorded_parent
+from tinyllama_ds.training.changes import Change, changes_between, identity_of, refuse_changes
 from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints
-from tinyllama_ds.training.ledger import LEDGER_FILE, left_out, read_ledger
+from tinyllama_ds.training.initial_weights import InitialWeights, open_initial_weights
+from tinyllama_ds.training.ledger import LEDGER_FILE, Entry, left_out, read_ledger, write_ledger
 from tinyllama_ds.training.schedule import Schedule, make_schedule
 from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_little_room
 
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
-# What decides the result of a run; a directory that holds other values of these holds another run.
-_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version")
-_FREE = {  # may change from start to start
-    "recipe": ("intervals", "validation_samples"),
-    "deepspeed_config": (
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "zero_optimization",
-        "tensorboard",
-    ),
-}
+_MASKS = "mask_sha256"  # in run.json: of a source of conversations
 _HISTORY = "history"  # in run.json: every change from start to start
 _PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "flash-attn")
 
@@ -68,6 +60,8 @@ class Options:
     compile: str = "auto"
     activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
     allow_change: tuple[str, ...] = ()  # keys of what may differ from the run that the directory holds
+    branch_from: Path | None = None  # a run or checkpoint to begin with
+    init_from: Path | None = None  # model folder, run or checkpoint with the weights to start from
 
 
 @dataclass(frozen=True)
@@ -91,6 +85,8 @@ class Run:
     run_dir: Path
     resume: str
     allow_change: tuple[str, ...]
+    parent: Parent | None  # of a branch
+    init_from: InitialWeights | None
     description: dict  # what run.json holds, but for its history
 
 
@@ -116,18 +112,20 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
     _refuse_absent_monitors(monitors, options.deepspeed_config)
     attention = _resolve_attention(options, recipe, device_type)
     streams, validation = _open_data(options.data, recipe, model)
-    order = SampleOrder(
-        recipe.seed,
-        {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
-        [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
-        left_out(read_ledger(options.run_dir)),
-    )
+    _refuse_conversations_without_mask(recipe, streams)
     description = _settings(options, recipe, plan, model, world_size) | {
         "deepspeed_config": resolved,
         "micro_batch": micro_batch,
         "attention": attention,
         "data": _fingerprints(streams, validation),
     }
+    parent, init_from = _beginning_of(options, model, description)
+    order = SampleOrder(
+        recipe.seed,
+        {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
+        [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
+        left_out(_ledger_of(options.run_dir, parent)),
+    )
     return Run(
         recipe=recipe,
         plan=plan,
@@ -146,8 +144,43 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         run_dir=options.run_dir,
         resume=options.resume,
         allow_change=options.allow_change,
+        parent=parent,
+        init_from=init_from,
         description=description,
     )
+
+
+def _beginning_of(
+    options: Options, model: LlamaConfig, description: dict
+) -> tuple[Parent | None, InitialWeights | None]:
+    """Where the weights come from, added to the description: another run's state, stored weights, or neither."""
+    if options.branch_from is not None and options.init_from is not None:
+        raise Refusal("--branch-from and --init-from: both say where the weights come from; expected one of them")
+    parent = _parent_of(options, description)
+    if parent is not None:
+        description["parent"] = asdict(parent)
+    if options.init_from is None:
+        return parent, None
+    weights = open_initial_weights(options.init_from, model, options.data / TOKENIZER_FILE)
+    description["init_from"] = weights.to_dict()
+    return parent, weights
+
+
+def _parent_of(options: Options, description: dict) -> Parent | None:
+    """What a run that is there began with, else what it is to begin with."""
+    path = options.run_dir / RUN_FILE
+    if path.exists():
+        return recorded_parent(path, options.branch_from)
+    if options.branch_from is None:
+        return None
+    return find_parent(options.branch_from, description, options.allow_change)
+
+
+def _ledger_of(run_dir: Path, parent: Parent | None) -> list[Entry]:
+    """The run's own ledger, or before it has begun its parent's."""
+    if parent is not None and not (run_dir / RUN_FILE).exists():
+        return inherited_ledger(parent)
+    return read_ledger(run_dir)
 
 
 def _refuse_positions_beyond(recipe: Recipe, model: LlamaConfig) -> None:
@@ -156,6 +189,15 @@ def _refuse_positions_beyond(recipe: Recipe, model: LlamaConfig) -> None:
             f"recipe {recipe.name!r}: sequence_length {recipe.sequence_length} is beyond the"
             f" {model.max_position_embeddings} positions of model {recipe.model!r}"
         )
+
+
+def _refuse_conversations_without_mask(recipe: Recipe, streams: dict[str, TokenStream]) -> None:
+    for name, stream in streams.items():
+        if stream.has_answers and not recipe.document_mask:
+            raise Refusal(
+                f"recipe {recipe.name!r}: the source {name!r} holds conversations, which must not see the others of"
+                " their row; expected document_mask = true"
+            )
 
 
 def _resolve_attention(options: Options, recipe: Recipe, device_type: str) -> str:
@@ -217,12 +259,20 @@ def _open_data(data: Path, recipe: Recipe, model: LlamaConfig) -> tuple[dict[str
 
 def _fingerprint(stream: TokenStream) -> dict:
     """What identifies a source's tokens, in their order."""
-    return {
+    found = {
         "tokens": stream.tokens,
         "documents": sum(manifest.documents for manifest in stream.manifests),
         "tokenizer_sha256": stream.manifests[0].tokenizer_sha256,
         "bin_sha256": [manifest.bin_sha256 for manifest in stream.manifests],
     }
+    if stream.has_answers:
+        found[_MASKS] = [manifest.mask_sha256 for manifest in stream.manifests]
+    return found
+
+
+def learned_to_chat(description: dict) -> bool:
+    """Whether a run was trained on conversations, given what its run.json or a checkpoint's manifest says of it."""
+    return any(_MASKS in source for source in description["data"]["train"].values())
 
 
 def _without_engine_noise(engine_config: dict) -> dict:
@@ -254,8 +304,9 @@ def check_run_directory(run: Run) -> Path | None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise Refusal(f"{parent}: cannot be written; expected a directory that this user may write")
     if path.exists():
-        there, now = _identity_of(_held_description(path)), _identity_of(json.loads(json.dumps(run.description)))
-        refuse_changes(list(changes_between(there, now)), run.allow_change, path)
+        there, now = identity_of(_held_description(path)), identity_of(json.loads(json.dumps(run.description)))
+        changes = list(changes_between(there, now))
+        refuse_changes(changes, run.allow_change, f"{path}: holds another run", "choose another --run-dir")
         if run.resume == "never":
             raise Refusal(f"{path}: already holds this run, and --resume never was given; choose another --run-dir")
     elif checkpoints:
@@ -276,15 +327,6 @@ def _held_description(path: Path) -> dict:
     """What run.json said when the run last started, without its history."""
     held = json.loads(path.read_text())
     return {key: value for key, value in held.items() if key != _HISTORY}
-
-
-def _identity_of(description: dict) -> dict:
-    """The part of a description that decides the result of the run."""
-    identity = {key: description.get(key, ABSENT) for key in _IDENTITY}
-    for key, free in _FREE.items():
-        if isinstance(identity[key], dict):
-            identity[key] = {name: value for name, value in identity[key].items() if name not in free}
-    return identity
 
 
 def refuse_another_past(run: Run, start: Progress, health: Health) -> None:
@@ -314,6 +356,8 @@ def open_run_directory(run: Run, step: int = 0) -> list[Change]:
     run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
     shutil.copyfile(run.tokenizer, run.run_dir / TOKENIZER_FILE)
     changes, history = [], []
+    if not path.exists() and run.parent is not None:
+        write_ledger(run.run_dir, inherited_ledger(run.parent))
     if path.exists():
         changes = list(changes_between(_held_description(path), json.loads(json.dumps(run.description))))
         history = json.loads(path.read_text()).get(_HISTORY, [])

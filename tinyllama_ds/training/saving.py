@@ -75,7 +75,7 @@ class Saver:
         self._run = run
         self._world = world
         self._on_end = on_end
-        self._retention = Retention(intervals.keep_last, intervals.keep_tokens)
+        self._retention = Retention(intervals.keep_last, intervals.keep_tokens, run.plan.stage_ends)
         self._interval = 60 * intervals.save_minutes
         self._saved_at = monotonic()
         self._snapshots = Snapshots()

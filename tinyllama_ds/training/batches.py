@@ -1,0 +1,66 @@
+"""The micro batches of a rank: samples of the order, with what the model needs beside them."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyllama_ds.data.order import rank_positions
+from tinyllama_ds.model.loss import IGNORE_INDEX
+from tinyllama_ds.plan import Step
+from tinyllama_ds.training.faults import strike
+from tinyllama_ds.training.run import Run
+from tinyllama_ds.training.world import World
+
+
+class Batch(NamedTuple):
+    """B samples of T + 1 tokens."""
+
+    tokens: Tensor  # (B, T + 1)
+    segments: Tensor | None = None  # (B, T) with a document mask: the document of each input token
+    is_target: Tensor | None = None  # (B, T) with conversations: which labels count; else all do
+
+    @property
+    def num_targets(self) -> int:
+        return self.tokens[:, 1:].numel() if self.is_target is None else int(self.is_target.sum())
+
+    def model_inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Input ids, labels and perhaps segments, each (B, T), on the device of the model."""
+        tokens = self.tokens.to(device, non_blocking=True)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        if self.is_target is not None:
+            labels = labels.where(self.is_target.to(device, non_blocking=True), IGNORE_INDEX)
+        if self.segments is None:
+            return inputs, labels
+        return inputs, labels, self.segments.to(device, non_blocking=True)
+
+
+def micro_batches(run: Run, world: World, first_step: int) -> Iterator[Batch]:
+    """This rank's micro batches of all steps from a number on."""
+    for step in run.plan.steps(first_step):
+        strike("data.read", step.number)
+        share = rank_positions(step.first_position, step.batch, world.rank, world.size)
+        for start in share[:: run.micro_batch]:
+            yield read_batch(run, np.arange(start, start + run.micro_batch), world.device)
+
+
+def read_batch(run: Run, positions: np.ndarray, device: torch.device) -> Batch:
+    """The samples at some positions, pinned for a GPU."""
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).pin_memory() if device.type == "cuda" else torch.from_numpy(array)
+
+    return Batch(
+        tensor(run.reader.read(positions)),
+        tensor(run.reader.read_segments(positions)) if run.recipe.document_mask else None,
+        tensor(run.reader.read_targets(positions)) if run.reader.has_answers else None,
+    )
+
+
+def count_targets(run: Run, step: Step) -> int:
+    """The labels that count in the global batch of a step. Every rank knows it without asking the others."""
+    if not run.reader.has_answers:
+        return step.batch * run.recipe.sequence_length
+    return run.reader.count_targets(np.arange(step.first_position, step.first_position + step.batch))
