@@ -38,6 +38,7 @@ printf -- '--- %s\n%s\n---\n' "continuation from the Hugging Face folder" \
   "$(tinyllama-ds generate "$demo/hf" "$prompt" --max-new-tokens 80)"
 
 step "done in $((SECONDS - started)) s"
-tinyllama-ds report "$demo/run" | grep -E 'Validation/Loss|MedianTokens|png'
+tinyllama-ds report "$demo/run" | grep -E 'Validation/Loss|^Finished'
+echo "report:              $root/$demo/run/report.html"
 echo "Hugging Face folder: $root/$demo/hf"
 echo "watch the curves:    $venv/bin/tensorboard --logdir $root/$demo/run/tensorboard"

@@ -8,7 +8,7 @@ from tinyllama_ds.deepspeed_config import load_deepspeed_config
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.plan import RunPlan
-from tinyllama_ds.recipe import RECIPE_DIRECTORY, GuardSettings, load_recipe
+from tinyllama_ds.recipe import RECIPE_DIRECTORY, GuardSettings, Samples, load_recipe
 from tinyllama_ds.training.schedule import make_schedule
 
 SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
@@ -205,5 +205,38 @@ def test_the_guard_is_the_recipes(tmp_path: Path) -> None:
 def test_a_wrong_guard_is_refused(old: str, new: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(VALID + GUARD.replace(old, new))
+    with pytest.raises(Refusal, match=sentence):
+        load_recipe(str(path))
+
+
+SAMPLES = '\n[samples]\nprompts = ["Once", "def"]\nevery_tokens = 640\nnew_tokens = 5\n'
+
+
+def test_samples_are_off_unless_the_recipe_has_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert load_recipe(str(path)).samples == Samples()
+    path.write_text(VALID + SAMPLES)
+    assert load_recipe(str(path)).samples == Samples(("Once", "def"), 640, 5)
+    assert [name for name in SHIPPED if load_recipe(name).samples.prompts] == ["demo"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (
+            '["Once", "def"]',
+            "[]",
+            r"mine.toml: samples: prompts is \[\]; expected an array of texts, none of them empty",
+        ),
+        ('["Once", "def"]', '["Once", ""]', "expected an array of texts, none of them empty"),
+        ('["Once", "def"]', '"Once"', "samples: prompts is 'Once'; expected an array of texts"),
+        ("every_tokens = 640", "every_tokens = 0", "samples: every_tokens is 0; expected 1 or more"),
+        ("new_tokens = 5", "", "samples: the key 'new_tokens' is missing"),
+    ],
+)
+def test_wrong_samples_are_refused(old: str, new: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID + SAMPLES.replace(old, new))
     with pytest.raises(Refusal, match=sentence):
         load_recipe(str(path))

@@ -187,16 +187,18 @@ def load_twins(folder: Path, written: Written, config: LlamaConfig) -> tuple[Lla
 
 def _compute_in_fp32(model: Any) -> None:
     """Widen each layer for its own forward pass only: that is exact, and the whole is never there in fp32."""
+    stored: dict[torch.nn.Parameter, Tensor] = {}
 
     def widen(layer: torch.nn.Module, inputs: Any) -> None:
-        layer.float()
+        for parameter in layer.parameters():
+            stored[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def narrow(layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+        for parameter in layer.parameters():
+            parameter.data = stored.pop(parameter)
 
     for layer in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head):
-        stored = next(layer.parameters()).dtype
-
-        def narrow(layer: torch.nn.Module, inputs: Any, output: Any, stored: torch.dtype = stored) -> None:
-            layer.to(stored)
-
         layer.register_forward_pre_hook(widen)
         layer.register_forward_hook(narrow)
 

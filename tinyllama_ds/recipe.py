@@ -53,6 +53,15 @@ class GuardSettings:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Texts that the run continues now and then, greedily, for people to see how it learns; none without prompts."""
+
+    prompts: tuple[str, ...] = ()
+    every_tokens: int = 0
+    new_tokens: int = 0  # that each prompt is continued by
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything about a run that does not depend on the machines it runs on."""
 
@@ -65,6 +74,7 @@ class Recipe:
     validation_samples: int  # per source
     document_mask: bool = False  # attention inside documents only; TinyLlama's sees all of a packed row
     guard: GuardSettings = GuardSettings()
+    samples: Samples = Samples()
 
     @property
     def sources(self) -> list[str]:
@@ -107,6 +117,7 @@ def _parse(raw: dict, path: Path) -> Recipe:
         validation_samples=top.positive("validation_samples"),
         document_mask=top.switch("document_mask") if top.holds("document_mask") else False,
         guard=_parse_guard(_Table(top.table("guard") if top.holds("guard") else {}, f"{path}: guard")),
+        samples=_parse_samples(_Table(top.table("samples"), f"{path}: samples")) if top.holds("samples") else Samples(),
     )
     top.finish()
     _check(recipe, path)
@@ -135,6 +146,12 @@ def _parse_guard(table: "_Table") -> GuardSettings:
     if guard.spike_policy not in SPIKE_POLICIES:
         raise Refusal(f"{table.place}: spike_policy is {guard.spike_policy!r}; expected {', '.join(SPIKE_POLICIES)}")
     return guard
+
+
+def _parse_samples(table: "_Table") -> Samples:
+    samples = Samples(tuple(table.texts("prompts")), table.positive("every_tokens"), table.positive("new_tokens"))
+    table.finish()
+    return samples
 
 
 def _parse_stage(table: "_Table") -> Stage:
@@ -200,6 +217,12 @@ class _Table:
 
     def text(self, key: str) -> str:
         return self._take(key, str, "a text")
+
+    def texts(self, key: str) -> list[str]:
+        value = self._take(key, list, "an array of texts")
+        if not value or not all(isinstance(entry, str) and entry for entry in value):
+            raise Refusal(f"{self.place}: {key} is {value!r}; expected an array of texts, none of them empty")
+        return value
 
     def whole(self, key: str) -> int:
         return self._take(key, int, "a whole number")

@@ -1,18 +1,278 @@
-"""Reading the figures of a run that may have died while it wrote them."""
+"""The report of a run: figures thinned out without changing the picture, every text escaped, looked at in a browser."""
 
+import json
+import math
+import re
+import shutil
+import subprocess
 from pathlib import Path
+from xml.etree import ElementTree
 
+import matplotlib.image
+import numpy as np
 import pytest
 
+from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.evaluation.report import read_metrics
+from tinyllama_ds.evaluation.charts import achieved_mixture, planned_mixture, stage_starts
+from tinyllama_ds.evaluation.history import Series, read_history, read_metrics
+from tinyllama_ds.evaluation.report import duration, report_page, standing, summarise
+
+LENGTH, BATCH, STEPS = 32, 8, 240
+STEP_TOKENS = LENGTH * BATCH
+HOSTILE = "<script>alert('x')</script>"
+STAGES = [
+    {"name": "basic", "tokens": 120 * STEP_TOKENS, "global_batch_tokens": STEP_TOKENS, "weights": {"a": 1}},
+    {
+        "name": HOSTILE,
+        "tokens": 120 * STEP_TOKENS,
+        "global_batch_tokens": STEP_TOKENS,
+        "weights": {"a": 0.6, "b$x$": 0.4},
+        "ramp_tokens": 60 * STEP_TOKENS,
+    },
+]
+
+
+def order() -> SampleOrder:
+    """The samples of these stages, as a run draws them."""
+    stages = [MixtureStage(120 * BATCH, {"a": 1.0}), MixtureStage(120 * BATCH, {"a": 0.6, "b$x$": 0.4}, 60 * BATCH)]
+    return SampleOrder(1, {"a": 100, "b$x$": 100}, stages)
+
+
+def write_run(run: Path, steps: int = STEPS, state: str = "finished") -> Path:
+    """What a run of two stages leaves behind, with a restart, a rollback, samples and scores."""
+    (run / "scores").mkdir(parents=True)
+    recipe = {"name": f"toy {HOSTILE}", "sequence_length": LENGTH, "stages": STAGES}
+    description = {
+        "recipe": recipe,
+        "deepspeed_config": {"gradient_clipping": 1.0, "zero_optimization": {"stage": 3}},
+        "plan": {"steps": STEPS, "tokens": STEPS * STEP_TOKENS},
+        "world_size": 2,
+        "versions": {"torch": "2.13.0"},
+    }
+    (run / "run.json").write_text(json.dumps(description))
+    (run / "status.json").write_text(json.dumps({"state": state}))
+    write_lines(run / "metrics.jsonl", rows_of(steps))
+    starts = [{"step": 0, "tokens": 0, "reached": 0, "hosts": {"n1": 2}, "restart": 0, "left_out": 0, "time": "then"}]
+    starts.append(starts[0] | {"step": 50, "tokens": 50 * STEP_TOKENS, "reached": 63, "restart": 1})
+    starts.append(starts[1] | {"step": 100, "tokens": 100 * STEP_TOKENS, "reached": 101, "left_out": 8})
+    write_lines(run / "starts.jsonl", starts)
+    with (run / "starts.jsonl").open("a") as file:
+        file.write('{"step": 100, "tok')
+    ledger = {"event": "rolled back", "step": 102, "first_sample": 808, "last_sample": 815, "reason": "spike"}
+    write_lines(run / "ledger.jsonl", [ledger])
+    samples = [
+        {"step": n, "tokens": n * STEP_TOKENS, "prompt": HOSTILE, "text": f"&amp;{HOSTILE} {n}"} for n in range(20)
+    ]
+    write_lines(run / "samples.jsonl", samples)
+    task = {"task": "piqa", "metric": "acc_norm", "value": 0.51234, "stderr": None}
+    (run / "scores" / "mine.json").write_text(json.dumps({"tokens": 61_440, "scores": [task]}))
+    percent = [{"benchmark": "PIQA", "value": 51.234, "stderr": 1.2}]
+    pythia = {"model": "Pythia-1.0B", "tokens": 3e11, "scores": [70.7], "average": 70.7, "misprint": "a misprint"}
+    suite = {"percent": percent, "average": {"value": 51.234, "stderr": 1.2}, "published": [pythia]}
+    (run / "evaluation" / "step_00000240").mkdir(parents=True)
+    (run / "evaluation" / "step_00000240" / "suite.json").write_text(json.dumps(suite))
+    (run / "scores" / "torn.json").write_text("{")
+    return run
+
+
+def rows_of(steps: int) -> list[dict]:
+    drawn = order()
+    rows: list[dict] = [{"step": 0, "tokens": 0, "seconds": 9.0, "Validation/Loss/a": 6.2}]
+    for step in range(1, steps + 1):
+        counts = drawn.counts(step * BATCH)
+        rows.append(
+            {"step": step, "tokens": step * STEP_TOKENS, "seconds": 10.0 + step}
+            | {"Train/Loss": 6 / (1 + step / 99), "Train/LearningRate": 1e-3, "Train/GradNorm": 1.0 + (step == 77) * 50}
+            | {"Train/BatchTokens": STEP_TOKENS, "Speed/TokensPerSecond": 500.0 + step % 7, "Speed/MFU": 0.5}
+            | {"Memory/PeakGiB": 1.0, "Seconds/forward": 0.1, "Seconds/backward": 0.2}
+            | {f"Tokens/{name}": count * LENGTH for name, count in counts.items()}
+        )  # fmt: skip
+    stall = {"Checkpoint/StallSeconds": 0.3, "Checkpoint/Seconds": 1.0, "Checkpoint/GiB": 0.1}
+    saved = {"step": 50, "tokens": 50 * STEP_TOKENS, "seconds": 11.0 + steps} | stall
+    return [*rows, {"step": steps, "tokens": steps * STEP_TOKENS, "Validation/Loss/a": 2.5, "seconds": 10.0}, saved]
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run")
+
+
+def page_of(run: Path, is_held: bool = False) -> str:
+    history = read_history(run)
+    return report_page(history, standing(history, history.tokens, is_held), str(run))
 
 
 def test_a_row_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "Train/')
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8}\n{"step": 2, "tokens": 16}\n{"step": 3, "Train/')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert read_history(tmp_path).last == {"step": 2, "tokens": 16}
 
 
-def test_a_directory_without_figures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"metrics.jsonl: is missing; expected the directory of a run that has logged"):
-        read_metrics(tmp_path)
+@pytest.mark.parametrize(("text", "expected"), [(None, "is missing"), ("", "holds no row yet")])
+def test_a_directory_without_figures_is_refused(text: str | None, expected: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(Refusal, match=rf"metrics.jsonl: {expected}.*; expected the directory of a run that has logged"):
+        read_history(tmp_path)
+
+
+def test_thinning_out_keeps_the_first_last_smallest_and_largest_of_every_column() -> None:
+    rng = np.random.default_rng(0)
+    tokens, values = np.arange(300_000) * 7.0, rng.standard_normal(300_000).cumsum()
+    series = Series(int(tokens[-1]))
+    for point in zip(tokens, values, strict=True):
+        series.add(*point)
+    series.add(5.0, math.nan)
+    kept_tokens, kept = series.points()
+    assert len(kept) <= 4 * 501
+    assert np.all(np.diff(kept_tokens) > 0)
+    columns, kept_columns = ((at * (500 / tokens[-1])).astype(int) for at in (tokens, kept_tokens))
+    for column in range(501):
+        whole, thin = values[columns == column], kept[kept_columns == column]
+        assert (thin[0], thin[-1], thin.min(), thin.max()) == (whole[0], whole[-1], whole.min(), whole.max())
+
+
+def test_the_planned_mixture_is_what_the_order_draws(run: Path) -> None:
+    """Both as trained, from the figures, and as planned, from the recipe, against the counts of the real order."""
+    history, drawn = read_history(run), order()
+    corners = planned_mixture(history, ["a", "b$x$"])
+    borders, shares = achieved_mixture(history, ["a", "b$x$"])
+    assert 120 * STEP_TOKENS in borders
+    at, planned = [first for first, _ in corners], [share[1] for _, share in corners]
+    for left, right, share in zip(borders, borders[1:], shares, strict=False):
+        before, after = (drawn.counts(round(tokens / LENGTH))["b$x$"] for tokens in (left, right))
+        assert share[1] == pytest.approx((after - before) * LENGTH / (right - left), abs=2 * LENGTH / (right - left))
+        assert share[1] == pytest.approx(np.interp((left + right) / 2, at, planned), abs=2 * LENGTH / (right - left))
+
+
+def test_every_text_is_escaped_and_nothing_is_fetched(run: Path) -> None:
+    page = page_of(run)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") > 10
+    assert "&amp;amp;&lt;script&gt;" in page
+    assert not re.search(r"(?:src|href)=(?!['\"]?#)|@import|url\((?!#)", page)
+    assert "default-src 'none'" in page
+
+
+def test_the_page_tells_everything(run: Path) -> None:
+    page = page_of(run)
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.S)
+    assert len([ElementTree.fromstring(drawing) for drawing in drawings]) == 10
+    for text in ("after a failure, by the supervisor", "after a rollback", ">13<", "rolled back", "808 to 815"):
+        assert text in page, text
+    for text in ("Pythia-1.0B", ">70.70<", ">51.23 ± 1.20<", "a misprint", ">0.5123<", "300 B", "step_00000240/suite"):
+        assert text in page, text
+    assert "torn" not in page
+    for text in ("n1 (2 ranks)", "torch", "b$x$", "clipped at 1"):
+        assert text in page, text
+    assert [name for name, _ in stage_starts(read_history(run))] == ["basic", HOSTILE]
+
+
+@pytest.mark.parametrize(
+    ("state", "is_held", "steps", "expected"),
+    [
+        ("finished", False, STEPS, "Finished: all 240 steps, 61,440 tokens in 4 min 11 s; loss 1.752, 503 tokens/s"),
+        ("running", True, 120, "Running: step 120 of 240, 30,720 of 61,440 tokens (50.0%)"),
+        ("running", False, 120, "Not finished, and held by no supervisor: step 120 of 240"),
+        ("stopped", False, 120, "Stopped and saved at step 120 of 240"),
+    ],
+)  # fmt: skip
+def test_the_verdict(state: str, is_held: bool, steps: int, expected: str, tmp_path: Path) -> None:
+    history = read_history(write_run(tmp_path / "run", steps, state))
+    now = standing(history, 50 * STEP_TOKENS, is_held)
+    assert now.sentence.startswith(expected)
+    assert now.goodput == pytest.approx(50 * STEP_TOKENS / (506 * (11 + steps)))
+    assert now.seconds_left == pytest.approx((STEPS - steps) * STEP_TOKENS / 503, rel=1e-2)
+    summary = summarise(history, now)
+    assert json.loads(json.dumps(summary))["rollbacks"] == 1
+    assert (summary["step"], summary["tokens"]) == (steps, steps * STEP_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.2, "0 s"), (59.6, "1 min"), (3725, "1 h 2 min"), (8e6, "92 d 14 h")]
+)
+def test_durations(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected
+
+
+def test_the_goodput_of_a_branch_is_its_own(run: Path) -> None:
+    lines = (run / "starts.jsonl").read_text().splitlines()
+    first = json.loads(lines[0]) | {"step": 40, "tokens": 40 * STEP_TOKENS}
+    write_lines(run / "starts.jsonl", [first, *map(json.loads, lines[1:3])])
+    now = standing(read_history(run), 50 * STEP_TOKENS, False)
+    assert now.goodput == pytest.approx(10 * STEP_TOKENS / (506 * 251))
+
+
+def test_figures_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
+    row = '{{"step": {0}, "tokens": {0}, "Train/Loss": {1}, "Train/GradNorm": Infinity, "Validation/Loss/a": NaN}}\n'
+    (tmp_path / "metrics.jsonl").write_text(row.format(1, 3.5) + row.format(2, "NaN"))
+    history = read_history(tmp_path)
+    assert [points.tolist() for points in history.points("Train/Loss")] == [[1.0], [3.5]]
+    assert list(history.series) == ["Train/Loss"]
+    summary = summarise(history, standing(history, 0, False))
+    assert (summary["Train/Loss"], summary["goodput"]) == (None, None)
+    assert "loss nan" in page_of(tmp_path)
+
+
+def test_a_bare_directory_of_figures_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "Train/Loss": 3.5}\n')
+    page = page_of(tmp_path)
+    assert "loss 3.500" in page
+    assert "goodput" not in page.lower()
+
+
+@pytest.mark.parametrize("rows", [100_000, pytest.param(1_400_000, marks=pytest.mark.all_faults)])
+def test_a_long_run_gives_a_small_page(rows: int, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=1)
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in range(1, rows + 1):
+            file.write(
+                f'{{"step": {step}, "tokens": {step * 2048}, "seconds": {step}, "Train/Loss": {2 + step % 89 / 97},'
+                f' "Train/GradNorm": {1 + step % 83 / 97}, "Speed/TokensPerSecond": {9 + step % 79 / 97}}}\n'
+            )
+    page = page_of(run)
+    assert len(page) < 1_000_000
+    assert f"all {STEPS} steps, {rows * 2048:,} tokens" in page
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    """A browser that works without a screen."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on this machine")
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it_without_complaint(scheme: str, browser: str, run: Path, tmp_path: Path) -> None:
+    page, picture = tmp_path / "report.html", tmp_path / "page.png"
+    page.write_text(page_of(run))
+    command = [
+        browser,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=1100,1600",
+    ]
+    command += [
+        "--enable-logging=stderr",
+        "--v=0",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--screenshot={picture}",
+    ]
+    command += [f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", page.as_uri()]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert picture.is_file(), finished.stderr
+    assert "CONSOLE" not in finished.stderr, finished.stderr
+    pixels = matplotlib.image.imread(picture)[..., :3]
+    corner = pixels[:20, :20].mean()
+    assert corner > 0.95 if scheme == "light" else corner < 0.15
+    drawn = (pixels.max(axis=2) - pixels.min(axis=2) > 0.3).mean(axis=1)  # coloured pixels of each line
+    assert (drawn > 0).mean() > 0.2, "charts from top to bottom"

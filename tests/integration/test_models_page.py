@@ -22,7 +22,7 @@ def make_small(recipe: str) -> str:
     """A recipe with the same keys and weights, its model, sequence and tokens those of a toy."""
     recipe = re.sub(r'model = ".*"', 'model = "test"', recipe)
     recipe = re.sub(r"sequence_length = .*", f"sequence_length = {SEQUENCE_LENGTH}", recipe)
-    sizes = {"global_batch_tokens": 1, "ramp_tokens": 2, "tokens": 4, "evaluate_tokens": 4, "save_tokens": 4}  # steps
+    sizes = {"global_batch_tokens": 1, "ramp_tokens": 2, "tokens": 8, "evaluate_tokens": 8, "save_tokens": 8}  # steps
     for key, steps in sizes.items():
         recipe = re.sub(rf"^{key} = .*", f"{key} = {steps * STEP_TOKENS}", recipe, flags=re.M)
     return recipe

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 from conftest import made_up_text
-from launching import read_series, tinyllama_ds, write_deepspeed_config, write_recipe
+from launching import STEP_TOKENS, read_series, tinyllama_ds, write_deepspeed_config, write_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STEPS = 8
@@ -34,6 +34,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for raw in raws:
         succeed("prepare", "--source", raw.name, "--input", raw, "--tokenizer", model, "--output", root / "data")
     recipe = write_recipe(root / "small.toml", STEPS, save_every=STEPS, evaluate_every=4)
+    samples = f'[samples]\nprompts = ["the small llama"]\nevery_tokens = {4 * STEP_TOKENS}\nnew_tokens = 12\n'
+    recipe.write_text(recipe.read_text() + samples)
     csv = {"enabled": True, "output_path": "auto", "job_name": "auto"}
     config = write_deepspeed_config(
         root / "ds.json", 3, micro_batch=2, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"},
@@ -94,14 +96,23 @@ def test_export_loads_in_transformers_and_speaks_as_the_checkpoint_does(workspac
     texts = [json.loads(succeed("generate", place, *greedy))["text"] for place in (workspace / "run", out)]
     assert texts[0] == texts[1]
     assert texts[0].startswith("the small llama")
+    samples = [json.loads(line) for line in (workspace / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [4, STEPS]
+    continuation = texts[0].removeprefix("the small llama").strip()
+    assert samples[-1]["text"].strip() == continuation, "what training saw is what transformers says"
     again = tinyllama_ds("export", workspace / "run", out)
     assert again.returncode == 78
     assert "already exists" in again.stderr
 
 
-def test_report_draws_a_picture(workspace: Path) -> None:
+def test_report_writes_a_page_and_a_picture(workspace: Path) -> None:
     summary = json.loads(succeed("report", workspace / "run", "--json"))
-    assert summary["step"] == STEPS
+    assert (summary["step"], summary["state"], summary["starts"]) == (STEPS, "finished", 1)
+    assert 0 < summary["goodput"] < 1
+    page = Path(summary["page"]).read_text()
+    assert f"Finished: all {STEPS} steps, {summary['tokens']:,} tokens" in page
+    assert page.count("<svg") == 10
+    assert "the small llama" in page
     picture = Path(summary["picture"]).read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000

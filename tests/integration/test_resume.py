@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import pretrain, read_series, write_deepspeed_config, write_recipe
+from launching import STEP_TOKENS, pretrain, read_series, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.training.checkpoint import find_checkpoints
 
 HALF = 6
+SAMPLES = f"""
+[samples]
+prompts = ["the small llama", "loss"]
+every_tokens = {2 * STEP_TOKENS}
+new_tokens = 5
+"""
+
+
+def read_steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -44,8 +54,12 @@ def test_half_and_half_equals_whole(stage: int, data_dir: Path, tmp_path: Path) 
     shutil.copytree(whole, halves)
     first, second = find_checkpoints(halves)
     shutil.rmtree(second)
+    # It shows samples now, which may change from start to start, and must not change anything else.
+    recipe.write_text(recipe.read_text() + SAMPLES)
     resumed = pretrain(recipe, config, data_dir, halves, 2, "--resume", "must")
     assert resumed.returncode == 0, resumed.stderr
+    assert read_steps(halves / "samples.jsonl") == [8, 8, 10, 10, 12, 12]
+    assert not (whole / "samples.jsonl").exists()
     assert f"resumed at step {HALF}" in resumed.stdout + resumed.stderr
 
     # A save is reported when it has ended, some steps after its own: the order of these rows is not fixed.

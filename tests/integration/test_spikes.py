@@ -120,6 +120,11 @@ def test_a_rollback_leaves_out_exactly_the_samples_of_the_spike(setup: Setup, mo
     assert "samples 72 to 79 are left out" in finished.stdout
     (entry,) = setup.ledger("run")
     assert (entry["event"], entry["step"], entry["first_sample"], entry["last_sample"]) == ("rolled back", 10, 72, 79)
+    starts = [json.loads(line) for line in (setup.root / "run" / "starts.jsonl").read_text().splitlines()]
+    assert [(start["step"], start["reached"], start["restart"], start["left_out"]) for start in starts] == [
+        (0, 0, 0, 0), (8, 9, 1, 8),
+    ]  # fmt: skip
+    assert [sum(start["hosts"].values()) for start in starts] == [2, 2]
     monkeypatch.delenv(FAULT_VARIABLE)
     (setup.root / "whole").mkdir()
     (setup.root / "whole" / LEDGER_FILE).write_bytes((setup.root / "run" / LEDGER_FILE).read_bytes())

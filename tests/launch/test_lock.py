@@ -11,7 +11,7 @@ import pytest
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.launch import lock
-from tinyllama_ds.launch.lock import LOCK_FILE, hold_run
+from tinyllama_ds.launch.lock import LOCK_FILE, hold_run, is_held
 
 
 def dead_process() -> int:
@@ -45,6 +45,13 @@ def test_the_lock_of_a_dead_owner_is_taken_over(change: dict, tmp_path: Path) ->
     (tmp_path / LOCK_FILE).write_text(owner(**change))
     with hold_run(tmp_path):
         assert json.loads((tmp_path / LOCK_FILE).read_text()) == json.loads(owner())
+
+
+def test_whether_somebody_alive_holds_it(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    for held, expected in ((owner(), True), (owner(host="elsewhere"), True), (owner(pid=dead_process()), False)):
+        (tmp_path / LOCK_FILE).write_text(held)
+        assert is_held(tmp_path) == expected
 
 
 def test_an_owner_on_another_host_is_watched_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

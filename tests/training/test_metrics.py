@@ -1,6 +1,7 @@
 """The sinks of a run, and what a resumed run does to them."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,11 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 
 from tinyllama_ds.training import sinks
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, peak_flops, tensorboard_directory
+from tinyllama_ds.training.sinks import Rows
 
 CPU = torch.device("cpu")
 
@@ -96,7 +103,59 @@ def test_a_folder_that_cannot_be_made_is_tried_again(tmp_path: Path) -> None:
     metrics.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("Train/Loss")] == [(1, 1.0), (2, 2.0)]
-    assert events.Tags()["tensors"] == ["run/text_summary"]
+    assert sorted(events.Tags()["tensors"]) == ["custom_scalars__config__", "run/text_summary"]
+
+
+def test_tensorboard_opens_with_the_figures_in_groups(tmp_path: Path) -> None:
+    """Read back by TensorBoard's own plugin, after a resume too; every figure of a run is in some chart."""
+    names = ["Train/Loss", "Train/LearningRate", "Train/BatchTokens", "Train/GradNorm", "Validation/Loss/a", "Tokens/a"]
+    names += ["Speed/TokensPerSecond", "Speed/MFU", "Seconds/data", "Ranks/Median", "Memory/PeakGiB"]
+    names += ["Guard/SkippedSteps", "Guard/Spikes", "Checkpoint/Seconds", "Checkpoint/StallSeconds"]
+    for first in (0, 4):
+        metrics = MetricsLogger(tmp_path, {}, 10, Progress(first, first * 8, first * 100), "{}")
+        metrics.log(first + 1, 100 * first + 100, dict.fromkeys(names, 1.0))
+        metrics.close()
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tensorboard")).Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(tmp_path / "tensorboard"))
+    plugin = CustomScalarsPlugin(TBContext(data_provider=provider))
+    layout = json.loads(plugin.layout_impl(RequestContext(), ""))
+    assert [category["title"] for category in layout["category"]] == [
+        "Loss", "Schedule", "Speed", "Guard", "Checkpoint",
+    ]  # fmt: skip
+    patterns = [p for category in layout["category"] for c in category["chart"] for p in c["multiline"]["tag"]]
+    assert [name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns)] == []
+    assert re.fullmatch(patterns[2], "OverTokens/Validation/Loss/a")
+
+
+def test_samples_are_forgotten_with_the_steps_that_are_done_again(tmp_path: Path) -> None:
+    for first, text in ((0, "before"), (2, "after")):
+        metrics = MetricsLogger(tmp_path, {}, 10, Progress(first, first * 8, first * 100), "{}")
+        for step in range(first + 1, first + 4):
+            metrics.log_samples(step, step * 100, [("two\nlines", text)])
+        metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["text"]) for row in rows] == [
+        (1, "before"), (2, "before"), (3, "after"), (4, "after"), (5, "after"),
+    ]  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    texts = [event.tensor_proto.string_val[0] for event in events.Tensors("Samples/1/text_summary")]
+    assert texts[-1] == b"    two\n    lines|after"
+
+
+def test_the_time_that_a_run_was_up_goes_on_after_a_resume(tmp_path: Path) -> None:
+    log_steps(tmp_path, 0, 6)
+    log_steps(tmp_path, 4, 8)
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds)
+    metrics = MetricsLogger(tmp_path, {}, 10, Progress(8, 64, 800), "{}", began=time.perf_counter() - 60)
+    metrics.log(9, 900, {})
+    metrics.close()
+    assert metrics.reached == 8
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    assert seconds[-1] + 60 <= last < seconds[-1] + 120
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "tokens": 700, "seconds": 99.0}\n')  # of a save, which comes late
+    assert Rows(tmp_path / "metrics.jsonl", 8).reached == 9
 
 
 def test_what_a_run_logged_before_its_first_save_is_done_again(tmp_path: Path) -> None:

@@ -191,6 +191,22 @@ def test_intervals_may_change(options: Options, tmp_path: Path) -> None:
     assert check_run_directory(resolve(options)) is None
 
 
+def test_samples_may_begin_later_and_must_fit_a_row(options: Options, tmp_path: Path) -> None:
+    run = resolve_run(options, 2, "cpu", False)
+    assert run.prompts == []
+    open_run_directory(run)
+    table = '[samples]\nprompts = ["the small llama"]\nevery_tokens = 640\nnew_tokens = {}\n'
+    recipe = Path(options.recipe)
+    without = recipe.read_text()
+    recipe.write_text(without + table.format(5))
+    check_run_directory(resolve_run(options, 2, "cpu", False))
+    recipe.write_text(without + table.format(SEQUENCE_LENGTH))
+    with pytest.raises(
+        Refusal, match=r"the prompt 'the small llama' has \d+ tokens, and new_tokens 32 more are beyond"
+    ):
+        resolve_run(options, 2, "cpu", False)
+
+
 def test_a_directory_of_somebody_else_is_refused(options: Options) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a directory away")

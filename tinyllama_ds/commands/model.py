@@ -160,20 +160,31 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--output", type=Path, metavar="PNG", help="default: RUN/report.png")
+    parser.add_argument("--output", type=Path, metavar="HTML", help="default: RUN/report.html")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="the main curves (default: RUN/report.png)")
     add_json(parser)
 
 
 def _report(options: argparse.Namespace) -> int:
-    """Draw the curves of a run, and print where it stands."""
-    from tinyllama_ds.evaluation.report import draw, read_metrics, summarise
+    """Write a run's report as one HTML page and its curves as a picture, and print where it stands."""
+    from tinyllama_ds.evaluation.charts import draw_picture
+    from tinyllama_ds.evaluation.history import read_history
+    from tinyllama_ds.evaluation.report import report_page, standing, summarise
+    from tinyllama_ds.launch.lock import is_held
+    from tinyllama_ds.training.checkpoint import newest_progress
 
-    rows = read_metrics(options.run)
-    output = options.output or options.run / "report.png"
-    draw(rows, output, str(options.run))
-    summary = summarise(rows)
-    text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in summary.items())
-    return print_result(options, summary | {"picture": str(output)}, f"{text}\n{output}")
+    output = options.output or options.run / "report.html"
+    picture = options.picture or options.run / "report.png"
+    history = read_history(options.run)
+    _, committed = newest_progress(options.run)
+    now = standing(history, committed, is_held(options.run))
+    output.write_text(report_page(history, now, str(options.run)), encoding="utf-8")
+    draw_picture(history, picture, str(options.run))
+    summary = summarise(history, now)
+    figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
+    text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in figures.items())
+    result = summary | {"page": str(output), "picture": str(picture)}
+    return print_result(options, result, f"{text}\n{now.sentence}\n{output}\n{picture}")
 
 
 COMMANDS = (

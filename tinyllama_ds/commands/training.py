@@ -191,7 +191,7 @@ def _check_run(options: argparse.Namespace, placement: "Placement") -> "Run":
 
 
 def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
-    from tinyllama_ds.evaluation.report import read_metrics
+    from tinyllama_ds.evaluation.history import read_metrics
 
     if not supervised.tokens:
         return

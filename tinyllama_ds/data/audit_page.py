@@ -1,18 +1,12 @@
 """The audit as a person reads it: a verdict in words, and one HTML file that needs nothing else."""
 
-import html
-import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tinyllama_ds.data.audit import DataAudit, ShardAudit
 from tinyllama_ds.data.coverage import Coverage
-
-_STYLE = """body { font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse } td, th { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd }
-td:first-child, th:first-child { text-align: left } .good { color: #17692b } .bad { color: #a11 } svg { width: 100% }"""
+from tinyllama_ds.page import drawing, page, preformatted, table
 
 
 def verdict(audit: DataAudit, coverage: Coverage | None) -> str:
@@ -46,18 +40,14 @@ def audit_page(audit: DataAudit, coverage: Coverage | None, title: str) -> str:
     for shard in audit.shards:
         groups.setdefault(f"{shard.source}/{shard.split}", []).append(shard)
     pictures = [
-        _picture("How long documents are", lambda axis: _draw_lengths(axis, groups)),
-        _picture("How often words occur, by rank", lambda axis: _draw_unigrams(axis, groups)),
-        _picture("How far each shard is from its source", lambda axis: _draw_drift(axis, audit)),
-        _picture("The longest run of one id in each shard", lambda axis: _draw_runs(axis, audit)),
+        drawing(lambda axis: _draw_lengths(axis, groups), "How long documents are"),
+        drawing(lambda axis: _draw_unigrams(axis, groups), "How often words occur, by rank"),
+        drawing(lambda axis: _draw_drift(axis, audit), "How far each shard is from its source"),
+        drawing(lambda axis: _draw_runs(axis, audit), "The longest run of one id in each shard"),
     ]
-    state = "bad" if text.startswith("BAD") else "good"
     first, _, rest = text.partition("\n")
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><h2 class={state}>{html.escape(first)}</h2>"
-        f"<pre>{html.escape(rest)}</pre>{_table(groups, audit)}{''.join(pictures)}</html>\n"
-    )
+    body = f"{preformatted(rest)}{_table(groups, audit)}<div class=grid>{''.join(pictures)}</div>"
+    return page(title, f"{title}: {first}", not text.startswith("BAD"), body)
 
 
 def _table(groups: dict[str, list[ShardAudit]], audit: DataAudit) -> str:
@@ -74,21 +64,7 @@ def _table(groups: dict[str, list[ShardAudit]], audit: DataAudit) -> str:
         )
         for name, shards in groups.items()
     ]
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
-    return "<table><tr>" + "".join(f"<th>{cell}" for cell in head) + cells + "</table>"
-
-
-def _picture(title: str, draw: Callable[[Any], None]) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    axis = figure.subplots()
-    draw(axis)
-    axis.grid(alpha=0.3)
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    svg = drawn.getvalue()
-    return f"<h3>{html.escape(title)}</h3>{svg[svg.index('<svg') :]}"
+    return table(head, rows)
 
 
 def _draw_lengths(axis: Any, groups: dict[str, list[ShardAudit]]) -> None:

@@ -61,6 +61,15 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
                 run_dir.rmdir()
 
 
+def is_held(run_dir: Path) -> bool:
+    """Whether somebody alive holds a run directory; of an owner on another host that is taken for granted."""
+    path = run_dir / LOCK_FILE
+    if not path.exists():
+        return False
+    held = path.read_text()
+    return json.loads(held)["host"] != socket.gethostname() or not _is_dead(path, held)
+
+
 def _name(held: str) -> str:
     owner = json.loads(held)
     return f"process {owner['pid']} on host {owner['host']}" if owner else "nobody, who removed the lock,"

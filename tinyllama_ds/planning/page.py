@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinyllama_ds.gpus import GIB
+from tinyllama_ds.page import page, section, table
 from tinyllama_ds.planning.answer import Answer
 from tinyllama_ds.planning.search import Ranking, reason
 
-_STYLE = """body { font: 15px/1.5 sans-serif; max-width: 66em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: .5em 0 1.5em } td, th { padding: .2em .9em .2em 0; text-align: right;
-border-bottom: 1px solid #ddd; vertical-align: top } td:first-child, th:first-child, .words { text-align: left }
-.good { color: #17692b } .bad { color: #a11 } .note { color: #666; margin: 0 } img { max-width: 100% }
-h1 { font-size: 1.35em } h2 { margin-bottom: .2em; font-size: 1.15em }"""
 _TOKENS_300B = 300e9  # what published tables of GPU-hours count
 
 
@@ -210,7 +206,7 @@ def as_text(title: str, tables: list[Table], warnings: tuple[str, ...]) -> str:
 def _text_table(table: Table) -> str:
     cells = [table.head, *table.rows] if any(table.head) else table.rows
     widths = [max(len(row[column]) for row in cells) for column in range(len(table.head))]
-    left = {0, len(widths) - 1} if table.ends_in_words else {0}
+    left = _columns_of_words(table)
     lines = [table.title]
     for row in cells:
         padded = (
@@ -225,26 +221,15 @@ def as_html(title: str, is_good: bool, tables: list[Table], warnings: tuple[str,
     """The whole page; the picture is a PNG and is embedded."""
     encoded = b64encode(picture).decode()
     worries = "".join(f"<li>{html.escape(warning)}" for warning in warnings)
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>Plan: {html.escape(title)}</title><style>{_STYLE}</style>"
-        f"<h1 class={'good' if is_good else 'bad'}>{html.escape(title)}</h1>"
-        + (f"<h2>Warnings</h2><ul>{worries}</ul>" if worries else "")
+    body = (
+        section("Warnings", f"<ul>{worries}</ul>" if worries else "")
         + f"<img alt='learning rate, batch and mixture over tokens' src='data:image/png;base64,{encoded}'>"
-        + "".join(_html_table(table) for table in tables)
-        + "</html>\n"
+        + "".join(
+            section(each.title, table(each.head, each.rows, _columns_of_words(each)), each.note) for each in tables
+        )
     )
+    return page(f"Plan: {title}", title, is_good, body)
 
 
-def _html_table(table: Table) -> str:
-    last = len(table.head) - 1 if table.ends_in_words else 0
-
-    def row_of(tag: str, row: tuple[str, ...]) -> str:
-        words = {last: " class=words"} if last else {}
-        cells = (f"<{tag}{words.get(number, '')}>{html.escape(cell)}" for number, cell in enumerate(row))
-        return f"<tr>{''.join(cells)}"
-
-    head = row_of("th", table.head) if any(table.head) else ""
-    body = "".join(row_of("td", row) for row in table.rows)
-    note = f"<p class=note>{html.escape(table.note)}</p>" if table.note else ""
-    return f"<h2>{html.escape(table.title)}</h2>{note}<table>{head}{body}</table>"
+def _columns_of_words(table: Table) -> set[int]:
+    return {0, len(table.head) - 1} if table.ends_in_words else {0}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from tinyllama_ds.data.loader import prefetch
+from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.evaluation.samples import continue_greedily
 from tinyllama_ds.evaluation.validation import perplexity, validation_losses
 from tinyllama_ds.plan import Step
 from tinyllama_ds.training.batches import Batch, count_targets, micro_batches
@@ -78,8 +80,7 @@ def train(
 ) -> Progress:
     """Train from `start` to the end of the plan, or to a stop that any rank was asked for; the end is saved.
 
-    Collective; `metrics` is given on rank 0 only. Raises `BadNumbers` and `Rollback` on all ranks; a save may be under
-    way then.
+    Collective; `metrics` is rank 0's alone. Raises `BadNumbers` and `Rollback` on all ranks, a save under way or not.
     """
     window = Window(PhaseClock(world.device))
     peak, _ = peak_flops(world.device, next(engine.module.parameters()).dtype)
@@ -110,12 +111,9 @@ def train(
             window.restart()
         paused_at = perf_counter()
         is_last = progress.step == final or agreed.stop
-        if run.validation and (progress.step == final or step.crosses(run.recipe.intervals.evaluate_tokens)):
-            heartbeat.beat(progress.step, "validating")
-            report_validation(engine, run, world, progress, metrics)
+        look_at_model(engine, run, world, step, progress, heartbeat, metrics)
         saver.advance(agreed.busy)
-        is_save_due = is_last or agreed.save or step.crosses(run.recipe.intervals.save_tokens)
-        is_save_due |= progress.step in run.plan.stage_ends  # where variants branch off
+        is_save_due = is_last or agreed.save or is_save_planned(run, step)
         if is_save_due:
             heartbeat.beat(progress.step, "saving")
         save_or_check(engine, run, world, progress, guard, saver, is_save_due, is_last)
@@ -126,6 +124,30 @@ def train(
         if is_last:
             break
     return progress
+
+
+def look_at_model(
+    engine: "DeepSpeedEngine",
+    run: Run,
+    world: World,
+    step: Step,
+    progress: Progress,
+    heartbeat: Heartbeat,
+    metrics: MetricsLogger | None,
+) -> None:
+    """Validate and sample where that is due after a step. Collective."""
+    is_final = progress.step == run.plan.total_steps
+    if run.validation and (is_final or step.crosses(run.recipe.intervals.evaluate_tokens)):
+        heartbeat.beat(progress.step, "validating")
+        report_validation(engine, run, world, progress, metrics)
+    if run.prompts and (is_final or step.crosses(run.recipe.samples.every_tokens)):
+        heartbeat.beat(progress.step, "sampling")
+        report_samples(engine, run, world, progress, metrics)
+
+
+def is_save_planned(run: Run, step: Step) -> bool:
+    """Whether the recipe wants a checkpoint after a step: by tokens, or at a stage's end, where variants branch off."""
+    return step.crosses(run.recipe.intervals.save_tokens) or step.number + 1 in run.plan.stage_ends
 
 
 def save_or_check(
@@ -259,6 +281,7 @@ def step_figures(
     figures = {
         "Train/Loss": agreed.loss if agreed.is_finite else float("nan"),
         "Train/LearningRate": learning_rate,
+        "Train/BatchTokens": run.plan.step(progress.step - 1).batch * run.recipe.sequence_length,
         "Train/GradNorm": agreed.grad_norm if agreed.is_finite else float("inf"),
         "Speed/TokensPerSecond": tokens_per_second,
         "Speed/MFU": flops / (peak * world.size),
@@ -349,3 +372,17 @@ def report_validation(
     metrics.log(progress.step, progress.tokens, figures)
     text = ", ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
     metrics.say(f"step {progress.step:,} ({progress.tokens:,} tokens): validation loss {text}")
+
+
+def report_samples(
+    engine: "DeepSpeedEngine", run: Run, world: World, progress: Progress, metrics: MetricsLogger | None
+) -> None:
+    """What the model makes of the recipe's prompts now. Collective. Draws no random number, and compiles nothing."""
+    samples = run.recipe.samples
+    with torch.compiler.set_stance("force_eager"):  # a new shape would be compiled, and change what training runs
+        continued = continue_greedily(engine, run.prompts, samples.new_tokens, world.device)
+    if metrics is None:
+        return
+    decode = Tokenizer(run.tokenizer).decode
+    texts = [(prompt, decode(ids)) for prompt, ids in zip(samples.prompts, continued, strict=True)]
+    metrics.log_samples(progress.step, progress.tokens, texts)

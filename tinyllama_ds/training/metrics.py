@@ -17,6 +17,37 @@ from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.sinks import EventFiles, Rows, warn
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+# What TensorBoard's page "Custom Scalars" shows: charts by category, each with patterns of names.
+_LAYOUT = {
+    "Loss": {
+        "training and validation, over steps": ["Multiline", ["Train/Loss", "Validation/Loss/.*"]],
+        "training and validation, over tokens": ["Multiline", ["OverTokens/.*"]],
+    },
+    "Schedule": {
+        "learning rate": ["Multiline", ["Train/LearningRate"]],
+        "batch in tokens": ["Multiline", ["Train/BatchTokens"]],
+        "tokens of each source": ["Multiline", ["Tokens/.*"]],
+    },
+    "Speed": {
+        "tokens per second": ["Multiline", ["Speed/TokensPerSecond"]],
+        "MFU": ["Multiline", ["Speed/MFU"]],
+        "seconds by phase": ["Multiline", ["Seconds/.*"]],
+        "seconds of the ranks' own work": ["Multiline", ["Ranks/(Min|Median|Max)"]],
+        "memory in GiB": ["Multiline", ["Memory/PeakGiB"]],
+    },
+    "Guard": {
+        "gradient norm before clipping": ["Multiline", ["Train/GradNorm"]],
+        "skipped steps and spikes": ["Multiline", ["Guard/(SkippedSteps|Spikes)"]],
+    },
+    "Checkpoint": {
+        "seconds of a save, and those that training stood still": [
+            "Multiline",
+            ["Checkpoint/Seconds", "Checkpoint/StallSeconds"],
+        ],
+        "saves abandoned": ["Multiline", ["Checkpoint/Failures"]],
+    },
+}
 
 
 @cache  # a matrix product takes a moment
@@ -92,10 +123,15 @@ class MetricsLogger:
         start: Progress,
         config_text: str,
         is_terminal: bool = False,
+        began: float | None = None,
     ) -> None:
+        """`began` is when this process did, by `time.perf_counter`; without it, now."""
         run_dir.mkdir(parents=True, exist_ok=True)
         last_step, last_tokens = (start.step, start.tokens) if start.step else (-1, -1)
         self._rows = Rows(run_dir / METRICS_FILE, last_step)
+        self._samples = Rows(run_dir / SAMPLES_FILE, last_step)
+        self.reached = max(self._rows.reached, start.step)  # by the processes before
+        self._began = (time.perf_counter() if began is None else began) - self._rows.last.get("seconds", 0.0)
         self._tensorboard = self._over_tokens = None
         section = monitors.get("tensorboard", {})
         if section.get("enabled", True):
@@ -104,6 +140,7 @@ class MetricsLogger:
             # A folder of its own: what a resumed run does again is purged by x, which counts tokens there.
             self._over_tokens = EventFiles(directory / "over_tokens", last_tokens)
             self._tensorboard.write_text("run", f"```json\n{config_text}\n```", start.step)
+            self._tensorboard.write_layout(_LAYOUT, start.step)
         self._monitor = _deepspeed_monitor(monitors, run_dir)
         self._monitor_failed = False
         self._bar = tqdm(
@@ -116,8 +153,12 @@ class MetricsLogger:
         )
 
     def log(self, step: int, tokens: int, figures: dict[str, float]) -> None:
-        """Write the figures of a step to every sink. Names are `Namespace/Name`."""
-        self._rows.write({"step": step, "tokens": tokens} | figures)
+        """Write the figures of a step to every sink. Names are `Namespace/Name`.
+
+        A row has beside them the seconds that the run was up, all its processes one after the other.
+        """
+        seconds = round(time.perf_counter() - self._began, 3)
+        self._rows.write({"step": step, "tokens": tokens, "seconds": seconds} | figures)
         if self._tensorboard is not None and self._over_tokens is not None:
             self._tensorboard.write(step, figures)
             losses = {f"OverTokens/{name}": value for name, value in figures.items() if "Loss" in name}
@@ -125,6 +166,14 @@ class MetricsLogger:
                 self._over_tokens.write(tokens, losses)
         if self._monitor is not None:
             self._write_to_monitor([(name, value, step) for name, value in figures.items()])
+
+    def log_samples(self, step: int, tokens: int, texts: list[tuple[str, str]]) -> None:
+        """Write what the model made of each prompt, to `samples.jsonl` and to TensorBoard."""
+        for number, (prompt, text) in enumerate(texts, start=1):
+            self._samples.write({"step": step, "tokens": tokens, "prompt": prompt, "text": text})
+            if self._tensorboard is not None:
+                code = "\n".join(f"    {line}" for line in f"{prompt}|{text}".splitlines())  # Markdown leaves it alone
+                self._tensorboard.write_text(f"Samples/{number}", code, step)
 
     def advance(self, step: int, text: str) -> None:
         """Move the progress bar to a step, and say how it goes."""
@@ -141,6 +190,7 @@ class MetricsLogger:
         with suppress(OSError):
             self._bar.close()
         self._rows.close()
+        self._samples.close()
         for events in (self._tensorboard, self._over_tokens):
             if events is not None:
                 events.close()

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -72,6 +73,7 @@ from tinyllama_ds.training.run import (
 )
 from tinyllama_ds.training.saving import Saver
 from tinyllama_ds.training.sinks import warn
+from tinyllama_ds.training.starts import record_start
 from tinyllama_ds.training.stop import StopRequest
 from tinyllama_ds.training.world import World, read_world
 
@@ -89,9 +91,10 @@ def pretrain(options: Options) -> int:
     except Refusal as refusal:
         print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
         return EXIT_REFUSED
+    began = time.perf_counter()
     heartbeat = Heartbeat(world.rank)
     try:
-        code = _pretrain(options, world, heartbeat)
+        code = _pretrain(options, world, heartbeat, began)
     except Refusal as refusal:
         say_once(world, str(refusal))
         code = EXIT_REFUSED
@@ -125,7 +128,7 @@ def wait_for_the_end(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
+def _pretrain(options: Options, world: World, heartbeat: Heartbeat, began: float) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     heartbeat.beat(0, "starting")
     strike("start", 0)
@@ -158,7 +161,11 @@ def _pretrain(options: Options, world: World, heartbeat: Heartbeat) -> int:
         tell_changes(open_run_directory(run, start.step), run.allow_change)
         forget_skips_after(run.run_dir, start.step)
     guard = Guard(run.recipe.guard, health.guard, rollbacks=len(left_out(read_ledger(run.run_dir))))
-    metrics = _open_metrics(run, world, start, engine, compilation, is_terminal) if world.is_main else None
+    hosts = gather_from_ranks(socket.gethostname())
+    metrics = None
+    if world.is_main:
+        metrics = _open_metrics(run, world, start, engine, compilation, is_terminal, began)
+        record_start(run, start, metrics.reached, hosts)
     saver = Saver(run, world, on_end=lambda save: report_save(metrics, save))
     try:
         progress = train(engine, run, world, start, guard, metrics, StopRequest(run.run_dir), heartbeat, saver)
@@ -246,11 +253,16 @@ def build_initial_model(run: Run, world: World, initial: InitialWeights | None) 
 
 
 def _open_metrics(
-    run: Run, world: World, start: Progress, engine: "DeepSpeedEngine", compilation: str, is_terminal: bool
+    run: Run,
+    world: World,
+    start: Progress,
+    engine: "DeepSpeedEngine",
+    compilation: str,
+    is_terminal: bool,
+    began: float,
 ) -> MetricsLogger:
-    metrics = MetricsLogger(
-        run.run_dir, run.monitors, run.plan.total_steps, start, json.dumps(run.description, indent=1), is_terminal
-    )
+    description = json.dumps(run.description, indent=1)
+    metrics = MetricsLogger(run.run_dir, run.monitors, run.plan.total_steps, start, description, is_terminal, began)
     dtype = next(engine.module.parameters()).dtype
     peak, origin = peak_flops(world.device, dtype)
     batch = run.plan.stages[0].batch

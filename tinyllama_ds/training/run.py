@@ -19,7 +19,7 @@ from tinyllama_ds import __version__
 from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import ORDER_VERSION, MixtureStage, SampleOrder
 from tinyllama_ds.data.shards import TokenStream
-from tinyllama_ds.data.tokenizer import TOKENIZER_FILE
+from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.deepspeed_config import (
     load_deepspeed_config,
     requested_micro_batch,
@@ -82,6 +82,7 @@ class Run:
     reader: SampleReader
     validation: list[ValidationSet]
     tokenizer: Path
+    prompts: list[list[int]]  # to sample from, as ids
     run_dir: Path
     resume: str
     allow_change: tuple[str, ...]
@@ -120,12 +121,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         "data": _fingerprints(streams, validation),
     }
     parent, init_from = _beginning_of(options, model, description)
-    order = SampleOrder(
-        recipe.seed,
-        {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
-        [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
-        left_out(_ledger_of(options.run_dir, parent)),
-    )
+    order = _order_of(recipe, plan, streams, _ledger_of(options.run_dir, parent))
     return Run(
         recipe=recipe,
         plan=plan,
@@ -141,12 +137,22 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         reader=SampleReader(streams, order, recipe.sequence_length, model.vocab_size),
         validation=validation,
         tokenizer=options.data / TOKENIZER_FILE,
+        prompts=_encode_prompts(recipe, options.data / TOKENIZER_FILE),
         run_dir=options.run_dir,
         resume=options.resume,
         allow_change=options.allow_change,
         parent=parent,
         init_from=init_from,
         description=description,
+    )
+
+
+def _order_of(recipe: Recipe, plan: RunPlan, streams: dict[str, TokenStream], ledger: list[Entry]) -> SampleOrder:
+    return SampleOrder(
+        recipe.seed,
+        {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
+        [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
+        left_out(ledger),
     )
 
 
@@ -198,6 +204,20 @@ def _refuse_conversations_without_mask(recipe: Recipe, streams: dict[str, TokenS
                 f"recipe {recipe.name!r}: the source {name!r} holds conversations, which must not see the others of"
                 " their row; expected document_mask = true"
             )
+
+
+def _encode_prompts(recipe: Recipe, tokenizer: Path) -> list[list[int]]:
+    if not recipe.samples.prompts:
+        return []
+    encode = Tokenizer(tokenizer).encode
+    prompts = [encode(prompt) for prompt in recipe.samples.prompts]
+    for text, ids in zip(recipe.samples.prompts, prompts, strict=True):
+        if len(ids) + recipe.samples.new_tokens > recipe.sequence_length:
+            raise Refusal(
+                f"recipe {recipe.name!r}: samples: the prompt {text[:40]!r} has {len(ids)} tokens, and new_tokens"
+                f" {recipe.samples.new_tokens} more are beyond the sequence_length {recipe.sequence_length}"
+            )
+    return prompts
 
 
 def _resolve_attention(options: Options, recipe: Recipe, device_type: str) -> str:
@@ -362,10 +382,17 @@ def open_run_directory(run: Run, step: int = 0) -> list[Change]:
         changes = list(changes_between(_held_description(path), json.loads(json.dumps(run.description))))
         history = json.loads(path.read_text()).get(_HISTORY, [])
     if changes:
-        time = datetime.now(UTC).isoformat(timespec="seconds")
-        history = [*history, {"time": time, "step": step, "changes": [asdict(change) for change in changes]}]
+        history = [
+            *history,
+            {"time": date_for_people(), "step": step, "changes": [asdict(change) for change in changes]},
+        ]
     write_json(path, run.description | {_HISTORY: history})
     return changes
+
+
+def date_for_people() -> str:
+    """Now, in UTC. Nothing is computed from it: the clock on the wall jumps, and differs between hosts."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -15,7 +15,7 @@ _RETRY_SECONDS = 30.0
 _PROBE_BYTES = 2**16
 
 Figures = Mapping[str, float]
-_Row = tuple[int, Mapping[str, float | str]]
+_Row = tuple[int, Mapping[str, float | str | dict]]
 
 
 def warn(what: object, error: Exception) -> None:
@@ -37,8 +37,10 @@ class Rows:
         self._pending = b""
         self._is_failing = False
         self._descriptor: int | None = None
+        self.last: dict = {}  # row that was there before
+        self.reached = 0  # the largest step there
         try:
-            _forget_after(path, last_step)
+            self.last, self.reached = _forget_after(path, last_step)
         except OSError as error:
             warn(path, error)
 
@@ -62,17 +64,19 @@ class Rows:
             os.close(self._descriptor)
 
 
-def _forget_after(path: Path, step: int) -> None:
+def _forget_after(path: Path, step: int) -> tuple[dict, int]:
+    """Drop the rows of later steps; returns the last row that was there, and the largest step, which may be another."""
     if not path.exists():
-        return
+        return {}, 0
     lines = path.read_text().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a crash can leave half a line
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
-    if kept == lines:
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    steps = [json.loads(line)["step"] for line in whole]
+    kept = [line for line, its_step in zip(whole, steps, strict=True) if its_step <= step]
+    if kept != lines:
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
+    return (json.loads(whole[-1]), max(steps)) if whole else ({}, 0)
 
 
 class EventFiles:
@@ -99,6 +103,10 @@ class EventFiles:
     def write_text(self, name: str, text: str, x: int) -> None:
         """Write a text at x."""
         self._add((x, {name: text}))
+
+    def write_layout(self, layout: dict, x: int) -> None:
+        """Write how TensorBoard's custom scalars group the figures: charts by category, patterns of names by chart."""
+        self._add((x, {"layout": layout}))
 
     def close(self) -> None:
         """Make one last attempt for what is not on the disk yet, and close."""
@@ -156,5 +164,7 @@ def _write(writer: SummaryWriter, row: _Row) -> None:
     for name, value in values.items():
         if isinstance(value, str):
             writer.add_text(name, value, x)
+        elif isinstance(value, dict):
+            writer.add_custom_scalars(value)
         else:
             writer.add_scalar(name, value, x)

@@ -1,0 +1,203 @@
+"""The charts of a run, each drawn into matplotlib axes that are given: over tokens, with the stages' borders."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyllama_ds.evaluation.history import History
+
+_MIXTURE_COLUMNS = 96
+
+
+def stage_starts(history: History) -> list[tuple[str, int]]:
+    """Name and first token of every stage that was reached."""
+    starts, first = [], 0
+    for stage in history.description.get("recipe", {}).get("stages", []):
+        starts.append((stage["name"], first))
+        first += -(-stage["tokens"] // stage["global_batch_tokens"]) * stage["global_batch_tokens"]
+    return [start for start in starts if start[1] < history.tokens]
+
+
+def draw_losses(axis: Any, history: History) -> None:
+    """Training and validation losses, with every stage, restart and spike."""
+    tokens, losses = history.points("Train/Loss")
+    axis.plot(tokens, losses, linewidth=0.8, alpha=0.7, label="training, every logged step")
+    lowest = []
+    for source in history.names("Validation/Loss/"):
+        points = history.points(f"Validation/Loss/{source}")
+        lowest.append(points[1].min())
+        label = f"validation, {source}: {points[1][-1]:.3f}"
+        axis.plot(*points, marker="o", markersize=3.5, label=label, clip_on=False)
+    if len(losses):  # a spike may leave the picture, the start may not
+        highest = losses[: max(1, len(losses) // 50)].max()
+        low = min([highest - 0.1, losses.min(), *lowest])
+        axis.set_ylim(low - 0.05 * (highest - low), highest + 0.15 * (highest - low))
+    _mark(axis, [start["tokens"] for start in history.starts[1:]], "^", "start", height=0.02)
+    _mark(axis, _passed_over(history), "x", "step skipped or rolled back", height=0.07)
+    _finish(axis, history, "loss, nats per token", with_names=True)
+    axis.legend(loc="upper right")
+
+
+def _passed_over(history: History) -> list[int]:
+    """Where steps were skipped or rolled back, in tokens."""
+    length = history.description.get("recipe", {}).get("sequence_length", 0)
+    return [entry["first_sample"] * length for entry in history.ledger if "first_sample" in entry]
+
+
+def _mark(axis: Any, tokens: list[int], marker: str, label: str, height: float) -> None:
+    if tokens:
+        axis.plot(
+            tokens, [height] * len(tokens), marker, transform=axis.get_xaxis_transform(), markersize=5,
+            linestyle="none", color="C5", label=label, clip_on=False,
+        )  # fmt: skip
+
+
+def line_of(name: str, label: str, scale: float = 1.0) -> Callable[[Any, History], None]:
+    """What draws one figure as a line."""
+
+    def draw(axis: Any, history: History) -> None:
+        tokens, values = history.points(name)
+        axis.plot(tokens, values * scale, linewidth=0.9)
+        _from_zero(axis)
+        _finish(axis, history, label)
+
+    return draw
+
+
+def draw_phases(axis: Any, history: History) -> None:
+    """What the time between two logged steps is spent on."""
+    for phase in history.names("Seconds/"):
+        axis.plot(*history.points(f"Seconds/{phase}"), linewidth=0.9, label=phase)
+    _from_zero(axis, room=1.3)  # for the legend
+    axis.legend(loc="upper right", ncols=4)
+    _finish(axis, history, "seconds on rank 0")
+
+
+def _from_zero(axis: Any, room: float = 1.1) -> None:
+    axis.set_ylim(0, room * axis.dataLim.y1 or 1)
+
+
+def draw_gradient_norm(axis: Any, history: History) -> None:
+    """On a logarithmic scale, for spikes."""
+    from matplotlib.ticker import LogLocator
+
+    axis.plot(*history.points("Train/GradNorm"), linewidth=0.9)
+    clipping = history.description.get("deepspeed_config", {}).get("gradient_clipping")
+    if isinstance(clipping, int | float) and clipping:
+        axis.axhline(clipping, color="C1", linewidth=0.9, linestyle="--", label=f"clipped at {clipping:g}")
+        axis.legend(loc="upper right")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
+    _finish(axis, history, "gradient norm before clipping")
+
+
+def draw_stalls(axis: Any, history: History) -> None:
+    """How long training stood still for every save."""
+    tokens, seconds = history.points("Checkpoint/StallSeconds")
+    axis.vlines(tokens, 0, seconds, linewidth=0.8)
+    axis.plot(tokens, seconds, "o", markersize=3.5, clip_on=False)
+    _from_zero(axis)
+    _finish(axis, history, "seconds of a stall")
+
+
+def draw_mixture(axis: Any, history: History) -> None:
+    """Shares of the sources: areas as trained, dashed lines as planned."""
+    sources = history.names("Tokens/")
+    borders, shares = achieved_mixture(history, sources)
+    if len(borders):
+        axis.stackplot(borders, np.vstack([shares, shares[-1:]]).T * 100, step="post", labels=sources, alpha=0.75)
+    for number, (left, right) in enumerate(pairwise(planned_mixture(history, sources))):
+        tops = np.cumsum([left[1], right[1]], axis=1) * 100  # (2, sources)
+        label = "planned" if number == 0 else None
+        for top in tops.T[:-1]:
+            axis.plot(
+                [left[0], right[0]], top, linestyle="--", linewidth=1.2, color=axis.xaxis.label.get_color(), label=label
+            )
+            label = None
+    axis.set_ylim(0, 100)
+    axis.grid(visible=False)
+    _finish(axis, history, "% of tokens", with_names=True)
+    axis.legend(loc="upper left", ncols=min(6, len(sources) + 1), bbox_to_anchor=(0, -0.14))
+
+
+def achieved_mixture(history: History, sources: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Borders (N + 1,) in tokens, those of the stages among them, and the sources' shares between two (N, sources)."""
+    if not sources:
+        return np.empty(0), np.empty((0, 0))
+    ends = np.linspace(0, history.tokens, _MIXTURE_COLUMNS + 1)
+    borders = np.unique(np.concatenate((ends, [first for _, first in stage_starts(history)])))
+    trained = []
+    for source in sources:
+        tokens, counts = history.points(f"Tokens/{source}")
+        trained.append(np.interp(borders, np.append(0, tokens), np.append(0, counts)))
+    drawn = np.diff(trained, axis=1).T  # (N, sources)
+    return borders, drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)
+
+
+def planned_mixture(history: History, sources: list[str]) -> list[tuple[float, np.ndarray]]:
+    """Corners of the planned shares: tokens, and the share of each source (sources,); straight in between."""
+    corners: list[tuple[float, np.ndarray]] = []
+    stages = history.description.get("recipe", {}).get("stages", [])
+    starts = stage_starts(history)
+    ends = [first for _, first in starts[1:]] + [history.tokens]
+    for stage, (_, first), end in zip(stages, starts, ends, strict=False):
+        weights = np.array([stage["weights"].get(source, 0.0) for source in sources])
+        shares = weights / max(weights.sum(), 1e-12)
+        ramp = stage.get("ramp_tokens", 0)
+        before = corners[-1][1] if ramp and corners else shares
+        reached = min(1.0, (end - first) / ramp) if ramp else 1.0
+        corners.append((first, before))
+        corners.append((min(first + ramp, end), before + (shares - before) * reached))
+        corners.append((end, corners[-1][1]))
+    return corners
+
+
+def _finish(axis: Any, history: History, label: str, with_names: bool = False) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axis.set_xlim(0, max(1, history.tokens))
+    axis.set_xlabel("tokens")
+    axis.set_ylabel(label)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    faint = axis.xaxis.label.get_color()
+    stages = stage_starts(history)
+    for name, first in stages if len(stages) > 1 else []:
+        axis.axvline(first, color=faint, linewidth=0.8, linestyle=":")
+        if with_names:
+            axis.annotate(
+                name, (first, 1), xycoords=("data", "axes fraction"), xytext=(2, 3), textcoords="offset points",
+                color=faint,
+            )  # fmt: skip
+
+
+PANELS: tuple[tuple[str, str, Callable[[Any, History], None]], ...] = (  # what is drawn where its figure is known
+    ("Train/LearningRate", "Learning rate", line_of("Train/LearningRate", "learning rate")),
+    ("Train/BatchTokens", "Batch size", line_of("Train/BatchTokens", "tokens per step")),
+    ("Train/GradNorm", "Gradient norm", draw_gradient_norm),
+    ("Speed/TokensPerSecond", "Throughput", line_of("Speed/TokensPerSecond", "tokens per second")),
+    ("Speed/MFU", "Model FLOPs utilisation", line_of("Speed/MFU", "% of peak", scale=100)),
+    ("Seconds/forward", "Phases of a step", draw_phases),
+    ("Memory/PeakGiB", "Memory", line_of("Memory/PeakGiB", "peak GiB on rank 0")),
+    ("Checkpoint/StallSeconds", "Checkpoint stalls", draw_stalls),
+)
+
+
+def draw_picture(history: History, output: Path, title: str) -> None:
+    """Losses, learning rate, gradient norm and speed as one PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2)
+    draw_losses(axes[0, 0], history)
+    for axis, (name, _, draw) in zip(axes.flat[1:], (PANELS[0], PANELS[2], PANELS[3]), strict=True):
+        if name in history.series:
+            draw(axis, history)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(output, dpi=110)

@@ -1,0 +1,189 @@
+"""What a run directory tells of its run: figures over tokens, however many, and what happened on the way."""
+
+import json
+import math
+from array import array
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tinyllama_ds.errors import Refusal
+
+METRICS_FILE = "metrics.jsonl"
+_COLUMNS = 500  # of a drawing
+_MOST_POINTS = 65_536  # of a series, before it is thinned out
+_TAIL_BYTES = 65_536
+_SCORES = ("scores/*.json", "evaluation/*/*.json")  # the latter is by checkpoint
+_DRAWN = ("Train/", "Validation/Loss/", "Speed/", "Seconds/", "Tokens/", "Memory/", "Checkpoint/StallSeconds")
+
+
+class Series:
+    """One figure over tokens, thinned out to what a line of so many columns shows.
+
+    Of each column the first, last, smallest and largest value stay: the line drawn through them is the line through
+    all (M4; Jugel, Jerzak, Hackenbroich and Markl 2014). Memory does not grow with the run.
+    """
+
+    def __init__(self, end: int) -> None:
+        """`end` is the number of tokens at the right edge."""
+        self._scale = _COLUMNS / max(1, end)
+        self._tokens, self._values = array("d"), array("d")
+
+    def add(self, tokens: float, value: float) -> None:
+        """Add a point; one that is not finite is left out."""
+        if math.isfinite(value):
+            self._tokens.append(tokens)
+            self._values.append(value)
+            if len(self._tokens) == _MOST_POINTS:
+                self._thin_out()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, ascending, and values, each (N,); N is four times the number of columns at most."""
+        self._thin_out()
+        return np.array(self._tokens), np.array(self._values)
+
+    def _thin_out(self) -> None:
+        tokens, values = np.array(self._tokens), np.array(self._values)
+        by_tokens = np.argsort(tokens, kind="stable")
+        tokens, values = tokens[by_tokens], values[by_tokens]
+        columns = (tokens * self._scale).astype(np.int64)
+        by_value = np.lexsort((values, columns))
+        starts = np.flatnonzero(np.diff(columns, prepend=-1))
+        ends = np.append(starts[1:], len(columns)) - 1
+        kept = np.unique(np.concatenate((starts, ends, by_value[starts], by_value[ends])))
+        self._tokens, self._values = array("d", tokens[kept].tolist()), array("d", values[kept].tolist())
+
+
+@dataclass
+class History:
+    """Everything that a run directory holds for people."""
+
+    description: dict  # run.json
+    state: str  # finished, stopped, rolled back or running, as its last process wrote it
+    last: dict[str, Any] = field(default_factory=dict)  # value of every figure
+    series: dict[str, Series] = field(default_factory=dict)
+    median_rate: float = math.nan  # tokens/s
+    recent_rate: float = math.nan
+    peak_rate: float = math.nan
+    spikes: list[dict] = field(default_factory=list)  # rows of the guard
+    starts: list[dict] = field(default_factory=list)
+    ledger: list[dict] = field(default_factory=list)
+    samples: list[dict] = field(default_factory=list)
+    scores: list[dict] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.last.get("tokens", 0))
+
+    def points(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and values of a figure, each (N,); empty where it was never logged."""
+        return self.series[name].points() if name in self.series else (np.empty(0), np.empty(0))
+
+    def names(self, prefix: str) -> list[str]:
+        """The figures of a namespace, without it."""
+        return sorted(name.removeprefix(prefix) for name in self.series if name.startswith(prefix))
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """All rows of a run's metrics.jsonl; a last one that was cut short is left out."""
+    return list(_rows(_metrics_of(run_dir)))
+
+
+def read_history(run_dir: Path) -> History:
+    """Reads row by row, in memory that does not grow with the run. Raises `Refusal` where nothing was logged."""
+    path = _metrics_of(run_dir)
+    status = _read_json(run_dir / "status.json")
+    history = History(
+        _read_json(run_dir / "run.json"),
+        status.get("state", ""),
+        starts=_read_lines(run_dir / "starts.jsonl"),
+        ledger=_read_lines(run_dir / "ledger.jsonl"),
+        samples=_read_lines(run_dir / "samples.jsonl"),
+        scores=[
+            content | {"name": f"{file.parent.name}/{file.stem}"}
+            for pattern in _SCORES
+            for file in sorted(run_dir.glob(pattern))
+            if (content := _read_json(file))
+        ],
+    )
+    _read_figures(path, history)
+    return history
+
+
+def _metrics_of(run_dir: Path) -> Path:
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        raise Refusal(f"{path}: is missing; expected the directory of a run that has logged a step")
+    return path
+
+
+def _read_figures(path: Path, history: History) -> None:
+    step, end = _reached(path)
+    rates = array("d")
+    drawn: dict[str, Series | None] = {}  # by the name of a figure; None for one that is not
+    for row in _rows(path):
+        tokens = row["tokens"]
+        history.last.update(row)
+        for name, value in row.items():
+            if name not in drawn:
+                drawn[name] = Series(end) if name.startswith(_DRAWN) else None
+            series = drawn[name]
+            if series is not None:
+                series.add(tokens, value)
+        if "Speed/TokensPerSecond" in row:
+            rates.append(row["Speed/TokensPerSecond"])
+        if "Guard/FirstSample" in row:
+            history.spikes.append(row)
+    history.series = {name: series for name, series in drawn.items() if series is not None and len(series)}
+    history.last |= {"step": step, "tokens": end}  # the row of a save comes late
+    if rates:
+        history.median_rate, history.peak_rate = float(np.median(rates)), max(rates)
+        history.recent_rate = float(np.median(rates[-100:]))
+
+
+def _reached(path: Path) -> tuple[int, int]:
+    """The largest step and number of tokens, from the end of the file."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        lines = file.read().split(b"\n")[:-1]
+    rows = [json.loads(line) for line in lines if line.startswith(b"{")]
+    if not rows:
+        raise Refusal(f"{path}: holds no row yet; expected the directory of a run that has logged a step")
+    return max(row["step"] for row in rows), max(row["tokens"] for row in rows)
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    with path.open("rb") as file, tqdm(
+        total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=2, leave=False
+    ) as bar:  # fmt: skip
+        for number, line in enumerate(file):
+            if line.endswith(b"\n"):  # else its writer died, or is about to write the rest
+                yield json.loads(line)
+            if number % 4096 == 0:
+                bar.update(file.tell() - bar.n)
+
+
+def _read_json(path: Path) -> dict:
+    """An object; empty where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines, without those that a crash cut short."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows

@@ -1,0 +1,34 @@
+"""What a model makes of a few prompts, while it is being trained."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tinyllama_ds.data.tokenizer import EOS_ID
+
+
+@torch.no_grad()
+def continue_greedily(
+    logits_of: Callable[[Tensor], Tensor], prompts: list[list[int]], new_tokens: int, device: torch.device
+) -> list[list[int]]:
+    """The most likely next ids of each prompt, up to the end of the document; `logits_of` is (P, T) -> (P, T, V).
+
+    There are always `new_tokens` forwards, on every rank alike: under ZeRO-3 each is collective. All prompts share a
+    batch, filled up on the right, where a causal model does not look.
+    """
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = int(lengths.max())
+    ids = torch.full((len(prompts), longest + new_tokens), EOS_ID, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    rows = torch.arange(len(prompts), device=device)
+    for number in range(new_tokens):
+        logits = logits_of(ids[:, : longest + number])
+        ids[rows, lengths + number] = logits[rows, lengths + number - 1].argmax(dim=-1)
+    ends = [len(prompt) + new_tokens for prompt in prompts]
+    return [_document(row[len(prompt) : end]) for row, prompt, end in zip(ids.tolist(), prompts, ends, strict=True)]
+
+
+def _document(ids: list[int]) -> list[int]:
+    return ids[: ids.index(EOS_ID)] if EOS_ID in ids else ids
