@@ -100,3 +100,17 @@ def test_the_exported_folder_under_torchrun(exported: Path, tasks: list[Path], r
     found = json.loads((tmp_path / "tasks.json").read_text())["lm_eval"]["local_choice"]
     for key in ("acc,none", "acc_norm,none", "acc_stderr,none"):
         assert found[key] == reference["local_choice"][key]
+
+
+@pytest.mark.all_faults
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_task_that_needs_the_network_where_there_is_none(ranks: int, exported: Path, tmp_path: Path) -> None:
+    """One sentence, from one rank, exit code 78, and nothing is written."""
+    command = [sys.executable, "-m", "tinyllama_ds.cli", "evaluate", str(exported), "--suite", "commonsense"]
+    command += ["--num-gpus", str(ranks), "--device", "cpu", "--output", str(tmp_path / "scores")]
+    finished = run(command, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="")
+    assert finished.returncode == 78, finished.stderr
+    said = [line for line in finished.stderr.splitlines() if line.startswith("tinyllama-ds: ")]
+    assert len(said) == 1
+    assert "dataset Rowan/hellaswag: is not in Hugging Face's cache, and the hub is out of reach" in said[0]
+    assert not (tmp_path / "scores").exists()

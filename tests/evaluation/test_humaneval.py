@@ -47,7 +47,7 @@ def test_a_model_is_scored_from_local_data(
     ]
     (data / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = LlamaConfig(512, 32, 88, 1, 2, 1, 1200)
-    export(build_model(config, "eager", seed=1).state_dict(), config, tokenizer, tmp_path / "hf")
+    export(build_model(config, "eager", seed=1).state_dict().items(), config, tokenizer, tmp_path / "hf")
     arguments = ["evaluate", str(tmp_path / "hf"), "--tasks", "humaneval", "--data-dir", str(tmp_path / "data")]
     arguments += ["--device", "cpu", "--output", str(tmp_path / "scores")]
     assert main(arguments) == 78

@@ -19,7 +19,7 @@ def folders(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> t
     """A small model with room for HumanEval's 1,024 tokens, and the data of all suites."""
     root = tmp_path_factory.mktemp("suites")
     config = LlamaConfig(512, 32, 88, 1, 2, 1, 1200)
-    export(build_model(config, "eager", seed=1).state_dict(), config, tokenizer, root / "hf")
+    export(build_model(config, "eager", seed=1).state_dict().items(), config, tokenizer, root / "hf")
     write_published_data(root / "data")
     return root / "hf", root / "data"
 

@@ -27,7 +27,7 @@ _COLLECTIVE_TIMEOUT = timedelta(days=1)  # a rank with shorter texts waits for t
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, which tasks, and how; for `scripts/evaluate.py` too."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", help="commonsense, instruct or chinese: TinyLlama's published ones")
     what.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-eval")
@@ -197,7 +197,7 @@ def _load_model(options: argparse.Namespace, world: "World") -> tuple[Any, Any, 
     dtype = getattr(torch, options.dtype)
     transformers.utils.logging.disable_progress_bar()
     if not (options.model / "config.json").is_file():
-        return _load_checkpoint(options.model, dtype, world)
+        return _load_stored(options.model, dtype, world)
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(options.model)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
@@ -206,26 +206,27 @@ def _load_model(options: argparse.Namespace, world: "World") -> tuple[Any, Any, 
     return model.eval().to(world.device), tokenizer, None
 
 
-def _load_checkpoint(path: Path, dtype: Any, world: "World") -> tuple[Any, Any, int]:
+def _load_stored(path: Path, dtype: Any, world: "World") -> tuple[Any, Any, int | None]:
     """Rank 0 puts the weights of all shards together and sends them on: once in memory, not once per rank."""
-    import torch
-
+    from tinyllama_ds.commands.model import open_stored
     from tinyllama_ds.convert import hf_model, hf_tokenizer
-    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
-    from tinyllama_ds.model.config import LlamaConfig
-    from tinyllama_ds.training.checkpoint import consolidated_weights, read_manifest, resolve_checkpoint
     from tinyllama_ds.training.engine import receive_from_main
+    from tinyllama_ds.weights import parameter_shapes
 
-    checkpoint = resolve_checkpoint(path)
-    manifest = read_manifest(checkpoint)
-    config = LlamaConfig(**manifest.model)
-    tokenizer = Tokenizer(checkpoint.parents[1] / TOKENIZER_FILE)
-    weights = consolidated_weights(checkpoint)[1] if world.is_main else None
+    stored = open_stored(path)
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in stored.tensors} if world.is_main else {}
     if world.size > 1:
-        weights = receive_from_main(weights, getattr(torch, manifest.dtype), config, world.device)
-    assert weights is not None  # rank 0 has them, the others have received them
-    model = hf_model({name: tensor.to(dtype) for name, tensor in weights.items()}, config)
-    return model.to(world.device), hf_tokenizer(tokenizer, config.max_position_embeddings), manifest.progress.tokens
+        weights = receive_from_main(weights, parameter_shapes(stored.config), dtype, world)
+    model = hf_model(weights, stored.config).to(world.device)
+    return model, hf_tokenizer(stored.tokenizer, stored.config.max_position_embeddings), _tokens(path)
+
+
+def _tokens(path: Path) -> int | None:
+    """What a checkpoint was trained on; of an imported model it is not known."""
+    from tinyllama_ds.model_folder import is_model_folder
+    from tinyllama_ds.training.checkpoint import read_manifest, resolve_checkpoint
+
+    return None if is_model_folder(path) else read_manifest(resolve_checkpoint(path)).progress.tokens
 
 
 def _settings(options: argparse.Namespace, world: "World") -> dict[str, Any]:
@@ -245,9 +246,11 @@ def _settings(options: argparse.Namespace, world: "World") -> dict[str, Any]:
 def _output_folder(options: argparse.Namespace) -> Path:
     if options.output is not None:
         return options.output
-    if (options.model / "config.json").is_file():
-        return Path("evaluation") / options.model.resolve().name
+    from tinyllama_ds.model_folder import is_model_folder
     from tinyllama_ds.training.checkpoint import resolve_checkpoint
+
+    if (options.model / "config.json").is_file() or is_model_folder(options.model):
+        return Path("evaluation") / options.model.resolve().name
 
     checkpoint = resolve_checkpoint(options.model).resolve()
     return checkpoint.parents[1] / "evaluation" / checkpoint.name

@@ -29,7 +29,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """A model as it lies on the disk; its tensors come one after another."""
 
     tensors: "Iterator[tuple[str, Tensor]]"
@@ -39,7 +39,7 @@ class _Stored:
     chats: bool = False
 
 
-def _open_stored(path: Path) -> _Stored:
+def open_stored(path: Path) -> Stored:
     """The model of a checkpoint, a run directory or a model folder, every file verified."""
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
     from tinyllama_ds.model.config import LlamaConfig
@@ -50,19 +50,19 @@ def _open_stored(path: Path) -> _Stored:
     if is_model_folder(path):
         folder = open_model_folder(path)
         verify_model_folder(folder)
-        return _Stored(folder.tensors(), folder.model, folder.tokenizer)
+        return Stored(folder.tensors(), folder.model, folder.tokenizer)
     checkpoint = resolve_checkpoint(path)
     manifest, tensors = stream_weights(checkpoint)
     tokenizer = Tokenizer(checkpoint.parents[1] / TOKENIZER_FILE)
     chats = learned_to_chat(manifest.run)
-    return _Stored(tensors, LlamaConfig(**manifest.model), tokenizer, manifest.health.probe, chats)
+    return Stored(tensors, LlamaConfig(**manifest.model), tokenizer, manifest.health.probe, chats)
 
 
 def _export(options: argparse.Namespace) -> int:
     """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
     from tinyllama_ds.convert import export
 
-    stored = _open_stored(options.checkpoint)
+    stored = open_stored(options.checkpoint)
     difference = export(
         stored.tensors,
         stored.config,
@@ -128,7 +128,7 @@ def _serve(model: Path) -> "Served":
 
     if (model / "config.json").is_file():
         return load_hf_folder(model)
-    stored = _open_stored(model)
+    stored = open_stored(model)
     return serve_weights(dict(stored.tensors), stored.config, stored.tokenizer, stored.chats)
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import Block, LlamaForCausalLM
 from tinyllama_ds.training.world import World, choose_interface
 
@@ -173,14 +172,12 @@ def gather_from_ranks(value: Any) -> list[Any]:
 
 
 def receive_from_main(
-    weights: dict[str, torch.Tensor] | None, dtype: torch.dtype, config: LlamaConfig, device: torch.device
+    weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size], dtype: torch.dtype, world: World
 ) -> dict[str, torch.Tensor]:
-    """A model's weights, which rank 0 has and the others (None) get, on the device. Collective."""
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    """A model's weights in one dtype, which rank 0 has and the others get, on their devices. Collective."""
     received = {}
     for name, shape in shapes.items():
-        tensor = torch.empty(shape, dtype=dtype, device=device) if weights is None else weights[name].to(device)
-        dist.broadcast(tensor, src=0)
-        received[name] = tensor
+        tensor = weights[name] if world.is_main else torch.empty(shape, dtype=dtype)
+        received[name] = tensor.to(world.device)
+        dist.broadcast(received[name], src=0)
     return received
