@@ -26,6 +26,7 @@ import torch.distributed as dist
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.plan import Step
+from tinyllama_ds.training.batches import Batch
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.engine import start_process_group, sum_over_ranks, wrap
 from tinyllama_ds.training.guard import check_parameters
@@ -61,7 +62,9 @@ class Trainer:
         started = perf_counter()
         batch = MICRO_BATCH * self.world.size
         step = Step(next(self.numbers), "bench", 0, batch, 0, batch * T)
-        train_step(self.engine, step, repeat((self.tokens,)), MICRO_BATCH, self.world, PhaseClock(self.world.device))
+        train_step(
+            self.engine, step, repeat(Batch(self.tokens)), MICRO_BATCH, self.world, PhaseClock(self.world.device)
+        )
         dist.barrier()
         return perf_counter() - started
 

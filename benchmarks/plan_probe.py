@@ -23,6 +23,7 @@ import torch.distributed as dist
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.plan import Step
+from tinyllama_ds.training.batches import Batch
 from tinyllama_ds.training.compilation import compile_blocks
 from tinyllama_ds.training.engine import leave, start_process_group, wrap
 from tinyllama_ds.training.loop import train_step
@@ -111,14 +112,14 @@ def main(setting: dict, output: Path) -> None:
         step, clock = Step(0, "probe", 0, batch, 0, batch * T), PhaseClock(world.device)
         held = spy_on_steps(engine, before)
         for _ in range(WARMUP_STEPS):
-            train_step(engine, step, repeat((tokens,)), micro, world, clock)
+            train_step(engine, step, repeat(Batch(tokens)), micro, world, clock)
         clock.read()
         logger = deepspeed.comm.comms_logger
         logger.comms_dict.clear()
         dist.barrier()
         sent, started = sent_bytes(setting.get("interface")), perf_counter()
         for _ in range(steps):
-            train_step(engine, step, repeat((tokens,)), micro, world, clock)
+            train_step(engine, step, repeat(Batch(tokens)), micro, world, clock)
         dist.barrier()
         found = {"seconds": (perf_counter() - started) / steps}
         found["sent"] = (sent_bytes(setting.get("interface")) - sent) / steps
