@@ -249,7 +249,7 @@ def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(
         os.write(ours, b"/quit\n")
         assert "/quit is no command" in read_to_prompt(ours)
         os.write(ours, b"\x04")
-        assert chat.wait(timeout=60) == 0
+        assert chat.wait(timeout=300) == 0
     finally:
         chat.kill()
         os.close(ours)
@@ -257,8 +257,8 @@ def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(
 
 def read_to_prompt(terminal: int) -> str:
     """What a program prints, up to its next prompt."""
-    text = ""
-    while not text.endswith("> "):
-        assert select.select([terminal], [], [], 120)[0], text
-        text += os.read(terminal, 1000).decode()
-    return text
+    said = b""
+    while not said.endswith(b"> "):
+        assert select.select([terminal], [], [], 300)[0], said
+        said += os.read(terminal, 1000)
+    return said.decode()
