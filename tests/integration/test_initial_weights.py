@@ -153,14 +153,14 @@ def test_continual_pretraining_starts_at_the_imported_loss(folder: Path, data_di
 
     said = json.loads((tmp_path / "run" / "run.json").read_text())
     assert said["init_from"] == {"path": str(moved), "sha256": opened.weights_sha256}
+    losses = read_series(tmp_path / "run", "Train/Loss")
     shutil.rmtree(find_checkpoints(tmp_path / "run")[-1])
     forgotten = pretrain(*arguments)
     assert forgotten.returncode == EXIT_REFUSED
     assert "run.json: holds another run: init_from is " in forgotten.stderr
     resumed = pretrain(*arguments, "--init-from", str(folder), "--resume", "must")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    losses = read_series(tmp_path / "run", "Train/Loss")
-    assert losses[5:8] == losses[8:]
+    assert read_series(tmp_path / "run", "Train/Loss") == losses
 
 
 @slow
