@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -237,7 +238,7 @@ def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(
         stdout=theirs,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )
     os.close(theirs)
     try:
@@ -253,6 +254,12 @@ def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(
     finally:
         chat.kill()
         os.close(ours)
+
+
+def take_terminal() -> None:
+    """Make standard input the terminal of this session, and let it send SIGINT, which a test run may have ignored."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_to_prompt(terminal: int) -> str:
