@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
+import psutil
 import pytest
 from hosts import ROOT, Host, start_hosts, why_not
 
@@ -61,7 +62,7 @@ def test_healthy_hosts_are_green_and_left_as_they_were(cluster: Cluster) -> None
     assert checks == {"ssh", "python", "packages", "code", "GPUs", "free space", "data", "run directory", "network",
                       "ports", "clock"}  # fmt: skip
     assert list(cluster.run_dir.iterdir()) == []
-    assert cluster.hosts[1].processes() == []
+    assert psutil.wait_procs(cluster.hosts[1].processes(), timeout=10)[1] == [], "orphans"
 
 
 def test_the_table_for_people(cluster: Cluster) -> None:
