@@ -36,15 +36,23 @@ def _partitioned_by_parameter(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _partitioned_end_to_end(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """Stages 1 and 2: all parameters of a group lie end to end, and each rank has its stretch of that."""
+    """Stages 1 and 2: all parameters of a group lie end to end, and each rank has its stretch of that.
+
+    DeepSpeed's own reader refuses what its optimizer for bf16 at stage 1 writes, which has no `zero_stage` in it.
+    """
+    from deepspeed.checkpoint import constants
     from deepspeed.utils import zero_to_fp32 as deepspeeds
 
     folder = str(checkpoint)
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         shapes = deepspeeds.parse_model_states(deepspeeds.get_model_state_files(folder))[0].param_shapes
-        _, _, of_ranks, paddings = deepspeeds.parse_optim_states(deepspeeds.get_optim_files(folder), folder)
+    states = [
+        torch.load(file, map_location="cpu", mmap=True, weights_only=False)[constants.OPTIMIZER_STATE_DICT]
+        for file in deepspeeds.get_optim_files(folder)  # by rank
+    ]
+    paddings = states[0].get(constants.PARAM_ALIGNMENT_PADDINGS)
     for group, inside in enumerate(shapes):
-        partitions = [of_rank[group] for of_rank in of_ranks]
+        partitions = [state[constants.SINGLE_PARTITION_OF_FP32_GROUPS][group] for state in states]
         start = 0
         for number, (name, shape) in enumerate(inside.items()):
             yield name, _stretch(partitions, start, shape.numel()).view(shape)
