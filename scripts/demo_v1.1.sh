@@ -59,6 +59,6 @@ done
 
 step "9/9 a page for each run"
 for run in general math-code chinese; do
-  tinyllama-ds report "$demo/$run" | tail -n 1
+  tinyllama-ds report "$demo/$run" | tail -n 2
 done
 step "done"

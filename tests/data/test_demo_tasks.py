@@ -25,6 +25,7 @@ def test_the_right_ending_is_the_texts_own_and_no_other_is(tmp_path: Path) -> No
     assert len(rows) == QUESTIONS
     for row in rows:
         assert len(set(row["choices"])) == CHOICES
+        assert len({tuple(sorted(choice.split())) for choice in row["choices"]}) == 1, "the same words"
         assert [row["question"] + ending in text for ending in row["choices"]].index(True) == row["answer"]
         assert sum(row["question"] + ending in text for ending in row["choices"]) == 1
     places = {row["answer"] for row in rows}
@@ -35,6 +36,6 @@ def test_the_right_ending_is_the_texts_own_and_no_other_is(tmp_path: Path) -> No
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
-    write_corpus(tmp_path, 100)
-    with pytest.raises(Refusal, match="has 1 passages of held-out text; expected 4 or more"):
+    write_corpus(tmp_path, 71)
+    with pytest.raises(Refusal, match="has no passage of 72 words of held-out text; expected what demo-data has"):
         make_demo_task(tmp_path)

@@ -1,6 +1,6 @@
-"""A demo task for `evaluate`: which of four endings is that of a text that was held out. Chance is a quarter.
+"""A demo task for `evaluate`: in which of four orders do the last words of a held-out text stand? Chance is a quarter.
 
-The endings are all from held-out texts, so that none is known from training, and are equally many words long.
+The text is from the validation split, so that it is not known from training, and all four endings have the same words.
 """
 
 import json
@@ -15,8 +15,9 @@ SOURCE = "slimpajama"
 TASK_FILE = "demo_endings.yaml"
 QUESTIONS, CHOICES = 100, 4
 _QUESTION_WORDS, _ENDING_WORDS = 60, 12
+_FEWEST_WORDS = 6  # different ones in an ending
 
-_TASK = """# Which of four endings is the text's own? Made by `tinyllama-ds demo-data --tasks`, in lm-eval's format.
+_TASK = """# Which of four orders of the last words is the text's own? In lm-eval's format, by `tinyllama-ds demo-data --tasks`.
 task: demo_endings
 dataset_path: json
 dataset_kwargs:
@@ -45,8 +46,11 @@ def make_demo_task(corpora: Path) -> Path:
     fmt = source_format(SOURCE)
     files = find_inputs(corpora / SOURCE, fmt).get("validation", [])
     passages = [passage for path in files for text in read_texts(path, fmt) for passage in _passages(text)]
-    if len(passages) < CHOICES:
-        raise Refusal(f"{corpora / SOURCE}: has {len(passages)} passages of held-out text; expected {CHOICES} or more")
+    if not passages:
+        raise Refusal(
+            f"{corpora / SOURCE}: has no passage of {_QUESTION_WORDS + _ENDING_WORDS} words of held-out text; expected"
+            " what demo-data has written there"
+        )
     rng = random.Random(0)
     rng.shuffle(passages)
     output.mkdir(exist_ok=True)
@@ -56,17 +60,20 @@ def make_demo_task(corpora: Path) -> Path:
     return output / TASK_FILE
 
 
-def _passages(text: str) -> Iterator[tuple[str, str]]:
-    """(beginning, ending) of every stretch of text that is long enough."""
+def _passages(text: str) -> Iterator[tuple[str, list[str]]]:
+    """The beginning of every stretch of text that is long enough, and the words that end it."""
     words, length = text.split(), _QUESTION_WORDS + _ENDING_WORDS
     for start in range(0, len(words) - length + 1, length):
-        passage = words[start : start + length]
-        yield " ".join(passage[:_QUESTION_WORDS]), " " + " ".join(passage[_QUESTION_WORDS:])
+        question, ending = words[start : start + _QUESTION_WORDS], words[start + _QUESTION_WORDS : start + length]
+        if len(set(ending)) >= _FEWEST_WORDS:
+            yield " ".join(question), ending
 
 
-def _questions(passages: list[tuple[str, str]], rng: random.Random) -> Iterator[dict]:
-    endings = [ending for _, ending in passages]
-    for question, ending in passages[:QUESTIONS]:
-        choices = [*rng.sample([other for other in endings if other != ending], CHOICES - 1), ending]
+def _questions(passages: list[tuple[str, list[str]]], rng: random.Random) -> Iterator[dict]:
+    for question, words in passages[:QUESTIONS]:
+        orders = {tuple(words)}
+        while len(orders) < CHOICES:
+            orders.add(tuple(rng.sample(words, len(words))))
+        choices = sorted(" " + " ".join(order) for order in orders)
         rng.shuffle(choices)
-        yield {"question": question, "choices": choices, "answer": choices.index(ending)}
+        yield {"question": question, "choices": choices, "answer": choices.index(" " + " ".join(words))}

@@ -12,8 +12,9 @@ import shutil
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -223,7 +224,8 @@ def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: d
     configured = [dict(group, params=None) for group in engine.optimizer.param_groups]
     saved_section = manifest.run["deepspeed_config"]["zero_optimization"]
     if (manifest.world_size, saved_section) == (dist.get_world_size(), zero_section):
-        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        with redirect_stdout(StringIO()):  # names of its own functions
+            loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if loaded is None:
             raise Refusal(f"{checkpoint}: DeepSpeed found nothing to load in it")
     else:

@@ -1,10 +1,13 @@
 """The DeepSpeed engine around the model: process group, device, blocks, wrapping."""
 
 import json
+import logging
 import os
 import sys
 import warnings
+from contextlib import redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -36,6 +39,7 @@ def start_process_group(world: World, timeout: timedelta = _COLLECTIVE_TIMEOUT) 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
     import deepspeed
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its own import has set it to warnings
     if world.device.type == "cpu":
         # Without a list of ops DeepSpeed compiles a shared-memory all-reduce that only inference uses.
         deepspeed.ops.__compatible_ops__ = {}
@@ -66,7 +70,7 @@ def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "
 
     if config["zero_optimization"].get("stage", 0) == 3 and "leaf_module" not in config["zero_optimization"]:
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):  # it prints how much memory each of its parts takes
         warnings.simplefilter("ignore")
         engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     _undo_dummy_step(engine)

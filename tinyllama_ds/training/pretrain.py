@@ -1,7 +1,6 @@
 """What every rank does, from its environment to its exit code."""
 
 import json
-import logging
 import os
 import signal
 import socket
@@ -129,7 +128,6 @@ def wait_for_the_end(seconds: float) -> None:
 
 
 def _pretrain(options: Options, world: World, heartbeat: Heartbeat, began: float) -> int:
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     heartbeat.beat(0, "starting")
     strike("start", 0)
     run = resolve_run(options, world.size, world.device.type, supports_fast_bf16(world.device))
