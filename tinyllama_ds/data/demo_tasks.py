@@ -17,7 +17,7 @@ QUESTIONS, CHOICES = 100, 4
 _QUESTION_WORDS, _ENDING_WORDS = 60, 12
 _FEWEST_WORDS = 6  # different ones in an ending
 
-_TASK = """# Which of four orders of the last words is the text's own? In lm-eval's format, by `tinyllama-ds demo-data --tasks`.
+_TASK = """# Which of four orders of the last words is the text's own? Made by `tinyllama-ds demo-data --tasks`.
 task: demo_endings
 dataset_path: json
 dataset_kwargs:
