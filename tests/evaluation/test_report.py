@@ -5,16 +5,18 @@ import math
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.evaluation.charts import achieved_mixture, planned_mixture, stage_starts
+from tinyllama_ds.evaluation.charts import achieved_mixture, draw_losses, planned_mixture, stage_starts
 from tinyllama_ds.evaluation.history import Series, read_history, read_metrics
 from tinyllama_ds.evaluation.report import duration, report_page, standing, summarise
 
@@ -148,6 +150,24 @@ def test_the_planned_mixture_is_what_the_order_draws(run: Path) -> None:
         before, after = (drawn.counts(round(tokens / LENGTH))["b$x$"] for tokens in (left, right))
         assert share[1] == pytest.approx((after - before) * LENGTH / (right - left), abs=2 * LENGTH / (right - left))
         assert share[1] == pytest.approx(np.interp((left + right) / 2, at, planned), abs=2 * LENGTH / (right - left))
+
+
+def test_the_charts_of_a_branch_begin_where_it_began(run: Path) -> None:
+    """With its losses in the picture, that of a source which is new to it too."""
+    description = json.loads((run / "run.json").read_text())
+    began = 130 * STEP_TOKENS
+    (run / "run.json").write_text(json.dumps(description | {"parent": {"step": 130, "tokens": began}}))
+    rows = [row for row in rows_of(STEPS) if row["tokens"] > began]
+    new = {"step": 130, "tokens": began, "Validation/Loss/new": 13.0}
+    write_lines(run / "metrics.jsonl", [new, *rows, new | {"step": STEPS, "tokens": STEPS * STEP_TOKENS}])
+    axis = Figure().subplots()
+    draw_losses(axis, read_history(run))
+    assert axis.get_xlim() == (began, STEPS * STEP_TOKENS)
+    assert axis.get_ylim()[1] > 13.0
+    assert [text.get_text() for text in axis.texts] == [HOSTILE], "the first stage was over"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page_of(run)
 
 
 def test_every_text_is_escaped_and_nothing_is_fetched(run: Path) -> None:

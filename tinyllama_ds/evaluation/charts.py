@@ -12,6 +12,11 @@ from tinyllama_ds.evaluation.history import History
 _MIXTURE_COLUMNS = 96
 
 
+def first_token(history: History) -> int:
+    """Where the run began: a branch at its parent's checkpoint."""
+    return history.description.get("parent", {}).get("tokens", 0)
+
+
 def stage_starts(history: History) -> list[tuple[str, int]]:
     """Name and first token of every stage that was reached."""
     starts, first = [], 0
@@ -25,14 +30,15 @@ def draw_losses(axis: Any, history: History) -> None:
     """Training and validation losses, with every stage, restart and spike."""
     tokens, losses = history.points("Train/Loss")
     axis.plot(tokens, losses, linewidth=0.8, alpha=0.7, label="training, every logged step")
-    lowest = []
+    firsts, lowest = [], []
     for source in history.names("Validation/Loss/"):
         points = history.points(f"Validation/Loss/{source}")
+        firsts.append(points[1][0])
         lowest.append(points[1].min())
         label = f"validation, {source}: {points[1][-1]:.3f}"
         axis.plot(*points, marker="o", markersize=3.5, label=label, clip_on=False)
     if len(losses):  # a spike may leave the picture, the start may not
-        highest = losses[: max(1, len(losses) // 50)].max()
+        highest = max([losses[: max(1, len(losses) // 50)].max(), *firsts])
         low = min([highest - 0.1, losses.min(), *lowest])
         axis.set_ylim(low - 0.05 * (highest - low), highest + 0.15 * (highest - low))
     _mark(axis, [start["tokens"] for start in history.starts[1:]], "^", "start", height=0.02)
@@ -129,8 +135,9 @@ def achieved_mixture(history: History, sources: list[str]) -> tuple[np.ndarray, 
     """Borders (N + 1,) in tokens, those of the stages among them, and the sources' shares between two (N, sources)."""
     if not sources:
         return np.empty(0), np.empty((0, 0))
-    ends = np.linspace(0, history.tokens, _MIXTURE_COLUMNS + 1)
-    borders = np.unique(np.concatenate((ends, [first for _, first in stage_starts(history)])))
+    start = first_token(history)
+    ends = np.linspace(start, history.tokens, _MIXTURE_COLUMNS + 1)
+    borders = np.unique(np.concatenate((ends, [max(first, start) for _, first in stage_starts(history)])))
     trained = []
     for source in sources:
         tokens, counts = history.points(f"Tokens/{source}")
@@ -160,18 +167,22 @@ def planned_mixture(history: History, sources: list[str]) -> list[tuple[float, n
 def _finish(axis: Any, history: History, label: str, with_names: bool = False) -> None:
     from matplotlib.ticker import EngFormatter
 
-    axis.set_xlim(0, max(1, history.tokens))
+    start = first_token(history)
+    axis.set_xlim(start, max(start + 1, history.tokens))
     axis.set_xlabel("tokens")
     axis.set_ylabel(label)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     faint = axis.xaxis.label.get_color()
     stages = stage_starts(history)
-    for name, first in stages if len(stages) > 1 else []:
+    ends = [first for _, first in stages[1:]] + [history.tokens]
+    for (name, first), end in zip(stages if len(stages) > 1 else [], ends, strict=False):
+        if end <= start:
+            continue
         axis.axvline(first, color=faint, linewidth=0.8, linestyle=":")
         if with_names:
             axis.annotate(
-                name, (first, 1), xycoords=("data", "axes fraction"), xytext=(2, 3), textcoords="offset points",
-                color=faint,
+                name, (max(first, start), 1), xycoords=("data", "axes fraction"), xytext=(2, 3),
+                textcoords="offset points", color=faint,
             )  # fmt: skip
 
 
