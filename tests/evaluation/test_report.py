@@ -213,6 +213,12 @@ def test_the_verdict(state: str, is_held: bool, steps: int, expected: str, tmp_p
     assert (summary["step"], summary["tokens"]) == (steps, steps * STEP_TOKENS)
 
 
+def test_the_verdict_tells_a_branchs_own_tokens_from_those_of_its_parent(tmp_path: Path) -> None:
+    history = read_history(write_run(tmp_path / "run"))
+    history.starts[0]["tokens"] = 1440
+    assert "61,440 tokens, 60,000 of its own in 4 min 11 s" in standing(history, 61_440, is_held=False).sentence
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"), [(0.2, "0 s"), (59.6, "1 min"), (3725, "1 h 2 min"), (8e6, "92 d 14 h")]
 )

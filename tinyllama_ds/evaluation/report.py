@@ -31,6 +31,7 @@ class Standing:
     seconds: float  # that the run was up
     goodput: float  # tokens in checkpoints / (peak rate x seconds); not finite where it is not known
     seconds_left: float
+    inherited_tokens: int = 0  # by a branch, from the run it left
 
     @property
     def sentence(self) -> str:
@@ -43,7 +44,8 @@ class Standing:
         match self.state:
             case "finished":
                 time = f" in {duration(self.seconds)}" if math.isfinite(self.seconds) else ""
-                return f"Finished: all {self.steps:,} steps, {self.tokens:,} tokens{time}; {figures}"
+                own = f", {self.tokens - self.inherited_tokens:,} of its own" if self.inherited_tokens else ""
+                return f"Finished: all {self.steps:,} steps, {self.tokens:,} tokens{own}{time}; {figures}"
             case "running":
                 return f"Running: step {self.step:,} of {self.steps:,}, {share}; {figures}; {left}"
             case "stopped":
@@ -59,7 +61,7 @@ def standing(history: History, committed: int, is_held: bool) -> Standing:
     plan = history.description.get("plan", {})
     seconds = history.last.get("seconds", math.nan)
     possible = history.peak_rate * seconds
-    inherited = history.starts[0]["tokens"] if history.starts else 0  # by a branch, from the run it left
+    inherited = history.starts[0]["tokens"] if history.starts else 0
     total = plan.get("tokens", history.tokens)
     return Standing(
         state=state,
@@ -73,6 +75,7 @@ def standing(history: History, committed: int, is_held: bool) -> Standing:
         seconds=seconds,
         goodput=(committed - inherited) / possible if committed and possible > 0 else math.nan,
         seconds_left=(total - history.tokens) / history.recent_rate if history.recent_rate > 0 else math.nan,
+        inherited_tokens=inherited,
     )
 
 
