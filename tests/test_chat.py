@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -243,6 +245,7 @@ def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(
     os.close(theirs)
     try:
         assert "Ctrl-C stops an answer, Ctrl-D leaves" in read_to_prompt(ours)
+        wait_until_it_waits(chat)
         os.write(ours, b"\x03")
         read_to_prompt(ours)
         os.write(ours, b"the loss\n")
@@ -260,6 +263,14 @@ def take_terminal() -> None:
     """Make standard input the terminal of this session, and let it send SIGINT, which a test run may have ignored."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def wait_until_it_waits(process: subprocess.Popen) -> None:
+    """Between a prompt and the wait for a key, CPython keeps Ctrl-C until the next key; nobody types that fast."""
+    deadline = time.monotonic() + 300
+    while psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def read_to_prompt(terminal: int) -> str:
