@@ -73,6 +73,24 @@ def test_an_owner_on_another_host_is_watched_for_a_while(tmp_path: Path, monkeyp
         assert json.loads(path.read_text())["host"] == socket.gethostname()
 
 
+def test_a_lock_that_is_let_go_at_the_last_moment_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it stood in the way, and before it is read."""
+    (tmp_path / LOCK_FILE).write_text(owner())
+    create = lock._create
+
+    def create_late(path: Path, content: str) -> bool:
+        is_created = create(path, content)
+        if not is_created:
+            path.unlink()
+        return is_created
+
+    monkeypatch.setattr(lock, "_create", create_late)
+    with hold_run(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text()) == json.loads(owner())
+
+
 def test_a_lock_that_was_taken_over_is_not_removed_by_its_old_owner(tmp_path: Path) -> None:
     with hold_run(tmp_path):
         (tmp_path / LOCK_FILE).write_text(owner(host="elsewhere"))
