@@ -120,7 +120,7 @@ class Lifeline:
         self._selector.register(connection, selectors.EVENT_READ, rank)
 
     def _hear(self, rank: _Rank, now: float) -> None:
-        """Take in all that has come, the end too: a death heard after the errors that it causes would be one of them."""
+        """Take in all that has come, the end too: a death must not be heard after the errors that it causes."""
         while rank in self._ranks and (received := _receive(rank.connection)) is not None:
             rank.heard_at = now
             rank.received += received
