@@ -97,7 +97,7 @@ def _boot_id() -> str:
 
 def _create(path: Path, content: str) -> bool:
     """A file with its content at once or not at all: link() is atomic, on NFS too."""
-    own = path.with_name(f".{path.name}.{os.getpid()}")
+    own = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     own.write_text(content)
     try:
         path.hardlink_to(own)
