@@ -96,7 +96,9 @@ def namespaces(count: int) -> Iterator[None]:
 
 def throttle(count: int, mbit: float) -> None:
     """Let every host send so many Mbit/s, headers included, and no more; 50 ms of it may wait in the queue."""
-    burst = max(64_000, int(mbit * 1e6 / 8 * 0.004))  # bytes, 4 ms: less could not fill a fast link
+    # Bytes, 1 ms: half of it could not fill a gigabit (571 Mbit/s of a stream), and 4 ms let every collective that
+    # follows a pause send its first 500 KB at once, which is half of one.
+    burst = max(64_000, int(mbit * 1e6 / 8 * 0.001))
     limit = ["tbf", "rate", f"{mbit:g}mbit", "burst", str(burst), "latency", "50ms"]
     for rank in range(count):
         inside = ["ip", "netns", "exec", host_name(rank)]

@@ -358,17 +358,8 @@ def main() -> int:
     steps = max(SAVES, int(60 * options.minutes * pace * TRAINING_SHARE))
     seconds = train_alone(directory, data, directory / "reference", steps)
     print(f"without faults: {steps:,} steps in {seconds:,.0f} s", flush=True)
-    names = [
-        "kill_rank",
-        "kill_launcher",
-        "kill_supervisor",
-        "freeze_rank",
-        "ask_rank_to_stop",
-        "stop",
-        "damage_checkpoint",
-    ]
     is_mounted = small_disk(directory)
-    names += ["fill_disk"] if is_mounted else []
+    names = [*FAULTS, "fill_disk"] if is_mounted else [*FAULTS]
     report = Report(options.seed, steps, seconds)
     run_dir = directory / "disk" / "run"
     soak = Soak(pretrain_command(directory, data, run_dir, steps), run_dir, directory / "soak.log", rng)

@@ -57,7 +57,7 @@ def test_shipped_configs_resolve_and_pass_deepspeeds_own_parser(path: Path, monk
     assert (params["betas"], params["weight_decay"]) == ([0.9, 0.95], 0.1)
     schedule = read_schedule(raw, path)
     assert schedule is not None
-    assert schedule.cos_min_ratio == 0.1
+    assert schedule.cos_min_ratio == (1.0 if path.stem == "chat_zero2" else 0.1)
     assert "tensorboard" in monitors
 
 
@@ -113,13 +113,18 @@ def test_removed_top_level_keys_are_deepspeeds(monkeypatch: pytest.MonkeyPatch) 
         ({"fp16": {"enabled": True}}, "fp16 is not supported; use bf16"),
         ({"activation_checkpointing": {}}, "activation_checkpointing would be ignored"),
         ({"scheduler": {"type": "OneCycle"}}, "scheduler.type is 'OneCycle'; expected WarmupCosineLR"),
+        ({"scheduler": {"type": "WarmupLR", "params": COSINE}}, "belongs to WarmupCosineLR; WarmupLR never falls"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "linear"}}},
+            "scheduler.params.warmup_num_steps is None; expected a number",
+        ),
         (
             {"scheduler": {"type": "WarmupCosineLR", "params": COSINE | {"warmup_type": "log"}}},
             "warmup_type must be 'linear'",
         ),
         (
             {"scheduler": {"type": "WarmupCosineLR", "params": COSINE | {"cos_min_ratio": 1.0}}},
-            "a rate that never falls is no schedule",
+            "or WarmupLR for a rate that never falls",
         ),
         (
             {"scheduler": {"type": "WarmupCosineLR", "params": COSINE | {"warmup_num_steps": "auto"}}},

@@ -86,7 +86,10 @@ _MONITORS = ("tensorboard", "wandb", "comet", "csv_monitor")
 
 @dataclass(frozen=True)
 class ScheduleParams:
-    """DeepSpeed's names for a linear warm-up and a cosine to a floor; ratios multiply the optimizer's learning rate."""
+    """DeepSpeed's names for a linear warm-up and a cosine to a floor; ratios multiply the optimizer's learning rate.
+
+    WarmupLR, which stays at the peak, is a floor of 1.
+    """
 
     warmup_num_steps: int
     warmup_min_ratio: float
@@ -162,19 +165,25 @@ def read_schedule(raw: dict, path: Path) -> ScheduleParams | None:
     scheduler = raw.get("scheduler")
     if scheduler is None:
         return None
-    if scheduler.get("type") != "WarmupCosineLR":
-        raise Refusal(f"{path}: scheduler.type is {scheduler.get('type')!r}; expected WarmupCosineLR or no scheduler")
-    params = scheduler.get("params", {})
+    kind, params = scheduler.get("type"), scheduler.get("params", {})
+    if kind not in ("WarmupCosineLR", "WarmupLR"):
+        raise Refusal(f"{path}: scheduler.type is {kind!r}; expected WarmupCosineLR, WarmupLR or no scheduler")
     if params.get("warmup_type", "log") != "linear":
         raise Refusal(f"{path}: scheduler.params.warmup_type must be 'linear'; DeepSpeed's default would be 'log'")
+    if kind == "WarmupLR":
+        misplaced = ", ".join(sorted(params.keys() & {"cos_min_ratio", "total_num_steps"}))
+        if misplaced:
+            raise Refusal(f"{path}: scheduler.params.{misplaced} belongs to WarmupCosineLR; WarmupLR never falls")
+        params = params | {"cos_min_ratio": 1.0}
     for key, default in (("warmup_num_steps", None), ("warmup_min_ratio", 0.0), ("cos_min_ratio", None)):
         value = params.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             raise Refusal(f"{path}: scheduler.params.{key} is {value!r}; expected a number of 0 or more")
     ratios = params.get("warmup_min_ratio", 0.0), params["cos_min_ratio"]
-    if max(ratios) >= 1:
+    if ratios[0] >= 1 or (ratios[1] >= 1 and kind == "WarmupCosineLR"):
         raise Refusal(
-            f"{path}: warmup_min_ratio and cos_min_ratio are {ratios}; a rate that never falls is no schedule"
+            f"{path}: warmup_min_ratio and cos_min_ratio are {ratios}; expected less than 1 of both, or WarmupLR for a"
+            " rate that never falls"
         )
     return ScheduleParams(int(params["warmup_num_steps"]), float(ratios[0]), float(ratios[1]))
 
@@ -209,7 +218,7 @@ def resolve_deepspeed_config(
     _fill(resolved, {"gradient_clipping": 1.0})
     if "bf16" in resolved:
         _fill(resolved["bf16"], {"enabled": bf16})
-    if "scheduler" in resolved:
+    if resolved.get("scheduler", {}).get("type") == "WarmupCosineLR":
         schedule = resolved["scheduler"]["params"]
         _refuse_twins(path, "scheduler.params.total_num_steps", schedule.get("total_num_steps"), "the recipe's tokens")
         schedule["total_num_steps"] = total_steps

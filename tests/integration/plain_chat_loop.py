@@ -3,16 +3,13 @@
 usage: plain_chat_loop.py RECIPE DATA STEPS, prints a JSON object with the loss and gradient norm of every step.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from plain_loop import PEAK, learning_rate
+from plain_loop import open_samples, train
 
-from tinyllama_ds.data.loader import open_streams
-from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.data.tokenizer import EOS_ID, TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
@@ -34,28 +31,17 @@ def answer_loss(model: LlamaForCausalLM, ids: list[int], header: list[int]) -> t
 
 def main(recipe_path: str, data: str, steps: int) -> None:
     recipe = load_recipe(recipe_path)
-    config, T = model_config(recipe.model), recipe.sequence_length
-    batch = recipe.stages[0].global_batch_tokens // T
-    streams = open_streams(Path(data), recipe.sources, "train", config.vocab_size)
-    sizes = {name: stream.num_samples(T) for name, stream in streams.items()}
-    order = SampleOrder(recipe.seed, sizes, [MixtureStage(steps * batch, recipe.stages[0].weights)])
+    streams, order, batch = open_samples(recipe, data, steps)
     header = Tokenizer(Path(data) / TOKENIZER_FILE).encode("\n<|assistant|>\n")
-    model = build_model(config, "eager", recipe.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    losses, norms = [], []
-    for step in range(steps):
+    model = build_model(model_config(recipe.model), "eager", recipe.seed)
+
+    def loss_of(step: int) -> torch.Tensor:
         located = order.locate(np.arange(step * batch, (step + 1) * batch))
-        packs = [streams["chat"].conversations(sample, T) for sample in located.sample.tolist()]
+        packs = [streams["chat"].conversations(one, recipe.sequence_length) for one in located.sample.tolist()]
         parts = [answer_loss(model, conversation.tolist(), header) for pack in packs for conversation in pack]
-        loss = sum(part for part, _ in parts) / sum(count for _, count in parts)
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        optimizer.step()
-        losses.append(loss.item())
-    print(json.dumps({"loss": losses, "grad_norm": norms}))
+        return sum(part for part, _ in parts) / sum(count for _, count in parts)
+
+    train(model, loss_of, steps)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ usage: plain_loop.py RECIPE DATA STEPS, prints a JSON object with the loss and g
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 
 from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
+from tinyllama_ds.data.shards import TokenStream
 from tinyllama_ds.model.config import model_config
-from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.recipe import load_recipe
+from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
+from tinyllama_ds.recipe import Recipe, load_recipe
 
 PEAK, WARMUP, FLOOR = 3e-3, 5, 0.1
 
@@ -29,21 +31,21 @@ def learning_rate(step: int, total: int) -> float:
     return PEAK * FLOOR + 0.5 * (1 + math.cos(math.pi * progress)) * (PEAK - PEAK * FLOOR)
 
 
-def main(recipe_path: str, data: str, steps: int) -> None:
-    recipe = load_recipe(recipe_path)
-    config, T = model_config(recipe.model), recipe.sequence_length
+def open_samples(recipe: Recipe, data: str, steps: int) -> tuple[dict[str, TokenStream], SampleOrder, int]:
+    """The sources, the order of their samples, and how many are in a step."""
+    T = recipe.sequence_length
     batch = recipe.stages[0].global_batch_tokens // T
-    streams = open_streams(Path(data), recipe.sources, "train", config.vocab_size)
+    streams = open_streams(Path(data), recipe.sources, "train", model_config(recipe.model).vocab_size)
     sizes = {name: stream.num_samples(T) for name, stream in streams.items()}
-    order = SampleOrder(recipe.seed, sizes, [MixtureStage(steps * batch, recipe.stages[0].weights)])
-    reader = SampleReader(streams, order, T, config.vocab_size)
-    model = build_model(config, "eager", recipe.seed)
+    return streams, SampleOrder(recipe.seed, sizes, [MixtureStage(steps * batch, recipe.stages[0].weights)]), batch
+
+
+def train(model: LlamaForCausalLM, loss_of: Callable[[int], torch.Tensor], steps: int) -> None:
+    """Train on the loss of each step's batch, and print all losses and gradient norms."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     losses, norms = [], []
     for step in range(steps):
-        tokens = torch.from_numpy(reader.read(np.arange(step * batch, (step + 1) * batch)))
-        logits = model(tokens[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
@@ -52,6 +54,21 @@ def main(recipe_path: str, data: str, steps: int) -> None:
         optimizer.step()
         losses.append(loss.item())
     print(json.dumps({"loss": losses, "grad_norm": norms}))
+
+
+def main(recipe_path: str, data: str, steps: int) -> None:
+    recipe = load_recipe(recipe_path)
+    config = model_config(recipe.model)
+    streams, order, batch = open_samples(recipe, data, steps)
+    reader = SampleReader(streams, order, recipe.sequence_length, config.vocab_size)
+    model = build_model(config, "eager", recipe.seed)
+
+    def loss_of(step: int) -> torch.Tensor:
+        tokens = torch.from_numpy(reader.read(np.arange(step * batch, (step + 1) * batch)))
+        logits = model(tokens[:, :-1])
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    train(model, loss_of, steps)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
     "nothing to resume": (lambda i: i.more.extend(["--resume", "must"]), "holds no checkpoint to resume from"),
     "absent kernel": (
         lambda i: i.more.extend(["--attention", "flash_attention_2"]),
-        "needs the flash-attn package, which is not installed",
+        "needs the module flash_attn, which is not installed",
     ),
     "absent monitor": (
         lambda i: edit_json(i.config, comet={"enabled": True}),

@@ -1,6 +1,8 @@
 """Every backend against the one that is written out."""
 
-from importlib.util import find_spec
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,44 @@ def test_absent_package_that_was_asked_for_is_an_error(name: str, module: str) -
         pytest.skip(f"{module} is installed here")
     with pytest.raises(Refusal, match="which is not installed"):
         resolve_attention_backend(name, "cuda")
+
+
+# FlashAttention's published interface in PyTorch, for machines without the kernels: early releases return a pair.
+INTERFACE = """
+import torch
+from tinyllama_ds.model.attention import eager_attention
+
+def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+    assert causal
+    out = eager_attention(q, k, v)
+    return (out, None) if {returns_pair} else out
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False):
+    assert causal and cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+    assert cu_seqlens_q.diff().max() <= max_seqlen_q == max_seqlen_k
+    sizes = cu_seqlens_q.diff().tolist()
+    parts = zip(*(tensor.split(sizes) for tensor in (q, k, v)))
+    out = torch.cat([eager_attention(*(part[None] for part in document))[0] for document in parts])
+    return (out, None) if {returns_pair} else out
+"""
+
+
+@pytest.mark.parametrize("returns_pair", [False, True])
+def test_flash_attention_is_called_as_its_interface_is_published(
+    returns_pair: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if find_spec("flash_attn_interface"):
+        pytest.skip("flash_attn_interface is installed here, and tested itself")
+    source = tmp_path / "flash_attn_interface.py"
+    source.write_text(INTERFACE.format(returns_pair=returns_pair))
+    spec = spec_from_file_location(source.stem, source)
+    monkeypatch.setitem(sys.modules, source.stem, module_from_spec(spec))
+    spec.loader.exec_module(sys.modules[source.stem])
+    attend = attention_function("flash_attention_3")
+    q, k, v = (torch.randn(2, 20, heads, 16, generator=torch.Generator().manual_seed(heads)) for heads in (6, 2, 2))
+    segments = torch.tensor([[0] * 7 + [1] + [2] * 12, [0] * 20])
+    for rows in (None, segments):
+        torch.testing.assert_close(attend(q, k, v, rows), eager_attention(q, k, v, rows))
 
 
 def test_gpu_kernel_on_a_cpu_is_refused() -> None:

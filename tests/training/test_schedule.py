@@ -57,3 +57,8 @@ def test_warmup_starts_at_its_ratio() -> None:
 
 def test_no_schedule_is_constant() -> None:
     assert {ConstantSchedule().ratio(tokens) for tokens in (0, 1, 10**12)} == {1.0}
+
+
+def test_warmup_lr_stays_at_the_peak() -> None:
+    schedule = CosineSchedule(1000, 2000, warmup_min_ratio=0.0, min_ratio=1.0)
+    assert [schedule.ratio(tokens) for tokens in (0, 500, 1000, 1500, 2000)] == [0.0, 0.5, 1.0, 1.0, 1.0]

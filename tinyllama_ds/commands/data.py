@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from tinyllama_ds.data.shards import Manifest, TokenStream
     from tinyllama_ds.data.sources import SourceFormat
     from tinyllama_ds.plan import RunPlan
-_START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
 
 def _add_demo_data(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllama_ds.commands.printing import add_json, print_result
-from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, Refusal
+from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 
 if TYPE_CHECKING:
     from tinyllama_ds.evaluation.harness import Ranks
@@ -126,8 +126,10 @@ def arguments_of(options: argparse.Namespace) -> list[str]:
 
 
 def evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
-    """What every rank does. A refusal is printed once, by rank 0. Collective."""
+    """What every rank does. Where all are refused, rank 0 says so. Collective."""
     import torch
+
+    from tinyllama_ds.training.world import wait_for_turn
 
     if options.device == "cpu":
         world = replace(world, device=torch.device("cpu"))
@@ -136,9 +138,8 @@ def evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
     try:
         return _evaluate_on_rank(options, world)
     except Refusal:
-        if world.is_main:
-            raise
-        return EXIT_REFUSED
+        wait_for_turn(world)
+        raise
 
 
 def _evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
@@ -218,15 +219,7 @@ def _load_stored(path: Path, dtype: Any, world: "World") -> tuple[Any, Any, int 
     if world.size > 1:
         weights = receive_from_main(weights, parameter_shapes(stored.config), dtype, world)
     model = hf_model(weights, stored.config).to(world.device)
-    return model, hf_tokenizer(stored.tokenizer, stored.config.max_position_embeddings), _tokens(path)
-
-
-def _tokens(path: Path) -> int | None:
-    """What a checkpoint was trained on; of an imported model it is not known."""
-    from tinyllama_ds.model_folder import is_model_folder
-    from tinyllama_ds.training.checkpoint import read_manifest, resolve_checkpoint
-
-    return None if is_model_folder(path) else read_manifest(resolve_checkpoint(path)).progress.tokens
+    return model, hf_tokenizer(stored.tokenizer, stored.config.max_position_embeddings), stored.tokens
 
 
 def _settings(options: argparse.Namespace, world: "World") -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Stored:
     tokenizer: "Tokenizer"
     probe: "Probe | None" = None
     chats: bool = False
+    tokens: int | None = None  # that a checkpoint was trained on; of an imported model it is not known
 
 
 def open_stored(path: Path) -> Stored:
@@ -54,8 +55,14 @@ def open_stored(path: Path) -> Stored:
     checkpoint = resolve_checkpoint(path)
     manifest, tensors = stream_weights(checkpoint)
     tokenizer = Tokenizer(checkpoint.parents[1] / TOKENIZER_FILE)
-    chats = learned_to_chat(manifest.run)
-    return Stored(tensors, LlamaConfig(**manifest.model), tokenizer, manifest.health.probe, chats)
+    return Stored(
+        tensors,
+        LlamaConfig(**manifest.model),
+        tokenizer,
+        probe=manifest.health.probe,
+        chats=learned_to_chat(manifest.run),
+        tokens=manifest.progress.tokens,
+    )
 
 
 def _export(options: argparse.Namespace) -> int:

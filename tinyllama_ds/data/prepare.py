@@ -18,7 +18,7 @@ from tinyllama_ds.data.chat import END_OF_TURN, encode_conversations, header_tok
 from tinyllama_ds.data.conversations import ChatFormat
 from tinyllama_ds.data.encoding import FileEncoder, load_gigatoken
 from tinyllama_ds.data.progress import ShardProgress
-from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter, token_dtype
+from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter, shard_suffixes, token_dtype
 from tinyllama_ds.data.sources import Record, SourceFormat, find_inputs, read_records
 from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, Tokenizer, hold_tokenizer
 from tinyllama_ds.errors import Refusal
@@ -133,7 +133,7 @@ def _remove_leftovers(job: Preparation) -> None:
 
 def _finished(task: ShardTask, tokenizer: Tokenizer) -> Manifest | None:
     """The manifest of a shard that need not be made again; raises `Refusal` for one that was made otherwise."""
-    suffixes = (".bin", ".idx", ".json", *([".mask"] if task.holds_conversations else []))
+    suffixes = shard_suffixes(task.holds_conversations)
     if not all(task.name.prefix.with_suffix(suffix).is_file() for suffix in suffixes):
         return None
     manifest = Manifest.read(task.manifest)

@@ -116,6 +116,11 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
 
 
+def shard_suffixes(has_mask: bool) -> list[str]:
+    """The files of a shard in the order in which they appear; the manifest is the last."""
+    return [".bin", *([".mask"] if has_mask else []), ".idx", ".json"]
+
+
 class ShardWriter:
     """Writes one shard under temporary names; `commit` syncs and renames .bin, .mask, .idx, then the manifest.
 
@@ -191,7 +196,7 @@ class ShardWriter:
             with self._temporary(suffix).open("wb") as file:
                 file.write(content)
                 _sync_and_close(file)
-        for suffix in (".bin", *([".mask"] if self._mask is not None else []), ".idx", ".json"):
+        for suffix in shard_suffixes(self._mask is not None):
             self._temporary(suffix).replace(self._name.prefix.with_suffix(suffix))
             _sync_directory(self._name.prefix.parent)
         return manifest
@@ -201,7 +206,7 @@ class ShardWriter:
         self._bin.close()
         if self._mask is not None:
             self._mask.close()
-        for suffix in (".bin", ".mask", ".idx", ".json"):
+        for suffix in shard_suffixes(self._mask is not None):
             self._temporary(suffix).unlink(missing_ok=True)
 
     def _temporary(self, suffix: str) -> Path:

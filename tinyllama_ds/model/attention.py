@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, H query heads, K key/value heads, E head size.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -63,43 +64,30 @@ def _sdpa_with(kernel: SDPBackend) -> AttentionFunction:
     return attend
 
 
-def _flash_attention_2() -> AttentionFunction:
-    if find_spec("flash_attn") is None:
+def _flash_attention(version: int, module: str, remedy: str) -> AttentionFunction:
+    """A release of FlashAttention; raises `Refusal` where its module is absent."""
+    if find_spec(module) is None:
         raise Refusal(
-            "attention backend 'flash_attention_2' needs the flash-attn package, which is not installed;"
-            " install tinyllama_ds[flash] or choose 'sdpa'"
+            f"attention backend 'flash_attention_{version}' needs the module {module}, which is not installed; {remedy}"
         )
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-    return _flash(flash_attn_func, flash_attn_varlen_func)
-
-
-def _flash_attention_3() -> AttentionFunction:
-    if find_spec("flash_attn_interface") is None:
-        raise Refusal(
-            "attention backend 'flash_attention_3' needs FlashAttention 3 (module flash_attn_interface), which is not"
-            " installed; choose 'flash_attention_2' or 'sdpa'"
-        )
-    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
-
-    return _flash(flash_attn_func, flash_attn_varlen_func)
-
-
-def _flash(dense: Callable, varlen: Callable) -> AttentionFunction:
-    """Whole rows by the dense kernel, documents by the one for sequences of varying length."""
+    kernels = import_module(module)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
         if segments is None:
-            return dense(q, k, v, causal=True)
+            return _output(kernels.flash_attn_func(q, k, v, causal=True))
         B, T = segments.shape
         borders = _document_borders(segments)  # (documents + 1,) int32
         rows = (tensor.flatten(0, 1) for tensor in (q, k, v))  # (B * T, heads, E)
-        out = varlen(
-            *rows, cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=T, max_seqlen_k=T, causal=True
-        )  # (B * T, H, E)
+        lengths = {"cu_seqlens_q": borders, "cu_seqlens_k": borders, "max_seqlen_q": T, "max_seqlen_k": T}
+        out = _output(kernels.flash_attn_varlen_func(*rows, **lengths, causal=True))  # (B * T, H, E)
         return out.view(B, T, *q.shape[2:])
 
     return attend
+
+
+def _output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The early releases of FlashAttention 3 return the softmax's logarithmic sums too (Dao-AILab's pull 1851)."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _document_borders(segments: Tensor) -> Tensor:
@@ -111,8 +99,10 @@ def _document_borders(segments: Tensor) -> Tensor:
 
 
 ATTENTION_BACKENDS: dict[str, Callable[[], AttentionFunction]] = {
-    "flash_attention_3": _flash_attention_3,
-    "flash_attention_2": _flash_attention_2,
+    "flash_attention_3": lambda: _flash_attention(
+        3, "flash_attn_interface", "install FlashAttention 3, or choose 'flash_attention_2' or 'sdpa'"
+    ),
+    "flash_attention_2": lambda: _flash_attention(2, "flash_attn", "install tinyllama_ds[flash] or choose 'sdpa'"),
     "sdpa": lambda: sdpa_attention,
     "sdpa_flash": lambda: _sdpa_with(SDPBackend.FLASH_ATTENTION),
     "sdpa_cudnn": lambda: _sdpa_with(SDPBackend.CUDNN_ATTENTION),

@@ -138,7 +138,9 @@ def schedule_warnings(plan: RunPlan, schedule: Schedule) -> list[str]:
         )
     elif schedule.warmup_tokens > plan.total_tokens / 10:
         found.append(f"the warm-up takes {schedule.warmup_tokens / plan.total_tokens:.0%} of the run; 1 % is usual")
-    if schedule.min_ratio > 0.5:
+    if schedule.min_ratio == 1:
+        found.append("WarmupLR: the learning rate never falls after its warm-up; usual for fine-tuning alone")
+    elif schedule.min_ratio > 0.5:
         found.append(f"cos_min_ratio {schedule.min_ratio:g}: the learning rate hardly falls; 0.1 is usual")
     return found
 

@@ -4,7 +4,6 @@ The parent is only read. What its checkpoint cannot be without is the past: mode
 were begun, with their batches, mixtures and tokens. Stages that lie wholly in the future are the branch's own.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from tinyllama_ds.training.checkpoint import (
     MANIFEST_FILE,
     CheckpointManifest,
     find_checkpoints,
+    manifest_sha256,
     read_manifest,
     resolve_checkpoint,
     verify_checkpoint,
@@ -53,7 +53,7 @@ def find_parent(branch_from: Path, description: dict, allowed: Sequence[str]) ->
             reason = refusal
             continue
         progress = manifest.progress
-        return Parent(str(checkpoint.absolute()), progress.step, progress.tokens, _manifest_hash(checkpoint))
+        return Parent(str(checkpoint.absolute()), progress.step, progress.tokens, manifest_sha256(checkpoint))
     raise reason
 
 
@@ -108,7 +108,7 @@ def verify_parent(parent: Parent) -> Path:
     """The parent's checkpoint, verified as on resume. Raises `Refusal` where it is no longer the one chosen."""
     checkpoint = Path(parent.checkpoint)
     verify_checkpoint(checkpoint)
-    if _manifest_hash(checkpoint) != parent.manifest_sha256:
+    if manifest_sha256(checkpoint) != parent.manifest_sha256:
         raise Refusal(f"{checkpoint / MANIFEST_FILE}: has changed since this run was branched off; restore it")
     return checkpoint
 
@@ -123,7 +123,3 @@ def inherited_ledger(parent: Parent) -> list[Entry]:
         return entry.step <= parent.step
 
     return [entry for entry in read_ledger(parent.run_dir) if is_behind(entry)]
-
-
-def _manifest_hash(checkpoint: Path) -> str:
-    return hashlib.sha256((checkpoint / MANIFEST_FILE).read_bytes()).hexdigest()

@@ -208,6 +208,11 @@ def choose_checkpoint(run_dir: Path) -> Choice:
     return Choice(None, [])
 
 
+def manifest_sha256(checkpoint: Path) -> str:
+    """What identifies a checkpoint: its manifest has the SHA-256 of every file, so its own stands for all of them."""
+    return hashlib.sha256((checkpoint / MANIFEST_FILE).read_bytes()).hexdigest()
+
+
 def _quarantine(checkpoint: Path, quarantine: Path) -> None:
     quarantine.mkdir(mode=0o750, exist_ok=True)
     names = (f"{checkpoint.name}.{number}" for number in range(1_000_000))

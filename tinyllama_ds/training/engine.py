@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from datetime import timedelta
 from io import StringIO
@@ -173,6 +174,20 @@ def gather_from_ranks(value: Any) -> list[Any]:
     texts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(texts, padded)
     return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(texts, lengths, strict=True)]
+
+
+def find_on_main(find: Callable[[], Any], world: World) -> Any:
+    """A JSON value that rank 0 finds, on every rank; a `Refusal` of its is raised on all. Collective."""
+    answer: dict[str, Any] = {}
+    if world.is_main:
+        try:
+            answer = {"found": find()}
+        except Refusal as refusal:
+            answer = {"refusal": str(refusal)}
+    answer = gather_from_ranks(answer)[0]
+    if "refusal" in answer:
+        raise Refusal(answer["refusal"])
+    return answer["found"]
 
 
 def receive_from_main(

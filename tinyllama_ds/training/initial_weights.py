@@ -5,9 +5,9 @@ which the ranks of a host share in memory: a rank holds no more than with random
 makes its fp32 masters from weights that are already rounded, so the masters are filled again, each rank its part.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM
 from tinyllama_ds.model_folder import is_model_folder, open_model_folder, verify_model_folder
-from tinyllama_ds.training.checkpoint import MANIFEST_FILE, read_manifest, resolve_checkpoint, verify_checkpoint
+from tinyllama_ds.training.checkpoint import manifest_sha256, read_manifest, resolve_checkpoint, verify_checkpoint
 from tinyllama_ds.training.consolidate import whole_tensors
 from tinyllama_ds.training.reshape import stage_0_masters
 
@@ -36,7 +36,7 @@ class InitialWeights:
     path: Path
     sha256: str  # of the weights; of a checkpoint's manifest, which has that of every file
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]  # one after another, as exact as they are stored
-    verify: Callable[[], object]  # raises `Refusal` where a file is damaged
+    verify: Callable[[], None]  # raises `Refusal` where a file is damaged
 
     def to_dict(self) -> dict:
         """What run.json remembers."""
@@ -50,14 +50,13 @@ def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Path) -> Ini
     """
     if is_model_folder(path):
         folder = open_model_folder(path)
-        found = InitialWeights(path, folder.weights_sha256, folder.tensors, lambda: verify_model_folder(folder))
+        found = InitialWeights(path, folder.weights_sha256, folder.tensors, partial(verify_model_folder, folder))
         there, held = folder.model, folder.path / TOKENIZER_FILE
     elif path.is_dir():
         checkpoint = resolve_checkpoint(path)
         manifest = read_manifest(checkpoint)
-        digest = hashlib.sha256((checkpoint / MANIFEST_FILE).read_bytes()).hexdigest()
         tensors = lambda: whole_tensors(checkpoint, manifest.zero_stage)  # noqa: E731
-        found = InitialWeights(checkpoint, digest, tensors, lambda: verify_checkpoint(checkpoint))
+        found = InitialWeights(checkpoint, manifest_sha256(checkpoint), tensors, partial(_verify, checkpoint))
         there, held = LlamaConfig(**manifest.model), checkpoint.parents[1] / TOKENIZER_FILE
     else:
         raise Refusal(f"--init-from {path}: is no folder; expected what import wrote, a run or a checkpoint")
@@ -67,6 +66,10 @@ def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Path) -> Ini
     if Tokenizer(held).sha256 != Tokenizer(tokenizer).sha256:
         raise Refusal(f"{held}: is the tokenizer of the weights, and not {tokenizer}; prepare the data with it")
     return found
+
+
+def _verify(checkpoint: Path) -> None:
+    verify_checkpoint(checkpoint)
 
 
 def fill_model(model: LlamaForCausalLM, initial: InitialWeights) -> None:

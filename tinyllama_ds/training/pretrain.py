@@ -2,11 +2,11 @@
 
 import json
 import os
-import signal
 import socket
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,7 @@ from tinyllama_ds.training.checkpoint import (
 from tinyllama_ds.training.compilation import compile_blocks, decide_compilation
 from tinyllama_ds.training.engine import (
     check_with_deepspeed,
+    find_on_main,
     gather_from_ranks,
     start_process_group,
     supports_fast_bf16,
@@ -74,13 +75,12 @@ from tinyllama_ds.training.saving import Saver
 from tinyllama_ds.training.sinks import warn
 from tinyllama_ds.training.starts import record_start
 from tinyllama_ds.training.stop import StopRequest
-from tinyllama_ds.training.world import World, read_world
+from tinyllama_ds.training.world import World, read_world, wait_for_the_end, wait_for_turn
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _CAUSE_SECONDS = 3  # the launcher looks at its ranks once a second
-_TURN_SECONDS = 15  # by which rank 0 may be later than the others
 
 
 def pretrain(options: Options) -> int:
@@ -115,16 +115,9 @@ def pretrain(options: Options) -> int:
 
 
 def say_once(world: World, sentence: str) -> None:
-    """By rank 0, whose end makes the launcher end the others; one that lives on has something of its own to say."""
-    if not world.is_main:
-        wait_for_the_end(_TURN_SECONDS)
+    """By rank 0, in place of all."""
+    wait_for_turn(world)
     print(f"tinyllama-ds: {sentence}", file=sys.stderr, flush=True)
-
-
-def wait_for_the_end(seconds: float) -> None:
-    """Leave the launcher time to end this rank, which it does when another one has ended."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(seconds)
 
 
 def _pretrain(options: Options, world: World, heartbeat: Heartbeat, began: float) -> int:
@@ -210,41 +203,32 @@ def roll_back(run: Run, world: World, rollback: Rollback) -> int:
 
 def agree_on_checkpoint(run: Run, world: World) -> Path | None:
     """The newest checkpoint that verifies, else the parent's, found by rank 0; None for a fresh start. Collective."""
-    answer: dict[str, str | None] = {}
-    if world.is_main:
-        try:
-            choice = choose_checkpoint(run.run_dir)
-            for damage in choice.damages:
-                print(f"tinyllama-ds: moved to {QUARANTINE}: {damage}", file=sys.stderr, flush=True)
-            answer = {"name": choice.checkpoint.name if choice.checkpoint else None}
-            if choice.checkpoint is None and run.parent is not None:
-                verify_parent(run.parent)
-        except Refusal as refusal:
-            answer = {"refusal": str(refusal)}
-    answer = gather_from_ranks(answer)[0]
-    if "refusal" in answer:
-        raise Refusal(answer["refusal"])
+    name = find_on_main(partial(_choose, run), world)
     ledgers = gather_from_ranks([run.description.get("parent"), [[gap.start, gap.stop] for gap in run.order.left_out]])
     if any(ledger != ledgers[0] for ledger in ledgers):
         raise OSError(f"{run.run_dir / LEDGER_FILE}: the ranks read different ledgers; expected storage that all share")
-    if answer["name"]:
-        return run.run_dir / CHECKPOINTS / answer["name"]
+    if name:
+        return run.run_dir / CHECKPOINTS / name
     return Path(run.parent.checkpoint) if run.parent else None
+
+
+def _choose(run: Run) -> str | None:
+    """The name of the run's newest checkpoint that verifies; without one, its parent's has been verified."""
+    choice = choose_checkpoint(run.run_dir)
+    for damage in choice.damages:
+        print(f"tinyllama-ds: moved to {QUARANTINE}: {damage}", file=sys.stderr, flush=True)
+    if choice.checkpoint is not None:
+        return choice.checkpoint.name
+    if run.parent is not None:
+        verify_parent(run.parent)
+    return None
 
 
 def build_initial_model(run: Run, world: World, initial: InitialWeights | None) -> LlamaForCausalLM:
     """The model before DeepSpeed has it: with stored weights, which rank 0 verifies, or random. Collective."""
     if initial is None:
         return build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
-    refusal = ""
-    if world.is_main:
-        try:
-            initial.verify()
-        except Refusal as refused:
-            refusal = str(refused)
-    refusal = gather_from_ranks(refusal)[0]
-    if refusal:
-        raise Refusal(refusal)
+    find_on_main(initial.verify, world)
     model = empty_model(run.model, run.attention, run.activation_checkpointing)
     fill_model(model, initial)
     return model

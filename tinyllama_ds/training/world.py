@@ -2,6 +2,8 @@
 
 import os
 import re
+import signal
+import time
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,7 @@ _LAUNCHERS = {
     "Slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
 }
 _DEFAULT_PORT = "29500"
+_TURN_SECONDS = 15  # by which rank 0 may be later than the others
 
 
 @dataclass(frozen=True)
@@ -81,3 +84,15 @@ def choose_interface(world: World) -> str | None:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, interface)
     return interface
+
+
+def wait_for_turn(world: World) -> None:
+    """Let rank 0 speak first, whose end makes the launcher end the others; one that lives on has a thing of its own."""
+    if not world.is_main:
+        wait_for_the_end(_TURN_SECONDS)
+
+
+def wait_for_the_end(seconds: float) -> None:
+    """Leave the launcher time to end this rank, which it does when another one has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
