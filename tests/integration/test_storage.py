@@ -39,7 +39,8 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(
     command = pretrain_command(recipe, config, data_dir, run_dir, 2)
     others = run_dir.parent / "others"
     errors = (tmp_path / "stderr").open("w+")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    try:
         for number in range(SAVES):
             rank = wait_for_stopped_rank(process, 0)
             if number == 0:
@@ -48,6 +49,8 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(
                 others.unlink()
             rank.resume()
         said = process.communicate(timeout=TIMEOUT)[0]
+    finally:
+        process.kill()
     assert process.returncode == 0, (tmp_path / "stderr").read_text()
     (line,) = [line for line in said.splitlines() if "NOT saved" in line]
     assert f"step {2 * STEPS // SAVES}: NOT saved" in line
