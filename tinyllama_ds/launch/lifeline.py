@@ -25,7 +25,7 @@ _STACKS_SECONDS = 10  # for the answers of those that can
 _LONGEST_MESSAGE = 1 << 20
 
 
-@dataclass
+@dataclass(eq=False)
 class _Rank:
     """One connection; `number` is None until the rank has said who it is."""
 
@@ -37,6 +37,10 @@ class _Rank:
     has_left: bool = False
     has_shown_stacks: bool = False
     received: bytes = field(default=b"", repr=False)
+
+    @property
+    def is_expected_to_answer(self) -> bool:
+        return self.number is not None and not self.has_shown_stacks
 
 
 def lifeline_value(address: str, port: int, token: str, patience: int = 0) -> str:
@@ -85,7 +89,7 @@ class Lifeline:
         """Ask all ranks for their stacks, and wait for the answers of those that can."""
         self._tell({"stacks": True})
         end = time.monotonic() + _STACKS_SECONDS
-        while not all(rank.has_shown_stacks for rank in self._ranks) and time.monotonic() < end:
+        while any(rank.is_expected_to_answer for rank in self._ranks) and time.monotonic() < end:
             self.look()
             time.sleep(0.1)
 
