@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tinyllama_ds.launch.launcher import Placement, free_port, launcher_environment
+from tinyllama_ds.launch.launcher import Placement, launcher_environment
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.network import free_port
 
 MODEL = LlamaConfig(8192, 512, 1472, 6, 8, 4, 512)  # 26.7M parameters
 T, MICRO_BATCH, ACCUMULATION, RANKS = 512, 4, 8, 2

@@ -10,13 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from launching import TIMEOUT, wait_until
 
 ROOT = Path(__file__).parents[1]
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
@@ -63,7 +63,7 @@ class Host:
             errors="replace",
         )
 
-    def run(self, *command: object, timeout: float = 240, **environment: str) -> Finished:
+    def run(self, *command: object, timeout: float = 2 * TIMEOUT, **environment: str) -> Finished:
         """Run a command on this host to its end; on a time-out everything that it started here is killed."""
         process = self.start(*command, **environment)
         try:
@@ -74,7 +74,7 @@ class Host:
             errors += f"\n{command} took more than {timeout} s"
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
-    def tinyllama_ds(self, *arguments: object, timeout: float = 240, **environment: str) -> Finished:
+    def tinyllama_ds(self, *arguments: object, timeout: float = 2 * TIMEOUT, **environment: str) -> Finished:
         """Any command of the toolkit, as a user starts it on this host."""
         return self.run(sys.executable, "-m", "tinyllama_ds.cli", *arguments, timeout=timeout, **environment)
 
@@ -94,9 +94,9 @@ class Host:
         return [
             process
             for process in self.processes()
-            if "-u" in process.info["cmdline"] and str(ROOT / "scripts" / "pretrain.py") in process.info["cmdline"]
-            and "deepspeed.launcher.launch" not in process.info["cmdline"]
-            and "deepspeed.launcher.runner" not in process.info["cmdline"]
+            if (line := process.info["cmdline"] or [])
+            and "-u" in line and str(ROOT / "scripts" / "pretrain.py") in line
+            and "deepspeed.launcher.launch" not in line and "deepspeed.launcher.runner" not in line
         ]  # fmt: skip
 
     def kill_processes(self) -> None:
@@ -128,7 +128,9 @@ class Host:
 
     def stop_sshd(self) -> None:
         """Nobody can log in any more."""
-        self._sshd().kill()
+        sshd = self._sshd()
+        sshd.kill()
+        sshd.wait(TIMEOUT)
 
     def hang_sshd(self) -> None:
         """The port is open and nobody speaks, as on a host whose disk hangs."""
@@ -166,7 +168,7 @@ def start_hosts(count: int, root: Path) -> Iterator[list[Host]]:
         yield hosts
     finally:
         for keeper in reversed(keepers):
-            keeper.kill()
+            os.killpg(keeper.pid, signal.SIGKILL)
             keeper.wait()
 
 
@@ -190,7 +192,7 @@ def _keep(*namespaces: str) -> subprocess.Popen:
     keeper = subprocess.Popen(
         ["unshare", *namespaces, "bash", "-c", forever], start_new_session=True, stdin=subprocess.DEVNULL
     )
-    _wait_for(lambda: _init_of(keeper.pid) is not None)
+    wait_until(lambda: _init_of(keeper.pid) is not None, "no namespaces")
     return keeper
 
 
@@ -202,13 +204,6 @@ def _init_of(unshare: int) -> int | None:
             if candidate.cmdline()[:1] == ["bash"]:
                 return candidate.pid
     return None
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def _plug_in(number: int, init: int, switch: list[str], root: Path) -> Host:
@@ -229,7 +224,7 @@ def _plug_in(number: int, init: int, switch: list[str], root: Path) -> Host:
         sshd,
     ):
         _do(host.command(*command))
-    _wait_for((root / f"{host.name}.pid").exists)  # sshd is a daemon before it listens
+    wait_until((root / f"{host.name}.pid").exists, "no sshd")  # sshd is a daemon before it listens
     return host
 
 

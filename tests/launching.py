@@ -4,12 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 SEQUENCE_LENGTH = 32
 BATCH = 8  # sequences per optimizer step
 STEP_TOKENS = SEQUENCE_LENGTH * BATCH
-TIMEOUT = 600  # a machine may be busy
+TIMEOUT = 600  # seconds; a bound for what hangs, and none for speed: a machine may be busy
 
 Finished = subprocess.CompletedProcess[str]
 
@@ -96,3 +101,45 @@ def read_series(run_dir: Path, name: str) -> list[float]:
     """One figure of a run, row by row."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row[name] for row in rows if name in row]
+
+
+def read_series_so_far(run_dir: Path, name: str) -> list[float]:
+    """The same of a run that is at work: there may be no file yet, and half of its last row."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row[name] for row in rows if name in row]
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = TIMEOUT) -> None:
+    """Wait for what another process brings about, sooner or later; `what` is said where it never does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def rank_process(supervisor: subprocess.Popen, rank: int) -> psutil.Process | None:
+    """The training process of a rank on this machine, once it is there."""
+    for child in psutil.Process(supervisor.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # of what a start leaves behind
+            line = child.cmdline()
+            is_rank = "-u" in line and any(part.endswith("scripts/pretrain.py") for part in line)
+            if is_rank and child.environ().get("RANK") == str(rank):
+                return child
+    return None
+
+
+def wait_for_stopped_rank(supervisor: subprocess.Popen, rank: int) -> psutil.Process:
+    """The process of a rank, once a fault has stopped it by SIGSTOP; others wait for it at their next collective."""
+    found: list[psutil.Process] = []
+
+    def is_stopped() -> bool:
+        assert supervisor.poll() is None, "the run has ended"
+        process = rank_process(supervisor, rank)
+        with suppress(psutil.NoSuchProcess):
+            found[:] = [process] if process is not None and process.status() == psutil.STATUS_STOPPED else []
+        return bool(found)
+
+    wait_until(is_stopped, f"rank {rank} does not stop")
+    return found[0]

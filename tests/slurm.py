@@ -4,12 +4,14 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from launching import TIMEOUT, wait_until
+
+from tinyllama_ds.network import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun")
 _CONFIG = """
@@ -48,12 +50,14 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
         (folder / name).mkdir()
     host = socket.gethostname().split(".")[0]
     config = folder / "slurm.conf"
-    config.write_text(_CONFIG.format(host=host, ports=_free_ports(2), folder=folder, cores=os.cpu_count()))
+    first = free_port()
+    ports = (first, next(port for port in iter(free_port, None) if port != first))
+    config.write_text(_CONFIG.format(host=host, ports=ports, folder=folder, cores=os.cpu_count()))
     environment = os.environ | {"SLURM_CONF": str(config)}
     try:
         _start_munged(folder)
         for daemon in ("slurmctld", "slurmd"):
-            subprocess.run([daemon], env=environment, check=True, capture_output=True, timeout=60)
+            subprocess.run([daemon], env=environment, check=True, capture_output=True, timeout=TIMEOUT)
         _wait_until_idle(environment)
         yield environment
     finally:
@@ -68,31 +72,20 @@ def _start_munged(folder: Path) -> None:
     options = {"key-file": key, "socket": folder / "munge.socket", "seed-file": folder / "munge.seed"}
     options |= {"pid-file": folder / "munged.pid", "log-file": folder / "munged.log"}
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    subprocess.run(["munged", "--force", *arguments], check=True, capture_output=True, timeout=60)
+    subprocess.run(["munged", "--force", *arguments], check=True, capture_output=True, timeout=TIMEOUT)
 
 
 def _wait_until_idle(environment: dict[str, str]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        state = subprocess.run(
-            ["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True, check=False
-        )
-        if state.stdout.strip() == "idle":
-            return
-        time.sleep(0.2)
-    raise TimeoutError(f"Slurm's node did not become idle: {state.stdout}{state.stderr}")
+    def is_idle() -> bool:
+        command = ["sinfo", "-h", "-o", "%T"]
+        state = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return state.stdout.strip() == "idle"
+
+    wait_until(is_idle, "Slurm's node does not become idle")
 
 
 def _end(pid_file: Path) -> None:
     with suppress(FileNotFoundError, psutil.NoSuchProcess, ValueError):
         process = psutil.Process(int(pid_file.read_text()))
         process.kill()
-        process.wait(10)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [held.getsockname()[1] for held in sockets]
-    for held in sockets:
-        held.close()
-    return ports
+        process.wait(TIMEOUT)

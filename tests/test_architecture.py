@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import TIMEOUT
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinyllama_ds"
@@ -112,7 +113,7 @@ assert not torch.cuda.is_initialized()
 assert not logging.getLogger().handlers
 """
     finished = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
     assert (finished.returncode, finished.stdout) == (0, ""), finished.stderr
     assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import TIMEOUT
 
 from tinyllama_ds.convert import PROBE_TEXTS, export
 from tinyllama_ds.data.tokenizer import Tokenizer
@@ -70,7 +71,7 @@ def test_llama_cpp_converts_to_gguf(tokenizer: Tokenizer, tmp_path: Path, monkey
     config = replace(CONFIG, rope_scaling_factor=4.0)
     ours = exported(config, tokenizer, tmp_path / "hf", "5GB")
     command = [sys.executable, LLAMA_CPP, tmp_path / "hf", "--outfile", tmp_path / "model.gguf", "--outtype", "f32"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert finished.returncode == 0, finished.stderr
     monkeypatch.syspath_prepend(LLAMA_CPP.parent / "gguf-py")
     from gguf import GGUFReader

@@ -1,8 +1,23 @@
-"""Which way packets take from here."""
+"""Which way packets take from here, and where others may knock."""
 
+import secrets
 import socket
 
 import psutil
+
+_PORTS = range(20_000, 30_000)  # below those that a kernel gives to whoever connects
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on, and that no connection takes before the ranks do, many seconds later."""
+    while True:
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
 
 
 def local_address_towards(host: str) -> str | None:

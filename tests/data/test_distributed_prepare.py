@@ -3,21 +3,24 @@
 import getpass
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
+import stopping
 from corpora import made_up_text, write_jsonl
+from launching import TIMEOUT, wait_until
 from slurm import slurm, why_not
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.network import free_port
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 SHARDS = 9
@@ -80,7 +83,7 @@ def test_each_task_of_srun_makes_its_share(
     with slurm(tmp_path / "slurm") as environment:
         done = subprocess.run(
             ["srun", "--ntasks=2", *command, "--workers", "1"],
-            env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=120, check=False,
+            env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=TIMEOUT, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     shares = [line.split(", ")[-1] for line in done.stdout.splitlines() if line.startswith("mine/train")]
@@ -108,27 +111,36 @@ def test_mpi_ranks_write_the_bytes_of_one_process(
     tmp_path: Path, corpus: Path, tokenizer: Tokenizer, expected: dict[str, bytes]
 ):
     process = start_mpi(3, corpus, tokenizer, tmp_path)
-    assert "mine/train: 9 files" in process.communicate(timeout=120)[0]
+    assert "mine/train: 9 files" in process.communicate(timeout=TIMEOUT)[0]
     assert process.returncode == 0
     assert contents(tmp_path) == expected
+
+
+def stopped_writers(output: Path) -> list[psutil.Process]:
+    """Who is writing a shard, and has stopped; the name of what is not finished has the number of its process."""
+    writers = []
+    for path in output.rglob(".*.bin.*.partial"):
+        with suppress(psutil.NoSuchProcess):
+            writer = psutil.Process(int(path.name.split(".")[-2]))
+            writers += [writer] if writer.status() == psutil.STATUS_STOPPED else []
+    return writers
 
 
 @needs_mpi
 def test_a_killed_mpi_rank_costs_its_shard_only(
     tmp_path: Path, corpus: Path, tokenizer: Tokenizer, expected: dict[str, bytes]
 ):
-    process = start_mpi(3, corpus, tokenizer, tmp_path)
-    deadline = time.monotonic() + 60
-    while not (writing := list(tmp_path.rglob(".*.bin.*.partial"))) or len(list(tmp_path.rglob("*.json"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(int(writing[0].name.split(".")[-2]), signal.SIGKILL)  # the rank that writes has its pid in the name
-    process.communicate(timeout=120)
+    program = (stopping.__file__, "mine", str(corpus), str(tokenizer.path), str(tmp_path), "mpi")
+    command = mpirun(3, "-m", "mpi4py.futures", *program)
+    process = subprocess.Popen(command, env=ENVIRONMENT | {stopping.STOP_VARIABLE: "2"}, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(stopped_writers(tmp_path)) == 2, "two ranks that stop")
+    stopped_writers(tmp_path)[0].kill()
+    process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     assert 2 <= len(finished) < SHARDS
     process = start_mpi(2, corpus, tokenizer, tmp_path)
-    process.communicate(timeout=120)
+    process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}.items()
     assert contents(tmp_path) == expected
@@ -137,7 +149,7 @@ def test_a_killed_mpi_rank_costs_its_shard_only(
 @needs_mpi
 def test_mpi_without_its_futures_is_refused(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
     command = mpirun(1, "-m", "tinyllama_ds.cli", *arguments(corpus, tokenizer, tmp_path), "--mpi")
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert done.returncode == 78
     assert "start with mpirun -n RANKS python -m mpi4py.futures" in done.stderr
 
@@ -152,9 +164,7 @@ def ssh_to_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", root / name], check=True)
     shutil.copy(root / "user.pub", root / "authorized")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
     options = {"HostKey": root / "host", "AuthorizedKeysFile": root / "authorized", "PidFile": "none"}
@@ -166,10 +176,16 @@ def ssh_to_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ' -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"\n'
     )
     (root / "ssh").chmod(0o700)
-    time.sleep(0.3)
+    wait_until(lambda: answers(port), "a server that listens")
     yield root
     server.terminate()
-    server.wait(10)
+    server.wait(TIMEOUT)
+
+
+def answers(port: int) -> bool:
+    """Whether somebody listens on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @needs_ssh

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import made_up_text, write_jsonl
+from launching import TIMEOUT, wait_until
 
 from tinyllama_ds.data.loader import SampleReader, open_streams, prefetch
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
@@ -141,8 +142,9 @@ def test_prefetch_works_ahead_but_no_further_than_its_depth():
 
     ahead = prefetch(items(), 4)
     assert next(ahead) == 0
+    wait_until(lambda: len(made) == 6, "four in the queue, and one in the thread's hand")
     time.sleep(0.3)
-    assert 4 <= len(made) <= 6  # four wait in the queue, one in the thread's hand
+    assert len(made) == 6
     ahead.close()
     assert prefetch_threads() == []
 
@@ -161,18 +163,20 @@ def test_prefetch_hands_over_the_exception_after_the_items_before_it():
 
 
 def test_prefetch_hides_the_reading_behind_the_work():
+    """Each item is read between two questions for items, and never while the consumer waits."""
+    working, read = threading.Semaphore(0), []
+
     def slow():
         for number in range(10):
-            time.sleep(0.02)
+            assert working.acquire(timeout=TIMEOUT)
+            read.append(number)
             yield number
 
-    waited = 0.0
     ahead = prefetch(slow(), 4)
-    next(ahead)
-    for _ in range(9):
-        time.sleep(0.04)  # the training step
-        start = time.perf_counter()
-        next(ahead)
-        waited += time.perf_counter() - start
-    assert waited < 0.05
+    working.release()
+    assert next(ahead) == 0
+    for number in range(1, 10):
+        working.release()  # the training step
+        wait_until(lambda last=number: read[-1] == last, "an item that is read meanwhile")
+        assert next(ahead) == number
     ahead.close()

@@ -5,15 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import tracemalloc
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
+import stopping
 import zstandard
 from corpora import made_up_text, write_jsonl
+from launching import TIMEOUT, wait_until
 from megatron import read_mmididx
 
 from tinyllama_ds.data.prepare import Preparation, prepare
@@ -170,7 +172,7 @@ def test_a_machine_without_torch_prepares(tmp_path: Path, corpus: Path, tokenize
     path = os.pathsep.join([str(tmp_path / "absent"), *sys.path])
     command = [sys.executable, "-m", "tinyllama_ds.cli", *cli_arguments(corpus, tokenizer, tmp_path / "out", 2)]
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=180, check=False
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
     assert done.returncode == 0, done.stderr
     assert f"source/train: {FILES} files" in done.stdout
@@ -224,23 +226,13 @@ def test_a_full_disk_is_an_error_that_leaves_no_shard(tmp_path: Path, corpus: Pa
     command = [sys.executable, "-c", program, *cli_arguments(corpus, tokenizer, tmp_path / "out", 1)]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert done.returncode == 78
     assert "File too large" in done.stderr.splitlines()[-1]
     assert list((tmp_path / "out" / "source" / "train").iterdir()) == []
 
 
 # --- kill -9 ----------------------------------------------------------------------------------------------------------
-
-_PROGRAM = """
-import sys
-from pathlib import Path
-from tinyllama_ds.data.prepare import Preparation, prepare
-from tinyllama_ds.data.sources import SourceFormat
-raw, tokenizer, output, workers = sys.argv[1:]
-prepare(Preparation("source", Path(raw), SourceFormat(), Path(tokenizer), Path(output), "sentencepiece",
-                    shard_bytes=100_000), int(workers))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -255,27 +247,32 @@ def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clean_output(tmp_path_factory: pytest.TempPathFactory, large_corpus: Path, tokenizer: Tokenizer) -> Path:
     output = tmp_path_factory.mktemp("clean")
-    assert start(large_corpus, tokenizer, output, 1).wait(180) == 0
+    assert start(large_corpus, tokenizer, output, 1).wait(TIMEOUT) == 0
     assert len(list(output.rglob("*.json"))) == 12
     return output
 
 
-def start(corpus: Path, tokenizer: Tokenizer, output: Path, workers: int) -> subprocess.Popen:
-    command = [sys.executable, "-c", _PROGRAM, str(corpus), str(tokenizer.path), str(output), str(workers)]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+def start(
+    corpus: Path, tokenizer: Tokenizer, output: Path, workers: int, stop_from: int | None = None
+) -> subprocess.Popen:
+    """A preparation that goes to its end, or whose workers stop inside of shards (`stopping.py`)."""
+    arguments = ["source", corpus, tokenizer.path, output, workers]
+    command = [sys.executable, Path(stopping.__file__), *arguments]
+    environment = {} if stop_from is None else {stopping.STOP_VARIABLE: str(stop_from)}
+    return subprocess.Popen(list(map(str, command)), env=os.environ | environment, stderr=subprocess.DEVNULL)
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """Those that are not multiprocessing's resource tracker."""
+    found = []
+    for child in psutil.Process(process.pid).children():
+        with suppress(psutil.NoSuchProcess):
+            found += [child] if any("spawn_main" in part for part in child.cmdline()) else []
+    return found
 
 
-def children(pid: int) -> list[int]:
-    """Workers of a process; multiprocessing's resource tracker is not one."""
-    pids = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    return [child for child in pids if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+def are_stopped(processes: list[psutil.Process]) -> bool:
+    return all(process.status() == psutil.STATUS_STOPPED for process in processes)
 
 
 @pytest.mark.parametrize(("victim", "committed"), [("parent", 0), ("worker", 4), ("parent", 9)])
@@ -283,13 +280,18 @@ def test_a_kill_at_any_point_costs_nothing_but_time(
     tmp_path: Path, large_corpus: Path, clean_output: Path, tokenizer: Tokenizer, victim: str, committed: int
 ):
     output = tmp_path / "out"
-    process = start(large_corpus, tokenizer, output, 2)
-    wait_until(lambda: len(list(output.rglob("*.json"))) >= committed and list(output.rglob(".*.bin.*.partial")))
-    workers = children(process.pid)
-    os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
-    assert process.wait(60) != 0
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-    assert start(large_corpus, tokenizer, output, 1 if committed == 4 else 3).wait(180) == 0
+    process = start(large_corpus, tokenizer, output, 2, stop_from=committed)
+    wait_until(lambda: len(workers := workers_of(process)) == 2 and are_stopped(workers), "two workers that stop")
+    assert len(list(output.rglob("*.json"))) == committed
+    assert len(list(output.rglob(".*.bin.*.partial"))) == 2
+    first, second = workers_of(process)
+    os.kill(process.pid if victim == "parent" else first.pid, signal.SIGKILL)
+    for worker in (first, second):
+        with suppress(psutil.NoSuchProcess):
+            worker.resume()  # to see for itself that it is alone
+    assert process.wait(TIMEOUT) != 0
+    assert psutil.wait_procs([first, second], timeout=TIMEOUT)[1] == []
+    assert start(large_corpus, tokenizer, output, 1 if committed == 4 else 3).wait(TIMEOUT) == 0
     assert contents(output) == contents(clean_output)
 
 
@@ -297,12 +299,13 @@ def test_finished_shards_are_not_made_again_after_a_kill(
     tmp_path: Path, large_corpus: Path, clean_output: Path, tokenizer: Tokenizer
 ):
     output = tmp_path / "out"
-    process = start(large_corpus, tokenizer, output, 1)
-    wait_until(lambda: len(list(output.rglob("*.json"))) >= 3)
+    process = start(large_corpus, tokenizer, output, 1, stop_from=3)
+    wait_until(lambda: are_stopped([psutil.Process(process.pid)]), "a process that stops")
     process.kill()
-    process.wait(60)
+    process.wait(TIMEOUT)
     finished = {path: path.stat().st_mtime_ns for path in output.rglob("*.json")}
-    assert start(large_corpus, tokenizer, output, 1).wait(180) == 0
+    assert len(finished) == 3
+    assert start(large_corpus, tokenizer, output, 1).wait(TIMEOUT) == 0
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in output.rglob("*.json")}.items()
     assert contents(output) == contents(clean_output)
 
@@ -310,10 +313,16 @@ def test_finished_shards_are_not_made_again_after_a_kill(
 def test_the_command_asks_for_a_restart_when_a_worker_was_killed(
     tmp_path: Path, large_corpus: Path, tokenizer: Tokenizer
 ):
-    command = [sys.executable, "-m", "tinyllama_ds.cli", *cli_arguments(large_corpus, tokenizer, tmp_path, 2)]
+    """So much to do that it is at work whenever the kill comes."""
+    (tmp_path / "raw").mkdir()
+    for number in range(100):
+        for file in large_corpus.iterdir():
+            (tmp_path / "raw" / f"{number}_{file.name}").symlink_to(file)
+    command = [sys.executable, "-m", "tinyllama_ds.cli"]
+    command += cli_arguments(tmp_path / "raw", tokenizer, tmp_path / "out", 2)
     command += ["--encoder", "sentencepiece", "--shard-bytes", "100000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: list(tmp_path.rglob(".*.bin.*.partial")))
-    os.kill(children(process.pid)[0], signal.SIGKILL)
-    assert "a worker was killed" in process.communicate(timeout=120)[1].splitlines()[-1]
+    wait_until(lambda: list((tmp_path / "out").rglob(".*.bin.*.partial")), "a shard that is being written")
+    workers_of(process)[0].kill()
+    assert "a worker was killed" in process.communicate(timeout=TIMEOUT)[1].splitlines()[-1]
     assert process.returncode == 75

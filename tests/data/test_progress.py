@@ -4,10 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from tinyllama_ds.data import progress as progress_module
 from tinyllama_ds.data.progress import ShardProgress
 
 
-def test_the_bar_follows_shards_underway_and_learns_the_total(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_bar_follows_shards_underway_and_learns_the_total(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_module, "_POLL_SECONDS", 3600.0)  # the looks are the test's own
     first, second = tmp_path / "0.bin", tmp_path / "1.bin"
     progress = ShardProgress("prepare x", {first: 1000.0, second: 1000.0}, bytes_per_token=2)
     with progress.watching():

@@ -1,6 +1,8 @@
 """Scores equal those of lm-eval's own `hf` model on the exported folder: a checkpoint's too, on one rank and on two."""
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,22 @@ def test_two_ranks_give_the_score_of_one(run_dir: Path, tasks: list[Path], refer
                 assert found["lm_eval"][task][key] == value, (task, key)
             elif isinstance(value, float):  # its last bits depend on what else is in a batch
                 assert found["lm_eval"][task][key] == pytest.approx(value, rel=1e-5), (task, key)
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, which the sandbox is made with")
+def test_a_refusal_is_heard_although_rank_0_is_late(exported: Path, tmp_path: Path) -> None:
+    """It alone opens the sandbox, which takes its time here; the other rank has nothing to wait for but its word."""
+    (tmp_path / "unshare").write_text(f'#!/bin/sh\nsleep 1\nexec {shutil.which("unshare")} "$@"\n')
+    (tmp_path / "unshare").chmod(0o755)
+    command = [sys.executable, "-m", "tinyllama_ds.cli", "evaluate", exported, "--num-gpus", 2, "--device", "cpu"]
+    command += ["--task-file", "humaneval", tmp_path / "absent.yaml", "--allow-code-execution"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    finished = run([*map(str, command), "--output", str(tmp_path / "scores")], PATH=path)
+    assert finished.returncode == 78, finished.stderr
+    said = [line for line in finished.stderr.splitlines() if line.startswith("tinyllama-ds: ")]
+    assert len(said) == 1, finished.stderr
+    assert "absent.yaml: is missing; expected a task file of lm-eval" in said[0]
+    assert not (tmp_path / "scores").exists()
 
 
 @pytest.mark.all_faults

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import matplotlib.image
 import numpy as np
 import pytest
+from launching import TIMEOUT
 from matplotlib.figure import Figure
 
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
@@ -294,7 +295,7 @@ def test_a_browser_shows_it_without_complaint(scheme: str, browser: str, run: Pa
         f"--screenshot={picture}",
     ]
     command += [f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", page.as_uri()]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert picture.is_file(), finished.stderr
     assert "CONSOLE" not in finished.stderr, finished.stderr
     pixels = matplotlib.image.imread(picture)[..., :3]

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from launching import TIMEOUT, wait_until
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.evaluation import confine
 from tinyllama_ds.evaluation.sandbox import Limits, Sandbox, open_sandbox
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is made of Linux")
+
+LIFE_SECONDS = 600  # of a process that nobody ends
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +73,17 @@ def test_nothing_is_written_outside(sandbox: Sandbox, tmp_path: Path) -> None:
 def test_a_fork_bomb_is_bounded_and_leaves_no_process(sandbox: Sandbox) -> None:
     before = {process.pid for process in psutil.process_iter()}
     bomb = (
-        "import os, time\nfor _ in range(200):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(600)\n"
+        "import os, time\nfor _ in range(200):\n    if os.fork() == 0:\n        os.setsid()\n"
+        f"        time.sleep({LIFE_SECONDS})\n"
     )
     assert not sandbox.passes(bomb)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        left = [
-            p
-            for p in psutil.process_iter(["cmdline"])
-            if p.pid not in before and "program.py" in str(p.info["cmdline"])
-        ]
-        if not left:
-            return
-        time.sleep(0.1)
-    raise AssertionError(left)
+    wait_until(lambda: not programs_beside(before), "a process is left", seconds=LIFE_SECONDS / 2)
+
+
+def programs_beside(before: set[int]) -> list[psutil.Process]:
+    """Programs of sandboxes among all processes of this machine; another test may have one for a moment."""
+    processes = psutil.process_iter(["cmdline"])
+    return [p for p in processes if p.pid not in before and "program.py" in str(p.info["cmdline"])]
 
 
 def test_memory_time_and_files_are_bounded(sandbox: Sandbox) -> None:
@@ -93,13 +93,13 @@ def test_memory_time_and_files_are_bounded(sandbox: Sandbox) -> None:
     started = time.monotonic()
     assert not impatient.passes("while True: pass")
     assert not impatient.passes("import time, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(3600)")
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < TIMEOUT
 
 
 def test_there_is_no_network(sandbox: Sandbox) -> None:
     reached = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(30)
+        server.settimeout(TIMEOUT)
 
         def wait() -> None:
             try:

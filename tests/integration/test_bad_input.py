@@ -14,6 +14,7 @@ from launching import Finished, pretrain, run, tinyllama_ds, write_deepspeed_con
 
 from tinyllama_ds.data.tokenizer import train_tokenizer
 from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.network import free_port
 from tinyllama_ds.training.faults import FAULT_VARIABLE
 
 
@@ -165,7 +166,7 @@ def test_the_script_refuses_under_the_bare_launcher(inputs: Inputs) -> None:
     """Without our supervisor in front; the launcher ends rank 0, late to speak, when rank 1 has ended."""
     edit_json(inputs.config, gradient_cliping=0.5)
     script = Path(__file__).parents[2] / "scripts" / "pretrain.py"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29611"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
     arguments = ["--deepspeed_config", inputs.config, "--recipe", inputs.recipe, "--data", inputs.data]
     command = [*launcher, script, *arguments, "--run-dir", inputs.run_dir]
     variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", FAULT_VARIABLE: "start:0:0:pause"}

@@ -22,15 +22,18 @@ from launching import (
     Finished,
     pretrain,
     pretrain_command,
+    rank_process,
     read_series,
+    read_series_so_far,
     tinyllama_ds,
+    wait_until,
     write_deepspeed_config,
     write_recipe,
 )
 from test_resume import tensors_of
 
 from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART
-from tinyllama_ds.launch.launcher import free_port
+from tinyllama_ds.network import free_port
 from tinyllama_ds.training.checkpoint import (
     Progress,
     find_checkpoints,
@@ -41,6 +44,7 @@ from tinyllama_ds.training.checkpoint import (
 from tinyllama_ds.training.faults import FAULT_VARIABLE
 
 STEPS, SAVE_EVERY = 6, 2
+ORPHAN_SECONDS = 60  # less than the long runs take that would be left
 # Phases of a save that every rank goes through, and those of the commit, which is rank 0's; in order.
 RANK_PHASES = ("copy", "begin", "mid_shard", "after_shard", "agreed", "ended")
 COMMIT_PHASES = ("before_manifest", "before_rename", "after_rename")
@@ -171,9 +175,9 @@ def test_a_stuck_rank_is_noticed_and_its_stacks_are_shown(
     fault: str, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FAULT_VARIABLE, fault)
-    finished = setup.start(tmp_path / "run", "--step-timeout", "8")
+    finished = setup.start(tmp_path / "run", "--step-timeout", "20")  # more than a save takes on a busy machine
     assert finished.returncode == 0, finished.stderr
-    assert "has been training at step 3 for 8 s; stacks of all ranks" in finished.stderr
+    assert "has been training at step 3 for 20 s; stacks of all ranks" in finished.stderr
     assert "in strike" in finished.stderr, "the stack of the stuck rank"
     setup.assert_same_end(tmp_path / "run")
 
@@ -231,23 +235,13 @@ def start_in_background(setup: Setup, run_dir: Path, save_every: int = 5000, sig
     recipe = write_recipe(run_dir.parent / "long.toml", 5000, save_every=save_every)
     command = [str(recipe) if part == str(setup.recipe) else part for part in setup.command(run_dir)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
-    while not ((run_dir / sign).exists() if sign else is_training(run_dir)):
-        assert time.monotonic() < deadline
+
+    def is_there() -> bool:
         assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.2)
+        return (run_dir / sign).exists() if sign else bool(read_series_so_far(run_dir, "Train/Loss"))
+
+    wait_until(is_there, "it does not train")
     return process
-
-
-def is_training(run_dir: Path) -> bool:
-    return (run_dir / "metrics.jsonl").exists() and bool(read_series(run_dir, "Train/Loss"))
-
-
-def rank_process(supervisor: subprocess.Popen, rank: int) -> psutil.Process:
-    ranks = [child for child in psutil.Process(supervisor.pid).children(recursive=True)
-             if any(part.endswith("scripts/pretrain.py") for part in child.cmdline()) and "-u" in child.cmdline()
-             and child.environ().get("RANK") == str(rank)]  # fmt: skip
-    return ranks[0]
 
 
 @pytest.mark.parametrize(
@@ -257,17 +251,18 @@ def rank_process(supervisor: subprocess.Popen, rank: int) -> psutil.Process:
 def test_a_graceful_stop_loses_nothing(how: str, setup: Setup, tmp_path: Path) -> None:
     supervisor = start_in_background(setup, tmp_path / "run")
     family = psutil.Process(supervisor.pid).children(recursive=True)
-    asked = time.monotonic()
     if how == "stop file":
         (tmp_path / "run" / "stop").touch()
     elif how.endswith("one rank"):
-        rank_process(supervisor, 1).terminate()
+        rank = rank_process(supervisor, 1)
+        assert rank is not None
+        rank.terminate()
     else:
         supervisor.send_signal(getattr(signal, how))
-    _, errors = supervisor.communicate(timeout=120)
+    _, errors = supervisor.communicate(timeout=TIMEOUT)
     assert supervisor.returncode == EXIT_RESTART, errors
-    assert time.monotonic() - asked < 30
-    assert psutil.wait_procs(family, timeout=10)[1] == [], "orphans"
+    assert "did not stop by themselves" not in errors, "in the time that a scheduler leaves"
+    assert psutil.wait_procs(family, timeout=ORPHAN_SECONDS)[1] == [], "orphans"
     saved = verify_checkpoint(find_checkpoints(tmp_path / "run")[-1]).progress
     assert saved.step == max(read_series(tmp_path / "run", "step")), "the step that was trained last"
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
@@ -282,7 +277,7 @@ def test_a_stop_waits_for_the_save_that_is_under_way(
     partial = "checkpoints/.step_00000020.partial"
     supervisor = start_in_background(setup, tmp_path / "run", save_every=20, sign=partial)
     supervisor.terminate()
-    said, errors = supervisor.communicate(timeout=120)
+    said, errors = supervisor.communicate(timeout=TIMEOUT)
     assert supervisor.returncode == EXIT_RESTART, errors
     steps = [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")]
     assert steps[0] == 20
@@ -299,7 +294,7 @@ def test_a_stop_during_the_first_step_is_kept_for_its_end(
     monkeypatch.setenv(FAULT_VARIABLE, "step.begin:0:0:pause")
     supervisor = start_in_background(setup, tmp_path / "run", sign="run.json")
     supervisor.terminate()
-    said, errors = supervisor.communicate(timeout=120)
+    said, errors = supervisor.communicate(timeout=TIMEOUT)
     assert supervisor.returncode == EXIT_RESTART, errors
     assert [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")] == [1]
     assert said.count("step 1: saved") == 1
@@ -312,21 +307,21 @@ def test_a_second_signal_is_quick(setup: Setup, tmp_path: Path, monkeypatch: pyt
     supervisor = start_in_background(setup, tmp_path / "run")
     family = psutil.Process(supervisor.pid).children(recursive=True)
     supervisor.terminate()
-    time.sleep(1)
+    wait_until((tmp_path / "run" / "stop").exists, "the first signal is not noted")
     assert supervisor.poll() is None
     supervisor.terminate()
     _, errors = supervisor.communicate(timeout=15)
     assert supervisor.returncode == EXIT_RESTART
     assert "the ranks did not stop by themselves; the last checkpoint stands" in errors
-    assert psutil.wait_procs(family, timeout=10)[1] == [], "orphans"
+    assert psutil.wait_procs(family, timeout=ORPHAN_SECONDS)[1] == [], "orphans"
 
 
 def test_wall_time_ends_in_a_save_and_the_next_start_ends_equal(setup: Setup, tmp_path: Path) -> None:
     finished = setup.start(tmp_path / "run", "--max-wall-time", "0.001")
     assert finished.returncode == EXIT_RESTART, finished.stderr
     stopped_at, _ = newest_progress(tmp_path / "run")
-    is_slow_machine = "the ranks did not stop by themselves" in finished.stderr  # no step within 25 s of the start
-    assert (1 <= stopped_at < STEPS) != is_slow_machine
+    is_slow_machine = "the ranks did not stop by themselves" in finished.stderr  # not done 25 s after the start
+    assert 1 <= stopped_at < STEPS or (is_slow_machine and stopped_at == 0)
     resumed = setup.start(tmp_path / "run")
     assert resumed.returncode == 0, resumed.stderr
     setup.assert_same_end(tmp_path / "run")
@@ -339,11 +334,11 @@ def test_one_writer_and_no_orphans_when_the_supervisor_is_killed(setup: Setup, t
     assert f"is in use by process {supervisor.pid} on host" in second.stderr
     family = psutil.Process(supervisor.pid).children(recursive=True)
     supervisor.kill()
-    supervisor.communicate(timeout=10)
-    assert psutil.wait_procs(family, timeout=10)[1] == [], "orphans"
+    supervisor.communicate(timeout=ORPHAN_SECONDS)
+    assert psutil.wait_procs(family, timeout=ORPHAN_SECONDS)[1] == [], "orphans"
     third = start_again(setup, tmp_path)
     third.send_signal(signal.SIGTERM)
-    _, errors = third.communicate(timeout=120)
+    _, errors = third.communicate(timeout=TIMEOUT)
     assert third.returncode == EXIT_RESTART, errors
 
 

@@ -9,6 +9,7 @@ from launching import pretrain, read_series, run, write_deepspeed_config, write_
 from test_resume import tensors_of
 
 from tinyllama_ds.errors import EXIT_NUMERICS
+from tinyllama_ds.network import free_port
 from tinyllama_ds.training.checkpoint import find_checkpoints
 from tinyllama_ds.training.faults import FAULT_VARIABLE
 
@@ -90,7 +91,7 @@ def test_copies_that_drift_apart_are_found(stage: int, precision: dict, data_dir
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     script = Path(__file__).with_name("drift_apart.py")
     finished = run(
-        [*launcher, "--master-port", "29617", *map(str, (script, recipe, config, data_dir, tmp_path / "run"))],
+        [*launcher, "--master-port", str(free_port()), *map(str, (script, recipe, config, data_dir, tmp_path / "run"))],
         OMP_NUM_THREADS="1",
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -3,6 +3,7 @@
 import os
 import secrets
 import subprocess
+import time
 from pathlib import Path
 
 from launching import pretrain_command, write_deepspeed_config, write_recipe
@@ -23,6 +24,7 @@ def test_secrets_in_the_environment_stay_there(data_dir: Path, tmp_path: Path) -
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         while process.poll() is None:
             command_lines |= set(read_command_lines())
+            time.sleep(0.1)  # a launch takes seconds, and its processors are wanted
     assert process.returncode == 0, (tmp_path / "output").read_text()
     assert sum(b"scripts/pretrain.py" in line for line in command_lines) >= 3, "launcher and ranks were seen"
     assert [line for line in command_lines if canary.encode() in line] == []

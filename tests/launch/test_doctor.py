@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from hosts import ROOT, Host, start_hosts, why_not
+from launching import TIMEOUT
 
 from tinyllama_ds.errors import EXIT_REFUSED
 
@@ -61,8 +62,8 @@ def test_healthy_hosts_are_green_and_left_as_they_were(cluster: Cluster) -> None
     checks = {finding["check"] for finding in findings if finding["host"] == "node2"}
     assert checks == {"ssh", "python", "packages", "code", "GPUs", "free space", "data", "run directory", "network",
                       "ports", "clock"}  # fmt: skip
+    assert psutil.wait_procs(cluster.hosts[1].processes(), timeout=TIMEOUT)[1] == [], "orphans"
     assert list(cluster.run_dir.iterdir()) == []
-    assert psutil.wait_procs(cluster.hosts[1].processes(), timeout=10)[1] == [], "orphans"
 
 
 def test_the_table_for_people(cluster: Cluster) -> None:
@@ -97,7 +98,7 @@ def other_version(cluster: Cluster) -> None:
 def other_clock(cluster: Cluster) -> None:
     """There is no clock per namespace, so the Python of this host reads a wrong one."""
     module = STDLIB / "tempfile.py"
-    wrong = "import time\nright = time.time\ntime.time = lambda: right() + 100\n"
+    wrong = "import time\nright = time.time\ntime.time = lambda: right() + 100.5\n"  # +100.0 to +100.999 for doctor
     cluster.replace(module, module.read_text() + wrong)
 
 

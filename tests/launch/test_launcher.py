@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import TIMEOUT
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.launch.hostfile import Host
@@ -105,7 +106,7 @@ def test_deepspeeds_runner_is_called_with_hosts_and_environment(
     (tmp_path / "hosts").write_text("node1 slots=8\nnode2 slots=8\nnode3 slots=8\n")
     placement = Placement(tmp_path / "hosts", HOSTS, 0, on_cpu=False, launcher=launcher, master_port=12345)
     process = start_launcher(placement, ["--recipe", "demo"], {"TINYLLAMA_DS_X": "1"}, tmp_path)
-    assert process.wait(180) == 0
+    assert process.wait(TIMEOUT) == 0
     words = called.read_text()
     assert "NCCL_DEBUG=WARN" in words
     assert "TINYLLAMA_DS_X=1" in words
@@ -116,7 +117,7 @@ def test_deepspeeds_runner_is_called_with_hosts_and_environment(
     real = words
     script = describe_launch(placement, ["--recipe", "demo"], tmp_path / "dry")
     assert "geheim" not in script
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert done.returncode == 0, done.stderr
     dry = called.read_text().replace("/dry/", "/")
     assert words_of(dry) - words_of(real) == set()

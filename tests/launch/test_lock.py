@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import wait_until
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.launch import lock
@@ -55,15 +56,39 @@ def test_whether_somebody_alive_holds_it(tmp_path: Path) -> None:
 
 
 def test_an_owner_on_another_host_is_watched_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "_SILENCE_SECONDS", 1.0)
-    (tmp_path / LOCK_FILE).write_text(owner(host="elsewhere"))
-    touch = f"import os, time\nfor _ in range(40): time.sleep(0.1); os.utime({str(tmp_path / LOCK_FILE)!r})"
+    monkeypatch.setattr(lock, "_SILENCE_SECONDS", 3.0)
+    path = tmp_path / LOCK_FILE
+    path.write_text(owner(host="elsewhere"))
+    written = path.stat().st_mtime_ns
+    touch = f"import os, time\nwhile True: os.utime({str(path)!r}); time.sleep(0.05)"
     refreshing = subprocess.Popen([sys.executable, "-c", touch])
-    with pytest.raises(Refusal, match="is in use by process .* on host elsewhere"):
-        hold_run(tmp_path).__enter__()
-    refreshing.wait()
+    try:
+        wait_until(lambda: path.stat().st_mtime_ns != written, "an owner that refreshes its lock")
+        with pytest.raises(Refusal, match="is in use by process .* on host elsewhere"):
+            hold_run(tmp_path).__enter__()
+    finally:
+        refreshing.kill()
+        refreshing.wait()
     with hold_run(tmp_path):
-        assert json.loads((tmp_path / LOCK_FILE).read_text())["host"] == socket.gethostname()
+        assert json.loads(path.read_text())["host"] == socket.gethostname()
+
+
+def test_a_lock_that_is_let_go_at_the_last_moment_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it stood in the way, and before it is read."""
+    (tmp_path / LOCK_FILE).write_text(owner())
+    create = lock._create
+
+    def create_late(path: Path, content: str) -> bool:
+        is_created = create(path, content)
+        if not is_created:
+            path.unlink()
+        return is_created
+
+    monkeypatch.setattr(lock, "_create", create_late)
+    with hold_run(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text()) == json.loads(owner())
 
 
 def test_a_lock_that_was_taken_over_is_not_removed_by_its_old_owner(tmp_path: Path) -> None:

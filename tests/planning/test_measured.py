@@ -49,13 +49,17 @@ def why_not_on_namespaces() -> str | None:
 
 @pytest.mark.parametrize("name", ["zero1", "zero3"])
 def test_two_hosts_send_the_bytes_and_take_the_seconds_of_the_plan(name: str, tmp_path: Path) -> None:
-    """On a slow link, where the step is the network's: 50 Mbit/s, seconds from the formula, bytes from the counters."""
+    """On a slow link, where the step is the network's: 50 Mbit/s, seconds from the formula, bytes from the counters.
+
+    The fastest of three steps is compared: other work of the machine makes steps longer, and none shorter.
+    """
     reason = why_not_on_namespaces()
     if reason:
         pytest.skip(reason)
     with namespaces(2):
-        (free, _) = run_ranks(network_plan.setting(name, 1, 2), 2, tmp_path / "free", True)
+        (free, _) = run_ranks(network_plan.setting(name, 1, 3), 2, tmp_path / "free", True)
         throttle(2, 50)
-        (slow, _) = run_ranks(network_plan.setting(name, 1, 1), 2, tmp_path / "slow", True)
+        (slow, _) = run_ranks(network_plan.setting(name, 1, 3), 2, tmp_path / "slow", True)
     assert free["sent"] == pytest.approx(network_plan.planned_bytes(name, 2, accumulation=1), rel=0.02)
-    assert slow["seconds"] == pytest.approx(network_plan.predicted_seconds(name, 50, free), rel=0.2)
+    alone = free | {"seconds": free["fastest"]}
+    assert slow["fastest"] == pytest.approx(network_plan.predicted_seconds(name, 50, alone), rel=0.2)

@@ -38,6 +38,9 @@ def test_what_is_there_already_needs_no_more_room(tmp_path: Path, small_disk: Ca
     leftover = commit(disk / "run", ".step_00000004.partial")
     (leftover / "shard.pt").write_bytes(bytes(3 * MIB))
     refuse_too_little_room(disk / "run", need, keep_last=3)
+    (leftover / "shard_of_a_run_at_work.pt").symlink_to("committed_in_this_moment.pt")
+    with pytest.raises(Refusal, match="3 checkpoints need"):
+        refuse_too_little_room(disk / "run", need, keep_last=3)
     leftover.rename(leftover.with_name("mine"))
     with pytest.raises(Refusal, match="3 checkpoints need"):
         refuse_too_little_room(disk / "run", need, keep_last=3)

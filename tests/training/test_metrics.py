@@ -147,12 +147,13 @@ def test_the_time_that_a_run_was_up_goes_on_after_a_resume(tmp_path: Path) -> No
     log_steps(tmp_path, 4, 8)
     seconds = [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert seconds == sorted(seconds)
-    metrics = MetricsLogger(tmp_path, {}, 10, Progress(8, 64, 800), "{}", began=time.perf_counter() - 60)
+    began = time.perf_counter() - 60
+    metrics = MetricsLogger(tmp_path, {}, 10, Progress(8, 64, 800), "{}", began=began)
     metrics.log(9, 900, {})
     metrics.close()
     assert metrics.reached == 8
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-    assert seconds[-1] + 60 <= last < seconds[-1] + 120
+    assert seconds[-1] + 60 <= last <= seconds[-1] + time.perf_counter() - began + 0.001  # rounded
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "tokens": 700, "seconds": 99.0}\n')  # of a save, which comes late
     assert Rows(tmp_path / "metrics.jsonl", 8).reached == 9
@@ -191,11 +192,11 @@ def test_tensorboard_goes_where_the_json_says(section: dict, expected: str) -> N
 
 
 def test_clock_adds_up_phases_and_starts_again() -> None:
-    clock = PhaseClock(CPU)
+    clock, started = PhaseClock(CPU), time.perf_counter()
     for _ in range(3):
         with clock.phase("forward"):
             time.sleep(0.01)
-    assert 0.03 <= clock.read()["forward"] < 1
+    assert 0.03 <= clock.read()["forward"] <= time.perf_counter() - started
     assert clock.read() == {}
 
 

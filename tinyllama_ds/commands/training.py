@@ -147,7 +147,8 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 def _describe(placement: "Placement", arguments: list[str]) -> int:
     """The dry run. Its port is free on this machine; a real start asks the first host for one."""
-    from tinyllama_ds.launch.launcher import describe_launch, free_port
+    from tinyllama_ds.launch.launcher import describe_launch
+    from tinyllama_ds.network import free_port
 
     port = placement.master_port or free_port()
     directory = Path(tempfile.gettempdir()) / f"tinyllama-ds-{os.getpid()}"

@@ -22,6 +22,8 @@ from tinyllama_ds.launch.probe import listen
 from tinyllama_ds.network import local_address_towards
 
 ANSWER_SECONDS = 30  # for one answer of one host; all hosts are asked at the same time
+_LEAVE_SECONDS = 30  # for all probes together to leave, each with its token
+_LAST_WORDS_SECONDS = 2  # for all that a probe which has failed says about it
 _CLOCK_SECONDS = 2.0  # tolerated difference
 _LEAST_FREE_GIB = 1.0
 _BUSY_MIB = 1024  # in use on a GPU before the run starts
@@ -90,23 +92,38 @@ class _Conversation:
         except ValueError:
             return f"answered {line[:80].decode(errors='replace')!r} instead of JSON"
 
-    def end(self) -> None:
-        """Close the probe's input, at which it leaves."""
+    def hang_up(self) -> None:
+        """Close the probe's input, at which it takes its token away and leaves."""
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             if pipe is not None:
                 pipe.close()
+
+    def end(self, deadline: float) -> None:
+        """Wait for the probe's end, or bring it about."""
         try:
-            self._process.wait(5)
+            self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
     def _last_words(self) -> str:
         assert self._process.stderr is not None
-        readable = select.select([self._process.stderr], [], [], 2)[0]
-        text = os.read(self._process.stderr.fileno(), 1 << 16).decode(errors="replace") if readable else ""
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        text, deadline = b"", time.monotonic() + _LAST_WORDS_SECONDS
+        while select.select([self._process.stderr], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            received = os.read(self._process.stderr.fileno(), 1 << 16)
+            if not received:
+                break
+            text += received
+        lines = [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
         return lines[-1] if lines else "the connection was closed"
+
+
+def _end_all(talks: Sequence[_Conversation]) -> None:
+    for talk in talks:
+        talk.hang_up()
+    deadline = time.monotonic() + _LEAVE_SECONDS
+    for talk in talks:
+        talk.end(deadline)
 
 
 def ssh_command(host: str, command: Sequence[str], port: int | None = None) -> list[str]:
@@ -129,8 +146,7 @@ def examine(placement: Placement, data: Path | None, run_dir: Path | None) -> Ex
             _Conversation(host.name, is_here=_starts_here(host, placement), ssh_port=placement.ssh_port)
             for host in placement.hosts
         ]
-        for talk in (*talks, here):
-            stack.callback(talk.end)
+        stack.callback(_end_all, [*talks, here])
         answers = _ask_all([*talks, here], [question | {"token": f"{token}-{n}"} for n in (*range(len(talks)), "here")])
         reference = answers.pop()
         if not isinstance(reference, dict):

@@ -12,8 +12,9 @@ from pathlib import Path
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.launch.doctor import Examined, examine, ssh_command, table
 from tinyllama_ds.launch.hostfile import Host, write_filter
-from tinyllama_ds.launch.launcher import Placement, free_port, start_launcher
+from tinyllama_ds.launch.launcher import Placement, start_launcher
 from tinyllama_ds.launch.supervisor import Started
+from tinyllama_ds.network import free_port
 
 _WAIT_SECONDS = 600  # for a host to come back
 _KILL_SECONDS = 15

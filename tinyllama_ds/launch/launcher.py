@@ -14,6 +14,7 @@ import psutil
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.launch.environment import check_argument, forwarded, is_secret, without_secrets, write_file
 from tinyllama_ds.launch.hostfile import Host, write_filter
+from tinyllama_ds.network import free_port
 
 PRETRAIN_SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
 MEASURE_SCRIPT = PRETRAIN_SCRIPT.with_name("measure.py")
@@ -143,13 +144,6 @@ def _launcher_args(placement: Placement) -> str:
         ours = ["--bind-to", "none", "--map-by", "slot", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
         ours += ["--mca", "plm_rsh_args", f"'-p {placement.ssh_port}'"] if placement.ssh_port else []
     return " ".join([*ours, placement.launcher_args]).strip()
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def is_this_machine(name: str) -> bool:

@@ -21,10 +21,11 @@ SILENCE_SECONDS = 30
 _PING_SECONDS = 2
 _GATHER_SECONDS = 240  # from the first rank that comes to life to the last
 _END_SECONDS = 3  # from the cut to the end of the ranks
+_STACKS_SECONDS = 10  # for the answers of those that can
 _LONGEST_MESSAGE = 1 << 20
 
 
-@dataclass
+@dataclass(eq=False)
 class _Rank:
     """One connection; `number` is None until the rank has said who it is."""
 
@@ -34,7 +35,12 @@ class _Rank:
     host: str = "?"
     group: int = 0
     has_left: bool = False
+    has_shown_stacks: bool = False
     received: bytes = field(default=b"", repr=False)
+
+    @property
+    def is_expected_to_answer(self) -> bool:
+        return self.number is not None and not self.has_shown_stacks
 
 
 def lifeline_value(address: str, port: int, token: str, patience: int = 0) -> str:
@@ -80,10 +86,10 @@ class Lifeline:
         return self._death or self._error or self._silent(now) or self._missing(now)
 
     def stacks(self) -> None:
-        """Ask all ranks for their stacks, and wait for the answers."""
+        """Ask all ranks for their stacks, and wait for the answers of those that can."""
         self._tell({"stacks": True})
-        end = time.monotonic() + 3
-        while time.monotonic() < end:
+        end = time.monotonic() + _STACKS_SECONDS
+        while any(rank.is_expected_to_answer for rank in self._ranks) and time.monotonic() < end:
             self.look()
             time.sleep(0.1)
 
@@ -100,6 +106,7 @@ class Lifeline:
         left = [(self._host_of(rank), rank.group) for rank in self._ranks if rank.number is not None]
         for rank in self._ranks:
             rank.connection.close()
+        self._ranks.clear()
         self._selector.close()
         self._server.close()
         return left
@@ -117,19 +124,15 @@ class Lifeline:
         self._selector.register(connection, selectors.EVENT_READ, rank)
 
     def _hear(self, rank: _Rank, now: float) -> None:
-        try:
-            received = rank.connection.recv(1 << 16)
-        except BlockingIOError:
-            return
-        except OSError:
-            received = b""
-        rank.heard_at = now
-        rank.received += received
-        *lines, rank.received = rank.received.split(b"\n")
-        for line in lines:
-            self._take(rank, line)
-        if not received or len(rank.received) > _LONGEST_MESSAGE:
-            self._drop(rank)
+        """Take in all that has come, the end too: a death must not be heard after the errors that it causes."""
+        while rank in self._ranks and (received := _receive(rank.connection)) is not None:
+            rank.heard_at = now
+            rank.received += received
+            *lines, rank.received = rank.received.split(b"\n")
+            for line in lines:
+                self._take(rank, line)
+            if not received or len(rank.received) > _LONGEST_MESSAGE:
+                self._drop(rank)
 
     def _take(self, rank: _Rank, line: bytes) -> None:
         try:
@@ -148,6 +151,7 @@ class Lifeline:
             (self._directory / f"rank_{rank.number}").write_text(beat)
         if "stacks" in message:
             (self._directory / f"stacks_{rank.number}").write_text(message["stacks"])
+            rank.has_shown_stacks = True
         if "error" in message:
             rank.has_left = True
             self._error = self._error or f"{_name(rank)}: {message['error']}"
@@ -156,11 +160,11 @@ class Lifeline:
             self.code = message["farewell"] if self.code is None else self.code
 
     def _drop(self, rank: _Rank) -> None:
-        with suppress(KeyError):
-            self._selector.unregister(rank.connection)
+        if rank not in self._ranks:  # a stranger, at the first of several lines
+            return
+        self._ranks.remove(rank)
+        self._selector.unregister(rank.connection)
         rank.connection.close()
-        if rank in self._ranks:
-            self._ranks.remove(rank)
         if rank.number is not None and not rank.has_left:
             self._death = self._death or f"{_name(rank)} has died"
 
@@ -189,3 +193,13 @@ class Lifeline:
 
 def _name(rank: _Rank) -> str:
     return f"rank {rank.number} on {rank.host}"
+
+
+def _receive(connection: socket.socket) -> bytes | None:
+    """What has come over a connection; nothing at its end, None where there is no more at the moment."""
+    try:
+        return connection.recv(1 << 16)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""

@@ -47,10 +47,11 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
     path = run_dir / LOCK_FILE
     ours = json.dumps(_owner())
     while not _create(path, ours):
-        held = path.read_text()
-        if not _is_dead(path, held):
-            raise Refusal(f"{run_dir}: is in use by {_name(held)}")
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # its owner lets go of it in this moment
+            held = path.read_text()
+            if not _is_dead(path, held):
+                raise Refusal(f"{run_dir}: is in use by {_name(held)}")
+            path.unlink()
     try:
         yield RunLock(path, ours)
     finally:
@@ -64,9 +65,10 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
 def is_held(run_dir: Path) -> bool:
     """Whether somebody alive holds a run directory; of an owner on another host that is taken for granted."""
     path = run_dir / LOCK_FILE
-    if not path.exists():
+    try:
+        held = path.read_text()
+    except FileNotFoundError:
         return False
-    held = path.read_text()
     return json.loads(held)["host"] != socket.gethostname() or not _is_dead(path, held)
 
 
@@ -95,7 +97,7 @@ def _boot_id() -> str:
 
 def _create(path: Path, content: str) -> bool:
     """A file with its content at once or not at all: link() is atomic, on NFS too."""
-    own = path.with_name(f".{path.name}.{os.getpid()}")
+    own = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     own.write_text(content)
     try:
         path.hardlink_to(own)
@@ -118,4 +120,4 @@ def _is_dead(path: Path, held: str) -> bool:
 def _is_silent(path: Path) -> bool:
     before = path.stat().st_mtime_ns
     time.sleep(_SILENCE_SECONDS)
-    return path.exists() and path.stat().st_mtime_ns == before
+    return path.stat().st_mtime_ns == before

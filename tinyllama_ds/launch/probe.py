@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Thread
 
-from tinyllama_ds.network import interface_of, local_address_towards
+from tinyllama_ds.network import free_port, interface_of, local_address_towards
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "sentencepiece", "flash-attn", "nvidia-nccl-cu12")
 _PACKAGE = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def report(data: str | None, run_dir: str | None, token: str) -> dict:
         "free": {path: _free_bytes(Path(path)) for path in (run_dir, tempfile.gettempdir()) if path},
         "data": None if data is None else data_digest(Path(data)),
         "run_dir_error": None if run_dir is None else _leave_token(Path(run_dir), token),
-        "free_port": _free_port(),
+        "free_port": free_port(),
     }
 
 
@@ -120,12 +120,6 @@ def _leave_token(run_dir: Path, token: str) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def _connect(host: str, port: int) -> str | None:

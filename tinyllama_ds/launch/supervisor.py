@@ -23,7 +23,7 @@ _CODES_OF_STATES = {"finished": EXIT_FINISHED, "stopped": EXIT_RESTART, "rolled 
 _MAX_FAILURES = 3  # in a row without a new checkpoint
 _STOP_SECONDS = 25  # from the wish to stop to the end of all processes; a scheduler often kills after 30
 _POLL_SECONDS = 0.2
-_STACK_SECONDS, _STACK_LOOKS = 0.5, 10  # between two looks at the stacks, and how often before it goes on without some
+_STACK_SECONDS, _STACK_LOOKS = 1.0, 10  # between two looks at the stacks, and how often before it goes on without some
 _CRASHED = 1
 
 _HOSTS_SECONDS = 10  # between two looks for hosts that are missing
@@ -200,7 +200,7 @@ def _wait(
     failed = watchdog.failed_rank()  # its last words
     if failed is not None:
         return watchdog.code_of_failure(failed, status_file)
-    return _exit_code(process.returncode, status_file)
+    return _exit_code(watchdog.farewell() or process.returncode, status_file)
 
 
 def _exit_code(code: int, status_file: Path) -> int:
@@ -238,6 +238,16 @@ class _Watchdog:
     def failed_rank(self) -> str | None:
         """A sentence about the first rank on any host that said why it ends, died, or fell silent."""
         return None if self._lifeline is None else self._lifeline.look()
+
+    def farewell(self) -> int:
+        """The code other than 0 with which a rank has said that it ends; 0 where none has.
+
+        The launcher's own may be that of a rank which only lost this one: it looks once a second.
+        """
+        if self._lifeline is not None:
+            return self._lifeline.code or 0
+        codes = (_read_beat(file).get("code") for file in sorted(self._directory.glob("rank_*")))
+        return next(filter(None, codes), 0)
 
     def code_of_failure(self, failed: str, status_file: Path) -> int:
         """What a rank's end means: nothing, where the launcher ended it because another had come to a regular end."""

@@ -32,18 +32,16 @@ class Heartbeat:
             # Written by the C handler itself, so that a rank that holds the interpreter lock answers too.
             faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
             _die_with(int(os.environ[SUPERVISOR_VARIABLE]))
+        self._step = 0
         line = os.environ.get(LIFELINE_VARIABLE)
         self._lifeline = None if line is None else _Lifeline(line, rank)
 
     def beat(self, step: int, doing: str) -> None:
         """Say that this rank got as far as `step`, and what it does now."""
+        self._step = step
         if self._lifeline is not None:
             self._lifeline.say({"step": step, "doing": doing})
-        if self._file is None:
-            return
-        beat = json.dumps({"pid": os.getpid(), "step": step, "doing": doing}).ljust(_BEAT_BYTES)
-        # In place: the block that the first beat took is still there on a full disk. The time of change is what counts.
-        os.pwrite(self._file.fileno(), beat.encode(), 0)
+        self._write({"doing": doing})
 
     def fail(self, error: BaseException) -> None:
         """Say why this rank is about to end; the supervisor shows the first such sentence of a run."""
@@ -54,6 +52,14 @@ class Heartbeat:
         """Say that this rank ends as it should, and its exit code."""
         if self._lifeline is not None:
             self._lifeline.say({"farewell": code})
+        self._write({"doing": "leaving", "code": code})
+
+    def _write(self, beat: dict) -> None:
+        if self._file is None:
+            return
+        text = json.dumps({"pid": os.getpid(), "step": self._step} | beat).ljust(_BEAT_BYTES)
+        # In place: the block that the first beat took is still there on a full disk. The time of change is what counts.
+        os.pwrite(self._file.fileno(), text.encode(), 0)
 
 
 class _Lifeline:

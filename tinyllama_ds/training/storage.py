@@ -44,12 +44,19 @@ def refuse_too_little_room(run_dir: Path, need: Need, keep_last: int) -> None:
     times = max(1, keep_last + 1 - len(find_checkpoints(run_dir)))
     wanted, place = need * times, _existing(run_dir / CHECKPOINTS)
     found = _free(place)
-    swept = sum(file.stat().st_size for path in find_leftovers(run_dir) for file in path.rglob("*"))
+    swept = sum(map(_bytes_in, find_leftovers(run_dir)))
     what = f"{times} checkpoint{'s' if times > 1 else ''}"
     if found.size + swept < wanted.size:
         raise Refusal(f"{place}: {what} need {_bytes(wanted.size)}, and {_bytes(found.size + swept)} are free there")
     if found.files < wanted.files:
         raise Refusal(f"{place}: {what} need {wanted.files} files, and the file system has {found.files} inodes left")
+
+
+def _bytes_in(leftover: Path) -> int:
+    try:
+        return sum(file.stat().st_size for file in leftover.rglob("*"))
+    except FileNotFoundError:  # it is none: the run is at work, and has committed it in this moment
+        return 0
 
 
 def require_room(folder: Path, need: Need) -> None:

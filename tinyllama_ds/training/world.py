@@ -20,7 +20,7 @@ _LAUNCHERS = {
     "Slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
 }
 _DEFAULT_PORT = "29500"
-_TURN_SECONDS = 15  # by which rank 0 may be later than the others
+_TURN_SECONDS = 30  # by which rank 0 may be later than the others
 
 
 @dataclass(frozen=True)
