@@ -36,6 +36,7 @@ MAY_IMPORT = {
         "evaluation",
         "model",
         "model_folder",
+        "convert",
         "data",
         "recipe",
         "deepspeed_config",

@@ -10,6 +10,7 @@ import numpy as np
 from tinyllama_ds.evaluation.history import History
 
 _MIXTURE_COLUMNS = 96
+_MARKERS = "osD^vPX"
 
 
 def first_token(history: History) -> int:
@@ -109,6 +110,22 @@ def draw_stalls(axis: Any, history: History) -> None:
     axis.plot(tokens, seconds, "o", markersize=3.5, clip_on=False)
     _from_zero(axis)
     _finish(axis, history, "seconds of a stall")
+
+
+def draw_tasks(axis: Any, history: History, metric: str) -> None:
+    """What every task that has a metric scored along the way, with standard errors."""
+    rows = [row for row in history.tasks if row["metric"] == metric]
+    for number, task in enumerate(dict.fromkeys(row["task"] for row in rows)):
+        chosen = [row for row in rows if row["task"] == task]
+        tokens, values = ([row[key] for row in chosen] for key in ("tokens", "value"))
+        errors = [row["stderr"] or 0.0 for row in chosen]
+        label = f"{task}: {values[-1]:.4g}"
+        marker = _MARKERS[number % len(_MARKERS)]  # there are fewer colours than tasks
+        axis.errorbar(
+            tokens, values, errors, marker=marker, markersize=3.5, linewidth=0.9, capsize=2, label=label, clip_on=False
+        )
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _finish(axis, history, metric)
 
 
 def draw_mixture(axis: Any, history: History) -> None:
