@@ -10,7 +10,7 @@ import numpy as np
 from tinyllama_ds.evaluation.history import History
 
 _MIXTURE_COLUMNS = 96
-_MARKERS = "osD^vPX"
+_LINES = ("-", "--", ":", "-.")  # where there are fewer colours than lines
 
 
 def first_token(history: History) -> int:
@@ -113,17 +113,20 @@ def draw_stalls(axis: Any, history: History) -> None:
 
 
 def draw_tasks(axis: Any, history: History, metric: str) -> None:
-    """What every task that has a metric scored along the way, with standard errors."""
-    rows = [row for row in history.tasks if row["metric"] == metric]
-    for number, task in enumerate(dict.fromkeys(row["task"] for row in rows)):
-        chosen = [row for row in rows if row["task"] == task]
-        tokens, values = ([row[key] for row in chosen] for key in ("tokens", "value"))
-        errors = [row["stderr"] or 0.0 for row in chosen]
-        label = f"{task}: {values[-1]:.4g}"
-        marker = _MARKERS[number % len(_MARKERS)]  # there are fewer colours than tasks
+    """Scores along the way by one metric, with standard errors; a task looks alike in all charts."""
+    from matplotlib import rcParams
+
+    colours = len(rcParams["axes.prop_cycle"])
+    for number, task in enumerate(dict.fromkeys(row["task"] for row in history.tasks)):
+        rows = [row for row in history.tasks if (row["task"], row["metric"]) == (task, metric)]
+        if not rows:
+            continue
+        tokens, values = ([row[key] for row in rows] for key in ("tokens", "value"))
+        errors = [row["stderr"] or 0.0 for row in rows]
         axis.errorbar(
-            tokens, values, errors, marker=marker, markersize=3.5, linewidth=0.9, capsize=2, label=label, clip_on=False
-        )
+            tokens, values, errors, color=f"C{number % colours}", linestyle=_LINES[number // colours % len(_LINES)],
+            marker="o", markersize=3.5, linewidth=0.9, capsize=2, label=f"{task}: {values[-1]:.4g}", clip_on=False,
+        )  # fmt: skip
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     _finish(axis, history, metric)
 
