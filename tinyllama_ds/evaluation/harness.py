@@ -162,7 +162,7 @@ def _seed(tasks: dict[str, Any]) -> None:
 @contextmanager
 def _forking(may_fork: bool) -> Iterator[None]:
     """While it may not, lm-eval resamples in this process."""
-    if may_fork:
+    if may_fork or _NO_FORKS in os.environ:
         yield
         return
     os.environ[_NO_FORKS] = "1"
