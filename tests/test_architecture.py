@@ -37,6 +37,7 @@ MAY_IMPORT = {
         "evaluation",
         "model",
         "model_folder",
+        "convert",
         "data",
         "recipe",
         "deepspeed_config",

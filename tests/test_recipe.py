@@ -8,7 +8,7 @@ from tinyllama_ds.deepspeed_config import load_deepspeed_config
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.plan import RunPlan
-from tinyllama_ds.recipe import RECIPE_DIRECTORY, GuardSettings, Samples, load_recipe
+from tinyllama_ds.recipe import RECIPE_DIRECTORY, Evaluation, GuardSettings, Samples, load_recipe
 from tinyllama_ds.training.schedule import make_schedule
 
 SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
@@ -238,5 +238,41 @@ def test_samples_are_off_unless_the_recipe_has_prompts(tmp_path: Path) -> None:
 def test_wrong_samples_are_refused(old: str, new: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(VALID + SAMPLES.replace(old, new))
+    with pytest.raises(Refusal, match=sentence):
+        load_recipe(str(path))
+
+
+EVALUATION = '\n[evaluation]\ntasks = ["commonsense", "mine.yaml", "/a/b.yml"]\nevery_tokens = 640\n'
+
+
+def test_nothing_is_scored_unless_the_recipe_has_tasks(tmp_path: Path) -> None:
+    """Files are beside the recipe, wherever the ranks are started."""
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert load_recipe(str(path)).evaluation == Evaluation()
+    path.write_text(VALID + EVALUATION)
+    tasks = ("commonsense", str(tmp_path / "mine.yaml"), "/a/b.yml")
+    assert load_recipe(str(path)).evaluation == Evaluation(tasks, 640, None, 32, None)
+    path.write_text(VALID + EVALUATION + 'limit = 9\nbatch_size = 4\ndata_dir = "sets"\n')
+    assert load_recipe(str(path)).evaluation == Evaluation(tasks, 640, 9, 4, str(tmp_path / "sets"))
+    assert [name for name in SHIPPED if load_recipe(name).evaluation.tasks] == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (
+            '["commonsense", "mine.yaml", "/a/b.yml"]',
+            "[]",
+            r"mine.toml: evaluation: tasks is \[\]; expected an array of",
+        ),
+        ("every_tokens = 640", "", "evaluation: the key 'every_tokens' is missing"),
+        ("every_tokens", "limit = 0\nevery_tokens", "evaluation: limit is 0; expected 1 or more"),
+        ("every_tokens", "shots = 5\nevery_tokens", "evaluation: unknown key 'shots'; the keys are tasks, "),
+    ],
+)
+def test_a_wrong_evaluation_is_refused(old: str, new: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID + EVALUATION.replace(old, new))
     with pytest.raises(Refusal, match=sentence):
         load_recipe(str(path))

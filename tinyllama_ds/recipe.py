@@ -11,6 +11,7 @@ from typing import Any
 from tinyllama_ds.errors import Refusal
 
 RECIPE_DIRECTORY = Path(__file__).parent / "recipes"
+TASK_FILES = (".yaml", ".yml")  # of lm-eval
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What lm-eval scores the model on, now and then while it is trained; nothing without tasks."""
+
+    tasks: tuple[str, ...] = ()  # suites, tasks or groups of lm-eval, and YAML files of tasks
+    every_tokens: int = 0
+    limit: int | None = None  # of documents, the first of each task
+    batch_size: int = 32  # per rank
+    data_dir: str | None = None  # with datasets on disk; the hub is left alone
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything about a run that does not depend on the machines it runs on."""
 
@@ -75,6 +87,7 @@ class Recipe:
     document_mask: bool = False  # attention inside documents only; TinyLlama's sees all of a packed row
     guard: GuardSettings = GuardSettings()
     samples: Samples = Samples()
+    evaluation: Evaluation = Evaluation()
 
     @property
     def sources(self) -> list[str]:
@@ -118,6 +131,7 @@ def _parse(raw: dict, path: Path) -> Recipe:
         document_mask=top.switch("document_mask") if top.holds("document_mask") else False,
         guard=_parse_guard(_Table(top.table("guard") if top.holds("guard") else {}, f"{path}: guard")),
         samples=_parse_samples(_Table(top.table("samples"), f"{path}: samples")) if top.holds("samples") else Samples(),
+        evaluation=_parse_evaluation(top, path) if top.holds("evaluation") else Evaluation(),
     )
     top.finish()
     _check(recipe, path)
@@ -152,6 +166,21 @@ def _parse_samples(table: "_Table") -> Samples:
     samples = Samples(tuple(table.texts("prompts")), table.positive("every_tokens"), table.positive("new_tokens"))
     table.finish()
     return samples
+
+
+def _parse_evaluation(top: "_Table", path: Path) -> Evaluation:
+    """Its paths are absolute or beside the recipe: ranks need not have this process's working directory."""
+    table = _Table(top.table("evaluation"), f"{path}: evaluation")
+    here = path.absolute().parent
+    evaluation = Evaluation(
+        tasks=tuple(str(here / name) if name.endswith(TASK_FILES) else name for name in table.texts("tasks")),
+        every_tokens=table.positive("every_tokens"),
+        limit=table.positive("limit") if table.holds("limit") else None,
+        batch_size=table.positive("batch_size") if table.holds("batch_size") else Evaluation.batch_size,
+        data_dir=str(here / table.text("data_dir")) if table.holds("data_dir") else None,
+    )
+    table.finish()
+    return evaluation
 
 
 def _parse_stage(table: "_Table") -> Stage:

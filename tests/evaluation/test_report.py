@@ -68,6 +68,12 @@ def write_run(run: Path, steps: int = STEPS, state: str = "finished") -> Path:
         {"step": n, "tokens": n * STEP_TOKENS, "prompt": HOSTILE, "text": f"&amp;{HOSTILE} {n}"} for n in range(20)
     ]
     write_lines(run / "samples.jsonl", samples)
+    along = [
+        {"step": n, "tokens": n * STEP_TOKENS, "task": name, "metric": metric, "value": n / steps, "stderr": error}
+        for n in range(60, steps + 1, 60)
+        for name, metric, error in (("piqa", "acc", 0.01), ("b$x$", "acc", None), (HOSTILE, "word_perplexity", None))
+    ]
+    write_lines(run / "tasks.jsonl", along)
     task = {"task": "piqa", "metric": "acc_norm", "value": 0.51234, "stderr": None}
     (run / "scores" / "mine.json").write_text(json.dumps({"tokens": 61_440, "scores": [task]}))
     percent = [{"benchmark": "PIQA", "value": 51.234, "stderr": 1.2}]
@@ -183,12 +189,20 @@ def test_every_text_is_escaped_and_nothing_is_fetched(run: Path) -> None:
 def test_the_page_tells_everything(run: Path) -> None:
     page = page_of(run)
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.S)
-    assert len([ElementTree.fromstring(drawing) for drawing in drawings]) == 10
+    assert len([ElementTree.fromstring(drawing) for drawing in drawings]) == 12
     for text in ("after a failure, by the supervisor", "after a rollback", ">13<", "rolled back", "808 to 815"):
         assert text in page, text
     for text in ("Pythia-1.0B", ">70.70<", ">51.23 ± 1.20<", "a misprint", ">0.5123<", "300 B", "step_00000240/suite"):
         assert text in page, text
     assert "torn" not in page
+    for text in (
+        "Scores along the way",
+        "<figcaption>acc</figcaption>",
+        "<figcaption>word_perplexity<",
+        "piqa: 1",
+        "b$x$: 1",
+    ):
+        assert text in page, text
     for text in ("n1 (2 ranks)", "torch", "b$x$", "clipped at 1"):
         assert text in page, text
     assert [name for name, _ in stage_starts(read_history(run))] == ["basic", HOSTILE]

@@ -105,7 +105,7 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
 def test_an_absent_lm_eval_is_named_with_the_way_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(
-        Refusal, match=r"evaluate needs lm_eval, which is not installed; pip install tinyllama_ds\[eval\]"
+        Refusal, match=r"scoring on tasks needs lm_eval, which is not installed; pip install tinyllama_ds\[eval\]"
     ):
         tasks.require_lm_eval()
 

@@ -16,6 +16,7 @@ from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 
+from tinyllama_ds.evaluation.scores import Score
 from tinyllama_ds.training import sinks
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, peak_flops, tensorboard_directory
@@ -110,7 +111,7 @@ def test_tensorboard_opens_with_the_figures_in_groups(tmp_path: Path) -> None:
     """Read back by TensorBoard's own plugin, after a resume too; every figure of a run is in some chart."""
     names = ["Train/Loss", "Train/LearningRate", "Train/BatchTokens", "Train/GradNorm", "Validation/Loss/a", "Tokens/a"]
     names += ["Speed/TokensPerSecond", "Speed/MFU", "Seconds/data", "Ranks/Median", "Memory/PeakGiB"]
-    names += ["Guard/SkippedSteps", "Guard/Spikes", "Checkpoint/Seconds", "Checkpoint/StallSeconds"]
+    names += ["Guard/SkippedSteps", "Guard/Spikes", "Checkpoint/Seconds", "Checkpoint/StallSeconds", "Tasks/piqa/acc"]
     for first in (0, 4):
         metrics = MetricsLogger(tmp_path, {}, 10, Progress(first, first * 8, first * 100), "{}")
         metrics.log(first + 1, 100 * first + 100, dict.fromkeys(names, 1.0))
@@ -120,11 +121,33 @@ def test_tensorboard_opens_with_the_figures_in_groups(tmp_path: Path) -> None:
     plugin = CustomScalarsPlugin(TBContext(data_provider=provider))
     layout = json.loads(plugin.layout_impl(RequestContext(), ""))
     assert [category["title"] for category in layout["category"]] == [
-        "Loss", "Schedule", "Speed", "Guard", "Checkpoint",
+        "Loss", "Tasks", "Schedule", "Speed", "Guard", "Checkpoint",
     ]  # fmt: skip
     patterns = [p for category in layout["category"] for c in category["chart"] for p in c["multiline"]["tag"]]
     assert [name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns)] == []
-    assert re.fullmatch(patterns[2], "OverTokens/Validation/Loss/a")
+    over_tokens = [tag for tag in multiplexer.Runs()["over_tokens"]["tensors"] if tag.startswith("OverTokens/")]
+    assert sorted(over_tokens) == [
+        f"OverTokens/{name}" for name in ("Tasks/piqa/acc", "Train/Loss", "Validation/Loss/a")
+    ]
+    assert [sum(bool(re.fullmatch(pattern, name)) for pattern in patterns) for name in over_tokens] == [1, 1, 1]
+
+
+def test_scores_have_rows_with_their_errors_and_are_forgotten_with_the_steps_that_are_done_again(
+    tmp_path: Path,
+) -> None:
+    for first, value in ((0, 0.25), (2, 0.5)):
+        metrics = MetricsLogger(tmp_path, {}, 10, Progress(first, first * 8, first * 100), "{}")
+        for step in range(first + 1, first + 4):
+            metrics.log_scores(step, step * 100, [Score("piqa", "acc", value, 0.125, 9, 0, "1.0")])
+        metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "tasks.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["value"]) for row in rows] == [(1, 0.25), (2, 0.25), (3, 0.5), (4, 0.5), (5, 0.5)]
+    assert rows[0] == {"step": 1, "tokens": 100, "task": "piqa", "metric": "acc", "value": 0.25, "stderr": 0.125,
+                       "documents": 9, "shots": 0, "version": "1.0"}  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("Tasks/piqa/acc")] == [
+        (row["step"], row["value"]) for row in rows
+    ]
 
 
 def test_samples_are_forgotten_with_the_steps_that_are_done_again(tmp_path: Path) -> None:

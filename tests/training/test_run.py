@@ -11,6 +11,7 @@ import pytest
 from launching import BATCH, SEQUENCE_LENGTH, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.recipe import Evaluation, Samples
 from tinyllama_ds.training.checkpoint import Health, Progress
 from tinyllama_ds.training.ledger import ROLLED_BACK, Entry, record
 from tinyllama_ds.training.pretrain import tell_changes
@@ -111,6 +112,15 @@ def test_a_refusal_shows_every_change_and_the_names_that_allow_them(options: Opt
     assert "cos_min_ratio" in str(refusal.value)
     assert "lr" not in str(refusal.value)
     assert check_run_directory(resolve(replace(options, allow_change=tuple(changes)))) is None
+
+
+def test_what_is_looked_at_along_the_way_may_change(options: Options) -> None:
+    run = resolve(options)
+    open_run_directory(run)
+    recipe = replace(run.recipe, evaluation=Evaluation(("piqa",), 640), samples=Samples(("the",), 640, 2))
+    changed = replace(run, description=run.description | {"recipe": recipe.to_dict()})
+    assert check_run_directory(changed) is None
+    assert "recipe.evaluation.tasks" in [change.key for change in open_run_directory(changed, step=2)]
 
 
 def test_what_was_run_with_what_is_never_lost(options: Options) -> None:

@@ -154,7 +154,7 @@ def _evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
     ranks = _join(world)
     tasks = _load_tasks(options, benchmarks, world)
     model, tokenizer, tokens = _load_model(options, world)
-    results = evaluate(language_model(model, tokenizer, options.batch_size), tasks, ranks, options.limit)
+    results = evaluate(lambda: language_model(model, tokenizer, options.batch_size), tasks, ranks, options.limit)
     if not world.is_main:
         return EXIT_FINISHED
     versions = {package: version(package) for package in _PACKAGES}

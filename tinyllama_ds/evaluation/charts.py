@@ -10,6 +10,7 @@ import numpy as np
 from tinyllama_ds.evaluation.history import History
 
 _MIXTURE_COLUMNS = 96
+_LINES = ("-", "--", ":", "-.")  # where there are fewer colours than lines
 
 
 def first_token(history: History) -> int:
@@ -109,6 +110,25 @@ def draw_stalls(axis: Any, history: History) -> None:
     axis.plot(tokens, seconds, "o", markersize=3.5, clip_on=False)
     _from_zero(axis)
     _finish(axis, history, "seconds of a stall")
+
+
+def draw_tasks(axis: Any, history: History, metric: str) -> None:
+    """Scores along the way by one metric, with standard errors; a task looks alike in all charts."""
+    from matplotlib import rcParams
+
+    colours = len(rcParams["axes.prop_cycle"])
+    for number, task in enumerate(dict.fromkeys(row["task"] for row in history.tasks)):
+        rows = [row for row in history.tasks if (row["task"], row["metric"]) == (task, metric)]
+        if not rows:
+            continue
+        tokens, values = ([row[key] for row in rows] for key in ("tokens", "value"))
+        errors = [row["stderr"] or 0.0 for row in rows]
+        axis.errorbar(
+            tokens, values, errors, color=f"C{number % colours}", linestyle=_LINES[number // colours % len(_LINES)],
+            marker="o", markersize=3.5, linewidth=0.9, capsize=2, label=f"{task}: {values[-1]:.4g}", clip_on=False,
+        )  # fmt: skip
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _finish(axis, history, metric)
 
 
 def draw_mixture(axis: Any, history: History) -> None:

@@ -77,7 +77,8 @@ class History:
     starts: list[dict] = field(default_factory=list)
     ledger: list[dict] = field(default_factory=list)
     samples: list[dict] = field(default_factory=list)
-    scores: list[dict] = field(default_factory=list)
+    scores: list[dict] = field(default_factory=list)  # files of `evaluate`
+    tasks: list[dict] = field(default_factory=list)  # scores along the way, one of a task and metric in each row
 
     @property
     def tokens(self) -> int:
@@ -107,6 +108,7 @@ def read_history(run_dir: Path) -> History:
         starts=_read_lines(run_dir / "starts.jsonl"),
         ledger=_read_lines(run_dir / "ledger.jsonl"),
         samples=_read_lines(run_dir / "samples.jsonl"),
+        tasks=_read_lines(run_dir / "tasks.jsonl"),
         scores=[
             content | {"name": f"{file.parent.name}/{file.stem}"}
             for pattern in _SCORES

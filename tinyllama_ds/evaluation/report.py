@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllama_ds.evaluation.charts import PANELS, draw_losses, draw_mixture
+from tinyllama_ds.evaluation.charts import PANELS, draw_losses, draw_mixture, draw_tasks
 from tinyllama_ds.evaluation.history import History
 from tinyllama_ds.page import drawing, folded, page, preformatted, section, table
 
@@ -134,6 +134,9 @@ def report_page(history: History, now: Standing, place: str) -> str:
             section("Starts", _starts(history), "Every start of the run, and the steps that were done again after it."),
             section("Spikes and skipped steps", _spikes(history)),
             section("Samples", _samples(history), "Greedy continuations of the recipe's prompts, as training went on."),
+            section(
+                "Scores along the way", _tasks_over_tokens(history), "On the recipe's tasks; bars are standard errors."
+            ),
             section("Scores", _scores(history)),
             section("Machine", _machine(history)),
             section("Configuration", _configuration(history)),
@@ -237,6 +240,15 @@ def _spread(samples: list[dict]) -> list[dict]:
         return samples
     last = len(samples) - 1
     return [samples[round(number * last / (_MOST_SAMPLES - 1))] for number in range(_MOST_SAMPLES)]
+
+
+def _tasks_over_tokens(history: History) -> str:
+    """A chart for each metric: they have scales of their own."""
+    metrics = dict.fromkeys(row["metric"] for row in history.tasks)
+    return "".join(
+        drawing(lambda axis, metric=metric: draw_tasks(axis, history, metric), metric, is_wide=True)  # type: ignore[misc]
+        for metric in metrics
+    )
 
 
 def _scores(history: History) -> str:

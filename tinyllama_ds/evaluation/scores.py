@@ -67,6 +67,12 @@ def read_scores(results: dict[str, Any], names: Iterable[str] | None = None) -> 
     return tuple(found)
 
 
+def outermost(results: dict[str, Any]) -> set[str]:
+    """Tasks and groups in lm-eval's results that are not part of another group there."""
+    inside = {child for children in results.get("group_subtasks", {}).values() for child in children}
+    return set(results["results"]) - inside
+
+
 def _shots(task: str, results: dict[str, Any]) -> int | None:
     """Of a task, or of all tasks of a group where they are the same."""
     if task in results["n-shot"]:

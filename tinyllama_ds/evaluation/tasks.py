@@ -3,7 +3,7 @@
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,14 +20,13 @@ _READERS = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}  # of the pa
 # Where lm-eval keeps the tasks of our suites: reading all of its 14,000 task files takes half a minute.
 _FOLDERS = ("hellaswag", "openbookqa", "winogrande", "arc", "super_glue/boolq", "piqa", "mmlu/default", "bbh/fewshot",
             "drop", "xwinograd", "xstorycloze", "xnli", "xcopa")  # fmt: skip
-_FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
 def require_lm_eval() -> None:
     """Raises `Refusal` where lm-eval, an optional dependency, is absent."""
     for module in ("lm_eval", "accelerate"):
         if find_spec(module) is None:
-            raise Refusal(f"evaluate needs {module}, which is not installed; pip install tinyllama_ds[eval]")
+            raise Refusal(f"scoring on tasks needs {module}, which is not installed; pip install tinyllama_ds[eval]")
 
 
 def stay_off_the_hub_where_it_is_out_of_reach(seconds: float = 3.0) -> None:
@@ -81,6 +80,24 @@ def load_named(
 ) -> dict[str, Any]:
     """Tasks, groups and tags of lm-eval by name, or YAML files of tasks; `shots` replaces the tasks' own number."""
     return _load(names, data_dir, humaneval_passes, {} if shots is None else dict.fromkeys(names, shots))
+
+
+def load_chosen(names: Sequence[str], data_dir: Path | None) -> dict[str, Any]:
+    """Suites with their published shots, tasks, groups and tags of lm-eval, and YAML files of tasks, all together.
+
+    For where nobody looks on: what runs a model's code is refused.
+    """
+    suites = [SUITES[name] for name in names if name in SUITES]
+    others = [name for name in names if name not in SUITES]
+    if HUMANEVAL in [*others, *(benchmark.task for suite in suites for benchmark in suite)]:
+        raise Refusal(
+            f"{HUMANEVAL} runs code that the model has written; expected it on a checkpoint, with"
+            " `tinyllama-ds evaluate --allow-code-execution`"
+        )
+    parts = [load_suite(suite, data_dir, None) for suite in suites]
+    if others:
+        parts.append(load_named(others, data_dir, None, shots=None))
+    return {kind: {name: it for part in parts for name, it in part[kind].items()} for kind in ("tasks", "groups")}
 
 
 def _load(
@@ -171,7 +188,7 @@ def _load_one(manager: Any, name: str, spec: Any) -> dict[str, Any]:
 
 
 def _prepare(tasks: dict[str, Any], shots: int | None) -> None:
-    """Examples in the prompt as lm-eval's `simple_evaluate` sets them; sampling refused."""
+    """The number of examples in the prompt as lm-eval's `simple_evaluate` sets it; sampling refused."""
     for name, task in tasks.items():
         if (task.config.generation_kwargs or {}).get("do_sample"):
             raise Refusal(f"task {name} samples; expected do_sample: false, for a score that is the same every time")
@@ -179,7 +196,6 @@ def _prepare(tasks: dict[str, Any], shots: int | None) -> None:
             task.set_config(key="num_fewshot", value=shots)
         elif task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
 
 @contextmanager

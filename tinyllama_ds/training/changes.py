@@ -11,7 +11,7 @@ ABSENT = "absent"
 # What decides the result of a run; a directory that holds other values of these holds another run.
 _IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version", "init_from")
 _FREE = {  # may change from start to start
-    "recipe": ("intervals", "validation_samples", "samples"),
+    "recipe": ("intervals", "validation_samples", "samples", "evaluation"),
     "deepspeed_config": (
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # For runs without a supervisor, which alone notices earlier that a host has vanished.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_LOOK_SECONDS = 0.1  # between two looks whether a collective has ended
 
 
 def supports_fast_bf16(device: torch.device) -> bool:
@@ -200,3 +202,34 @@ def receive_from_main(
         received[name] = tensor.to(world.device)
         dist.broadcast(received[name], src=0)
     return received
+
+
+def wait_for_ranks(device: torch.device, meanwhile: Callable[[], None]) -> None:
+    """Until all ranks have come here, call something now and then. Collective."""
+    arrived = dist.all_reduce(torch.zeros(1, device=device), async_op=True)
+    while not arrived.is_completed():
+        meanwhile()
+        time.sleep(_LOOK_SECONDS)
+    arrived.wait()
+
+
+def whole_weights(engine: "DeepSpeedEngine") -> dict[str, torch.Tensor]:
+    """Every parameter on this rank's device: copies where it is partitioned, else the model's own. Collective.
+
+    Raises torch.OutOfMemoryError on the ranks that have no room for the copies, after the last collective.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    weights: dict[str, torch.Tensor] = {}
+    failure = None
+    for name, parameter in engine.module.named_parameters():
+        is_partitioned = parameter.numel() == 0  # under ZeRO-3, but for small ones
+        with GatheredParameters([parameter], enabled=is_partitioned):
+            try:
+                weights[name] = parameter.detach().clone() if is_partitioned else parameter.detach()
+            except torch.OutOfMemoryError as error:
+                failure = error
+                weights.clear()
+    if failure is not None:
+        raise failure
+    return weights

@@ -12,6 +12,8 @@ import torch
 
 from tinyllama_ds.data.loader import prefetch
 from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.evaluation.harness import EvaluationFailed
 from tinyllama_ds.evaluation.samples import continue_greedily
 from tinyllama_ds.evaluation.validation import perplexity, validation_losses
 from tinyllama_ds.plan import Step
@@ -41,6 +43,7 @@ from tinyllama_ds.training.pace import Pace
 from tinyllama_ds.training.probe import take_probe
 from tinyllama_ds.training.run import Run
 from tinyllama_ds.training.saving import Save, Saver
+from tinyllama_ds.training.scoring import score_on_tasks
 from tinyllama_ds.training.stop import StopRequest
 from tinyllama_ds.training.world import World
 
@@ -58,7 +61,7 @@ class Window:
     clock: PhaseClock
     tokens: int = 0
     started: float = 0.0
-    paused: float = 0.0  # seconds spent on validation and saving
+    paused: float = 0.0  # seconds spent on validation, saving and scoring
 
     def restart(self) -> None:
         self.tokens, self.started, self.paused = 0, perf_counter(), 0.0
@@ -117,6 +120,9 @@ def train(
         if is_save_due:
             heartbeat.beat(progress.step, "saving")
         save_or_check(engine, run, world, progress, guard, saver, is_save_due, is_last)
+        if run.tasks and not agreed.stop and is_scoring_planned(run, step):
+            saver.finish()  # scoring may take long
+            report_scores(engine, run, world, progress, stop, heartbeat, metrics)
         if progress.step % _COLLECT_STEPS == 0:
             gc.collect()
         window.paused += perf_counter() - paused_at
@@ -148,6 +154,11 @@ def look_at_model(
 def is_save_planned(run: Run, step: Step) -> bool:
     """Whether the recipe wants a checkpoint after a step: by tokens, or at a stage's end, where variants branch off."""
     return step.crosses(run.recipe.intervals.save_tokens) or step.number + 1 in run.plan.stage_ends
+
+
+def is_scoring_planned(run: Run, step: Step) -> bool:
+    """Whether the recipe wants scores on its tasks after a step: by tokens, and at the end."""
+    return step.crosses(run.recipe.evaluation.every_tokens) or step.number + 1 == run.plan.total_steps
 
 
 def save_or_check(
@@ -386,3 +397,29 @@ def report_samples(
     decode = Tokenizer(run.tokenizer).decode
     texts = [(prompt, decode(ids)) for prompt, ids in zip(samples.prompts, continued, strict=True)]
     metrics.log_samples(progress.step, progress.tokens, texts)
+
+
+def report_scores(
+    engine: "DeepSpeedEngine",
+    run: Run,
+    world: World,
+    progress: Progress,
+    stop: StopRequest,
+    heartbeat: Heartbeat,
+    metrics: MetricsLogger | None,
+) -> None:
+    """Scores on the recipe's tasks, or why there are none, which never ends a run. Collective."""
+    started, place = perf_counter(), f"step {progress.step:,} ({progress.tokens:,} tokens)"
+    beat = partial(heartbeat.beat, progress.step, "scoring on tasks")
+    beat()
+    try:
+        scores = score_on_tasks(engine, run, world, stop.is_wanted, beat)
+    except (Refusal, EvaluationFailed) as failure:
+        if metrics is not None:
+            metrics.say(f"{place}: NOT scored on tasks, training goes on: {failure}")
+        return
+    if metrics is None:
+        return
+    metrics.log_scores(progress.step, progress.tokens, scores)
+    text = ", ".join(f"{score.task} {score.metric} {score.value:.4f}" for score in scores)
+    metrics.say(f"{place}: scored in {perf_counter() - started:.1f} s: {text}")

@@ -3,8 +3,9 @@
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tinyllama_ds.evaluation.scores import Score
 from tinyllama_ds.gpus import gpu_of_device
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.sinks import EventFiles, Rows, warn
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+SCORES_FILE = "tasks.jsonl"
 # What TensorBoard's page "Custom Scalars" shows: charts by category, each with patterns of names.
 _LAYOUT = {
     "Loss": {
         "training and validation, over steps": ["Multiline", ["Train/Loss", "Validation/Loss/.*"]],
-        "training and validation, over tokens": ["Multiline", ["OverTokens/.*"]],
+        "training and validation, over tokens": ["Multiline", ["OverTokens/(Train|Validation)/.*"]],
+    },
+    "Tasks": {
+        "scores, over steps": ["Multiline", ["Tasks/.*"]],
+        "scores, over tokens": ["Multiline", ["OverTokens/Tasks/.*"]],
     },
     "Schedule": {
         "learning rate": ["Multiline", ["Train/LearningRate"]],
@@ -130,6 +137,7 @@ class MetricsLogger:
         last_step, last_tokens = (start.step, start.tokens) if start.step else (-1, -1)
         self._rows = Rows(run_dir / METRICS_FILE, last_step)
         self._samples = Rows(run_dir / SAMPLES_FILE, last_step)
+        self._scores = Rows(run_dir / SCORES_FILE, last_step)
         self.reached = max(self._rows.reached, start.step)  # by the processes before
         self._began = (time.perf_counter() if began is None else began) - self._rows.last.get("seconds", 0.0)
         self._tensorboard = self._over_tokens = None
@@ -161,9 +169,9 @@ class MetricsLogger:
         self._rows.write({"step": step, "tokens": tokens, "seconds": seconds} | figures)
         if self._tensorboard is not None and self._over_tokens is not None:
             self._tensorboard.write(step, figures)
-            losses = {f"OverTokens/{name}": value for name, value in figures.items() if "Loss" in name}
-            if losses:
-                self._over_tokens.write(tokens, losses)
+            chosen = {name: value for name, value in figures.items() if "Loss" in name or name.startswith("Tasks/")}
+            if chosen:
+                self._over_tokens.write(tokens, {f"OverTokens/{name}": value for name, value in chosen.items()})
         if self._monitor is not None:
             self._write_to_monitor([(name, value, step) for name, value in figures.items()])
 
@@ -174,6 +182,12 @@ class MetricsLogger:
             if self._tensorboard is not None:
                 code = "\n".join(f"    {line}" for line in f"{prompt}|{text}".splitlines())  # Markdown leaves it alone
                 self._tensorboard.write_text(f"Samples/{number}", code, step)
+
+    def log_scores(self, step: int, tokens: int, scores: Sequence[Score]) -> None:
+        """Write the scores on tasks with their standard errors to `tasks.jsonl`, and as figures to every sink."""
+        for score in scores:
+            self._scores.write({"step": step, "tokens": tokens} | asdict(score))
+        self.log(step, tokens, {f"Tasks/{score.task}/{score.metric}": score.value for score in scores})
 
     def advance(self, step: int, text: str) -> None:
         """Move the progress bar to a step, and say how it goes."""
@@ -191,6 +205,7 @@ class MetricsLogger:
             self._bar.close()
         self._rows.close()
         self._samples.close()
+        self._scores.close()
         for events in (self._tensorboard, self._over_tokens):
             if events is not None:
                 events.close()

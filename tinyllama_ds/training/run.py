@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,13 +39,14 @@ from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints
 from tinyllama_ds.training.initial_weights import InitialWeights, open_initial_weights
 from tinyllama_ds.training.ledger import LEDGER_FILE, Entry, left_out, read_ledger, write_ledger
 from tinyllama_ds.training.schedule import Schedule, make_schedule
+from tinyllama_ds.training.scoring import load_tasks
 from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_little_room
 
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
 _MASKS = "mask_sha256"  # in run.json: of a source of conversations
 _HISTORY = "history"  # in run.json: every change from start to start
-_PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "flash-attn")
+_PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "flash-attn", "lm-eval")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Run:
     validation: list[ValidationSet]
     tokenizer: Path
     prompts: list[list[int]]  # to sample from, as ids
+    tasks: dict[str, Any] | None  # of lm-eval, to be scored on along the way
     run_dir: Path
     resume: str
     allow_change: tuple[str, ...]
@@ -138,6 +141,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         validation=validation,
         tokenizer=options.data / TOKENIZER_FILE,
         prompts=_encode_prompts(recipe, options.data / TOKENIZER_FILE),
+        tasks=load_tasks(recipe, model),
         run_dir=options.run_dir,
         resume=options.resume,
         allow_change=options.allow_change,

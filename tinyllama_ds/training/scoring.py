@@ -1,0 +1,119 @@
+"""Scores on tasks of lm-eval while a run trains: every rank holds the whole model for that long, and answers its share.
+
+Training is the same bit for bit with and without: the weights are read only, no compiled code is involved, and every
+source of random numbers is put back where it was.
+"""
+
+import gc
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tinyllama_ds.convert import hf_model, hf_tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.evaluation.harness import Ranks, evaluate, language_model, refuse_long_generations
+from tinyllama_ds.evaluation.scores import Score, outermost, read_scores
+from tinyllama_ds.evaluation.tasks import load_chosen, require_lm_eval, stay_off_the_hub_where_it_is_out_of_reach
+from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.recipe import Recipe
+from tinyllama_ds.training.engine import gather_from_ranks, wait_for_ranks, whole_weights
+from tinyllama_ds.training.world import World
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from tinyllama_ds.training.run import Run
+
+
+class StopWanted(Exception):
+    """A run that is asked to stop does not wait for its scores."""
+
+
+def load_tasks(recipe: Recipe, model: LlamaConfig) -> dict[str, Any] | None:
+    """What the recipe wants the model to be scored on, with its data; None for nothing.
+
+    Raises `Refusal` where lm-eval, a task or its data is missing, and for a task that this model cannot be scored on.
+    """
+    wanted = recipe.evaluation
+    if not wanted.tasks:
+        return None
+    try:
+        require_lm_eval()
+        if wanted.data_dir is not None:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        stay_off_the_hub_where_it_is_out_of_reach()
+        with _silence():
+            tasks = load_chosen(wanted.tasks, Path(wanted.data_dir) if wanted.data_dir else None)
+        refuse_long_generations(tasks["tasks"], model.max_position_embeddings)
+    except Refusal as refusal:
+        raise Refusal(f"recipe {recipe.name!r}: evaluation: {refusal}") from refusal
+    return tasks
+
+
+def score_on_tasks(
+    engine: "DeepSpeedEngine",
+    run: "Run",
+    world: World,
+    stop_is_wanted: Callable[[], bool],
+    beat: Callable[[], None],
+) -> tuple[Score, ...]:
+    """The scores of the weights as they are. Collective; `beat` is called as often as something goes on.
+
+    Raises, on all ranks alike, `Refusal` or `EvaluationFailed` where it went wrong on any; the run can go on.
+    """
+
+    def look_around(*_: object) -> None:
+        beat()
+        if stop_is_wanted():
+            raise StopWanted("the run is asked to stop")
+
+    def build() -> Any:
+        model = hf_model(whole_weights(engine), run.model)
+        model.register_forward_pre_hook(look_around)
+        tokenizer = hf_tokenizer(Tokenizer(run.tokenizer), run.model.max_position_embeddings)
+        return language_model(model, tokenizer, run.recipe.evaluation.batch_size)
+
+    def gather(value: Any) -> list[Any]:
+        wait_for_ranks(world.device, beat)  # those with longer texts
+        return gather_from_ranks(value)
+
+    assert run.tasks is not None
+    try:
+        with _randomness_put_back(world.device), _silence():
+            ranks = Ranks(world.rank, world.size, gather)
+            results = evaluate(build, run.tasks, ranks, run.recipe.evaluation.limit, may_fork=False)
+    finally:
+        _free_memory()
+    return read_scores(results, outermost(results))
+
+
+@contextmanager
+def _randomness_put_back(device: torch.device) -> Iterator[None]:
+    pythons, numpys = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(pythons)
+            np.random.set_state(numpys)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """lm-eval prints, and draws progress bars over ours."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _free_memory() -> None:
+    """Of what held the weights; nothing is collected between two steps by itself."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
