@@ -78,7 +78,7 @@ def predicted_seconds(name: str, mbit: float, free: dict) -> float:
     traffic = tuple(
         traffic_of(part, Hosts(2, 1), network, algorithm="gloo") for part in collectives_of(MODEL, layout, 2, 1)
     )
-    return free["seconds"] + exposed_seconds(traffic, {"forward": 0.0, "backward": 0.0})
+    return free["fastest"] + exposed_seconds(traffic, {"forward": 0.0, "backward": 0.0})
 
 
 def compare_seconds(folder: Path, layouts: tuple[str, ...], rates: tuple[float, ...]) -> list[dict]:
@@ -91,10 +91,10 @@ def compare_seconds(folder: Path, layouts: tuple[str, ...], rates: tuple[float, 
                 throttle(2, mbit)
                 steps = 1 if mbit < 50 else 3
                 (found, _) = run_ranks(setting(name, 1, steps), 2, folder / f"{name}_{mbit:g}", True)
-                planned, measured = predicted_seconds(name, mbit, free), found["seconds"]
-                row = {"layout": name, "mbit": mbit, "free": free["seconds"]}
+                planned, measured = predicted_seconds(name, mbit, free), found["fastest"]
+                row = {"layout": name, "mbit": mbit, "free": free["fastest"]}
                 rows.append(row | {"planned": planned, "measured": measured})
-                print(f"{name:<12} {mbit:>6g} Mbit/s  free {free['seconds']:.3f}  planned {planned:.3f}"
+                print(f"{name:<12} {mbit:>6g} Mbit/s  free {free['fastest']:.3f}  planned {planned:.3f}"
                       f"  measured {measured:.3f}  {planned / measured - 1:+.1%}", flush=True)  # fmt: skip
     return rows
 
