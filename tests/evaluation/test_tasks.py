@@ -93,6 +93,8 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(Refusal, match=sentence):
             load_named([name], None, None, None)
+    with pytest.raises(Refusal, match="task local_choice has 3 documents for examples; expected the 4 of its shots"):
+        load_named([str(choice)], None, None, shots=4)
     data = tmp_path / "data.jsonl"
     data.write_text('{"other": 1}\n')
     with pytest.raises(Refusal, match=r"task .*choice.yaml does not load: "):

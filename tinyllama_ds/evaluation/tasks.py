@@ -194,6 +194,9 @@ def _prepare(tasks: dict[str, Any], shots: int | None) -> None:
             raise Refusal(f"task {name} samples; expected do_sample: false, for a score that is the same every time")
         if shots is not None and task.config.num_fewshot != 0:
             task.set_config(key="num_fewshot", value=shots)
+            examples = len(list(task.fewshot_docs())) if shots else 0
+            if examples < shots:
+                raise Refusal(f"task {name} has {examples} documents for examples; expected the {shots} of its shots")
         elif task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
 
