@@ -27,18 +27,27 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all(
     stage: int, precision: dict, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss stays finite: what is poisoned is the gradient of one micro batch of rank 1."""
-    recipe = write_recipe(tmp_path / "small.toml", POISONED + 3, save_every=1, name="poisoned")
-    recipe.write_text(recipe.read_text() + "keep_last = 10\n")
     config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=2, **precision)
     monkeypatch.setenv(FAULT_VARIABLE, f"step.backward:1:{POISONED}:poison")
-    finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
+    finished = pretrain(write_poisoned_recipe(tmp_path), config, data_dir, tmp_path / "run", 2)
     assert finished.returncode == 0, finished.stderr
     assert "step 4: skipped, loss or gradient is not finite (samples 24 to 31)" in finished.stdout
     assert read_series(tmp_path / "run", "Guard/SkippedSteps") == [1]
     assert (read_series(tmp_path / "run", "Guard/FirstSample"), read_series(tmp_path / "run", "Guard/LastSample")) == (
         [24], [31],
     )  # fmt: skip
-    tensors = [tensors_of(path) for path in find_checkpoints(tmp_path / "run")]
+    assert_the_poisoned_step_changed_nothing(tmp_path / "run")
+
+
+def write_poisoned_recipe(folder: Path) -> Path:
+    """Two steps more than the poisoned one, and a checkpoint of each."""
+    recipe = write_recipe(folder / "small.toml", POISONED + 3, save_every=1, name="poisoned")
+    recipe.write_text(recipe.read_text() + "keep_last = 10\n")
+    return recipe
+
+
+def assert_the_poisoned_step_changed_nothing(run_dir: Path) -> None:
+    tensors = [tensors_of(path) for path in find_checkpoints(run_dir)]
     before, after, later = (tensors[POISONED + offset - 1] for offset in (0, 1, 2))
     assert len(before) > 10
     assert [place for place in before if not torch.equal(before[place], after[place])] == []
@@ -51,15 +60,12 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all(
 def test_a_bad_loss_and_an_infinite_gradient_are_skipped_like_it(
     fault: str, stage: int, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = write_recipe(tmp_path / "small.toml", POISONED + 2, save_every=1)
     config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=2)
     monkeypatch.setenv(FAULT_VARIABLE, f"step.{fault}")
-    finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
+    finished = pretrain(write_poisoned_recipe(tmp_path), config, data_dir, tmp_path / "run", 2)
     assert finished.returncode == 0, finished.stderr
     assert "step 4: skipped, loss or gradient is not finite (samples 24 to 31)" in finished.stdout
-    before, after, later = (tensors_of(path) for path in find_checkpoints(tmp_path / "run"))
-    assert [place for place in before if not torch.equal(before[place], after[place])] == []
-    assert [place for place in before if not torch.equal(before[place], later[place])] != []
+    assert_the_poisoned_step_changed_nothing(tmp_path / "run")
 
 
 @pytest.mark.parametrize("poison", ["own check off", "every step"])
