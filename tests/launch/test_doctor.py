@@ -125,7 +125,7 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
     "no such host": (lambda c: c.hostfile.write_text("node1 slots=1\nnode7 slots=1\n"), "ssh", "node7"),
     "no Python": (
         lambda c: c.hosts[1].mount("-t", "tmpfs", "none", Path(sys.executable).parent), "ssh", "No such file"),
-    "no checkout": (lambda c: c.hosts[1].mount("-t", "tmpfs", "none", ROOT), "ssh", "No module named"),
+    "no checkout": (lambda c: c.hosts[1].mount("-t", "tmpfs", "none", ROOT / "tinyllama_ds"), "ssh", "No module named"),
     "other Python": (
         lambda c: c.replace(STDLIB / "platform.py", "def python_version(): return '3.9.1'\n"), "python", "3.9.1, here"),
     "other package": (other_version, "packages", "deepspeed 9"),
