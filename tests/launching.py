@@ -125,6 +125,7 @@ def rank_process(supervisor: subprocess.Popen, rank: int) -> psutil.Process | No
         with suppress(psutil.NoSuchProcess):  # of what a start leaves behind
             line = child.cmdline()
             is_rank = "-u" in line and any(part.endswith("scripts/pretrain.py") for part in line)
+            is_rank = is_rank and "deepspeed.launcher.launch" not in line  # it may have inherited a variable RANK
             if is_rank and child.environ().get("RANK") == str(rank):
                 return child
     return None
