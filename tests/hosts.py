@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from launching import TIMEOUT, wait_until
+from launching import TIMEOUT, is_rank, wait_until
 
 ROOT = Path(__file__).parents[1]
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
@@ -91,13 +91,7 @@ class Host:
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes of this host."""
-        return [
-            process
-            for process in self.processes()
-            if (line := process.info["cmdline"] or [])
-            and "-u" in line and str(ROOT / "scripts" / "pretrain.py") in line
-            and "deepspeed.launcher.launch" not in line and "deepspeed.launcher.runner" not in line
-        ]  # fmt: skip
+        return [process for process in self.processes() if is_rank(process.info["cmdline"] or [])]
 
     def kill_processes(self) -> None:
         """Kill -9 for all that was started on this host; sshd stays."""

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
+
 SEQUENCE_LENGTH = 32
 BATCH = 8  # sequences per optimizer step
 STEP_TOKENS = SEQUENCE_LENGTH * BATCH
@@ -119,14 +121,17 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = TIME
         time.sleep(0.05)
 
 
+def is_rank(command_line: list[str]) -> bool:
+    """Of training, and not the launcher or its runner, which name the same script and may have a variable RANK too."""
+    is_launcher = any(part in command_line for part in ("deepspeed.launcher.launch", "deepspeed.launcher.runner"))
+    return "-u" in command_line and str(PRETRAIN_SCRIPT) in command_line and not is_launcher
+
+
 def rank_process(supervisor: subprocess.Popen, rank: int) -> psutil.Process | None:
     """The training process of a rank on this machine, once it is there."""
     for child in psutil.Process(supervisor.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # of what a start leaves behind
-            line = child.cmdline()
-            is_rank = "-u" in line and any(part.endswith("scripts/pretrain.py") for part in line)
-            is_rank = is_rank and "deepspeed.launcher.launch" not in line  # it may have inherited a variable RANK
-            if is_rank and child.environ().get("RANK") == str(rank):
+            if is_rank(child.cmdline()) and child.environ().get("RANK") == str(rank):
                 return child
     return None
 
