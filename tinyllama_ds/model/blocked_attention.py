@@ -59,17 +59,32 @@ class _BlockedAttention(torch.autograd.Function):
         grad_out = _queries_by_key_head(grad, K)  # (N, T * G, E)
         delta = (grad_out.float() * out.float()).sum(dim=-1, keepdim=True)  # (N, T * G, 1)
         grad_queries = torch.empty_like(queries)
-        grad_keys, grad_values = (torch.zeros_like(keys, dtype=torch.float32) for _ in range(2))
+        of_keys, of_values = [], []  # of every query block, (N, S, E)
         for probabilities, start in zip(kept, range(0, T, BLOCK), strict=True):
             end = min(start + BLOCK, T)
             rows = slice(start * G, end * G)
-            grad_values[:, :end] += torch.bmm(probabilities.transpose(1, 2), grad_out[:, rows])
+            of_values.append(torch.bmm(probabilities.transpose(1, 2), grad_out[:, rows]))
             grad_scores = torch.bmm(grad_out[:, rows], values[:, :end].transpose(1, 2)).float()
             grad_scores = grad_scores.sub_(delta[:, rows]).mul_(probabilities).to(grad.dtype)  # (N, q * G, S)
             grad_queries[:, rows] = torch.bmm(grad_scores, keys[:, :end])
-            grad_keys[:, :end] += torch.bmm(grad_scores.transpose(1, 2), queries[:, rows])
-        grad_k, grad_v = (_from_head(g.to(grad.dtype), B) for g in (grad_keys, grad_values))
+            of_keys.append(torch.bmm(grad_scores.transpose(1, 2), queries[:, rows]))
+        grad_k, grad_v = (_from_head(_sum_over_queries(parts), B) for parts in (of_keys, of_values))
         return _queries_by_token(grad_queries * E**-0.5, B, K, G), grad_k, grad_v, None
+
+
+def _sum_over_queries(parts: list[Tensor]) -> Tensor:
+    """The gradients that each query block gives to the keys it sees, (N, S, E), to their sum (N, T, E), in fp32.
+
+    Key block by key block, because sums over growing slices of one tensor compile to masked loads of all of it.
+    """
+    totals = []
+    for number, part in enumerate(parts):
+        own = slice(number * BLOCK, part.shape[1])
+        total = part[:, own].float()
+        for later in parts[number + 1 :]:
+            total += later[:, own]
+        totals.append(total.to(part.dtype))
+    return torch.cat(totals, dim=1)
 
 
 def _future(block: int, groups: int, device: torch.device) -> Tensor:
