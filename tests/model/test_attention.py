@@ -12,9 +12,12 @@ from tinyllama_ds.model.attention import (
     ATTENTION_BACKENDS,
     GPU_ONLY,
     attention_function,
+    documents_for,
     eager_attention,
     resolve_attention_backend,
 )
+from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.model.llama import build_model
 
 
 def available(name: str) -> bool:
@@ -115,22 +118,48 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
 """
 
 
-@pytest.mark.parametrize("returns_pair", [False, True])
-def test_flash_attention_is_called_as_its_interface_is_published(
-    returns_pair: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def published(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module `flash_attn_interface`, as its interface is published."""
     if find_spec("flash_attn_interface"):
         pytest.skip("flash_attn_interface is installed here, and tested itself")
     source = tmp_path / "flash_attn_interface.py"
-    source.write_text(INTERFACE.format(returns_pair=returns_pair))
+    source.write_text(INTERFACE.format(returns_pair=request.param))
     spec = spec_from_file_location(source.stem, source)
     monkeypatch.setitem(sys.modules, source.stem, module_from_spec(spec))
     spec.loader.exec_module(sys.modules[source.stem])
+
+
+@pytest.mark.parametrize("published", [False, True], indirect=True, ids=["alone", "pair"])
+def test_flash_attention_is_called_as_its_interface_is_published(published: None) -> None:
     attend = attention_function("flash_attention_3")
     q, k, v = (torch.randn(2, 20, heads, 16, generator=torch.Generator().manual_seed(heads)) for heads in (6, 2, 2))
     segments = torch.tensor([[0] * 7 + [1] + [2] * 12, [0] * 20])
-    for rows in (None, segments):
-        torch.testing.assert_close(attend(q, k, v, rows), eager_attention(q, k, v, rows))
+    torch.testing.assert_close(attend(q, k, v), eager_attention(q, k, v))
+    borders = documents_for("flash_attention_3", segments)
+    assert borders.tolist() == [0, 7, 8, 20, 40]
+    torch.testing.assert_close(attend(q, k, v, borders), eager_attention(q, k, v, segments))
+
+
+@pytest.mark.parametrize("published", [False], indirect=True, ids=["alone"])
+def test_borders_are_found_once_for_all_blocks(published: None) -> None:
+    """Each time would make the host wait for a GPU, and break the graph of a compiled block."""
+    found = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal found
+            found += func is torch.ops.aten.nonzero.default
+            return func(*args, **(kwargs or {}))
+
+    config = LlamaConfig(97, 64, 176, 3, 8, 2, 64)
+    model, reference = (build_model(config, name, seed=1) for name in ("flash_attention_3", "eager"))
+    tokens = torch.randint(config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(3))
+    segments = torch.tensor([[0] * 7 + [1] + [2] * 12, [0] * 20])
+    with Watch():
+        logits = model(tokens, segments=segments)
+    assert found == 1
+    torch.testing.assert_close(logits, reference(tokens, segments=segments))
 
 
 def test_gpu_kernel_on_a_cpu_is_refused() -> None:
@@ -156,8 +185,8 @@ def test_with_segments_a_document_is_attended_alone(name: str, heads: tuple[int,
     packed = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
     alone = [tensor.detach().clone().requires_grad_() for tensor in packed]
     upstream = torch.randn(shapes[0], generator=generator).to(device, dtype)
-    attention_function(name)(*packed, segments).backward(upstream)
-    out = attention_function(name)(*packed, segments)
+    attention_function(name)(*packed, documents_for(name, segments)).backward(upstream)
+    out = attention_function(name)(*packed, documents_for(name, segments))
     for row, documents in enumerate(lengths):
         start = 0
         for length in documents:

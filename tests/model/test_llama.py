@@ -132,9 +132,11 @@ def test_recomputed_blocks_give_the_same_gradients(every: int) -> None:
 
 
 def test_with_segments_logits_of_a_packed_document_are_those_of_it_alone() -> None:
+    """The segments stay in host memory, also where the model is on a GPU."""
     config = SHAPES["grouped"]
-    model, _ = twins(config)
-    tokens = torch.randint(config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(3))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = twins(config)[0].to(device)
+    tokens = torch.randint(config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(3)).to(device)
     segments = torch.tensor([[0] * 13 + [1] * 27])
     packed = model(tokens, segments=segments)
     torch.testing.assert_close(packed[:, :13], model(tokens[:, :13]), rtol=TOLERANCE, atol=TOLERANCE)

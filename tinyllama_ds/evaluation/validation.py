@@ -76,7 +76,7 @@ def validation_losses(
     for number, held_out in enumerate(sets):
         for inputs, labels, *segments in held_out.batches(rank, world_size, batch):
             targets = (labels != IGNORE_INDEX).sum()
-            loss = score(inputs.to(device), labels.to(device), *(part.to(device) for part in segments))
+            loss = score(inputs.to(device), labels.to(device), *segments)
             sums[number] += torch.stack((loss.double() * targets, targets.double()))
     losses, targets = sum_over_ranks(sums).unbind(1)
     return {held_out.source: loss for held_out, loss in zip(sets, (losses / targets).tolist(), strict=True)}

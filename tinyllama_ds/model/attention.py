@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.blocked_attention import blocked_attention
 
-# q (B, T, H, E), k and v (B, T, K, E), and where attention stays inside documents, the segments of each row
+# q (B, T, H, E), k and v (B, T, K, E), and where attention stays inside documents, what `documents_for` tells of them
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -72,11 +72,10 @@ def _flash_attention(version: int, module: str, remedy: str) -> AttentionFunctio
         )
     kernels = import_module(module)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
-        if segments is None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None) -> Tensor:
+        if borders is None:
             return _output(kernels.flash_attn_func(q, k, v, causal=True))
-        B, T = segments.shape
-        borders = _document_borders(segments)  # (documents + 1,) int32
+        B, T = q.shape[:2]
         rows = (tensor.flatten(0, 1) for tensor in (q, k, v))  # (B * T, heads, E)
         lengths = {"cu_seqlens_q": borders, "cu_seqlens_k": borders, "max_seqlen_q": T, "max_seqlen_k": T}
         out = _output(kernels.flash_attn_varlen_func(*rows, **lengths, causal=True))  # (B * T, H, E)
@@ -88,6 +87,15 @@ def _flash_attention(version: int, module: str, remedy: str) -> AttentionFunctio
 def _output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     """The early releases of FlashAttention 3 return the softmax's logarithmic sums too (Dao-AILab's pull 1851)."""
     return result[0] if isinstance(result, tuple) else result
+
+
+def documents_for(backend: str, segments: Tensor) -> Tensor:
+    """What a backend wants to know of the documents whose numbers are `segments` (B, T), the same for all blocks.
+
+    For FlashAttention the borders, (documents + 1,); for the others the numbers themselves. How many borders there are
+    depends on the data: on a GPU this waits for it, in host memory for nothing.
+    """
+    return _document_borders(segments) if backend in VARIABLE_LENGTH else segments
 
 
 def _document_borders(segments: Tensor) -> Tensor:
@@ -109,6 +117,7 @@ ATTENTION_BACKENDS: dict[str, Callable[[], AttentionFunction]] = {
     "blocked": lambda: blocked_attention,
     "eager": lambda: eager_attention,
 }
+VARIABLE_LENGTH = frozenset({"flash_attention_3", "flash_attention_2"})  # take documents by their borders
 GPU_ONLY = frozenset({"flash_attention_3", "flash_attention_2", "sdpa_cudnn"})
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyllama_ds.model.attention import attention_function
+from tinyllama_ds.model.attention import attention_function, documents_for
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.loss import LMHeadLoss
 
@@ -73,12 +73,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
         self.attend = attention_function(backend)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Tensor | None) -> Tensor:  # (B, T, D) -> same
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> Tensor:  # (B, T, D) -> same
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, E)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
-        out = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, segments)  # (B, T, H, E)
+        out = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, documents)  # (B, T, H, E)
         return self.o_proj(out.reshape(B, T, -1))
 
 
@@ -105,8 +105,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Tensor | None) -> Tensor:  # (B, T, D) -> same
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> Tensor:  # (B, T, D) -> same
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -116,22 +116,25 @@ class LlamaModel(nn.Module):
     def __init__(self, config: LlamaConfig, backend: str, recompute_every: int) -> None:
         super().__init__()
         self.config = config
+        self.backend = backend
         self.recompute_every = recompute_every
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, backend) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, D)
-        cos, sin = rope_tables(self.config, input_ids.shape[1], input_ids.device)
+        device, documents = input_ids.device, None
+        cos, sin = rope_tables(self.config, input_ids.shape[1], device)
         if segments is not None:
-            positions = positions_in_documents(segments)
+            positions = positions_in_documents(segments.to(device, non_blocking=True))
             cos, sin = cos[positions], sin[positions]  # (B, T, E)
+            documents = documents_for(self.backend, segments).to(device, non_blocking=True)
         x = self.embed_tokens(input_ids)
         for number, layer in enumerate(self.layers):
             if self.recompute_every and number % self.recompute_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, segments, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, documents, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, segments)
+                x = layer(x, cos, sin, documents)
         return self.norm(x)
 
 
@@ -140,7 +143,7 @@ class LlamaForCausalLM(nn.Module):
 
     With `segments` (B, T), the number of the document that each token of a row belongs to, attention stays inside
     documents and positions start again with each; without, documents packed into a row see those before them, as in
-    TinyLlama.
+    TinyLlama. They are best left in host memory: FlashAttention's borders are found there without waiting for the GPU.
 
     With `recompute_every` k, every k-th block keeps only its input and is computed again in the backward pass
     (activation checkpointing; 0 is none, 1 is all).

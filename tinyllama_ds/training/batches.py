@@ -27,14 +27,12 @@ class Batch(NamedTuple):
         return self.tokens[:, 1:].numel() if self.is_target is None else int(self.is_target.sum())
 
     def model_inputs(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Input ids, labels and perhaps segments, each (B, T), on the device of the model."""
+        """Input ids and labels on the device of the model, and perhaps segments in host memory; each (B, T)."""
         tokens = self.tokens.to(device, non_blocking=True)
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         if self.is_target is not None:
             labels = labels.where(self.is_target.to(device, non_blocking=True), IGNORE_INDEX)
-        if self.segments is None:
-            return inputs, labels
-        return inputs, labels, self.segments.to(device, non_blocking=True)
+        return (inputs, labels) if self.segments is None else (inputs, labels, self.segments)
 
 
 def micro_batches(run: Run, world: World, first_step: int) -> Iterator[Batch]:
