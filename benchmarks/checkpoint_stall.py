@@ -30,10 +30,10 @@ from tinyllama_ds.training.batches import Batch
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.engine import start_process_group, sum_over_ranks, wrap
 from tinyllama_ds.training.guard import check_parameters
-from tinyllama_ds.training.loop import train_step
 from tinyllama_ds.training.metrics import PhaseClock
 from tinyllama_ds.training.saving import Save, Saver
 from tinyllama_ds.training.snapshot import Snapshots
+from tinyllama_ds.training.step import train_step
 from tinyllama_ds.training.world import read_world
 
 MODEL, T, MICRO_BATCH, RANKS = "tinyllama-120m", 256, 1, 2

@@ -16,7 +16,8 @@ import numpy as np
 
 from tinyllama_ds.data.loader import SampleReader
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
-from tinyllama_ds.data.shards import ShardName, ShardWriter, TokenStream
+from tinyllama_ds.data.shards import ShardName, ShardWriter
+from tinyllama_ds.data.stream import TokenStream
 
 FAR = 5 * 10**11
 T = 2048

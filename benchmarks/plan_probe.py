@@ -26,8 +26,8 @@ from tinyllama_ds.plan import Step
 from tinyllama_ds.training.batches import Batch
 from tinyllama_ds.training.compilation import compile_blocks
 from tinyllama_ds.training.engine import leave, start_process_group, wrap
-from tinyllama_ds.training.loop import train_step
 from tinyllama_ds.training.metrics import PhaseClock
+from tinyllama_ds.training.step import train_step
 from tinyllama_ds.training.world import read_world
 
 WARMUP_STEPS = 2  # the optimizer's state, and ZeRO-3's recording of the order of modules

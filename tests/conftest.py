@@ -1,6 +1,7 @@
 """Shared fixtures: a small tokenizer and a small data directory, made once per session from made-up text."""
 
 import json
+import os
 import random
 import subprocess
 from collections.abc import Callable, Iterator
@@ -29,6 +30,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if not left_out & {marker.name for marker in item.iter_markers()}]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a test leaves in the environment ends with it: a command called in this process tells DeepSpeed its rank by
+    variables, which the processes that later tests start would inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.audit import audit_data
 from tinyllama_ds.data.imports import Import, import_litpkds, import_megatron, read_litpkds
-from tinyllama_ds.data.shards import TokenStream
+from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
 

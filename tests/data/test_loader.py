@@ -12,8 +12,8 @@ from launching import TIMEOUT, wait_until
 from tinyllama_ds.data.loader import SampleReader, open_streams, prefetch
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.data.prepare import Preparation, prepare
-from tinyllama_ds.data.shards import TokenStream
 from tinyllama_ds.data.sources import source_format
+from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import EOS_ID, TOKENIZER_FILE, Tokenizer, train_tokenizer
 from tinyllama_ds.errors import BadData, Refusal
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from megatron import read_mmididx
 
-from tinyllama_ds.data.shards import IndexHeader, Manifest, ShardName, ShardWriter, TokenStream
+from tinyllama_ds.data.shards import IndexHeader, Manifest, ShardName, ShardWriter
+from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.errors import Refusal
 
 DOCUMENTS = [[5, 6, 7, 2], [2], [9] * 10 + [2], [511, 0, 2]]

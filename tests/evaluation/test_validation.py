@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinyllama_ds.data.shards import TokenStream
+from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.evaluation.validation import ValidationSet, perplexity, validation_losses
 from tinyllama_ds.model.config import MODEL_SIZES

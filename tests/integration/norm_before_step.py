@@ -10,9 +10,9 @@ from pathlib import Path
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.training.batches import count_targets, micro_batches
 from tinyllama_ds.training.engine import drop_gradients, gradient_norm, leave, start_process_group, wrap
-from tinyllama_ds.training.loop import accumulate_gradients, apply_gradients
 from tinyllama_ds.training.metrics import PhaseClock
 from tinyllama_ds.training.run import Options, resolve_run
+from tinyllama_ds.training.step import accumulate_gradients, apply_gradients
 from tinyllama_ds.training.world import read_world
 
 DROPPED = 2

@@ -11,9 +11,9 @@ import torch
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.training.batches import micro_batches
 from tinyllama_ds.training.engine import leave, set_learning_rate, start_process_group, wrap
-from tinyllama_ds.training.loop import train_step
 from tinyllama_ds.training.metrics import PhaseClock
 from tinyllama_ds.training.run import Options, resolve_run
+from tinyllama_ds.training.step import train_step
 from tinyllama_ds.training.world import read_world
 
 POISONED = 3

@@ -21,10 +21,10 @@ from launching import (
 from test_resume import tensors_of
 
 from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.training.batches import micro_batches
 from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
 from tinyllama_ds.training.faults import FAULT_VARIABLE
 from tinyllama_ds.training.guard import DigestedBatches, extend_chain
-from tinyllama_ds.training.loop import micro_batches
 from tinyllama_ds.training.run import Options, resolve_run
 from tinyllama_ds.training.world import World
 

@@ -11,7 +11,8 @@ from tinyllama_ds.errors import Refusal
 from tinyllama_ds.training.branch import verify_parent
 from tinyllama_ds.training.checkpoint import CheckpointManifest, Health, Progress, checkpoint_name
 from tinyllama_ds.training.ledger import ROLLED_BACK, SKIPPED, Entry, read_ledger, record
-from tinyllama_ds.training.run import Options, Run, open_run_directory, resolve_run
+from tinyllama_ds.training.run import Options, Run, resolve_run
+from tinyllama_ds.training.run_directory import open_run_directory
 
 RECIPE = """
 name = "{name}"

@@ -15,15 +15,8 @@ from tinyllama_ds.recipe import Evaluation, Samples
 from tinyllama_ds.training.checkpoint import Health, Progress
 from tinyllama_ds.training.ledger import ROLLED_BACK, Entry, record
 from tinyllama_ds.training.pretrain import tell_changes
-from tinyllama_ds.training.run import (
-    RUN_FILE,
-    Options,
-    Run,
-    check_run_directory,
-    open_run_directory,
-    refuse_another_past,
-    resolve_run,
-)
+from tinyllama_ds.training.run import RUN_FILE, Options, Run, resolve_run
+from tinyllama_ds.training.run_directory import check_run_directory, open_run_directory, refuse_another_past
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, EXIT_RESTART, Refus
 
 if TYPE_CHECKING:
     from tinyllama_ds.data.order import SampleOrder
-    from tinyllama_ds.data.shards import Manifest, TokenStream
+    from tinyllama_ds.data.shards import Manifest
     from tinyllama_ds.data.sources import SourceFormat
+    from tinyllama_ds.data.stream import TokenStream
     from tinyllama_ds.plan import RunPlan
 
 

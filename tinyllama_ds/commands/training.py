@@ -160,7 +160,7 @@ def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int
     """`begun` are the steps and tokens that a run without a checkpoint of its own has behind it."""
     from tinyllama_ds.launch.supervisor import Watch
     from tinyllama_ds.training.checkpoint import newest_progress
-    from tinyllama_ds.training.run import STATUS_FILE
+    from tinyllama_ds.training.run_directory import STATUS_FILE
     from tinyllama_ds.training.stop import STOP_FILE
 
     return Watch(
@@ -180,7 +180,8 @@ def _check_run(options: argparse.Namespace, placement: "Placement") -> "Run":
 
     from tinyllama_ds.launch.launcher import check_partition
     from tinyllama_ds.training.engine import supports_fast_bf16
-    from tinyllama_ds.training.run import check_run_directory, resolve_run
+    from tinyllama_ds.training.run import resolve_run
+    from tinyllama_ds.training.run_directory import check_run_directory
 
     device_type = "cpu" if placement.on_cpu else "cuda"
     bf16 = supports_fast_bf16(torch.device(device_type))

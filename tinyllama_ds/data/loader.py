@@ -10,7 +10,7 @@ import numpy as np
 
 from tinyllama_ds.data.order import SampleOrder
 from tinyllama_ds.data.packing import open_stream
-from tinyllama_ds.data.shards import TokenStream
+from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.errors import BadData, Refusal
 

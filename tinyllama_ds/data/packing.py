@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_ds.data.shards import ShardReader, TokenStream
+from tinyllama_ds.data.shards import ShardReader
+from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import EOS_ID
 from tinyllama_ds.errors import Refusal
 

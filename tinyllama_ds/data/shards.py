@@ -16,7 +16,7 @@ import os
 import socket
 import struct
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -358,100 +358,3 @@ def _read_array(path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarr
     if len(raw) != count * dtype.itemsize:
         raise Refusal(f"{path}: cut short while it was read, at token {start}")
     return np.frombuffer(raw, dtype=dtype)
-
-
-class TokenStream:
-    """All shards of one source and split as one run of tokens, and that run as samples of T + 1 tokens.
-
-    Sample i is tokens [iT, iT + T]: stride T with one token of overlap, so that every token but the first is a target
-    exactly once. Only the remainder of less than T tokens at the very end is left over.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        prefixes = sorted(path.with_suffix("") for path in directory.glob("*.json"))
-        if not prefixes:
-            raise Refusal(f"{directory}: holds no token shards; expected *.bin, *.idx and *.json made by prepare")
-        self.directory = directory
-        self.shards = [ShardReader(prefix) for prefix in prefixes]
-        self._check_complete()
-        self._starts = [0]
-        for shard in self.shards:
-            self._starts.append(self._starts[-1] + shard.tokens)
-
-    def _check_complete(self) -> None:
-        planned = {manifest.shards for manifest in self.manifests}
-        held = [manifest.number for manifest in self.manifests]
-        if len(planned) != 1 or held != list(range(*planned)):
-            missing = sorted(set(range(max(planned))) - set(held))
-            what = f"shard {missing[0]} is missing" if missing else f"{len(held)} shards are there"
-            raise Refusal(f"{self.directory}: {what}; its manifests speak of {max(planned)}, run prepare to its end")
-
-    @property
-    def tokens(self) -> int:
-        return self._starts[-1]
-
-    @property
-    def manifests(self) -> list[Manifest]:
-        return [shard.manifest for shard in self.shards]
-
-    def num_samples(self, sequence_length: int) -> int:
-        return max(0, (self.tokens - 1) // sequence_length)
-
-    def sample(self, index: int, sequence_length: int) -> np.ndarray:
-        """Sample `index`: T + 1 tokens, across shard borders where it must."""
-        return self.read(index * sequence_length, sequence_length + 1)
-
-    def segments(self, index: int, sequence_length: int) -> np.ndarray:
-        """Which document of sample `index` each of its T input tokens belongs to, int32 from 0.
-
-        A sample that starts inside a document counts that rest as its document 0. The borders are the indexes', so text
-        cannot fake one.
-        """
-        first = index * sequence_length
-        is_start = np.zeros(sequence_length, dtype=np.int32)
-        is_start[self.document_starts(first + 1, sequence_length - 1) - first] = 1
-        return np.cumsum(is_start, dtype=np.int32)
-
-    @property
-    def has_answers(self) -> bool:
-        """Whether only some tokens are targets: those of the answers in conversations (`packing.py`)."""
-        return False
-
-    def is_target(self, index: int, sequence_length: int) -> np.ndarray:
-        """Which of the T labels of sample `index`, its tokens but the first, count: (T,) bool."""
-        return np.ones(sequence_length, dtype=bool)
-
-    def count_targets(self, indices: np.ndarray, sequence_length: int) -> int:
-        """How many labels of some samples count, together."""
-        return len(indices) * sequence_length
-
-    def place_in_sample(self, index: int, offset: int, sequence_length: int) -> str:
-        """Shard file and token offset of a token of a sample, for error messages."""
-        return self.place(index * sequence_length + offset)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) of the stream."""
-        pieces = []
-        while count > 0:
-            number = bisect_right(self._starts, start) - 1
-            available = min(count, self._starts[number + 1] - start)
-            pieces.append(self.shards[number].read(start - self._starts[number], available))
-            start, count = start + available, count - available
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def document_starts(self, start: int, count: int) -> np.ndarray:
-        """Positions in [start, start + count) of the stream at which a document begins, from the indexes."""
-        found = [np.empty(0, dtype=np.int64)]
-        end = start + count
-        while start < end:
-            number = bisect_right(self._starts, start) - 1
-            first, following = self._starts[number], min(end, self._starts[number + 1])
-            index = self.shards[number].index
-            found.append(index.document_starts_between(start - first, following - first) + first)
-            start = following
-        return np.concatenate(found)
-
-    def place(self, position: int) -> str:
-        """Shard file and token offset of a stream position, for error messages."""
-        number = bisect_right(self._starts, position) - 1
-        return f"{self.shards[number].bin_path} at token {position - self._starts[number]}"

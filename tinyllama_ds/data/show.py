@@ -7,7 +7,7 @@ import numpy as np
 
 from tinyllama_ds.data.order import SampleOrder
 from tinyllama_ds.data.packing import ConversationStream
-from tinyllama_ds.data.shards import TokenStream
+from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyllama_ds.data.shards import TokenStream
+from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.loss import IGNORE_INDEX
 

@@ -23,8 +23,8 @@ from tinyllama_ds.training.engine import (
     supports_fast_bf16,
     wrap,
 )
-from tinyllama_ds.training.loop import train_step
 from tinyllama_ds.training.metrics import PhaseClock, measured_peak, memory_bytes, peak_flops
+from tinyllama_ds.training.step import train_step
 from tinyllama_ds.training.world import World, read_world
 
 if TYPE_CHECKING:

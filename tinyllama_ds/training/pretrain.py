@@ -57,18 +57,17 @@ from tinyllama_ds.training.ledger import (
     record,
 )
 from tinyllama_ds.training.logs import log_to
-from tinyllama_ds.training.loop import report_save, train
+from tinyllama_ds.training.loop import train
 from tinyllama_ds.training.metrics import MetricsLogger, peak_flops
 from tinyllama_ds.training.probe import check_probe
+from tinyllama_ds.training.reports import report_save
 from tinyllama_ds.training.retention import sweep_leftovers
-from tinyllama_ds.training.run import (
+from tinyllama_ds.training.run import Options, Run, resolve_run
+from tinyllama_ds.training.run_directory import (
     STATUS_FILE,
-    Options,
-    Run,
     check_run_directory,
     open_run_directory,
     refuse_another_past,
-    resolve_run,
     write_json,
 )
 from tinyllama_ds.training.saving import Saver

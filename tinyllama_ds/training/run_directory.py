@@ -1,0 +1,114 @@
+"""A run's own directory: whether it may be used, what it is opened with, and that it belongs to this run."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tinyllama_ds.data.tokenizer import TOKENIZER_FILE
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.training.branch import inherited_ledger
+from tinyllama_ds.training.changes import Change, changes_between, identity_of, refuse_changes
+from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints
+from tinyllama_ds.training.ledger import LEDGER_FILE, write_ledger
+from tinyllama_ds.training.run import RUN_FILE, Run
+from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_little_room
+
+STATUS_FILE = "status.json"
+_HISTORY = "history"  # in run.json: every change from start to start
+
+
+def check_run_directory(run: Run) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start; refuses a directory that holds another run."""
+    path = run.run_dir / RUN_FILE
+    checkpoints = find_checkpoints(run.run_dir)
+    if run.run_dir.exists() and not run.run_dir.is_dir():
+        raise Refusal(f"{run.run_dir}: is not a directory")
+    if run.run_dir.exists() and run.run_dir.stat().st_uid != os.geteuid():
+        raise Refusal(f"{run.run_dir}: belongs to user {run.run_dir.stat().st_uid}; expected a directory of your own")
+    parent = next(folder for folder in (run.run_dir, *run.run_dir.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise Refusal(f"{parent}: cannot be written; expected a directory that this user may write")
+    if path.exists():
+        there, now = identity_of(_held_description(path)), identity_of(json.loads(json.dumps(run.description)))
+        changes = list(changes_between(there, now))
+        refuse_changes(changes, run.allow_change, f"{path}: holds another run", "choose another --run-dir")
+        if run.resume == "never":
+            raise Refusal(f"{path}: already holds this run, and --resume never was given; choose another --run-dir")
+    elif checkpoints:
+        raise Refusal(f"{run.run_dir}: holds checkpoints but no {RUN_FILE}, so what made them is unknown")
+    if not checkpoints and run.resume == "must":
+        raise Refusal(f"{run.run_dir}: holds no checkpoint to resume from, and --resume must was given")
+    refuse_too_little_room(run.run_dir, _need_of_checkpoint(run), run.recipe.intervals.keep_last)
+    return checkpoints[-1] if checkpoints else None
+
+
+def _need_of_checkpoint(run: Run) -> Need:
+    stage = run.engine_config["zero_optimization"].get("stage", 0)
+    bf16 = run.engine_config.get("bf16", {}).get("enabled", False)
+    return checkpoint_need(run.model.num_parameters, stage, bf16, run.description["world_size"])
+
+
+def _held_description(path: Path) -> dict:
+    """What run.json said when the run last started, without its history."""
+    held = json.loads(path.read_text())
+    return {key: value for key, value in held.items() if key != _HISTORY}
+
+
+def refuse_another_past(run: Run, start: Progress, health: Health) -> None:
+    """A checkpoint must end where the plan's step ends, and have left out before that what the ledger says."""
+    planned = run.plan.end_of(start.step)
+    if planned != (start.position, start.tokens):
+        raise Refusal(
+            f"{run.run_dir}: the first {start.step} steps are {planned[0]} samples of {planned[1]} tokens now, but the"
+            f" checkpoint has behind it {start.position} samples of {start.tokens}; choose another --run-dir"
+        )
+    end = run.order.span(0, start.position).stop if start.position else 0
+    now = [[gap[0], gap[-1]] for gap in run.order.left_out if gap.start < end]
+    then = [gap for gap in health.left_out if gap[0] < end]
+    if now != then:
+        raise Refusal(
+            f"{run.run_dir / LEDGER_FILE}: leaves out the samples {now} of the first {end}, but the checkpoint of step"
+            f" {start.step} was made without {then}; expected the ledger that belongs to it"
+        )
+
+
+def open_run_directory(run: Run, step: int = 0) -> list[Change]:
+    """Create the directory with run.json and the tokenizer. Called by one rank, after every check has passed.
+
+    Returns what has changed since the run last started; run.json's history keeps it, with the step to go on from.
+    """
+    path = run.run_dir / RUN_FILE
+    run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+    shutil.copyfile(run.tokenizer, run.run_dir / TOKENIZER_FILE)
+    changes, history = [], []
+    if not path.exists() and run.parent is not None:
+        write_ledger(run.run_dir, inherited_ledger(run.parent))
+    if path.exists():
+        changes = list(changes_between(_held_description(path), json.loads(json.dumps(run.description))))
+        history = json.loads(path.read_text()).get(_HISTORY, [])
+    if changes:
+        history = [
+            *history,
+            {"time": date_for_people(), "step": step, "changes": [asdict(change) for change in changes]},
+        ]
+    write_json(path, run.description | {_HISTORY: history})
+    return changes
+
+
+def date_for_people() -> str:
+    """Now, in UTC. Nothing is computed from it: the clock on the wall jumps, and differs between hosts."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
