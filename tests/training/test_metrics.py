@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
+from tensorboard.summary.writer import event_file_writer
 
 from tinyllama_ds.evaluation.scores import Score
 from tinyllama_ds.training import sinks
@@ -23,6 +24,12 @@ from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, peak_flops,
 from tinyllama_ds.training.sinks import Rows
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_file_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard numbers the files of a process and reads 10 before 9; each start of a run is a process of its own."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def log_steps(run_dir: Path, first: int, last: int, offset: float = 0.0) -> None:
