@@ -274,6 +274,11 @@ def requested_micro_batch(raw: dict, path: Path) -> int | None:
     return value
 
 
+def computes_in_16_bit(resolved: dict) -> bool:
+    """Whether matrix products and attention run in bf16 or fp16, and not in fp32."""
+    return any(resolved.get(section, {}).get("enabled") is True for section in ("bf16", "torch_autocast"))
+
+
 def split_off_our_sections(resolved: dict) -> tuple[dict, dict]:
     """(what DeepSpeed's engine gets, the monitor sections).
 

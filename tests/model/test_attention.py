@@ -19,21 +19,23 @@ from tinyllama_ds.model.attention import (
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
 
+# Kernels of GPUs are tested with --gpu, the others on the CPU.
+BACKENDS = [pytest.param(name, marks=pytest.mark.gpu) if name in GPU_ONLY else name for name in ATTENTION_BACKENDS]
 
-def available(name: str) -> bool:
-    try:
-        resolve_attention_backend(name, "cuda" if torch.cuda.is_available() else "cpu")
-    except Refusal:
-        return False
-    return True
+
+def skip_if_absent(name: str) -> None:
+    if name in GPU_ONLY:
+        try:
+            resolve_attention_backend(name, "cuda", sixteen_bit=True)
+        except Refusal as refusal:
+            pytest.skip(str(refusal))
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)], ids=str)
 @pytest.mark.parametrize("length", [1, 5, 64, 150])
-@pytest.mark.parametrize("name", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_outputs_and_gradients_equal_eager(name: str, length: int, heads: tuple[int, int]) -> None:
-    if not available(name):
-        pytest.skip(f"{name} needs a GPU, and flash attention its package")
+    skip_if_absent(name)
     on_gpu = name in GPU_ONLY
     device, dtype, tolerance = ("cuda", torch.bfloat16, 2e-2) if on_gpu else ("cpu", torch.float32, 1e-5)
     generator = torch.Generator().manual_seed(1)
@@ -61,14 +63,26 @@ def test_the_future_is_invisible(name: str) -> None:
 
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(Refusal, match="'flash' is unknown; choose auto"):
-        resolve_attention_backend("flash", "cpu")
+        resolve_attention_backend("flash", "cpu", sixteen_bit=True)
 
 
-def test_auto_is_the_fastest_that_is_present() -> None:
-    assert resolve_attention_backend("auto", "cpu") == "blocked"
-    if torch.cuda.is_available():
-        chosen = resolve_attention_backend("auto", "cuda")
-        assert chosen == ("sdpa" if not find_spec("flash_attn") else chosen)
+def test_auto_is_blocked_on_a_cpu() -> None:
+    assert resolve_attention_backend("auto", "cpu", sixteen_bit=True) == "blocked"
+    assert resolve_attention_backend("auto", "cpu", sixteen_bit=False) == "blocked"
+
+
+@pytest.mark.gpu
+def test_auto_is_the_fastest_that_the_gpu_has_for_the_precision() -> None:
+    chosen = resolve_attention_backend("auto", "cuda", sixteen_bit=True)
+    assert chosen == "sdpa" or find_spec({"2": "flash_attn", "3": "flash_attn_interface"}[chosen[-1]])
+    assert resolve_attention_backend("auto", "cuda", sixteen_bit=False) == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["sdpa_flash", "sdpa_cudnn"])
+def test_a_16_bit_kernel_is_refused_for_fp32_on_a_gpu(name: str) -> None:
+    assert resolve_attention_backend(name, "cuda", sixteen_bit=True) == name
+    with pytest.raises(Refusal, match="computes in bf16 or fp16, and the training is in fp32; choose sdpa"):
+        resolve_attention_backend(name, "cuda", sixteen_bit=False)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "blocked"])
@@ -95,7 +109,7 @@ def test_absent_package_that_was_asked_for_is_an_error(name: str, module: str) -
     if find_spec(module):
         pytest.skip(f"{module} is installed here")
     with pytest.raises(Refusal, match="which is not installed"):
-        resolve_attention_backend(name, "cuda")
+        resolve_attention_backend(name, "cuda", sixteen_bit=True)
 
 
 # FlashAttention's published interface in PyTorch, for machines without the kernels: early releases return a pair.
@@ -164,15 +178,14 @@ def test_borders_are_found_once_for_all_blocks(published: None) -> None:
 
 def test_gpu_kernel_on_a_cpu_is_refused() -> None:
     with pytest.raises(Refusal, match="'sdpa_cudnn' needs a GPU"):
-        resolve_attention_backend("sdpa_cudnn", "cpu")
+        resolve_attention_backend("sdpa_cudnn", "cpu", sixteen_bit=True)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
-@pytest.mark.parametrize("name", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_with_segments_a_document_is_attended_alone(name: str, heads: tuple[int, int]) -> None:
     """Outputs and gradients of a packed row are those of its documents one by one."""
-    if not available(name):
-        pytest.skip(f"{name} needs a GPU, and flash attention its package")
+    skip_if_absent(name)
     if name == "sdpa_flash":
         pytest.skip("takes no mask; a recipe that asks for one is refused")
     on_gpu = name in GPU_ONLY

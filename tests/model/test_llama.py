@@ -131,10 +131,10 @@ def test_recomputed_blocks_give_the_same_gradients(every: int) -> None:
         assert torch.equal(parameter.grad, twin.grad), name
 
 
-def test_with_segments_logits_of_a_packed_document_are_those_of_it_alone() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_with_segments_logits_of_a_packed_document_are_those_of_it_alone(device: str) -> None:
     """The segments stay in host memory, also where the model is on a GPU."""
     config = SHAPES["grouped"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = twins(config)[0].to(device)
     tokens = torch.randint(config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(3)).to(device)
     segments = torch.tensor([[0] * 13 + [1] * 27])

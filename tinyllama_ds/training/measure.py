@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tinyllama_ds.deepspeed_config import load_deepspeed_config, resolve_deepspeed_config, split_off_our_sections
+from tinyllama_ds.deepspeed_config import (
+    computes_in_16_bit,
+    load_deepspeed_config,
+    resolve_deepspeed_config,
+    split_off_our_sections,
+)
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, Refusal
 from tinyllama_ds.model.attention import resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
@@ -60,7 +65,7 @@ def measure(setting: Setting, model: str, sequence_length: int, accumulation: in
         total_steps=1000, hidden_size=config.hidden_size, bf16=bf16,
     )  # fmt: skip
     start_process_group(world)
-    attention = resolve_attention_backend(setting.attention, world.device.type)
+    attention = resolve_attention_backend(setting.attention, world.device.type, computes_in_16_bit(resolved))
     decoder = build_model(config, attention, seed=1, recompute_every=setting.activation_checkpointing)
     if setting.compile:
         compile_blocks(decoder)

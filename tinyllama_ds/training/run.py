@@ -18,6 +18,7 @@ from tinyllama_ds.data.order import ORDER_VERSION, MixtureStage, SampleOrder
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.deepspeed_config import (
+    computes_in_16_bit,
     load_deepspeed_config,
     requested_micro_batch,
     resolve_deepspeed_config,
@@ -105,7 +106,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
     )
     engine_config, monitors = split_off_our_sections(resolved)
     _refuse_absent_monitors(monitors, options.deepspeed_config)
-    attention = _resolve_attention(options, recipe, device_type)
+    attention = _resolve_attention(options, recipe, device_type, computes_in_16_bit(resolved))
     streams, validation = _open_data(options.data, recipe, model)
     _refuse_conversations_without_mask(recipe, streams)
     description = _settings(options, recipe, plan, model, world_size) | {
@@ -215,12 +216,12 @@ def _encode_prompts(recipe: Recipe, tokenizer: Path) -> list[list[int]]:
     return prompts
 
 
-def _resolve_attention(options: Options, recipe: Recipe, device_type: str) -> str:
+def _resolve_attention(options: Options, recipe: Recipe, device_type: str, sixteen_bit: bool) -> str:
     if options.activation_checkpointing < 0:
         raise Refusal(
             f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
         )
-    attention = resolve_attention_backend(options.attention, device_type)
+    attention = resolve_attention_backend(options.attention, device_type, sixteen_bit)
     if recipe.document_mask and attention == "sdpa_flash":
         raise Refusal(
             "attention backend 'sdpa_flash' takes no mask, and the recipe says document_mask = true; use sdpa"

@@ -1,0 +1,102 @@
+"""Training on a GPU of this machine, against plain PyTorch on its CPU: `pytest --gpu`. The kernels: `tests/model`."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from launching import BATCH, pretrain, read_series, run, tinyllama_ds, write_deepspeed_config, write_recipe
+
+from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.model.attention import ATTENTION_BACKENDS
+
+pytestmark = pytest.mark.gpu
+
+STEPS = 20
+FP32 = 1e-4  # relative: sums in another order, over 20 steps, with attention written out
+BF16 = 2e-2  # relative to fp32
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "small.toml", STEPS, save_every=STEPS // 2)
+
+
+@pytest.fixture(scope="module")
+def reference(recipe: Path, data_dir: Path) -> dict[str, list[float]]:
+    """Loss and gradient norm of every step in a plain PyTorch loop, in fp32 on the CPU."""
+    script = Path(__file__).with_name("plain_loop.py")
+    finished = run([sys.executable, str(script), str(recipe), str(data_dir), str(STEPS)])
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+@pytest.mark.parametrize("switches", [("off", "0"), ("on", "0"), ("on", "1")], ids=["eager", "compiled", "recomputed"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_curve_equals_plain_pytorch_on_the_cpu(
+    stage: int, switches: tuple[str, str], recipe: Path, reference: dict, data_dir: Path, tmp_path: Path
+) -> None:
+    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=BATCH // 4)
+    more = ["--attention", "eager", "--compile", switches[0], "--activation-checkpointing", switches[1]]
+    finished = pretrain(recipe, config, data_dir, tmp_path / "run", 1, *more)
+    assert finished.returncode == 0, finished.stderr
+    assert read_series(tmp_path / "run", "Train/Loss") == pytest.approx(reference["loss"], rel=FP32)
+    assert read_series(tmp_path / "run", "Train/GradNorm") == pytest.approx(reference["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("attention", [name for name in ATTENTION_BACKENDS if name not in ("blocked", "eager")])
+def test_every_kernel_trains_in_bf16(attention: str, document_mask: bool, data_dir: Path, tmp_path: Path) -> None:
+    """The first and the last losses are those of the attention that is written out, within the rounding of bf16."""
+    recipe = write_recipe(tmp_path / "small.toml", STEPS, save_every=STEPS, document_mask=document_mask)
+    config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2, bf16={"enabled": True})
+    curves = []
+    for name in ("eager", attention):
+        finished = pretrain(recipe, config, data_dir, tmp_path / name, 1, "--attention", name)
+        if finished.returncode == EXIT_REFUSED:
+            pytest.skip(finished.stderr.strip().splitlines()[-1])
+        assert finished.returncode == 0, finished.stderr
+        curves.append(read_series(tmp_path / name, "Train/Loss"))
+    assert curves[1] == pytest.approx(curves[0], rel=BF16)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_keep"])
+def test_shipped_configs_train_in_bf16(
+    name: str, recipe: Path, reference: dict, data_dir: Path, tmp_path: Path
+) -> None:
+    shipped = json.loads((CONFIGS / f"{name}.json").read_text())
+    ours = json.loads(write_deepspeed_config(tmp_path / "ds.json", 1, micro_batch=2).read_text())
+    same_run = {key: ours[key] for key in ("train_micro_batch_size_per_gpu", "optimizer", "scheduler", "tensorboard")}
+    (tmp_path / "ds.json").write_text(json.dumps(shipped | same_run))
+    finished = pretrain(recipe, tmp_path / "ds.json", data_dir, tmp_path / "run", 1)
+    assert finished.returncode == 0, finished.stderr
+    assert read_series(tmp_path / "run", "Train/Loss") == pytest.approx(reference["loss"], rel=BF16)
+
+
+def test_a_run_goes_on_where_it_was(recipe: Path, reference: dict, data_dir: Path, tmp_path: Path) -> None:
+    """The second half is trained again from the checkpoint in the middle, and is the same curve."""
+    config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2)
+    more = ["--attention", "eager"]
+    assert pretrain(recipe, config, data_dir, tmp_path / "run", 1, *more).returncode == 0
+    (tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}").rename(tmp_path / "last")
+    finished = pretrain(recipe, config, data_dir, tmp_path / "run", 1, *more, "--resume", "must")
+    assert finished.returncode == 0, finished.stderr
+    assert read_series(tmp_path / "run", "Train/Loss")[-STEPS // 2 :] == pytest.approx(
+        reference["loss"][-STEPS // 2 :], rel=FP32
+    )
+
+
+def test_bench_measures_time_and_memory(tmp_path: Path) -> None:
+    configs = [CONFIGS / "zero1.json", CONFIGS / "zero3_keep.json"]
+    finished = tinyllama_ds(
+        "bench", "--model", "test", "--sequence-length", 64, "--deepspeed-config", *configs, "--micro-batch", 2,
+        "--num-gpus", 1, "--steps", 2, "--output", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    rows = json.loads(finished.stdout)["rows"]
+    assert len(rows) == 4
+    for row in rows:
+        assert "error" not in row
+        assert 0 < row["measured_mfu"] < 1
+        assert row["peak_gib"] > 0
