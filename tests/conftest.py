@@ -35,19 +35,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--gpu"):
-        config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("gpu")])
-        items[:] = [item for item in items if item.get_closest_marker("gpu")]
-        return
-    flags = {
-        "gpu": "--gpu",
-        "all_faults": "--all-faults",
-        "hosts": "--hosts",
-        "rehearsal": "--rehearsal",
-        "slow_models": "--slow",
-    }
+    flags = {"all_faults": "--all-faults", "hosts": "--hosts", "rehearsal": "--rehearsal", "slow_models": "--slow"}
     left_out = {marker for marker, flag in flags.items() if not config.getoption(flag)}
-    chosen = [item for item in items if not left_out & {marker.name for marker in item.iter_markers()}]
+
+    def is_chosen(item: pytest.Item) -> bool:
+        markers = {marker.name for marker in item.iter_markers()}
+        return ("gpu" in markers) == config.getoption("--gpu") and not left_out & markers
+
+    chosen = [item for item in items if is_chosen(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from chats import conversations, prepare_chat, write_chat_recipe, write_records
-from launching import BATCH, pretrain, read_series, run, write_deepspeed_config
+from launching import BATCH, plain_curves, pretrain, read_series, run, write_deepspeed_config
 from test_docs import commands_of
 
 from tinyllama_ds.cli import main
@@ -47,10 +47,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(recipe: Path, chat_data: Path) -> dict[str, list[float]]:
     """Loss and gradient norm of every step, each conversation alone in a plain PyTorch loop."""
-    script = Path(__file__).with_name("plain_chat_loop.py")
-    finished = run([sys.executable, str(script), str(recipe), str(chat_data), str(STEPS)])
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
+    return plain_curves("plain_chat_loop.py", recipe, chat_data, STEPS)
 
 
 @pytest.fixture(scope="module")

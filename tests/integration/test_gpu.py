@@ -1,11 +1,10 @@
 """Training on a GPU of this machine, against plain PyTorch on its CPU: `pytest --gpu`. The kernels: `tests/model`."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from launching import BATCH, pretrain, read_series, run, tinyllama_ds, write_deepspeed_config, write_recipe
+from launching import BATCH, plain_curves, pretrain, read_series, tinyllama_ds, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.errors import EXIT_REFUSED
 from tinyllama_ds.model.attention import ATTENTION_BACKENDS
@@ -26,10 +25,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(recipe: Path, data_dir: Path) -> dict[str, list[float]]:
     """Loss and gradient norm of every step in a plain PyTorch loop, in fp32 on the CPU."""
-    script = Path(__file__).with_name("plain_loop.py")
-    finished = run([sys.executable, str(script), str(recipe), str(data_dir), str(STEPS)])
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
+    return plain_curves("plain_loop.py", recipe, data_dir, STEPS)
 
 
 @pytest.mark.parametrize("switches", [("off", "0"), ("on", "0"), ("on", "1")], ids=["eager", "compiled", "recomputed"])

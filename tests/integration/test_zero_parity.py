@@ -1,11 +1,9 @@
 """ZeRO stage, ranks and accumulation change speed and memory only: one loss curve, and it is plain PyTorch's."""
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
-from launching import BATCH, pretrain, read_series, run, write_deepspeed_config, write_recipe
+from launching import BATCH, plain_curves, pretrain, read_series, write_deepspeed_config, write_recipe
 
 STEPS = 20
 TOLERANCE = 1e-5  # relative, fp32
@@ -19,10 +17,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(recipe: Path, data_dir: Path) -> dict[str, list[float]]:
     """Loss and gradient norm of every step in a plain PyTorch loop in a process of its own."""
-    script = Path(__file__).with_name("plain_loop.py")
-    finished = run([sys.executable, str(script), str(recipe), str(data_dir), str(STEPS)])
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
+    return plain_curves("plain_loop.py", recipe, data_dir, STEPS)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

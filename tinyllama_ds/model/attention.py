@@ -89,6 +89,13 @@ def _output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
+def document_starts(segments: Tensor) -> Tensor:
+    """Which tokens begin a document (B, T), given the documents' numbers (B, T); the first of a row always does."""
+    is_start = torch.ones_like(segments, dtype=torch.bool)
+    is_start[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return is_start
+
+
 def documents_for(backend: str, segments: Tensor) -> Tensor:
     """What a backend wants to know of the documents whose numbers are `segments` (B, T), the same for all blocks.
 
@@ -100,9 +107,7 @@ def documents_for(backend: str, segments: Tensor) -> Tensor:
 
 def _document_borders(segments: Tensor) -> Tensor:
     """Where documents start in the rows laid end to end, and the end of the last: int32, as flash-attn wants them."""
-    starts = torch.ones_like(segments, dtype=torch.bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    first = starts.flatten().nonzero().flatten()
+    first = document_starts(segments).flatten().nonzero().flatten()
     return torch.cat((first, first.new_tensor([segments.numel()]))).int()
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyllama_ds.model.attention import attention_function, documents_for
+from tinyllama_ds.model.attention import attention_function, document_starts, documents_for
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.loss import LMHeadLoss
 
@@ -46,9 +46,7 @@ def rope_tables(config: LlamaConfig, num_positions: int, device: torch.device) -
 def positions_in_documents(segments: Tensor) -> Tensor:
     """How far each token is from the start of its document (B, T), given the documents' numbers (B, T)."""
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    is_start = torch.ones_like(segments, dtype=torch.bool)
-    is_start[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return index - index.where(is_start, 0).cummax(dim=1).values
+    return index - index.where(document_starts(segments), 0).cummax(dim=1).values
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
