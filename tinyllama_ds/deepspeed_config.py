@@ -279,6 +279,11 @@ def computes_in_16_bit(resolved: dict) -> bool:
     return any(resolved.get(section, {}).get("enabled") is True for section in ("bf16", "torch_autocast"))
 
 
+def weights_dtype(resolved: dict) -> str:
+    """PyTorch's name of the dtype in which DeepSpeed keeps the weights that forward and backward use."""
+    return "bfloat16" if resolved.get("bf16", {}).get("enabled") is True else "float32"
+
+
 def split_off_our_sections(resolved: dict) -> tuple[dict, dict]:
     """(what DeepSpeed's engine gets, the monitor sections).
 

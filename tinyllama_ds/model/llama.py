@@ -152,6 +152,7 @@ class LlamaForCausalLM(nn.Module):
         self.config = config
         self.model = LlamaModel(config, attention, recompute_every)
         self.lm_head = LMHeadLoss(config.hidden_size, config.vocab_size)
+        self.is_compiled = False  # said by whoever compiles its blocks
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         return self.lm_head(self.model(input_ids, segments), labels)
@@ -171,21 +172,35 @@ def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.normal_(std=1 / math.sqrt(D) / layers, generator=generator)
-            else:
-                parameter.normal_(std=math.sqrt(2 / 5 / D), generator=generator)
+                continue
+            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 1 / math.sqrt(D) / layers if is_output else math.sqrt(2 / 5 / D)
+            # Drawn in fp32 in host memory, one at a time: the same bits for every device, rounded once for every dtype.
+            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(std=std, generator=generator))
 
 
-def empty_model(config: LlamaConfig, attention: str, recompute_every: int = 0) -> LlamaForCausalLM:
-    """A decoder in fp32 on the CPU whose parameters are yet to be filled."""
+def empty_model(
+    config: LlamaConfig,
+    attention: str,
+    recompute_every: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LlamaForCausalLM:
+    """A decoder whose parameters are yet to be filled; nothing but them is allocated."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config, attention, recompute_every)
-    return model.to_empty(device="cpu")
+    return model.to(dtype).to_empty(device=device)
 
 
-def build_model(config: LlamaConfig, attention: str, seed: int, recompute_every: int = 0) -> LlamaForCausalLM:
-    """A freshly initialised decoder in fp32 on the CPU."""
-    model = empty_model(config, attention, recompute_every)
+def build_model(
+    config: LlamaConfig,
+    attention: str,
+    seed: int,
+    recompute_every: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LlamaForCausalLM:
+    """A freshly initialised decoder, filled where it lies: host memory holds one fp32 parameter of it at a time."""
+    model = empty_model(config, attention, recompute_every, device, dtype)
     initialize_weights(model, seed)
     return model

@@ -63,20 +63,29 @@ def chunked_cross_entropy(
     """Mean cross-entropy of `rows @ weight.T` (N, V) against `labels` (N,), with one chunk of logits alive at a time.
 
     The softmax is in fp32 and the gradient of the weight is summed over chunks in fp32. `chunk_rows` defaults to what
-    fits `MAX_CHUNK_LOGITS`.
+    fits `MAX_CHUNK_LOGITS`. Under `no_grad` no gradient is computed.
     """
     if chunk_rows is None:
         chunk_rows = max(1, MAX_CHUNK_LOGITS[rows.device.type] // weight.shape[0])
-    return _ChunkedCrossEntropy.apply(rows, weight, labels, chunk_rows, of_chunk)
+    # Asked here: inside an autograd function gradients are always off, and a weight always wants one.
+    needs_grad = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    return _ChunkedCrossEntropy.apply(rows, weight, labels, chunk_rows, of_chunk, needs_grad)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Gradients are computed in the forward pass, while a chunk's logits are at hand, and scaled in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, of_chunk: Callable) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_rows: int,
+        of_chunk: Callable,
+        needs_grad: bool,
+    ) -> Tensor:
         num_targets = (labels != IGNORE_INDEX).sum().clamp(min=1)
-        needs_grad = rows.requires_grad or weight.requires_grad
         grad_rows = torch.empty_like(rows if needs_grad else rows[:0])
         grad_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
@@ -92,6 +101,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_rows, grad_weight = ctx.saved_tensors
-        return grad_rows * grad_loss, grad_weight * grad_loss, None, None, None
+        return grad_rows * grad_loss, grad_weight * grad_loss, None, None, None, None

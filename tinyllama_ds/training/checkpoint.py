@@ -235,6 +235,7 @@ def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: d
             raise Refusal(f"{checkpoint}: DeepSpeed found nothing to load in it")
     else:
         _load_reshaped(engine, checkpoint, manifest, scratch / f".{checkpoint.name}.whole")
+    place_optimizer_state(engine.basic_optimizer)
     # DeepSpeed restores hyper-parameters too, under stage 3 the first group's in all of them, and at some stages the
     # clipping; the configured ones are in force.
     for group, wanted in zip(engine.optimizer.param_groups, configured, strict=True):
@@ -247,6 +248,22 @@ def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: d
                 raise Refusal(
                     f"{checkpoint}: {key} of optimizer group {number} is {value} after loading, not {wanted[key]}"
                 )
+
+
+def place_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Every tensor of the optimizer's state on the device where torch itself would have made it.
+
+    That is the parameter's, but for the step counter, which lies in host memory unless the kernel is fused or can be
+    captured. DeepSpeed and `reshape` put tensors in as they were read from a file, past torch's `load_state_dict`.
+    """
+    for group in optimizer.param_groups:
+        steps_on_device = group.get("fused") or group.get("capturable")
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if torch.is_tensor(value):
+                    on_device = key != "step" or steps_on_device
+                    state[key] = value.to(parameter.device if on_device else "cpu")
 
 
 def effective_hyper_parameters(engine: "DeepSpeedEngine", group: int) -> dict:

@@ -16,6 +16,7 @@ def compile_blocks(model: LlamaForCausalLM) -> None:
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward)
     model.lm_head.loss_and_grad = torch.compile(model.lm_head.loss_and_grad)
+    model.is_compiled = True
 
 
 def decide_compilation(choice: str, world: World) -> tuple[bool, str]:
@@ -45,7 +46,7 @@ def why_not(device: torch.device) -> str | None:
     try:
         torch.compile(_one_line)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001: a compiler fails in as many ways as there are machines
-        return f"torch.compile does not work ({_gist(error)})"
+        return f"torch.compile does not work ({summarize_exception(error)})"
     return None
 
 
@@ -53,8 +54,8 @@ def _one_line(x: torch.Tensor) -> torch.Tensor:
     return x.square() + 1
 
 
-def _gist(error: Exception) -> str:
-    """The cause's first line that says something."""
+def summarize_exception(error: Exception) -> str:
+    """Type and first line of the exception at the bottom of a chain of causes."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

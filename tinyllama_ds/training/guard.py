@@ -148,15 +148,17 @@ def check_parameters(engine: "DeepSpeedEngine") -> None:
 
     Raises `BadNumbers` on all ranks, naming the parameter and the ranks.
     """
-    checksums = {}
-    bad = []
-    for name, parameter in engine.module.named_parameters():
-        is_copy = parameter.numel() > 0  # under ZeRO-3 a partitioned parameter is empty between two steps
-        values = (parameter if is_copy else parameter.ds_tensor).detach()
-        if not torch.isfinite(values).all():
-            bad.append(name)
-        if is_copy:
-            checksums[name] = int(values.view(_WORD[values.element_size()]).sum(dtype=torch.int64))
+    copies, finite, sums = [], [], []
+    for _, parameter in engine.module.named_parameters():
+        copies.append(parameter.numel() > 0)  # under ZeRO-3 a partitioned parameter is empty between two steps
+        values = (parameter if copies[-1] else parameter.ds_tensor).detach()
+        finite.append(torch.isfinite(values).all().to(engine.device))
+        sums.append(values.view(_WORD[values.element_size()]).sum(dtype=torch.int64).to(engine.device))
+    # Read at once: a look at each of them would wait for the device hundreds of times.
+    finite, sums = torch.stack(finite).tolist(), torch.stack(sums).tolist()
+    names = [name for name, _ in engine.module.named_parameters()]
+    bad = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+    checksums = {name: value for name, value, is_copy in zip(names, sums, copies, strict=True) if is_copy}
     reports = gather_from_ranks([bad, checksums])
     for rank, (names, found) in enumerate(reports):
         if names:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tinyllama_ds.deepspeed_config import weights_dtype
 from tinyllama_ds.errors import (
     EXIT_FINISHED,
     EXIT_NUMERICS,
@@ -35,6 +36,7 @@ from tinyllama_ds.training.checkpoint import (
     read_manifest,
 )
 from tinyllama_ds.training.compilation import compile_blocks, decide_compilation
+from tinyllama_ds.training.dry_run import EstimateMemory, dry_run_batch
 from tinyllama_ds.training.engine import (
     check_with_deepspeed,
     find_on_main,
@@ -82,8 +84,11 @@ if TYPE_CHECKING:
 _CAUSE_SECONDS = 3  # the launcher looks at its ranks once a second
 
 
-def pretrain(options: Options) -> int:
-    """Train until the plan is complete; returns the exit code. What all ranks have to say is printed once."""
+def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
+    """Train until the plan is complete; returns the exit code. What all ranks have to say is printed once.
+
+    `estimate_memory` is what `plan` knows, for the dry-run batch.
+    """
     try:
         world = read_world()
     except Refusal as refusal:
@@ -92,7 +97,7 @@ def pretrain(options: Options) -> int:
     began = time.perf_counter()
     heartbeat = Heartbeat(world.rank)
     try:
-        code = _pretrain(options, world, heartbeat, began)
+        code = _pretrain(options, world, heartbeat, began, estimate_memory)
     except Refusal as refusal:
         say_once(world, str(refusal))
         code = EXIT_REFUSED
@@ -119,7 +124,9 @@ def say_once(world: World, sentence: str) -> None:
     print(f"tinyllama-ds: {sentence}", file=sys.stderr, flush=True)
 
 
-def _pretrain(options: Options, world: World, heartbeat: Heartbeat, began: float) -> int:
+def _pretrain(
+    options: Options, world: World, heartbeat: Heartbeat, began: float, estimate_memory: EstimateMemory
+) -> int:
     heartbeat.beat(0, "starting")
     strike("start", 0)
     run = resolve_run(options, world.size, world.device.type, supports_fast_bf16(world.device))
@@ -157,6 +164,10 @@ def _pretrain(options: Options, world: World, heartbeat: Heartbeat, began: float
         metrics = _open_metrics(run, world, start, engine, compilation, is_terminal, began)
         record_start(run, start, metrics.reached, hosts)
     saver = Saver(run, world, on_end=lambda save: report_save(metrics, save))
+    if start.step < run.plan.total_steps:
+        dry_run = dry_run_batch(engine, run, world, start, saver, estimate_memory)
+        if metrics is not None:
+            metrics.say(str(dry_run))
     try:
         progress = train(engine, run, world, start, guard, metrics, StopRequest(run.run_dir), heartbeat, saver)
     except BadNumbers:
@@ -224,11 +235,16 @@ def _choose(run: Run) -> str | None:
 
 
 def build_initial_model(run: Run, world: World, initial: InitialWeights | None) -> LlamaForCausalLM:
-    """The model before DeepSpeed has it: with stored weights, which rank 0 verifies, or random. Collective."""
+    """The model before DeepSpeed has it: with stored weights, which rank 0 verifies, or random. Collective.
+
+    It is made on the device and in the dtype that DeepSpeed would bring it to, so that the ranks of a host do not hold
+    a model in fp32 each in its memory.
+    """
+    place = {"device": world.device, "dtype": getattr(torch, weights_dtype(run.engine_config))}
     if initial is None:
-        return build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing)
+        return build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing, **place)
     find_on_main(initial.verify, world)
-    model = empty_model(run.model, run.attention, run.activation_checkpointing)
+    model = empty_model(run.model, run.attention, run.activation_checkpointing, **place)
     fill_model(model, initial)
     return model
 

@@ -113,6 +113,16 @@ class Saver:
         self._flight = _Flight(save, partial, final, manifest, work, self._commit_or_abandon)
         save.stall += perf_counter() - started
 
+    def copy_state(self, engine: "DeepSpeedEngine", progress: Progress) -> None:
+        """Collective. Only the copy into host memory, whose buffers stay for the saves to come."""
+        folder = self._run.run_dir / CHECKPOINTS / f".{checkpoint_name(progress.step)}.dry_run"
+        try:
+            _, failure = self._snapshots.take(engine, folder, progress.step)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if failure is not None:
+            raise OSError(failure)
+
     def advance(self, is_any_busy: bool) -> None:
         """Collective where a save is under way and no rank is busy with it: agree on what was done, begin the rest."""
         if self._flight is None or is_any_busy:

@@ -75,10 +75,9 @@ def score_on_tasks(
             raise StopWanted("the run is asked to stop")
 
     def build() -> Any:
-        model = hf_model(whole_weights(engine), run.model)
-        model.register_forward_pre_hook(look_around)
-        tokenizer = hf_tokenizer(Tokenizer(run.tokenizer), run.model.max_position_embeddings)
-        return language_model(model, tokenizer, run.recipe.evaluation.batch_size)
+        lm = _whole_model(engine, run)
+        lm.model.register_forward_pre_hook(look_around)
+        return lm
 
     def gather(value: Any) -> list[Any]:
         wait_for_ranks(world.device, beat)  # those with longer texts
@@ -92,6 +91,25 @@ def score_on_tasks(
     finally:
         _free_memory()
     return read_scores(results, outermost(results))
+
+
+def score_one_prompt(engine: "DeepSpeedEngine", run: "Run", world: World) -> None:
+    """The log-likelihood of one made-up continuation, by the model that scores tasks. Collective."""
+    from lm_eval.api.instance import Instance
+
+    request = Instance("loglikelihood", doc={}, arguments=("The capital of France is", " Paris"), idx=0)
+    try:
+        with _randomness_put_back(world.device), _silence():
+            _whole_model(engine, run).loglikelihood([request], disable_tqdm=True)
+    finally:
+        _free_memory()
+
+
+def _whole_model(engine: "DeepSpeedEngine", run: "Run") -> Any:
+    """lm-eval's model around the weights as they are, on this rank's device. Collective."""
+    model = hf_model(whole_weights(engine), run.model)
+    tokenizer = hf_tokenizer(Tokenizer(run.tokenizer), run.model.max_position_embeddings)
+    return language_model(model, tokenizer, run.recipe.evaluation.batch_size)
 
 
 @contextmanager

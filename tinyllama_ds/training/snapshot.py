@@ -1,6 +1,7 @@
 """The quick copy: what DeepSpeed would write for a rank, taken into host memory while training stands still."""
 
 import copy
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 class Snapshots:
     """Host memory for one state of this rank, kept from save to save; pinned where the state lies on a GPU.
 
-    Fresh memory would make every copy several times slower: its pages have to be made, and locked beside a GPU.
+    Fresh memory would make every copy several times slower: its pages have to be made, and pinned beside a GPU.
     """
 
     def __init__(self) -> None:
@@ -60,9 +61,28 @@ class Snapshots:
     def _copy_tensor(self, place: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
         buffer = self._buffers.get(place)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[place] = buffer
+            if buffer is not None and buffer.is_pinned():
+                _unpin(buffer)
+            buffer = self._buffers[place] = _host_memory_for(tensor)
         return buffer.copy_(tensor.detach(), non_blocking=True)
+
+
+def _host_memory_for(tensor: torch.Tensor) -> torch.Tensor:
+    """Pinned for a tensor on a GPU, in whole pages: `pin_memory=True` would round its size up to a power of two."""
+    from deepspeed.accelerator import get_accelerator
+
+    if not tensor.is_cuda or not tensor.nbytes:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    pages = mmap.mmap(-1, tensor.nbytes)
+    get_accelerator().register_host_memory(torch.frombuffer(pages, dtype=torch.uint8).data_ptr(), len(pages))
+    return torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
+
+
+def _unpin(buffer: torch.Tensor) -> None:
+    """Before memory that was pinned here goes back to the system."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().unregister_host_memory(buffer.untyped_storage().data_ptr())
 
 
 def _tensors_in(value: object) -> Iterator[torch.Tensor]:

@@ -1,0 +1,174 @@
+"""Every command and every way of loading on one GPU, as far as a machine without any can tell: `fake_cuda`.
+
+An operator whose tensors lie on different devices raises there, and every wait of the host for the GPU is counted.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chats import conversations, prepare_chat, write_chat_recipe, write_records
+from launching import read_series, write_deepspeed_config, write_recipe
+from local_tasks import write_tasks
+from one_gpu import OneGpu, Ran
+
+from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.errors import EXIT_ROLLBACK
+from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
+from tinyllama_ds.training.faults import FAULT_VARIABLE
+
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
+SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.json"))
+STEPS = 4
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+FUSED = {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.1, "torch_adam": True, "fused": True}}
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneGpu]:
+    one = OneGpu(tmp_path_factory.mktemp("gpu"))
+    yield one
+    one.end()
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "small.toml", STEPS, save_every=STEPS // 2)
+
+
+def passed(ran: Ran) -> Ran:
+    assert ran.code == 0, ran.output
+    return ran
+
+
+def shipped(name: str, path: Path, **changes: object) -> Path:
+    """A shipped file, with a micro batch and a warm-up for few steps."""
+    config = json.loads((CONFIGS / f"{name}.json").read_text()) | {"train_micro_batch_size_per_gpu": 4} | changes
+    config["scheduler"]["params"]["warmup_num_steps"] = 2
+    config["zero_optimization"].pop("zero_hpz_partition_size", None)  # of several GPUs
+    path.write_text(json.dumps(config))
+    return path
+
+
+def forget_last(run_dir: Path) -> None:
+    """So that the run's second half is trained again, from the checkpoint in the middle."""
+    last = find_checkpoints(run_dir)[-1]
+    assert read_manifest(last).progress.step == STEPS
+    shutil.rmtree(last)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_train_and_resume(
+    name: str, gpu: OneGpu, recipe: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    config = shipped(name, tmp_path / "ds.json")
+    passed(gpu.pretrain(recipe, config, data_dir, tmp_path / "run"))
+    losses = read_series(tmp_path / "run", "Train/Loss")
+    forget_last(tmp_path / "run")
+    passed(gpu.pretrain(recipe, config, data_dir, tmp_path / "run", "--resume", "must"))
+    assert read_series(tmp_path / "run", "Train/Loss") == losses
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("stages", [(3, 1, 0, 2, 3), (0, 1)], ids=str)
+def test_another_stage_goes_on(
+    stages: tuple[int, ...], is_fused: bool, gpu: OneGpu, recipe: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """In fp32, where every stage can follow every other; the losses are those of a run that stayed on its own."""
+    more = {"optimizer": FUSED} if is_fused else {}
+    configs = {stage: write_deepspeed_config(tmp_path / f"{stage}.json", stage, 4, **more) for stage in stages}
+    passed(gpu.pretrain(recipe, configs[stages[0]], data_dir, tmp_path / "run"))
+    losses = read_series(tmp_path / "run", "Train/Loss")
+    for stage in stages[1:]:
+        forget_last(tmp_path / "run")
+        passed(gpu.pretrain(recipe, configs[stage], data_dir, tmp_path / "run", "--resume", "must"))
+        assert read_series(tmp_path / "run", "Train/Loss") == pytest.approx(losses, rel=1e-5)
+
+
+def test_another_stage_goes_on_in_bf16(gpu: OneGpu, recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+    """With the fused kernels of the shipped files, which take no step counter in host memory."""
+    passed(gpu.pretrain(recipe, shipped("zero3", tmp_path / "first.json"), data_dir, tmp_path / "run"))
+    losses = read_series(tmp_path / "run", "Train/Loss")
+    for name in ("zero1", "zero2", "zero3_keep"):
+        forget_last(tmp_path / "run")
+        config = shipped(name, tmp_path / f"{name}.json")
+        passed(gpu.pretrain(recipe, config, data_dir, tmp_path / "run", "--resume", "must"))
+        assert read_series(tmp_path / "run", "Train/Loss") == pytest.approx(losses, rel=5e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_branches_and_stored_weights_start(
+    stage: int, gpu: OneGpu, recipe: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    config = shipped(f"zero{stage}", tmp_path / "ds.json")
+    passed(gpu.pretrain(recipe, config, data_dir, tmp_path / "run"))
+    forget_last(tmp_path / "run")
+    branch = ("--branch-from", str(tmp_path / "run"))
+    passed(gpu.pretrain(recipe, config, data_dir, tmp_path / "branch", *branch))
+    passed(gpu.pretrain(recipe, config, data_dir, tmp_path / "other", "--init-from", str(tmp_path / "run")))
+    validation = [read_series(tmp_path / run, "Validation/Loss/slimpajama")[0] for run in ("branch", "other")]
+    assert validation[0] == validation[1]
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback", "log"])
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_spikes(policy: str, name: str, gpu: OneGpu, data_dir: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.toml", 6, save_every=4)
+    guard = f'[guard]\nspike_policy = "{policy}"\nspike_window = 4\nspike_sigmas = 100\nmax_rollbacks = 2\n'
+    recipe.write_text(recipe.read_text() + guard)
+    fault = {FAULT_VARIABLE: "step.forward:0:5:spike"}
+    ran = gpu.pretrain(recipe, shipped(name, tmp_path / "ds.json"), data_dir, tmp_path / "run", **fault)
+    assert ran.code == (EXIT_ROLLBACK if policy == "rollback" else 0), ran.output
+    assert "step 6: " in ran.output
+
+
+def test_a_recipe_with_everything(gpu: OneGpu, tokenizer: Tokenizer, data_dir: Path, tmp_path: Path) -> None:
+    """Document mask, samples, scores on tasks, recomputed blocks."""
+    (tmp_path / "tasks").mkdir()
+    tasks = write_tasks(tmp_path / "tasks", 6)
+    recipe = write_recipe(tmp_path / "r.toml", STEPS, save_every=STEPS, document_mask=True)
+    recipe.write_text(
+        recipe.read_text()
+        + f'[samples]\nprompts = ["the small llama"]\nnew_tokens = 4\nevery_tokens = 256\n'
+        + f"[evaluation]\ntasks = {json.dumps([str(task) for task in tasks])}\nevery_tokens = 512\nlimit = 2\n"
+    )
+    more = ("--activation-checkpointing", "1")
+    ran = passed(gpu.pretrain(recipe, shipped("zero3", tmp_path / "ds.json"), data_dir, tmp_path / "run", *more))
+    assert "NOT scored" not in ran.output
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == STEPS
+    assert (tmp_path / "run" / "tasks.jsonl").read_text()
+
+
+def test_commands_on_what_was_trained(
+    gpu: OneGpu, tokenizer: Tokenizer, recipe: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """Export, import, generation from a checkpoint and from a folder, scores, and a measurement of the step."""
+    config = shipped("zero3", tmp_path / "ds.json")
+    passed(gpu.pretrain(recipe, config, data_dir, tmp_path / "run"))
+    passed(gpu.command("export", tmp_path / "run", tmp_path / "hf"))
+    passed(gpu.command("import", tmp_path / "hf", tmp_path / "model", "--tokenizer", tokenizer.path))
+    for model in ("run", "hf", "model"):
+        passed(gpu.command("generate", tmp_path / model, "the small llama", "--max-new-tokens", 4))
+    (tmp_path / "tasks").mkdir()
+    tasks = write_tasks(tmp_path / "tasks", 4)
+    passed(gpu.script("evaluate", tmp_path / "run", "--task-file", *tasks, "--output", tmp_path / "scores"))
+    passed(
+        gpu.script(
+            "measure", "--deepspeed-config", config, "--attention", "sdpa", "--model", "test", "--micro-batch", 2,
+            "--output", tmp_path / "figures.json", "--activation-checkpointing", 0, "--sequence-length", 32,
+            "--accumulation", 2, "--steps", 1,
+        )
+    )  # fmt: skip
+
+
+def test_a_chat_model(gpu: OneGpu, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    records = [{"messages": messages} for messages in conversations(120)]
+    write_records(tmp_path / "raw" / "train" / "a.jsonl", records[:110])
+    write_records(tmp_path / "raw" / "validation" / "c.jsonl", records[110:])
+    prepare_chat(tmp_path / "raw", tokenizer.path, tmp_path / "data")
+    recipe = write_chat_recipe(tmp_path / "chat.toml", STEPS, save_every=STEPS)
+    config = shipped("chat_zero2", tmp_path / "ds.json")
+    passed(gpu.pretrain(recipe, config, tmp_path / "data", tmp_path / "run"))
