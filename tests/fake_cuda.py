@@ -18,10 +18,12 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch._dynamo
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +35,7 @@ HOST = torch.device("cpu")
 NAME = "NVIDIA H100 80GB HBM3"
 MEMORY_BYTES = 80 * 2**30
 _COPIES = {"copy_", "_to_copy", "_foreach_copy_"}
+_TAKE_HOST_NUMBERS = {"fill_"}  # beside the pointwise ones
 _TAKE_HOST_INDICES = {"index", "index_put_", "index_put", "_index_put_impl_", "_unsafe_index"}
 _SHAPE_DEPENDS_ON_DATA = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
 _READ_ONE_VALUE = {"_local_scalar_dense", "equal", "is_nonzero"}
@@ -43,7 +46,7 @@ class Wait(NamedTuple):
     """The host waits until the GPU has caught up."""
 
     what: str
-    where: str  # file:line, the innermost of the package
+    where: str  # file:function, the innermost of the package
     inside: str  # file:line, the innermost of all but PyTorch's
 
 
@@ -71,6 +74,10 @@ class FakeCuda:
         methods = {"pin_memory": lambda tensor, *_: self.pin(tensor.clone()), "record_stream": lambda *_: None}
         self._stack.enter_context(_patched(torch.Tensor, methods))
         self._stack.enter_context(_patched(dist, _collectives()))
+        # Recomputed tensors are compared with those of the forward pass, which were looked at from below the label.
+        checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
+        self._stack.enter_context(mock.patch.dict(checks, default=lambda x: {"shape": x.shape, "dtype": x.dtype}))
+        self._stack.enter_context(_patched(threading.Thread, {"run": self._in_thread(threading.Thread.run)}))
         self._stack.enter_context(_Operators(self))
         self._stack.enter_context(_Calls(self))
         return self
@@ -115,6 +122,15 @@ class FakeCuda:
         if is_blocking or "host" in (source, target):
             pageable = "pageable " if "host" in (source, target) else ""
             self.wait(f"{pageable}copy from {source} to {target}")
+
+    def _in_thread(self, original: Any) -> Any:
+        """Modes hold for one thread each, so every new one enters its own."""
+
+        def run(thread: threading.Thread) -> None:
+            with _Operators(self), _Calls(self):
+                original(thread)
+
+        return run
 
     def _load(self, original: Any) -> Any:
         def load(file: Any, map_location: Any = None, **options: Any) -> Any:
@@ -165,13 +181,13 @@ class _Operators(TorchDispatchMode):
         if "cuda" not in labels or set(labels) == {"cuda"} or name in _COPIES or name in _LABEL_OF_FIRST:
             return
         hosts = [tensor for tensor, label in zip(tensors, labels, strict=True) if label != "cuda"]
-        is_number = torch.Tag.pointwise in func.tags and labels[0] == "cuda" or torch.Tag.pointwise in func.tags
-        if is_number and all(tensor.dim() == 0 for tensor in hosts) and not _writes_to_host(func, labels):
+        takes_numbers = torch.Tag.pointwise in func.tags or name in _TAKE_HOST_NUMBERS
+        if takes_numbers and all(tensor.dim() == 0 for tensor in hosts) and not _writes_to_host(func, labels):
             return
         if name in _TAKE_HOST_INDICES and labels[0] == "cuda":
             return
         raise MixedDevices(
-            f"{name}: expected all tensors to be on the same device, got {_describe(tensors, labels)} at {_lines()[0]}"
+            f"{name}: expected all tensors to be on the same device, got {_describe(tensors, labels)} in {' at '.join(_lines())}"
         )
 
     def _note_waits(self, name: str, args: tuple, kwargs: dict, labels: list[str]) -> None:
@@ -283,7 +299,7 @@ def _lines() -> tuple[str, str]:
         if not inside and path != Path(__file__) and "torch" not in path.parts[:-1]:
             inside = f"{path.name}:{frame.f_lineno}"
         if is_ours:
-            return f"{path.relative_to(PACKAGE.parent)}:{frame.f_lineno}", inside
+            return f"{path.relative_to(PACKAGE.parent)}:{frame.f_code.co_name}", inside
         frame = frame.f_back
     return inside, inside
 
@@ -293,9 +309,14 @@ def _device_of(mode: _Calls, gpu: FakeCuda, func: Any, args: tuple, kwargs: dict
 
 
 def _backward(mode: _Calls, gpu: FakeCuda, func: Any, args: tuple, kwargs: dict) -> None:
-    """Hooks run inside, which have to see the device too."""
+    """Hooks and recomputed blocks run inside, which have to see the device too; all of PyTorch's own calls shut it out."""
+    gradient = kwargs.get("gradient") or (args[1] if len(args) > 1 else None)
+    keep_graph, create_graph = bool(kwargs.get("retain_graph")), bool(kwargs.get("create_graph"))
     with mode:
-        torch.autograd.backward(args[0], kwargs.pop("gradient", None), **kwargs)
+        start = torch.ones_like(args[0]) if gradient is None else gradient
+        torch.autograd.Variable._execution_engine.run_backward(
+            (args[0],), (start,), keep_graph, create_graph, (), allow_unreachable=True, accumulate_grad=True
+        )
 
 
 def _deepcopy(mode: _Calls, gpu: FakeCuda, func: Any, args: tuple, kwargs: dict) -> Any:

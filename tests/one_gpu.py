@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fake_cuda import FakeCuda, Wait
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,12 +26,8 @@ class Ran:
 
     code: int
     output: str
-    waits: Counter  # of the host for the GPU: (what, line of ours, innermost line)
+    waits: Counter  # of the host for the GPU: `fake_cuda.Wait`
     pinned_bytes: int  # of host memory that was pinned by address
-
-    def waits_at(self, *places: str) -> Counter:
-        """Those that lines of some files of ours caused."""
-        return Counter({wait: count for wait, count in self.waits.items() if wait[1].startswith(places)})
 
 
 class OneGpu:
@@ -39,21 +37,22 @@ class OneGpu:
         self._log = folder / "one_gpu.log"
         self._process: subprocess.Popen | None = None
 
-    def script(self, name: str, *arguments: object, **environment: str) -> Ran:
-        """`scripts/<name>.py`, which a launcher would start on a rank."""
-        return self._run({"script": name, "arguments": list(map(str, arguments)), "environment": environment})
+    def script(self, name: str, *arguments: object, dry_run: bool = True, **environment: str) -> Ran:
+        """`scripts/<name>.py`, which a launcher would start on a rank; with or without the dry-run batch."""
+        request = {"script": name, "arguments": list(map(str, arguments)), "environment": environment}
+        return self._run(request | {"dry_run": dry_run})
 
-    def pretrain(self, recipe: Path, config: Path, data: Path, run_dir: Path, *more: str, **environment: str) -> Ran:
+    def pretrain(self, recipe: Path, config: Path, data: Path, run_dir: Path, *more: str, **others: Any) -> Ran:
         """`scripts/pretrain.py`, not compiled, and with PyTorch's attention unless another is asked for."""
         attention = [] if "--attention" in more else ["--attention", "sdpa"]
         return self.script(
             "pretrain", "--recipe", recipe, "--deepspeed-config", config, "--data", data, "--run-dir", run_dir,
-            "--compile", "off", *attention, *more, **environment,
+            "--compile", "off", *attention, *more, **others,
         )  # fmt: skip
 
     def command(self, *arguments: object) -> Ran:
         """`tinyllama-ds ...`, of the commands that start no ranks."""
-        return self._run({"script": None, "arguments": list(map(str, arguments)), "environment": {}})
+        return self._run({"script": None, "arguments": list(map(str, arguments)), "environment": {}, "dry_run": True})
 
     def end(self) -> None:
         if self._process is not None:
@@ -81,7 +80,7 @@ class OneGpu:
             self.end()
             return Ran(code, output, Counter(), 0)
         answer = json.loads(line)
-        waits = Counter({tuple(wait): count for wait, count in answer["waits"]})
+        waits = Counter({Wait(*wait): count for wait, count in answer["waits"]})
         return Ran(answer["code"], output, waits, answer["pinned_bytes"])
 
 
@@ -102,16 +101,20 @@ def _serve() -> None:
     os.dup2(2, 1)
     import torch
 
-    from fake_cuda import FakeCuda
-    from tinyllama_ds.training import engine, metrics
+    from tinyllama_ds.training import engine, measure, metrics, pretrain
 
     engine.leave = _leave  # type: ignore[assignment]
     torch.distributed.destroy_process_group = lambda *_: None  # DeepSpeed keeps its groups for good
-    metrics.measured_peak = lambda *_: 1e12  # type: ignore[assignment]  # what a fake device has no speed for
+    dry_run_batch = pretrain.dry_run_batch
+    # A fake device has no speed, and nothing for PyTorch's profiler.
+    metrics.measured_peak = measure.measured_peak = lambda *_: 1e12  # type: ignore[assignment]
+    measure._communication_seconds = lambda *_: 0.0  # type: ignore[assignment]
     with FakeCuda() as gpu:
         for line in sys.stdin:
             gpu.waits.clear()
-            code = _run_here(json.loads(line))
+            request = json.loads(line)
+            pretrain.dry_run_batch = dry_run_batch if request["dry_run"] else lambda *_: "left out"  # type: ignore
+            code = _run_here(request)
             waits = list(Counter(map(tuple, gpu.waits)).items())
             answer = {"code": code, "waits": waits, "pinned_bytes": sum(gpu.registered.values())}
             gpu.registered.clear()

@@ -22,7 +22,7 @@ from tinyllama_ds.training.faults import FAULT_VARIABLE
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.json"))
-STEPS = 4
+STEPS = 6
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 FUSED = {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.1, "torch_adam": True, "fused": True}}
 
@@ -44,9 +44,10 @@ def passed(ran: Ran) -> Ran:
     return ran
 
 
-def shipped(name: str, path: Path, **changes: object) -> Path:
-    """A shipped file, with a micro batch and a warm-up for few steps."""
-    config = json.loads((CONFIGS / f"{name}.json").read_text()) | {"train_micro_batch_size_per_gpu": 4} | changes
+def shipped(name: str, path: Path, **zero: object) -> Path:
+    """A shipped file, with a micro batch and a warm-up for few steps, and changes to its ZeRO section."""
+    config = json.loads((CONFIGS / f"{name}.json").read_text()) | {"train_micro_batch_size_per_gpu": 4}
+    config["zero_optimization"] |= zero
     config["scheduler"]["params"]["warmup_num_steps"] = 2
     config["zero_optimization"].pop("zero_hpz_partition_size", None)  # of several GPUs
     path.write_text(json.dumps(config))
@@ -61,9 +62,7 @@ def forget_last(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_configs_train_and_resume(
-    name: str, gpu: OneGpu, recipe: Path, data_dir: Path, tmp_path: Path
-) -> None:
+def test_shipped_configs_train_and_resume(name: str, gpu: OneGpu, recipe: Path, data_dir: Path, tmp_path: Path) -> None:
     config = shipped(name, tmp_path / "ds.json")
     passed(gpu.pretrain(recipe, config, data_dir, tmp_path / "run"))
     losses = read_series(tmp_path / "run", "Train/Loss")
@@ -172,3 +171,67 @@ def test_a_chat_model(gpu: OneGpu, tokenizer: Tokenizer, tmp_path: Path) -> None
     recipe = write_chat_recipe(tmp_path / "chat.toml", STEPS, save_every=STEPS)
     config = shipped("chat_zero2", tmp_path / "ds.json")
     passed(gpu.pretrain(recipe, config, tmp_path / "data", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("bf16", [{}, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_dry_run_batch_changes_nothing(
+    stage: int, bf16: dict, gpu: OneGpu, recipe: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """At a fresh start and after a load: every file of every checkpoint is the same bit for bit without it."""
+    if bf16 and stage == 0:
+        bf16 = {"bf16": BF16["bf16"]}  # where DeepSpeed accumulates in bf16 alone
+    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=4, **bf16)
+    files = []
+    for name, dry_run in (("with", True), ("without", False)):
+        run_dir = tmp_path / name
+        ran = passed(gpu.pretrain(recipe, config, data_dir, run_dir, dry_run=dry_run))
+        assert ("dry-run batch passed" in ran.output) == dry_run
+        first = {path.name: read_manifest(path).files for path in find_checkpoints(run_dir)}
+        forget_last(run_dir)
+        passed(gpu.pretrain(recipe, config, data_dir, run_dir, "--resume", "must", dry_run=dry_run))
+        assert {path.name: read_manifest(path).files for path in find_checkpoints(run_dir)} == first
+        files.append(first)
+    assert files[0] == files[1]
+
+
+# Waits per optimizer step of two micro batches: the one of ours, and those in DeepSpeed 0.19.8's own code.
+AGREE = "tinyllama_ds/training/guard.py:agree"
+BACKWARD, STEP = (f"tinyllama_ds/training/step.py:{name}" for name in ("accumulate_gradients", "apply_gradients"))
+WAITS = {
+    "zero1": {AGREE: 1, STEP: 2},
+    "zero2": {AGREE: 1, STEP: 3, BACKWARD: 2},
+    "zero3": {AGREE: 1, STEP: 2, BACKWARD: 2},
+    "zero3_keep": {AGREE: 1, STEP: 2, BACKWARD: 2},
+}
+
+
+@pytest.mark.parametrize("name", list(WAITS))
+def test_the_host_waits_for_the_gpu_once_per_step_beside_what_deepspeed_does(
+    name: str, gpu: OneGpu, data_dir: Path, tmp_path: Path
+) -> None:
+    """Between logged steps. Two runs, of three and five steps, differ by two steps of which none is logged."""
+    config = shipped(
+        name, tmp_path / "ds.json", **({"stage3_param_persistence_threshold": 0} if "zero3" in name else {})
+    )
+    waits = []
+    for steps in (3, 5):
+        recipe = write_recipe(tmp_path / f"{steps}.toml", steps, save_every=1000)
+        recipe.write_text(recipe.read_text().replace("log_steps = 1", "log_steps = 1000"))
+        waits.append(passed(gpu.pretrain(recipe, config, data_dir, tmp_path / f"run{steps}")).waits)
+    found: Counter = Counter()
+    for wait, count in (waits[1] - waits[0]).items():
+        found[wait.where] += count
+        is_ours = wait.inside.split(":")[0] == Path(wait.where.split(":")[0]).name
+        assert is_ours == (wait.where == AGREE), wait
+    assert found == {place: 2 * count for place, count in WAITS[name].items()}
+
+
+def test_a_snapshot_pins_as_many_bytes_as_the_state_has(gpu: OneGpu, data_dir: Path, tmp_path: Path) -> None:
+    """fp32 master weights and two moments are 12 bytes per parameter; pages are rounded up, and not powers of two."""
+    recipe = write_recipe(tmp_path / "r.toml", STEPS, save_every=STEPS)
+    config = shipped("zero1", tmp_path / "ds.json")
+    ran = passed(gpu.pretrain(recipe, config, data_dir, tmp_path / "run"))
+    parameters = 158_016
+    weights = 2 * parameters  # bf16, which DeepSpeed saves too
+    assert 12 * parameters + weights <= ran.pinned_bytes <= 12 * parameters + weights + 100 * 4096

@@ -1,6 +1,7 @@
 """The micro batches of a rank: samples of the order, with what the model needs beside them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, T + 1)
     segments: Tensor | None = None  # (B, T) with a document mask: the document of each input token
     is_target: Tensor | None = None  # (B, T) with conversations: which labels count; else all do
+    ready: "Copied | None" = None  # the model's inputs, where they are under way to a GPU
 
     @property
     def num_targets(self) -> int:
@@ -28,11 +30,42 @@ class Batch(NamedTuple):
 
     def model_inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """Input ids and labels on the device of the model, and perhaps segments in host memory; each (B, T)."""
+        if self.ready is not None:
+            return self.ready.wait()
         tokens = self.tokens.to(device, non_blocking=True)
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         if self.is_target is not None:
             labels = labels.where(self.is_target.to(device, non_blocking=True), IGNORE_INDEX)
         return (inputs, labels) if self.segments is None else (inputs, labels, self.segments)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The model's inputs, copied to a GPU on a stream that is not the one which computes."""
+
+    inputs: tuple[Tensor, ...]
+    end: torch.cuda.Event
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The inputs, for what is computed from now on; the host does not wait."""
+        current = torch.cuda.current_stream()
+        current.wait_event(self.end)
+        for tensor in self.inputs:
+            if tensor.is_cuda:
+                tensor.record_stream(current)  # its memory is not given away before the computation is done with it
+        return self.inputs
+
+
+def copy_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same micro batches, on a GPU each with its inputs on the way there, on a stream of their own."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            inputs = batch.model_inputs(device)
+        yield batch._replace(ready=Copied(inputs, stream.record_event()))
 
 
 def micro_batches(run: Run, world: World, first_step: int) -> Iterator[Batch]:

@@ -256,14 +256,13 @@ def place_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     That is the parameter's, but for the step counter, which lies in host memory unless the kernel is fused or can be
     captured. DeepSpeed and `reshape` put tensors in as they were read from a file, past torch's `load_state_dict`.
     """
-    for group in optimizer.param_groups:
-        steps_on_device = group.get("fused") or group.get("capturable")
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            for key, value in state.items():
-                if torch.is_tensor(value):
-                    on_device = key != "step" or steps_on_device
-                    state[key] = value.to(parameter.device if on_device else "cpu")
+    # Stage 3 lends its groups one parameter at a time, so that they do not lead to the states.
+    steps_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if torch.is_tensor(value):
+                on_device = key != "step" or steps_on_device
+                state[key] = value.to(parameter.device if on_device else "cpu")
 
 
 def effective_hyper_parameters(engine: "DeepSpeedEngine", group: int) -> dict:

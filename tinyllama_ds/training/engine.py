@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # For runs without a supervisor, which alone notices earlier that a host has vanished.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_ALL_PARAMETERS = 2**40  # elements: beyond every parameter
 _LOOK_SECONDS = 0.1  # between two looks whether a collective has ended
 
 
@@ -71,8 +72,11 @@ def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "
     """The DeepSpeed engine. Under ZeRO-3 a block is a leaf: gathered as a whole, one collective instead of nine."""
     import deepspeed
 
-    if config["zero_optimization"].get("stage", 0) == 3 and "leaf_module" not in config["zero_optimization"]:
-        deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    if config["zero_optimization"].get("stage", 0) == 3:
+        if "leaf_module" not in config["zero_optimization"]:
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
+        if dist.get_world_size() == 1:
+            config = _without_release(config)
     with warnings.catch_warnings(), redirect_stdout(StringIO()):  # it prints how much memory each of its parts takes
         warnings.simplefilter("ignore")
         engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
@@ -81,6 +85,18 @@ def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "
         group["configured_lr"] = group["lr"]
     set_learning_rate(engine, learning_rate_ratio)
     return engine
+
+
+def _without_release(config: dict) -> dict:
+    """ZeRO-3 on one rank: its partition is the whole weight, so releasing it frees nothing.
+
+    Yet DeepSpeed waits for the GPU whenever it takes a released weight back, before every block. Persistent weights are
+    not released. Weights that are offloaded lie elsewhere, and go on as they are configured.
+    """
+    zero = config["zero_optimization"]
+    if zero.get("offload_param", {}).get("device", "none") != "none":
+        return config
+    return config | {"zero_optimization": zero | {"stage3_param_persistence_threshold": _ALL_PARAMETERS}}
 
 
 def _undo_dummy_step(engine: "DeepSpeedEngine") -> None:

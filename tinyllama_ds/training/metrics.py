@@ -109,8 +109,9 @@ class PhaseClock:
 
     def read(self) -> dict[str, float]:
         """Seconds by phase, then start again at zero. Waits for the device, so call it on logged steps only."""
+        if self._events:
+            self._events[-1][-1].synchronize()  # and with it all before
         for name, start, end in self._events:
-            end.synchronize()
             self._seconds[name] += start.elapsed_time(end) / 1000
         seconds = dict(self._seconds)
         self._seconds.clear()

@@ -52,8 +52,9 @@ class Pace:
         return {f"Ranks/{name}": float(value) for name, value in figures.items()}, sentences
 
     def _read(self) -> float:
+        if self._events:
+            self._events[-1][-1].synchronize()  # and with it all before
         for start, end in self._events:
-            end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000
         self._events.clear()
         seconds, self._seconds = self._seconds, 0.0
