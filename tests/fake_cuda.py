@@ -68,7 +68,8 @@ class FakeCuda:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "FakeCuda":
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the compiler would look for a GPU's code generator
+        # The compiler would look for a GPU's code generator.
+        self._stack.enter_context(mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"))
         self._stack.enter_context(_patched(torch.cuda, _cuda_functions(self)))
         self._stack.enter_context(_patched(torch, {"load": self._load(torch.load)}))
         methods = {"pin_memory": lambda tensor, *_: self.pin(tensor.clone()), "record_stream": lambda *_: None}
@@ -229,7 +230,7 @@ class _Calls(TorchFunctionMode):
     def _make(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """A function that may make a tensor on a device of the caller's choice."""
         device, is_pinned = kwargs.get("device"), kwargs.pop("pin_memory", False)
-        label = None
+        label = self._gpu.label(args[0]) if func is torch.Tensor.new_tensor else None
         if device is not None:
             kind = _type_of(device)
             label = {"cuda": "cuda", "cpu": "host"}.get(kind)
@@ -309,7 +310,7 @@ def _device_of(mode: _Calls, gpu: FakeCuda, func: Any, args: tuple, kwargs: dict
 
 
 def _backward(mode: _Calls, gpu: FakeCuda, func: Any, args: tuple, kwargs: dict) -> None:
-    """Hooks and recomputed blocks run inside, which have to see the device too; all of PyTorch's own calls shut it out."""
+    """Hooks and recomputed blocks run inside, which have to see the device; PyTorch's own function would hide it."""
     gradient = kwargs.get("gradient") or (args[1] if len(args) > 1 else None)
     keep_graph, create_graph = bool(kwargs.get("retain_graph")), bool(kwargs.get("create_graph"))
     with mode:

@@ -131,7 +131,7 @@ def test_a_recipe_with_everything(gpu: OneGpu, tokenizer: Tokenizer, data_dir: P
     recipe = write_recipe(tmp_path / "r.toml", STEPS, save_every=STEPS, document_mask=True)
     recipe.write_text(
         recipe.read_text()
-        + f'[samples]\nprompts = ["the small llama"]\nnew_tokens = 4\nevery_tokens = 256\n'
+        + '[samples]\nprompts = ["the small llama"]\nnew_tokens = 4\nevery_tokens = 256\n'
         + f"[evaluation]\ntasks = {json.dumps([str(task) for task in tasks])}\nevery_tokens = 512\nlimit = 2\n"
     )
     more = ("--activation-checkpointing", "1")

@@ -7,7 +7,7 @@ import torch
 from launching import STEP_TOKENS, pretrain, read_series, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
-from tinyllama_ds.training.checkpoint import find_checkpoints
+from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
 
 SAMPLES = f'[samples]\nprompts = ["the small llama", "loss"]\nevery_tokens = {STEP_TOKENS}\nnew_tokens = 5\n'
 
@@ -22,6 +22,9 @@ def test_a_compiled_run_is_the_same_with_samples(stage: int, data_dir: Path, tmp
         finished = pretrain(recipe, config, data_dir, tmp_path / name, 2, "--compile", "on")
         assert finished.returncode == 0, finished.stderr
         assert "blocks compiled" in finished.stdout
+        probe = read_manifest(find_checkpoints(tmp_path / name)[-1]).health.probe
+        assert probe is not None
+        assert probe.circumstances["compiled"], "known after the ranks' forwards are timed, too"
     assert read_series(tmp_path / "with", "Train/Loss") == read_series(tmp_path / "without", "Train/Loss")
     found, expected = (tensors_of(find_checkpoints(tmp_path / name)[-1]) for name in ("with", "without"))
     assert [place for place in expected if not torch.equal(found[place], expected[place])] == []

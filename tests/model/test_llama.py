@@ -1,6 +1,7 @@
 """The decoder against transformers' LlamaForCausalLM with the same weights, in fp32."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -142,3 +143,29 @@ def test_with_segments_logits_of_a_packed_document_are_those_of_it_alone(device:
     torch.testing.assert_close(packed[:, :13], model(tokens[:, :13]), rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(packed[:, 13:], model(tokens[:, 13:]), rtol=TOLERANCE, atol=TOLERANCE)
     assert not torch.allclose(model(tokens)[:, 13:], packed[:, 13:])
+
+
+def test_a_model_made_in_bf16_has_the_bits_of_one_rounded_to_it() -> None:
+    """What DeepSpeed would do with a model in fp32, without one in host memory."""
+    rounded = build_model(SHAPES["grouped"], "sdpa", seed=1).bfloat16()
+    made = build_model(SHAPES["grouped"], "sdpa", seed=1, dtype=torch.bfloat16)
+    for (name, expected), found in zip(rounded.named_parameters(), made.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+def test_building_holds_one_parameter_in_host_memory() -> None:
+    """On the device `meta`, which takes no memory, nothing but one fp32 parameter at a time is allocated elsewhere."""
+    held: list[weakref.ref] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.device.type == "cpu" and out.numel() > 1:
+                held.append(weakref.ref(out))
+            alive = {id(tensor) for ref in held if (tensor := ref()) is not None}
+            assert len(alive) <= 1, "two at once"
+            return out
+
+    with Watch():
+        build_model(SHAPES["grouped"], "sdpa", seed=1, device="meta")
+    assert len({id(ref) for ref in held}) > 10

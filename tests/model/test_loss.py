@@ -57,3 +57,21 @@ def test_without_labels_the_head_gives_logits() -> None:
     torch.nn.init.normal_(head.weight)
     hidden = torch.randn(2, 3, 8)
     assert torch.equal(head(hidden), hidden @ head.weight.t())
+
+
+def test_without_gradients_there_is_one_product_and_no_gradient_buffer() -> None:
+    """A validation batch: inside an autograd function `requires_grad` of a weight is true whatever the caller said."""
+    operators: list[str] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operators.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    head = LMHeadLoss(16, 100)
+    torch.nn.init.normal_(head.weight)
+    hidden, labels = torch.randn(1, 32, 16), torch.randint(100, (1, 32))
+    with Watch(), torch.no_grad():
+        loss = head(hidden, labels)
+    assert operators.count("mm") == 1
+    assert loss == head(hidden, labels).detach()

@@ -4,11 +4,16 @@ import os
 import subprocess
 import sys
 
+from types import SimpleNamespace
+
 import torch
 
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.training.compilation import compile_blocks, why_not
+from tinyllama_ds.training.pace import Pace
+from tinyllama_ds.training.probe import circumstances
+from tinyllama_ds.training.world import World
 
 _SIZE = LlamaConfig(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -28,6 +33,20 @@ def test_the_compiled_decoder_has_the_loss_and_gradients_of_the_eager_one() -> N
         results.append([loss, *(parameter.grad for parameter in model.parameters())])
     for eager, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_model_is_known_after_its_blocks_are_timed() -> None:
+    """A save asks when `Pace` has wrapped the blocks, a load before: both have to give a probe the same circumstances."""
+    model, world = build_model(_SIZE, "blocked", seed=1), World(0, 0, 2, torch.device("cpu"))
+    engine = SimpleNamespace(module=model)
+    config = {"deepspeed_config": {"zero_optimization": {}}, "versions": {}}
+    run = SimpleNamespace(description=config, micro_batch=2, attention="blocked")
+    assert not circumstances(engine, run, world)["compiled"]
+    compile_blocks(model)
+    at_load = circumstances(engine, run, world)
+    Pace(model.model.layers, world)
+    assert at_load["compiled"]
+    assert circumstances(engine, run, world) == at_load
 
 
 def test_this_machine_compiles() -> None:

@@ -75,10 +75,10 @@ def validation_losses(
     sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=device)  # (sources, [loss, targets])
     for number, held_out in enumerate(sets):
         for inputs, labels, *segments in held_out.batches(rank, world_size, batch):
-            targets = int((labels != IGNORE_INDEX).sum())  # counted in host memory: no wait for the device
+            count = int((labels != IGNORE_INDEX).sum())  # in host memory: no wait for the device
             loss = score(inputs.to(device), labels.to(device), *segments)
-            sums[number, 0] += loss.double() * targets
-            sums[number, 1] += targets
+            sums[number, 0] += loss.double() * count
+            sums[number, 1] += count
     losses, targets = sum_over_ranks(sums).unbind(1)
     return {held_out.source: loss for held_out, loss in zip(sets, (losses / targets).tolist(), strict=True)}
 

@@ -45,7 +45,7 @@ def why_not(device: torch.device) -> str | None:
     """What PyTorch's compiler lacks here (a C compiler, Python's headers, Triton), found by compiling one line."""
     try:
         torch.compile(_one_line)(torch.ones(8, device=device))
-    except Exception as error:  # noqa: BLE001: a compiler fails in as many ways as there are machines
+    except Exception as error:  # a compiler fails in as many ways as there are machines
         return f"torch.compile does not work ({summarize_exception(error)})"
     return None
 
