@@ -22,6 +22,7 @@ from tinyllama_ds.errors import (
     BadNumbers,
     Refusal,
 )
+from tinyllama_ds.model.attention import capability_of
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, empty_model
 from tinyllama_ds.training.branch import verify_parent
 from tinyllama_ds.training.changes import Change
@@ -35,6 +36,7 @@ from tinyllama_ds.training.checkpoint import (
     read_manifest,
 )
 from tinyllama_ds.training.compilation import compile_blocks, decide_compilation
+from tinyllama_ds.training.determinism import use_deterministic_kernels
 from tinyllama_ds.training.engine import (
     check_with_deepspeed,
     find_on_main,
@@ -122,7 +124,7 @@ def say_once(world: World, sentence: str) -> None:
 def _pretrain(options: Options, world: World, heartbeat: Heartbeat, began: float) -> int:
     heartbeat.beat(0, "starting")
     strike("start", 0)
-    run = resolve_run(options, world.size, world.device.type, supports_fast_bf16(world.device))
+    run = _resolve(options, world)
     check_run_directory(run)
     os.umask(0o027)  # what others could write would not be loaded again
     is_terminal = log_to(run.run_dir, world.rank)
@@ -174,6 +176,14 @@ def _pretrain(options: Options, world: World, heartbeat: Heartbeat, began: float
     gather_from_ranks(None)  # no rank leaves before it is written: its exit code would end rank 0
     torch.distributed.destroy_process_group()
     return EXIT_FINISHED if is_finished else EXIT_RESTART
+
+
+def _resolve(options: Options, world: World) -> Run:
+    """The run on this rank's device, with the kernels that it asks for."""
+    if options.deterministic:
+        use_deterministic_kernels()
+    bf16, capability = supports_fast_bf16(world.device), capability_of(world.device)
+    return resolve_run(options, world.size, world.device.type, bf16, capability)
 
 
 def tell_changes(changes: list[Change], allowed: tuple[str, ...]) -> None:
@@ -249,8 +259,9 @@ def _open_metrics(
     batch = run.plan.stages[0].batch
     metrics.say(
         f"{run.recipe.model}: {run.model.num_parameters:,} parameters in {str(dtype).removeprefix('torch.')} on"
-        f" {world.size} x {world.device.type}, ZeRO-{engine.zero_optimization_stage()}, attention {run.attention},"
-        f" blocks {compilation}\n"
+        f" {world.size} x {world.device.type}, ZeRO-{engine.zero_optimization_stage()}, attention {run.attention}"
+        f"{f' ({run.attention_reason})' if run.attention_reason else ''}, blocks {compilation}"
+        f"{', deterministic kernels' if run.description['deterministic'] else ''}\n"
         f"{run.plan.total_steps:,} steps, {run.plan.total_tokens:,} tokens; a step is {batch} sequences of"
         f" {run.recipe.sequence_length} tokens in {batch // run.micro_batch // world.size} micro batches of"
         f" {run.micro_batch} on each rank\n"

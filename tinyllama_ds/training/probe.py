@@ -40,6 +40,7 @@ def circumstances(engine: "DeepSpeedEngine", run: Run, world: World) -> dict:
         "zero_optimization": run.description["deepspeed_config"]["zero_optimization"],
         "micro_batch": run.micro_batch,
         "attention": run.attention,
+        "deterministic": run.description["deterministic"],
         "compiled": hasattr(engine.module.model.layers[0].forward, "_torchdynamo_orig_callable"),
         "versions": {name: run.description["versions"].get(name) for name in ("torch", "deepspeed", "device")},
         "cpu": [_cpu_model(), torch.get_num_threads()],
