@@ -90,7 +90,7 @@ def _varlen() -> AttentionFunction:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None) -> Tensor:
         if borders is None:
-            return attend_rows(q, k, v)
+            return attend_rows(q, k, v, None)
         T, shape = q.shape[1], q.shape
         q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))  # (B * T, heads, E)
         return attend_documents(q, k, v, borders, borders, T, T, **options).view(shape)
