@@ -259,9 +259,8 @@ def _open_metrics(
     batch = run.plan.stages[0].batch
     metrics.say(
         f"{run.recipe.model}: {run.model.num_parameters:,} parameters in {str(dtype).removeprefix('torch.')} on"
-        f" {world.size} x {world.device.type}, ZeRO-{engine.zero_optimization_stage()}, attention {run.attention}"
-        f"{f' ({run.attention_reason})' if run.attention_reason else ''}, blocks {compilation}"
-        f"{', deterministic kernels' if run.description['deterministic'] else ''}\n"
+        f" {world.size} x {world.device.type}, ZeRO-{engine.zero_optimization_stage()}, {run.kernels},"
+        f" blocks {compilation}\n"
         f"{run.plan.total_steps:,} steps, {run.plan.total_tokens:,} tokens; a step is {batch} sequences of"
         f" {run.recipe.sequence_length} tokens in {batch // run.micro_batch // world.size} micro batches of"
         f" {run.micro_batch} on each rank\n"

@@ -87,6 +87,12 @@ class Run:
     init_from: InitialWeights | None
     description: dict  # what run.json holds, but for its history
 
+    @property
+    def kernels(self) -> str:
+        """Which attention, why `auto` took no faster one, and whether kernels are deterministic: for the console."""
+        reason = f" ({self.attention_reason})" if self.attention_reason else ""
+        return f"attention {self.attention}{reason}{', deterministic' if self.description['deterministic'] else ''}"
+
 
 def resolve_run(
     options: Options, world_size: int, device_type: str, bf16: bool, capability: tuple[int, int] | None = None
