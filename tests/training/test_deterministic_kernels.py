@@ -8,7 +8,7 @@ import torch
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.loss import loss_and_grad
-from tinyllama_ds.training.determinism import use_deterministic_kernels
+from tinyllama_ds.training.determinism import gives_same_bits, use_deterministic_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +49,9 @@ def test_the_compiled_loss_stays_the_same() -> None:
     use_deterministic_kernels()
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(loss_and_grad)(logits, labels, torch.tensor(34)), expected)
+
+
+def test_bits_are_expected_of_a_gpu_with_the_flag_alone() -> None:
+    """A good checkpoint that a GPU gives another last bit of the probe's loss for is not to be refused."""
+    expected = {("cpu", False): True, ("cpu", True): True, ("cuda", False): False, ("cuda", True): True}
+    assert {case: gives_same_bits(torch.device(case[0]), case[1]) for case in expected} == expected

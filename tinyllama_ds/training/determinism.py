@@ -25,3 +25,11 @@ def use_deterministic_kernels() -> None:
     # On by default with it, to show reads of uninitialized memory; DeepSpeed's paddings would be filled at every step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
+
+
+def gives_same_bits(device: torch.device, deterministic: bool) -> bool:
+    """Whether the same computation has the same bits in another process on such a device.
+
+    Without `--deterministic` a GPU adds in any order, and the compiler times kernels and takes one or the other.
+    """
+    return device.type == "cpu" or deterministic
