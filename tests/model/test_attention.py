@@ -1,5 +1,6 @@
 """Every backend against the one that is written out."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import attention as torch_attention
+from torch.overrides import TorchFunctionMode
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.attention import (
@@ -48,6 +50,42 @@ def test_outputs_and_gradients_equal_eager(name: str, length: int, heads: tuple[
     q, k, v, upstream = random_tensors(*((2, length, count, 16) for count in (heads[0], heads[1], heads[1], heads[0])))
     found = gradients(attention_function(name), [q, k, v], upstream)
     torch.testing.assert_close(found, gradients(eager_attention, [q, k, v], upstream), rtol=1e-5, atol=1e-5)
+
+
+class OnAGpu(TorchFunctionMode):
+    """Tensors say that they are on a GPU; `heads` gets those of queries and keys at PyTorch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads: list[tuple[int, int, bool]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.is_cuda.__get__:
+            return True
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.heads.append((args[0].shape[1], args[1].shape[1], kwargs["enable_gqa"]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked", "heads"),
+    [
+        (torch.bfloat16, False, (6, 2, True)),  # PyTorch's flash kernel shares heads
+        (torch.bfloat16, True, (6, 6, False)),
+        (torch.float32, False, (6, 6, False)),
+        (torch.float32, True, (6, 6, False)),
+    ],
+)
+def test_sdpa_repeats_heads_where_scores_would_be_written_out(
+    dtype: torch.dtype, masked: bool, heads: tuple[int, int, bool]
+) -> None:
+    q, k, v, upstream = random_tensors(*((2, 20, n, 16) for n in (6, 2, 2, 6)), dtype=dtype)
+    documents = [SEGMENTS] if masked else []
+    with OnAGpu() as gpu:
+        found = gradients(attention_function("sdpa"), [q, k, v], upstream, *documents)
+    assert gpu.heads == [heads]
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(found, gradients(eager_attention, [q, k, v], upstream, *documents), **tolerance)
 
 
 @pytest.mark.gpu
@@ -284,6 +322,8 @@ def test_varlen_of_earlier_torch_is_called_as_it_was_published(
     from torch.nn.attention import varlen
 
     now = varlen.varlen_attn
+    if "enable_gqa" not in inspect.signature(now).parameters:
+        pytest.skip("this is an earlier torch, and tested itself")
 
     def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # type: ignore[no-untyped-def]
         window = (-1, 0) if is_causal else (-1, -1)
