@@ -60,7 +60,7 @@ class OnAGpu(TorchFunctionMode):
         self.heads: list[tuple[int, int, bool]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.is_cuda.__get__:
+        if func == torch.Tensor.is_cuda.__get__:
             return True
         if func is torch.nn.functional.scaled_dot_product_attention:
             self.heads.append((args[0].shape[1], args[1].shape[1], kwargs["enable_gqa"]))
