@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from tinyllama_ds.launch.launcher import Placement, launcher_environment
-from tinyllama_ds.model.attention import resolve_attention_backend
+from tinyllama_ds.model.attention import Demands, Device, capability_of, resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
 from tinyllama_ds.network import free_port
@@ -87,7 +87,9 @@ def ours(name: str, attention: str = "auto") -> Callable[[], None]:
 
 
 def our_model(attention: str) -> LlamaForCausalLM:
-    return build_model(SIZE.model, resolve_attention_backend(attention, SIZE.device, sixteen_bit=True), seed=1)
+    device = Device(SIZE.device, capability_of(torch.device(SIZE.device)))
+    choice = resolve_attention_backend(attention, device, Demands(sixteen_bit=True))
+    return build_model(SIZE.model, choice.backend, seed=1)
 
 
 def transformers_deepspeed() -> Callable[[], None]:

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from launching import BATCH, plain_curves, pretrain, read_series, tinyllama_ds, write_deepspeed_config, write_recipe
+from test_resume import tensors_of
 
 from tinyllama_ds.errors import EXIT_REFUSED
 from tinyllama_ds.model.attention import ATTENTION_BACKENDS
+from tinyllama_ds.training.checkpoint import find_checkpoints
 
 pytestmark = pytest.mark.gpu
 
@@ -55,6 +58,39 @@ def test_every_kernel_trains_in_bf16(attention: str, document_mask: bool, data_d
         assert finished.returncode == 0, finished.stderr
         curves.append(read_series(tmp_path / name, "Train/Loss"))
     assert curves[1] == pytest.approx(curves[0], rel=BF16)
+
+
+def test_a_package_that_does_not_import_is_passed_over_with_a_line(
+    recipe: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "packages" / "flash_attn").mkdir(parents=True)
+    (tmp_path / "packages" / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"), prepend=":")
+    config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2, bf16={"enabled": True})
+    finished = pretrain(recipe, config, data_dir, tmp_path / "run", 1)
+    assert finished.returncode == 0, finished.stderr
+    said = "(flash_attention_2: flash_attn does not import (ImportError: undefined symbol: _ZN3c10))"
+    assert (finished.stdout + finished.stderr).count(said) == 1
+    refused = pretrain(recipe, config, data_dir, tmp_path / "by_name", 1, "--attention", "flash_attention_2")
+    assert refused.returncode == EXIT_REFUSED
+    assert refused.stderr.count("flash_attn does not import") == 1
+    assert not (tmp_path / "by_name").exists()
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_a_deterministic_run_is_the_same_to_the_last_bit(document_mask: bool, data_dir: Path, tmp_path: Path) -> None:
+    """Twice from the beginning, compiled, in bf16 with the attention that this GPU gets by itself."""
+    recipe = write_recipe(
+        tmp_path / "small.toml", STEPS, save_every=STEPS, evaluate_every=STEPS // 2, document_mask=document_mask
+    )
+    config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2, bf16={"enabled": True})
+    for name in ("first", "second"):
+        finished = pretrain(recipe, config, data_dir, tmp_path / name, 1, "--deterministic")
+        assert finished.returncode == 0, finished.stderr
+    first, second = (tensors_of(find_checkpoints(tmp_path / name)[-1]) for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    for place, tensor in first.items():
+        assert torch.equal(tensor, second[place]), place
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_keep"])

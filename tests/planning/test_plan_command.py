@@ -102,6 +102,7 @@ sys.exit(f"imported {heavy}" if heavy else code)
         (("--gpu-memory", "much", "--peak-tflops", 1), {}, r"expected a size such as 40GiB"),
         (("--gpu-memory", "40GiB"), {}, r"give both"),
         (("--efficiency", 1.5), {}, r"1 at most"),
+        (("--attention", "flash"), {}, r"--attention 'flash' is unknown; expected auto, flash_attention_4, "),
         (("--network", -1), {}, r"--network -1: expected a number above 0"),
         (("--write-config", "x.json"), {}, r"give --search as well"),
         (("--data", "absent"), {}, r"absent: the data directory is missing"),

@@ -3,14 +3,24 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tinyllama_ds.deepspeed_config import load_deepspeed_config
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.model.attention import (
+    ATTENTION_BACKENDS,
+    Demands,
+    Device,
+    capability_of,
+    documents_for,
+    resolve_attention_backend,
+)
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
-from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.model.llama import build_model, rope_tables
 from tinyllama_ds.model.loss import MAX_CHUNK_LOGITS
 from tinyllama_ds.planning.communication import Collective
 from tinyllama_ds.planning.layout import gathers_of, modules_of, read_layout
-from tinyllama_ds.planning.memory import CHUNK_LOGITS, Work, block_bytes_per_token
+from tinyllama_ds.planning.memory import BACKENDS, CHUNK_LOGITS, Work, attention_memory, block_bytes_per_token
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -25,18 +35,45 @@ def test_units_hold_all_parameters(name: str) -> None:
     assert sum(map(sum, modules_of(model))) == model.num_parameters
 
 
+def test_the_backends_are_the_models() -> None:
+    assert tuple(name for name in BACKENDS if name != "auto") == tuple(ATTENTION_BACKENDS)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "blocked", "eager"])
 def test_a_block_keeps_what_the_formula_says(attention: str) -> None:
-    """Bytes of the tensors that autograd saves for one block, weights and RoPE's shared tables left out."""
-    import torch
-
-    from tinyllama_ds.model.llama import rope_tables
-
     model = LlamaConfig(64, 256, 704, 1, 4, 2, 512)
+    kept = "flash" if attention == "sdpa" else attention
+    assert_a_block_keeps(model, attention, kept, torch.device("cpu"), torch.bfloat16, masked=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True], ids=["rows", "documents"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("attention", ATTENTION_BACKENDS)
+def test_a_block_keeps_what_the_formula_says_on_a_gpu(attention: str, dtype: torch.dtype, masked: bool) -> None:
+    device = torch.device("cuda", 0)
+    demands = Demands(dtype == torch.bfloat16, document_mask=masked)
+    try:
+        resolve_attention_backend(attention, Device("cuda", capability_of(device)), demands)
+    except Refusal as refusal:
+        pytest.skip(str(refusal))
+    if attention == "blocked" and masked:
+        pytest.skip("keeps a mask of each block of keys as well")
+    kept = attention_memory(attention, masked, dtype.itemsize)
+    assert_a_block_keeps(LlamaConfig(64, 512, 1408, 1, 8, 2, 1024), attention, kept, device, dtype, masked)
+
+
+def assert_a_block_keeps(
+    model: LlamaConfig, attention: str, kept: str, device: torch.device, dtype: torch.dtype, masked: bool
+) -> None:
+    """Bytes of the tensors that autograd saves for one block, weights, RoPE's tables and documents left out."""
     B, T = 2, 256
-    decoder = build_model(model, attention, 1).bfloat16()
-    cos, sin = rope_tables(model, T, torch.device("cpu"))
-    outside = {tensor.untyped_storage().data_ptr() for tensor in (*decoder.parameters(), cos, sin)}
+    decoder = build_model(model, attention, 1).to(device, dtype)
+    cos, sin = rope_tables(model, T, device)
+    segments = torch.arange(T).div(100, rounding_mode="floor").expand(B, -1)
+    documents = documents_for(attention, segments).to(device) if masked else None
+    shared = (*decoder.parameters(), cos, sin, *([documents] if masked else []))
+    outside = {tensor.untyped_storage().data_ptr() for tensor in shared}
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,13 +82,42 @@ def test_a_block_keeps_what_the_formula_says(attention: str) -> None:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x = torch.randn(B, T, model.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(B, T, model.hidden_size, dtype=dtype, device=device, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = decoder.model.layers[0](x, cos, sin, None)
-    layout = read_layout(load_deepspeed_config(CONFIGS[0]) | {"bf16": {"enabled": True}}, "any", 1)
-    work = Work(B, T, "flash" if attention == "sdpa" else attention)
+        y = decoder.model.layers[0](x, cos, sin, documents)
+    precision = {"bf16": {"enabled": dtype == torch.bfloat16}}
+    layout = read_layout(load_deepspeed_config(CONFIGS[0]) | precision, "any", 1)
     found = sum(saved.values()) / (B * T)
-    assert found == pytest.approx(block_bytes_per_token(model, layout, work), rel=0.03), y.shape
+    assert found == pytest.approx(block_bytes_per_token(model, layout, Work(B, T, kept)), rel=0.03), y.shape
+
+
+@pytest.mark.parametrize(
+    ("backend", "document_mask", "weight_bytes", "kept"),
+    [
+        ("auto", False, 2, "flash"),
+        ("auto", True, 2, "flash"),
+        ("varlen", True, 2, "flash"),
+        ("flash_attention_2", True, 2, "flash"),
+        ("sdpa", False, 2, "flash"),
+        ("sdpa", True, 2, "masked"),
+        ("sdpa_cudnn", True, 2, "masked"),
+        ("auto", False, 4, "repeated"),
+        ("auto", True, 4, "masked"),
+        ("sdpa", False, 4, "repeated"),
+        ("blocked", True, 4, "blocked"),
+        ("eager", True, 2, "eager"),
+    ],
+)
+def test_what_a_backend_keeps(backend: str, document_mask: bool, weight_bytes: int, kept: str) -> None:
+    assert attention_memory(backend, document_mask, weight_bytes) == kept
+
+
+def test_a_mask_costs_what_it_holds() -> None:
+    """Per token of TinyLlama in bf16: repeated keys and values, and a row of the mask."""
+    model = MODEL_SIZES["tinyllama-1.1b"]
+    layout = read_layout(load_deepspeed_config(CONFIGS[0]) | {"bf16": {"enabled": True}}, "any", 1)
+    flash, masked = (block_bytes_per_token(model, layout, Work(8, 2048, kept)) for kept in ("flash", "masked"))
+    assert masked - flash == 2 * 2 * (32 - 4) * 64 + 2 * 2048
 
 
 def test_rings() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,27 @@ def test_a_warmup_as_long_as_the_run_is_refused(options: Options, tmp_path: Path
     short = write_recipe(tmp_path / "short.toml", 5, save_every=5)
     with pytest.raises(Refusal, match="warmup_num_steps 5 leaves nothing of the run's 5 steps"):
         resolve(replace(options, recipe=str(short)))
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed here")
+@pytest.mark.parametrize(
+    ("document_mask", "capability", "attention", "reason"),
+    [
+        (False, (8, 0), "sdpa", " (flash_attention_2: flash_attn is not installed)"),
+        (True, (8, 0), "varlen", " (flash_attention_2: flash_attn is not installed)"),
+        (True, None, "auto", ""),  # on a machine that does not see the ranks' GPUs
+    ],
+)
+def test_attention_of_a_gpu_is_resolved_and_said_by_its_ranks(
+    document_mask: bool, capability: tuple[int, int] | None, attention: str, reason: str, options: Options
+) -> None:
+    recipe = write_recipe(Path(options.recipe), 10, save_every=5, document_mask=document_mask)
+    config = write_deepspeed_config(options.deepspeed_config, 3, micro_batch=2, bf16={"enabled": True})
+    options = replace(options, recipe=str(recipe), deepspeed_config=config)
+    run = resolve_run(options, 2, "cuda", bf16=True, capability=capability)
+    assert run.attention == run.description["attention"] == attention
+    assert run.kernels == f"attention {attention}{reason}"
+    assert resolve_run(replace(options, deterministic=True), 2, "cuda", True).kernels == "attention auto, deterministic"
 
 
 def test_a_fresh_directory_is_a_fresh_start(options: Options) -> None:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from tinyllama_ds.planning.search import Ranking
     from tinyllama_ds.planning.timing import Machines
 
-_MEMORY_OF_ATTENTION = {"blocked": "blocked", "eager": "eager"}  # all others keep what flash attention keeps
-
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or a TOML file")
@@ -186,7 +184,7 @@ def _question(options: argparse.Namespace, machines: "Machines") -> "Question":
         options.recipe,
         options.deepspeed_config,
         machines,
-        attention=_MEMORY_OF_ATTENTION.get(options.attention, "flash"),
+        attention=options.attention,
         is_compiled=options.compile != "off",
         recompute_every=options.activation_checkpointing,
         tokens_per_second=options.tokens_per_second,

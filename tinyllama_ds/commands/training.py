@@ -56,7 +56,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="resume although this differs from the run in --run-dir, named as in the refusal: recipe.seed, data ...",
     )
     parser.add_argument(
-        "--attention", default="auto", help="auto, flash_attention_2, sdpa, blocked ... (default: %(default)s)"
+        "--attention",
+        default="auto",
+        help="auto, flash_attention_2, varlen, sdpa, blocked ... (default: %(default)s)",
     )
     parser.add_argument(
         "--compile",
@@ -70,6 +72,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="K",
         help="to save memory, compute every K-th block again in the backward pass; 1 is all, 0 none (default)",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="kernels that give the same bits every time, on GPUs too, at some cost; CPUs do so without",
     )
 
 
@@ -86,6 +93,7 @@ def run_options(namespace: argparse.Namespace) -> "Options":
         attention=namespace.attention,
         compile=namespace.compile,
         activation_checkpointing=namespace.activation_checkpointing,
+        deterministic=namespace.deterministic,
         allow_change=tuple(namespace.allow_change),
         branch_from=namespace.branch_from,
         init_from=namespace.init_from,
@@ -213,6 +221,7 @@ def _run_arguments(options: argparse.Namespace) -> list[str]:
     arguments += ["--resume", options.resume, "--attention", options.attention]
     arguments += ["--init-from", str(options.init_from.absolute())] if options.init_from else []
     arguments += ["--activation-checkpointing", str(options.activation_checkpointing)]
+    arguments += ["--deterministic"] if options.deterministic else []
     arguments += ["--branch-from", str(options.branch_from.absolute())] if options.branch_from else []
     arguments += [part for key in options.allow_change for part in ("--allow-change", key)]
     return [*arguments, "--compile", options.compile]

@@ -3,13 +3,18 @@
 Shapes: B batch, T tokens, H query heads, K key/value heads, E head size.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyllama_ds.errors import Refusal
@@ -42,14 +47,21 @@ def _visible(length: int, segments: Tensor | None, device: torch.device) -> Tens
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
-    """PyTorch's own kernels (flash where it has one for the device and no segments). As `eager_attention`."""
+    """PyTorch's own choice of kernel. As `eager_attention`."""
+    mask = None if segments is None else _visible(q.shape[1], segments, q.device)
+    shares_heads = q.shape[2] != k.shape[2]
+    if shares_heads and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # The flash kernel takes neither a mask nor fp32, and not every torch has another kernel for shared heads:
+        # without copies PyTorch would write out the scores, (B, H, T, T).
+        k, v = (tensor.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for tensor in (k, v))
+        shares_heads = False
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=None if segments is None else _visible(q.shape[1], segments, q.device),
-        is_causal=segments is None,
-        enable_gqa=q.shape[2] != k.shape[2],
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=shares_heads,
     )
     return out.transpose(1, 2)  # (B, T, H, E)
 
@@ -64,29 +76,86 @@ def _sdpa_with(kernel: SDPBackend) -> AttentionFunction:
     return attend
 
 
-def _flash_attention(version: int, module: str, remedy: str) -> AttentionFunction:
-    """A release of FlashAttention; raises `Refusal` where its module is absent."""
-    if find_spec(module) is None:
-        raise Refusal(
-            f"attention backend 'flash_attention_{version}' needs the module {module}, which is not installed; {remedy}"
-        )
-    kernels = import_module(module)
+def _varlen() -> AttentionFunction:
+    """PyTorch's flash kernel, which takes documents by their borders."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.10 has `is_causal`, 2.11 a window in its place, later ones want to be told of shared heads.
+    parameters = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    if "enable_gqa" in parameters:
+        options["enable_gqa"] = True
+    attend_documents = cast(Callable[..., Tensor], varlen_attn)
+    attend_rows = _sdpa_with(SDPBackend.FLASH_ATTENTION)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None) -> Tensor:
         if borders is None:
-            return _output(kernels.flash_attn_func(q, k, v, causal=True))
-        B, T = q.shape[:2]
-        rows = (tensor.flatten(0, 1) for tensor in (q, k, v))  # (B * T, heads, E)
-        lengths = {"cu_seqlens_q": borders, "cu_seqlens_k": borders, "max_seqlen_q": T, "max_seqlen_k": T}
-        out = _output(kernels.flash_attn_varlen_func(*rows, **lengths, causal=True))  # (B * T, H, E)
-        return out.view(B, T, *q.shape[2:])
+            return attend_rows(q, k, v, None)
+        T, shape = q.shape[1], q.shape
+        q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))  # (B * T, heads, E)
+        return attend_documents(q, k, v, borders, borders, T, T, **options).view(shape)
 
     return attend
 
 
-def _output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The early releases of FlashAttention 3 return the softmax's logarithmic sums too (Dao-AILab's pull 1851)."""
-    return result[0] if isinstance(result, tuple) else result
+def _flash_attention_2() -> AttentionFunction:
+    """The flash-attn package; raises `MissingKernel` where it cannot be used."""
+    name, remedy = "flash_attention_2", "install tinyllama_ds[flash] for this torch, or choose auto"
+    dense, varlen = _package(name, "flash_attn", ("flash_attn_func", "flash_attn_varlen_func"), remedy)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None) -> Tensor:
+        options = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
+        if borders is None:
+            return dense(q, k, v, **options)
+        T = q.shape[1]
+        rows = (tensor.flatten(0, 1) for tensor in (q, k, v))  # (B * T, heads, E)
+        lengths = {"cu_seqlens_q": borders, "cu_seqlens_k": borders, "max_seqlen_q": T, "max_seqlen_k": T}
+        return varlen(*rows, **lengths, **options).view(q.shape)  # from (B * T, H, E)
+
+    return attend
+
+
+def _flash_implementation(name: str, version: str, module: str) -> AttentionFunction:
+    """A later FlashAttention, activated in the place of the one inside PyTorch for this process, under `varlen`.
+
+    Raises `MissingKernel` where torch or the package does not have it.
+    """
+    remedy = f"install {module} for this torch, or choose auto"
+    _package(name, module, (), remedy)
+    if version not in torch_attention.list_flash_attention_impls():
+        raise MissingKernel(name, f"torch {torch.__version__} cannot activate {version}", "install torch 2.11 or later")
+    if torch_attention.current_flash_attention_impl() != version:
+        try:
+            torch_attention.activate_flash_attention_impl(version)
+        except Exception as error:  # torch looks for the package's operators
+            raise MissingKernel(name, f"{module} cannot be used ({_gist(error)})", remedy) from error
+    return _varlen()
+
+
+class MissingKernel(Refusal):
+    """A backend whose package or feature is absent here, or does not work; `what` is the reason by itself."""
+
+    def __init__(self, name: str, what: str, remedy: str) -> None:
+        super().__init__(f"attention backend {name!r}: {what}; {remedy}")
+        self.what = what
+
+
+def _package(name: str, module: str, functions: tuple[str, ...], remedy: str) -> list[Callable]:
+    """Functions of an optional package; raises `MissingKernel` where it is absent or does not import."""
+    try:
+        imported = import_module(module)
+        return [getattr(imported, function) for function in functions]
+    except Exception as error:
+        # Built for another torch a package ends in ImportError, OSError, AttributeError, RuntimeError ...
+        is_absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        what = f"{module} is not installed" if is_absent else f"{module} does not import ({_gist(error)})"
+        raise MissingKernel(name, what, remedy) from error
+
+
+def _gist(error: Exception) -> str:
+    """The error on one line of bearable length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 def document_starts(segments: Tensor) -> Tensor:
@@ -99,60 +168,160 @@ def document_starts(segments: Tensor) -> Tensor:
 def documents_for(backend: str, segments: Tensor) -> Tensor:
     """What a backend wants to know of the documents whose numbers are `segments` (B, T), the same for all blocks.
 
-    For FlashAttention the borders, (documents + 1,); for the others the numbers themselves. How many borders there are
+    For flash kernels the borders, (documents + 1,); for the others the numbers themselves. How many borders there are
     depends on the data: on a GPU this waits for it, in host memory for nothing.
     """
-    return _document_borders(segments) if backend in VARIABLE_LENGTH else segments
+    return _document_borders(segments) if ATTENTION_BACKENDS[backend].documents == BORDERS else segments
 
 
 def _document_borders(segments: Tensor) -> Tensor:
-    """Where documents start in the rows laid end to end, and the end of the last: int32, as flash-attn wants them."""
+    """Where documents start in the rows laid end to end, and the end of the last: int32, as flash kernels want them."""
     first = document_starts(segments).flatten().nonzero().flatten()
     return torch.cat((first, first.new_tensor([segments.numel()]))).int()
 
 
-ATTENTION_BACKENDS: dict[str, Callable[[], AttentionFunction]] = {
-    "flash_attention_3": lambda: _flash_attention(
-        3, "flash_attn_interface", "install FlashAttention 3, or choose 'flash_attention_2' or 'sdpa'"
+NUMBERS, BORDERS = "numbers", "borders"  # how a backend is told of documents
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How to make an attention function, and where it can be used."""
+
+    make: Callable[[], AttentionFunction]  # raises `MissingKernel`
+    generations: range = range(100)  # of GPUs that have the kernel, by their major compute capability
+    on_cpu: bool = True
+    is_16_bit: bool = False  # on GPUs for bf16 and fp16 alone
+    documents: str | None = NUMBERS  # None: attends to whole rows alone
+    is_deterministic: bool = True  # gradients are, once torch.use_deterministic_algorithms is on
+
+
+_flash = partial(Backend, generations=range(8, 100), on_cpu=False, is_16_bit=True, documents=BORDERS)
+ATTENTION_BACKENDS: dict[str, Backend] = {
+    "flash_attention_4": _flash(
+        lambda: _flash_implementation("flash_attention_4", "FA4", "flash_attn.cute.interface"),
+        generations=range(9, 11),
     ),
-    "flash_attention_2": lambda: _flash_attention(2, "flash_attn", "install tinyllama_ds[flash] or choose 'sdpa'"),
-    "sdpa": lambda: sdpa_attention,
-    "sdpa_flash": lambda: _sdpa_with(SDPBackend.FLASH_ATTENTION),
-    "sdpa_cudnn": lambda: _sdpa_with(SDPBackend.CUDNN_ATTENTION),
-    "blocked": lambda: blocked_attention,
-    "eager": lambda: eager_attention,
+    "flash_attention_3": _flash(
+        lambda: _flash_implementation("flash_attention_3", "FA3", "flash_attn_interface"), generations=range(9, 10)
+    ),
+    "flash_attention_2": _flash(_flash_attention_2),
+    "varlen": _flash(_varlen),
+    "sdpa": Backend(lambda: sdpa_attention),
+    "sdpa_flash": _flash(lambda: _sdpa_with(SDPBackend.FLASH_ATTENTION), on_cpu=True, documents=None),
+    "sdpa_cudnn": _flash(lambda: _sdpa_with(SDPBackend.CUDNN_ATTENTION), documents=NUMBERS, is_deterministic=False),
+    "blocked": Backend(lambda: blocked_attention),
+    "eager": Backend(lambda: eager_attention),
 }
-VARIABLE_LENGTH = frozenset({"flash_attention_3", "flash_attention_2"})  # take documents by their borders
-GPU_ONLY = frozenset({"flash_attention_3", "flash_attention_2", "sdpa_cudnn"})
-SIXTEEN_BIT = GPU_ONLY | {"sdpa_flash"}  # kernels that a GPU has for bf16 and fp16 alone
-
-
-def resolve_attention_backend(name: str, device_type: str, sixteen_bit: bool) -> str:
-    """Turn 'auto' into the fastest backend that is present, for training in bf16 or fp16, or in fp32.
-
-    On a CPU that is `blocked`. On a GPU it is FlashAttention 3 on a Hopper chip where the package is installed, then
-    FlashAttention 2, then PyTorch's own choice; in fp32 only the last. Raises `Refusal` for a name that is unknown, a
-    package that is absent, and a kernel that the device does not have for the precision.
-    """
-    if name == "auto":
-        return "blocked" if device_type == "cpu" else _fastest_on_gpu(sixteen_bit)
-    if name not in ATTENTION_BACKENDS:
-        raise Refusal(f"attention backend {name!r} is unknown; choose auto, {', '.join(ATTENTION_BACKENDS)}")
-    attention_function(name)  # an absent package is refused now
-    if name in GPU_ONLY and device_type == "cpu":
-        raise Refusal(f"attention backend {name!r} needs a GPU; choose auto, blocked or sdpa")
-    if name in SIXTEEN_BIT and device_type == "cuda" and not sixteen_bit:
-        raise Refusal(f"attention backend {name!r} computes in bf16 or fp16, and the training is in fp32; choose sdpa")
-    return name
-
-
-def _fastest_on_gpu(sixteen_bit: bool) -> str:
-    chip = torch.cuda.get_device_capability()
-    if sixteen_bit and chip == (9, 0) and find_spec("flash_attn_interface"):
-        return "flash_attention_3"
-    return "flash_attention_2" if sixteen_bit and chip >= (8, 0) and find_spec("flash_attn") else "sdpa"
 
 
 def attention_function(name: str) -> AttentionFunction:
-    """The backend behind a name; raises `Refusal` where its package is absent, and never falls back in silence."""
-    return ATTENTION_BACKENDS[name]()
+    """The backend behind a name; raises `MissingKernel` where its package is absent, and never falls back."""
+    return ATTENTION_BACKENDS[name].make()
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where attention will run. Of a GPU that only the ranks can see, the compute capability is unknown: None."""
+
+    type: str
+    capability: tuple[int, int] | None = None
+
+    @property
+    def is_known(self) -> bool:
+        return self.type == "cpu" or self.capability is not None
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """A GPU's compute capability; None for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """A backend, and why `auto` did not take a faster one: empty where it did, or was not asked."""
+
+    backend: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a run asks of attention: bf16 or fp16, attention inside documents, the same bits every time."""
+
+    sixteen_bit: bool
+    document_mask: bool = False
+    deterministic: bool = False
+
+
+def resolve_attention_backend(name: str, device: Device, demands: Demands) -> AttentionChoice:
+    """Turn 'auto' into the fastest backend that is present and meets the demands.
+
+    On a CPU that is `blocked`. On a GPU it is FlashAttention 3 on a Hopper chip where the package is installed, then
+    FlashAttention 2, then PyTorch's flash kernel: `varlen` with a document mask, else inside `sdpa`, which has others
+    for fp32 and old GPUs. Where the device is not known the name stays as it is, for the ranks to resolve.
+
+    Raises `Refusal` for a name that is unknown, a package that is absent or does not import, and a backend that cannot
+    meet the demands on the device.
+    """
+    if name != "auto" and name not in ATTENTION_BACKENDS:
+        raise Refusal(f"attention backend {name!r} is unknown; choose auto, {', '.join(ATTENTION_BACKENDS)}")
+    if not device.is_known:
+        return AttentionChoice(name)
+    if name == "auto":
+        return AttentionChoice("blocked") if device.type == "cpu" else _fastest_on_gpu(device, demands)
+    obstacle = _obstacle(name, device, demands)
+    if obstacle:
+        raise Refusal(f"attention backend {name!r} {obstacle}; choose auto or sdpa")
+    attention_function(name)  # an absent package is refused now
+    return AttentionChoice(name)
+
+
+def _fastest_on_gpu(device: Device, demands: Demands) -> AttentionChoice:
+    passed_over: dict[str, str] = {}  # by reason, the first backend that it kept away
+    for name in _fastest_first(device, demands):
+        reason = _why_not(name, device, demands)
+        if reason is None:
+            break
+        passed_over.setdefault(reason, name)
+    notes = [f"{other}: {reason}" for reason, other in passed_over.items()]
+    if name == "sdpa" and demands.document_mask:
+        notes.append("every block keeps a mask of tokens x tokens")
+    return AttentionChoice(name, "; ".join(notes))
+
+
+def _fastest_first(device: Device, demands: Demands) -> Iterator[str]:
+    """The backends that `auto` looks at. FlashAttention 3 is not missed where nobody has installed it."""
+    if device.capability is not None and device.capability[0] == 9 and find_spec("flash_attn_interface"):
+        yield "flash_attention_3"
+    yield "flash_attention_2"
+    if demands.document_mask:
+        yield "varlen"
+    yield "sdpa"
+
+
+def _obstacle(name: str, device: Device, demands: Demands) -> str | None:
+    """Why a backend cannot be used for a run, whatever is installed."""
+    backend = ATTENTION_BACKENDS[name]
+    if device.capability is None and not backend.on_cpu:
+        return "needs a GPU"
+    if device.capability is not None and device.capability[0] not in backend.generations:
+        return f"has no kernel for a GPU of compute capability {'.'.join(map(str, device.capability))}"
+    if device.capability is not None and backend.is_16_bit and not demands.sixteen_bit:
+        return "computes in bf16 or fp16, and the training is in fp32"
+    if demands.document_mask and backend.documents is None:
+        return "takes no mask, and the recipe says document_mask = true"
+    if demands.deterministic and not backend.is_deterministic:
+        return "has no deterministic gradients, which --deterministic asks for"
+    return None
+
+
+def _why_not(name: str, device: Device, demands: Demands) -> str | None:
+    """The same, and whether its package works here."""
+    obstacle = _obstacle(name, device, demands)
+    if obstacle is not None:
+        return obstacle
+    try:
+        attention_function(name)
+    except MissingKernel as missing:
+        return missing.what
+    return None

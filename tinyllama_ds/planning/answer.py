@@ -30,7 +30,7 @@ from tinyllama_ds.planning.course import (
     schedule_warnings,
 )
 from tinyllama_ds.planning.layout import Layout, gathers_of, persistent_elements, read_layout
-from tinyllama_ds.planning.memory import Memory, Work, memory_of
+from tinyllama_ds.planning.memory import Memory, Work, attention_memory, memory_of
 from tinyllama_ds.planning.timing import Machines, StepTime, step_time
 from tinyllama_ds.recipe import Recipe, load_recipe
 from tinyllama_ds.training.schedule import Schedule, make_schedule
@@ -45,7 +45,7 @@ class Question:
     recipe: str
     deepspeed_config: Path
     machines: Machines
-    attention: str = "flash"
+    attention: str = "auto"  # backend, as in pretrain
     is_compiled: bool = False
     recompute_every: int = 0
     tokens_per_second: float | None = None  # of one GPU, all included, where it is known
@@ -114,6 +114,13 @@ def resolve(inputs: Inputs, path: Path, raw: dict, micro_batch: int, ranks: int)
     )  # fmt: skip
 
 
+def work_of(question: Question, inputs: Inputs, layout: Layout, micro_batch: int, recompute_every: int) -> Work:
+    """One micro batch of the run on a layout."""
+    recipe = inputs.recipe
+    attention = attention_memory(question.attention, recipe.document_mask, layout.weight_bytes)
+    return Work(micro_batch, recipe.sequence_length, attention, recompute_every, question.is_compiled)
+
+
 def answer(question: Question, inputs: Inputs, sizes: dict[str, int]) -> Answer:
     """Everything about the run; raises `Refusal` where it cannot be cut up. Whether it fits is in the answer."""
     machines, path = question.machines, question.deepspeed_config
@@ -121,9 +128,7 @@ def answer(question: Question, inputs: Inputs, sizes: dict[str, int]) -> Answer:
     micro_batch = micro_batch_of(inputs.plan, requested_micro_batch(inputs.raw, path), ranks)
     resolved = resolve(inputs, path, inputs.raw, micro_batch, ranks)
     layout = read_layout(resolved, path.stem, ranks)
-    work = Work(
-        micro_batch, inputs.recipe.sequence_length, question.attention, question.recompute_every, question.is_compiled
-    )
+    work = work_of(question, inputs, layout, micro_batch, question.recompute_every)
     accumulations = tuple(stage.batch // ranks // micro_batch for stage in inputs.plan.stages)
     steps = tuple(step_time(inputs.model, layout, work, count, machines) for count in accumulations)
     duration = _duration(inputs.plan, steps, ranks, question.tokens_per_second)

@@ -3,11 +3,16 @@
 from dataclasses import dataclass
 from math import ceil
 
+from tinyllama_ds.errors import Refusal
 from tinyllama_ds.gpus import GIB
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persistent_elements
 
 CHUNK_LOGITS = 64 * 2**20  # fp32 logits alive at once on a GPU: model/loss.py
+BACKENDS = (
+    *("auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen"),
+    *("sdpa", "sdpa_flash", "sdpa_cudnn", "blocked", "eager"),
+)
 _STAGE_1_BUCKET = (
     500_000_000  # elements: DeepSpeed's engine flattens gradients in buckets of this size outside ZeRO 2, 3
 )
@@ -21,7 +26,7 @@ class Work:
 
     micro_batch: int
     sequence_length: int
-    attention: str = "flash"  # flash (flash_attention_2, _3, sdpa), blocked or eager
+    attention: str = "flash"  # what it keeps, as `attention_memory` says
     recompute_every: int = 0
     is_compiled: bool = False
     chunk_logits: int = CHUNK_LOGITS  # fp32 logits alive at once
@@ -170,6 +175,20 @@ def _step_buffers(model: LlamaConfig, layout: Layout, world_size: int) -> Memory
     return MemoryRow("step buffers", size, "optimizer step", how)
 
 
+def attention_memory(backend: str, document_mask: bool, weight_bytes: int) -> str:
+    """What a backend keeps on a GPU since Ampere: that of flash, or of sdpa's other kernels, of `blocked` or `eager`.
+
+    Raises `Refusal` for a backend that is unknown.
+    """
+    if backend not in BACKENDS:
+        raise Refusal(f"--attention {backend!r} is unknown; expected {', '.join(BACKENDS)}")
+    if backend in ("blocked", "eager"):
+        return backend
+    if document_mask and (backend in ("sdpa", "sdpa_cudnn") or weight_bytes == 4):
+        return "masked"
+    return "flash" if weight_bytes == 2 else "repeated"
+
+
 def block_bytes_per_token(model: LlamaConfig, layout: Layout, work: Work) -> int:
     """What one decoder block keeps of a token from forward to backward: the tensors that autograd saves."""
     w, D, F = layout.weight_bytes, model.hidden_size, model.intermediate_size
@@ -180,6 +199,9 @@ def block_bytes_per_token(model: LlamaConfig, layout: Layout, work: Work) -> int
         attention += w * query - 4 * H + w * H * (T + 64) // 2  # the probabilities of visible blocks
     elif work.attention == "eager":
         attention = w * query + 12 * query + 4 * H * T  # fp32 q, k, v and scores
+    elif work.attention in ("repeated", "masked"):
+        attention += w * 2 * (query - key)  # keys and values of every query head
+        attention += w * T if work.attention == "masked" else 0
     if work.is_compiled:
         return w * 4 * D + attention + w * 3 * F + 8  # what matrix products read; the rest is recomputed
     norms = 2 * ((4 + w + (w if w == 2 else 0)) * D + 4)  # fp32 input, normed, times weight

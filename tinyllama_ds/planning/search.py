@@ -6,7 +6,7 @@ from itertools import product
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.gpus import GIB
-from tinyllama_ds.planning.answer import Inputs, Question, resolve
+from tinyllama_ds.planning.answer import Inputs, Question, resolve, work_of
 from tinyllama_ds.planning.layout import Layout, read_layout
 from tinyllama_ds.planning.memory import Memory, Work, memory_of
 from tinyllama_ds.planning.timing import StepTime, step_time
@@ -122,7 +122,7 @@ def _candidate(
     ranks = question.machines.hosts.ranks
     config = raw | {"train_micro_batch_size_per_gpu": micro_batch}
     layout = read_layout(resolve(inputs, question.deepspeed_config, config, micro_batch, ranks), name, ranks)
-    work = Work(micro_batch, inputs.recipe.sequence_length, question.attention, recompute_every, question.is_compiled)
+    work = work_of(question, inputs, layout, micro_batch, recompute_every)
     longest = max(inputs.plan.stages, key=lambda stage: stage.samples)
     accumulation = longest.batch // ranks // micro_batch
     step = step_time(inputs.model, layout, work, accumulation, question.machines)

@@ -17,7 +17,7 @@ from tinyllama_ds.deepspeed_config import (
     split_off_our_sections,
 )
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, Refusal
-from tinyllama_ds.model.attention import resolve_attention_backend
+from tinyllama_ds.model.attention import Demands, Device, capability_of, resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.plan import Step
@@ -65,8 +65,9 @@ def measure(setting: Setting, model: str, sequence_length: int, accumulation: in
         total_steps=1000, hidden_size=config.hidden_size, bf16=bf16,
     )  # fmt: skip
     start_process_group(world)
-    attention = resolve_attention_backend(setting.attention, world.device.type, computes_in_16_bit(resolved))
-    decoder = build_model(config, attention, seed=1, recompute_every=setting.activation_checkpointing)
+    device, demands = Device(world.device.type, capability_of(world.device)), Demands(computes_in_16_bit(resolved))
+    attention = resolve_attention_backend(setting.attention, device, demands)
+    decoder = build_model(config, attention.backend, seed=1, recompute_every=setting.activation_checkpointing)
     if setting.compile:
         compile_blocks(decoder)
     engine_config, _ = split_off_our_sections(resolved)
@@ -76,7 +77,7 @@ def measure(setting: Setting, model: str, sequence_length: int, accumulation: in
     timed = _time_steps(engine, step, micro, setting.micro_batch, world, steps)
     figures = _figures(engine, config, world, sequence_length, step.tokens_after, timed)
     communication = _communication_seconds(engine, step, micro, setting.micro_batch, world)
-    return figures | {"attention": attention, "seconds_communication": communication}
+    return figures | {"attention": attention.backend, "seconds_communication": communication}
 
 
 def _time_steps(

@@ -23,6 +23,7 @@ from tinyllama_ds.errors import (
     BadNumbers,
     Refusal,
 )
+from tinyllama_ds.model.attention import capability_of
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, empty_model
 from tinyllama_ds.training.branch import verify_parent
 from tinyllama_ds.training.changes import Change
@@ -36,6 +37,7 @@ from tinyllama_ds.training.checkpoint import (
     read_manifest,
 )
 from tinyllama_ds.training.compilation import compile_blocks, decide_compilation
+from tinyllama_ds.training.determinism import use_deterministic_kernels
 from tinyllama_ds.training.dry_run import EstimateMemory, dry_run_batch
 from tinyllama_ds.training.engine import (
     check_with_deepspeed,
@@ -129,7 +131,7 @@ def _pretrain(
 ) -> int:
     heartbeat.beat(0, "starting")
     strike("start", 0)
-    run = resolve_run(options, world.size, world.device.type, supports_fast_bf16(world.device))
+    run = _resolve(options, world)
     check_run_directory(run)
     os.umask(0o027)  # what others could write would not be loaded again
     is_terminal = log_to(run.run_dir, world.rank)
@@ -185,6 +187,14 @@ def _pretrain(
     gather_from_ranks(None)  # no rank leaves before it is written: its exit code would end rank 0
     torch.distributed.destroy_process_group()
     return EXIT_FINISHED if is_finished else EXIT_RESTART
+
+
+def _resolve(options: Options, world: World) -> Run:
+    """The run on this rank's device, with the kernels that it asks for."""
+    if options.deterministic:
+        use_deterministic_kernels()
+    bf16, capability = supports_fast_bf16(world.device), capability_of(world.device)
+    return resolve_run(options, world.size, world.device.type, bf16, capability)
 
 
 def tell_changes(changes: list[Change], allowed: tuple[str, ...]) -> None:
@@ -265,7 +275,7 @@ def _open_metrics(
     batch = run.plan.stages[0].batch
     metrics.say(
         f"{run.recipe.model}: {run.model.num_parameters:,} parameters in {str(dtype).removeprefix('torch.')} on"
-        f" {world.size} x {world.device.type}, ZeRO-{engine.zero_optimization_stage()}, attention {run.attention},"
+        f" {world.size} x {world.device.type}, ZeRO-{engine.zero_optimization_stage()}, {run.kernels},"
         f" blocks {compilation}\n"
         f"{run.plan.total_steps:,} steps, {run.plan.total_tokens:,} tokens; a step is {batch} sequences of"
         f" {run.recipe.sequence_length} tokens in {batch // run.micro_batch // world.size} micro batches of"

@@ -9,6 +9,7 @@ import torch
 
 from tinyllama_ds.errors import BadNumbers, Refusal
 from tinyllama_ds.model.probe import TOLERANCE, Probe, loss_difference, probe_loss
+from tinyllama_ds.training.determinism import gives_same_bits
 from tinyllama_ds.training.engine import gather_from_ranks
 from tinyllama_ds.training.run import Run
 from tinyllama_ds.training.world import World
@@ -40,6 +41,7 @@ def circumstances(engine: "DeepSpeedEngine", run: Run, world: World) -> dict:
         "zero_optimization": run.description["deepspeed_config"]["zero_optimization"],
         "micro_batch": run.micro_batch,
         "attention": run.attention,
+        "deterministic": run.description["deterministic"],
         "compiled": engine.module.is_compiled,
         "versions": {name: run.description["versions"].get(name) for name in ("torch", "deepspeed", "device")},
         "cpu": [_cpu_model(), torch.get_num_threads()],
@@ -53,12 +55,13 @@ def _cpu_model() -> str:
 
 
 def check_probe(engine: "DeepSpeedEngine", run: Run, world: World, probe: Probe, checkpoint: str) -> None:
-    """After a load: the loss is what it was at the save, to the last bit under equal circumstances. Collective.
+    """After a load: the loss is what it was at the save, to the last bit where that can be expected. Collective.
 
     Raises `Refusal` on all ranks where it is not: the weights in the engine are not those that were saved.
     """
     dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
     is_same_way = (dtype, circumstances(engine, run, world)) == (probe.dtype, probe.circumstances)
+    is_same_way &= gives_same_bits(world.device, run.description["deterministic"])
     loss = probe_loss(engine, probe.tokens, probe.segments, run.micro_batch, world.device)
     found = gather_from_ranks([loss, is_same_way])
     allowed = 0.0 if all(same for _, same in found) else max(TOLERANCE[dtype], TOLERANCE[probe.dtype])

@@ -26,7 +26,7 @@ from tinyllama_ds.deepspeed_config import (
 )
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.evaluation.validation import ValidationSet
-from tinyllama_ds.model.attention import resolve_attention_backend
+from tinyllama_ds.model.attention import AttentionChoice, Demands, Device, resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
 from tinyllama_ds.plan import RunPlan, micro_batch_of
 from tinyllama_ds.recipe import Recipe, load_recipe
@@ -53,6 +53,7 @@ class Options:
     attention: str = "auto"
     compile: str = "auto"
     activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
+    deterministic: bool = False  # the same bits every time on GPUs too
     allow_change: tuple[str, ...] = ()  # keys of what may differ from the run that the directory holds
     branch_from: Path | None = None  # a run or checkpoint to begin with
     init_from: Path | None = None  # model folder, run or checkpoint with the weights to start from
@@ -68,6 +69,7 @@ class Run:
     monitors: dict
     model: LlamaConfig
     attention: str
+    attention_reason: str  # why `auto` took no faster one
     compile: str  # auto, on or off
     activation_checkpointing: int
     micro_batch: int
@@ -85,9 +87,20 @@ class Run:
     init_from: InitialWeights | None
     description: dict  # what run.json holds, but for its history
 
+    @property
+    def kernels(self) -> str:
+        """Which attention, why `auto` took no faster one, and whether kernels are deterministic: for the console."""
+        reason = f" ({self.attention_reason})" if self.attention_reason else ""
+        return f"attention {self.attention}{reason}{', deterministic' if self.description['deterministic'] else ''}"
 
-def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool) -> Run:
-    """Check and derive everything. Raises `Refusal`, and leaves everything as it was."""
+
+def resolve_run(
+    options: Options, world_size: int, device_type: str, bf16: bool, capability: tuple[int, int] | None = None
+) -> Run:
+    """Check and derive everything, attention on GPUs if their compute capability is known.
+
+    Raises `Refusal`, and leaves everything as it was.
+    """
     recipe = load_recipe(options.recipe)
     raw = load_deepspeed_config(options.deepspeed_config)
     model = model_config(recipe.model)
@@ -106,13 +119,12 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
     )
     engine_config, monitors = split_off_our_sections(resolved)
     _refuse_absent_monitors(monitors, options.deepspeed_config)
-    attention = _resolve_attention(options, recipe, device_type, computes_in_16_bit(resolved))
+    attention = _resolve_attention(options, recipe, Device(device_type, capability), computes_in_16_bit(resolved))
     streams, validation = _open_data(options.data, recipe, model)
-    _refuse_conversations_without_mask(recipe, streams)
     description = _settings(options, recipe, plan, model, world_size) | {
         "deepspeed_config": resolved,
         "micro_batch": micro_batch,
-        "attention": attention,
+        "attention": attention.backend,
         "data": _fingerprints(streams, validation),
     }
     parent, init_from = _beginning_of(options, model, description)
@@ -123,7 +135,8 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
         engine_config=_without_engine_noise(engine_config),
         monitors=monitors,
         model=model,
-        attention=attention,
+        attention=attention.backend,
+        attention_reason=attention.reason,
         compile=options.compile,
         activation_checkpointing=options.activation_checkpointing,
         micro_batch=micro_batch,
@@ -216,17 +229,13 @@ def _encode_prompts(recipe: Recipe, tokenizer: Path) -> list[list[int]]:
     return prompts
 
 
-def _resolve_attention(options: Options, recipe: Recipe, device_type: str, sixteen_bit: bool) -> str:
+def _resolve_attention(options: Options, recipe: Recipe, device: Device, sixteen_bit: bool) -> AttentionChoice:
     if options.activation_checkpointing < 0:
         raise Refusal(
             f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
         )
-    attention = resolve_attention_backend(options.attention, device_type, sixteen_bit)
-    if recipe.document_mask and attention == "sdpa_flash":
-        raise Refusal(
-            "attention backend 'sdpa_flash' takes no mask, and the recipe says document_mask = true; use sdpa"
-        )
-    return attention
+    demands = Demands(sixteen_bit, recipe.document_mask, options.deterministic)
+    return resolve_attention_backend(options.attention, device, demands)
 
 
 def _settings(options: Options, recipe: Recipe, plan: RunPlan, model: LlamaConfig, world_size: int) -> dict:
@@ -238,6 +247,7 @@ def _settings(options: Options, recipe: Recipe, plan: RunPlan, model: LlamaConfi
         "world_size": world_size,
         "compile": options.compile,
         "activation_checkpointing": options.activation_checkpointing,
+        "deterministic": options.deterministic,
         "plan": {"steps": plan.total_steps, "tokens": plan.total_tokens},
         "versions": _versions(),
     }
@@ -265,6 +275,7 @@ def _open_data(data: Path, recipe: Recipe, model: LlamaConfig) -> tuple[dict[str
     for name, stream in streams.items():
         if stream.num_samples(recipe.sequence_length) < 1:
             raise Refusal(f"{stream.directory}: {stream.tokens} tokens of {name!r} are less than one sample")
+    _refuse_conversations_without_mask(recipe, streams)
     held_out = [name for name in recipe.sources if (data / name / "validation").is_dir()]
     validation = open_streams(data, held_out, "validation", model.vocab_size)
     return streams, [
