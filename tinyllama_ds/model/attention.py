@@ -127,15 +127,18 @@ GPU_ONLY = frozenset({"flash_attention_3", "flash_attention_2", "sdpa_cudnn"})
 SIXTEEN_BIT = GPU_ONLY | {"sdpa_flash"}  # kernels that a GPU has for bf16 and fp16 alone
 
 
-def resolve_attention_backend(name: str, device_type: str, sixteen_bit: bool) -> str:
+def resolve_attention_backend(
+    name: str, device_type: str, sixteen_bit: bool, capability: tuple[int, int] | None = None
+) -> str:
     """Turn 'auto' into the fastest backend that is present, for training in bf16 or fp16, or in fp32.
 
     On a CPU that is `blocked`. On a GPU it is FlashAttention 3 on a Hopper chip where the package is installed, then
-    FlashAttention 2, then PyTorch's own choice; in fp32 only the last. Raises `Refusal` for a name that is unknown, a
+    FlashAttention 2, then PyTorch's own choice; in fp32 only the last. `capability` is the GPU's where it is in another
+    machine; this machine's is asked otherwise. Raises `Refusal` for a name that is unknown, a
     package that is absent, and a kernel that the device does not have for the precision.
     """
     if name == "auto":
-        return "blocked" if device_type == "cpu" else _fastest_on_gpu(sixteen_bit)
+        return "blocked" if device_type == "cpu" else _fastest_on_gpu(sixteen_bit, capability)
     if name not in ATTENTION_BACKENDS:
         raise Refusal(f"attention backend {name!r} is unknown; choose auto, {', '.join(ATTENTION_BACKENDS)}")
     attention_function(name)  # an absent package is refused now
@@ -146,8 +149,8 @@ def resolve_attention_backend(name: str, device_type: str, sixteen_bit: bool) ->
     return name
 
 
-def _fastest_on_gpu(sixteen_bit: bool) -> str:
-    chip = torch.cuda.get_device_capability()
+def _fastest_on_gpu(sixteen_bit: bool, capability: tuple[int, int] | None) -> str:
+    chip = capability or torch.cuda.get_device_capability()
     if sixteen_bit and chip == (9, 0) and find_spec("flash_attn_interface"):
         return "flash_attention_3"
     return "flash_attention_2" if sixteen_bit and chip >= (8, 0) and find_spec("flash_attn") else "sdpa"

@@ -86,8 +86,13 @@ class Run:
     description: dict  # what run.json holds, but for its history
 
 
-def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool) -> Run:
-    """Check and derive everything. Raises `Refusal`, and leaves everything as it was."""
+def resolve_run(
+    options: Options, world_size: int, device_type: str, bf16: bool, capability: tuple[int, int] | None = None
+) -> Run:
+    """Check and derive everything. Raises `Refusal`, and leaves everything as it was.
+
+    `bf16` and `capability` are those of the machines that train; without a `capability` this machine's GPU is asked.
+    """
     recipe = load_recipe(options.recipe)
     raw = load_deepspeed_config(options.deepspeed_config)
     model = model_config(recipe.model)
@@ -106,7 +111,7 @@ def resolve_run(options: Options, world_size: int, device_type: str, bf16: bool)
     )
     engine_config, monitors = split_off_our_sections(resolved)
     _refuse_absent_monitors(monitors, options.deepspeed_config)
-    attention = _resolve_attention(options, recipe, device_type, computes_in_16_bit(resolved))
+    attention = _resolve_attention(options, recipe, device_type, computes_in_16_bit(resolved), capability)
     streams, validation = _open_data(options.data, recipe, model)
     _refuse_conversations_without_mask(recipe, streams)
     description = _settings(options, recipe, plan, model, world_size) | {
@@ -216,12 +221,14 @@ def _encode_prompts(recipe: Recipe, tokenizer: Path) -> list[list[int]]:
     return prompts
 
 
-def _resolve_attention(options: Options, recipe: Recipe, device_type: str, sixteen_bit: bool) -> str:
+def _resolve_attention(
+    options: Options, recipe: Recipe, device_type: str, sixteen_bit: bool, capability: tuple[int, int] | None
+) -> str:
     if options.activation_checkpointing < 0:
         raise Refusal(
             f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
         )
-    attention = resolve_attention_backend(options.attention, device_type, sixteen_bit)
+    attention = resolve_attention_backend(options.attention, device_type, sixteen_bit, capability)
     if recipe.document_mask and attention == "sdpa_flash":
         raise Refusal(
             "attention backend 'sdpa_flash' takes no mask, and the recipe says document_mask = true; use sdpa"
