@@ -1,12 +1,13 @@
 """Which rank this process is, under every launcher."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.training.world import read_world
+from tinyllama_ds.training.world import choose_interface, read_world
 
 LAUNCHERS = {
     "deepspeed, torchrun": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
@@ -21,6 +22,10 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in (
         "MASTER_ADDR",
         "MASTER_PORT",
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+        "LOCAL_SIZE",
+        "LOCAL_WORLD_SIZE",
         "SLURM_STEP_NODELIST",
         *(n for names in LAUNCHERS.values() for n in names),
     ):
@@ -62,3 +67,41 @@ def test_several_ranks_and_no_master_are_refused(no_launcher: pytest.MonkeyPatch
         no_launcher.setenv(name, value)
     with pytest.raises(Refusal, match="MASTER_ADDR is not set"):
         read_world()
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_on_one_host"),
+    [
+        ({"LOCAL_SIZE": "2"}, True),  # deepspeed
+        ({"LOCAL_WORLD_SIZE": "1"}, False),  # torchrun on two hosts
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
+        ({"SLURM_STEP_NUM_NODES": "1"}, True),
+        ({"SLURM_STEP_NUM_NODES": "2"}, False),
+        ({}, False),  # nothing is known, and so nothing risked
+        ({"MASTER_ADDR": "127.0.0.1"}, True),
+    ],
+)
+def test_several_hosts_are_expected_unless_all_ranks_are_here(
+    variables: dict[str, str], is_on_one_host: bool, no_launcher: pytest.MonkeyPatch
+) -> None:
+    ranks = dict(zip(LAUNCHERS["deepspeed, torchrun"], ("1", "0", "2"), strict=True))
+    for name, value in ({"MASTER_ADDR": "node1"} | ranks | variables).items():
+        no_launcher.setenv(name, value)
+    assert read_world().is_on_one_host == is_on_one_host
+
+
+def test_the_loopback_is_for_one_host_and_nccl_is_left_alone(no_launcher: pytest.MonkeyPatch) -> None:
+    ranks = dict(zip(LAUNCHERS["deepspeed, torchrun"], ("0", "0", "2"), strict=True))
+    for name, value in (ranks | {"MASTER_ADDR": "127.0.0.1", "LOCAL_SIZE": "2"}).items():
+        no_launcher.setenv(name, value)
+    assert choose_interface(read_world()) == "lo"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
+
+
+def test_the_users_interface_stays(no_launcher: pytest.MonkeyPatch) -> None:
+    ranks = dict(zip(LAUNCHERS["deepspeed, torchrun"], ("0", "0", "2"), strict=True))
+    for name, value in (ranks | {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "ib0"}).items():
+        no_launcher.setenv(name, value)
+    choose_interface(read_world())
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"

@@ -1,7 +1,8 @@
 """What `doctor` starts on every host: it answers questions, one line of JSON each, and leaves no trace.
 
 `{"data": ..., "run_dir": ..., "token": ...}` is answered by a report of this host, `{"peers": ..., "tokens": ...,
-"master": ...}` by what it sees of the others, `{"clock": true}` by the time, `{"machine": true}` by what ranks find here.
+"master": ...}` by what it sees of the others, `{"clock": true}` by the time, `{"machine": true}` by what ranks will
+find here.
 """
 
 import hashlib

@@ -24,7 +24,7 @@ _LAUNCHERS = {
 _LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _LOOPBACK = ("127.0.0.1", "localhost")
 _DEFAULT_PORT = "29500"
-_TURN_SECONDS = 30  # by which rank 0 may be later than the others
+TURN_SECONDS = 30  # by which rank 0 may be later than the others
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def choose_interface(world: World) -> str | None:
 def wait_for_turn(world: World) -> None:
     """Let rank 0 speak first, whose end makes the launcher end the others; one that lives on has a thing of its own."""
     if not world.is_main:
-        wait_for_the_end(_TURN_SECONDS)
+        wait_for_the_end(TURN_SECONDS)
 
 
 def wait_for_the_end(seconds: float) -> None:
