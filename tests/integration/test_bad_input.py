@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -164,7 +165,7 @@ def test_pretrain_refuses(case: str, inputs: Inputs) -> None:
 
 
 def put_gpu(folder: Path) -> str:
-    """A PATH with a program in the place of nvidia-smi that lists one GPU, of which this build of torch sees nothing."""
+    """A PATH with a program in the place of nvidia-smi that lists one GPU, which this build of torch cannot use."""
     folder.mkdir()
     (folder / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 3, 470.57.02, 9.0'\n")
     (folder / "nvidia-smi").chmod(0o755)
@@ -181,9 +182,10 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a GP
 
 
 @no_gpu
-@pytest.mark.parametrize("command", ["pretrain", "bench", "the launcher alone"])
-@pytest.mark.parametrize("case", GPU_CASES)
-def test_gpus_are_not_left_idle(case: str, command: str, inputs: Inputs) -> None:
+@pytest.mark.parametrize(
+    ("command", "case"), [*product(["pretrain"], GPU_CASES), ("bench", "gap"), ("the script alone", "unusable")]
+)
+def test_gpus_are_not_left_idle(command: str, case: str, inputs: Inputs) -> None:
     visible, sentence = GPU_CASES[case]
     environment = os.environ | {"PATH": put_gpu(inputs.run_dir.with_name("bin"))}
     environment.pop("CUDA_VISIBLE_DEVICES")
@@ -191,7 +193,7 @@ def test_gpus_are_not_left_idle(case: str, command: str, inputs: Inputs) -> None
     line = pretrain_command(inputs.recipe, inputs.config, inputs.data, inputs.run_dir, 2)
     if command == "bench":
         line = [*line[:3], "bench", "--deepspeed-config", str(inputs.config), "--output", str(inputs.run_dir)]
-    if command == "the launcher alone":
+    if command == "the script alone":
         line = [sys.executable, "scripts/pretrain.py", *line[4:-2]]
     before = snapshot(inputs.run_dir.parent)
     finished = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=TIMEOUT, cwd=ROOT)

@@ -308,7 +308,12 @@ def _interface(host: str, sight: dict, placement: Placement) -> Finding:
     if is_loopback(address) and host != placement.hosts[0].name:
         mend = f"give {master} its own line with its real address in /etc/hosts of {host}"
         return Finding("network", host, False, f"{master} is {address} to it", mend)
-    return Finding("network", host, True, f"{interface} ({address}) towards {master}")
+    way = (
+        f"{interface}; {master} is its own name"
+        if is_loopback(address)
+        else f"{interface} ({address}) towards {master}"
+    )
+    return Finding("network", host, True, way)
 
 
 def _ports(hosts: list[str], unreached: list[tuple[str, str, str]]) -> list[Finding]:

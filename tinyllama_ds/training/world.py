@@ -75,11 +75,11 @@ def _choose_device(local_rank: int, local_size: int | None) -> torch.device:
     if device_type_of(seen) == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", index_of(seen, local_rank, local_size))
-    os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses its device
     torch.cuda.set_device(device)  # before CUDA is asked, which would open the first device in every rank
     if seen.cuda is not None:
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         refuse_unsupported(name, capability, torch.cuda.get_arch_list(), seen.torch)
+    os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses its device
     return device
 
 
