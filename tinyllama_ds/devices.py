@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,6 +151,17 @@ def refuse_unsupported(name: str, capability: tuple[int, int], architectures: li
         f"{name} has compute capability {major}.{minor}, and torch {torch} is built for {', '.join(architectures)};"
         " install a torch for it"
     )
+
+
+def refuse_unsupported_devices(seen: Seen, indices: Iterable[int]) -> None:
+    """The same for devices of this machine."""
+    import torch
+
+    if seen.cuda is None:  # ROCm names its architectures otherwise
+        return
+    for index in indices:
+        name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        refuse_unsupported(name, capability, torch.cuda.get_arch_list(), seen.torch)
 
 
 def bf16_of_gpu(capability: tuple[int, int]) -> bool:

@@ -77,11 +77,13 @@ def local_placement(ranks: int | None) -> "Placement":
 
 def _what_is_here() -> tuple[bool, int]:
     """Whether ranks of this machine compute on the CPU, and how many there are without a wish."""
-    from tinyllama_ds.devices import device_type_of, look
+    from tinyllama_ds.devices import device_type_of, look, refuse_unsupported_devices
 
     seen = look()
-    on_cpu = device_type_of(seen) == "cpu"
-    return on_cpu, min(2, os.cpu_count() or 1) if on_cpu else seen.count
+    if device_type_of(seen) == "cpu":
+        return True, min(2, os.cpu_count() or 1)
+    refuse_unsupported_devices(seen, range(seen.count))
+    return False, seen.count
 
 
 def say_hidden_gpus(placement: "Placement") -> None:
@@ -132,7 +134,21 @@ def _on_hosts(options: argparse.Namespace) -> "Placement":
         master_port=options.master_port or (DEFAULT_PORT if options.no_ssh else None),
         forward=tuple(options.forward_env),
     )
-    return placement if placement.is_remote else replace(placement, on_cpu=_what_is_here()[0])
+    return placement if placement.is_remote else _on_this_host(placement)
+
+
+def _on_this_host(placement: "Placement") -> "Placement":
+    """With what this machine has, which is the only host, or the one whose command this is."""
+    from tinyllama_ds.devices import VISIBLE
+
+    on_cpu, available = _what_is_here()
+    host = placement.hosts[placement.node_rank or 0]
+    last = max(host.devices or range(host.slots))
+    if not on_cpu and last >= available and VISIBLE not in os.environ:  # DeepSpeed counts slots without regard to it
+        raise Refusal(
+            f"{placement.hostfile}: {host.name} has no GPU for slot {last}; this machine has {available} GPUs"
+        )
+    return replace(placement, on_cpu=on_cpu)
 
 
 def lifeline_opener(placement: "Placement", run_dir: Path) -> "Callable[[Path], Lifeline] | None":

@@ -56,7 +56,7 @@ def start_process_group(world: World, timeout: timedelta = _START_TIMEOUT) -> No
 
 def expect_steps(world: World) -> None:
     """From now on a collective waits no longer than a step can take. Collective."""
-    dist.barrier()
+    gather_from_ranks(None)
     if world.device.type == "cuda":
         torch.cuda.synchronize()  # all that was started with the long timeout has ended
     everyone = dist.group.WORLD

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from tinyllama_ds.devices import VISIBLE, VISIBLE_HERE_VARIABLE, device_type_of, index_of, look, refuse_unsupported
+from tinyllama_ds.devices import (
+    VISIBLE,
+    VISIBLE_HERE_VARIABLE,
+    device_type_of,
+    index_of,
+    look,
+    refuse_unsupported_devices,
+)
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.network import interface_towards
 
@@ -76,9 +83,7 @@ def _choose_device(local_rank: int, local_size: int | None) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", index_of(seen, local_rank, local_size))
     torch.cuda.set_device(device)  # before CUDA is asked, which would open the first device in every rank
-    if seen.cuda is not None:
-        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-        refuse_unsupported(name, capability, torch.cuda.get_arch_list(), seen.torch)
+    refuse_unsupported_devices(seen, [device.index])
     os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses its device
     return device
 
