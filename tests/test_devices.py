@@ -28,6 +28,12 @@ TOO_OLD = (
     " of the CUDA driver. (Triggered internally at /pytorch/c10/cuda/CUDAFunctions.cpp:119.)"
 )
 
+UNKNOWN = (  # the same file, cudaErrorUnknown
+    "CUDA initialization: CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing env"
+    " variable CUDA_VISIBLE_DEVICES after program start. Setting the available devices to be zero. (Triggered"
+    " internally at /pytorch/c10/cuda/CUDAFunctions.cpp:119.)"
+)
+
 
 def seen(
     visible: str | None = None, count: int = 0, listed: int = 0, accelerator: str | None = None, **more: str
@@ -70,6 +76,11 @@ def test_the_kind_of_device(what: Seen, device_type: str) -> None:
             " 470.57.02 (The NVIDIA driver on your system is too old (found version 11040)); update the driver,"
             ' install a torch for it, or hide the GPUs with CUDA_VISIBLE_DEVICES="" to train on the CPU',
         ),
+        (
+            seen(warning=UNKNOWN),
+            "cannot use GPUs of this machine (CUDA unknown error - this may be due to an incorrectly set up environment,"
+            " e.g. changing env variable CUDA_VISIBLE_DEVICES after program start);",
+        ),
         (seen(warning=TOO_OLD), "cannot use GPUs of this machine (The NVIDIA driver"),
         (seen(listed=8), "cannot use 8 x NVIDIA A100-SXM4-40GB of this machine with driver 470.57.02; update"),
         (Seen(None, None, 0, "2.13.0+cpu", None, listed=(A100,)), "torch 2.13.0+cpu is built without CUDA, and this"),
@@ -111,8 +122,8 @@ def test_ranks_never_share_a_device(what: Seen, local_rank: int, local_size: int
         index_of(what, local_rank, local_size)
 
 
-# torch.cuda.get_arch_list() of the wheels: 2.11 for CUDA 13.0, 2.7 for CUDA 12.6; and a build of one's own.
-CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+# What the wheel of torch 2.11 for CUDA 13.0 was built for, and an older list.
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 
 
@@ -125,7 +136,8 @@ CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
         ((7, 0), CUDA_13, False),  # V100
         ((6, 1), CUDA_13, False),
         ((12, 1), CUDA_13, True),
-        ((13, 0), CUDA_13, True),  # by compute_120, which its driver compiles
+        ((13, 0), CUDA_13, False),
+        ((13, 0), [*CUDA_13, "compute_120"], True),  # which its driver compiles
         ((12, 0), CUDA_12, False),
         ((9, 0), ["sm_90a"], True),
         ((8, 6), ["sm_89"], False),

@@ -84,7 +84,8 @@ def device_type_of(seen: Seen) -> str:
             f"torch {seen.torch} is built without CUDA, and this machine has {what}; install a torch with CUDA, {_HIDE}"
         )
     driver = f" with driver {seen.listed[0]['driver']}" if seen.listed else ""
-    reason = seen.warning.removeprefix("CUDA initialization: ").split(". ")[0].split(" (Triggered")[0]
+    reason = seen.warning.removeprefix("CUDA initialization: ")
+    reason = re.split(r"\. (?=[A-Z])| \(Triggered", reason)[0]
     raise Refusal(
         f"torch {seen.torch} for CUDA {seen.cuda} cannot use {what} of this machine{driver}"
         f"{f' ({reason})' if reason else ''}; update the driver, install a torch for it, {_HIDE}"
