@@ -78,8 +78,8 @@ def test_the_kind_of_device(what: Seen, device_type: str) -> None:
         ),
         (
             seen(warning=UNKNOWN),
-            "cannot use GPUs of this machine (CUDA unknown error - this may be due to an incorrectly set up environment,"
-            " e.g. changing env variable CUDA_VISIBLE_DEVICES after program start);",
+            "cannot use GPUs of this machine (CUDA unknown error - this may be due to an incorrectly set up"
+            " environment, e.g. changing env variable CUDA_VISIBLE_DEVICES after program start);",
         ),
         (seen(warning=TOO_OLD), "cannot use GPUs of this machine (The NVIDIA driver"),
         (seen(listed=8), "cannot use 8 x NVIDIA A100-SXM4-40GB of this machine with driver 470.57.02; update"),
