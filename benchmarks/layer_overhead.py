@@ -2,9 +2,9 @@
 
     python benchmarks/layer_overhead.py
 
-A model of TinyLlama's 22 blocks, so narrow that all of its time is the host's, makes micro batches under each ZeRO file of
-`ds_configs/` and as a plain module, in turn, on one CPU rank. What a file costs per block, forward and backward together,
-is its time over the plain module's, divided by the blocks.
+A model of TinyLlama's 22 blocks, so narrow that all of its time is the host's, makes micro batches under each ZeRO file
+of `ds_configs/` and as a plain module, in turn, on one CPU rank. What a file costs per block, forward and backward
+together, is its processor time over the plain module's, divided by the blocks.
 """
 
 import json

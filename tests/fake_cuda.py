@@ -188,7 +188,8 @@ class _Operators(TorchDispatchMode):
         if name in _TAKE_HOST_INDICES and labels[0] == "cuda":
             return
         raise MixedDevices(
-            f"{name}: expected all tensors to be on the same device, got {_describe(tensors, labels)} in {' at '.join(_lines())}"
+            f"{name}: expected all tensors to be on the same device, got {_describe(tensors, labels)}"
+            f" in {' at '.join(_lines())}"
         )
 
     def _note_waits(self, name: str, args: tuple, kwargs: dict, labels: list[str]) -> None:

@@ -134,8 +134,30 @@ class Host:
         mark = f"PidFile={self.root}/{self.name}.pid"
         return next(p for p in psutil.process_iter(["cmdline"]) if mark in " ".join(p.info["cmdline"] or []))
 
+    def give_gpus(self, count: int, capability: str = "8.0") -> None:
+        """A program in the place of nvidia-smi that lists A100s, for what is decided by that list."""
+        directory = self.root / f"{self.name}_bin"
+        directory.mkdir()
+        lines = f"NVIDIA A100-SXM4-40GB, 40960, 3, 550.54, {capability}\n" * count
+        (directory / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{lines}END\n")
+        (directory / "nvidia-smi").chmod(0o755)
+        for place in ("/usr/local/sbin", "/usr/local/bin"):
+            self.mount("--bind", directory, place)
+
+    def name_is_loopback(self, *others: "Host") -> None:
+        """The names as Debian's installer writes them: this host's own is the loopback."""
+        names = self.root / f"{self.name}_hosts"
+        lines = [f"{other.address} {other.name}" for other in others]
+        names.write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {self.name}", *lines]) + "\n")
+        self.mount("--bind", names, "/etc/hosts")
+
     def _environment(self) -> dict[str, str]:
-        return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        """One thread per rank, wherever it runs: all hosts share this machine's cores."""
+        return os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "DS_ENV_FILE": str(self.root / "deepspeed_env"),
+        }
 
 
 def _is_keeper(process: psutil.Process) -> bool:
@@ -175,6 +197,7 @@ def _write_ssh_files(root: Path, count: int) -> None:
         f"Host *\n  IdentityFile {root}/key\n  User root\n  StrictHostKeyChecking no\n"
         "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
     )
+    (root / "deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
     names = "".join(f"{_NETWORK}.{number} node{number}\n" for number in range(1, count + 1))
     (root / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
     Path("/run/sshd").mkdir(exist_ok=True)

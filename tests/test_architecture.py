@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "importing": {"model", "data", "weights", "model_folder", "convert"},
     "generate": {"model", "data", "convert"},
     "chat": {"generate", "data"},
-    "launch": {"launch", "network"},
+    "launch": {"launch", "network", "devices"},
     "bench": set(),
     "gpus": set(),
+    "devices": set(),
     "planning": {"planning", "page", "gpus", "plan", "recipe", "deepspeed_config", "model", "data", "training"},
     "training": {
         "training",
@@ -44,6 +45,7 @@ MAY_IMPORT = {
         "plan",
         "network",
         "gpus",
+        "devices",
     },
     "commands": None,  # see everything
     "cli": {"commands"},

@@ -2,18 +2,24 @@
 
 import pytest
 
-from tinyllama_ds.gpus import gpu_of_device
+from tinyllama_ds.gpus import GPUS, gpu_of_device
 
 
 @pytest.mark.parametrize(
     ("device_name", "teraflops"),
     [
         ("NVIDIA A100-SXM4-40GB", 312),
+        ("A100-SXM4-40GB", 312),  # by drivers before 460
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
         ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 835),
         ("NVIDIA H200", 989),
         ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
         ("NVIDIA L4", 121),
         ("NVIDIA GeForce RTX 4090", 165),
     ],
@@ -24,5 +30,28 @@ def test_the_peak_of_a_device_is_its_data_sheets(device_name: str, teraflops: in
     assert gpu.peak_flops == teraflops * 1e12
 
 
-def test_an_unknown_device_has_no_data_sheet() -> None:
-    assert gpu_of_device("NVIDIA GeForce GTX 1080") is None
+@pytest.mark.parametrize(
+    "device_name",
+    [
+        "NVIDIA GeForce GTX 1080",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA A100-SXM4-80GB MIG 3g.40gb",
+        "NVIDIA A100-SXM-64GB",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GH200 480GB",
+        "NVIDIA GB200",
+        "NVIDIA H20",
+        "NVIDIA H200 NVL",
+        "NVIDIA A10-24Q",
+        "NVIDIA RTX 6000 Ada Generation",
+    ],
+)
+def test_a_device_of_another_name_has_no_data_sheet(device_name: str) -> None:
+    assert gpu_of_device(device_name) is None
+
+
+def test_a_device_is_one_gpu() -> None:
+    devices = [device for gpu in GPUS.values() for device in gpu.devices]
+    assert len(set(devices)) == len(devices)

@@ -14,6 +14,13 @@ class Refusal(Exception):
     """
 
 
+class OutOfMemory(Refusal):
+    """The GPU of one rank has too little memory: one sentence that names the rank and the part, and what needs less.
+
+    Said by that rank, because the others wait for it; the run ends with exit code 78 and is not restarted.
+    """
+
+
 class BadData(Exception):
     """Tokens that cannot be what was prepared: one sentence that names the shard and the place. Raised in mid run.
 

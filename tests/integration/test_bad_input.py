@@ -3,19 +3,33 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import made_up_text
-from launching import Finished, pretrain, run, tinyllama_ds, write_deepspeed_config, write_recipe
+from launching import (
+    TIMEOUT,
+    Finished,
+    pretrain,
+    pretrain_command,
+    run,
+    tinyllama_ds,
+    write_deepspeed_config,
+    write_recipe,
+)
 
 from tinyllama_ds.data.tokenizer import train_tokenizer
 from tinyllama_ds.errors import EXIT_REFUSED
 from tinyllama_ds.network import free_port
 from tinyllama_ds.training.faults import FAULT_VARIABLE
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -140,6 +154,53 @@ def test_pretrain_refuses(case: str, inputs: Inputs) -> None:
     finished = pretrain(inputs.recipe, inputs.config, inputs.data, inputs.run_dir, inputs.ranks, *inputs.more)
     assert_refused(finished, sentence)
     assert snapshot(inputs.run_dir.parent) == before
+
+
+def put_gpu(folder: Path) -> str:
+    """A PATH with a program in the place of nvidia-smi that lists one GPU, which this build of torch cannot use."""
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 3, 470.57.02, 9.0'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+GPU_CASES = {
+    "unusable": (None, "1 x NVIDIA H100 80GB HBM3"),
+    "gap": ("0,,2", "CUDA_VISIBLE_DEVICES is '0,,2': '' names no GPU"),
+    "no such": ("7", "CUDA_VISIBLE_DEVICES is '7': there is no GPU 7; expected 0 to 0"),
+    "half hidden": ("0,-1", "CUDA_VISIBLE_DEVICES is '0,-1': '-1' names no GPU"),
+}
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a GPU here")
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    ("command", "case"), [*product(["pretrain"], GPU_CASES), ("bench", "gap"), ("the script alone", "unusable")]
+)
+def test_gpus_are_not_left_idle(command: str, case: str, inputs: Inputs) -> None:
+    visible, sentence = GPU_CASES[case]
+    environment = os.environ | {"PATH": put_gpu(inputs.run_dir.with_name("bin"))}
+    environment.pop("CUDA_VISIBLE_DEVICES")
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    line = pretrain_command(inputs.recipe, inputs.config, inputs.data, inputs.run_dir, 2)
+    if command == "bench":
+        line = [*line[:3], "bench", "--deepspeed-config", str(inputs.config), "--output", str(inputs.run_dir)]
+    if command == "the script alone":
+        line = [sys.executable, "scripts/pretrain.py", *line[4:-2]]
+    before = snapshot(inputs.run_dir.parent)
+    finished = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=TIMEOUT, cwd=ROOT)
+    assert_refused(finished, sentence)
+    assert snapshot(inputs.run_dir.parent) == before
+
+
+@no_gpu
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_hidden_gpus_are_said_and_left_alone(visible: str, inputs: Inputs) -> None:
+    path = put_gpu(inputs.run_dir.with_name("bin"))
+    line = pretrain_command(inputs.recipe, inputs.config, inputs.data, inputs.run_dir, 2)
+    finished = run(line, PATH=path, CUDA_VISIBLE_DEVICES=visible)
+    assert finished.returncode == 0, finished.stderr
+    assert f"tinyllama-ds: CUDA_VISIBLE_DEVICES is {visible!r}, which hides this machine's 1 GPUs" in finished.stderr
 
 
 def snapshot(directory: Path) -> dict[str, int]:

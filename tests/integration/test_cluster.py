@@ -324,8 +324,11 @@ def test_slurm_starts_the_ranks(setup: Setup, tmp_path: Path) -> None:
 
 
 @slow
-def test_srun_tasks_find_their_ranks(setup: Setup, hosts: list[Host], tmp_path: Path) -> None:
-    """What srun sets for each task, and nothing else."""
+@pytest.mark.parametrize("own_name", ["address", "loopback"])
+def test_srun_tasks_find_their_ranks(own_name: str, setup: Setup, hosts: list[Host], tmp_path: Path) -> None:
+    """What srun sets for each task, and nothing else; rank 0's host may know itself by Debian's 127.0.1.1."""
+    if own_name == "loopback":
+        hosts[0].name_is_loopback(hosts[1])
     processes = [
         host.start(
             *(sys.executable, "scripts/pretrain.py", *setup.arguments(tmp_path / "run")[1:]),

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -179,6 +180,34 @@ def test_a_stuck_rank_is_noticed_and_its_stacks_are_shown(
     assert finished.returncode == 0, finished.stderr
     assert "has been training at step 3 for 20 s; stacks of all ranks" in finished.stderr
     assert "in strike" in finished.stderr, "the stack of the stuck rank"
+    setup.assert_same_end(tmp_path / "run")
+
+
+PHASES = {
+    "start:1:0:exhaust:always": "start-up",
+    "step.begin:0:0:exhaust:always": "training step 1",
+    "step.before_optimizer:1:4:exhaust:always": "training step 5",
+}
+
+
+@pytest.mark.parametrize("fault", cases({fault: phase == "training step 5" for fault, phase in PHASES.items()}))
+def test_out_of_memory_is_said_once_and_not_tried_again(
+    fault: str, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank has no room, while the other waits for it in a collective. PyTorch's own exception, without a GPU."""
+    with monkeypatch.context() as struck:
+        struck.setenv(FAULT_VARIABLE, fault)
+        finished = setup.start(tmp_path / "run")
+    assert finished.returncode == EXIT_REFUSED, finished.stderr
+    said = re.findall("tinyllama-ds: .*", finished.stderr)
+    assert len(said) == 1, finished.stderr
+    rank = fault.split(":")[1]
+    place = f"rank {rank} on {socket.gethostname()} ran out of memory in {PHASES[fault]}, "
+    assert place in said[0]
+    assert re.search(rf"GiB at the peak; try a smaller train_micro_batch_size_per_gpu .* in {setup.config}", said[0])
+    again = setup.start(tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert ("resumed at step" in again.stdout) == (PHASES[fault] == "training step 5")
     setup.assert_same_end(tmp_path / "run")
 
 

@@ -107,12 +107,7 @@ def own_name_is_loopback(cluster: Cluster) -> None:
 
 
 def one_gpu(cluster: Cluster) -> None:
-    directory = cluster.hostfile.with_name("bin")
-    directory.mkdir()
-    (directory / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA A100-SXM4-40GB, 40960, 3, 550.54'\n")
-    (directory / "nvidia-smi").chmod(0o755)
-    cluster.hosts[1].mount("--bind", directory, "/usr/local/sbin")
-    cluster.hosts[1].mount("--bind", directory, "/usr/local/bin")
+    cluster.hosts[1].give_gpus(1)
     cluster.hostfile.write_text("node1 slots=1\nnode2 slots=2\n")
 
 
@@ -162,3 +157,18 @@ def test_a_broken_host_is_named(what: str, cluster: Cluster) -> None:
     expected = "node7" if what == "no such host" else "node2"
     assert {finding["host"] for finding in hit} == {expected}, red
     assert hit[0]["mend"]
+
+
+def test_the_machine_of_the_doctor_may_have_other_gpus_than_the_hosts(cluster: Cluster) -> None:
+    cluster.hosts[1].give_gpus(2)
+    cluster.hostfile.write_text("node2 slots=2\n")
+    code, findings = cluster.doctor()
+    assert code == 0, findings
+
+
+def test_rank_0_may_know_itself_by_a_loopback_name(cluster: Cluster) -> None:
+    """As Debian's installer writes it: the others know its address, and gloo takes the interface that they reach."""
+    cluster.hosts[0].name_is_loopback(cluster.hosts[1])
+    code, findings = cluster.doctor()
+    assert code == 0, findings
+    assert "e0; node1 is its own name" in {finding["found"] for finding in findings}

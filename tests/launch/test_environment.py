@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.launch.environment import check_argument, forwarded, is_secret, read_user_files, without_secrets
+from tinyllama_ds.launch.environment import check_argument, for_runner, forwarded, is_secret, read_user_files
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +31,23 @@ def test_only_what_is_on_the_list_goes_out() -> None:
 @pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password", "MLFLOW_TRACKING_TOKEN", "KEY"])
 def test_secrets_stay_unless_they_are_named(name: str) -> None:
     assert is_secret(name)
-    assert without_secrets({name: "x", "A": "b"}, []) == {"A": "b"}
-    assert without_secrets({name: "x"}, [name]) == {name: "x"}
+    assert for_runner({name: "x", "A": "b"}, []) == {"A": "b"}
+    assert for_runner({name: "x"}, [name]) == {name: "x"}
     assert not is_secret("TOKENIZERS_PARALLELISM")
     assert not is_secret("MONKEY")
+
+
+MACHINE = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "KMP_AFFINITY": "compact", "MKL_NUM_THREADS": "1",
+           "MALLOC_MMAP_MAX_": "0", "GOMP_CPU_AFFINITY": "0"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MACHINE)
+def test_what_fits_this_machine_stays_unless_it_is_named(name: str, tmp_path: Path) -> None:
+    assert forwarded(MACHINE, [], "pdsh") == {}
+    assert for_runner(MACHINE, []) == {}
+    assert forwarded(MACHINE, [name], "pdsh") == for_runner(MACHINE, [name]) == {name: MACHINE[name]}
+    (tmp_path / ".deepspeed_env").write_text(f"{name}=x\n")
+    assert forwarded(MACHINE, [], "pdsh") == {name: "x"}
 
 
 def test_the_users_file_is_respected_and_may_have_comments(tmp_path: Path) -> None:

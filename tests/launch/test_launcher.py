@@ -19,6 +19,7 @@ from tinyllama_ds.launch.launcher import (
     check_placement,
     describe_launch,
     launcher_command,
+    launcher_environment,
     start_launcher,
 )
 
@@ -128,3 +129,27 @@ def test_deepspeeds_runner_is_called_with_hosts_and_environment(
 
 def words_of(call: str) -> set[str]:
     return set(re.split(r"\n|; |,", call))
+
+
+def test_the_gpus_that_this_shell_chose_are_those_of_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's runner forgets the choice where it is told the number of ranks, and takes the first GPUs."""
+    script = tmp_path / "say.py"
+    script.write_text(
+        "import os\nfrom tinyllama_ds.training.world import read_world\n"
+        "print(read_world().rank, os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8932f937,1")
+    placement = Placement(None, [], 2, on_cpu=True)
+    with (tmp_path / "said").open("w") as said:
+        process = start_launcher(placement, [], {}, tmp_path, script, output=said.fileno())
+        assert process.wait(TIMEOUT) == 0
+    lines = (tmp_path / "said").read_text().splitlines()
+    assert {"0 3,GPU-8932f937,1", "1 3,GPU-8932f937,1"} <= set(lines)
+
+
+def test_ranks_on_this_machine_keep_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    environment = launcher_environment(Placement(None, [], 2, on_cpu=True))
+    assert (environment["OMP_NUM_THREADS"], environment["DS_ACCELERATOR"]) == ("7", "cpu")
+    assert "DS_ACCELERATOR" not in launcher_environment(Placement(None, [], 2, on_cpu=False))

@@ -233,4 +233,4 @@ def test_clock_adds_up_phases_and_starts_again() -> None:
 def test_unknown_device_is_measured_and_says_so() -> None:
     peak, origin = peak_flops(CPU, torch.float32)
     assert 1e9 < peak < 1e14
-    assert origin == "a 2048 x 2048 x 2048 float32 matrix product"
+    assert origin == "a measured 2048 x 2048 x 2048 float32 matrix product"

@@ -36,15 +36,26 @@ def _doctor(options: argparse.Namespace) -> int:
     placement = read_placement(options)
     examined = examine(placement, options.data, options.run_dir)
     if examined.is_green and not options.quick and placement.world_size > 1:
-        first = placement.hosts[0].name if placement.hosts else None
-        port = examined.reports[first]["free_port"] if first else None
-        examined.findings.append(_bandwidth(replace(placement, master_port=placement.master_port or port)))
+        examined.findings.append(_bandwidth(_as_found(placement, examined.reports)))
     if options.json:
         findings = [asdict(finding) for finding in examined.findings]
         print(json.dumps({"green": examined.is_green, "findings": findings, "hosts": examined.reports}))
     else:
         print(table(examined, sys.stdout.isatty()))
     return EXIT_FINISHED if examined.is_green else EXIT_REFUSED
+
+
+def _as_found(placement: "Placement", reports: dict[str, dict]) -> "Placement":
+    """With a port that is free on the first host, and with what the hosts have."""
+    from tinyllama_ds.launch.machines import common_machine_of
+
+    if not placement.hosts:
+        return placement
+    port = placement.master_port or reports[placement.hosts[0].name]["free_port"]
+    if not placement.is_remote:
+        return replace(placement, master_port=port)
+    machine = common_machine_of(placement, reports)
+    return replace(placement, master_port=port, on_cpu=machine.device_type == "cpu", machine=machine)
 
 
 def _bandwidth(placement: "Placement") -> "Finding":

@@ -66,6 +66,8 @@ def prepare(options: argparse.Namespace) -> None:
     from tinyllama_ds.evaluation.tasks import require_lm_eval, stay_off_the_hub_where_it_is_out_of_reach
 
     _refuse_nonsense(options)
+    if options.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # whatever the GPUs are like
     require_lm_eval()
     if options.data_dir is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -84,13 +86,10 @@ def _refuse_nonsense(options: argparse.Namespace) -> None:
 
 
 def _wanted_ranks(options: argparse.Namespace) -> int:
-    import torch
-
     from tinyllama_ds.commands.placement import local_placement
 
-    if options.num_gpus is None and (options.device == "cpu" or not torch.cuda.is_available()):
-        return 1
-    return local_placement(options.num_gpus).world_size
+    placement = local_placement(options.num_gpus)
+    return 1 if options.num_gpus is None and placement.on_cpu else placement.world_size
 
 
 def _start_ranks(ranks: int, options: argparse.Namespace) -> int:

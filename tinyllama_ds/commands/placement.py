@@ -3,7 +3,9 @@
 import argparse
 import hashlib
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +52,10 @@ def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_placement(options: argparse.Namespace) -> "Placement":
-    """Where the ranks run; raises `Refusal` for hosts, slots or GPUs that are not there."""
+    """Where the ranks run; raises `Refusal` for hosts, slots or GPUs that are not there.
+
+    What hosts over the network have is still unknown: `know_machines` asks them.
+    """
     if options.hostfile is not None:
         return _on_hosts(options)
     for name in ("include", "exclude", "no_ssh", "node_rank", "ssh_port"):
@@ -61,21 +66,51 @@ def read_placement(options: argparse.Namespace) -> "Placement":
 
 def local_placement(ranks: int | None) -> "Placement":
     """Ranks on this machine: as many as it has GPUs, two without, or the number given."""
-    import torch
-
     from tinyllama_ds.launch.launcher import Placement
 
-    on_cpu = not torch.cuda.is_available()
-    available = min(2, os.cpu_count() or 1) if on_cpu else torch.cuda.device_count()
+    on_cpu, available = _what_is_here()
     wanted = available if ranks is None else ranks
     if wanted < 1 or (not on_cpu and wanted > available):
         raise Refusal(f"--num-gpus {wanted}: this machine has {available}")
     return Placement(None, [], wanted, on_cpu)
 
 
-def _on_hosts(options: argparse.Namespace) -> "Placement":
-    import torch
+def _what_is_here() -> tuple[bool, int]:
+    """Whether ranks of this machine compute on the CPU, and how many there are without a wish."""
+    from tinyllama_ds.devices import device_type_of, look, refuse_unsupported_devices
 
+    seen = look()
+    if device_type_of(seen) == "cpu":
+        return True, min(2, os.cpu_count() or 1)
+    refuse_unsupported_devices(seen, range(seen.count))
+    return False, seen.count
+
+
+def say_hidden_gpus(placement: "Placement") -> None:
+    """On stderr, where ranks of this machine compute on the CPU because the environment hides its GPUs."""
+    from tinyllama_ds.devices import hidden_gpus, look
+
+    sentence = hidden_gpus(look()) if placement.on_cpu and not placement.is_remote else None
+    if sentence is not None:
+        print(f"tinyllama-ds: {sentence}", file=sys.stderr, flush=True)
+
+
+def know_machines(placement: "Placement") -> "Placement":
+    """The placement with what its hosts have, however this machine is made; unchanged where they are this machine."""
+    from tinyllama_ds.launch.machines import ask_hosts
+
+    if not placement.is_remote:
+        return placement
+    known = ask_hosts(placement)
+    if known is not None:
+        return known
+    on_cpu, _ = _what_is_here()
+    kind = "the CPU" if on_cpu else "GPUs"
+    print(f"tinyllama-ds: no host says what it has; expecting {kind}, as on this machine", file=sys.stderr, flush=True)
+    return replace(placement, on_cpu=on_cpu)
+
+
+def _on_hosts(options: argparse.Namespace) -> "Placement":
     from tinyllama_ds.launch.hostfile import filter_hosts, is_host, read_hostfile
     from tinyllama_ds.launch.launcher import DEFAULT_PORT, Placement
 
@@ -86,11 +121,11 @@ def _on_hosts(options: argparse.Namespace) -> "Placement":
         raise Refusal(f"--node-rank {options.node_rank}: {options.hostfile} leaves hosts 0 to {len(hosts) - 1}")
     if options.master_addr is not None and not is_host(options.master_addr):
         raise Refusal(f"--master-addr {options.master_addr}: is neither a host name nor an IPv4 address")
-    return Placement(
+    placement = Placement(
         hostfile=options.hostfile.absolute(),
         hosts=hosts,
         num_local=0,
-        on_cpu=not torch.cuda.is_available(),
+        on_cpu=False,
         launcher=options.launcher,
         launcher_args=options.launcher_args,
         ssh_port=options.ssh_port,
@@ -99,6 +134,21 @@ def _on_hosts(options: argparse.Namespace) -> "Placement":
         master_port=options.master_port or (DEFAULT_PORT if options.no_ssh else None),
         forward=tuple(options.forward_env),
     )
+    return placement if placement.is_remote else _on_this_host(placement)
+
+
+def _on_this_host(placement: "Placement") -> "Placement":
+    """With what this machine has, which is the only host, or the one whose command this is."""
+    from tinyllama_ds.devices import VISIBLE
+
+    on_cpu, available = _what_is_here()
+    host = placement.hosts[placement.node_rank or 0]
+    last = max(host.devices or range(host.slots))
+    if not on_cpu and last >= available and VISIBLE not in os.environ:  # DeepSpeed counts slots without regard to it
+        raise Refusal(
+            f"{placement.hostfile}: {host.name} has no GPU for slot {last}; this machine has {available} GPUs"
+        )
+    return replace(placement, on_cpu=on_cpu)
 
 
 def lifeline_opener(placement: "Placement", run_dir: Path) -> "Callable[[Path], Lifeline] | None":

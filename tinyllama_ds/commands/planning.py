@@ -147,15 +147,14 @@ def _hosts(options: argparse.Namespace) -> "Hosts":
 
 def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str]:
     """FLOP/s of one rank in the real step on this machine, and how that was measured."""
-    import torch
-
     from tinyllama_ds import bench
+    from tinyllama_ds.commands.placement import local_placement
     from tinyllama_ds.deepspeed_config import requested_micro_batch
-    from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, Placement, launcher_command, launcher_environment
+    from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
 
-    on_cpu = not torch.cuda.is_available()
-    placement = Placement(None, [], 1 if on_cpu else torch.cuda.device_count(), on_cpu)
-    is_compiled = options.compile == "on" or (options.compile == "auto" and not on_cpu)
+    here = local_placement(None)
+    placement = replace(here, num_local=1) if here.on_cpu else here
+    is_compiled = options.compile == "on" or (options.compile == "auto" and not here.on_cpu)
     micro_batch = requested_micro_batch(inputs.raw, options.deepspeed_config) or 1
     settings = bench.grid([options.deepspeed_config], [micro_batch], [options.attention], [is_compiled])
     shared = {

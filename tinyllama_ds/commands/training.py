@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING
 
 from tinyllama_ds.commands.placement import (
     add_placement_arguments,
+    know_machines,
     lifeline_opener,
     lifeline_to_first,
     local_placement,
     read_placement,
+    say_hidden_gpus,
 )
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 
 if TYPE_CHECKING:
+    from tinyllama_ds.devices import Machine
     from tinyllama_ds.launch.launcher import Placement
     from tinyllama_ds.launch.supervisor import Supervised, Watch
     from tinyllama_ds.training.run import Options, Run
@@ -124,7 +127,9 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     placement, arguments = read_placement(options), _run_arguments(options)
     check_placement(placement, arguments)
+    placement = know_machines(placement)
     parent = _check_run(options, placement).parent
+    say_hidden_gpus(placement)
     if options.dry_run:
         return _describe(placement, arguments)
     fleet = Fleet(
@@ -184,20 +189,28 @@ def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int
 
 
 def _check_run(options: argparse.Namespace, placement: "Placement") -> "Run":
-    import torch
-
     from tinyllama_ds.launch.launcher import check_partition
-    from tinyllama_ds.training.engine import supports_fast_bf16
     from tinyllama_ds.training.run import resolve_run
     from tinyllama_ds.training.run_directory import check_run_directory
 
-    device_type = "cpu" if placement.on_cpu else "cuda"
-    bf16 = supports_fast_bf16(torch.device(device_type))
-    run = resolve_run(run_options(options), placement.world_size, device_type, bf16)
+    machine = placement.machine or _this_machine(placement)
+    world_size, capability = placement.world_size, machine.capability
+    run = resolve_run(run_options(options), world_size, machine.device_type, machine.bf16, capability)
     partition = run.engine_config["zero_optimization"].get("zero_hpz_partition_size", 1)
     check_partition(placement, partition, options.deepspeed_config)
     check_run_directory(run)
     return run
+
+
+def _this_machine(placement: "Placement") -> "Machine":
+    """As its own ranks will find it."""
+    import torch
+
+    from tinyllama_ds.devices import Machine
+    from tinyllama_ds.training.engine import supports_fast_bf16
+
+    device_type = "cpu" if placement.on_cpu else "cuda"
+    return Machine(device_type, supports_fast_bf16(torch.device(device_type)), os.cpu_count() or 1)
 
 
 def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
@@ -257,6 +270,7 @@ def _bench(options: argparse.Namespace) -> int:
             raise Refusal(f"{config}: the DeepSpeed config is missing")
     compiled = {"on": [True], "off": [False], "both": [False, True]}[options.compile]
     settings = bench.grid(options.deepspeed_config, options.micro_batch, options.attention, compiled)
+    say_hidden_gpus(placement)
     shared = {
         key: getattr(options, key)
         for key in ("model", "sequence_length", "activation_checkpointing", "accumulation", "steps")

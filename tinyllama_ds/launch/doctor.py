@@ -16,10 +16,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tinyllama_ds.devices import VISIBLE
 from tinyllama_ds.launch.hostfile import Host
 from tinyllama_ds.launch.launcher import Placement, is_this_machine
 from tinyllama_ds.launch.probe import listen
-from tinyllama_ds.network import local_address_towards
+from tinyllama_ds.network import is_loopback, local_address_towards
 
 ANSWER_SECONDS = 30  # for one answer of one host; all hosts are asked at the same time
 _LEAVE_SECONDS = 30  # for all probes together to leave, each with its token
@@ -58,7 +59,7 @@ class Examined:
         return [host for host in hosts if host.name not in ill]
 
 
-class _Conversation:
+class Conversation:
     """The probe on one host, asked over ssh, or on this machine."""
 
     def __init__(self, name: str, *, is_here: bool, ssh_port: int | None = None) -> None:
@@ -118,7 +119,8 @@ class _Conversation:
         return lines[-1] if lines else "the connection was closed"
 
 
-def _end_all(talks: Sequence[_Conversation]) -> None:
+def end_all(talks: Sequence[Conversation]) -> None:
+    """Let all probes leave at the same time."""
     for talk in talks:
         talk.hang_up()
     deadline = time.monotonic() + _LEAVE_SECONDS
@@ -141,43 +143,44 @@ def examine(placement: Placement, data: Path | None, run_dir: Path | None) -> Ex
     token = f".doctor-{secrets.token_hex(6)}"
     question = {"data": data and str(data.absolute()), "run_dir": run_dir and str(run_dir.absolute())}
     with ExitStack() as stack:
-        here = _Conversation(HERE, is_here=True)
+        here = Conversation(HERE, is_here=True)
         talks = [
-            _Conversation(host.name, is_here=_starts_here(host, placement), ssh_port=placement.ssh_port)
+            Conversation(host.name, is_here=starts_here(host, placement), ssh_port=placement.ssh_port)
             for host in placement.hosts
         ]
-        stack.callback(_end_all, [*talks, here])
-        answers = _ask_all([*talks, here], [question | {"token": f"{token}-{n}"} for n in (*range(len(talks)), "here")])
+        stack.callback(end_all, [*talks, here])
+        answers = ask_all([*talks, here], [question | {"token": f"{token}-{n}"} for n in (*range(len(talks)), "here")])
         reference = answers.pop()
         if not isinstance(reference, dict):
             raise RuntimeError(f"the probe failed on this machine: {reference}")
         examined.reports[HERE] = reference
         if not talks or reference["run_dir_error"]:
-            alone = Host(HERE, placement.num_local)
-            examined.findings += _compare(alone, reference, reference, placement.on_cpu)
+            examined.findings += _compare(HERE, reference, reference)
         for host, answer in zip(placement.hosts, answers, strict=True):
             examined.findings.append(_ssh(host.name, answer))
             if isinstance(answer, dict):
                 examined.reports[host.name] = answer
-                examined.findings += _compare(host, answer, reference, placement.on_cpu)
+                examined.findings += _compare(host.name, answer, reference)
+        examined.findings += _all_gpus(placement, examined.reports)
         there = [talk for talk in talks if talk.name in examined.reports]
         shared = f"{token}-here" if run_dir and not reference["run_dir_error"] else None
         examined.findings += _look_around(examined.reports, there, placement, run_dir, shared)
     return examined
 
 
-def _starts_here(host: Host, placement: Placement) -> bool:
+def starts_here(host: Host, placement: Placement) -> bool:
     """Whether the launcher needs no ssh for this host: pdsh does even for this machine, mpirun does not."""
     return (placement.launcher != "pdsh" or not placement.is_remote) and is_this_machine(host.name)
 
 
-def _ask_all(talks: Sequence[_Conversation], questions: Sequence[dict]) -> list[dict | str]:
+def ask_all(talks: Sequence[Conversation], questions: Sequence[dict]) -> list[dict | str]:
+    """The answers to one question each, asked at the same time; a sentence where there is none."""
     with ThreadPoolExecutor(max(1, len(talks))) as pool:
-        return list(pool.map(_Conversation.ask, talks, questions))
+        return list(pool.map(Conversation.ask, talks, questions))
 
 
 def _look_around(
-    reports: dict[str, dict], talks: list[_Conversation], placement: Placement, run_dir: Path | None, token: str | None
+    reports: dict[str, dict], talks: list[Conversation], placement: Placement, run_dir: Path | None, token: str | None
 ) -> list[Finding]:
     """What the hosts see of each other: ports, the run directory, the way to rank 0, the clock."""
     shared = run_dir and str(run_dir.absolute())
@@ -188,12 +191,12 @@ def _look_around(
         tokens = [token] if token else []
         questions.append({"peers": peers, "run_dir": shared, "tokens": tokens, "master": placement.master_address})
     findings, unreached = [], []
-    for talk, sight in zip(talks, _ask_all(talks, questions), strict=True):
+    for talk, sight in zip(talks, ask_all(talks, questions), strict=True):
         if not isinstance(sight, dict):
             findings.append(_ssh(talk.name, sight))
             continue
         reports[talk.name] |= {"address": sight["address"], "interface": sight["interface"]}
-        findings.append(_interface(talk.name, sight, placement.master_address))
+        findings.append(_interface(talk.name, sight, placement))
         findings += [_clock(talk)] + ([_shared(talk.name, sight, run_dir)] if token else [])
         unreached += [(talk.name, name, error) for name, error in sight["unreached"].items()]
     return findings + _ports([talk.name for talk in talks], unreached)
@@ -207,27 +210,26 @@ def _ssh(host: str, answer: dict | str) -> Finding:
     return Finding("ssh", host, False, answer, f"make 'ssh {host} true' work without a password")
 
 
-def _compare(host: Host, report: dict, reference: dict, on_cpu: bool) -> list[Finding]:
+def _compare(host: str, report: dict, reference: dict) -> list[Finding]:
     """A host's own report against this machine's."""
-    here = f"here {reference['python']}"
     mend = "use the same Python everywhere, best the same environment on shared storage"
-    findings = [_equal("python", host.name, report["python"], reference["python"], mend)]
-    for name, wanted in reference["packages"].items():
-        found = report["packages"][name]
+    findings = [_equal("python", host, report["python"], reference["python"], mend)]
+    for name in dict.fromkeys((*reference["packages"], *report["packages"])):
+        found, wanted = report["packages"].get(name), reference["packages"].get(name)
         if found != wanted:
-            here = f"{name} {found or 'is missing'}, here {wanted or 'not installed'}"
-            findings.append(Finding("packages", host.name, False, here, f"install {name}=={wanted} there"))
+            there = f"{name} {found or 'is missing'}, here {wanted or 'not installed'}"
+            findings.append(Finding("packages", host, False, there, f"install {name}=={wanted} there"))
     if not any(finding.check == "packages" for finding in findings):
         installed = ", ".join(f"{name} {number}" for name, number in report["packages"].items() if number)
-        findings.append(Finding("packages", host.name, True, installed))
+        findings.append(Finding("packages", host, True, installed))
     mend = f"bring the checkout there to the same state; git says {report['revision']}, here {reference['revision']}"
-    findings.append(_equal("code", host.name, report["code"], reference["code"], mend))
-    findings += [_gpus(host, report, reference, on_cpu), *_space(host.name, report)]
+    findings.append(_equal("code", host, report["code"], reference["code"], mend))
+    findings += _space(host, report)
     if report["data"] is not None:
-        findings.append(_data(host.name, report["data"], reference["data"]))
+        findings.append(_data(host, report["data"], reference["data"]))
     if report["run_dir_error"]:
         mend = "let this user write there, on storage that all hosts share"
-        findings.append(Finding("run directory", host.name, False, report["run_dir_error"], mend))
+        findings.append(Finding("run directory", host, False, report["run_dir_error"], mend))
     return findings
 
 
@@ -235,21 +237,39 @@ def _equal(check: str, host: str, found: str, wanted: str, mend: str) -> Finding
     return Finding(check, host, found == wanted, found if found == wanted else f"{found}, here {wanted}", mend)
 
 
-def _gpus(host: Host, report: dict, reference: dict, on_cpu: bool) -> Finding:
-    gpus = report["gpus"]
-    if on_cpu and not gpus:
-        return Finding("GPUs", host.name, True, f"none, as here; {report['cores']} cores")
-    if len(gpus) < host.slots:
+def _all_gpus(placement: Placement, reports: dict[str, dict]) -> list[Finding]:
+    """The GPUs of all hosts, compared with each other's; the machine where doctor runs may have none, or others."""
+    hosts = [host for host in placement.hosts if host.name in reports] if placement.hosts else [_here(placement)]
+    gpus = [gpu for host in hosts for gpu in reports[host.name]["gpus"]]
+    if placement.on_cpu or not gpus:
+        return [_no_gpus(host.name, reports[host.name]) for host in hosts]
+    return [_gpus(host, reports[host.name]["gpus"], gpus[0]) for host in hosts]
+
+
+def _here(placement: Placement) -> Host:
+    visible = os.environ.get(VISIBLE, "").split(",")[: placement.num_local]
+    numbers = tuple(int(entry) for entry in visible if entry.strip().isdecimal())
+    return Host(HERE, placement.num_local, numbers if len(numbers) == placement.num_local else None)
+
+
+def _no_gpus(host: str, report: dict) -> Finding:
+    there = f"{len(report['gpus'])} that are not used" if report["gpus"] else "none"
+    return Finding("GPUs", host, True, f"{there}; {report['cores']} cores")
+
+
+def _gpus(host: Host, gpus: list[dict], first: dict) -> Finding:
+    chosen = host.devices or range(host.slots)
+    if max(chosen) >= len(gpus):
         mend = "say as many slots in the hostfile as there are GPUs, or look at what nvidia-smi says there"
         return Finding("GPUs", host.name, False, f"{len(gpus)} GPUs for {host.slots} slots", mend)
-    kinds = {(gpu["name"], gpu["driver"]) for gpu in (*gpus, *reference["gpus"])}
     what = f"{len(gpus)} x {gpus[0]['name']}, {int(gpus[0]['mib']) / 1024:.0f} GiB, driver {gpus[0]['driver']}"
-    if len(kinds) > 1:
+    if any((gpu["name"], gpu["driver"]) != (first["name"], first["driver"]) for gpu in gpus):
         mend = "use the same GPUs and driver everywhere: the slowest GPU sets the speed"
-        return Finding("GPUs", host.name, False, f"{what}, and others here or there", mend)
-    busy = [number for number, gpu in enumerate(gpus[: host.slots]) if int(gpu["used_mib"]) > _BUSY_MIB]
+        return Finding("GPUs", host.name, False, f"{what}, and others here or on other hosts", mend)
+    busy = [number for number in chosen if int(gpus[number]["used_mib"]) > _BUSY_MIB]
     if busy:
-        mend = "end what runs there, or leave that GPU out with --exclude"
+        how = f"by {VISIBLE}" if host.name == HERE else f"with --exclude {host.name}:{busy[0]}"
+        mend = f"end what runs there, or leave that GPU out {how}"
         return Finding("GPUs", host.name, False, f"GPU {busy[0]} already holds {gpus[busy[0]]['used_mib']} MiB", mend)
     return Finding("GPUs", host.name, True, what)
 
@@ -280,15 +300,20 @@ def _shared(host: str, sight: dict, run_dir: Path | None) -> Finding:
     return Finding("run directory", host, False, f"{run_dir} is another directory there", mend)
 
 
-def _interface(host: str, sight: dict, master: str) -> Finding:
-    address, interface = sight["address"], sight["interface"]
+def _interface(host: str, sight: dict, placement: Placement) -> Finding:
+    address, interface, master = sight["address"], sight["interface"], placement.master_address
     if interface is None:
         mend = f"let {host} resolve and reach {master}, in /etc/hosts or DNS and by a route"
         return Finding("network", host, False, f"no way to {master}", mend)
-    if address.startswith("127."):
+    if is_loopback(address) and host != placement.hosts[0].name:
         mend = f"give {master} its own line with its real address in /etc/hosts of {host}"
         return Finding("network", host, False, f"{master} is {address} to it", mend)
-    return Finding("network", host, True, f"{interface} ({address}) towards {master}")
+    way = (
+        f"{interface}; {master} is its own name"
+        if is_loopback(address)
+        else f"{interface} ({address}) towards {master}"
+    )
+    return Finding("network", host, True, way)
 
 
 def _ports(hosts: list[str], unreached: list[tuple[str, str, str]]) -> list[Finding]:
@@ -305,7 +330,7 @@ def _ports(hosts: list[str], unreached: list[tuple[str, str, str]]) -> list[Find
     return [*findings.values(), *green]
 
 
-def _clock(talk: _Conversation) -> Finding:
+def _clock(talk: Conversation) -> Finding:
     before = time.time()
     answer = talk.ask({"clock": True})
     after = time.time()

@@ -14,8 +14,10 @@ from tinyllama_ds.errors import Refusal
 
 USER_FILE = ".deepspeed_env"
 _PREFIXES = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH", "PYTORCH_", "CUDA_", "TRITON_", "HF_", "TRANSFORMERS_",
-             "TOKENIZERS_", "WANDB_", "DEEPSPEED_", "DS_", "MKL_", "OMP_", "MALLOC_", "TINYLLAMA_DS_")  # fmt: skip
+             "TOKENIZERS_", "WANDB_", "DEEPSPEED_", "DS_", "TINYLLAMA_DS_")  # fmt: skip
 _NAMES = ("PATH", "LD_LIBRARY_PATH")
+# What fits this machine's processors and says nothing about those of other hosts.
+_MACHINE = ("DS_ACCELERATOR", "OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_")
 _NEVER = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")  # the launcher's own business
 _SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|KEY|APIKEY|PAT)(_|$)", re.IGNORECASE)
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -29,7 +31,9 @@ def is_secret(name: str) -> bool:
 
 
 def forwarded(environment: Mapping[str, str], named: Iterable[str], launcher: str) -> dict[str, str]:
-    """The variables for all ranks: the allow-list without secrets, the user's `.deepspeed_env`, and those named.
+    """The variables for all ranks: the allow-list, the user's `.deepspeed_env`, and those named.
+
+    Without a name neither secrets are among them nor what is set for this machine's processors.
 
     Raises `Refusal` for a named variable that is not set, a bad line of the file, and a value that cannot be handed on.
     """
@@ -39,7 +43,7 @@ def forwarded(environment: Mapping[str, str], named: Iterable[str], launcher: st
     chosen = {
         name: value
         for name, value in environment.items()
-        if value and name not in _NEVER and name.startswith(_PREFIXES) and not is_secret(name)
+        if value and name not in _NEVER and name.startswith(_PREFIXES) and not _stays(name)
     }
     # The other hosts have paths of their own to fall back on, so these are left out where they do not fit.
     chosen |= {name: environment[name] for name in _NAMES if _arrives(environment.get(name, ""), launcher)}
@@ -50,9 +54,18 @@ def forwarded(environment: Mapping[str, str], named: Iterable[str], launcher: st
     return chosen
 
 
-def without_secrets(environment: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
-    """The environment of the launcher itself: srun and some mpiruns hand on all that they see."""
-    return {name: value for name, value in environment.items() if name in named or not is_secret(name)}
+def for_runner(environment: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
+    """The environment of a launcher over the network: srun and some mpiruns hand on all that they see."""
+    return {name: value for name, value in environment.items() if name in named or not _stays(name)}
+
+
+def _stays(name: str) -> bool:
+    return is_secret(name) or name.startswith(_MACHINE)
+
+
+def named_value(name: str, named: Iterable[str]) -> str | None:
+    """The value of a variable that the user hands on to all hosts by its name."""
+    return os.environ.get(name) if name in named else read_user_files().get(name)
 
 
 def read_user_files() -> dict[str, str]:

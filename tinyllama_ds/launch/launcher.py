@@ -11,8 +11,9 @@ from pathlib import Path
 
 import psutil
 
+from tinyllama_ds.devices import VISIBLE, VISIBLE_HERE_VARIABLE, Machine
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.launch.environment import check_argument, forwarded, is_secret, without_secrets, write_file
+from tinyllama_ds.launch.environment import check_argument, for_runner, forwarded, is_secret, write_file
 from tinyllama_ds.launch.hostfile import Host, write_filter
 from tinyllama_ds.network import free_port
 
@@ -31,7 +32,10 @@ LAUNCHERS = tuple(_PROGRAMS)
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the ranks run: on the hosts of a hostfile, or `num_local` of them here."""
+    """Where the ranks run: on the hosts of a hostfile, or `num_local` of them here.
+
+    `machine` is what other hosts say of themselves (`machines.ask_hosts`), and None where this machine is meant.
+    """
 
     hostfile: Path | None
     hosts: list[Host]
@@ -44,6 +48,7 @@ class Placement:
     master: str | None = None  # default: the first host
     master_port: int | None = None  # default: a free one
     forward: tuple[str, ...] = ()  # variables named by the user
+    machine: Machine | None = None
 
     @property
     def world_size(self) -> int:
@@ -174,14 +179,14 @@ def start_launcher(
     if placement.is_remote:
         for name, content in launch_files(placement, environment).items():
             write_file(directory / name, content)
-        environment = without_secrets(environment, placement.forward) | _for_runner(placement, directory)
+        environment = for_runner(environment, placement.forward) | _for_runner(placement, directory)
     command = launcher_command(placement, arguments, script, directory)
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)
 
 
 def launch_files(placement: Placement, environment: Mapping[str, str]) -> dict[str, str]:
     """Name and content of the files that DeepSpeed's runner reads at a start over the network."""
-    variables = forwarded(environment, placement.forward, placement.launcher)
+    variables = _settings(placement) | forwarded(environment, placement.forward, placement.launcher)
     # DeepSpeed leaves these to mpi4py.
     if placement.launcher in ("openmpi", "slurm"):
         variables["MASTER_PORT"] = str(placement.master_port)
@@ -194,7 +199,9 @@ def launch_files(placement: Placement, environment: Mapping[str, str]) -> dict[s
 
 
 def _for_runner(placement: Placement, directory: Path) -> dict[str, str]:
+    # The runner itself asks what there is: not on this machine, which may have no GPU.
     variables = {"DS_ENV_FILE": str(directory / _ENVIRONMENT_FILE)}
+    variables["DS_ACCELERATOR"] = "cpu" if placement.on_cpu else "cuda"
     if placement.launcher == "pdsh":
         port = ["-p", str(placement.ssh_port)] if placement.ssh_port else []
         ours = ["-o", "BatchMode=yes", "-o", "ServerAliveInterval=10", *port]
@@ -203,19 +210,29 @@ def _for_runner(placement: Placement, directory: Path) -> dict[str, str]:
 
 
 def launcher_environment(placement: Placement) -> dict[str, str]:
-    """The environment of a launch: as many threads per rank as there are cores for it."""
+    """The environment of a launch: for ranks of this machine with what fits it, where the user has not set it."""
     environment = dict(os.environ)
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if placement.on_cpu:
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-        # Without a limit every rank starts a thread per core.
-        ranks = max((host.ranks for host in placement.hosts), default=placement.num_local)
-        threads = max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    if placement.is_remote:
+        return environment
+    if placement.hostfile is None and VISIBLE in environment:
+        environment[VISIBLE_HERE_VARIABLE] = environment[VISIBLE]
+    return _settings(placement) | environment
+
+
+def _settings(placement: Placement) -> dict[str, str]:
+    """What ranks on CPUs need in their environment: as many threads per rank as there are cores for it."""
+    if not placement.on_cpu:
+        return {}
+    ranks = max((host.ranks for host in placement.hosts), default=placement.num_local)
+    cores = placement.machine.cores if placement.machine else len(os.sched_getaffinity(0))
+    return {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": str(max(1, cores // max(1, ranks))),  # else every rank starts a thread per core
         # glibc gives every large tensor back to the kernel and faults its pages in again: a twentieth of a step.
-        environment.setdefault("MALLOC_MMAP_MAX_", "0")
-        environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
-    return environment
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    }
 
 
 def describe_launch(placement: Placement, arguments: list[str], directory: Path) -> str:
@@ -234,7 +251,7 @@ def describe_launch(placement: Placement, arguments: list[str], directory: Path)
         lines.append(f"mkdir -m 700 {shlex.quote(str(directory))}")
         for name, content in launch_files(placement, environment).items():
             lines += [f"cat >{shlex.quote(str(directory / name))} <<'END'", _masked(content).rstrip("\n"), "END"]
-    hidden = environment.keys() - without_secrets(environment, placement.forward).keys() if runner else ()
+    hidden = environment.keys() - for_runner(environment, placement.forward).keys() if runner else ()
     unset = ["env", *(part for name in sorted(hidden) for part in ("-u", name))] if hidden else []
     settings = [*unset, *(f"{name}={shlex.quote(value)}" for name, value in runner.items())]
     return "\n".join(

@@ -1,13 +1,15 @@
 """What `doctor` starts on every host: it answers questions, one line of JSON each, and leaves no trace.
 
 `{"data": ..., "run_dir": ..., "token": ...}` is answered by a report of this host, `{"peers": ..., "tokens": ...,
-"master": ...}` by what it sees of the others, `{"clock": true}` by the time.
+"master": ...}` by what it sees of the others, `{"clock": true}` by the time, `{"machine": true}` by what ranks will
+find here.
 """
 
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -15,13 +17,14 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from threading import Thread
 
-from tinyllama_ds.network import free_port, interface_of, local_address_towards
+from tinyllama_ds.devices import cpu_has_bf16, list_gpus
+from tinyllama_ds.network import free_port, interface_towards, local_address_towards
 
-_PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "sentencepiece", "flash-attn", "nvidia-nccl-cu12")
+_PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "sentencepiece", "flash-attn")
 _PACKAGE = Path(__file__).parents[1]
 _CONNECT_SECONDS = 5
 
@@ -30,16 +33,26 @@ def report(data: str | None, run_dir: str | None, token: str) -> dict:
     """Everything about this host that needs no other one; puts a token into the run directory."""
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in (*_PACKAGES, *nccl_packages(requires("torch") or []))},
         "code": code_digest(),
         "revision": _revision(),
-        "gpus": gpus(),
-        "cores": len(os.sched_getaffinity(0)),
+        **machine(),
         "free": {path: _free_bytes(Path(path)) for path in (run_dir, tempfile.gettempdir()) if path},
         "data": None if data is None else data_digest(Path(data)),
         "run_dir_error": None if run_dir is None else _leave_token(Path(run_dir), token),
         "free_port": free_port(),
     }
+
+
+def machine() -> dict:
+    """What decides how ranks compute on this host."""
+    gpus, cores = list_gpus(), len(os.sched_getaffinity(0))
+    return {"host": socket.gethostname(), "gpus": gpus, "cores": cores, "bf16": cpu_has_bf16()}
+
+
+def nccl_packages(requirements: list[str]) -> list[str]:
+    """The package of NCCL that torch requires, `nvidia-nccl-cu13` or for another CUDA; none for builds without."""
+    return [match[0] for text in requirements if (match := re.match(r"nvidia-nccl-\w+", text))]
 
 
 def see_others(peers: dict[str, list], run_dir: str | None, tokens: list[str], master: str) -> dict:
@@ -51,7 +64,7 @@ def see_others(peers: dict[str, list], run_dir: str | None, tokens: list[str], m
         "unreached": {name: error for name, error in errors.items() if error},
         "unseen_tokens": [token for token in tokens if run_dir and not (Path(run_dir) / token).is_file()],
         "address": address,
-        "interface": interface_of(address),
+        "interface": interface_towards(master, may_be_loopback=False),
     }
 
 
@@ -77,19 +90,6 @@ def data_digest(data: Path) -> dict:
     sizes = [(str(path.relative_to(data)), path.stat().st_size) for path in sorted(data.rglob("*.bin"))]
     digest.update(json.dumps(sizes).encode())
     return {"digest": digest.hexdigest()[:12], "manifests": len(manifests)}
-
-
-def gpus() -> list[dict]:
-    """Name, memory in MiB, memory in use and driver of every NVIDIA GPU, as nvidia-smi lists them."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-    except (subprocess.SubprocessError, OSError):
-        return []
-    rows = [[part.strip() for part in line.split(",")] for line in lines]
-    return [{"name": row[0], "mib": row[1], "used_mib": row[2], "driver": row[3]} for row in rows if len(row) == 4]
 
 
 def _version(package: str) -> str | None:
@@ -150,6 +150,8 @@ def main() -> None:
             question = json.loads(line)
             if "clock" in question:
                 answer: dict = {"time": time.time()}
+            elif "machine" in question:
+                answer = machine()
             elif "peers" in question:
                 answer = see_others(**question)
             else:

@@ -25,6 +25,7 @@ _STOP_SECONDS = 25  # from the wish to stop to the end of all processes; a sched
 _POLL_SECONDS = 0.2
 _STACK_SECONDS, _STACK_LOOKS = 1.0, 10  # between two looks at the stacks, and how often before it goes on without some
 _CRASHED = 1
+_SLOW = ("starting", "in its first step")  # what ranks call the parts with imports, loading and compiling
 
 _HOSTS_SECONDS = 10  # between two looks for hosts that are missing
 _STATUS_SECONDS = 10  # for what rank 0 wrote to be seen on another host
@@ -268,7 +269,7 @@ class _Watchdog:
             return f"no rank has come to life for {self._watch.start_seconds:g} s"
         for file, (_, since) in self._seen.items():
             beat = _read_beat(file)
-            limit = self._watch.step_seconds if beat.get("doing") != "starting" else self._watch.start_seconds
+            limit = self._watch.start_seconds if beat.get("doing") in _SLOW else self._watch.step_seconds
             if now - since > limit:
                 return f"{file.name} has been {beat.get('doing')} at step {beat.get('step')} for {limit:g} s"
         return None

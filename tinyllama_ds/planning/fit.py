@@ -2,7 +2,7 @@
 
 from tinyllama_ds.gpus import GIB
 from tinyllama_ds.planning.layout import read_layout
-from tinyllama_ds.planning.memory import Memory, Work, memory_of
+from tinyllama_ds.planning.memory import Memory, Work, attention_memory, memory_of
 from tinyllama_ds.planning.search import RECOMPUTE
 from tinyllama_ds.training.dry_run import MemoryEstimate
 from tinyllama_ds.training.run import Run
@@ -14,9 +14,11 @@ def estimate_memory(run: Run, ranks: int, is_compiled: bool, gpu_bytes: int) -> 
     """Of one GPU with `gpu_bytes` among `ranks`; the alternatives keep the ZeRO file, the largest micro batch first."""
     layout = read_layout(run.description["deepspeed_config"], "the DeepSpeed config", ranks)
 
+    attention = attention_memory(run.attention, run.recipe.document_mask, layout.weight_bytes)
+
     def estimate(micro_batch: int, recompute_every: int) -> Memory:
         sequence_length = run.recipe.sequence_length
-        work = Work(micro_batch, sequence_length, "flash", recompute_every, is_compiled)
+        work = Work(micro_batch, sequence_length, attention, recompute_every, is_compiled)
         return memory_of(run.model, layout, work, ranks)
 
     now = estimate(run.micro_batch, run.activation_checkpointing).total
@@ -29,4 +31,4 @@ def estimate_memory(run: Run, ranks: int, is_compiled: bool, gpu_bytes: int) -> 
         if (total := estimate(size, every).total) <= gpu_bytes and total < 0.95 * now
     ]
     ways = " or ".join(found[:_NAMED])
-    return MemoryEstimate(now, f"plan would use {ways}" if ways else "nothing smaller fits under this ZeRO file")
+    return MemoryEstimate(now, ways or "another ZeRO file, because nothing smaller fits under this one")

@@ -5,6 +5,7 @@ the recipe does so, and the state is copied to host memory as for a save. Nothin
 only read, and the gradient is thrown away, so training is the same bit for bit as without (OLMo-core does the same).
 """
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,14 +16,14 @@ import numpy as np
 import torch
 
 from tinyllama_ds.data.order import rank_positions
-from tinyllama_ds.errors import BadNumbers, Refusal
+from tinyllama_ds.errors import BadNumbers, OutOfMemory, Refusal
 from tinyllama_ds.evaluation.samples import continue_greedily
 from tinyllama_ds.evaluation.validation import validation_losses
 from tinyllama_ds.training.batches import read_batch
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.compilation import summarize_exception
 from tinyllama_ds.training.engine import drop_gradients, sum_over_ranks
-from tinyllama_ds.training.metrics import memory_bytes
+from tinyllama_ds.training.metrics import memory_bytes, peak_memory
 from tinyllama_ds.training.probe import take_probe
 from tinyllama_ds.training.run import Run
 from tinyllama_ds.training.saving import Saver
@@ -75,7 +76,7 @@ def dry_run_batch(
     saver: Saver,
     estimate_memory: EstimateMemory,
 ) -> DryRun:
-    """Collective. Raises `Refusal` where memory does not suffice, `BadNumbers` where the probe is not finite, and
+    """Collective. Raises `OutOfMemory` where memory does not suffice, `BadNumbers` where the probe is not finite, and
     `DryRunFailed` for whatever else a part fails of; each names the part.
     """
     started = perf_counter()
@@ -131,7 +132,7 @@ def _named(part: str, run: Run, world: World, estimate: MemoryEstimate | None) -
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
     except torch.OutOfMemoryError as error:
-        raise Refusal(_out_of_memory(part, run, world, estimate)) from error
+        raise OutOfMemory(_out_of_memory(part, run, world, estimate)) from error
     except (BadNumbers, Refusal):
         raise
     except Exception as error:
@@ -139,10 +140,8 @@ def _named(part: str, run: Run, world: World, estimate: MemoryEstimate | None) -
 
 
 def _out_of_memory(part: str, run: Run, world: World, estimate: MemoryEstimate | None) -> str:
-    held = f"{memory_bytes(world.device) / GIB:.1f} GiB were in use on rank {world.rank}"
-    if estimate is None:
-        return f"out of memory in the {part} of the dry-run batch with micro batch {run.micro_batch}: {held}"
+    beside = f"; {estimate}, and would use {estimate.alternatives}" if estimate else ""
     return (
-        f"out of memory in the {part} of the dry-run batch with micro batch {run.micro_batch}: {held}, {estimate};"
-        f" {estimate.alternatives}"
+        f"rank {world.rank} on {socket.gethostname()} ran out of memory in the {part} of the dry-run batch, with micro"
+        f" batch {run.micro_batch} and {peak_memory(world.device)} at the peak{beside}"
     )

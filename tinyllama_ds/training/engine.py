@@ -22,8 +22,10 @@ from tinyllama_ds.training.world import World, choose_interface
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-# For runs without a supervisor, which alone notices earlier that a host has vanished.
-_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# For runs without a supervisor, which alone notices earlier that a host has vanished. At the start the ranks may wait
+# long for rank 0, which verifies and converts checkpoints alone.
+_START_TIMEOUT = timedelta(minutes=30)
+_STEP_TIMEOUT = timedelta(minutes=10)
 _ALL_PARAMETERS = 2**40  # elements: beyond every parameter
 _LOOK_SECONDS = 0.1  # between two looks whether a collective has ended
 
@@ -35,8 +37,8 @@ def supports_fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def start_process_group(world: World, timeout: timedelta = _COLLECTIVE_TIMEOUT) -> None:
-    """Join the other ranks: NCCL on GPUs, gloo elsewhere. A collective waits for `timeout`."""
+def start_process_group(world: World, timeout: timedelta = _START_TIMEOUT) -> None:
+    """Join the other ranks: NCCL on GPUs, gloo elsewhere. A collective waits for `timeout`, see `expect_steps`."""
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     choose_interface(world)
@@ -51,6 +53,16 @@ def start_process_group(world: World, timeout: timedelta = _COLLECTIVE_TIMEOUT) 
     else:
         torch.cuda.set_device(world.device)
         deepspeed.init_distributed("nccl", verbose=False, timeout=timeout)
+
+
+def expect_steps(world: World) -> None:
+    """From now on a collective waits no longer than a step can take. Collective."""
+    gather_from_ranks(None)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()  # all that was started with the long timeout has ended
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    everyone.set_timeout(_STEP_TIMEOUT)
 
 
 def check_with_deepspeed(config: dict, path: str) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
+import torch
+
 from tinyllama_ds.errors import Refusal
 
 FAULT_VARIABLE = "TINYLLAMA_DS_FAULT"
@@ -20,7 +22,7 @@ _FOR_EVER = 2**63
 _WAKING_SECONDS = 1  # after a stop, so that stacks asked for meanwhile show where it was
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 _FACTORS = {"poison": float("nan"), "overflow": float("inf"), "spike": 50.0}
-ACTIONS = (*_SIGNALS, "spin", "block", "pause", "raise", *_FACTORS)
+ACTIONS = (*_SIGNALS, "spin", "block", "pause", "raise", "exhaust", *_FACTORS)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ def strike(point: str, step: int) -> float:
         return 1.0
     if fault.action == "raise":
         raise OSError(f"injected at {point} of step {step}")
+    if fault.action == "exhaust":
+        raise torch.OutOfMemoryError(f"injected at {point} of step {step}")
     if fault.action in _WAITS:
         _WAITS[fault.action]()
     if fault.action in _SIGNALS:

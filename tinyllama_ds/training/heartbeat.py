@@ -17,6 +17,7 @@ SUPERVISOR_VARIABLE = "TINYLLAMA_DS_SUPERVISOR"  # its process id
 HEARTBEAT_VARIABLE = "TINYLLAMA_DS_HEARTBEATS"  # its private directory
 LIFELINE_VARIABLE = "TINYLLAMA_DS_LIFELINE"  # for ranks on other hosts: where it listens, a token, time-outs
 STACKS_SIGNAL = signal.SIGUSR2
+STARTING, FIRST_STEP = "starting", "in its first step"  # which take long
 _BEAT_BYTES = 128
 _PING_SECONDS = 2
 
@@ -32,16 +33,25 @@ class Heartbeat:
             # Written by the C handler itself, so that a rank that holds the interpreter lock answers too.
             faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
             _die_with(int(os.environ[SUPERVISOR_VARIABLE]))
-        self._step = 0
+        self._step, self._doing = 0, STARTING
         line = os.environ.get(LIFELINE_VARIABLE)
         self._lifeline = None if line is None else _Lifeline(line, rank)
 
     def beat(self, step: int, doing: str) -> None:
         """Say that this rank got as far as `step`, and what it does now."""
-        self._step = step
+        self._step, self._doing = step, doing
         if self._lifeline is not None:
             self._lifeline.say({"step": step, "doing": doing})
         self._write({"doing": doing})
+
+    @property
+    def phase(self) -> str:
+        """What this rank is at: start-up, a training step, or what follows one."""
+        if self._doing == STARTING:
+            return "start-up"
+        if self._doing in (FIRST_STEP, "training"):
+            return f"training step {self._step + 1}"
+        return f"{self._doing} after step {self._step}"
 
     def fail(self, error: BaseException) -> None:
         """Say why this rank is about to end; the supervisor shows the first such sentence of a run."""

@@ -65,12 +65,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         gpu = gpu_of_device(name)
         if gpu is not None and dtype == torch.bfloat16:
             return gpu.peak_flops, f"data sheet of {name}"
-    return measured_peak(device, dtype), f"a 2048 x 2048 x 2048 {str(dtype).removeprefix('torch.')} matrix product"
+    size, kind = _product_size(device), str(dtype).removeprefix("torch.")
+    return measured_peak(device, dtype), f"a measured {size} x {size} x {size} {kind} matrix product"
+
+
+def _product_size(device: torch.device) -> int:
+    return 8192 if device.type == "cuda" else 2048
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the best of several: 8,192 on a GPU, 2,048 elsewhere."""
-    size, products = (8192, 10) if device.type == "cuda" else (2048, 1)
+    size, products = _product_size(device), 10 if device.type == "cuda" else 1
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
 
@@ -124,6 +129,14 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_memory(device: torch.device) -> str:
+    """The same in words, beside what a GPU has."""
+    held = f"{memory_bytes(device) / 2**30:.1f} GiB"
+    if device.type == "cuda":
+        held += f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB"
+    return held
 
 
 class MetricsLogger:

@@ -21,6 +21,7 @@ from tinyllama_ds.errors import (
     EXIT_ROLLBACK,
     BadData,
     BadNumbers,
+    OutOfMemory,
     Refusal,
 )
 from tinyllama_ds.model.attention import capability_of
@@ -41,6 +42,7 @@ from tinyllama_ds.training.determinism import use_deterministic_kernels
 from tinyllama_ds.training.dry_run import EstimateMemory, dry_run_batch
 from tinyllama_ds.training.engine import (
     check_with_deepspeed,
+    expect_steps,
     find_on_main,
     gather_from_ranks,
     start_process_group,
@@ -49,7 +51,7 @@ from tinyllama_ds.training.engine import (
 )
 from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import Guard, Rollback
-from tinyllama_ds.training.heartbeat import Heartbeat
+from tinyllama_ds.training.heartbeat import FIRST_STEP, STARTING, Heartbeat
 from tinyllama_ds.training.initial_weights import InitialWeights, fill_masters, fill_model
 from tinyllama_ds.training.ledger import (
     LEDGER_FILE,
@@ -62,7 +64,7 @@ from tinyllama_ds.training.ledger import (
 )
 from tinyllama_ds.training.logs import log_to
 from tinyllama_ds.training.loop import train
-from tinyllama_ds.training.metrics import MetricsLogger, peak_flops
+from tinyllama_ds.training.metrics import MetricsLogger, peak_flops, peak_memory
 from tinyllama_ds.training.probe import check_probe
 from tinyllama_ds.training.reports import report_save
 from tinyllama_ds.training.retention import sweep_leftovers
@@ -78,7 +80,7 @@ from tinyllama_ds.training.saving import Saver
 from tinyllama_ds.training.sinks import warn
 from tinyllama_ds.training.starts import record_start
 from tinyllama_ds.training.stop import StopRequest
-from tinyllama_ds.training.world import World, read_world, wait_for_the_end, wait_for_turn
+from tinyllama_ds.training.world import TURN_SECONDS, World, read_world, wait_for_the_end, wait_for_turn
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -94,12 +96,14 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
     try:
         world = read_world()
     except Refusal as refusal:
-        print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
-        return EXIT_REFUSED
+        return refuse_before_start(refusal)
     began = time.perf_counter()
     heartbeat = Heartbeat(world.rank)
     try:
         code = _pretrain(options, world, heartbeat, began, estimate_memory)
+    except OutOfMemory as refusal:
+        print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)  # the other ranks wait in a collective
+        code = EXIT_REFUSED
     except Refusal as refusal:
         say_once(world, str(refusal))
         code = EXIT_REFUSED
@@ -109,6 +113,9 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
     except BadNumbers as bad:
         say_once(world, f"{bad}; nothing was saved since")
         code = EXIT_NUMERICS
+    except torch.OutOfMemoryError:
+        say_out_of_memory(options, world, heartbeat.phase)
+        code = EXIT_REFUSED
     except BaseException as error:
         heartbeat.fail(error)
         # Where another rank's end is the cause, the launcher has seen that one and ends this one now, unheard.
@@ -120,6 +127,27 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
     return code
 
 
+def refuse_before_start(refusal: Refusal) -> int:
+    """Of a rank that has no `World` yet: its host's first rank speaks, and the launcher ends the others."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        wait_for_the_end(TURN_SECONDS)
+    Heartbeat(int(os.environ.get("RANK", "0"))).farewell(EXIT_REFUSED)
+    print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
+    return EXIT_REFUSED
+
+
+def say_out_of_memory(options: Options, world: World, phase: str) -> None:
+    """By the rank that it happened to; the others wait for it in a collective."""
+    print(
+        f"tinyllama-ds: rank {world.rank} on {socket.gethostname()} ran out of memory in {phase},"
+        f" {peak_memory(world.device)} at the peak;"
+        f" try a smaller train_micro_batch_size_per_gpu or another ZeRO stage in {options.deepspeed_config}, or"
+        " --activation-checkpointing 1 (tinyllama-ds plan shows what fits); the last checkpoint stands",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def say_once(world: World, sentence: str) -> None:
     """By rank 0, in place of all."""
     wait_for_turn(world)
@@ -129,7 +157,7 @@ def say_once(world: World, sentence: str) -> None:
 def _pretrain(
     options: Options, world: World, heartbeat: Heartbeat, began: float, estimate_memory: EstimateMemory
 ) -> int:
-    heartbeat.beat(0, "starting")
+    heartbeat.beat(0, STARTING)
     strike("start", 0)
     run = _resolve(options, world)
     check_run_directory(run)
@@ -170,6 +198,8 @@ def _pretrain(
         dry_run = dry_run_batch(engine, run, world, start, saver, estimate_memory)
         if metrics is not None:
             metrics.say(str(dry_run))
+    expect_steps(world)
+    heartbeat.beat(start.step, FIRST_STEP)
     try:
         progress = train(engine, run, world, start, guard, metrics, StopRequest(run.run_dir), heartbeat, saver)
     except BadNumbers:

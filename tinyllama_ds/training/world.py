@@ -8,8 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
+from tinyllama_ds.devices import (
+    VISIBLE,
+    VISIBLE_HERE_VARIABLE,
+    device_type_of,
+    index_of,
+    look,
+    refuse_unsupported_devices,
+)
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.network import interface_of, local_address_towards
+from tinyllama_ds.network import interface_towards
 
 # Variables for rank, local rank and number of ranks; the first launcher of which all are set has started this process.
 _LAUNCHERS = {
@@ -19,8 +27,11 @@ _LAUNCHERS = {
     # Set for the tasks of srun alone; SLURM_NTASKS is there in the batch script too, which is no rank.
     "Slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
 }
+# The number of ranks on this host: of deepspeed, torchrun, OpenMPI and MPICH.
+_LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+_LOOPBACK = ("127.0.0.1", "localhost")
 _DEFAULT_PORT = "29500"
-_TURN_SECONDS = 30  # by which rank 0 may be later than the others
+TURN_SECONDS = 30  # by which rank 0 may be later than the others
 
 
 @dataclass(frozen=True)
@@ -31,16 +42,23 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    local_size: int | None = None  # ranks on this host, where the launcher tells
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_on_one_host(self) -> bool:
+        """Whether all ranks are on this host for certain: by their number, or because no other could reach rank 0."""
+        return self.local_size == self.size or os.environ["MASTER_ADDR"] in _LOOPBACK
+
 
 def read_world() -> World:
     """Rank, local rank and world size, alone without a launcher; sets the variables that torch and DeepSpeed read.
 
-    Raises `Refusal` where a launcher started several ranks and nothing says where rank 0 is.
+    Raises `Refusal` where a launcher started several ranks and nothing says where rank 0 is, and where this host's
+    GPUs cannot be used as they are.
     """
     rank, local_rank, size = _ranks()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(size)}
@@ -52,9 +70,31 @@ def read_world() -> World:
         os.environ.setdefault("MASTER_PORT", _DEFAULT_PORT)
     if not os.environ["MASTER_ADDR"]:
         raise Refusal("MASTER_ADDR is not set; expected the host of rank 0, which mpirun hands on with -x MASTER_ADDR")
-    if torch.cuda.is_available():
-        return World(rank, local_rank, size, torch.device("cuda", local_rank))
-    return World(rank, local_rank, size, torch.device("cpu"))
+    local_size = _local_size(size)
+    return World(rank, local_rank, size, _choose_device(local_rank, local_size), local_size)
+
+
+def _choose_device(local_rank: int, local_size: int | None) -> torch.device:
+    """This rank's GPU, made the current one, or the CPU."""
+    if VISIBLE_HERE_VARIABLE in os.environ:
+        os.environ[VISIBLE] = os.environ[VISIBLE_HERE_VARIABLE]
+    seen = look()
+    if device_type_of(seen) == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", index_of(seen, local_rank, local_size))
+    torch.cuda.set_device(device)  # before CUDA is asked, which would open the first device in every rank
+    refuse_unsupported_devices(seen, [device.index])
+    os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses its device
+    return device
+
+
+def _local_size(size: int) -> int | None:
+    if size == 1:
+        return 1
+    found = next((os.environ[name] for name in _LOCAL_SIZES if name in os.environ), None)
+    if found is None and os.environ.get("SLURM_STEP_NUM_NODES") == "1":
+        return size
+    return None if found is None else int(found)
 
 
 def _ranks() -> tuple[int, int, int]:
@@ -73,23 +113,23 @@ def _first_slurm_host() -> str:
 
 
 def choose_interface(world: World) -> str | None:
-    """Let gloo and NCCL use the network interface that leads to rank 0, unless the user has chosen; returns its name.
+    """Let gloo use the network interface that leads to the other ranks, unless the user has chosen; returns its name.
 
-    Left to themselves they take the first that is up, or the one that this host's own name resolves to.
+    Left to itself it takes the one that this host's own name resolves to. NCCL is left alone: it finds all interfaces,
+    uses several, and never takes the loopback for another host.
     """
     if world.size == 1:
         return None
-    interface = interface_of(local_address_towards(os.environ["MASTER_ADDR"]))
+    interface = interface_towards(os.environ["MASTER_ADDR"], may_be_loopback=world.is_on_one_host)
     if interface is not None:
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, interface)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     return interface
 
 
 def wait_for_turn(world: World) -> None:
     """Let rank 0 speak first, whose end makes the launcher end the others; one that lives on has a thing of its own."""
     if not world.is_main:
-        wait_for_the_end(_TURN_SECONDS)
+        wait_for_the_end(TURN_SECONDS)
 
 
 def wait_for_the_end(seconds: float) -> None:

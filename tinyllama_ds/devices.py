@@ -1,0 +1,237 @@
+"""Whether ranks compute on GPUs or on the CPU, decided from what PyTorch, nvidia-smi and the environment say.
+
+The decisions take plain values; `look` asks this machine for them.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllama_ds.errors import Refusal
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+# DeepSpeed's runner forgets CUDA_VISIBLE_DEVICES of this shell; in this one it arrives at the ranks of this machine.
+VISIBLE_HERE_VARIABLE = "TINYLLAMA_DS_VISIBLE_DEVICES"
+_HIDING = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that leave no GPU, and are meant to
+_NAME = re.compile(r"(GPU|MIG)-\S+")
+_FIRST_WITH_BF16 = (8, 0)
+_CPU_WITH_BF16 = re.compile(r"^flags\s*:.*\b(amx_tile|avx512_bf16)\b", re.MULTILINE)
+_FIELDS = "name,memory.total,memory.used,driver_version"
+_SMI_SECONDS = 20
+_HIDE = f'or hide the GPUs with {VISIBLE}="" to train on the CPU'
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one process sees of its machine's GPUs."""
+
+    accelerator: str | None  # DS_ACCELERATOR, by which a user chooses the CPU
+    visible: str | None  # CUDA_VISIBLE_DEVICES; None where it is not set
+    count: int  # of devices that PyTorch sees
+    torch: str  # its version
+    cuda: str | None  # the version that it is built for; None for a build without
+    warning: str = ""  # what PyTorch said as it looked for devices
+    listed: tuple[dict, ...] = ()  # by nvidia-smi; asked where PyTorch sees fewer than expected
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a start has to know of the machines that run it, which are of one kind."""
+
+    device_type: str  # cuda or cpu
+    bf16: bool  # whether matrix products in bf16 have hardware
+    cores: int
+    capability: tuple[int, int] | None = None  # of its GPUs: the lowest compute capability
+
+
+def look() -> Seen:
+    """Ask PyTorch, and nvidia-smi where PyTorch sees fewer GPUs than the environment names, or none."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    visible = os.environ.get(VISIBLE)
+    is_complete = count > 0 and (visible is None or len(visible.split(",")) == count)
+    return Seen(
+        accelerator=os.environ.get("DS_ACCELERATOR"),
+        visible=visible,
+        count=count,
+        torch=str(torch.__version__),
+        cuda=torch.version.cuda,
+        warning=str(caught[0].message) if caught else "",
+        listed=() if is_complete else tuple(list_gpus()),
+    )
+
+
+def device_type_of(seen: Seen) -> str:
+    """`cuda` or `cpu`. Raises `Refusal` where GPUs are there and would be left idle without anybody's wish."""
+    if seen.accelerator == "cpu":
+        return "cpu"
+    _refuse_wrong_ids(seen)
+    if seen.count:
+        return "cuda"
+    if seen.visible in _HIDING or not (seen.listed or seen.warning):
+        return "cpu"
+    what = f"{len(seen.listed)} x {seen.listed[0]['name']}" if seen.listed else "GPUs"
+    if seen.cuda is None:
+        raise Refusal(
+            f"torch {seen.torch} is built without CUDA, and this machine has {what}; install a torch with CUDA, {_HIDE}"
+        )
+    driver = f" with driver {seen.listed[0]['driver']}" if seen.listed else ""
+    reason = seen.warning.removeprefix("CUDA initialization: ")
+    reason = re.split(r"\. (?=[A-Z])| \(Triggered", reason)[0]
+    raise Refusal(
+        f"torch {seen.torch} for CUDA {seen.cuda} cannot use {what} of this machine{driver}"
+        f"{f' ({reason})' if reason else ''}; update the driver, install a torch for it, {_HIDE}"
+    )
+
+
+def _refuse_wrong_ids(seen: Seen) -> None:
+    """CUDA takes the devices before the first wrong entry, and says nothing of it."""
+    if seen.visible is None or seen.visible in _HIDING:
+        return
+    entries = [entry.strip() for entry in seen.visible.split(",")]
+    wrong = next((entry for entry in entries if not (entry.isdecimal() or _NAME.fullmatch(entry))), None)
+    if wrong is not None:
+        raise Refusal(
+            f"{VISIBLE} is {seen.visible!r}: {wrong!r} names no GPU, and CUDA would stop before it; expected numbers"
+            " with commas between them"
+        )
+    twice = next((entry for entry in entries if entries.count(entry) > 1), None)
+    if twice is not None:
+        raise Refusal(f"{VISIBLE} is {seen.visible!r}: names GPU {twice} twice; expected each once")
+    beyond = [entry for entry in entries if entry.isdecimal() and int(entry) >= len(seen.listed)]
+    if seen.listed and seen.count < len(entries) and beyond:
+        raise Refusal(
+            f"{VISIBLE} is {seen.visible!r}: there is no GPU {beyond[0]}; expected 0 to {len(seen.listed) - 1} on this"
+            f" machine, in a hostfile {len(seen.listed)} slots at most"
+        )
+
+
+def hidden_gpus(seen: Seen) -> str | None:
+    """A sentence where the environment leaves GPUs of this machine idle."""
+    if seen.visible not in _HIDING or seen.accelerator == "cpu" or not seen.listed:
+        return None
+    return f"{VISIBLE} is {seen.visible!r}, which hides this machine's {len(seen.listed)} GPUs; computing on the CPU"
+
+
+def index_of(seen: Seen, local_rank: int, local_size: int | None) -> int:
+    """Which of the visible devices is a rank's own.
+
+    A launcher that masks devices (`srun --gpus-per-task=1`) leaves every rank one, which is number 0 to all of them.
+    Raises `Refusal` where ranks would share a device.
+    """
+    is_masked = seen.visible is not None and seen.count == len(seen.visible.split(",")) == 1
+    if is_masked:
+        return 0
+    ranks = max(local_rank + 1, local_size or 0)
+    if ranks > seen.count:
+        raise Refusal(f"{ranks} ranks on this host, and PyTorch sees {seen.count} GPUs; expected a GPU for every rank")
+    return local_rank
+
+
+def refuse_unsupported(name: str, capability: tuple[int, int], architectures: list[str], torch: str) -> None:
+    """Raises `Refusal` for a GPU that this build of PyTorch has no kernels for."""
+    major, minor = capability
+    for architecture in architectures:  # such as sm_90, sm_90a, or compute_120: code that the driver compiles
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+        if match is None:
+            continue
+        kind, built, suffix = match[1], (int(match[2]), int(match[3])), match[4]
+        if kind == "compute" and not suffix and built <= capability:
+            return
+        if built[0] == major and (built[1] == minor if suffix == "a" else built[1] <= minor):
+            return
+    raise Refusal(
+        f"{name} has compute capability {major}.{minor}, and torch {torch} is built for {', '.join(architectures)};"
+        " install a torch for it"
+    )
+
+
+def refuse_unsupported_devices(seen: Seen, indices: Iterable[int]) -> None:
+    """The same for devices of this machine."""
+    import torch
+
+    if seen.cuda is None:  # ROCm names its architectures otherwise
+        return
+    for index in indices:
+        name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        refuse_unsupported(name, capability, torch.cuda.get_arch_list(), seen.torch)
+
+
+def bf16_of_gpu(capability: tuple[int, int]) -> bool:
+    """Whether matrix products in bf16 have hardware there."""
+    return capability >= _FIRST_WITH_BF16
+
+
+def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
+    """The same of this machine's CPU, without PyTorch: AMX or AVX-512 BF16 in `/proc/cpuinfo`."""
+    text = Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo
+    return _CPU_WITH_BF16.search(text) is not None
+
+
+def list_gpus() -> list[dict]:
+    """Name, memory in MiB, memory in use, driver and compute capability of every NVIDIA GPU, as nvidia-smi lists them.
+
+    Drivers before 510 do not tell the capability, which is None then.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return []
+    lines = _ask_smi(f"{_FIELDS},compute_cap") or _ask_smi(_FIELDS)
+    rows = [[part.strip() for part in line.split(",")] for line in lines]
+    return [
+        {"name": row[0], "mib": row[1], "used_mib": row[2], "driver": row[3], "capability": _capability(row[4:])}
+        for row in rows
+        if len(row) in (4, 5)
+    ]
+
+
+def _ask_smi(fields: str) -> list[str]:
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(
+            query, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True
+        ).stdout.splitlines()
+    except (subprocess.SubprocessError, OSError):
+        return []
+
+
+def _capability(rest: list[str]) -> list[int] | None:
+    match = re.fullmatch(r"(\d+)\.(\d+)", "".join(rest))
+    return [int(match[1]), int(match[2])] if match else None
+
+
+def machine_of(report: dict) -> Machine:
+    """A host's answer (`gpus`, `cores`, `bf16` of its CPU) as a machine.
+
+    A capability that its driver does not tell is taken for that of an A100, the first GPU with bf16.
+    """
+    if not report["gpus"]:
+        return Machine("cpu", report["bf16"], report["cores"])
+    capability = min(tuple(gpu["capability"] or _FIRST_WITH_BF16) for gpu in report["gpus"])
+    return Machine("cuda", bf16_of_gpu(capability), report["cores"], capability)
+
+
+def common_machine(machines: Mapping[str, Machine]) -> Machine:
+    """What all hosts can do. Raises `Refusal` where some have GPUs and others have none."""
+    without = [host for host, machine in machines.items() if machine.device_type == "cpu"]
+    with_gpus = [host for host in machines if host not in without]
+    if without and with_gpus:
+        raise Refusal(
+            f"{with_gpus[0]} has GPUs and {without[0]} has none that nvidia-smi lists; expected hosts of one kind, or"
+            f" those without left out by --exclude {'@'.join(without)}"
+        )
+    everyone = machines.values()
+    capabilities = [machine.capability for machine in everyone if machine.capability is not None]
+    return Machine(
+        device_type="cpu" if without else "cuda",
+        bf16=all(machine.bf16 for machine in everyone),
+        cores=min(machine.cores for machine in everyone),
+        capability=min(capabilities, default=None),
+    )

@@ -1,0 +1,67 @@
+"""What the machines are that ranks will run on, before a start: asked there, for this one may be another kind."""
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+
+from tinyllama_ds.devices import Machine, common_machine, machine_of
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.launch.doctor import ANSWER_SECONDS, Conversation, ask_all, end_all, starts_here
+from tinyllama_ds.launch.environment import named_value
+from tinyllama_ds.launch.launcher import Placement
+
+_QUESTION = {"machine": True}
+
+
+def ask_hosts(placement: Placement) -> Placement | None:
+    """The placement with what its hosts have; None where none of them answers.
+
+    Hosts are reached as the ranks will be: through srun, or by ssh. Those that do not answer are the doctor's business.
+    Raises `Refusal` where some hosts have GPUs and others have none.
+    """
+    reports = _ask_by_srun(placement) if placement.launcher == "slurm" else _ask_by_ssh(placement)
+    if not reports:
+        return None
+    if named_value("DS_ACCELERATOR", placement.forward) == "cpu":
+        reports = {host: report | {"gpus": []} for host, report in reports.items()}
+    try:
+        machine = common_machine({host: machine_of(report) for host, report in reports.items()})
+    except Refusal as refusal:
+        raise Refusal(f"{placement.hostfile}: {refusal}") from refusal
+    return replace(placement, on_cpu=machine.device_type == "cpu", machine=machine)
+
+
+def common_machine_of(placement: Placement, reports: dict[str, dict]) -> Machine:
+    """What the hosts of a placement have in common, as the doctor has found them."""
+    return common_machine({host.name: machine_of(reports[host.name]) for host in placement.hosts})
+
+
+def _ask_by_ssh(placement: Placement) -> dict[str, dict]:
+    talks = [
+        Conversation(host.name, is_here=starts_here(host, placement), ssh_port=placement.ssh_port)
+        for host in placement.hosts
+    ]
+    try:
+        answers = ask_all(talks, [_QUESTION] * len(talks))
+    finally:
+        end_all(talks)
+    return {talk.name: answer for talk, answer in zip(talks, answers, strict=True) if isinstance(answer, dict)}
+
+
+def _ask_by_srun(placement: Placement) -> dict[str, dict]:
+    """One task per host; srun hands the question to all of them."""
+    count = str(len(placement.hosts))
+    where = ["--nodes", count, "--ntasks", count, "--nodelist", ",".join(host.name for host in placement.hosts)]
+    command = ["srun", *shlex.split(placement.launcher_args), *where, sys.executable]
+    command += ["-m", "tinyllama_ds.launch.probe"]
+    question = json.dumps(_QUESTION) + "\n"
+    try:
+        done = subprocess.run(
+            command, input=question, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
+        )
+    except (subprocess.TimeoutExpired, OSError):
+        return {}
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {report["host"]: report for report in reports}
