@@ -35,7 +35,7 @@ def test_the_compiled_decoder_has_the_loss_and_gradients_of_the_eager_one() -> N
 
 
 def test_a_compiled_model_is_known_after_its_blocks_are_timed() -> None:
-    """A save asks when `Pace` has wrapped the blocks, a load before: both have to give a probe the same circumstances."""
+    """A save asks after `Pace` has wrapped the blocks, a load before: to both they are the same circumstances."""
     model, world = build_model(_SIZE, "blocked", seed=1), World(0, 0, 2, torch.device("cpu"))
     engine = SimpleNamespace(module=model)
     config = {"deepspeed_config": {"zero_optimization": {}}, "versions": {}}

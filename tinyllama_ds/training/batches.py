@@ -56,8 +56,20 @@ class Copied:
         return self.inputs
 
 
-def copy_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same micro batches, on a GPU each with its inputs on the way there, on a stream of their own."""
+def micro_batches(run: Run, world: World, first_step: int) -> Iterator[Batch]:
+    """This rank's micro batches of all steps from a number on, beside a GPU with their inputs on the way there."""
+    return _copied_ahead(_in_host_memory(run, world, first_step), world.device)
+
+
+def _in_host_memory(run: Run, world: World, first_step: int) -> Iterator[Batch]:
+    for step in run.plan.steps(first_step):
+        strike("data.read", step.number)
+        share = rank_positions(step.first_position, step.batch, world.rank, world.size)
+        for start in share[:: run.micro_batch]:
+            yield read_batch(run, np.arange(start, start + run.micro_batch), world.device)
+
+
+def _copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     if device.type != "cuda":
         yield from batches
         return
@@ -66,15 +78,6 @@ def copy_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
         with torch.cuda.stream(stream):
             inputs = batch.model_inputs(device)
         yield batch._replace(ready=Copied(inputs, stream.record_event()))
-
-
-def micro_batches(run: Run, world: World, first_step: int) -> Iterator[Batch]:
-    """This rank's micro batches of all steps from a number on."""
-    for step in run.plan.steps(first_step):
-        strike("data.read", step.number)
-        share = rank_positions(step.first_position, step.batch, world.rank, world.size)
-        for start in share[:: run.micro_batch]:
-            yield read_batch(run, np.arange(start, start + run.micro_batch), world.device)
 
 
 def read_batch(run: Run, positions: np.ndarray, device: torch.device) -> Batch:

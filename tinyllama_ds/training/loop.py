@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tinyllama_ds.data.loader import prefetch
 from tinyllama_ds.plan import Step
-from tinyllama_ds.training.batches import copy_ahead, count_targets, micro_batches
+from tinyllama_ds.training.batches import count_targets, micro_batches
 from tinyllama_ds.training.checkpoint import Health, Progress
 from tinyllama_ds.training.engine import set_learning_rate
 from tinyllama_ds.training.faults import strike
@@ -56,8 +56,7 @@ def train(
     """
     window = Window(PhaseClock(world.device))
     peak, _ = peak_flops(world.device, next(engine.module.parameters()).dtype)
-    ahead = copy_ahead(micro_batches(run, world, start.step), world.device)
-    batches = DigestedBatches(prefetch(ahead, _PREFETCHED_MICRO_BATCHES))
+    batches = DigestedBatches(prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES))
     progress, final = start, run.plan.total_steps
     pace = Pace(engine.module.model.layers, world)
     if run.validation and start.step == (run.parent.step if run.parent else 0):

@@ -26,6 +26,7 @@ from tinyllama_ds.errors import (
 )
 from tinyllama_ds.model.attention import capability_of
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, empty_model
+from tinyllama_ds.model.probe import Probe
 from tinyllama_ds.training.branch import verify_parent
 from tinyllama_ds.training.changes import Change
 from tinyllama_ds.training.checkpoint import (
@@ -171,19 +172,7 @@ def _pretrain(
     refuse_another_past(run, start, health)
     if world.is_main:
         sweep_leftovers(run.run_dir)
-    initial = run.init_from if checkpoint is None else None
-    model = build_initial_model(run, world, initial)
-    is_compiled, compilation = decide_compilation(run.compile, world)
-    if is_compiled:
-        compile_blocks(model)
-    engine = wrap(model, run.engine_config, run.schedule.ratio(0))
-    if initial is not None:
-        fill_masters(engine, initial)
-    if checkpoint is not None:
-        zero_section = run.description["deepspeed_config"]["zero_optimization"]
-        load_checkpoint(engine, checkpoint, zero_section, scratch=run.run_dir / CHECKPOINTS)
-        if health.probe is not None:
-            check_probe(engine, run, world, health.probe, str(checkpoint))
+    engine, compilation = start_engine(run, world, checkpoint, health.probe)
     if world.is_main:
         tell_changes(open_run_directory(run, start.step), run.allow_change)
         forget_skips_after(run.run_dir, start.step)
@@ -217,6 +206,24 @@ def _pretrain(
     gather_from_ranks(None)  # no rank leaves before it is written: its exit code would end rank 0
     torch.distributed.destroy_process_group()
     return EXIT_FINISHED if is_finished else EXIT_RESTART
+
+
+def start_engine(run: Run, world: World, checkpoint: Path | None, probe: Probe | None) -> "tuple[DeepSpeedEngine, str]":
+    """The engine with the state that training begins with or goes on from, and how its blocks run. Collective."""
+    initial = run.init_from if checkpoint is None else None
+    model = build_initial_model(run, world, initial)
+    is_compiled, compilation = decide_compilation(run.compile, world)
+    if is_compiled:
+        compile_blocks(model)
+    engine = wrap(model, run.engine_config, run.schedule.ratio(0))
+    if initial is not None:
+        fill_masters(engine, initial)
+    if checkpoint is not None:
+        zero_section = run.description["deepspeed_config"]["zero_optimization"]
+        load_checkpoint(engine, checkpoint, zero_section, scratch=run.run_dir / CHECKPOINTS)
+        if probe is not None:
+            check_probe(engine, run, world, probe, str(checkpoint))
+    return engine, compilation
 
 
 def _resolve(options: Options, world: World) -> Run:
