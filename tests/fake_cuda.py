@@ -55,7 +55,10 @@ class MixedDevices(RuntimeError):
 
 
 class FakeCuda:
-    """A context: everything inside runs as on a machine with one GPU. `waits` is what the host waited for so far."""
+    """A context: everything inside runs as on a machine with one GPU. `waits` is what the host waited for so far.
+
+    What tensors hold there together beyond `memory_bytes` is out of memory.
+    """
 
     def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
         self.waits: list[Wait] = []
@@ -63,7 +66,8 @@ class FakeCuda:
         self.is_recording = False
         self._capability = capability
         self.registered: dict[int, int] = {}  # bytes by address, of host memory that was pinned after it was made
-        self._labels: dict[int, tuple[StorageWeakRef, str]] = {}
+        self.memory_bytes = MEMORY_BYTES
+        self._labels: dict[int, tuple[StorageWeakRef, str, int]] = {}  # and bytes
         self._lock = threading.Lock()
         self._stack = contextlib.ExitStack()
 
@@ -103,10 +107,16 @@ class FakeCuda:
             if label == "host":
                 self._labels.pop(storage._cdata, None)
             else:
-                self._labels[storage._cdata] = (StorageWeakRef(storage), label)
-            if len(self._labels) > 50_000:
+                self._labels[storage._cdata] = (StorageWeakRef(storage), label, storage.nbytes())
+            if len(self._labels) > 50_000 or self.memory_bytes < MEMORY_BYTES:
                 self._labels = {key: entry for key, entry in self._labels.items() if not entry[0].expired()}
+        if label == "cuda" and self.memory_bytes < MEMORY_BYTES and self.held_bytes() > self.memory_bytes:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. {self.held_bytes()} bytes are held.")
         return tensor
+
+    def held_bytes(self) -> int:
+        """What tensors hold on the device now."""
+        return sum(size for _, label, size in self._labels.values() if label == "cuda")
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.mark(tensor, "pinned")

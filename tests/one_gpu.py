@@ -4,6 +4,7 @@ That process imports PyTorch and DeepSpeed once and runs one command after the o
 """
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fake_cuda import FakeCuda, Wait
+from fake_cuda import MEMORY_BYTES, FakeCuda, Wait
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,10 +38,12 @@ class OneGpu:
         self._log = folder / "one_gpu.log"
         self._process: subprocess.Popen | None = None
 
-    def script(self, name: str, *arguments: object, dry_run: bool = True, **environment: str) -> Ran:
+    def script(
+        self, name: str, *arguments: object, dry_run: bool = True, memory_bytes: int | None = None, **environment: str
+    ) -> Ran:
         """`scripts/<name>.py`, which a launcher would start on a rank; with or without the dry-run batch."""
         request = {"script": name, "arguments": list(map(str, arguments)), "environment": environment}
-        return self._run(request | {"dry_run": dry_run})
+        return self._run(request | {"dry_run": dry_run, "memory_bytes": memory_bytes})
 
     def pretrain(self, recipe: Path, config: Path, data: Path, run_dir: Path, *more: str, **others: Any) -> Ran:
         """`scripts/pretrain.py`, not compiled, and with PyTorch's attention unless another is asked for."""
@@ -52,7 +55,8 @@ class OneGpu:
 
     def command(self, *arguments: object) -> Ran:
         """`tinyllama-ds ...`, of the commands that start no ranks."""
-        return self._run({"script": None, "arguments": list(map(str, arguments)), "environment": {}, "dry_run": True})
+        request = {"script": None, "arguments": list(map(str, arguments)), "environment": {}}
+        return self._run(request | {"dry_run": True, "memory_bytes": None})
 
     def end(self) -> None:
         if self._process is not None:
@@ -113,11 +117,15 @@ def _serve() -> None:
         for line in sys.stdin:
             gpu.waits.clear()
             request = json.loads(line)
+            gpu.memory_bytes = request["memory_bytes"] or MEMORY_BYTES
             pretrain.dry_run_batch = dry_run_batch if request["dry_run"] else lambda *_: "left out"  # type: ignore
             code = _run_here(request)
             waits = list(Counter(map(tuple, gpu.waits)).items())
             answer = {"code": code, "waits": waits, "pinned_bytes": sum(gpu.registered.values())}
             gpu.registered.clear()
+            gc.enable()  # training takes it over
+            gc.unfreeze()
+            gc.collect()
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
 

@@ -4,6 +4,7 @@ An operator whose tensors lie on different devices raises there, and every wait 
 """
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from local_tasks import write_tasks
 from one_gpu import OneGpu, Ran
 
 from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.errors import EXIT_ROLLBACK
+from tinyllama_ds.errors import EXIT_REFUSED, EXIT_ROLLBACK
 from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
 from tinyllama_ds.training.faults import FAULT_VARIABLE
 
@@ -235,3 +236,30 @@ def test_a_snapshot_pins_as_many_bytes_as_the_state_has(gpu: OneGpu, data_dir: P
     parameters = 158_016
     weights = 2 * parameters  # bf16, which DeepSpeed saves too
     assert 12 * parameters + weights <= ran.pinned_bytes <= 12 * parameters + weights + 100 * 4096
+
+
+def test_out_of_memory_in_the_dry_run_batch_names_the_part(data_dir: Path, tmp_path: Path) -> None:
+    """Weights, gradients and optimizer fit, the activations do not: one sentence, code 78, and no checkpoint."""
+    gpu = OneGpu(tmp_path)  # of its own: DeepSpeed holds on to the engines before
+    recipe = write_recipe(tmp_path / "r.toml", STEPS, save_every=STEPS)
+    recipe.write_text(recipe.read_text().replace("sequence_length = 32", "sequence_length = 128"))
+    recipe.write_text(recipe.read_text().replace("global_batch_tokens = 256", "global_batch_tokens = 512"))
+    config = shipped("zero3", tmp_path / "ds.json", reduce_bucket_size=20_000)
+    states = 20 * 158_016
+    ran = gpu.pretrain(recipe, config, data_dir, tmp_path / "run", memory_bytes=int(1.1 * states))
+    gpu.end()
+    assert ran.code == EXIT_REFUSED, ran.output
+    (sentence,) = [line for line in ran.output.splitlines() if "out of memory" in line]
+    assert re.search(r"rank 0 on \S+ ran out of memory in the (forward|backward) of the dry-run batch", sentence)
+    assert "plan estimates" in sentence
+    assert "Traceback" not in ran.output
+    assert not find_checkpoints(tmp_path / "run")
+
+
+def test_a_part_that_fails_is_named(gpu: OneGpu, data_dir: Path, tmp_path: Path) -> None:
+    """A copy into host memory that the machine refuses: the run ends before its first step, as a crash."""
+    recipe = write_recipe(tmp_path / "r.toml", STEPS, save_every=STEPS)
+    fault = {FAULT_VARIABLE: "save.copy:0:0:raise"}
+    ran = gpu.pretrain(recipe, shipped("zero1", tmp_path / "ds.json"), data_dir, tmp_path / "run", **fault)
+    assert ran.code == 1
+    assert "the dry-run batch failed in its snapshot: OSError" in ran.output

@@ -1,0 +1,43 @@
+"""What `plan` says of a run that has started, and the alternatives that need less."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from launching import write_recipe
+
+from tinyllama_ds.gpus import GIB, GPUS
+from tinyllama_ds.model.config import model_config
+from tinyllama_ds.planning.fit import estimate_memory
+from tinyllama_ds.training.run import Options, Run, resolve_run
+
+CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3_keep.json"
+
+
+@pytest.fixture
+def run(data_dir: Path, tmp_path: Path) -> Run:
+    """TinyLlama-1.1B with 8 rows of 2,048 tokens on one GPU: a small run with its shapes."""
+    recipe = write_recipe(tmp_path / "r.toml", 2001, save_every=1000)
+    small = resolve_run(Options(str(recipe), CONFIG, data_dir, tmp_path / "run"), 1, "cuda", bf16=True)
+    larger = replace(small.recipe, sequence_length=2048)
+    return replace(small, model=model_config("tinyllama-1.1b"), recipe=larger, attention="sdpa")
+
+
+def test_it_is_what_plan_counts(run: Run) -> None:
+    """20 bytes of state per parameter on one GPU, and the activations of 16k tokens."""
+    estimate = estimate_memory(run, 1, True, GPUS["h100"].memory_bytes)
+    states = 20 * run.model.num_parameters
+    assert states < estimate.bytes < states + 25 * GIB
+
+
+def test_alternatives_need_less_and_fit(run: Run) -> None:
+    gpu = 30 * GIB
+    estimate = estimate_memory(run, 1, True, gpu)
+    assert estimate.bytes > gpu
+    first = estimate.alternatives.split(" or ")[0]
+    assert first.startswith("micro batch 8, --activation-checkpointing")
+    assert float(first.split("(")[1].split()[0]) * GIB < gpu
+
+
+def test_where_nothing_fits_another_file_is_named(run: Run) -> None:
+    assert "another ZeRO file" in estimate_memory(run, 1, True, 10 * GIB).alternatives
