@@ -28,6 +28,7 @@ from tinyllama_ds.training.engine import (
     supports_fast_bf16,
     wrap,
 )
+from tinyllama_ds.training.kernels import break_down
 from tinyllama_ds.training.metrics import PhaseClock, measured_peak, memory_bytes, peak_flops
 from tinyllama_ds.training.step import train_step
 from tinyllama_ds.training.world import World, read_world
@@ -53,7 +54,7 @@ def measure(setting: Setting, model: str, sequence_length: int, accumulation: in
     """Run the step under the deepspeed launcher; returns rank 0's figures. Collective.
 
     Rates are over all ranks; `mfu` is against the data sheet where there is one, `measured_mfu` against a matrix
-    product in the same process; seconds are per optimizer step.
+    product in the same process; seconds are per optimizer step, and so is `kernels` (`kernels.summarize`).
     """
     world = read_world()
     config = model_config(model)
@@ -75,8 +76,9 @@ def measure(setting: Setting, model: str, sequence_length: int, accumulation: in
     step = Step(0, "bench", 0, batch, 0, batch * sequence_length)
     timed = _time_steps(engine, step, micro, setting.micro_batch, world, steps)
     figures = _figures(engine, config, world, sequence_length, step.tokens_after, timed)
-    communication = _communication_seconds(engine, step, micro, setting.micro_batch, world)
-    return figures | {"attention": attention, "seconds_communication": communication}
+    profiled = _profile_step(engine, step, micro, setting.micro_batch, world)
+    communication = profiled["kinds"]["collectives"]["seconds"]
+    return figures | {"attention": attention, "seconds_communication": communication, "kernels": profiled}
 
 
 def _time_steps(
@@ -105,6 +107,7 @@ def _figures(
     tokens: int,
     timed: dict[str, float],
 ) -> dict:
+    memory = memory_bytes(world.device)  # before the matrix products below take some, too
     dtype = next(engine.module.parameters()).dtype
     peak, origin = peak_flops(world.device, dtype)
     measured = measured_peak(world.device, dtype)
@@ -116,22 +119,21 @@ def _figures(
         "peak_from": origin,
         "measured_mfu": flops / measured,
         "measured_peak_tflops": measured / 1e12,
-        "peak_gib": memory_bytes(world.device) / 2**30,
+        "peak_gib": memory / 2**30,
         "ranks": world.size,
     }
 
 
-def _communication_seconds(
-    engine: "DeepSpeedEngine", step: Step, batch: Batch, micro_batch: int, world: World
-) -> float:
-    """Seconds that collectives of one more step ran, overlapped or not, as PyTorch's profiler saw them on rank 0."""
+def _profile_step(engine: "DeepSpeedEngine", step: Step, batch: Batch, micro_batch: int, world: World) -> dict:
+    """One more step by kinds of kernels, overlapped or not, as PyTorch's profiler saw them on rank 0."""
     on_gpu = world.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
         train_step(engine, step, repeat(batch), micro_batch, world, PhaseClock(world.device))
-        _wait(world)
-    events = [event for event in profiler.key_averages() if event.key.startswith(("nccl", "gloo:"))]
-    return sum(event.device_time_total if on_gpu else event.cpu_time_total for event in events) / 1e6
+        if on_gpu:
+            torch.cuda.synchronize()
+    _wait(world)
+    return break_down(profiler)
 
 
 def _wait(world: World) -> None:
