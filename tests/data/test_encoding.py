@@ -100,5 +100,5 @@ def test_an_encoder_that_does_not_import_is_refused_only_where_it_was_asked_for(
     """gigatoken itself, or what it needs: a wheel that was installed without its dependencies."""
     monkeypatch.setitem(sys.modules, module, None)
     assert load_gigatoken(tokenizer, "auto") is None
-    with pytest.raises(Refusal, match=f"does not import .*{module}"):
+    with pytest.raises(Refusal, match="does not import"):
         load_gigatoken(tokenizer, "gigatoken")

@@ -31,7 +31,7 @@ NAMES = {
         "aten::_scaled_dot_product_flash_attention_for_cpu",
     ],
     "optimizer": [
-        f"{ADAM}FusedOptimizerTensorListMetadata<4>, at::native::(anonymous namespace)::FusedAdamMathFunctor<float, 4>>",
+        f"{ADAM}FusedOptimizerTensorListMetadata<4>, at::native::(anonymous namespace)::FusedAdamMathFunctor<float>>",
         "void multi_tensor_apply_kernel<TensorListMetadata<4>, AdamFunctor<float, float, int>, float, float>",
         f"{ADAM}TensorListMetadata<1>, at::native::(anonymous namespace)::LpNormFunctor<float, NormType::L2>>",
         "aten::_fused_adamw_",

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: kernels by kind and calls that make the host wait, from a profiler's trace."""
+"""Where the time of a training step goes: kernels by kind, and calls that make the host wait, from a trace."""
 
 import json
 import re
