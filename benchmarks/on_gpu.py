@@ -139,6 +139,7 @@ def environment(rehearse: bool, work: Path) -> dict[str, str]:
     found.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "inductor"))
     found.setdefault("TRITON_CACHE_DIR", str(work / "triton"))
     on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    on_cpu["TORCH_COMPILE_DISABLE"] = "1"  # PyTorch's own switch: on a CPU compiling takes longer than all the rest
     return found | (on_cpu if rehearse else {})
 
 

@@ -1,6 +1,5 @@
 """Ours beside transformers under the same JSON, a plain compiled loop and FSDP2: in turn, as far as memory allows."""
 
-import os
 import sys
 from statistics import median
 
@@ -80,8 +79,6 @@ class Race:
 
 def main(part: Part) -> int:
     """All peers; what needs the whole GPU goes first, before ours take their place."""
-    if part.rehearse:
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # PyTorch's own switch: part `training` compiles
     race = Race(part)
     try:
         for peer in PEERS:

@@ -18,14 +18,10 @@ MICRO_BATCH = {False: 8, True: 2}
 
 
 def measured(part: Part) -> Iterator[Row]:
-    """What `tinyllama-ds bench` measures, on one rank that is started here without a launcher.
-
-    Blocks are compiled; rehearsed, those of the first file alone, to save time.
-    """
+    """What `tinyllama-ds bench --compile on` measures, on one rank that is started here without a launcher."""
     shape = SHAPES[part.rehearse] | {"activation_checkpointing": 0}
-    for number, name in enumerate(CONFIG_NAMES):
-        is_compiled = number == 0 or not part.rehearse
-        [setting] = grid([CONFIGS / f"{name}.json"], [MICRO_BATCH[part.rehearse]], ["auto"], [is_compiled])
+    for name in CONFIG_NAMES:
+        [setting] = grid([CONFIGS / f"{name}.json"], [MICRO_BATCH[part.rehearse]], ["auto"], [True])
         environment = launcher_environment(Placement(None, [], 1, on_cpu=part.rehearse))
         environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         environment["MASTER_PORT"] = str(free_port())
