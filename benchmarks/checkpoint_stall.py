@@ -19,6 +19,7 @@ from itertools import count, repeat
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.plan import Step
 from tinyllama_ds.training.batches import Batch
-from tinyllama_ds.training.checkpoint import Progress
+from tinyllama_ds.training.checkpoint import Health, Progress
 from tinyllama_ds.training.engine import start_process_group, sum_over_ranks, wrap
 from tinyllama_ds.training.guard import check_parameters
 from tinyllama_ds.training.metrics import PhaseClock
@@ -36,7 +37,10 @@ from tinyllama_ds.training.snapshot import Snapshots
 from tinyllama_ds.training.step import train_step
 from tinyllama_ds.training.world import read_world
 
-MODEL, T, MICRO_BATCH, RANKS = "tinyllama-120m", 256, 1, 2
+if TYPE_CHECKING:
+    from tinyllama_ds.training.run import Run
+
+T, MICRO_BATCH, RANKS = 256, 1, 2
 SAVES = 4  # of each kind; the first one has to make its host memory
 CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero3.json"
 
@@ -44,10 +48,10 @@ CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero3.json"
 class Trainer:
     """An engine that takes steps, each timed."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str) -> None:
         self.world = read_world()
         start_process_group(self.world)
-        self.model = model_config(MODEL)
+        self.model = model_config(model)
         config = json.loads(CONFIG.read_text())
         zero = config["zero_optimization"] | {"reduce_bucket_size": 10_000_000}
         keep = {key: config[key] for key in ("gradient_clipping", "bf16", "data_types", "optimizer")}
@@ -69,27 +73,27 @@ class Trainer:
         return perf_counter() - started
 
 
-def measure(run_dir: Path) -> dict:
+def measure(run_dir: Path, model: str) -> dict:
     """All figures, of rank 0. Collective."""
-    trainer = Trainer()
+    trainer = Trainer(model)
     quiet = [trainer.step() for _ in range(6)][2:]
     started = perf_counter()
     check_parameters(trainer.engine)
     check_seconds = perf_counter() - started
     saves: list[Save] = []
     intervals = SimpleNamespace(keep_last=2, keep_tokens=10**15, save_minutes=1e9)
-    run = SimpleNamespace(run_dir=run_dir, recipe=SimpleNamespace(intervals=intervals), model=trainer.model)
-    run.description = {}
-    saver = Saver(run, trainer.world, saves.append)
+    recipe, plan = SimpleNamespace(intervals=intervals), SimpleNamespace(stage_ends=frozenset())
+    run = SimpleNamespace(run_dir=run_dir, recipe=recipe, plan=plan, model=trainer.model, description={})
+    saver = Saver(cast("Run", run), trainer.world, saves.append)
     while_writing = [seconds for _ in range(SAVES) for seconds in save_behind(trainer, saver, saves)]
     quiet += [trainer.step() for _ in range(4)]
     for number in range(SAVES, 2 * SAVES):
-        saver.save(trainer.engine, Progress(number + 1, 0, 0))
+        saver.save(trainer.engine, Progress(number + 1, 0, 0), Health)
         saver.finish()
     copies = copy_seconds(trainer, run_dir / "aside")
     first, *later = saves[:SAVES]
     return {
-        "model": MODEL, "ranks": trainer.world.size, "bytes_per_rank": first.size // trainer.world.size,
+        "model": model, "ranks": trainer.world.size, "bytes_per_rank": first.size // trainer.world.size,
         "check_seconds": check_seconds, "copy_seconds": copies,
         "stall_seconds_first": first.stall, "stall_seconds": [save.stall for save in later],
         "seconds_behind_training": [save.seconds for save in later],
@@ -101,7 +105,7 @@ def measure(run_dir: Path) -> dict:
 def save_behind(trainer: Trainer, saver: Saver, saves: list[Save]) -> list[float]:
     """Save as the training loop does; seconds of the steps until the save has ended."""
     number = len(saves)
-    saver.save(trainer.engine, Progress(number + 1, 0, 0))
+    saver.save(trainer.engine, Progress(number + 1, 0, 0), Health)
     seconds = []
     while len(saves) == number:
         seconds.append(trainer.step())
@@ -169,16 +173,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--directory", type=Path, help="where to save (default: a temporary directory)")
+    parser.add_argument("--model", default="tinyllama-120m", help="named size (default: %(default)s)")
     options = parser.parse_args()
     if "RANK" in os.environ:
-        figures = measure(options.directory)
+        figures = measure(options.directory, options.model)
         if dist.get_rank() == 0:
             options.json.write_text(json.dumps(figures))
         return
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         output = Path(directory) / "figures.json"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-        command = [*launcher, __file__, "--json", str(output), "--directory", f"{directory}/run"]
+        command = [*launcher, __file__, "--model", options.model, "--json", str(output)]
+        command += ["--directory", f"{directory}/run"]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         figures = json.loads(output.read_text())
     figures["tinyllama_1.1b"] = arithmetic(figures)

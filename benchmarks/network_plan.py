@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 from plan_launching import deepspeed_config, namespaces, run_ranks, throttle
-
 from tinyllama_ds.gpus import Network
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.communication import Hosts, collectives_of, traffic_of

@@ -36,7 +36,7 @@ def run_ranks(setting: dict, ranks: int, output: Path, is_on_namespaces: bool = 
     output.mkdir(parents=True, exist_ok=True)
     port, processes = free_port(), []
     for rank in range(ranks):
-        places = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        places: dict[str, str | int] = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         places |= {"LOCAL_RANK": 0 if is_on_namespaces else rank, "LOCAL_SIZE": 1 if is_on_namespaces else ranks}
         command = [sys.executable, str(ROOT / "benchmarks" / "plan_probe.py"), json.dumps(setting), str(output)]
         address = "127.0.0.1"

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from plan_launching import deepspeed_config, run_ranks
-
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.loss import MAX_CHUNK_LOGITS
 from tinyllama_ds.planning.layout import read_layout
@@ -21,7 +20,7 @@ from tinyllama_ds.planning.memory import Memory, Work, host_bytes, memory_of
 
 MODEL = LlamaConfig(4096, 256, 704, 4, 4, 2, 512)  # 5.0M parameters
 T, MICRO_BATCH, ACCUMULATION = 256, 2, 2
-LAYOUTS = {"zero0": {}, "zero1": {}, "zero2": {}, "zero3": {}, "zero3_keep": {}, "zero3_hpz": {}, "zero3_offload": {}}
+LAYOUTS = ("zero0", "zero1", "zero2", "zero3", "zero3_keep", "zero3_hpz", "zero3_offload")
 
 
 def planned(name: str, ranks: int) -> tuple[Memory, int]:

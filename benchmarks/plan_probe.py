@@ -122,7 +122,8 @@ def main(setting: dict, output: Path) -> None:
             train_step(engine, step, repeat(Batch(tokens)), micro, world, clock)
             ends.append(perf_counter())
         dist.barrier()
-        found = {"fastest": min(end - begin for begin, end in pairwise(ends))}  # which other work disturbed least
+        # The fastest is the one that other work disturbed least.
+        found: dict[str, Any] = {"fastest": min(end - begin for begin, end in pairwise(ends))}
         found["sent"] = (sent_bytes(setting.get("interface")) - sent) / steps
         found["phases"] = {name: seconds / steps for name, seconds in clock.read().items()}
         found["collectives"] = {

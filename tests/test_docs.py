@@ -11,8 +11,10 @@ from tinyllama_ds.cli import command_parser
 from tinyllama_ds.commands.training import add_run_arguments
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
-         *sorted((ROOT / "ds_configs").glob("*.md")), *sorted((ROOT / "hostfiles").glob("*.md"))]  # fmt: skip
+PAGES = [
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "ON_GPU.md"),
+    *(page for folder in ("docs", "ds_configs", "hostfiles") for page in sorted((ROOT / folder).glob("*.md"))),
+]
 
 
 def commands_of(page: Path) -> list[list[str]]:

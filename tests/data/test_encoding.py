@@ -1,6 +1,7 @@
 """Both encoders against sentencepiece itself, and the proof that keeps the fast one honest."""
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from tinyllama_ds.data.encoding import FileEncoder, encode_with_sentencepiece, l
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
 
-needs_gigatoken = pytest.mark.skipif(find_spec("gigatoken") is None, reason="gigatoken is not installed")
+needs_gigatoken = pytest.mark.skipif(
+    not (find_spec("gigatoken") and find_spec("awkward")), reason="gigatoken, or what it needs, is not installed"
+)
 ENCODERS = ["sentencepiece", pytest.param("gigatoken", marks=needs_gigatoken)]
 
 
@@ -84,17 +87,18 @@ def test_an_encoder_that_fails_the_probes_is_never_used(tokenizer: Tokenizer, mo
     def lossy(tokenizer: Tokenizer):
         return lambda texts: encode_with_sentencepiece(tokenizer, [text.strip() for text in texts])
 
-    monkeypatch.setattr(encoding, "find_spec", lambda name: object())
     monkeypatch.setattr(encoding, "_gigatoken", lossy)
     assert load_gigatoken(tokenizer, "auto") is None
     with pytest.raises(Refusal, match="gives other ids than sentencepiece"):
         load_gigatoken(tokenizer, "gigatoken")
 
 
-def test_an_absent_encoder_is_refused_only_where_it_was_asked_for(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("module", ["gigatoken", "awkward"])
+def test_an_encoder_that_does_not_import_is_refused_only_where_it_was_asked_for(
+    module: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(encoding, "find_spec", lambda name: None)
+    """gigatoken itself, or what it needs: a wheel that was installed without its dependencies."""
+    monkeypatch.setitem(sys.modules, module, None)
     assert load_gigatoken(tokenizer, "auto") is None
-    with pytest.raises(Refusal, match="is not installed"):
+    with pytest.raises(Refusal, match="does not import"):
         load_gigatoken(tokenizer, "gigatoken")

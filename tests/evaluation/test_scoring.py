@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from launching import STEP_TOKENS, pretrain, read_series, write_deepspeed_config, write_recipe
@@ -15,6 +14,7 @@ from tinyllama_ds.cli import main
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, EXIT_RESTART
 from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
 
+datasets = pytest.importorskip("datasets")  # of the extra `eval`; collecting goes on without it
 DOCUMENTS, LIMIT, BATCH = 17, 11, 4  # no multiples of each other or of two ranks
 BROKEN = """
 task: broken

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from launching import tinyllama_ds, write_deepspeed_config, write_recipe
+
 import network_plan
 import plan_memory
-from launching import tinyllama_ds, write_deepspeed_config, write_recipe
 from plan_launching import host_name, namespaces, run_ranks, throttle
-
 from tinyllama_ds.model.config import model_config
 
 

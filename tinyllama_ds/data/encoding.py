@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from itertools import chain
 
 import numpy as np
@@ -34,17 +33,21 @@ def encode_with_sentencepiece(tokenizer: Tokenizer, texts: list[str]) -> Encoded
 
 
 def load_gigatoken(tokenizer: Tokenizer, encoder: str) -> Callable[[list[str]], Encoded] | None:
-    """gigatoken with this vocabulary, or None where it is not wanted, not installed, or cannot follow sentencepiece.
+    """gigatoken with this vocabulary, or None where it is not wanted, does not import, or cannot follow sentencepiece.
 
     Raises `Refusal` for the last two where `encoder` asks for it by name.
     """
     if encoder == "sentencepiece":
         return None
-    encode = _gigatoken(tokenizer) if find_spec("gigatoken") is not None else None
-    if encode is not None and _is_same(encode(_PROBES), encode_with_sentencepiece(tokenizer, _PROBES)):
-        return encode
+    try:
+        encode = _gigatoken(tokenizer)
+    except ImportError as error:  # of gigatoken, or of what it needs
+        reason = f"does not import ({error})"
+    else:
+        if _is_same(encode(_PROBES), encode_with_sentencepiece(tokenizer, _PROBES)):
+            return encode
+        reason = "gives other ids than sentencepiece with it"
     if encoder == "gigatoken":
-        reason = "gives other ids than sentencepiece with it" if encode is not None else "is not installed"
         raise Refusal(f"{tokenizer.path}: the encoder gigatoken {reason}; expected --encoder auto or sentencepiece")
     return None
 

@@ -15,6 +15,7 @@ from tinyllama_ds.deepspeed_config import (
     load_deepspeed_config,
     resolve_deepspeed_config,
     split_off_our_sections,
+    weights_dtype,
 )
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, Refusal
 from tinyllama_ds.model.attention import Demands, Device, capability_of, resolve_attention_backend
@@ -28,6 +29,7 @@ from tinyllama_ds.training.engine import (
     supports_fast_bf16,
     wrap,
 )
+from tinyllama_ds.training.kernels import break_down
 from tinyllama_ds.training.metrics import PhaseClock, measured_peak, memory_bytes, peak_flops
 from tinyllama_ds.training.step import train_step
 from tinyllama_ds.training.world import World, read_world
@@ -53,7 +55,7 @@ def measure(setting: Setting, model: str, sequence_length: int, accumulation: in
     """Run the step under the deepspeed launcher; returns rank 0's figures. Collective.
 
     Rates are over all ranks; `mfu` is against the data sheet where there is one, `measured_mfu` against a matrix
-    product in the same process; seconds are per optimizer step.
+    product in the same process; seconds are per optimizer step, and so is `kernels` (`kernels.summarize`).
     """
     world = read_world()
     config = model_config(model)
@@ -67,7 +69,9 @@ def measure(setting: Setting, model: str, sequence_length: int, accumulation: in
     start_process_group(world)
     device, demands = Device(world.device.type, capability_of(world.device)), Demands(computes_in_16_bit(resolved))
     attention = resolve_attention_backend(setting.attention, device, demands)
-    decoder = build_model(config, attention.backend, seed=1, recompute_every=setting.activation_checkpointing)
+    dtype = getattr(torch, weights_dtype(resolved))
+    recompute_every = setting.activation_checkpointing
+    decoder = build_model(config, attention.backend, 1, recompute_every, world.device, dtype)
     if setting.compile:
         compile_blocks(decoder)
     engine_config, _ = split_off_our_sections(resolved)
@@ -76,8 +80,9 @@ def measure(setting: Setting, model: str, sequence_length: int, accumulation: in
     step = Step(0, "bench", 0, batch, 0, batch * sequence_length)
     timed = _time_steps(engine, step, micro, setting.micro_batch, world, steps)
     figures = _figures(engine, config, world, sequence_length, step.tokens_after, timed)
-    communication = _communication_seconds(engine, step, micro, setting.micro_batch, world)
-    return figures | {"attention": attention.backend, "seconds_communication": communication}
+    profiled = _profile_step(engine, step, micro, setting.micro_batch, world)
+    communication = profiled["kinds"]["collectives"]["seconds"]
+    return figures | {"attention": attention.backend, "seconds_communication": communication, "kernels": profiled}
 
 
 def _time_steps(
@@ -106,6 +111,7 @@ def _figures(
     tokens: int,
     timed: dict[str, float],
 ) -> dict:
+    memory = memory_bytes(world.device)  # before the matrix products below take some, too
     dtype = next(engine.module.parameters()).dtype
     peak, origin = peak_flops(world.device, dtype)
     measured = measured_peak(world.device, dtype)
@@ -117,22 +123,21 @@ def _figures(
         "peak_from": origin,
         "measured_mfu": flops / measured,
         "measured_peak_tflops": measured / 1e12,
-        "peak_gib": memory_bytes(world.device) / 2**30,
+        "peak_gib": memory / 2**30,
         "ranks": world.size,
     }
 
 
-def _communication_seconds(
-    engine: "DeepSpeedEngine", step: Step, batch: Batch, micro_batch: int, world: World
-) -> float:
-    """Seconds that collectives of one more step ran, overlapped or not, as PyTorch's profiler saw them on rank 0."""
+def _profile_step(engine: "DeepSpeedEngine", step: Step, batch: Batch, micro_batch: int, world: World) -> dict:
+    """One more step by kinds of kernels, overlapped or not, as PyTorch's profiler saw them on rank 0."""
     on_gpu = world.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
         train_step(engine, step, repeat(batch), micro_batch, world, PhaseClock(world.device))
-        _wait(world)
-    events = [event for event in profiler.key_averages() if event.key.startswith(("nccl", "gloo:"))]
-    return sum(event.device_time_total if on_gpu else event.cpu_time_total for event in events) / 1e6
+        if on_gpu:
+            torch.cuda.synchronize()
+    _wait(world)
+    return break_down(profiler)
 
 
 def _wait(world: World) -> None:

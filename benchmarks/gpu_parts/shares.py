@@ -1,0 +1,35 @@
+"""The parts in order of value, and how the time is shared among them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a part wants of the time, in seconds."""
+
+    name: str
+    module: str
+    on_gpu: float  # to be complete on an H100 with 16 cores, as estimated
+    rehearsed: float  # the same on two cores of a CPU
+    least: float  # under which it has nothing to tell, and is left out
+
+
+PARTS = (
+    Share("machine", "gpu_parts.machine", 30, 15, 5),
+    Share("lifecycle", "gpu_parts.lifecycle", 160, 90, 20),
+    Share("training", "gpu_parts.training", 170, 50, 20),
+    Share("peers", "gpu_parts.peers", 170, 50, 20),
+    Share("attention", "gpu_parts.attention", 45, 15, 10),
+    Share("tests", "gpu_parts.gpu_tests", 180, 45, 20),
+    Share("full_size", "gpu_parts.full_size", 200, 60, 20),
+)
+
+
+def limit(wanted: Sequence[float], left: float) -> float:
+    """Seconds of the first of some parts, of those that are left for all.
+
+    Where there is enough for all, what is over is shared in proportion; else the first ones get what they want.
+    """
+    total = sum(wanted)
+    return left * wanted[0] / total if left >= total else min(wanted[0], left)
