@@ -50,7 +50,8 @@ class OnGpu:
         self._options = options
         self._parts = options.out / "parts"
         self._work = work
-        self._environment = environment(options.rehearse, work)
+        self._environment = environment(options.rehearse, work, options.flash_attn)
+        self._without_flash_attn = environment(options.rehearse, work, None)
         self._machine: dict = {}
         self._chosen = [part for part in PARTS if not options.parts or part.name in options.parts]
         self.outcomes = {part.name: Outcome() for part in self._chosen}
@@ -99,7 +100,8 @@ class OnGpu:
         started = time.monotonic()
         outcome.status = "cut by a signal"
         try:
-            end = run(command, self._environment, log, outcome.limit, look)
+            variables = self._environment if part.has_head_size_64 else self._without_flash_attn
+            end = run(command, variables, log, outcome.limit, look)
             outcome.status = status_of(end.code, end.seconds, log)
             look()
         finally:
@@ -132,9 +134,10 @@ class OnGpu:
         return "\n".join([*head, *shorten(self.outcomes, TABLE_LINES - len(head))])
 
 
-def environment(rehearse: bool, work: Path) -> dict[str, str]:
+def environment(rehearse: bool, work: Path, flash_attn: Path | None) -> dict[str, str]:
     """That of the parts: our modules first, one place for what is compiled, no GPU where a CPU is to do it."""
-    paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    given = [str(flash_attn.absolute())] if flash_attn else []
+    paths = [str(ROOT), str(ROOT / "benchmarks"), *given, *filter(None, [os.environ.get("PYTHONPATH")])]
     found = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     found.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "inductor"))
     found.setdefault("TRITON_CACHE_DIR", str(work / "triton"))
@@ -176,6 +179,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="for all (default: %(default)s)")
     parser.add_argument("--rehearse", action="store_true", help="on this machine's CPU, with a tiny model")
     parser.add_argument("--out", type=Path, default=Path("on_gpu"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--flash-attn", type=Path, metavar="SITE", help="directory with a flash_attn that knows head size 64 alone"
+    )
     names = [part.name for part in PARTS]
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"only these of {', '.join(names)}")
     options = parser.parse_args()

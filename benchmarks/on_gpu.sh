@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests and measures everything on one GPU in a given time; see ON_GPU.md.
 #
-#     benchmarks/on_gpu.sh [--budget SECONDS] [--rehearse] [--out DIR] [PART...]
+#     benchmarks/on_gpu.sh [--budget SECONDS] [--rehearse] [--out DIR] [--flash-attn SITE] [PART...]
 #
 # Takes the `python` on PATH (else `python3`), which needs the package's dependencies, on PYTHONPATH for all it matters.
 set -euo pipefail

@@ -13,6 +13,7 @@ class Share:
     on_gpu: float  # to be complete on an H100 with 16 cores, as estimated
     rehearsed: float  # the same on two cores of a CPU
     least: float  # under which it has nothing to tell, and is left out
+    has_head_size_64: bool = True  # and no other
 
 
 PARTS = (
@@ -21,7 +22,7 @@ PARTS = (
     Share("training", "gpu_parts.training", 170, 50, 20),
     Share("peers", "gpu_parts.peers", 170, 50, 20),
     Share("attention", "gpu_parts.attention", 45, 15, 10),
-    Share("tests", "gpu_parts.gpu_tests", 180, 45, 20),
+    Share("tests", "gpu_parts.gpu_tests", 180, 45, 20, has_head_size_64=False),
     Share("full_size", "gpu_parts.full_size", 200, 60, 20),
 )
 

@@ -164,3 +164,10 @@ def test_the_line_that_names_an_error_is_found() -> None:
 )
 def test_results_are_read_as_pytest_prints_them(line: str, found: tuple[str, str] | None) -> None:
     assert result_of(line) == found
+
+
+def test_a_flash_attn_for_one_head_size_is_kept_from_the_tests(tmp_path: Path) -> None:
+    """It gives wrong gradients for others, which the models of `pytest --gpu` have."""
+    assert [part.name for part in on_gpu.PARTS if not part.has_head_size_64] == ["tests"]
+    assert str(tmp_path) in on_gpu.environment(False, tmp_path, tmp_path)["PYTHONPATH"].split(":")
+    assert str(tmp_path) not in on_gpu.environment(False, tmp_path, None)["PYTHONPATH"].split(":")
