@@ -66,7 +66,7 @@ class OneGpu:
 
     def _run(self, request: dict[str, Any]) -> Ran:
         if self._process is None:
-            environment = os.environ | {"DS_ACCELERATOR": "cuda", "PYTHONUNBUFFERED": "1"}
+            environment = os.environ | {"DS_ACCELERATOR": "cuda", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
             with self._log.open("w") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, __file__], cwd=ROOT, env=environment, text=True,

@@ -15,9 +15,11 @@ from chats import conversations, prepare_chat, write_chat_recipe, write_records
 from launching import read_series, write_deepspeed_config, write_recipe
 from local_tasks import write_tasks
 from one_gpu import OneGpu, Ran
+from test_reproduce import write_toy
 
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import EXIT_REFUSED, EXIT_ROLLBACK
+from tinyllama_ds.recipe import RECIPE_DIRECTORY
 from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
 from tinyllama_ds.training.faults import FAULT_VARIABLE
 
@@ -162,6 +164,28 @@ def test_commands_on_what_was_trained(
             "--accumulation", 2, "--steps", 1,
         )
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def all_sources(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small sources once more, under the names of those that other recipes mix in."""
+    data = tmp_path_factory.mktemp("sources") / "data"
+    shutil.copytree(data_dir, data)
+    for name in ("proof-pile-2", "skypile"):
+        shutil.copytree(data / "slimpajama", data / name)
+        for manifest in (data / name).rglob("*.json"):
+            manifest.write_text(manifest.read_text().replace('"slimpajama"', f'"{name}"'))
+    return data
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml") if "chat" not in path.stem)
+)
+def test_shipped_recipes_train(name: str, gpu: OneGpu, all_sources: Path, tmp_path: Path) -> None:
+    """With their stages, mixtures and ramps, few steps of each and a small model."""
+    write_toy(name, tmp_path / "toy.toml", (4, 2, 2))
+    config = shipped("zero3", tmp_path / "ds.json")
+    passed(gpu.pretrain(tmp_path / "toy.toml", config, all_sources, tmp_path / "run"))
 
 
 def test_a_chat_model(gpu: OneGpu, tokenizer: Tokenizer, tmp_path: Path) -> None:
