@@ -18,6 +18,7 @@ from typing import Any
 
 from fake_cuda import MEMORY_BYTES, FakeCuda, Wait
 
+COMMANDS_OF_A_PROCESS = 30  # DeepSpeed holds on to every engine, and so to its memory
 ROOT = Path(__file__).parents[1]
 
 
@@ -37,6 +38,7 @@ class OneGpu:
     def __init__(self, folder: Path) -> None:
         self._log = folder / "one_gpu.log"
         self._process: subprocess.Popen | None = None
+        self._commands = 0
 
     def script(
         self, name: str, *arguments: object, dry_run: bool = True, memory_bytes: int | None = None, **environment: str
@@ -65,6 +67,9 @@ class OneGpu:
             self._process = None
 
     def _run(self, request: dict[str, Any]) -> Ran:
+        self._commands += 1
+        if self._commands % COMMANDS_OF_A_PROCESS == 0:
+            self.end()
         if self._process is None:
             environment = os.environ | {"DS_ACCELERATOR": "cuda", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
             with self._log.open("w") as log:
@@ -135,7 +140,7 @@ def _run_here(request: dict[str, Any]) -> int:
     from tinyllama_ds.training import faults
 
     faults._ordered.cache_clear()
-    before = dict(os.environ)
+    before, outputs = dict(os.environ), [os.dup(number) for number in (1, 2)]
     os.environ.update(request["environment"])
     try:
         if request["script"] is None:
@@ -151,6 +156,9 @@ def _run_here(request: dict[str, Any]) -> int:
         traceback.print_exc()
         return 1
     finally:
+        for number, output in zip((1, 2), outputs, strict=True):
+            os.dup2(output, number)  # a run sends them through a program that also writes its log
+            os.close(output)
         os.environ.clear()
         os.environ.update(before)
     return 0
