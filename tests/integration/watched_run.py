@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyllama_ds.commands.training import add_run_arguments, run_options
+from tinyllama_ds.planning.fit import estimate_memory
 from tinyllama_ds.training.engine import leave
 from tinyllama_ds.training.pretrain import pretrain
 
@@ -37,6 +38,6 @@ if __name__ == "__main__":
     add_run_arguments(parser)
     options = run_options(parser.parse_args())
     with Watch() as watch:
-        code = pretrain(options)
+        code = pretrain(options, estimate_memory)
     print(json.dumps({"operators": sorted(watch.operators), "switches": sorted(watch.switches)}))
     leave(code)

@@ -38,7 +38,7 @@ def test_a_compiled_model_is_known_after_its_blocks_are_timed() -> None:
     """A save asks after `Pace` has wrapped the blocks, a load before: to both they are the same circumstances."""
     model, world = build_model(_SIZE, "blocked", seed=1), World(0, 0, 2, torch.device("cpu"))
     engine = SimpleNamespace(module=model)
-    config = {"deepspeed_config": {"zero_optimization": {}}, "versions": {}}
+    config = {"deepspeed_config": {"zero_optimization": {}}, "versions": {}, "deterministic": False}
     run = SimpleNamespace(description=config, micro_batch=2, attention="blocked")
     assert not circumstances(engine, run, world)["compiled"]
     compile_blocks(model)
