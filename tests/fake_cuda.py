@@ -62,8 +62,6 @@ class FakeCuda:
 
     def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
         self.waits: list[Wait] = []
-        self.operators: list[str] = []  # that ran on the device, while `is_recording`
-        self.is_recording = False
         self._capability = capability
         self.registered: dict[int, int] = {}  # bytes by address, of host memory that was pinned after it was made
         self.memory_bytes = MEMORY_BYTES
@@ -173,8 +171,6 @@ class _Operators(TorchDispatchMode):
         labels = [self._gpu.label(tensor) for tensor in tensors]
         self._check(func, name, tensors, labels)
         self._note_waits(name, args, kwargs, labels)
-        if self._gpu.is_recording and "cuda" in labels:
-            self._gpu.operators.append(name)
         storages = {tensor.untyped_storage()._cdata for tensor in tensors}
         out = func(*args, **kwargs)
         if name in ("copy_", "_foreach_copy_"):
