@@ -93,6 +93,12 @@ class RunPlan:
         return (self.step(number) for number in range(start, self.total_steps))
 
 
+def micro_batches_of(plan: RunPlan, world_size: int) -> list[int]:
+    """The micro batches, in sequences, that divide every stage's share of a rank; `world_size` divides the batches."""
+    shares = [stage.batch // world_size for stage in plan.stages]
+    return [size for size in _divisors(min(shares)) if all(share % size == 0 for share in shares)]
+
+
 def micro_batch_of(plan: RunPlan, micro_batch: int | None, world_size: int) -> int:
     """The micro batch per rank in sequences, or the largest that fits where none is given.
 
@@ -104,14 +110,14 @@ def micro_batch_of(plan: RunPlan, micro_batch: int | None, world_size: int) -> i
                 f"stage {stage.name!r}: a global batch of {stage.batch} sequences does not divide over {world_size}"
                 f" ranks; numbers of ranks that work: {_join(_divisors(stage.batch))}"
             )
-    per_rank = [stage.batch // world_size for stage in plan.stages]
-    works = [size for size in _divisors(min(per_rank)) if all(share % size == 0 for share in per_rank)]
+    works = micro_batches_of(plan, world_size)
     if micro_batch is None:
         limit = max(1, _AUTO_MICRO_BATCH_TOKENS // plan.sequence_length)
         return max(size for size in works if size <= limit)
     if micro_batch not in works:
         raise Refusal(
-            f"train_micro_batch_size_per_gpu {micro_batch} does not divide the {min(per_rank)} sequences per rank and"
+            f"train_micro_batch_size_per_gpu {micro_batch} does not divide the"
+            f" {min(stage.batch for stage in plan.stages) // world_size} sequences per rank and"
             f" step ({world_size} ranks); sizes that work: {_join(works)}"
         )
     return micro_batch

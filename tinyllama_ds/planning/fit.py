@@ -1,8 +1,9 @@
 """What `plan` says of the memory of a run that has started, and what would need less."""
 
 from tinyllama_ds.gpus import GIB
+from tinyllama_ds.plan import micro_batches_of
 from tinyllama_ds.planning.layout import read_layout
-from tinyllama_ds.planning.memory import Memory, Work, attention_memory, memory_of
+from tinyllama_ds.planning.memory import Work, attention_memory, memory_of
 from tinyllama_ds.planning.search import RECOMPUTE
 from tinyllama_ds.training.dry_run import MemoryEstimate
 from tinyllama_ds.training.run import Run
@@ -13,22 +14,19 @@ _NAMED = 3  # alternatives
 def estimate_memory(run: Run, ranks: int, is_compiled: bool, gpu_bytes: int) -> MemoryEstimate:
     """Of one GPU with `gpu_bytes` among `ranks`; the alternatives keep the ZeRO file, the largest micro batch first."""
     layout = read_layout(run.description["deepspeed_config"], "the DeepSpeed config", ranks)
-
     attention = attention_memory(run.attention, run.recipe.document_mask, layout.weight_bytes)
 
-    def estimate(micro_batch: int, recompute_every: int) -> Memory:
-        sequence_length = run.recipe.sequence_length
-        work = Work(micro_batch, sequence_length, attention, recompute_every, is_compiled)
-        return memory_of(run.model, layout, work, ranks)
+    def estimate(micro_batch: int, recompute_every: int) -> int:
+        work = Work(micro_batch, run.recipe.sequence_length, attention, recompute_every, is_compiled)
+        return memory_of(run.model, layout, work, ranks).total
 
-    now = estimate(run.micro_batch, run.activation_checkpointing).total
-    share = run.plan.stages[0].batch // ranks
-    smaller = [size for size in range(run.micro_batch, 0, -1) if share % size == 0]
+    now = estimate(run.micro_batch, run.activation_checkpointing)
+    not_larger = [size for size in reversed(micro_batches_of(run.plan, ranks)) if size <= run.micro_batch]
     found = [
         f"micro batch {size}{', --activation-checkpointing ' + str(every) if every else ''} ({total / GIB:.1f} GiB)"
-        for size in smaller
+        for size in not_larger
         for every in RECOMPUTE
-        if (total := estimate(size, every).total) <= gpu_bytes and total < 0.95 * now
+        if (total := estimate(size, every)) <= gpu_bytes and total < 0.95 * now
     ]
     ways = " or ".join(found[:_NAMED])
     return MemoryEstimate(now, ways or "another ZeRO file, because nothing smaller fits under this one")

@@ -6,6 +6,7 @@ from itertools import product
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.gpus import GIB
+from tinyllama_ds.plan import micro_batches_of
 from tinyllama_ds.planning.answer import Inputs, Question, resolve, work_of
 from tinyllama_ds.planning.layout import Layout, read_layout
 from tinyllama_ds.planning.memory import Memory, Work, memory_of
@@ -90,14 +91,13 @@ def reason(candidate: Candidate, memory_bytes: int) -> str:
 
 
 def _micro_batches(inputs: Inputs, ranks: int) -> list[int]:
-    shares = [stage.batch / ranks for stage in inputs.plan.stages]
-    if any(share % 1 for share in shares):
+    if any(stage.batch % ranks for stage in inputs.plan.stages):
         works = [n for n in range(1, ranks) if all(stage.batch % n == 0 for stage in inputs.plan.stages)]
         raise Refusal(
             f"the global batches of recipe {inputs.recipe.name!r} do not divide over {ranks} GPUs; the next numbers"
             f" below that do: {', '.join(map(str, works[-4:]))}"
         )
-    return [size for size in range(1, int(min(shares)) + 1) if all(share % size == 0 for share in shares)]
+    return micro_batches_of(inputs.plan, ranks)
 
 
 def _configs(question: Question, inputs: Inputs) -> dict[str, dict]:
