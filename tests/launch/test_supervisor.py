@@ -32,7 +32,7 @@ def launch(variables, directory):
 names = (heartbeat.SUPERVISOR_VARIABLE, heartbeat.HEARTBEAT_VARIABLE, faults.RESTART_VARIABLE,
          heartbeat.LIFELINE_VARIABLE)
 watch = Watch(Path("status.json"), Path("stop"), lambda: (0, 0), 600, 600, None)
-ended = supervise(launch, watch, None, RankSide(*names, heartbeat.STACKS_SIGNAL))
+ended = supervise(launch, watch, None, RankSide(*names, heartbeat.STACKS_SIGNAL, (heartbeat.STARTING,)))
 print(ended.code, ended.restarts)
 """
 

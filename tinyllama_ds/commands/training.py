@@ -147,6 +147,7 @@ def _pretrain(options: argparse.Namespace) -> int:
         faults.RESTART_VARIABLE,
         heartbeat.LIFELINE_VARIABLE,
         heartbeat.STACKS_SIGNAL,
+        slow_phases=(heartbeat.STARTING, heartbeat.FIRST_STEP),
     )
     watch = _watch(options, placement, begun=(parent.step, parent.tokens) if parent else (0, 0))
     if placement.node_rank:  # the first host's supervisor holds the run, and the line to all ranks

@@ -25,7 +25,6 @@ _STOP_SECONDS = 25  # from the wish to stop to the end of all processes; a sched
 _POLL_SECONDS = 0.2
 _STACK_SECONDS, _STACK_LOOKS = 1.0, 10  # between two looks at the stacks, and how often before it goes on without some
 _CRASHED = 1
-_SLOW = ("starting", "in its first step")  # what ranks call the parts with imports, loading and compiling
 
 _HOSTS_SECONDS = 10  # between two looks for hosts that are missing
 _STATUS_SECONDS = 10  # for what rank 0 wrote to be seen on another host
@@ -70,13 +69,17 @@ class Supervised:
 
 @dataclass(frozen=True)
 class RankSide:
-    """How the ranks know their supervisor: names of environment variables, and the signal that asks for stacks."""
+    """How the ranks know their supervisor: names of environment variables, and the signal that asks for stacks.
+
+    In its slow phases, as it calls them, a rank imports, loads or compiles.
+    """
 
     supervisor_variable: str
     heartbeat_variable: str
     restart_variable: str
     lifeline_variable: str
     stacks_signal: int
+    slow_phases: tuple[str, ...]
 
 
 def supervise(launch: Launch, watch: Watch, lock: RunLock | None, ranks: RankSide) -> Supervised:
@@ -132,7 +135,7 @@ def _run_once(
                 return None
             if lifeline is not None:
                 lifeline.expect(started.hosts)
-            watchdog = _Watchdog(directory, watch, ranks.stacks_signal, lifeline)
+            watchdog = _Watchdog(directory, watch, ranks, lifeline)
             return _wait(started.process, watchdog, stop, lock, watch.status_file)
         finally:
             left = lifeline.close() if lifeline is not None else []
@@ -228,11 +231,11 @@ def _read_state(status_file: Path) -> str | None:
 class _Watchdog:
     """Sees that every rank goes on. Clocks of other processes are not read, only changes seen here."""
 
-    def __init__(self, directory: Path, watch: Watch, stacks_signal: int, lifeline: Lifeline | None) -> None:
+    def __init__(self, directory: Path, watch: Watch, ranks: RankSide, lifeline: Lifeline | None) -> None:
         self._lifeline = lifeline
         self._directory = directory
         self._watch = watch
-        self._signal = stacks_signal
+        self._ranks = ranks
         self._started = time.monotonic()
         self._seen: dict[Path, tuple[int, float]] = {}  # change time of the file, and when it was first seen
 
@@ -269,7 +272,9 @@ class _Watchdog:
             return f"no rank has come to life for {self._watch.start_seconds:g} s"
         for file, (_, since) in self._seen.items():
             beat = _read_beat(file)
-            limit = self._watch.start_seconds if beat.get("doing") in _SLOW else self._watch.step_seconds
+            limit = (
+                self._watch.start_seconds if beat.get("doing") in self._ranks.slow_phases else self._watch.step_seconds
+            )
             if now - since > limit:
                 return f"{file.name} has been {beat.get('doing')} at step {beat.get('step')} for {limit:g} s"
         return None
@@ -280,7 +285,7 @@ class _Watchdog:
             self._lifeline.stacks()
         for file in self._seen:
             with suppress(ProcessLookupError, KeyError):
-                os.kill(_read_beat(file)["pid"], self._signal)
+                os.kill(_read_beat(file)["pid"], self._ranks.stacks_signal)
                 os.kill(_read_beat(file)["pid"], signal.SIGCONT)
         stacks = self._settled_stacks()
         return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in stacks)
