@@ -17,14 +17,15 @@ import torch
 
 from tinyllama_ds.data.order import rank_positions
 from tinyllama_ds.errors import BadNumbers, OutOfMemory, Refusal
-from tinyllama_ds.evaluation.samples import continue_greedily
 from tinyllama_ds.evaluation.validation import validation_losses
+from tinyllama_ds.gpus import GIB
 from tinyllama_ds.training.batches import read_batch
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.compilation import summarize_exception
 from tinyllama_ds.training.engine import drop_gradients, sum_over_ranks
 from tinyllama_ds.training.metrics import memory_bytes, peak_memory
 from tinyllama_ds.training.probe import take_probe
+from tinyllama_ds.training.reports import continue_prompts
 from tinyllama_ds.training.run import Run
 from tinyllama_ds.training.saving import Saver
 from tinyllama_ds.training.scoring import score_one_prompt
@@ -32,8 +33,6 @@ from tinyllama_ds.training.world import World
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _parts(
         yield "validation", lambda: validation_losses([one_batch], engine, sum_over_ranks, *where)
     yield "probe", lambda: take_probe(engine, run, world)
     if run.prompts:
-        yield "sampling", lambda: _sample_one_token(engine, run, world)
+        yield "sampling", lambda: continue_prompts(engine, run, world, new_tokens=1)
     if run.tasks is not None:
         yield "scoring", lambda: score_one_prompt(engine, run, world)
     yield "snapshot", lambda: saver.copy_state(engine, start)
@@ -117,11 +116,6 @@ def _backward(engine: "DeepSpeedEngine", loss: torch.Tensor) -> None:
     """As in the last micro batch of a step, so that gradients are reduced too; then they are thrown away."""
     engine.backward(loss, scale_wrt_gas=False)
     drop_gradients(engine)
-
-
-def _sample_one_token(engine: "DeepSpeedEngine", run: Run, world: World) -> None:
-    with torch.compiler.set_stance("force_eager"):
-        continue_greedily(engine, run.prompts, 1, world.device)
 
 
 @contextmanager

@@ -148,17 +148,14 @@ def check_parameters(engine: "DeepSpeedEngine") -> None:
 
     Raises `BadNumbers` on all ranks, naming the parameter and the ranks.
     """
-    copies, finite, sums = [], [], []
-    for _, parameter in engine.module.named_parameters():
-        copies.append(parameter.numel() > 0)  # under ZeRO-3 a partitioned parameter is empty between two steps
-        values = (parameter if copies[-1] else parameter.ds_tensor).detach()
-        finite.append(torch.isfinite(values).all().to(engine.device))
-        sums.append(values.view(_WORD[values.element_size()]).sum(dtype=torch.int64).to(engine.device))
-    # Read at once: a look at each of them would wait for the device hundreds of times.
-    finite, sums = torch.stack(finite).tolist(), torch.stack(sums).tolist()
-    names = [name for name, _ in engine.module.named_parameters()]
-    bad = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
-    checksums = {name: value for name, value, is_copy in zip(names, sums, copies, strict=True) if is_copy}
+    parameters = dict(engine.module.named_parameters())
+    copies = {name for name, p in parameters.items() if p.numel() > 0}  # under ZeRO-3 a partitioned one is empty
+    held = [(p if name in copies else p.ds_tensor).detach() for name, p in parameters.items()]
+    finite = [torch.isfinite(values).all() for values in held]
+    sums = [values.view(_WORD[values.element_size()]).sum(dtype=torch.int64) for values in held]
+    bad = [name for name, is_finite in zip(parameters, _read(finite, engine.device), strict=True) if not is_finite]
+    checksums = dict(zip(parameters, _read(sums, engine.device), strict=True))
+    checksums = {name: value for name, value in checksums.items() if name in copies}
     reports = gather_from_ranks([bad, checksums])
     for rank, (names, found) in enumerate(reports):
         if names:
@@ -166,6 +163,11 @@ def check_parameters(engine: "DeepSpeedEngine") -> None:
         for name, checksum in found.items():
             if checksum != reports[0][1][name]:
                 raise BadNumbers(f"parameter {name!r} differs between rank 0 and rank {rank}, which ought to be copies")
+
+
+def _read(values: list[torch.Tensor], device: torch.device) -> list:
+    """Scalars of the device, some perhaps offloaded, read at once: each by itself would wait for the device."""
+    return torch.stack([value.to(device) for value in values]).tolist()
 
 
 class DigestedBatches:

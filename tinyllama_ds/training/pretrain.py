@@ -103,13 +103,13 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
     try:
         code = _pretrain(options, world, heartbeat, began, estimate_memory)
     except OutOfMemory as refusal:
-        print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)  # the other ranks wait in a collective
+        say(str(refusal))  # the other ranks wait in a collective
         code = EXIT_REFUSED
     except Refusal as refusal:
         say_once(world, str(refusal))
         code = EXIT_REFUSED
     except BadData as bad:
-        print(f"tinyllama-ds: {bad}; audit the data before it goes on", file=sys.stderr, flush=True)
+        say(f"{bad}; audit the data before it goes on")
         code = EXIT_NUMERICS
     except BadNumbers as bad:
         say_once(world, f"{bad}; nothing was saved since")
@@ -133,25 +133,28 @@ def refuse_before_start(refusal: Refusal) -> int:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         wait_for_the_end(TURN_SECONDS)
     Heartbeat(int(os.environ.get("RANK", "0"))).farewell(EXIT_REFUSED)
-    print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
+    say(str(refusal))
     return EXIT_REFUSED
 
 
 def say_out_of_memory(options: Options, world: World, phase: str) -> None:
     """By the rank that it happened to; the others wait for it in a collective."""
-    print(
-        f"tinyllama-ds: rank {world.rank} on {socket.gethostname()} ran out of memory in {phase},"
+    say(
+        f"rank {world.rank} on {socket.gethostname()} ran out of memory in {phase},"
         f" {peak_memory(world.device)} at the peak;"
         f" try a smaller train_micro_batch_size_per_gpu or another ZeRO stage in {options.deepspeed_config}, or"
-        " --activation-checkpointing 1 (tinyllama-ds plan shows what fits); the last checkpoint stands",
-        file=sys.stderr,
-        flush=True,
+        " --activation-checkpointing 1 (tinyllama-ds plan shows what fits); the last checkpoint stands"
     )
 
 
 def say_once(world: World, sentence: str) -> None:
     """By rank 0, in place of all."""
     wait_for_turn(world)
+    say(sentence)
+
+
+def say(sentence: str) -> None:
+    """Now, whatever the other ranks say."""
     print(f"tinyllama-ds: {sentence}", file=sys.stderr, flush=True)
 
 

@@ -148,13 +148,18 @@ def report_validation(
     metrics.say(f"step {progress.step:,} ({progress.tokens:,} tokens): validation loss {text}")
 
 
+def continue_prompts(engine: "DeepSpeedEngine", run: Run, world: World, new_tokens: int) -> list[list[int]]:
+    """The ids that the model writes after each of the recipe's prompts. Collective."""
+    with torch.compiler.set_stance("force_eager"):  # a new shape would be compiled, and change what training runs
+        return continue_greedily(engine, run.prompts, new_tokens, world.device)
+
+
 def report_samples(
     engine: "DeepSpeedEngine", run: Run, world: World, progress: Progress, metrics: MetricsLogger | None
 ) -> None:
     """What the model makes of the recipe's prompts now. Collective. Draws no random number, and compiles nothing."""
     samples = run.recipe.samples
-    with torch.compiler.set_stance("force_eager"):  # a new shape would be compiled, and change what training runs
-        continued = continue_greedily(engine, run.prompts, samples.new_tokens, world.device)
+    continued = continue_prompts(engine, run, world, samples.new_tokens)
     if metrics is None:
         return
     decode = Tokenizer(run.tokenizer).decode
