@@ -8,6 +8,7 @@ from launching import write_recipe
 
 from tinyllama_ds.gpus import GIB, GPUS
 from tinyllama_ds.model.config import model_config
+from tinyllama_ds.plan import RunPlan
 from tinyllama_ds.planning.fit import estimate_memory
 from tinyllama_ds.training.run import Options, Run, resolve_run
 
@@ -37,6 +38,15 @@ def test_alternatives_need_less_and_fit(run: Run) -> None:
     first = estimate.alternatives.split(" or ")[0]
     assert first.startswith("micro batch 8, --activation-checkpointing")
     assert float(first.split("(")[1].split()[0]) * GIB < gpu
+
+
+def test_alternatives_divide_the_batch_of_every_stage(run: Run) -> None:
+    """8 and 12 sequences per step: 8 rows divide the first alone."""
+    first = run.recipe.stages[0]
+    second = replace(first, name="second", global_batch_tokens=12 * 32)
+    plan = RunPlan(replace(run.recipe, sequence_length=32, stages=(first, second)))
+    estimate = estimate_memory(replace(run, plan=plan), 1, True, 30 * GIB)
+    assert estimate.alternatives.startswith("micro batch 4")
 
 
 def test_where_nothing_fits_another_file_is_named(run: Run) -> None:
