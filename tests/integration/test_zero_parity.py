@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from launching import BATCH, plain_curves, pretrain, read_series, write_deepspeed_config, write_recipe
+from forked import pretrain
+from launching import BATCH, plain_curves, read_series, write_deepspeed_config, write_recipe
 
 STEPS = 20
 TOLERANCE = 1e-5  # relative, fp32

@@ -1,0 +1,119 @@
+"""Ranks and commands as processes forked from one that has imported PyTorch and DeepSpeed already.
+
+Imports are two thirds of what a launch costs. All else is as in a launch: a process for each rank, which ends with its
+run and takes all of DeepSpeed's state with it, a gloo group, files and exit codes. What launcher and supervisor do is
+tested through `launching`.
+"""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest import mock
+
+from launching import TIMEOUT, Finished
+
+from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
+from tinyllama_ds.network import free_port
+
+_ON_CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["preloaded"])
+
+
+def pretrain(
+    recipe: Path, config: Path, data: Path, run_dir: Path, ranks: int, *more: str, **environment: str
+) -> Finished:
+    """`scripts/pretrain.py` on so many ranks, once: a rollback asks for another start by its exit code."""
+    arguments = ["--recipe", recipe, "--deepspeed-config", config, "--data", data, "--run-dir", run_dir, *more]
+    return on_ranks(run_script, PRETRAIN_SCRIPT, *arguments, ranks=ranks, **environment)
+
+
+def tinyllama_ds(*arguments: object, **environment: str) -> Finished:
+    """Any command of the toolkit, by its arguments."""
+    return _run(run_command, arguments, [os.environ | environment])
+
+
+def on_ranks(function: Callable[..., None], *arguments: object, ranks: int, **environment: str) -> Finished:
+    """A function of a module, called on every rank; what it prints is the output, and it may end its process.
+
+    Raises `TimeoutExpired` with the output so far where a rank hangs.
+    """
+    shared = os.environ | _ON_CPU | {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port())} | environment
+    own = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return _run(function, arguments, own)
+
+
+def run_script(script: Path, *arguments: object) -> None:
+    """As `python SCRIPT ARGUMENTS`."""
+    sys.argv = [str(script), *map(str, arguments)]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def run_command(*arguments: object) -> None:
+    """As `tinyllama-ds ARGUMENTS`."""
+    from tinyllama_ds.cli import main
+
+    sys.argv = ["tinyllama-ds", *map(str, arguments)]
+    sys.exit(main(sys.argv[1:]))
+
+
+def _run(function: Callable[..., None], arguments: tuple, environments: list[dict[str, str]]) -> Finished:
+    """One process for each environment. As under the launcher, one that fails ends the others."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        for output in outputs:
+            output.touch()
+        processes = [_start(function, arguments, own, outputs) for own in environments]
+        try:
+            code = _wait(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        stdout, stderr = (output.read_text(errors="replace") for output in outputs)
+    if code is None:
+        raise subprocess.TimeoutExpired([function.__name__, *map(str, arguments)], TIMEOUT, stdout, stderr)
+    return Finished([function.__name__, *map(str, arguments)], code, stdout, stderr)
+
+
+def _start(function: Callable[..., None], arguments: tuple, own: Mapping[str, str], outputs: list[Path]) -> BaseProcess:
+    process = _context.Process(target=_become, args=(function, arguments, dict(own), list(map(str, outputs))))
+    with mock.patch.dict(os.environ, _ON_CPU | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
+        process.start()  # the first one starts the server, which imports under these variables
+    return process
+
+
+def _become(function: Callable[..., None], arguments: tuple, own: dict[str, str], outputs: list[str]) -> None:
+    """In the fork: take over environment and outputs as a started process would have them."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(own)
+    for descriptor, output in zip((1, 2), outputs, strict=True):
+        file = os.open(output, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    function(*arguments)
+
+
+def _wait(processes: list[BaseProcess]) -> int | None:
+    """The exit code of the first one that failed, 0 if none did, None if one hangs."""
+    deadline = time.monotonic() + TIMEOUT
+    running = {process.sentinel: process for process in processes}
+    while running:
+        ended = wait(list(running), max(0, deadline - time.monotonic()))
+        if not ended:
+            return None
+        for process in [running.pop(sentinel) for sentinel in ended]:
+            process.join()
+            if process.exitcode:
+                return process.exitcode
+    return 0
