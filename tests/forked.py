@@ -5,6 +5,7 @@ run and takes all of DeepSpeed's state with it, a gloo group, files and exit cod
 tested through `launching`.
 """
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -39,6 +40,14 @@ def pretrain(
 def tinyllama_ds(*arguments: object, **environment: str) -> Finished:
     """Any command of the toolkit, by its arguments."""
     return _run(run_command, arguments, [os.environ | environment])
+
+
+def plain_curves(program: str, recipe: Path, data: Path, steps: int) -> dict[str, list[float]]:
+    """Loss and gradient norm of every step of a training without DeepSpeed, by a program of `tests/integration`."""
+    script = Path(__file__).with_name("integration") / program
+    finished = on_ranks(run_script, script, recipe, data, steps, ranks=1)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
 
 
 def on_ranks(function: Callable[..., None], *arguments: object, ranks: int, **environment: str) -> Finished:
@@ -112,8 +121,7 @@ def _wait(processes: list[BaseProcess]) -> int | None:
         ended = wait(list(running), max(0, deadline - time.monotonic()))
         if not ended:
             return None
-        for process in [running.pop(sentinel) for sentinel in ended]:
-            process.join()
-            if process.exitcode:
-                return process.exitcode
+        codes = [running.pop(sentinel).exitcode for sentinel in ended]
+        if any(codes):
+            return min(filter(None, codes), key=lambda code: (code > 0, code == 1))  # rather the cause than a peer's
     return 0

@@ -99,14 +99,6 @@ def run(command: list[str], timeout: float = TIMEOUT, **environment: str) -> Fin
     )
 
 
-def plain_curves(program: str, recipe: Path, data: Path, steps: int) -> dict[str, list[float]]:
-    """Loss and gradient norm of every step of a training without DeepSpeed, by a program of `tests/integration`."""
-    script = Path(__file__).with_name("integration") / program
-    finished = run([sys.executable, str(script), str(recipe), str(data), str(steps)])
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
-
-
 def read_series(run_dir: Path, name: str) -> list[float]:
     """One figure of a run, row by row."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

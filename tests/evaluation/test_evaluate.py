@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import STEP_TOKENS, pretrain, run, write_deepspeed_config, write_recipe
+from forked import pretrain
+from launching import STEP_TOKENS, run, write_deepspeed_config, write_recipe
 from local_tasks import write_tasks
 
 from tinyllama_ds.cli import main

@@ -1,6 +1,6 @@
 """Two ranks with equal weights, of which one then changes a copy: `check_parameters` finds it, and names it.
 
-usage: torchrun drift_apart.py RECIPE DEEPSPEED_CONFIG DATA RUN_DIR
+usage: on two ranks, drift_apart.py RECIPE DEEPSPEED_CONFIG DATA RUN_DIR
 """
 
 import sys

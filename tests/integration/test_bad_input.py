@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,23 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import made_up_text
-from launching import (
-    TIMEOUT,
-    Finished,
-    pretrain,
-    pretrain_command,
-    run,
-    tinyllama_ds,
-    write_deepspeed_config,
-    write_recipe,
-)
+from forked import tinyllama_ds
+from launching import Finished, pretrain_command, run, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.data.tokenizer import train_tokenizer
 from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
 from tinyllama_ds.network import free_port
 from tinyllama_ds.training.faults import FAULT_VARIABLE
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -138,6 +128,11 @@ def inputs(data_dir: Path, tmp_path: Path) -> Inputs:
     return Inputs(recipe, config, tmp_path / "data", tmp_path / "run", [])
 
 
+def arguments_of(inputs: Inputs) -> list[str]:
+    where = ["--data", inputs.data, "--run-dir", inputs.run_dir, "--num-gpus", inputs.ranks]
+    return [*map(str, ["--recipe", inputs.recipe, "--deepspeed-config", inputs.config, *where]), *inputs.more]
+
+
 def assert_refused(finished: Finished, sentence: str) -> None:
     assert finished.returncode == EXIT_REFUSED, finished.stdout + finished.stderr
     lines = [line for line in finished.stderr.splitlines() if line.strip()]
@@ -151,7 +146,7 @@ def test_pretrain_refuses(case: str, inputs: Inputs) -> None:
     spoil, sentence = CASES[case]
     spoil(inputs)
     before = snapshot(inputs.run_dir.parent)
-    finished = pretrain(inputs.recipe, inputs.config, inputs.data, inputs.run_dir, inputs.ranks, *inputs.more)
+    finished = tinyllama_ds("pretrain", *arguments_of(inputs))
     assert_refused(finished, sentence)
     assert snapshot(inputs.run_dir.parent) == before
 
@@ -177,30 +172,29 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a GP
 @pytest.mark.parametrize(
     ("command", "case"), [*product(["pretrain"], GPU_CASES), ("bench", "gap"), ("the script alone", "unusable")]
 )
-def test_gpus_are_not_left_idle(command: str, case: str, inputs: Inputs) -> None:
+def test_gpus_are_not_left_idle(command: str, case: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     visible, sentence = GPU_CASES[case]
-    environment = os.environ | {"PATH": put_gpu(inputs.run_dir.with_name("bin"))}
-    environment.pop("CUDA_VISIBLE_DEVICES")
-    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    line = pretrain_command(inputs.recipe, inputs.config, inputs.data, inputs.run_dir, 2)
-    if command == "bench":
-        line = [*line[:3], "bench", "--deepspeed-config", str(inputs.config), "--output", str(inputs.run_dir)]
-    if command == "the script alone":
-        line = [sys.executable, "scripts/pretrain.py", *line[4:-2]]
+    monkeypatch.setenv("PATH", put_gpu(inputs.run_dir.with_name("bin")))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     before = snapshot(inputs.run_dir.parent)
-    finished = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=TIMEOUT, cwd=ROOT)
+    if command == "the script alone":
+        finished = run([sys.executable, str(PRETRAIN_SCRIPT), *arguments_of(inputs)[:-2]])
+    elif command == "bench":
+        finished = tinyllama_ds("bench", "--deepspeed-config", inputs.config, "--output", inputs.run_dir)
+    else:
+        finished = tinyllama_ds("pretrain", *arguments_of(inputs))
     assert_refused(finished, sentence)
     assert snapshot(inputs.run_dir.parent) == before
 
 
 @no_gpu
-@pytest.mark.parametrize("visible", ["", "-1"])
-def test_hidden_gpus_are_said_and_left_alone(visible: str, inputs: Inputs) -> None:
-    path = put_gpu(inputs.run_dir.with_name("bin"))
+def test_hidden_gpus_are_said_and_left_alone(inputs: Inputs) -> None:
     line = pretrain_command(inputs.recipe, inputs.config, inputs.data, inputs.run_dir, 2)
-    finished = run(line, PATH=path, CUDA_VISIBLE_DEVICES=visible)
+    finished = run(line, PATH=put_gpu(inputs.run_dir.with_name("bin")), CUDA_VISIBLE_DEVICES="")
     assert finished.returncode == 0, finished.stderr
-    assert f"tinyllama-ds: CUDA_VISIBLE_DEVICES is {visible!r}, which hides this machine's 1 GPUs" in finished.stderr
+    assert "tinyllama-ds: CUDA_VISIBLE_DEVICES is '', which hides this machine's 1 GPUs" in finished.stderr
 
 
 def snapshot(directory: Path) -> dict[str, int]:
@@ -218,10 +212,9 @@ def test_missing_hostfile_never_means_this_machine(inputs: Inputs) -> None:
 def test_the_script_refuses_under_the_bare_launcher(inputs: Inputs) -> None:
     """Without our supervisor in front; the launcher ends rank 0, late to speak, when rank 1 has ended."""
     edit_json(inputs.config, gradient_cliping=0.5)
-    script = Path(__file__).parents[2] / "scripts" / "pretrain.py"
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
     arguments = ["--deepspeed_config", inputs.config, "--recipe", inputs.recipe, "--data", inputs.data]
-    command = [*launcher, script, *arguments, "--run-dir", inputs.run_dir]
+    command = [*launcher, PRETRAIN_SCRIPT, *arguments, "--run-dir", inputs.run_dir]
     variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", FAULT_VARIABLE: "start:0:0:pause"}
     finished = run(list(map(str, command)), **variables)
     assert finished.returncode == EXIT_REFUSED, finished.stderr

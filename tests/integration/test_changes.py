@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import SEQUENCE_LENGTH, Finished, pretrain, read_series, write_deepspeed_config, write_recipe
+from forked import pretrain
+from launching import SEQUENCE_LENGTH, Finished, read_series, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.data.order import rank_positions
 from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from chats import conversations, prepare_chat, write_chat_recipe, write_records
-from launching import BATCH, plain_curves, pretrain, read_series, run, write_deepspeed_config
+from forked import plain_curves, pretrain
+from launching import BATCH, read_series, run, write_deepspeed_config
 from test_docs import commands_of
 
 from tinyllama_ds.cli import main

@@ -2,12 +2,12 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launching import pretrain, read_series, run, write_deepspeed_config, write_recipe
+from forked import on_ranks, pretrain, run_script
+from launching import read_series, write_deepspeed_config, write_recipe
 from test_resume import SAMPLES, tensors_of
 
 from tinyllama_ds.errors import EXIT_REFUSED
@@ -28,8 +28,8 @@ def test_no_operator_of_a_run_is_without_a_deterministic_kernel(data_dir: Path, 
     recipe.write_text(recipe.read_text() + SAMPLES)
     config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2)
     arguments = ["--recipe", recipe, "--deepspeed-config", config, "--data", data_dir, "--run-dir", tmp_path / "run"]
-    command = [sys.executable, Path(__file__).with_name("watched_run.py"), *arguments, "--deterministic"]
-    finished = run(list(map(str, command)))
+    watched_run = Path(__file__).with_name("watched_run.py")
+    finished = on_ranks(run_script, watched_run, *arguments, "--deterministic", ranks=1)
     assert finished.returncode == 0, finished.stderr
     watched = json.loads(finished.stdout.splitlines()[-1])
     assert watched["switches"] == [[True, ":4096:8"]]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import pretrain, read_series, write_deepspeed_config, write_recipe
+from forked import pretrain
+from launching import read_series, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
 from tinyllama_ds.training.reshape import write_whole_tensors

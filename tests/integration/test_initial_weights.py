@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import BATCH, SEQUENCE_LENGTH, pretrain, read_series, write_deepspeed_config, write_recipe
+from forked import pretrain
+from launching import BATCH, SEQUENCE_LENGTH, read_series, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.convert import export
 from tinyllama_ds.data.loader import open_streams

@@ -1,15 +1,14 @@
 """A non-finite gradient on one rank never reaches the weights of any, whatever the stage and the precision."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launching import pretrain, read_series, run, write_deepspeed_config, write_recipe
+from forked import on_ranks, pretrain, run_script
+from launching import read_series, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
 from tinyllama_ds.errors import EXIT_NUMERICS
-from tinyllama_ds.network import free_port
 from tinyllama_ds.training.checkpoint import find_checkpoints
 from tinyllama_ds.training.faults import FAULT_VARIABLE
 
@@ -94,12 +93,8 @@ def test_bad_numbers_that_stay_or_get_through_stop_the_run(
 def test_copies_that_drift_apart_are_found(stage: int, precision: dict, data_dir: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "small.toml", 8, save_every=8)
     config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=4, **precision)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     script = Path(__file__).with_name("drift_apart.py")
-    finished = run(
-        [*launcher, "--master-port", str(free_port()), *map(str, (script, recipe, config, data_dir, tmp_path / "run"))],
-        OMP_NUM_THREADS="1",
-    )
+    finished = on_ranks(run_script, script, recipe, config, data_dir, tmp_path / "run", ranks=2)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     sentence = "parameter 'model.norm.weight' differs between rank 0 and rank 1"
     assert finished.stdout.count(f"equal, then: {sentence}") == 2, "on both ranks"

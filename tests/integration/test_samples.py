@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import STEP_TOKENS, pretrain, read_series, write_deepspeed_config, write_recipe
+from forked import pretrain
+from launching import STEP_TOKENS, read_series, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
 from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest

@@ -1,14 +1,16 @@
 """A save that fails on any rank is abandoned by all; training goes on, and what was committed stands."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from launching import TIMEOUT, pretrain, read_series, write_deepspeed_config, write_recipe
+from forked import pretrain
+from launching import TIMEOUT, read_series, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
 from tinyllama_ds.training.checkpoint import find_checkpoints, verify_checkpoint
-from tinyllama_ds.training.faults import FAULT_VARIABLE
+from tinyllama_ds.training.faults import FAULT_VARIABLE, RESTART_VARIABLE
 
 
 @pytest.mark.parametrize("fault", ["save.mid_shard:1:4:raise", "save.before_rename:0:4:raise"])
@@ -31,14 +33,17 @@ def test_a_failing_rank_makes_all_abandon_the_save(
 def test_a_run_whose_last_save_failed_is_not_finished(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It goes on from the save before."""
+    """Its ranks fail, so that the supervisor starts them again; it goes on from the save before."""
     monkeypatch.setenv(FAULT_VARIABLE, "save.mid_shard:1:6:raise")
     recipe = write_recipe(tmp_path / "small.toml", 6, save_every=3)
     config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=4)
-    finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
+    failed = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
+    assert failed.returncode == 1, failed.stderr
+    assert "the last save failed: rank 1: OSError: injected" in failed.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "running"
+    finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2, **{RESTART_VARIABLE: "1"})
     assert finished.returncode == 0, finished.stderr
-    assert "the last save failed: rank 1: OSError: injected" in finished.stderr
-    assert "at checkpoint 3; starting it again" in finished.stderr
+    assert "resumed at step 3" in finished.stdout
     assert [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")] == [3, 6]
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import pretrain, read_series, write_deepspeed_config, write_recipe
+from forked import pretrain
+from launching import read_series, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.training.checkpoint import consolidated_weights, find_checkpoints

@@ -1,19 +1,22 @@
 """Spikes of the loss, made on purpose: logged, skipped on every rank, or rolled back and left out for good."""
 
+import itertools
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import launching
 import pytest
 import torch
-from launching import Finished, pretrain, read_series, run, write_deepspeed_config, write_recipe
+from forked import on_ranks, pretrain, run_script
+from launching import Finished, read_series, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
-from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED
+from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED, EXIT_ROLLBACK
 from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
-from tinyllama_ds.training.faults import FAULT_VARIABLE
+from tinyllama_ds.training.faults import FAULT_VARIABLE, RESTART_VARIABLE
 from tinyllama_ds.training.ledger import LEDGER_FILE
 
 STEPS, SAVE_EVERY, WINDOW, SPIKED = 12, 4, 4, 9
@@ -28,14 +31,16 @@ class Setup:
     root: Path
     data: Path
 
-    def start(self, name: str, policy: str, stage: int = 3, ranks: int = 2, config: dict | None = None) -> Finished:
+    def start(
+        self, name: str, policy: str, stage: int = 3, ranks: int = 2, config: dict | None = None, how: Any = pretrain
+    ) -> Finished:
         recipe = write_recipe(self.root / f"{policy}.toml", STEPS, save_every=SAVE_EVERY)
         settings = (
             f'[guard]\nspike_policy = "{policy}"\nspike_window = {WINDOW}\nspike_sigmas = 100\nmax_rollbacks = 2\n'
         )
         recipe.write_text(recipe.read_text() + "keep_last = 10\n" + settings)
         config = write_deepspeed_config(self.root / f"{name}.json", stage, micro_batch=2, **(config or {}))
-        return pretrain(recipe, config, self.data, self.root / name, ranks)
+        return how(recipe, config, self.data, self.root / name, ranks)
 
     def assert_same_end(self, name: str, other: str, rounding: float = 0.0) -> None:
         ends = [find_checkpoints(self.root / run)[-1] for run in (name, other)]
@@ -101,7 +106,7 @@ def test_the_norm_before_a_step_is_deepspeeds_own(stage: int, config: dict, data
     recipe = write_recipe(tmp_path / "small.toml", 6, save_every=6)
     path = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=2, **config)
     script = Path(__file__).with_name("norm_before_step.py")
-    finished = run([sys.executable, *map(str, (script, recipe, path, data_dir, tmp_path / "run"))])
+    finished = on_ranks(run_script, script, recipe, path, data_dir, tmp_path / "run", ranks=1)
     assert finished.returncode == 0, finished.stderr
     norms = json.loads(finished.stdout.splitlines()[-1])
     assert len(norms) == 5
@@ -112,7 +117,7 @@ def test_the_norm_before_a_step_is_deepspeeds_own(stage: int, config: dict, data
 def test_a_rollback_leaves_out_exactly_the_samples_of_the_spike(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """And equals a run, on other machines too, that never stopped and had the same ledger from the start."""
     monkeypatch.setenv(FAULT_VARIABLE, SPIKE)
-    finished = setup.start("run", "rollback")
+    finished = setup.start("run", "rollback", how=launching.pretrain)
     assert finished.returncode == 0, finished.stderr
     assert "rolled back at step 10: spike of the loss " in finished.stderr
     assert "going back to checkpoint 8, without the samples of the spike" in finished.stderr
@@ -133,11 +138,17 @@ def test_a_rollback_leaves_out_exactly_the_samples_of_the_spike(setup: Setup, mo
     setup.assert_same_end("run", "whole")
 
 
+def start_until_it_stays(*arguments: Any) -> Finished:
+    """As the supervisor does after a rollback."""
+    starts = (pretrain(*arguments, **{RESTART_VARIABLE: str(number)}) for number in itertools.count())
+    return next(finished for finished in starts if finished.returncode != EXIT_ROLLBACK)
+
+
 @slow
 def test_two_rollbacks_and_then_a_resume_from_before_them(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """The samples that take the place of the first ones spike too. On one rank afterwards: the same samples."""
     monkeypatch.setenv(FAULT_VARIABLE, f"{SPIKE}:1")
-    finished = setup.start("run", "rollback")
+    finished = setup.start("run", "rollback", how=start_until_it_stays)
     assert finished.returncode == 0, finished.stderr
     assert [(entry["first_sample"], entry["last_sample"]) for entry in setup.ledger("run")] == [(72, 79), (80, 87)]
     assert "samples 72 to 87 are left out" in finished.stdout
@@ -156,7 +167,7 @@ def test_two_rollbacks_and_then_a_resume_from_before_them(setup: Setup, monkeypa
 @slow
 def test_rollbacks_are_counted_over_the_whole_run(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAULT_VARIABLE, f"{SPIKE}:always")
-    finished = setup.start("run", "rollback")
+    finished = setup.start("run", "rollback", how=start_until_it_stays)
     assert finished.returncode == EXIT_NUMERICS, finished.stderr
     assert "and the run has used up its 2 rollbacks" in finished.stderr
     assert len(setup.ledger("run")) == 2
@@ -165,7 +176,7 @@ def test_rollbacks_are_counted_over_the_whole_run(setup: Setup, monkeypatch: pyt
 @slow
 def test_a_checkpoint_without_its_ledger_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAULT_VARIABLE, SPIKE)
-    assert setup.start("run", "rollback").returncode == 0
+    assert setup.start("run", "rollback", how=start_until_it_stays).returncode == 0
     (setup.root / "run" / LEDGER_FILE).unlink()
     finished = setup.start("run", "rollback")
     assert finished.returncode == EXIT_REFUSED

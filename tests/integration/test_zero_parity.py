@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from forked import pretrain
-from launching import BATCH, plain_curves, read_series, write_deepspeed_config, write_recipe
+from forked import plain_curves, pretrain
+from launching import BATCH, read_series, write_deepspeed_config, write_recipe
 
-STEPS = 20
+STEPS = 12
 TOLERANCE = 1e-5  # relative, fp32
 
 
@@ -21,9 +21,10 @@ def reference(recipe: Path, data_dir: Path) -> dict[str, list[float]]:
     return plain_curves("plain_loop.py", recipe, data_dir, STEPS)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(  # every pair of two of them
+    ("stage", "ranks", "accumulation"),
+    [(0, 1, 4), (0, 2, 1), (1, 1, 1), (1, 2, 4), (2, 1, 4), (2, 2, 1), (3, 1, 1), (3, 2, 4)],
+)
 def test_curve_equals_plain_pytorch(
     stage: int, ranks: int, accumulation: int, recipe: Path, reference: dict, data_dir: Path, tmp_path: Path
 ) -> None:
