@@ -9,11 +9,14 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,6 +32,40 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["preloaded"])
 
 
+@dataclass(frozen=True)
+class Processes:
+    """The forks, by rank, and where they print."""
+
+    arguments: list[str]
+    processes: list[BaseProcess]
+    stdout: Path
+    stderr: Path
+
+    def finish(self) -> Finished:
+        """Wait for their end. As under the launcher, one that fails ends the others.
+
+        Raises `TimeoutExpired` with the output so far where one hangs.
+        """
+        code = self._wait()
+        stdout, stderr = (output.read_text(errors="replace") for output in (self.stdout, self.stderr))
+        if code is None:
+            raise subprocess.TimeoutExpired(self.arguments, TIMEOUT, stdout, stderr)
+        return Finished(self.arguments, code, stdout, stderr)
+
+    def _wait(self) -> int | None:
+        """The exit code of the first one that failed, 0 if none did, None if one hangs."""
+        deadline = time.monotonic() + TIMEOUT
+        running = {process.sentinel: process for process in self.processes}
+        while running:
+            ended = wait(list(running), max(0, deadline - time.monotonic()))
+            if not ended:
+                return None
+            codes = [running.pop(sentinel).exitcode for sentinel in ended]
+            if any(codes):  # at once: rather the cause's than that of a peer which lost its connection
+                return min(filter(None, codes), key=lambda code: (code > 0, code == 1))
+        return 0
+
+
 def pretrain(
     recipe: Path, config: Path, data: Path, run_dir: Path, ranks: int, *more: str, **environment: str
 ) -> Finished:
@@ -39,7 +76,8 @@ def pretrain(
 
 def tinyllama_ds(*arguments: object, **environment: str) -> Finished:
     """Any command of the toolkit, by its arguments."""
-    return _run(run_command, arguments, [os.environ | environment])
+    with _forks(run_command, arguments, [os.environ | environment]) as processes:
+        return processes.finish()
 
 
 def plain_curves(program: str, recipe: Path, data: Path, steps: int) -> dict[str, list[float]]:
@@ -51,14 +89,19 @@ def plain_curves(program: str, recipe: Path, data: Path, steps: int) -> dict[str
 
 
 def on_ranks(function: Callable[..., None], *arguments: object, ranks: int, **environment: str) -> Finished:
-    """A function of a module, called on every rank; what it prints is the output, and it may end its process.
+    """A function of a module, called on every rank; what it prints is the output, and it may end its process."""
+    with started(function, *arguments, ranks=ranks, **environment) as processes:
+        return processes.finish()
 
-    Raises `TimeoutExpired` with the output so far where a rank hangs.
-    """
+
+def started(
+    function: Callable[..., None], *arguments: object, ranks: int, **environment: str
+) -> AbstractContextManager[Processes]:
+    """The same while they are at work; at the end of the context they are killed."""
     shared = os.environ | _ON_CPU | {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(free_port())} | environment
     own = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return _run(function, arguments, own)
+    return _forks(function, arguments, own)
 
 
 def run_script(script: Path, *arguments: object) -> None:
@@ -75,26 +118,23 @@ def run_command(*arguments: object) -> None:
     sys.exit(main(sys.argv[1:]))
 
 
-def _run(function: Callable[..., None], arguments: tuple, environments: list[dict[str, str]]) -> Finished:
-    """One process for each environment. As under the launcher, one that fails ends the others."""
+@contextmanager
+def _forks(function: Callable[..., None], arguments: tuple, environments: list[dict[str, str]]) -> Iterator[Processes]:
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         for output in outputs:
             output.touch()
-        processes = [_start(function, arguments, own, outputs) for own in environments]
+        processes = [_fork(function, arguments, own, outputs) for own in environments]
         try:
-            code = _wait(processes)
+            yield Processes([function.__name__, *map(str, arguments)], processes, *outputs)
         finally:
             for process in processes:
-                process.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # what it has started too
                 process.join()
-        stdout, stderr = (output.read_text(errors="replace") for output in outputs)
-    if code is None:
-        raise subprocess.TimeoutExpired([function.__name__, *map(str, arguments)], TIMEOUT, stdout, stderr)
-    return Finished([function.__name__, *map(str, arguments)], code, stdout, stderr)
 
 
-def _start(function: Callable[..., None], arguments: tuple, own: Mapping[str, str], outputs: list[Path]) -> BaseProcess:
+def _fork(function: Callable[..., None], arguments: tuple, own: Mapping[str, str], outputs: list[Path]) -> BaseProcess:
     process = _context.Process(target=_become, args=(function, arguments, dict(own), list(map(str, outputs))))
     with mock.patch.dict(os.environ, _ON_CPU | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
         process.start()  # the first one starts the server, which imports under these variables
@@ -102,7 +142,7 @@ def _start(function: Callable[..., None], arguments: tuple, own: Mapping[str, st
 
 
 def _become(function: Callable[..., None], arguments: tuple, own: dict[str, str], outputs: list[str]) -> None:
-    """In the fork: take over environment and outputs as a started process would have them."""
+    """In the fork: take over environment and outputs as a process that was started would have them."""
     os.setsid()
     os.environ.clear()
     os.environ.update(own)
@@ -111,17 +151,3 @@ def _become(function: Callable[..., None], arguments: tuple, own: dict[str, str]
         os.dup2(file, descriptor)
         os.close(file)
     function(*arguments)
-
-
-def _wait(processes: list[BaseProcess]) -> int | None:
-    """The exit code of the first one that failed, 0 if none did, None if one hangs."""
-    deadline = time.monotonic() + TIMEOUT
-    running = {process.sentinel: process for process in processes}
-    while running:
-        ended = wait(list(running), max(0, deadline - time.monotonic()))
-        if not ended:
-            return None
-        codes = [running.pop(sentinel).exitcode for sentinel in ended]
-        if any(codes):
-            return min(filter(None, codes), key=lambda code: (code > 0, code == 1))  # rather the cause than a peer's
-    return 0

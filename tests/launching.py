@@ -134,18 +134,3 @@ def rank_process(supervisor: subprocess.Popen, rank: int) -> psutil.Process | No
             if is_rank(child.cmdline()) and child.environ().get("RANK") == str(rank):
                 return child
     return None
-
-
-def wait_for_stopped_rank(supervisor: subprocess.Popen, rank: int) -> psutil.Process:
-    """The process of a rank, once a fault has stopped it by SIGSTOP; others wait for it at their next collective."""
-    found: list[psutil.Process] = []
-
-    def is_stopped() -> bool:
-        assert supervisor.poll() is None, "the run has ended"
-        process = rank_process(supervisor, rank)
-        with suppress(psutil.NoSuchProcess):
-            found[:] = [process] if process is not None and process.status() == psutil.STATUS_STOPPED else []
-        return bool(found)
-
-    wait_until(is_stopped, f"rank {rank} does not stop")
-    return found[0]

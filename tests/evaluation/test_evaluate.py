@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import pretrain
+from forked import on_ranks, pretrain, run_script
 from launching import STEP_TOKENS, run, write_deepspeed_config, write_recipe
 from local_tasks import write_tasks
 
 from tinyllama_ds.cli import main
+from tinyllama_ds.launch.launcher import EVALUATE_SCRIPT
 
 DOCUMENTS = 17  # no multiple of two ranks or of the batch
 
@@ -57,16 +58,17 @@ def reference(exported: Path, tasks: list[Path]) -> dict[str, Any]:
     return found["results"]
 
 
-def evaluate(model: Path, tasks: list[Path], output: Path, *more: object) -> dict[str, Any]:
-    arguments = ["--task-file", *tasks, "--batch-size", 4, "--output", output, "--device", "cpu", *more]
-    assert main(["evaluate", *map(str, [model, *arguments])]) == 0
+def evaluate(model: Path, tasks: list[Path], output: Path, ranks: int) -> dict[str, Any]:
+    arguments = [model, "--task-file", *tasks, "--batch-size", 4, "--output", output, "--device", "cpu"]
+    finished = on_ranks(run_script, EVALUATE_SCRIPT, *arguments, ranks=ranks)
+    assert finished.returncode == 0, finished.stderr
     return json.loads((output / "tasks.json").read_text())
 
 
 def test_a_checkpoint_scores_what_lm_evals_own_model_gives_for_the_exported_folder(
     run_dir: Path, tasks: list[Path], reference: dict, tmp_path: Path
 ) -> None:
-    found = evaluate(run_dir, tasks, tmp_path)
+    found = evaluate(run_dir, tasks, tmp_path, ranks=1)
     assert reference["local_generation"]["digest,none"] > 0
     assert found["lm_eval"].keys() == reference.keys() == {"local_choice", "local_perplexity", "local_generation"}
     for task, figures in reference.items():
@@ -83,7 +85,7 @@ def test_a_checkpoint_scores_what_lm_evals_own_model_gives_for_the_exported_fold
 
 
 def test_two_ranks_give_the_score_of_one(run_dir: Path, tasks: list[Path], reference: dict, tmp_path: Path) -> None:
-    found = evaluate(run_dir, tasks, tmp_path, "--num-gpus", 2)
+    found = evaluate(run_dir, tasks, tmp_path, ranks=2)
     assert found["settings"]["ranks"] == 2
     for task, figures in reference.items():
         for key, value in figures.items():

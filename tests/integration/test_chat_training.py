@@ -6,19 +6,19 @@ And the page about it, command by command.
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from chats import conversations, prepare_chat, write_chat_recipe, write_records
-from forked import plain_curves, pretrain
-from launching import BATCH, read_series, run, write_deepspeed_config
+from forked import on_ranks, plain_curves, pretrain, run_script, tinyllama_ds
+from launching import BATCH, read_series, write_deepspeed_config
 from test_docs import commands_of
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.training.checkpoint import consolidated_weights, find_checkpoints, read_manifest
@@ -89,7 +89,8 @@ def test_so_is_stage_0_after_a_stop_with_another_micro_batch(
 def test_conversations_need_the_document_mask(chat_data: Path, tmp_path: Path) -> None:
     recipe = write_chat_recipe(tmp_path / "chat.toml", STEPS, document_mask=False)
     config = write_deepspeed_config(tmp_path / "ds.json", 0, micro_batch=2)
-    finished = pretrain(recipe, config, chat_data, tmp_path / "run", 2)
+    where = ("--data", chat_data, "--run-dir", tmp_path / "run", "--num-gpus", 2)
+    finished = tinyllama_ds("pretrain", "--recipe", recipe, "--deepspeed-config", config, *where)
     assert finished.returncode == 78
     assert "the source 'chat' holds conversations, which must not see the others of their row" in finished.stderr
     assert not (tmp_path / "run").exists()
@@ -113,7 +114,7 @@ def test_the_page_about_it_works_from_its_first_command_to_its_last(
     for command in commands_of(DOCS / "chat.md"):
         arguments = [toy.get(argument, argument) for argument in command[1:]]
         if arguments[0] == "pretrain":
-            finished = run([sys.executable, "-m", "tinyllama_ds.cli", *arguments])
+            finished = on_ranks(run_script, PRETRAIN_SCRIPT, *arguments[1:], ranks=2)
             assert finished.returncode == 0, finished.stderr
         else:
             assert main(arguments) == 0, arguments

@@ -18,10 +18,10 @@ import psutil
 import pytest
 import slurm
 from conftest import made_up_text
+from forked import pretrain
 from hosts import Finished, Host, start_hosts, why_not
 from launching import (
     TIMEOUT,
-    pretrain,
     read_series,
     read_series_so_far,
     run,

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import forked
@@ -346,7 +346,7 @@ def test_a_stop_ends_in_a_save_and_the_next_start_ends_equal(setup: Setup, tmp_p
 
 def test_one_writer_and_no_orphans_when_the_supervisor_is_killed(setup: Setup, tmp_path: Path) -> None:
     supervisor = start_in_background(setup, tmp_path / "run")
-    second = tinyllama_ds(*setup.command(tmp_path / "run")[3:])
+    second = tinyllama_ds(*replace(setup, recipe=tmp_path / "long.toml").command(tmp_path / "run")[3:])
     assert second.returncode == EXIT_REFUSED
     assert f"is in use by process {supervisor.pid} on host" in second.stderr
     family = psutil.Process(supervisor.pid).children(recursive=True)
