@@ -11,7 +11,6 @@ What it cannot tell: kernels, memory and speed, whether a kernel exists for a dt
 
 import contextlib
 import functools
-import os
 import sys
 import threading
 import types
@@ -71,7 +70,7 @@ class FakeCuda:
 
     def __enter__(self) -> "FakeCuda":
         # The compiler would look for a GPU's code generator.
-        self._stack.enter_context(mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"))
+        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(_patched(torch.cuda, _cuda_functions(self)))
         self._stack.enter_context(_patched(torch, {"load": self._load(torch.load)}))
         methods = {"pin_memory": lambda tensor, *_: self.pin(tensor.clone()), "record_stream": lambda *_: None}
