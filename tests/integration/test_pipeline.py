@@ -1,19 +1,22 @@
 """The whole pipeline by its commands: raw text, tokenizer, shards, ZeRO-3 on two ranks, export, text, report."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import launching
 import pytest
 import transformers
 from conftest import made_up_text
-from launching import STEP_TOKENS, read_series, tinyllama_ds, write_deepspeed_config, write_recipe
+from forked import tinyllama_ds
+from launching import STEP_TOKENS, Finished, read_series, write_deepspeed_config, write_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STEPS = 8
 
 
-def succeed(*arguments: object) -> str:
-    finished = tinyllama_ds(*arguments)
+def succeed(*arguments: object, start: Callable[..., Finished] = tinyllama_ds) -> str:
+    finished = start(*arguments)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
 
@@ -42,7 +45,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensorboard={"enabled": True}, csv_monitor=csv,
     )  # fmt: skip
     data = ["--data", root / "data", "--run-dir", root / "run"]
-    succeed("pretrain", "--recipe", recipe, "--deepspeed-config", config, *data, "--num-gpus", 2)
+    succeed(
+        "pretrain",
+        "--recipe",
+        recipe,
+        "--deepspeed-config",
+        config,
+        *data,
+        "--num-gpus",
+        2,
+        start=launching.tinyllama_ds,
+    )
     return root
 
 

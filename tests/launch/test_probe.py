@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launching import tinyllama_ds
+from forked import tinyllama_ds
 
 from tinyllama_ds.errors import EXIT_REFUSED
 from tinyllama_ds.launch.doctor import Finding, examine

@@ -1,12 +1,12 @@
 """Which backend a run gets, and what is said where a faster one is absent, broken or unfit."""
 
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from forked import on_ranks
 from torch.nn import attention as torch_attention
 
 from tinyllama_ds.errors import Refusal
@@ -135,33 +135,30 @@ BROKEN = {  # what `module/__init__.py` does, and what is said of it
 }
 
 
-RESOLVE = """
-from tinyllama_ds.errors import Refusal
-from tinyllama_ds.model.attention import Demands, Device, resolve_attention_backend
-device, masked = Device("cuda", (9, 0)), Demands(sixteen_bit=True, document_mask=True)
-print(resolve_attention_backend("auto", device, Demands(sixteen_bit=True)))
-print(resolve_attention_backend("auto", device, masked))
-try:
-    resolve_attention_backend("{name}", device, masked)
-except Refusal as refusal:
-    print(refusal)
-"""
+def print_choices(name: str, packages: str) -> None:
+    sys.path.insert(0, packages)
+    device, masked = Device("cuda", (9, 0)), Demands(sixteen_bit=True, document_mask=True)
+    print(resolve_attention_backend("auto", device, Demands(sixteen_bit=True)))
+    print(resolve_attention_backend("auto", device, masked))
+    try:
+        resolve_attention_backend(name, device, masked)
+    except Refusal as refusal:
+        print(refusal)
 
 
 @pytest.mark.parametrize(
     ("name", "case"), [*(("flash_attention_2", case) for case in BROKEN), ("flash_attention_3", "another torch's")]
 )
 def test_a_package_that_does_not_import_is_passed_over_and_refused_by_name(
-    name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, case: str, tmp_path: Path
 ) -> None:
     module = PACKAGES[name]
     source, said = BROKEN[case]
     (tmp_path / module).mkdir()
     (tmp_path / module / "__init__.py").write_text(source)
     (tmp_path / module / "kernels.so").write_bytes(b"\x7fELF, but no more of it")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    command = [sys.executable, "-c", RESOLVE.format(name=name)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    finished = on_ranks(print_choices, name, str(tmp_path), ranks=1)
+    assert finished.returncode == 0, finished.stderr
     rows, documents, refusal = finished.stdout.splitlines()
     assert rows.startswith("AttentionChoice(backend='sdpa'")
     assert documents.startswith("AttentionChoice(backend='varlen'")
@@ -196,6 +193,14 @@ for name in {names}:
 """
 
 
+def print_activated(packages: str) -> None:
+    sys.path.insert(0, packages)
+    choice = resolve_attention_backend("auto", Device("cuda", (9, 0)), Demands(sixteen_bit=True))
+    for _ in range(2):
+        attention_function(choice.backend)
+    print(choice.backend, torch.nn.attention.current_flash_attention_impl(), choice.reason)
+
+
 @pytest.mark.parametrize("names", [("fwd", "bwd"), ("fwd",)], ids=str)
 def test_flash_attention_3_is_activated_inside_pytorch(names: tuple[str, ...], tmp_path: Path) -> None:
     if find_spec("flash_attn_interface"):
@@ -203,17 +208,8 @@ def test_flash_attention_3_is_activated_inside_pytorch(names: tuple[str, ...], t
     if "FA3" not in torch_attention.list_flash_attention_impls():
         pytest.skip("this torch cannot activate FlashAttention 3")
     (tmp_path / "flash_attn_interface.py").write_text(OPERATORS.format(names=names))
-    code = f"""
-import sys
-sys.path.insert(0, {str(tmp_path)!r})
-import torch
-from tinyllama_ds.model.attention import Demands, Device, attention_function, resolve_attention_backend
-choice = resolve_attention_backend("auto", Device("cuda", (9, 0)), Demands(sixteen_bit=True))
-for _ in range(2):
-    attention_function(choice.backend)
-print(choice.backend, torch.nn.attention.current_flash_attention_impl(), choice.reason)
-"""
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    finished = on_ranks(print_activated, str(tmp_path), ranks=1)
+    assert finished.returncode == 0, finished.stderr
     if "bwd" in names:
         assert finished.stdout.strip() == "flash_attention_3 FA3"
     else:

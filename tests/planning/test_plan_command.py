@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import Finished, tinyllama_ds
+from forked import tinyllama_ds
+from launching import Finished
 
 from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.sources import source_format
