@@ -219,11 +219,16 @@ def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
 
     if not supervised.tokens:
         return
-    peak = max(row.get("Speed/TokensPerSecond", 0.0) for row in read_metrics(run_dir))
+    rates = (row.get("Speed/TokensPerSecond", 0.0) for row in read_metrics(run_dir))
+    peak = max(rates, default=0.0)
+    committed = f"{supervised.tokens:,} tokens committed in {supervised.seconds:,.0f} s"
+    if not peak:
+        print(f"{committed}; no step was logged, so goodput is not known")
+        return
     goodput = supervised.tokens / (peak * supervised.seconds)
     print(
-        f"goodput {goodput:.1%}: {supervised.tokens:,} tokens committed in {supervised.seconds:,.0f} s, start-up,"
-        f" validation, saving and {supervised.restarts} restarts included, at a peak of {peak:,.0f} tokens/s"
+        f"goodput {goodput:.1%}: {committed}, start-up, validation, saving and {supervised.restarts} restarts"
+        f" included, at a peak of {peak:,.0f} tokens/s"
     )
 
 

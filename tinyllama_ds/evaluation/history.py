@@ -94,8 +94,9 @@ class History:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """All rows of a run's metrics.jsonl; a last one that was cut short is left out."""
-    return list(_rows(_metrics_of(run_dir)))
+    """All rows of a run's metrics.jsonl, none where there is no such file; a last one that was cut short is left out."""
+    path = run_dir / METRICS_FILE
+    return list(_rows(path)) if path.is_file() else []
 
 
 def read_history(run_dir: Path) -> History:

@@ -25,7 +25,7 @@ class Standing:
     steps: int  # planned
     tokens: int
     total_tokens: int  # planned
-    loss: float
+    loss: float | None  # None where no step was logged
     tokens_per_second: float  # median
     peak_tokens_per_second: float
     seconds: float  # that the run was up
@@ -37,22 +37,24 @@ class Standing:
     def sentence(self) -> str:
         """The verdict."""
         share = f"{self.tokens:,} of {self.total_tokens:,} tokens ({self.tokens / max(1, self.total_tokens):.1%})"
-        figures = f"loss {self.loss:.3f}, {self.tokens_per_second:,.0f} tokens/s"
+        figures = "no step was logged yet"
+        if self.loss is not None:
+            figures = f"loss {self.loss:.3f}, {self.tokens_per_second:,.0f} tokens/s"
         if math.isfinite(self.goodput):
             figures += f", goodput {self.goodput:.1%}"
-        left = f"about {duration(self.seconds_left)} to go" if math.isfinite(self.seconds_left) else ""
+        left = f"; about {duration(self.seconds_left)} to go" if math.isfinite(self.seconds_left) else ""
         match self.state:
             case "finished":
                 time = f" in {duration(self.seconds)}" if math.isfinite(self.seconds) else ""
                 own = f", {self.tokens - self.inherited_tokens:,} of its own" if self.inherited_tokens else ""
                 return f"Finished: all {self.steps:,} steps, {self.tokens:,} tokens{own}{time}; {figures}"
             case "running":
-                return f"Running: step {self.step:,} of {self.steps:,}, {share}; {figures}; {left}"
+                return f"Running: step {self.step:,} of {self.steps:,}, {share}; {figures}{left}"
             case "stopped":
-                return f"Stopped and saved at step {self.step:,} of {self.steps:,}, {share}; {figures}; {left}"
+                return f"Stopped and saved at step {self.step:,} of {self.steps:,}, {share}; {figures}{left}"
             case _:
                 place = f"step {self.step:,} of {self.steps:,}, {share}"
-                return f"Not finished, and held by no supervisor: {place}; {figures}; {left}"
+                return f"Not finished, and held by no supervisor: {place}; {figures}{left}"
 
 
 def standing(history: History, committed: int, is_held: bool) -> Standing:
@@ -69,7 +71,7 @@ def standing(history: History, committed: int, is_held: bool) -> Standing:
         steps=plan.get("steps", history.last["step"]),
         tokens=history.tokens,
         total_tokens=total,
-        loss=history.last.get("Train/Loss", math.nan),
+        loss=history.last.get("Train/Loss"),
         tokens_per_second=history.median_rate,
         peak_tokens_per_second=history.peak_rate,
         seconds=seconds,
@@ -149,12 +151,12 @@ def _figures(history: History, now: Standing) -> str:
     last = history.last
     figures = [
         ("tokens", _short(now.tokens)),
-        ("training loss", f"{now.loss:.3f}"),
+        ("training loss", "" if now.loss is None else f"{now.loss:.3f}"),
         *(
             (f"validation, {source}", f"{last[f'Validation/Loss/{source}']:.3f}")
             for source in history.names("Validation/Loss/")
         ),
-        ("tokens/s, median", f"{now.tokens_per_second:,.0f}"),
+        ("tokens/s, median", f"{now.tokens_per_second:,.0f}" if math.isfinite(now.tokens_per_second) else ""),
         ("MFU", f"{last['Speed/MFU']:.1%}" if "Speed/MFU" in last else ""),
         ("goodput", f"{now.goodput:.1%}" if math.isfinite(now.goodput) else ""),
         ("time", duration(now.seconds) if math.isfinite(now.seconds) else ""),

@@ -1,0 +1,46 @@
+"""What `pretrain` says of its goodput at its end."""
+
+from pathlib import Path
+
+import pytest
+
+from tinyllama_ds.commands.training import _say_goodput
+from tinyllama_ds.evaluation.history import read_history
+from tinyllama_ds.evaluation.report import report_page, standing
+from tinyllama_ds.launch.supervisor import Supervised
+from tinyllama_ds.training.checkpoint import Progress
+from tinyllama_ds.training.metrics import MetricsLogger
+
+STOPPED = Supervised(code=75, restarts=1, seconds=50.0, tokens=512)
+
+
+def log(run_dir: Path, *rows: dict[str, float]) -> None:
+    metrics = MetricsLogger(run_dir, {"tensorboard": {"enabled": False}}, 10, Progress(0, 0, 0), "{}")
+    for number, figures in enumerate(rows):
+        metrics.log(number, 256 * number, figures)
+    metrics.close()
+
+
+def test_it_is_the_share_of_the_highest_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log(tmp_path, {"Validation/Loss/a": 6.2}, {"Speed/TokensPerSecond": 20.48}, {"Speed/TokensPerSecond": 10.0})
+    _say_goodput(tmp_path, STOPPED)
+    assert capsys.readouterr().out.startswith("goodput 50.0%: 512 tokens committed in 50 s, ")
+
+
+def test_before_the_first_logged_step_it_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stop saves after any step; there may be no more in the file than the validation at step 0 and that save."""
+    log(tmp_path, {"Validation/Loss/a": 6.2}, {"Checkpoint/StallSeconds": 0.1, "Checkpoint/Seconds": 0.5})
+    _say_goodput(tmp_path, STOPPED)
+    expected = "512 tokens committed in 50 s; no step was logged, so goodput is not known\n"
+    assert capsys.readouterr().out == expected
+    history = read_history(tmp_path)
+    now = standing(history, 512, is_held=False)
+    assert now.sentence.endswith("; no step was logged yet")
+    assert ">nan" not in report_page(history, now, "here")
+
+
+def test_figures_that_found_no_room_do_not_change_the_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _say_goodput(tmp_path, STOPPED)
+    assert "goodput is not known" in capsys.readouterr().out
