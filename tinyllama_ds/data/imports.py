@@ -17,10 +17,10 @@ from tinyllama_ds.data.shards import (
     Manifest,
     ShardName,
     ShardWriter,
-    temporary_name,
 )
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, Tokenizer, hold_tokenizer
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.files import temporary_name, write_durably
 
 _READ_TOKENS = 2**22
 
@@ -52,7 +52,7 @@ def import_megatron(job: Import, inputs: list[Path]) -> list[Manifest]:
         name.prefix.parent.mkdir(parents=True, exist_ok=True)
         for suffix in (".bin", ".idx"):
             _link(index.with_suffix(suffix), name.prefix.with_suffix(suffix))
-        _write_manifest(manifest, name.prefix.with_suffix(".json"))
+        write_durably(name.prefix.with_suffix(".json"), manifest.to_json().encode())
         manifests.append(manifest)
     return manifests
 
@@ -98,12 +98,6 @@ def _link(target: Path, link: Path) -> None:
     partial = temporary_name(link)
     partial.symlink_to(target.resolve())
     partial.replace(link)
-
-
-def _write_manifest(manifest: Manifest, path: Path) -> None:
-    partial = temporary_name(path)
-    partial.write_text(manifest.to_json())
-    partial.replace(path)
 
 
 def _imported_file(path: Path, documents: int) -> InputFile:

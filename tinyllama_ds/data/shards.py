@@ -13,7 +13,6 @@ fine-tuning, else 0. The other files are those of any shard.
 import hashlib
 import json
 import os
-import socket
 import struct
 from array import array
 from bisect import bisect_left
@@ -26,6 +25,7 @@ import numpy as np
 
 from tinyllama_ds import __version__
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.files import sync, temporary_name
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -111,11 +111,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
 
 
-def temporary_name(path: Path) -> Path:
-    """A name beside a file for what is not yet the file, of this process alone."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-
-
 def shard_suffixes(has_mask: bool) -> list[str]:
     """The files of a shard in the order in which they appear; the manifest is the last."""
     return [".bin", *([".mask"] if has_mask else []), ".idx", ".json"]
@@ -198,7 +193,7 @@ class ShardWriter:
                 _sync_and_close(file)
         for suffix in shard_suffixes(self._mask is not None):
             self._temporary(suffix).replace(self._name.prefix.with_suffix(suffix))
-            _sync_directory(self._name.prefix.parent)
+            sync(self._name.prefix.parent)
         return manifest
 
     def abandon(self) -> None:
@@ -226,14 +221,6 @@ def _sync_and_close(file: IO) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,14 @@
 """The sentencepiece tokenizer: training one with Llama's settings, loading one, and its identity."""
 
 import hashlib
-import shutil
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
 
-from tinyllama_ds.data.shards import temporary_name
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.files import write_durably
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 TOKENIZER_FILE = "tokenizer.model"
@@ -57,9 +56,7 @@ def hold_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
             raise Refusal(f"{held}: differs from {tokenizer.path}; one data directory holds tokens of one tokenizer")
         return
     output.mkdir(parents=True, exist_ok=True)
-    partial = temporary_name(held)
-    shutil.copyfile(tokenizer.path, partial)
-    partial.replace(held)
+    write_durably(held, tokenizer.path.read_bytes())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, max_bytes: int = 20_000_000) -> Tokenizer:

@@ -1,10 +1,8 @@
 """What a run directory tells of its run: figures over tokens, however many, and what happened on the way."""
 
-import json
 import math
 from array import array
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,20 @@ import numpy as np
 from tqdm import tqdm
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.files import Kinds, parse_row, read_object, whole_rows
 
 METRICS_FILE = "metrics.jsonl"
 _COLUMNS = 500  # of a drawing
 _MOST_POINTS = 65_536  # of a series, before it is thinned out
 _TAIL_BYTES = 65_536
 _SCORES = ("scores/*.json", "evaluation/*/*.json")  # the latter is by checkpoint
+_STEPS: dict[str, Kinds] = {
+    "step": int,
+    "tokens": int,
+}  # what a row has to have, here of metrics.jsonl and starts.jsonl
+_SKIPS: dict[str, Kinds] = {"event": str, "step": int, "first_sample": int, "last_sample": int, "reason": str}
+_SAMPLES: dict[str, Kinds] = {"tokens": int, "prompt": str, "text": str}
+_TASKS: dict[str, Kinds] = {"tokens": int, "task": str, "metric": str, "value": (int, float)}
 _DRAWN = ("Train/", "Validation/Loss/", "Speed/", "Seconds/", "Tokens/", "Memory/", "Checkpoint/StallSeconds")
 
 
@@ -94,7 +100,7 @@ class History:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """All rows of a run's metrics.jsonl, none where there is no such file; a last one that was cut short is left out."""
+    """All rows of a run's metrics.jsonl, none where there is no such file; one that was cut short is left out."""
     path = run_dir / METRICS_FILE
     return list(_rows(path)) if path.is_file() else []
 
@@ -106,10 +112,10 @@ def read_history(run_dir: Path) -> History:
     history = History(
         _read_json(run_dir / "run.json"),
         status.get("state", ""),
-        starts=_read_lines(run_dir / "starts.jsonl"),
-        ledger=_read_lines(run_dir / "ledger.jsonl"),
-        samples=_read_lines(run_dir / "samples.jsonl"),
-        tasks=_read_lines(run_dir / "tasks.jsonl"),
+        starts=_read_lines(run_dir / "starts.jsonl", _STEPS),
+        ledger=_read_lines(run_dir / "ledger.jsonl", _SKIPS),
+        samples=_read_lines(run_dir / "samples.jsonl", _SAMPLES),
+        tasks=_read_lines(run_dir / "tasks.jsonl", _TASKS),
         scores=[
             content | {"name": f"{file.parent.name}/{file.stem}"}
             for pattern in _SCORES
@@ -154,22 +160,27 @@ def _read_figures(path: Path, history: History) -> None:
 
 def _reached(path: Path) -> tuple[int, int]:
     """The largest step and number of tokens, from the end of the file."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        lines = file.read().split(b"\n")[:-1]
-    rows = [json.loads(line) for line in lines if line.startswith(b"{")]
-    if not rows:
-        raise Refusal(f"{path}: holds no row yet; expected the directory of a run that has logged a step")
+    tail, size = _TAIL_BYTES, path.stat().st_size
+    while not (rows := _rows_of_tail(path, tail)):
+        if tail >= size:
+            raise Refusal(f"{path}: holds no row yet; expected the directory of a run that has logged a step")
+        tail *= 16  # past what is damaged
     return max(row["step"] for row in rows), max(row["tokens"] for row in rows)
+
+
+def _rows_of_tail(path: Path, tail: int) -> list[dict]:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - tail))
+        lines = file.read().split(b"\n")[:-1]
+    return [row for line in lines if (row := parse_row(line, **_STEPS)) is not None]
 
 
 def _rows(path: Path) -> Iterator[dict]:
     with path.open("rb") as file, tqdm(
         total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=2, leave=False
     ) as bar:  # fmt: skip
-        for number, line in enumerate(file):
-            if line.endswith(b"\n"):  # else its writer died, or is about to write the rest
-                yield json.loads(line)
+        for number, (_, row) in enumerate(whole_rows(file, path, **_STEPS)):
+            yield row
             if number % 4096 == 0:
                 bar.update(file.tell() - bar.n)
 
@@ -177,16 +188,14 @@ def _rows(path: Path) -> Iterator[dict]:
 def _read_json(path: Path) -> dict:
     """An object; empty where there is none that can be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path) or {}
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
-def _read_lines(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines, without those that a crash cut short."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+def _read_lines(path: Path, kinds: dict[str, Kinds]) -> list[dict]:
+    """The objects of a file of JSON lines, none where there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        return [row for _, row in whole_rows(file, path, **kinds)]

@@ -7,12 +7,11 @@ Every change replaces the file as a whole, so that a crash leaves the old one or
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.training.storage import sync
+from tinyllama_ds.files import write_durably
 
 LEDGER_FILE = "ledger.jsonl"
 SKIPPED, ROLLED_BACK = "skipped", "rolled back"
@@ -38,16 +37,18 @@ def read_ledger(run_dir: Path) -> list[Entry]:
     path = run_dir / LEDGER_FILE
     if not path.exists():
         return []
-    entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entry = Entry(**json.loads(line))
-            if entry.event not in (SKIPPED, ROLLED_BACK) or not 0 <= entry.first_sample <= entry.last_sample:
-                raise ValueError(f"{entry.event!r} of samples {entry.first_sample} to {entry.last_sample}")
-        except (ValueError, TypeError) as error:
-            raise Refusal(f"{path}:{number}: not an entry of a run's ledger ({error})") from error
-        entries.append(entry)
-    return entries
+    with path.open("rb") as file:
+        return [_entry(line, f"{path}:{number}") for number, line in enumerate(file, start=1)]
+
+
+def _entry(line: bytes, place: str) -> Entry:
+    try:
+        entry = Entry(**json.loads(line))
+        if entry.event not in (SKIPPED, ROLLED_BACK) or not 0 <= entry.first_sample <= entry.last_sample:
+            raise ValueError(f"{entry.event!r} of samples {entry.first_sample} to {entry.last_sample}")
+    except (ValueError, TypeError) as error:
+        raise Refusal(f"{place}: not an entry of a run's ledger ({error})") from error
+    return entry
 
 
 def left_out(entries: list[Entry]) -> list[range]:
@@ -70,11 +71,5 @@ def forget_skips_after(run_dir: Path, step: int) -> None:
 
 def write_ledger(run_dir: Path, entries: list[Entry]) -> None:
     """Replace the ledger as a whole; it is on the disk when this returns. Called by one rank."""
-    path = run_dir / LEDGER_FILE
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync(run_dir)
+    lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
+    write_durably(run_dir / LEDGER_FILE, lines.encode())

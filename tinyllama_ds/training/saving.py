@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 
+from tinyllama_ds.files import sync
 from tinyllama_ds.training.checkpoint import (
     CHECKPOINTS,
     MANIFEST_FILE,
@@ -40,7 +41,7 @@ from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import check_parameters
 from tinyllama_ds.training.retention import Retention, remove_old_checkpoints
 from tinyllama_ds.training.snapshot import Snapshots
-from tinyllama_ds.training.storage import checkpoint_need, require_room, sync
+from tinyllama_ds.training.storage import checkpoint_need, require_room
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

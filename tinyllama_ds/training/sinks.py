@@ -10,6 +10,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from tinyllama_ds.files import whole_rows, write_durably
+
 _FLUSH_SECONDS = 30.0
 _RETRY_SECONDS = 30.0
 _PROBE_BYTES = 2**16
@@ -65,18 +67,19 @@ class Rows:
 
 
 def _forget_after(path: Path, step: int) -> tuple[dict, int]:
-    """Drop the rows of later steps; returns the last row that was there, and the largest step, which may be another."""
+    """Drop the rows of later steps and what is damaged.
+
+    Returns the last row that was there, and the largest step, which may be another.
+    """
     if not path.exists():
         return {}, 0
-    lines = path.read_text().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]  # a crash can leave half a line
-    steps = [json.loads(line)["step"] for line in whole]
-    kept = [line for line, its_step in zip(whole, steps, strict=True) if its_step <= step]
+    with path.open("rb") as file:
+        lines = list(file)
+    rows = list(whole_rows(lines, path, step=int))
+    kept = [line for line, row in rows if row["step"] <= step]
     if kept != lines:
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
-    return (json.loads(whole[-1]), max(steps)) if whole else ({}, 0)
+        write_durably(path, b"".join(kept))
+    return (rows[-1][1], max(row["step"] for _, row in rows)) if rows else ({}, 0)
 
 
 class EventFiles:

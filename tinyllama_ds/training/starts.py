@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.faults import RESTART_VARIABLE
@@ -34,7 +35,15 @@ def record_start(run: Run, start: Progress, reached: int, hosts: list[str]) -> N
     line = Start(date_for_people(), start.step, start.tokens, reached, dict(Counter(hosts)), restart, left_out)
     path = run.run_dir / STARTS_FILE
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(line)) + "\n")
+        append_line(path, asdict(line))
     except OSError as error:
         warn(path, error)
+
+
+def append_line(path: Path, content: dict) -> None:
+    """Add a JSON object in a line of its own, also where a crash has cut the last one short. Raises OSError."""
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        begin = b"" if file.read() in (b"", b"\n") else b"\n"
+        file.write(begin + json.dumps(content).encode() + b"\n")

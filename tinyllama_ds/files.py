@@ -1,0 +1,99 @@
+"""Files of a run that a power loss leaves whole, and the reading of those that it did not.
+
+What has its name before its content is on the disk may be empty, cut short or full of zeros afterwards.
+"""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+Kinds = type | tuple[type, ...]
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside a file for what is not yet the file, of this process alone."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: after a crash or a power loss it is the old one or the new one.
+
+    It is on the disk when this returns. Raises OSError, and leaves the old one.
+    """
+    partial = temporary_name(path)
+    try:
+        partial.write_bytes(content)
+        sync(partial)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_object(path: Path, content: dict) -> None:
+    """The same with a JSON object."""
+    write_durably(path, f"{json.dumps(content, indent=1)}\n".encode())
+
+
+def read_object(path: Path) -> dict | None:
+    """The JSON object that a file holds; None where it holds none, because it is damaged. Raises OSError."""
+    return _parse(path.read_bytes())
+
+
+def whole_rows(lines: Iterable[bytes], path: Path, **kinds: Kinds) -> Iterator[tuple[bytes, dict]]:
+    """The lines of a file of JSON lines, each with its object, which has values of these kinds under these keys.
+
+    A line without its end is left out in silence: who wrote it died, or is about to write the rest. Any other is
+    damaged, and named on the console when all have been read.
+    """
+    damaged = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            continue
+        row = parse_row(line, **kinds)
+        if row is None:
+            damaged.append(number)
+        else:
+            yield line, row
+    if damaged:
+        _say_damaged(path, damaged)
+
+
+def parse_row(line: bytes, **kinds: Kinds) -> dict | None:
+    """The object of a JSON line, with values of these kinds under these keys; None for any other line."""
+    row = _parse(line)
+    if row is not None and all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
+        return row
+    return None
+
+
+def _parse(text: bytes) -> dict | None:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _say_damaged(path: Path, numbers: list[int]) -> None:
+    more = len(numbers) - 1
+    end = f", as {more} line{'s' if more > 1 else ''} more of the file; they are left out" if more else ""
+    with suppress(OSError):  # a log file on a full disk ends no run
+        print(
+            f"tinyllama-ds: {path}:{numbers[0]}: is damaged{end or '; the line is left out'}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
