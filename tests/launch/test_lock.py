@@ -73,6 +73,54 @@ def test_an_owner_on_another_host_is_watched_for_a_while(tmp_path: Path, monkeyp
         assert json.loads(path.read_text())["host"] == socket.gethostname()
 
 
+DAMAGED = {
+    "empty": b"", "zeros": bytes(120), "cut short": b'{"pid": 12, "ho', "not UTF-8": b'{"host": "\xff"}',
+    "a list": b"[12]", "another object": b'{"pid": 12}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_lock_is_watched_and_then_taken_over(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power loss. Who wrote it cannot be asked; whoever is alive touches it, on this host or another."""
+    monkeypatch.setattr(lock, "_SILENCE_SECONDS", 0.5)
+    path = tmp_path / LOCK_FILE
+    path.write_bytes(content)
+    assert not is_held(tmp_path)
+    monkeypatch.setattr(lock.time, "sleep", lambda _: os.utime(path))
+    with pytest.raises(Refusal, match=rf"is in use by a process that {path} does not name, because it is damaged"):
+        hold_run(tmp_path).__enter__()
+    assert path.read_bytes() == content
+    waited: list[float] = []
+    monkeypatch.setattr(lock.time, "sleep", waited.append)
+    with hold_run(tmp_path):
+        assert json.loads(path.read_text()) == json.loads(owner())
+    assert waited == [0.5]
+
+
+def test_an_owner_whose_lock_is_damaged_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It no longer keeps others out."""
+    monkeypatch.setattr(lock, "_REFRESH_SECONDS", 0.0)
+    with hold_run(tmp_path) as held:
+        (tmp_path / LOCK_FILE).write_bytes(b"\xff")
+        with pytest.raises(Refusal, match="was taken over by a process that .* does not name, because it is damaged"):
+            held.refresh()
+    assert (tmp_path / LOCK_FILE).read_bytes() == b"\xff"
+
+
+def test_a_lock_is_on_the_disk_before_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bytes] = []
+
+    def fsync(descriptor: int) -> None:
+        assert not (tmp_path / LOCK_FILE).exists()
+        synced.append(Path(f"/proc/self/fd/{descriptor}").read_bytes())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with hold_run(tmp_path):
+        assert synced == [(tmp_path / LOCK_FILE).read_bytes()]
+
+
 def test_a_lock_that_is_let_go_at_the_last_moment_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +128,7 @@ def test_a_lock_that_is_let_go_at_the_last_moment_is_no_obstacle(
     (tmp_path / LOCK_FILE).write_text(owner())
     create = lock._create
 
-    def create_late(path: Path, content: str) -> bool:
+    def create_late(path: Path, content: bytes) -> bool:
         is_created = create(path, content)
         if not is_created:
             path.unlink()

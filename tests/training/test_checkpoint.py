@@ -160,6 +160,17 @@ def test_damaged_checkpoints_are_never_a_fresh_start(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path) == folders, "nothing was moved"
 
 
+def test_a_checkpoint_that_has_lost_its_manifest_is_damaged(tmp_path: Path) -> None:
+    """In its place its step would not find room again."""
+    older, newest = (commit(tmp_path, f"step_0000000{step}") for step in (2, 4))
+    (newest / "manifest.json").unlink()
+    assert choose_checkpoint(tmp_path).checkpoint == older
+    assert not newest.exists()
+    (older / "manifest.json").unlink()
+    with pytest.raises(Refusal, match=r"none of 1 checkpoints verifies: .*step_00000002/manifest.json: cannot be read"):
+        choose_checkpoint(tmp_path)
+
+
 def test_a_checkpoint_of_a_later_version_is_neither_read_nor_put_aside(tmp_path: Path) -> None:
     folders = [commit(tmp_path, "step_00000002"), commit(tmp_path, "step_00000004", format=99, new_key=1)]
     with pytest.raises(Refusal, match="has format 99 and is known up to"):

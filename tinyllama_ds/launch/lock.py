@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.files import parse_row, sync
 
 LOCK_FILE = "lock.json"
 _REFRESH_SECONDS = 10
@@ -18,7 +19,7 @@ _SILENCE_SECONDS = 3 * _REFRESH_SECONDS  # after which an owner on another host 
 class RunLock:
     """The lock that this process holds; to be refreshed, so that other hosts see its owner alive."""
 
-    def __init__(self, path: Path, ours: str) -> None:
+    def __init__(self, path: Path, ours: bytes) -> None:
         self._path = path
         self._ours = ours
         self._refreshed_at = time.monotonic()
@@ -27,9 +28,10 @@ class RunLock:
         """Touch the file now and then. Raises `Refusal` where somebody took the directory over, who thought us dead."""
         if time.monotonic() - self._refreshed_at < _REFRESH_SECONDS:
             return
-        held = self._path.read_text() if self._path.exists() else "{}"
+        held = self._path.read_bytes() if self._path.exists() else None
         if held != self._ours:
-            raise Refusal(f"{self._path.parent}: was taken over by {_name(held)} while this process held it")
+            by = "nobody, who removed the lock," if held is None else _name(self._path, held)
+            raise Refusal(f"{self._path.parent}: was taken over by {by} while this process held it")
         os.utime(self._path)
         self._refreshed_at = time.monotonic()
 
@@ -39,23 +41,24 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
     """Hold a run directory, making it if need be. Raises `Refusal`, naming the owner, where somebody else does.
 
     The lock of a dead owner is taken over: on this host one whose process is gone, on another host one who has not
-    touched the file while this process watched it for 30 s. No clock is compared with another. A directory made
-    here that stayed empty, because the start was refused, goes again.
+    touched the file while this process watched it for 30 s; so is a lock that a power loss has damaged, whose owner,
+    if it lives, may be anywhere. No clock is compared with another. A directory made here that stayed empty, because
+    the start was refused, goes again.
     """
     is_new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
     path = run_dir / LOCK_FILE
-    ours = json.dumps(_owner())
+    ours = json.dumps(_owner()).encode()
     while not _create(path, ours):
         with suppress(FileNotFoundError):  # its owner lets go of it in this moment
-            held = path.read_text()
-            if not _is_dead(path, held):
-                raise Refusal(f"{run_dir}: is in use by {_name(held)}")
+            held = path.read_bytes()
+            if not _is_dead(path, _owner_of(held)):
+                raise Refusal(f"{run_dir}: is in use by {_name(path, held)}")
             path.unlink()
     try:
         yield RunLock(path, ours)
     finally:
-        if path.exists() and path.read_text() == ours:
+        if path.exists() and path.read_bytes() == ours:
             path.unlink()
         if is_new:
             with suppress(OSError):  # there is something in it
@@ -63,18 +66,28 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
 
 
 def is_held(run_dir: Path) -> bool:
-    """Whether somebody alive holds a run directory; of an owner on another host that is taken for granted."""
+    """Whether somebody alive holds a run directory; of an owner on another host that is taken for granted.
+
+    Nobody holds it for long with a lock that is damaged: its owner ends when it sees that.
+    """
     path = run_dir / LOCK_FILE
     try:
-        held = path.read_text()
+        owner = _owner_of(path.read_bytes())
     except FileNotFoundError:
         return False
-    return json.loads(held)["host"] != socket.gethostname() or not _is_dead(path, held)
+    return owner is not None and (owner["host"] != socket.gethostname() or not _is_dead(path, owner))
 
 
-def _name(held: str) -> str:
-    owner = json.loads(held)
-    return f"process {owner['pid']} on host {owner['host']}" if owner else "nobody, who removed the lock,"
+def _owner_of(held: bytes) -> dict | None:
+    """None where the lock is damaged."""
+    return parse_row(held, pid=int, host=str, boot=str, started=int)
+
+
+def _name(path: Path, held: bytes) -> str:
+    owner = _owner_of(held)
+    if owner is None:
+        return f"a process that {path} does not name, because it is damaged,"
+    return f"process {owner['pid']} on host {owner['host']}"
 
 
 def _owner() -> dict:
@@ -95,10 +108,11 @@ def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _create(path: Path, content: str) -> bool:
+def _create(path: Path, content: bytes) -> bool:
     """A file with its content at once or not at all: link() is atomic, on NFS too."""
     own = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    own.write_text(content)
+    own.write_bytes(content)
+    sync(own)
     try:
         path.hardlink_to(own)
     except FileExistsError:
@@ -108,9 +122,8 @@ def _create(path: Path, content: str) -> bool:
     return True
 
 
-def _is_dead(path: Path, held: str) -> bool:
-    owner = json.loads(held)
-    if owner["host"] != socket.gethostname():
+def _is_dead(path: Path, owner: dict | None) -> bool:
+    if owner is None or owner["host"] != socket.gethostname():
         return _is_silent(path)
     if owner["boot"] != _boot_id():
         return True

@@ -1,6 +1,5 @@
 """Around the deepspeed launcher: watches the ranks, restarts them, stops them together, leaves no process behind."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART, EXIT_ROLLBACK
+from tinyllama_ds.files import read_object
 from tinyllama_ds.launch.lifeline import Lifeline
 from tinyllama_ds.launch.lock import RunLock
 
@@ -222,10 +222,9 @@ def _exit_code(code: int, status_file: Path) -> int:
 
 
 def _read_state(status_file: Path) -> str | None:
-    try:
-        return json.loads(status_file.read_text())["state"]
-    except (OSError, ValueError, KeyError):
-        return None
+    row = _read_object(status_file)
+    state = row.get("state")
+    return state if isinstance(state, str) else None
 
 
 class _Watchdog:
@@ -303,10 +302,14 @@ class _Watchdog:
 
 
 def _read_beat(file: Path) -> dict:
+    return _read_object(file) or {"doing": "working"}  # read while it was being written
+
+
+def _read_object(file: Path) -> dict:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {"doing": "working"}  # read while it was being written
+        return read_object(file) or {}
+    except OSError:
+        return {}
 
 
 def end_group(process: subprocess.Popen, gently: bool = True) -> None:

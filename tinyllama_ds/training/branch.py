@@ -93,9 +93,9 @@ def _past_of(description: dict, step: int) -> dict:
     return past
 
 
-def recorded_parent(run_file: Path, branch_from: Path | None) -> Parent | None:
+def recorded_parent(run_file: Path, description: dict, branch_from: Path | None) -> Parent | None:
     """What a run that is there began with. Raises `Refusal` where `--branch-from` names something else."""
-    raw = json.loads(run_file.read_text()).get("parent")
+    raw = description.get("parent")
     parent = Parent(**raw) if raw else None
     places = [Path(parent.checkpoint), parent.run_dir] if parent else []
     if branch_from is None or branch_from.resolve() in [place.resolve() for place in places]:

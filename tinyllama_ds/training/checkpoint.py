@@ -89,10 +89,15 @@ def checkpoint_name(step: int) -> str:
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """Committed checkpoints of a run, oldest first, ordered by their step as a number."""
+    return [path for path in _find_folders(run_dir) if (path / MANIFEST_FILE).is_file()]
+
+
+def _find_folders(run_dir: Path) -> list[Path]:
+    """The same with what has the name of a checkpoint and has lost its manifest."""
     found = []
     for path in (run_dir / CHECKPOINTS).glob("step_*"):
         match = _NAME.fullmatch(path.name)
-        if match and (path / MANIFEST_FILE).is_file():
+        if match:
             found.append((int(match[1]), path))
     return [path for _, path in sorted(found)]
 
@@ -191,7 +196,7 @@ def choose_checkpoint(run_dir: Path) -> Choice:
     """
     damaged: list[Path] = []
     damages: list[str] = []
-    for checkpoint in reversed(find_checkpoints(run_dir)):
+    for checkpoint in reversed(_find_folders(run_dir)):
         try:
             verify_checkpoint(checkpoint)
         except NewerFormat:

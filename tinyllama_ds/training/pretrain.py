@@ -24,6 +24,7 @@ from tinyllama_ds.errors import (
     OutOfMemory,
     Refusal,
 )
+from tinyllama_ds.files import write_object
 from tinyllama_ds.model.attention import capability_of
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, empty_model
 from tinyllama_ds.model.probe import Probe
@@ -75,7 +76,6 @@ from tinyllama_ds.training.run_directory import (
     check_run_directory,
     open_run_directory,
     refuse_another_past,
-    write_json,
 )
 from tinyllama_ds.training.saving import Saver
 from tinyllama_ds.training.sinks import warn
@@ -254,7 +254,7 @@ def roll_back(run: Run, world: World, rollback: Rollback) -> int:
     if world.is_main:
         first, last = rollback.samples[0], rollback.samples[-1]
         record(run.run_dir, Entry(ROLLED_BACK, rollback.step, first, last, rollback.reason))
-        write_json(run.run_dir / STATUS_FILE, {"state": ROLLED_BACK, "step": rollback.step})
+        write_object(run.run_dir / STATUS_FILE, {"state": ROLLED_BACK, "step": rollback.step})
         print(f"tinyllama-ds: rolled back at {rollback}", file=sys.stderr, flush=True)
     gather_from_ranks(None)  # no rank leaves before it is written: its exit code would end rank 0
     torch.distributed.destroy_process_group()
@@ -339,7 +339,7 @@ def write_status(run_dir: Path, state: str, progress: Progress) -> None:
     """What the run does, for the supervisor and for people. On a full disk it takes the place of the status before."""
     path, status = run_dir / STATUS_FILE, {"state": state, "step": progress.step, "tokens": progress.tokens}
     try:
-        write_json(path, status)
+        write_object(path, status)
     except OSError as error:
         try:
             with path.open("r+") as file:

@@ -33,10 +33,10 @@ from tinyllama_ds.recipe import Recipe, load_recipe
 from tinyllama_ds.training.branch import Parent, find_parent, inherited_ledger, recorded_parent
 from tinyllama_ds.training.initial_weights import InitialWeights, open_initial_weights
 from tinyllama_ds.training.ledger import Entry, left_out, read_ledger
+from tinyllama_ds.training.run_file import RUN_FILE, read_run_file
 from tinyllama_ds.training.schedule import Schedule, make_schedule
 from tinyllama_ds.training.scoring import load_tasks
 
-RUN_FILE = "run.json"
 _MASKS = "mask_sha256"  # in run.json: of a source of conversations
 _PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "flash-attn", "lm-eval")
 
@@ -183,9 +183,9 @@ def _beginning_of(
 
 def _parent_of(options: Options, description: dict) -> Parent | None:
     """What a run that is there began with, else what it is to begin with."""
-    path = options.run_dir / RUN_FILE
-    if path.exists():
-        return recorded_parent(path, options.branch_from)
+    held = read_run_file(options.run_dir)
+    if held is not None:
+        return recorded_parent(options.run_dir / RUN_FILE, held.description, options.branch_from)
     if options.branch_from is None:
         return None
     return find_parent(options.branch_from, description, options.allow_change)

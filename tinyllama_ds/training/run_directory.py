@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,11 +14,11 @@ from tinyllama_ds.training.branch import inherited_ledger
 from tinyllama_ds.training.changes import Change, changes_between, identity_of, refuse_changes
 from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints
 from tinyllama_ds.training.ledger import LEDGER_FILE, write_ledger
-from tinyllama_ds.training.run import RUN_FILE, Run
+from tinyllama_ds.training.run import Run
+from tinyllama_ds.training.run_file import RUN_FILE, Held, read_run_file, write_run_file
 from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_little_room
 
 STATUS_FILE = "status.json"
-_HISTORY = "history"  # in run.json: every change from start to start
 
 
 def check_run_directory(run: Run) -> Path | None:
@@ -31,8 +32,9 @@ def check_run_directory(run: Run) -> Path | None:
     parent = next(folder for folder in (run.run_dir, *run.run_dir.absolute().parents) if folder.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise Refusal(f"{parent}: cannot be written; expected a directory that this user may write")
-    if path.exists():
-        there, now = identity_of(_held_description(path)), identity_of(json.loads(json.dumps(run.description)))
+    held = read_run_file(run.run_dir)
+    if held is not None:
+        there, now = identity_of(held.description), identity_of(json.loads(json.dumps(run.description)))
         changes = list(changes_between(there, now))
         refuse_changes(changes, run.allow_change, f"{path}: holds another run", "choose another --run-dir")
         if run.resume == "never":
@@ -49,12 +51,6 @@ def _need_of_checkpoint(run: Run) -> Need:
     stage = run.engine_config["zero_optimization"].get("stage", 0)
     bf16 = run.engine_config.get("bf16", {}).get("enabled", False)
     return checkpoint_need(run.model.num_parameters, stage, bf16, run.description["world_size"])
-
-
-def _held_description(path: Path) -> dict:
-    """What run.json said when the run last started, without its history."""
-    held = json.loads(path.read_text())
-    return {key: value for key, value in held.items() if key != _HISTORY}
 
 
 def refuse_another_past(run: Run, start: Progress, health: Health) -> None:
@@ -80,35 +76,32 @@ def open_run_directory(run: Run, step: int = 0) -> list[Change]:
 
     Returns what has changed since the run last started; run.json's history keeps it, with the step to go on from.
     """
-    path = run.run_dir / RUN_FILE
     run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
     shutil.copyfile(run.tokenizer, run.run_dir / TOKENIZER_FILE)
-    changes, history = [], []
-    if not path.exists() and run.parent is not None:
-        write_ledger(run.run_dir, inherited_ledger(run.parent))
-    if path.exists():
-        changes = list(changes_between(_held_description(path), json.loads(json.dumps(run.description))))
-        history = json.loads(path.read_text()).get(_HISTORY, [])
+    held = read_run_file(run.run_dir)
+    if held is None:
+        if run.parent is not None:
+            write_ledger(run.run_dir, inherited_ledger(run.parent))
+        write_run_file(run.run_dir, Held(run.description, []))
+        return []
+    changes = list(changes_between(held.description, json.loads(json.dumps(run.description))))
+    history = held.history
     if changes:
-        history = [
-            *history,
-            {"time": date_for_people(), "step": step, "changes": [asdict(change) for change in changes]},
-        ]
-    write_json(path, run.description | {_HISTORY: history})
+        change = {"time": date_for_people(), "step": step, "changes": [asdict(change) for change in changes]}
+        history = [*history, change]
+    write_run_file(run.run_dir, Held(run.description, history))
+    if held.restored_from is not None:
+        _tell_restored(run.run_dir / RUN_FILE, held.restored_from)
     return changes
+
+
+def _tell_restored(path: Path, checkpoint: Path) -> None:
+    print(
+        f"tinyllama-ds: warning: {path}: was damaged, and is restored from {checkpoint}, without its history",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
 
 
 def date_for_people() -> str:
     """Now, in UTC. Nothing is computed from it: the clock on the wall jumps, and differs between hosts."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

@@ -1,0 +1,47 @@
+"""`run.json`: what a run is, for its next start and for people, with every change from start to start."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.files import read_object, write_object
+from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
+
+RUN_FILE = "run.json"
+_HISTORY = "history"
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a run directory says of its run."""
+
+    description: dict  # as the run last started
+    history: list[dict]  # changes
+    restored_from: Path | None = None  # the checkpoint, where the file is damaged
+
+
+def read_run_file(run_dir: Path) -> Held | None:
+    """None where there is no such file; of one that is damaged the description is that of the newest checkpoint.
+
+    Raises `Refusal` where there is no checkpoint either: a run that has logged something does not begin again unasked.
+    """
+    path = run_dir / RUN_FILE
+    if not path.exists():
+        return None
+    held = read_object(path)
+    if held is not None:
+        history = held.pop(_HISTORY, [])
+        return Held(held, history)
+    for checkpoint in reversed(find_checkpoints(run_dir)):
+        with suppress(Refusal):
+            return Held(read_manifest(checkpoint).run, [], checkpoint)
+    raise Refusal(
+        f"{path}: is damaged, expected one JSON object, and there is no checkpoint to restore it from; remove the file"
+        " to begin this run again at step 0, or choose another --run-dir"
+    )
+
+
+def write_run_file(run_dir: Path, held: Held) -> None:
+    """It is on the disk when this returns. Called by one rank."""
+    write_object(run_dir / RUN_FILE, held.description | {_HISTORY: held.history})
