@@ -1,0 +1,53 @@
+"""The probe with compiled blocks on several ranks, where `Pace` times the blocks from the first step on."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from forked import pretrain
+from launching import Finished, write_deepspeed_config, write_recipe
+
+from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.model.probe import TOLERANCE
+from tinyllama_ds.training.checkpoint import File, find_checkpoints
+
+STEPS = 6
+
+
+def test_the_loss_comes_out_again_to_the_last_bit(data_dir: Path, tmp_path: Path) -> None:
+    """A weight that is damaged a little moves it less than other circumstances may; under the same nothing may."""
+    recipe = write_recipe(tmp_path / "small.toml", STEPS, save_every=STEPS)
+    config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=4, bf16={"enabled": True})
+
+    def start() -> Finished:
+        return pretrain(recipe, config, data_dir, tmp_path / "run", 2, "--compile", "on")
+
+    finished = start()
+    assert finished.returncode == 0, finished.stderr
+    assert "blocks compiled" in finished.stdout
+    [checkpoint] = find_checkpoints(tmp_path / "run")
+    assert json.loads((checkpoint / "manifest.json").read_text())["health"]["probe"]["circumstances"]["compiled"]
+    finished = start()
+    assert finished.returncode == 0, finished.stderr
+    damage(checkpoint, 1.01)
+    refused = start()
+    assert refused.returncode == EXIT_REFUSED, refused.stdout + refused.stderr
+    told = re.search(r"the probe's loss is .*, a relative difference of (\S+) where 0 is allowed", refused.stderr)
+    assert told, refused.stderr
+    assert 0 < float(told[1]) < TOLERANCE["bfloat16"]
+
+
+def damage(checkpoint: Path, factor: float) -> None:
+    """Some of the master weights of one rank, in a file whose hash is right."""
+    path = next(checkpoint.glob("*rank_1_*optim_states.pt"))
+    state = torch.load(path, weights_only=False)
+    for weights in state["optimizer_state_dict"]["fp32_flat_groups"]:
+        weights[: len(weights) // 10] *= factor
+    torch.save(state, path)
+    content = path.read_bytes()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][path.name] = asdict(File(len(content), hashlib.sha256(content).hexdigest()))
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
