@@ -3,6 +3,7 @@
 OMP_NUM_THREADS=1 python benchmarks/attention_cpu.py
 """
 
+import argparse
 import time
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from tinyllama_ds.model.attention import attention_function
 
 
-def milliseconds(name: str, length: int, dtype: torch.dtype, repeats: int = 5) -> float:
+def milliseconds(name: str, length: int, dtype: torch.dtype, repeats: int) -> float:
     """The best of several runs of one forward and backward pass."""
     q, k, v = (torch.randn(4, length, heads, 64, dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
     upstream, attend = torch.randn_like(q), attention_function(name)
@@ -24,11 +25,15 @@ def milliseconds(name: str, length: int, dtype: torch.dtype, repeats: int = 5) -
 
 def main() -> None:
     """Print a table: a row per dtype and length, and how many times faster `blocked` is than `sdpa`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], metavar="TOKENS")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'dtype':<10}{'tokens':>7}{'sdpa':>9}{'blocked':>9}{'ratio':>7}")
     for dtype in (torch.bfloat16, torch.float32):
-        for length in (128, 256, 512, 1024, 2048):
-            sdpa, blocked = (milliseconds(name, length, dtype) for name in ("sdpa", "blocked"))
+        for length in options.lengths:
+            sdpa, blocked = (milliseconds(name, length, dtype, options.repeats) for name in ("sdpa", "blocked"))
             kind = str(dtype).removeprefix("torch.")
             print(f"{kind:<10}{length:>7}{sdpa:>9.1f}{blocked:>9.1f}{sdpa / blocked:>7.2f}")
 

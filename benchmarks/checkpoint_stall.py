@@ -183,16 +183,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         output = Path(directory) / "figures.json"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-        command = [*launcher, __file__, "--model", options.model, "--json", str(output)]
-        command += ["--directory", f"{directory}/run"]
+        command = [*launcher, __file__, *rank_arguments(options.model, output, Path(directory, "run"))]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        figures = json.loads(output.read_text())
+        report(json.loads(output.read_text()), options.json)
+
+
+def rank_arguments(model: str, output: Path, directory: Path) -> list[str]:
+    """What a rank is told."""
+    return ["--model", model, "--json", str(output), "--directory", str(directory)]
+
+
+def report(figures: dict, path: Path | None) -> None:
+    """The table with what follows by arithmetic, and the same as JSON."""
     figures["tinyllama_1.1b"] = arithmetic(figures)
     figures["machine"] = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
     figures["load_average"] = os.getloadavg()[0]  # of the last minute, the ranks included
     print(table(figures))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if path:
+        path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -56,10 +56,12 @@ def main() -> None:
     """Print a table of figures beside their bars."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shards", type=int, default=20, help="of a source (default: %(default)s)")
+    parser.add_argument("--shard-tokens", type=int, default=2_000_000, help="default: %(default)s")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        streams = write_shards(Path(directory), shards=20, tokens=2_000_000)
+        streams = write_shards(Path(directory), options.shards, options.shard_tokens)
         samples = streams["slimpajama"].num_samples(T)
 
         def seek() -> SampleReader:

@@ -171,14 +171,14 @@ def main() -> None:
     """Print a row per contender: million tokens per second, and our fastest single worker beside it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--megabytes", type=int, default=120, help="of text")
+    parser.add_argument("--megabytes", type=float, default=120, help="of text")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     tokenizer = Tokenizer(options.tokenizer)
     with tempfile.TemporaryDirectory() as directory:
-        text_bytes = make_corpus(Path(directory), options.megabytes * 10**6)
+        text_bytes = make_corpus(Path(directory), int(options.megabytes * 1e6))
         found: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
         for _ in range(options.rounds):
             for name in options.only:

@@ -24,14 +24,14 @@ from tinyllama_ds.model.config import model_config  # noqa: E402
 LAYOUTS: dict[str, tuple[int, dict]] = {
     "zero1": (1, {}), "zero2": (2, {}), "zero3": (3, {}), "zero3_hpz": (3, {"zero_hpz_partition_size": 2}),
 }  # fmt: skip
-STEPS, MICRO_BATCH = 200, 1  # two micro batches per step
+MICRO_BATCH = 1  # two per step
 
 
-def measure(name: str, hosts: list[Host], data: Path, folder: Path) -> dict:
+def measure(name: str, steps: int, hosts: list[Host], data: Path, folder: Path) -> dict:
     """A run of its own; what start and end send is a small part of it."""
     stage, changes = LAYOUTS[name]
-    recipe = write_recipe(folder / "recipe.toml", STEPS, save_every=STEPS)
-    recipe.write_text(recipe.read_text().replace("log_steps = 1", f"log_steps = {STEPS}"))
+    recipe = write_recipe(folder / "recipe.toml", steps, save_every=steps)
+    recipe.write_text(recipe.read_text().replace("log_steps = 1", f"log_steps = {steps}"))
     config = write_deepspeed_config(folder / f"{name}.json", stage, MICRO_BATCH)
     content = json.loads(config.read_text())
     content["zero_optimization"] |= changes
@@ -43,7 +43,7 @@ def measure(name: str, hosts: list[Host], data: Path, folder: Path) -> dict:
         *("--run-dir", folder / name, "--hostfile", folder / "hostfile"),
     )
     assert finished.returncode == 0, finished.stderr
-    sent = (hosts[0].sent_bytes() - before) / STEPS
+    sent = (hosts[0].sent_bytes() - before) / steps
     weights = 4 * model_config("test").num_parameters
     return {"layout": name, "bytes_per_step": round(sent), "times_the_weights": round(sent / weights, 2)}
 
@@ -51,6 +51,8 @@ def measure(name: str, hosts: list[Host], data: Path, folder: Path) -> dict:
 def main() -> None:
     """Print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--steps", type=int, default=200, help="more than the warm-up's 5 (default: %(default)s)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -59,7 +61,7 @@ def main() -> None:
         texts = [made_up_text(seed, 2000) for seed in range(20)]
         data = prepare_small_data(folder, train_tokenizer(texts, 512, folder / "tokenizer.model").path)
         with start_hosts(2, folder / "hosts") as hosts:
-            rows = [measure(layout, hosts, data, folder) for layout in LAYOUTS]
+            rows = [measure(layout, options.steps, hosts, data, folder) for layout in options.layouts]
     for row in rows:
         print(
             f"{row['layout']:12}{row['bytes_per_step']:>12,} bytes per step, {row['times_the_weights']} x the weights"

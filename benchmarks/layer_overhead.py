@@ -7,13 +7,14 @@ of `ds_configs/` and as a plain module, in turn, on one CPU rank. What a file co
 together, is its processor time over the plain module's, divided by the blocks.
 """
 
+import argparse
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from tinyllama_ds.training.world import read_world
 NARROW = LlamaConfig(64, 32, 64, 22, 2, 1, 16)
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
 FILES = ("zero1", "zero2", "zero3", "zero3_keep")
-WARMUP, ROUNDS = 5, 40
+WARMUP = 5  # micro batches
+_context = multiprocessing.get_context("fork")  # each measurement in a process that no other has used
 
 
 def plain() -> Callable[[], None]:
@@ -60,25 +62,46 @@ def tokens() -> tuple[torch.Tensor, torch.Tensor]:
     return row[:, :-1], row[:, 1:]
 
 
-def measure(name: str) -> float:
-    """Milliseconds of processor time of a micro batch: the median of `ROUNDS`."""
+def measure(name: str, micro_batches: int) -> float:
+    """Milliseconds of processor time of a micro batch: the median of so many."""
     torch.set_num_threads(1)
     micro_batch = plain() if name == "plain" else under_deepspeed(name)
     seconds = []
-    for _ in range(WARMUP + ROUNDS):
+    for _ in range(WARMUP + micro_batches):
         started = time.process_time()
         micro_batch()
         seconds.append(time.process_time() - started)
     return 1000 * statistics.median(seconds[WARMUP:])
 
 
+def measure_in_a_process(name: str, micro_batches: int) -> float:
+    """The same in a new process."""
+    receiver, sender = _context.Pipe(duplex=False)
+    process = _context.Process(target=_measure_and_send, args=(name, micro_batches, sender))
+    process.start()
+    sender.close()
+    milliseconds = receiver.recv()  # EOFError where it has failed, and said why
+    process.join()
+    return milliseconds
+
+
+def _measure_and_send(name: str, micro_batches: int, sender: Connection) -> None:
+    sender.send(measure(name, micro_batches))
+    sender.close()
+    os._exit(0)  # gloo's threads can abort at the interpreter's end
+
+
 def main() -> None:
-    rounds: dict[str, list[float]] = {name: [] for name in ("plain", *FILES)}
-    for _ in range(3):
+    """Print a line per file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", nargs="+", default=list(FILES), help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each (default: %(default)s)")
+    parser.add_argument("--micro-batches", type=int, default=40, help="of a process (default: %(default)s)")
+    options = parser.parse_args()
+    rounds: dict[str, list[float]] = {name: [] for name in ("plain", *options.files)}
+    for _ in range(options.rounds):
         for name, found in rounds.items():
-            command = [sys.executable, __file__, name]
-            finished = subprocess.run(command, capture_output=True, text=True, check=True)
-            found.append(float(finished.stdout.split()[-1]))
+            found.append(measure_in_a_process(name, options.micro_batches))
     alone = statistics.median(rounds["plain"])
     for name, found in rounds.items():
         whole = statistics.median(found)
@@ -87,8 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
-    else:
-        print(measure(sys.argv[1]), flush=True)
-        os._exit(0)  # gloo's threads can abort at the interpreter's end
+    main()

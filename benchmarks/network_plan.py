@@ -10,6 +10,7 @@ measures a step on free links and predicts it on throttled ones.
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from plan_launching import deepspeed_config, namespaces, run_ranks, throttle
@@ -54,12 +55,12 @@ def planned_bytes(name: str, ranks: int, accumulation: int = ACCUMULATION) -> fl
     return sum(part.sent_per_rank(layout.hpz if part.is_in_node else ranks, "gloo") for part in found)
 
 
-def compare_bytes(folder: Path) -> list[dict]:
+def compare_bytes(folder: Path, layouts: Sequence[str], hosts: Sequence[int]) -> list[dict]:
     """A row per layout and number of hosts."""
     rows = []
-    for ranks in (2, 4):
+    for ranks in hosts:
         with namespaces(ranks):
-            for name in LAYOUTS:
+            for name in layouts:
                 found = run_ranks(setting(name, ACCUMULATION, 2), ranks, folder / f"{name}_{ranks}", True)
                 measured = sum(rank["sent"] for rank in found) / ranks
                 planned = planned_bytes(name, ranks)
@@ -80,7 +81,7 @@ def predicted_seconds(name: str, mbit: float, free: dict) -> float:
     return free["fastest"] + exposed_seconds(traffic, {"forward": 0.0, "backward": 0.0})
 
 
-def compare_seconds(folder: Path, layouts: tuple[str, ...], rates: tuple[float, ...]) -> list[dict]:
+def compare_seconds(folder: Path, layouts: Sequence[str], rates: Sequence[float]) -> list[dict]:
     """A row per layout and link; two hosts, accumulation 1. CPU ranks are taken to hide nothing."""
     rows = []
     for name in layouts:
@@ -91,22 +92,30 @@ def compare_seconds(folder: Path, layouts: tuple[str, ...], rates: tuple[float, 
                 steps = 1 if mbit < 50 else 3
                 (found, _) = run_ranks(setting(name, 1, steps), 2, folder / f"{name}_{mbit:g}", True)
                 planned, measured = predicted_seconds(name, mbit, free), found["fastest"]
-                row = {"layout": name, "mbit": mbit, "free": free["fastest"]}
+                row = {"layout": name, "mbit": mbit, "free": free["fastest"], "sent": free["sent"]}
                 rows.append(row | {"planned": planned, "measured": measured})
                 print(f"{name:<12} {mbit:>6g} Mbit/s  free {free['fastest']:.3f}  planned {planned:.3f}"
                       f"  measured {measured:.3f}  {planned / measured - 1:+.1%}", flush=True)  # fmt: skip
     return rows
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(words: Sequence[str] | None = None) -> None:
+    """Print a row per measurement, and write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("bytes", "time"))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="default: all; of time zero1 and zero3")
+    parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4], help="of bytes (default: %(default)s)")
+    parser.add_argument("--mbit", type=float, nargs="+", default=[1000, 100, 10], help="of time (default: %(default)s)")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         if options.what == "bytes":
-            results = compare_bytes(Path(folder))
+            results = compare_bytes(Path(folder), options.layouts or list(LAYOUTS), options.hosts)
         else:
-            results = compare_seconds(Path(folder), ("zero1", "zero3"), (1000, 100, 10))
+            results = compare_seconds(Path(folder), options.layouts or ["zero1", "zero3"], options.mbit)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ held at most. CPU ranks have no CUDA context and no caching allocator, so those 
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,12 +58,13 @@ def compare(name: str, ranks: int, folder: Path) -> dict:
     }
 
 
-if __name__ == "__main__":
+def main(words: Sequence[str] | None = None) -> None:
+    """Print a row per layout and number of ranks, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for ranks in options.ranks:
@@ -75,3 +77,7 @@ if __name__ == "__main__":
                       f" {row['measured_peak']:>11,} held {peak:+.1%}", flush=True)  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -48,13 +48,13 @@ def best(gpus: int, gbit: float, times: int) -> dict:
 
 def draw(rows: list[dict], output: Path) -> None:
     """Efficiency over GPUs, a line per network, a panel per batch."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure, sizes = Figure(figsize=(11, 4), layout="constrained"), sorted({row["gpus"] for row in rows})
     for axis, times in zip(figure.subplots(1, len(BATCHES), sharey=True), BATCHES, strict=True):
         batch = times * 2_097_152
         for gbit in NETWORKS:
             line = [row for row in rows if (row["gbit"], row["batch_tokens"]) == (gbit, batch)]
             axis.plot(range(len(line)), [row["efficiency"] for row in line], marker="o", label=f"{gbit} Gbit/s")
-        axis.set_xticks(range(len(SIZES)), [f"{size:,}" for size in SIZES])
+        axis.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
         axis.set(xlabel="A100-40G, 8 per host with NVLink", title=f"{batch:,} tokens per step", ylim=(0, 1.05))
         axis.grid(alpha=0.3)
     axis.legend(title="between hosts")
@@ -62,12 +62,14 @@ def draw(rows: list[dict], output: Path) -> None:
     figure.savefig(output, dpi=100)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the table; write JSON and picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--gpus", type=int, nargs="+", default=list(SIZES), help="default: %(default)s")
     options = parser.parse_args()
-    rows = [best(size, gbit, times) for times in BATCHES for gbit in NETWORKS for size in SIZES]
+    rows = [best(size, gbit, times) for times in BATCHES for gbit in NETWORKS for size in options.gpus]
     for row in rows:
         print(f"{row['batch_tokens']:>10,} {row['gbit']:>4} Gbit/s {row['gpus']:>5} GPUs  {row['layout']:<11}"
               f" micro batch {row['micro_batch']:>2}  {row['tokens_per_second_per_gpu']:>7,.0f}"
@@ -76,3 +78,7 @@ if __name__ == "__main__":
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     if options.picture:
         draw(rows, options.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,12 +14,13 @@ from launching import tinyllama_ds, write_deepspeed_config, write_recipe
 
 import network_plan
 import plan_memory
-from plan_launching import host_name, namespaces, run_ranks, throttle
+from plan_launching import host_name
 from tinyllama_ds.model.config import model_config
 
 
 def test_two_ranks_hold_what_the_plan_says(tmp_path: Path) -> None:
-    row = plan_memory.compare("zero3", 2, tmp_path)
+    plan_memory.main(["--ranks", "2", "--layouts", "zero3", "--json", str(tmp_path / "memory.json")])
+    [row] = json.loads((tmp_path / "memory.json").read_text())
     assert row["planned_states"] == pytest.approx(row["measured_states"], rel=0.05)
     assert row["planned_peak"] == pytest.approx(row["measured_peak"], rel=0.10)
 
@@ -56,9 +57,7 @@ def test_two_hosts_send_the_bytes_and_take_the_seconds_of_the_plan(name: str, tm
     reason = why_not_on_namespaces()
     if reason:
         pytest.skip(reason)
-    with namespaces(2):
-        (free, _) = run_ranks(network_plan.setting(name, 1, 3), 2, tmp_path / "free", True)
-        throttle(2, 50)
-        (slow, _) = run_ranks(network_plan.setting(name, 1, 3), 2, tmp_path / "slow", True)
-    assert free["sent"] == pytest.approx(network_plan.planned_bytes(name, 2, accumulation=1), rel=0.02)
-    assert slow["fastest"] == pytest.approx(network_plan.predicted_seconds(name, 50, free), rel=0.2)
+    network_plan.main(["time", "--layouts", name, "--mbit", "50", "--json", str(tmp_path / "time.json")])
+    [row] = json.loads((tmp_path / "time.json").read_text())
+    assert row["sent"] == pytest.approx(network_plan.planned_bytes(name, 2, accumulation=1), rel=0.02)
+    assert row["measured"] == pytest.approx(row["planned"], rel=0.2)

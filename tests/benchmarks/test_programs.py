@@ -1,0 +1,147 @@
+"""Every program of `benchmarks/` runs, at a tiny size: what it calls of the package is as it is now.
+
+Those that start ranks of their own are called where the same measurement is wanted: `tests/planning/test_measured.py`
+runs `plan_memory.py`, `network_plan.py time` and with them `plan_probe.py`; `test_on_gpu.py` runs `on_gpu.py`.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import hosts
+import pytest
+from forked import on_ranks, run_script
+from launching import Finished
+
+from contenders import CONTENDERS, SIZES
+from gpu_parts.peers import OURS, PEERS
+from tinyllama_ds.data.tokenizer import Tokenizer
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+REASON = hosts.why_not()
+MODULES = {"contenders", "plan_launching", "plan_probe"}  # of the other programs
+PLAIN = "plain loop, compiled, sdpa"
+ELSEWHERE = {"plan_memory": "test_measured.py", "on_gpu": "test_on_gpu.py"}
+
+
+def benchmark(name: str, *arguments: object, ranks: int = 1) -> Finished:
+    """A program as a user starts it, without compiling, which takes longer here than all the rest."""
+    more = {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
+    finished = on_ranks(run_script, FOLDER / f"{name}.py", *arguments, ranks=ranks, **more)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished
+
+
+def test_every_program_is_here_or_elsewhere() -> None:
+    text = Path(__file__).read_text()
+    names = {path.stem for path in FOLDER.glob("*.py")} - MODULES
+    assert {name for name in names if f'benchmark("{name}"' not in text} == set(ELSEWHERE)
+    for name, test in ELSEWHERE.items():
+        [path] = FOLDER.parent.glob(f"tests/*/{test}")
+        assert name in path.read_text()
+
+
+def test_attention_on_a_cpu() -> None:
+    lines = benchmark("attention_cpu", "--lengths", 128, 512, "--repeats", 1).stdout.splitlines()
+    rows = [line.split() for line in lines[1:]]
+    assert [row[:2] for row in rows] == [[kind, size] for kind in ("bfloat16", "float32") for size in ("128", "512")]
+    assert all(float(figure) > 0 for row in rows for figure in row[2:])
+
+
+def test_saves(tmp_path: Path) -> None:
+    """The ranks are started here; the program does that with torchrun."""
+    import checkpoint_stall
+
+    output = tmp_path / "stall.json"
+    arguments = checkpoint_stall.rank_arguments("test", output, tmp_path / "run")
+    benchmark("checkpoint_stall", *arguments, ranks=checkpoint_stall.RANKS)
+    checkpoint_stall.report(json.loads(output.read_text()), output)
+    figures = json.loads(output.read_text())
+    assert figures["bytes_per_rank"] > 0
+    for name in ("stall_seconds", "seconds_behind_training", "stall_seconds_synchronous", "copy_seconds"):
+        assert figures[name], name
+        assert all(seconds > 0 for seconds in figures[name]), name
+    assert [row["stage"] for row in figures["tinyllama_1.1b"]] == [1, 3]
+
+
+def test_order_of_data(tmp_path: Path) -> None:
+    output = tmp_path / "order.json"
+    benchmark("data_order", "--rounds", 1, "--shards", 2, "--shard-tokens", 200_000, "--json", output)
+    figures = json.loads(output.read_text())
+    assert len(figures) == 7
+    assert all(figure > 0 for figure in figures.values())
+
+
+def test_preparing_data(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    output = tmp_path / "prepare.json"
+    benchmark("data_prepare", "--tokenizer", tokenizer.path, "--megabytes", 0.2, "--rounds", 1, "--json", output)
+    found = json.loads(output.read_text())
+    tokens = {name: runs[0]["tokens"] for name, runs in found["runs"].items()}
+    assert len(tokens) == 8
+    assert set(tokens.values()) == {tokens["ours, sentencepiece"]}, "all contenders make the same tokens"
+    assert all(rate > 0 for rates in found["million_tokens_per_second"].values() for rate in rates.values())
+
+
+@pytest.mark.hosts
+@pytest.mark.skipif(REASON is not None, reason=REASON or "")
+def test_bytes_between_hosts(tmp_path: Path) -> None:
+    output = tmp_path / "traffic.json"
+    benchmark("host_traffic", "--layouts", "zero3_hpz", "--steps", 6, "--json", output)
+    [row] = json.loads(output.read_text())["rows"]
+    assert row["times_the_weights"] > 1
+
+
+def test_hooks_of_blocks() -> None:
+    lines = benchmark("layer_overhead", "--files", "zero1", "zero3", "--rounds", 1, "--micro-batches", 3).stdout
+    found = {line.split()[0]: float(line.split()[1]) for line in lines.splitlines() if "us a block" in line}
+    assert list(found) == ["plain", "zero1", "zero3"]
+    assert min(found.values()) > 0
+
+
+@pytest.mark.hosts
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for network namespaces")
+def test_bytes_of_the_plan(tmp_path: Path) -> None:
+    output = tmp_path / "bytes.json"
+    benchmark("network_plan", "bytes", "--layouts", "zero1", "--hosts", 2, "--json", output)
+    [row] = json.loads(output.read_text())
+    assert row["measured"] == pytest.approx(row["planned"], rel=0.02)
+
+
+def test_scaling(tmp_path: Path) -> None:
+    output, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    benchmark("scaling_plan", "--gpus", 8, 64, "--json", output, "--picture", picture)
+    rows = json.loads(output.read_text())
+    assert {(row["gpus"], row["gbit"]) for row in rows} == {(gpus, gbit) for gpus in (8, 64) for gbit in (25, 100, 400)}
+    assert all(0 < row["efficiency"] <= 1 for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_swiglu() -> None:
+    sizes = ("--hidden-size", 64, "--intermediate-size", 128, "--tokens", 32, "--rounds", 1)
+    rows = [line.split() for line in benchmark("swiglu", *sizes).stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["eager", "compiled"], "Liger and xFormers want a GPU"
+    assert all(float(figure.replace(",", "")) > 0 for row in rows for figure in row[1:])
+
+
+def test_peers(tmp_path: Path) -> None:
+    """One contender, to the table. Some more run in the rehearsal of `on_gpu.py`, and all others below."""
+    output = tmp_path / "peers.json"
+    benchmark("training_peers", "--size", "tiny", "--rounds", 1, "--only", PLAIN, "--json", output)
+    found = json.loads(output.read_text())
+    assert list(found["results"]) == [PLAIN]
+    assert found["results"][PLAIN]["rates"][0] > 0
+
+
+def train_one_step(name: str) -> None:
+    """Of a contender, on one rank."""
+    CONTENDERS[name].build(SIZES["tiny"])()
+    print(f"{name} has made a step", flush=True)
+    os._exit(0)  # gloo's threads can abort at the interpreter's end
+
+
+@pytest.mark.parametrize("name", sorted(CONTENDERS.keys() - {OURS, PLAIN, *PEERS}))
+def test_contenders(name: str) -> None:
+    if "litgpt" in name:
+        pytest.importorskip("litgpt")
+    finished = on_ranks(train_one_step, name, ranks=1, CUDA_VISIBLE_DEVICES="", TORCH_COMPILE_DISABLE="1")
+    assert f"{name} has made a step" in finished.stdout, finished.stderr
