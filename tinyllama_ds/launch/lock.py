@@ -86,7 +86,7 @@ def _owner_of(held: bytes) -> dict | None:
 def _name(path: Path, held: bytes) -> str:
     owner = _owner_of(held)
     if owner is None:
-        return f"a process that {path} does not name, because it is damaged,"
+        return f"a process that the damaged {path} does not name"
     return f"process {owner['pid']} on host {owner['host']}"
 
 
