@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.sources import source_format
@@ -18,33 +17,7 @@ VOCABULARY = """the a small llama model token shard reads writes learns step los
 layer attention head query key value rope cosine sine floor peak data order seed epoch sample document source code"""
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-faults", action="store_true", help="every fault case, not only the fast part")
-    parser.addoption("--slow", action="store_true", help="models of their real size too")
-    parser.addoption("--gpu", action="store_true", help="what needs a GPU, and nothing else; all else does not see it")
-    parser.addoption("--hosts", action="store_true", help="the whole multi-host suite, not only its fast part")
-    parser.addoption("--rehearsal", action="store_true", help="docs/reproduce.md in small, and the rehearsal of v1.1")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Without --gpu a machine's GPUs are hidden: most tests start several ranks, which run on the CPU."""
-    if not config.getoption("--gpu"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif not torch.cuda.is_available() and not config.option.collectonly:
-        raise pytest.UsageError("--gpu: PyTorch sees no GPU on this machine")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    flags = {"all_faults": "--all-faults", "hosts": "--hosts", "rehearsal": "--rehearsal", "slow_models": "--slow"}
-    left_out = {marker for marker, flag in flags.items() if not config.getoption(flag)}
-
-    def is_chosen(item: pytest.Item) -> bool:
-        markers = {marker.name for marker in item.iter_markers()}
-        return ("gpu" in markers) == config.getoption("--gpu") and not left_out & markers
-
-    chosen = [item for item in items if is_chosen(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+pytest_plugins = ("tiers",)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The commands of docs/models.md as they stand, at toy size, one after another (`--slow`)."""
+"""The commands of docs/models.md as they stand, at toy size, one after another (`--real`)."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def workplace(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPa
     return tmp_path
 
 
-@pytest.mark.slow_models
+@pytest.mark.real
 def test_the_commands_of_the_page_work(workplace: Path) -> None:
     for command in commands_of(PAGE):
         arguments = ["ds.json" if "ds_configs/" in part else part for part in command[1:]]

@@ -20,7 +20,7 @@ from tinyllama_ds.model_folder import open_model_folder, write_model_folder
 from tinyllama_ds.training.checkpoint import CheckpointManifest, File, Progress
 from tinyllama_ds.weights import digest, parameter_shapes
 
-pytestmark = [pytest.mark.slow_models, needs_llama2]
+pytestmark = [pytest.mark.real, needs_llama2]
 CONFIG = MODEL_SIZES["tinyllama-1.1b"]
 MOST = 6e9  # bytes
 # A command, and then the most memory that it had resident, mapped files included.
