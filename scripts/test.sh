@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
-# Set up .venv, then everything that CI checks: format, lint, types, tests. Further arguments go to pytest: --hosts (as
-# root) runs the whole multi-host suite, --all-faults every fault, --rehearsal that of TinyLlama v1.1.
+# Set up .venv, then check format, lint, types, and run the tests. CONTRIBUTING.md says what each tier proves:
+#   test.sh              all that CI runs
+#   test.sh --quick      the same checks, and the tests that start no process: while you work
+#   test.sh --all-faults | --hosts | --rehearsal | --real      CI's tests and more
+#   test.sh --gpu        what needs a GPU, and nothing else
+# Other arguments go to pytest, too: test.sh --quick tests/model -k rope
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev
 cd "$root"
 ruff format --check .

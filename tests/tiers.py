@@ -3,15 +3,13 @@
 import inspect
 import os
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
 import pytest
-import torch
 
-HERE = Path(__file__).parent
 FLAGS = {  # of tests that only run when asked for: the marker, and what its flag adds
     "all_faults": "every fault case, not only the fast part",
     "gpu": "what needs a GPU, and nothing else; all else does not see it",
@@ -19,7 +17,8 @@ FLAGS = {  # of tests that only run when asked for: the marker, and what its fla
     "real": "models of their real size, and what others have trained and written",
     "rehearsal": "docs/reproduce.md in small, and the rehearsal of v1.1",
 }
-STARTS_PROCESSES = ("subprocess", "multiprocessing", "pty")
+INSTALLED = tuple(sysconfig.get_paths()[place] for place in ("stdlib", "purelib", "platlib"))
+STARTS_PROCESSES = ("subprocess", "forked", "torch._dynamo", "tinyllama_ds.training.compilation")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,8 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--quick leaves out what {asked_for[0]} adds; give one of them")
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif not torch.cuda.is_available() and not config.option.collectonly:
-        raise pytest.UsageError("--gpu: PyTorch sees no GPU on this machine")
+    elif not config.option.collectonly:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--gpu: PyTorch sees no GPU on this machine")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -59,10 +61,9 @@ def _is_chosen(item: pytest.Item, config: pytest.Config) -> bool:
 
 
 def starts_processes(item: pytest.Item) -> bool:
-    """Whether a test starts processes, itself or by helpers and fixtures of these tests.
+    """Whether a test starts programs, forks or compiles: itself, by fixtures, or by what it calls of ours.
 
-    Read from the names in their code, so that nobody has to mark a test for it. Processes that the package starts by
-    itself are not seen.
+    Read from the names in the code, so that nobody has to mark a test for it.
     """
     fixtures = [fixture.func for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
     return any(map(_reaches_processes, [item.obj, *fixtures]))
@@ -73,32 +74,34 @@ def _reaches_processes(function: Callable) -> bool:
     waiting, seen = [function], set()
     while waiting:
         value = inspect.unwrap(waiting.pop())
-        module = _module_of(value)
-        if module.split(".")[0] in STARTS_PROCESSES:
+        module = getattr(value, "__module__", None) or ""
+        if module in STARTS_PROCESSES:
             return True
-        if id(value) not in seen and _is_in_tests(module):
+        if id(value) not in seen and _is_ours(module):
             seen.add(id(value))
             waiting += _named(value) if isinstance(value, FunctionType) else _members(value)
     return False
 
 
-def _module_of(value: object) -> str:
-    return value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or ""
-
-
-def _is_in_tests(module: str) -> bool:
-    return str(getattr(sys.modules.get(module), "__file__", "")).startswith(f"{HERE}{os.sep}")
+@cache
+def _is_ours(module: str) -> bool:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return file is not None and not file.startswith(INSTALLED)
 
 
 def _named(function: FunctionType) -> Iterator[object]:
-    """What the names in a function stand for, and in the functions inside it."""
+    """What the names in a function stand for, and those in the functions inside it."""
     codes = [function.__code__]
     for code in codes:
         codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-        yield from (function.__globals__[name] for name in code.co_names if name in function.__globals__)
+        values = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+        yield from values
+        for module in values:
+            if isinstance(module, ModuleType):
+                yield from (vars(module)[name] for name in code.co_names if name in vars(module))
 
 
 def _members(value: object) -> Iterator[object]:
-    """Of a module or a class; a property is its function."""
-    if isinstance(value, ModuleType | type):
+    """Of a class; a property is its function."""
+    if isinstance(value, type):
         yield from (getattr(member, "fget", member) for member in vars(value).values())

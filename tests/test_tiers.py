@@ -1,0 +1,103 @@
+"""The flags of `scripts/test.sh`: what they choose, and when a skip is a failure."""
+
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+ROOT = Path(__file__).parents[1]
+SUITE = """
+import subprocess
+
+import forked
+import pytest
+from launching import write_recipe, pretrain
+from tinyllama_ds.launch import launcher
+
+def helper():
+    return [pretrain() for _ in range(1)]
+
+@pytest.fixture
+def program():
+    return subprocess.Popen(["true"])
+
+def test_unit(tmp_path):
+    write_recipe(tmp_path / "recipe.toml", 1, 1)
+
+def test_a_program(): subprocess.run(["true"])
+def test_a_helper(): helper()
+def test_a_fork(): forked.on_ranks(print, ranks=1)
+def test_a_fixture(program): pass
+def test_the_package(): launcher.start_launcher()
+
+@pytest.mark.real
+def test_real(): pass
+@pytest.mark.gpu
+def test_gpu(): pass
+"""
+NEEDED = "import pytest\n\n\ndef test_package(): pytest.skip('no such package')\n"
+EXPECTED = """
+[[skip]]
+tests = "test_expected.py*"
+says = "no such package"
+because = "it cannot be had"
+"""
+
+
+@pytest.fixture
+def made(pytester: pytest.Pytester) -> pytest.Pytester:
+    """An empty folder of tests with the flags of these."""
+    pytester.makeconftest("pytest_plugins = ['tiers', 'skips']")
+    Path(pytester.path, "expected.toml").write_text(EXPECTED)
+    return pytester
+
+
+def run(made: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    return made.runpytest_inprocess("-p", "no:randomly", "-p", "no:cacheprovider", *arguments)
+
+
+def collected(made: pytest.Pytester, *flags: str) -> set[str]:
+    lines = run(made, "--collect-only", "-q", *flags).outlines
+    return {line.partition("::test_")[2] for line in lines if "::" in line}
+
+
+def test_quick_is_what_starts_no_process(made: pytest.Pytester) -> None:
+    made.makepyfile(test_suite=SUITE)
+    everywhere = {"unit", "a_program", "a_helper", "a_fork", "a_fixture", "the_package"}
+    assert collected(made, "--quick") == {"unit"}
+    assert collected(made) == everywhere
+    assert collected(made, "--real") == everywhere | {"real"}
+    assert collected(made, "--gpu") == {"gpu"}
+
+
+def test_quick_and_a_flag_that_adds_tests_are_refused(made: pytest.Pytester) -> None:
+    result = run(made, "--quick", "--hosts")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--quick leaves out what --hosts adds*"])
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "code"),
+    [
+        ("test_expected", NEEDED, 0),
+        ("test_expected", NEEDED.replace("no such", "another"), 1),
+        ("test_other", NEEDED, 1),
+        ("test_other", "import pytest\npytest.importorskip('no_such_package')\n", 1),
+        ("test_other", "import pytest\n@pytest.mark.xfail\ndef test_bug(): assert False\n", 0),
+    ],
+    ids=["expected", "another reason", "another test", "a whole file", "an expected failure"],
+)
+def test_a_skip_that_nobody_expects_is_a_failure(file: str, text: str, code: int, made: pytest.Pytester) -> None:
+    made.makepyfile(**{file: text, "test_passes": "def test_it(): pass"})
+    assert run(made).ret == 0
+    result = run(made, "--strict-skips", "expected.toml")
+    assert result.ret == code
+    said = [f"{file}.py*: *", "install what they need, or add them to expected.toml *"]
+    result.stdout.fnmatch_lines(said) if code else result.stdout.no_fnmatch_line(said[1])
+
+
+def test_workers_report_their_skips(made: pytest.Pytester) -> None:
+    made.makepyfile(test_other=NEEDED)
+    result = run(made, "--strict-skips", "expected.toml", "--numprocesses", "1")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines("test_other.py::test_package: no such package")
