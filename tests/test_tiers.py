@@ -1,10 +1,15 @@
 """The flags of `scripts/test.sh`: what they choose, and when a skip is a failure."""
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+from tiers import FLAGS, flag_of
 
 pytest_plugins = ["pytester"]
+ROOT = Path(__file__).parents[1]
 ROOT = Path(__file__).parents[1]
 SUITE = """
 import subprocess
@@ -101,3 +106,37 @@ def test_workers_report_their_skips(made: pytest.Pytester) -> None:
     result = run(made, "--strict-skips", "expected.toml", "--numprocesses", "1")
     assert result.ret == 1
     result.stdout.fnmatch_lines("test_other.py::test_package: no such package")
+
+
+def test_the_hooks_are_the_static_checks() -> None:
+    script = (ROOT / "scripts" / "test.sh").read_text()
+    checks = script.partition('cd "$root"\n')[2].partition("exec pytest")[0]
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = [hook["entry"] for hook in repository["hooks"]]
+    assert hooks == [f".venv/bin/{line}" for line in checks.splitlines() if not line.startswith("#")]
+
+
+def test_every_tier_is_documented() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert set(re.findall(r"^\| `(--[\w-]+)`", page, flags=re.M)) == {"--quick", *map(flag_of, FLAGS)}
+
+
+def test_ci_names_what_an_outage_of_the_mirror_leaves_out(tmp_path: Path) -> None:
+    """On a machine with none of the programs, whose apt installs nothing."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "dirname", "sort"):
+        (programs / name).symlink_to(Path("/usr/bin", name))
+    for name, line in (("id", "echo 0"), ("apt-get", "exit 100")):
+        (programs / name).write_text(f"#!/bin/bash\n{line}\n")
+        (programs / name).chmod(0o755)
+    for name in (".ci/run", "scripts/test.sh"):
+        (tmp_path / name).parent.mkdir()
+    (tmp_path / ".ci" / "run").write_text((ROOT / ".ci" / "run").read_text())
+    (tmp_path / "scripts" / "test.sh").write_text('#!/bin/bash\necho "$@"\n')
+    (tmp_path / "scripts" / "test.sh").chmod(0o755)
+    command = ["/bin/bash", tmp_path / ".ci" / "run", "--hosts"]
+    finished = subprocess.run(command, env={"PATH": str(programs)}, capture_output=True, text=True, check=True)
+    assert finished.stdout == "--strict-skips tests/expected_skips.toml --hosts\n"
+    missing = "chromium iproute2 munge openmpi-bin openssh-client openssh-server pdsh slurm-wlm"
+    assert f"these Debian packages are not installed, and could not be: {missing}." in finished.stderr

@@ -24,14 +24,14 @@ STARTS_PROCESSES = ("subprocess", "forked", "torch._dynamo", "tinyllama_ds.train
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="only what starts no process and compiles nothing")
     for marker, text in FLAGS.items():
-        parser.addoption(_flag(marker), action="store_true", help=text)
+        parser.addoption(flag_of(marker), action="store_true", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Without --gpu a machine's GPUs are hidden: most tests start several ranks, which run on the CPU."""
     for marker in FLAGS:
-        config.addinivalue_line("markers", f"{marker}: only with {_flag(marker)}")
-    asked_for = [_flag(marker) for marker in FLAGS if config.getoption(_flag(marker))]
+        config.addinivalue_line("markers", f"{marker}: only with {flag_of(marker)}")
+    asked_for = [flag_of(marker) for marker in FLAGS if config.getoption(flag_of(marker))]
     if asked_for and config.getoption("--quick"):
         raise pytest.UsageError(f"--quick leaves out what {asked_for[0]} adds; give one of them")
     if not config.getoption("--gpu"):
@@ -49,13 +49,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
 
 
-def _flag(marker: str) -> str:
+def flag_of(marker: str) -> str:
+    """Of a marker in `FLAGS`."""
     return f"--{marker.replace('_', '-')}"
 
 
 def _is_chosen(item: pytest.Item, config: pytest.Config) -> bool:
     markers = FLAGS.keys() & {marker.name for marker in item.iter_markers()}
-    if ("gpu" in markers) != config.getoption("--gpu") or not all(config.getoption(_flag(name)) for name in markers):
+    if ("gpu" in markers) != config.getoption("--gpu") or not all(config.getoption(flag_of(name)) for name in markers):
         return False
     return not config.getoption("--quick") or not starts_processes(item)
 

@@ -1,3 +1,3 @@
 """tinyllama_ds: raw text and a hostfile in, a TinyLlama-class language model out."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
