@@ -18,7 +18,7 @@ FLAGS = {  # of tests that only run when asked for: the marker, and what its fla
     "rehearsal": "docs/reproduce.md in small, and the rehearsal of v1.1",
 }
 INSTALLED = tuple(sysconfig.get_paths()[place] for place in ("stdlib", "purelib", "platlib"))
-STARTS_PROCESSES = ("subprocess", "forked", "torch._dynamo", "tinyllama_ds.training.compilation")
+STARTS_PROCESSES = ("subprocess", "forked", "torch.compile", "tinyllama_ds.training.compilation")  # modules, functions
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,7 +76,7 @@ def _reaches_processes(function: Callable) -> bool:
     while waiting:
         value = inspect.unwrap(waiting.pop())
         module = getattr(value, "__module__", None) or ""
-        if module in STARTS_PROCESSES:
+        if module in STARTS_PROCESSES or f"{module}.{getattr(value, '__name__', '')}" in STARTS_PROCESSES:
             return True
         if id(value) not in seen and _is_ours(module):
             seen.add(id(value))
