@@ -22,6 +22,9 @@ from tinyllama_ds.launch import launcher
 def helper():
     return [pretrain() for _ in range(1)]
 
+class Setup:
+    def start(self, how=pretrain): how()
+
 @pytest.fixture
 def program():
     return subprocess.Popen(["true"])
@@ -31,6 +34,9 @@ def test_unit(tmp_path):
 
 def test_a_program(): subprocess.run(["true"])
 def test_a_helper(): helper()
+def test_a_default(): Setup().start()
+@pytest.mark.parametrize("start", [pretrain])
+def test_an_argument(start): start()
 def test_a_fork(): forked.on_ranks(print, ranks=1)
 def test_a_fixture(program): pass
 def test_the_package(): launcher.start_launcher()
@@ -68,7 +74,8 @@ def collected(made: pytest.Pytester, *flags: str) -> set[str]:
 
 def test_quick_is_what_starts_no_process(made: pytest.Pytester) -> None:
     made.makepyfile(test_suite=SUITE)
-    everywhere = {"unit", "a_program", "a_helper", "a_fork", "a_fixture", "the_package"}
+    processes = {"a_program", "a_helper", "a_default", "an_argument[pretrain]", "a_fork", "a_fixture", "the_package"}
+    everywhere = {"unit", *processes}
     assert collected(made, "--quick") == {"unit"}
     assert collected(made) == everywhere
     assert collected(made, "--real") == everywhere | {"real"}

@@ -67,12 +67,13 @@ def starts_processes(item: pytest.Item) -> bool:
     Read from the names in the code, so that nobody has to mark a test for it.
     """
     fixtures = [fixture.func for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
-    return any(map(_reaches_processes, [item.obj, *fixtures]))
+    arguments = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(map(_reaches_processes, filter(callable, [item.obj, *fixtures, *arguments])))
 
 
 @cache
-def _reaches_processes(function: Callable) -> bool:
-    waiting, seen = [function], set()
+def _reaches_processes(value: Callable) -> bool:
+    waiting, seen = [value], set()
     while waiting:
         value = inspect.unwrap(waiting.pop())
         module = getattr(value, "__module__", None) or ""
@@ -91,7 +92,8 @@ def _is_ours(module: str) -> bool:
 
 
 def _named(function: FunctionType) -> Iterator[object]:
-    """What the names in a function stand for, and those in the functions inside it."""
+    """What the names in a function stand for, in the functions inside it too, and its arguments' defaults."""
+    yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     codes = [function.__code__]
     for code in codes:
         codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
