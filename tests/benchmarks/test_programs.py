@@ -1,7 +1,7 @@
 """Every program of `benchmarks/` runs, at a tiny size: what it calls of the package is as it is now.
 
 Those that start ranks of their own are called where the same measurement is wanted: `tests/planning/test_measured.py`
-runs `plan_memory.py`, `network_plan.py time` and with them `plan_probe.py`; `test_on_gpu.py` runs `on_gpu.py`.
+runs `plan_memory.py`, `network_plan.py bytes` and with them `plan_probe.py`; `test_on_gpu.py` runs `on_gpu.py`.
 """
 
 import json
@@ -100,11 +100,11 @@ def test_hooks_of_blocks() -> None:
 
 @pytest.mark.hosts
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for network namespaces")
-def test_bytes_of_the_plan(tmp_path: Path) -> None:
-    output = tmp_path / "bytes.json"
-    benchmark("network_plan", "bytes", "--layouts", "zero1", "--hosts", 2, "--json", output)
+def test_seconds_of_the_plan(tmp_path: Path) -> None:
+    output = tmp_path / "time.json"
+    benchmark("network_plan", "time", "--layouts", "zero1", "--mbit", 50, "--json", output)
     [row] = json.loads(output.read_text())
-    assert row["measured"] == pytest.approx(row["planned"], rel=0.02)
+    assert row["measured"] > 0 < row["planned"]
 
 
 def test_scaling(tmp_path: Path) -> None:

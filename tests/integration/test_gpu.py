@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import BATCH, plain_curves, pretrain, read_series, tinyllama_ds, write_deepspeed_config, write_recipe
+from forked import plain_curves
+from launching import BATCH, pretrain, read_series, tinyllama_ds, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
 from tinyllama_ds.errors import EXIT_REFUSED

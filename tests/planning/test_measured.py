@@ -48,16 +48,13 @@ def why_not_on_namespaces() -> str | None:
     return None if made.returncode == 0 else f"no network namespaces here: {made.stderr.strip()}"
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero3"])
-def test_two_hosts_send_the_bytes_and_take_the_seconds_of_the_plan(name: str, tmp_path: Path) -> None:
-    """On a slow link, where the step is the network's: 50 Mbit/s, seconds from the formula, bytes from the counters.
-
-    The fastest of three steps is compared: other work of the machine makes steps longer, and none shorter.
-    """
+def test_two_hosts_send_the_bytes_of_the_plan(tmp_path: Path) -> None:
+    """By the counters of their interfaces. How long it takes is measured by the benchmark, on a machine at rest."""
     reason = why_not_on_namespaces()
     if reason:
         pytest.skip(reason)
-    network_plan.main(["time", "--layouts", name, "--mbit", "50", "--json", str(tmp_path / "time.json")])
-    [row] = json.loads((tmp_path / "time.json").read_text())
-    assert row["sent"] == pytest.approx(network_plan.planned_bytes(name, 2, accumulation=1), rel=0.02)
-    assert row["measured"] == pytest.approx(row["planned"], rel=0.2)
+    network_plan.main(["bytes", "--layouts", "zero1", "zero3", "--hosts", "2", "--json", str(tmp_path / "bytes.json")])
+    rows = json.loads((tmp_path / "bytes.json").read_text())
+    assert [row["layout"] for row in rows] == ["zero1", "zero3"]
+    for row in rows:
+        assert row["measured"] == pytest.approx(row["planned"], rel=0.02), row["layout"]
