@@ -29,6 +29,7 @@ import psutil
 ROOT = Path(__file__).parents[1]
 TABLE = Path("tests", "mutations.toml")
 HEADING = "## What is promised, and the test that holds it\n"
+MESSAGE = 160  # characters of why a test has failed
 TIMEOUT = 1500  # seconds of one call of pytest; the rehearsal of v1.1 in small is the longest
 
 
@@ -63,6 +64,7 @@ class Ran:
     code: int | None
     seconds: float
     tests: dict[str, str]  # function[parameters] to "passed", "failure", "error" or "skipped"
+    message: str  # of the first that did not pass
 
     def having(self, outcome: str) -> list[str]:
         return [test for test, its_outcome in self.tests.items() if its_outcome == outcome]
@@ -135,7 +137,8 @@ def break_and_look(root: Path, mutation: Mutation) -> Outcome:
         outcome = Outcome(mutation, ran.seconds, failed=failed[0])
     else:
         outcome = Outcome(mutation, ran.seconds, escape=str(ran))
-    print(f"{mutation.promise} ({mutation.test}): {outcome.verdict}, {ran.seconds:.0f} s", file=sys.stderr, flush=True)
+    said = ran.message.partition("\n")[0][:MESSAGE]
+    print(f"{outcome.verdict} in {ran.seconds:.0f} s: {mutation.promise} ({mutation.test}): {said}", file=sys.stderr)
     return outcome
 
 
@@ -168,7 +171,7 @@ def run_in_copy(root: Path, mutation: Mutation | None, arguments: Sequence[str])
         finally:
             kill_all_that_import_from(tree)
             process.wait()
-        return Ran(code, time.monotonic() - started, read_report(report))
+        return Ran(code, time.monotonic() - started, *read_report(report))
 
 
 def require_import_from(tree: Path, environment: dict[str, str]) -> None:
@@ -189,14 +192,13 @@ def kill_all_that_import_from(tree: Path) -> None:
                 process.kill()
 
 
-def read_report(path: Path) -> dict[str, str]:
-    """The outcome of every test in pytest's JUnit file; nothing where it was not written."""
+def read_report(path: Path) -> tuple[dict[str, str], str]:
+    """Outcome of every test in pytest's JUnit file and the first message; nothing where the file was not written."""
     if not path.exists():
-        return {}
-    outcomes = {}
-    for case in ElementTree.parse(path).iter("testcase"):
-        outcomes[case.attrib["name"]] = case[0].tag if len(case) else "passed"
-    return outcomes
+        return {}, ""
+    cases = list(ElementTree.parse(path).iter("testcase"))
+    messages = [case[0].attrib.get("message", "") for case in cases if len(case)]
+    return {case.attrib["name"]: case[0].tag if len(case) else "passed" for case in cases}, "".join(messages[:1])
 
 
 def markdown(outcomes: Iterable[Outcome], promises: Iterable[str]) -> str:

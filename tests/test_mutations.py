@@ -95,8 +95,9 @@ def write_table(checkout: Path, cases: list[str]) -> None:
 
 
 def test_only_a_test_that_fails_and_passes_without_it_has_caught_a_mutation(
-    checkout: Path, capsys: pytest.CaptureFixture[str]
+    checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # half of the time of so small a suite
     write_table(checkout, list(CASES))
     assert mutations.main([], checkout) == 1
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
