@@ -135,7 +135,6 @@ def test_a_branch_on_another_layout_is_killed_and_goes_on(family: Family, killed
     assert read_series(branch, "step")[0] == BASIC, "the validation that its curves begin with"
 
 
-@pytest.mark.all_faults
 def test_a_branch_equals_a_run_of_its_own(family: Family, killed_branch: tuple[Path, str], tmp_path: Path) -> None:
     """On the layout of the parent bit for bit; on the other one, killed and resumed, to rounding."""
     whole, branch = tmp_path / "whole", tmp_path / "branch"

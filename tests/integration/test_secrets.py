@@ -14,7 +14,7 @@ NAMES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "NCCL_SECRET", "P
 def test_secrets_in_the_environment_stay_there(data_dir: Path, tmp_path: Path) -> None:
     """Not in the run directory, TensorBoard and checkpoints included, not in the output, not in any command line."""
     canary = f"canary-{secrets.token_hex(8)}"
-    recipe = write_recipe(tmp_path / "small.toml", 4, save_every=2)
+    recipe = write_recipe(tmp_path / "small.toml", 6, save_every=3)
     sinks = {"tensorboard": {"enabled": True}, "csv_monitor": {"enabled": True}}
     config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=4, **sinks)
     command = pretrain_command(recipe, config, data_dir, tmp_path / "run", 2)
