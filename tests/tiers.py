@@ -1,12 +1,7 @@
 """Which tests a call of pytest runs: the flags of `scripts/test.sh`, and what is quick."""
 
-import inspect
 import os
-import sys
-import sysconfig
-from collections.abc import Callable, Iterator
-from functools import cache
-from types import CodeType, FunctionType, ModuleType
+from types import ModuleType
 
 import pytest
 
@@ -17,8 +12,10 @@ FLAGS = {  # of tests that only run when asked for: the marker, and what its fla
     "real": "models of their real size, and what others have trained and written",
     "rehearsal": "docs/reproduce.md in small, and the rehearsal of v1.1",
 }
-INSTALLED = tuple(sysconfig.get_paths()[place] for place in ("stdlib", "purelib", "platlib"))
-STARTS_PROCESSES = ("subprocess", "forked", "torch.compile", "tinyllama_ds.training.compilation")  # modules, functions
+STARTERS = {  # modules, and functions of others
+    *("subprocess", "forked", "hosts", "one_gpu", "slurm", "tinyllama_ds.training.compilation"),
+    *("launching.pretrain", "launching.run", "launching.tinyllama_ds"),
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,49 +59,13 @@ def _is_chosen(item: pytest.Item, config: pytest.Config) -> bool:
 
 
 def starts_processes(item: pytest.Item) -> bool:
-    """Whether a test starts programs, forks or compiles: itself, by fixtures, or by what it calls of ours.
-
-    Read from the names in the code, so that nobody has to mark a test for it.
-    """
-    fixtures = [fixture.func for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
-    arguments = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return any(map(_reaches_processes, filter(callable, [item.obj, *fixtures, *arguments])))
+    """Whether the file of a test imports what starts programs or forks, or compiles: so nobody has to mark it."""
+    return any(_origins(value) & STARTERS for value in vars(item.module).values())
 
 
-@cache
-def _reaches_processes(value: Callable) -> bool:
-    waiting, seen = [value], set()
-    while waiting:
-        value = inspect.unwrap(waiting.pop())
-        module = getattr(value, "__module__", None) or ""
-        if module in STARTS_PROCESSES or f"{module}.{getattr(value, '__name__', '')}" in STARTS_PROCESSES:
-            return True
-        if id(value) not in seen and _is_ours(module):
-            seen.add(id(value))
-            waiting += _named(value) if isinstance(value, FunctionType) else _members(value)
-    return False
-
-
-@cache
-def _is_ours(module: str) -> bool:
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return file is not None and not file.startswith(INSTALLED)
-
-
-def _named(function: FunctionType) -> Iterator[object]:
-    """What the names in a function stand for, in the functions inside it too, and its arguments' defaults."""
-    yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    codes = [function.__code__]
-    for code in codes:
-        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-        values = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
-        yield from values
-        for module in values:
-            if isinstance(module, ModuleType):
-                yield from (vars(module)[name] for name in code.co_names if name in vars(module))
-
-
-def _members(value: object) -> Iterator[object]:
-    """Of a class; a property is its function."""
-    if isinstance(value, type):
-        yield from (getattr(member, "fget", member) for member in vars(value).values())
+def _origins(value: object) -> set[str]:
+    """The name of a module, or of a function and of its module."""
+    if isinstance(value, ModuleType):
+        return {value.__name__}
+    module = getattr(value, "__module__", None) or ""
+    return {module, f"{module}.{getattr(value, '__name__', '')}"}
