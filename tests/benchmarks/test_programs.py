@@ -14,7 +14,6 @@ from forked import on_ranks, run_script
 from launching import Finished
 
 from contenders import CONTENDERS, SIZES
-from gpu_parts.peers import OURS, PEERS
 from tinyllama_ds.data.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -124,7 +123,7 @@ def test_swiglu() -> None:
 
 
 def test_peers(tmp_path: Path) -> None:
-    """One contender, to the table. Some more run in the rehearsal of `on_gpu.py`, and all others below."""
+    """One contender, to the table; the others below."""
     output = tmp_path / "peers.json"
     benchmark("training_peers", "--size", "tiny", "--rounds", 1, "--only", PLAIN, "--json", output)
     found = json.loads(output.read_text())
@@ -139,7 +138,7 @@ def train_one_step(name: str) -> None:
     os._exit(0)  # gloo's threads can abort at the interpreter's end
 
 
-@pytest.mark.parametrize("name", sorted(CONTENDERS.keys() - {OURS, PLAIN, *PEERS}))
+@pytest.mark.parametrize("name", sorted(CONTENDERS.keys() - {PLAIN}))
 def test_contenders(name: str) -> None:
     if "litgpt" in name:
         pytest.importorskip("litgpt")
