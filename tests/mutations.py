@@ -208,7 +208,8 @@ def markdown(outcomes: Iterable[Outcome], promises: Iterable[str]) -> str:
         for outcome in outcomes:
             mutation = outcome.mutation
             if promise.startswith(mutation.promise):
-                change = f"`{mutation.file}`: `{mutation.old.strip()}` → `{mutation.new.strip()}`".replace("|", "\\|")
+                new = f"`{mutation.new.strip()}`" if mutation.new.strip() else "nothing"
+                change = f"`{mutation.file}`: `{mutation.old.strip()}` → {new}".replace("|", "\\|")
                 test = f"`{mutation.test_file}::{outcome.failed or mutation.test.partition('::')[2]}`"
                 rows.append(f"| {promise} | {change} | {test} | {outcome.seconds:.0f} | {outcome.verdict} |")
     return "\n".join(rows)
