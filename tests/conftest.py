@@ -20,14 +20,21 @@ layer attention head query key value rope cosine sine floor peak data order seed
 pytest_plugins = ("tiers", "skips")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def environment_at_first() -> dict[str, str]:
+    """Seen before any other fixture can change it."""
+    return dict(os.environ)
+
+
 @pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """What a test leaves in the environment ends with it: a command called in this process tells DeepSpeed its rank by
-    variables, which the processes that later tests start would inherit."""
-    before = dict(os.environ)
+def own_environment(environment_at_first: dict[str, str]) -> Iterator[None]:
+    """What tests and fixtures leave in the environment ends with them: a command called in this process tells DeepSpeed
+    its rank by variables, which the processes that later tests start would inherit."""
+    os.environ.clear()
+    os.environ.update(environment_at_first)
     yield
     os.environ.clear()
-    os.environ.update(before)
+    os.environ.update(environment_at_first)
 
 
 @pytest.fixture
