@@ -1,7 +1,6 @@
 """Batches: the right tokens at the right position, made ahead without losing one, an exception or a thread."""
 
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -133,18 +132,19 @@ def test_prefetch_gives_the_same_items_and_ends():
 
 
 def test_prefetch_works_ahead_but_no_further_than_its_depth():
-    made = []
+    taken, lead = 0, []
 
     def items():
         for number in range(50):
-            made.append(number)
+            lead.append(number + 1 - taken)
             yield number
 
     ahead = prefetch(items(), 4)
-    assert next(ahead) == 0
-    wait_until(lambda: len(made) == 6, "four in the queue, and one in the thread's hand")
-    time.sleep(0.3)
-    assert len(made) == 6
+    for number in range(40):
+        assert next(ahead) == number
+        taken = number + 1
+        wait_until(lambda made=number + 6: len(lead) == made, "four in the queue, and one in the thread's hand")
+    assert max(lead) <= 6, "before what was taken is counted"
     ahead.close()
     assert prefetch_threads() == []
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import wait_until
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -80,7 +81,8 @@ def test_a_full_disk_loses_no_row(small_disk: Callable[..., Path], capsys: pytes
             fill(run_dir / "others")
         if step == 7:
             (run_dir / "others").unlink()
-            time.sleep(1.1)  # event files are read in the order of the second in their names
+            now = int(time.time())  # event files are read in the order of the second in their names
+            wait_until(lambda now=now: time.time() >= now + 1, "the next second")
         metrics.log(step, step * 100, row)
     metrics.close()
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
