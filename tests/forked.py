@@ -129,8 +129,9 @@ def _forks(function: Callable[..., None], arguments: tuple, environments: list[d
             yield Processes([function.__name__, *map(str, arguments)], processes, *outputs)
         finally:
             for process in processes:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # what it has started too
+                process.kill()
+                with suppress(ProcessLookupError):  # it has ended, or has no group of its own yet
+                    os.killpg(process.pid, signal.SIGKILL)  # what it has started
                 process.join()
 
 

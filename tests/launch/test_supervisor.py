@@ -32,6 +32,14 @@ Path("status.json").write_text(json.dumps({"state": "stopped"}))
 """
 
 
+LAUNCHER_OF_A_ROLLBACK = """
+import json, os
+from pathlib import Path
+state = "finished" if os.environ["TINYLLAMA_DS_RESTART"] == "1" else "rolled back"
+Path("status.json").write_text(json.dumps({"state": state}))
+"""
+
+
 def supervise_here(launcher: str, folder: Path, max_seconds: float | None) -> None:
     """Prints exit code and restarts."""
     os.chdir(folder)
@@ -63,6 +71,13 @@ def test_it_gives_up_after_three_failures_without_a_new_checkpoint(tmp_path: Pat
     assert finished.stdout == "5 2\n", finished.stderr
     assert finished.stderr.count("at checkpoint 0; starting it again") == 2
     assert "given up: 3 failures in a row without a new checkpoint, the last with code 5" in finished.stderr
+
+
+def test_a_rollback_is_no_failure_and_starts_at_once(tmp_path: Path) -> None:
+    finished = supervised(LAUNCHER_OF_A_ROLLBACK, tmp_path)
+    assert finished.stdout == "0 1\n", finished.stderr
+    assert "going back to checkpoint 0, without the samples of the spike" in finished.stderr
+    assert "starting it again" not in finished.stderr
 
 
 def test_wall_time_asks_the_ranks_to_stop(tmp_path: Path) -> None:

@@ -48,13 +48,12 @@ def why_not_on_namespaces() -> str | None:
     return None if made.returncode == 0 else f"no network namespaces here: {made.stderr.strip()}"
 
 
-def test_two_hosts_send_the_bytes_of_the_plan(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["zero3", pytest.param("zero1", marks=pytest.mark.hosts)])
+def test_two_hosts_send_the_bytes_of_the_plan(name: str, tmp_path: Path) -> None:
     """By the counters of their interfaces. How long it takes is measured by the benchmark, on a machine at rest."""
     reason = why_not_on_namespaces()
     if reason:
         pytest.skip(reason)
-    network_plan.main(["bytes", "--layouts", "zero1", "zero3", "--hosts", "2", "--json", str(tmp_path / "bytes.json")])
-    rows = json.loads((tmp_path / "bytes.json").read_text())
-    assert [row["layout"] for row in rows] == ["zero1", "zero3"]
-    for row in rows:
-        assert row["measured"] == pytest.approx(row["planned"], rel=0.02), row["layout"]
+    network_plan.main(["bytes", "--layouts", name, "--hosts", "2", "--json", str(tmp_path / "bytes.json")])
+    [row] = json.loads((tmp_path / "bytes.json").read_text())
+    assert row["measured"] == pytest.approx(row["planned"], rel=0.02)
