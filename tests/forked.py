@@ -1,6 +1,6 @@
 """Ranks and commands as processes forked from one that has imported PyTorch and DeepSpeed already.
 
-Imports are two thirds of what a launch costs. All else is as in a launch: a process for each rank, which ends with its
+Imports are four fifths of what a launch costs. All else is as in a launch: a process for each rank, which ends with its
 run and takes all of DeepSpeed's state with it, a gloo group, files and exit codes. What launcher and supervisor do is
 tested through `launching`.
 """
