@@ -54,6 +54,14 @@ def read_object(path: Path) -> dict | None:
     return _parse(path.read_bytes())
 
 
+def read_object_if_whole(path: Path) -> dict:
+    """The same, and an empty one where there is none that can be read, for who goes on without it."""
+    try:
+        return read_object(path) or {}
+    except OSError:
+        return {}
+
+
 def whole_rows(lines: Iterable[bytes], path: Path, **kinds: Kinds) -> Iterator[tuple[bytes, dict]]:
     """The lines of a file of JSON lines, each with its object, which has values of these kinds under these keys.
 

@@ -11,17 +11,15 @@ import numpy as np
 from tqdm import tqdm
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.files import Kinds, parse_row, read_object, whole_rows
+from tinyllama_ds.files import Kinds, parse_row, read_object_if_whole, whole_rows
 
 METRICS_FILE = "metrics.jsonl"
 _COLUMNS = 500  # of a drawing
 _MOST_POINTS = 65_536  # of a series, before it is thinned out
 _TAIL_BYTES = 65_536
 _SCORES = ("scores/*.json", "evaluation/*/*.json")  # the latter is by checkpoint
-_STEPS: dict[str, Kinds] = {
-    "step": int,
-    "tokens": int,
-}  # what a row has to have, here of metrics.jsonl and starts.jsonl
+# What a row has to have: of metrics.jsonl and starts.jsonl, and of the others.
+_STEPS: dict[str, Kinds] = {"step": int, "tokens": int}
 _SKIPS: dict[str, Kinds] = {"event": str, "step": int, "first_sample": int, "last_sample": int, "reason": str}
 _SAMPLES: dict[str, Kinds] = {"tokens": int, "prompt": str, "text": str}
 _TASKS: dict[str, Kinds] = {"tokens": int, "task": str, "metric": str, "value": (int, float)}
@@ -108,9 +106,9 @@ def read_metrics(run_dir: Path) -> list[dict]:
 def read_history(run_dir: Path) -> History:
     """Reads row by row, in memory that does not grow with the run. Raises `Refusal` where nothing was logged."""
     path = _metrics_of(run_dir)
-    status = _read_json(run_dir / "status.json")
+    status = read_object_if_whole(run_dir / "status.json")
     history = History(
-        _read_json(run_dir / "run.json"),
+        read_object_if_whole(run_dir / "run.json"),
         status.get("state", ""),
         starts=_read_lines(run_dir / "starts.jsonl", _STEPS),
         ledger=_read_lines(run_dir / "ledger.jsonl", _SKIPS),
@@ -120,7 +118,7 @@ def read_history(run_dir: Path) -> History:
             content | {"name": f"{file.parent.name}/{file.stem}"}
             for pattern in _SCORES
             for file in sorted(run_dir.glob(pattern))
-            if (content := _read_json(file))
+            if (content := read_object_if_whole(file))
         ],
     )
     _read_figures(path, history)
@@ -183,14 +181,6 @@ def _rows(path: Path) -> Iterator[dict]:
             yield row
             if number % 4096 == 0:
                 bar.update(file.tell() - bar.n)
-
-
-def _read_json(path: Path) -> dict:
-    """An object; empty where there is none that can be read."""
-    try:
-        return read_object(path) or {}
-    except OSError:
-        return {}
 
 
 def _read_lines(path: Path, kinds: dict[str, Kinds]) -> list[dict]:

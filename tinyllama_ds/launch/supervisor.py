@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART, EXIT_ROLLBACK
-from tinyllama_ds.files import read_object
+from tinyllama_ds.files import read_object_if_whole
 from tinyllama_ds.launch.lifeline import Lifeline
 from tinyllama_ds.launch.lock import RunLock
 
@@ -222,7 +222,7 @@ def _exit_code(code: int, status_file: Path) -> int:
 
 
 def _read_state(status_file: Path) -> str | None:
-    row = _read_object(status_file)
+    row = read_object_if_whole(status_file)
     state = row.get("state")
     return state if isinstance(state, str) else None
 
@@ -302,14 +302,7 @@ class _Watchdog:
 
 
 def _read_beat(file: Path) -> dict:
-    return _read_object(file) or {"doing": "working"}  # read while it was being written
-
-
-def _read_object(file: Path) -> dict:
-    try:
-        return read_object(file) or {}
-    except OSError:
-        return {}
+    return read_object_if_whole(file) or {"doing": "working"}  # read while it was being written
 
 
 def end_group(process: subprocess.Popen, gently: bool = True) -> None:
