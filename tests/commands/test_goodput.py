@@ -1,12 +1,14 @@
 """What `pretrain` says of its goodput at its end."""
 
+import argparse
 from pathlib import Path
 
 import pytest
 
-from tinyllama_ds.commands.training import _say_goodput
+from tinyllama_ds.commands.training import _say_goodput, _watch, add_run_arguments
 from tinyllama_ds.evaluation.history import read_history
 from tinyllama_ds.evaluation.report import report_page, standing
+from tinyllama_ds.launch.launcher import Placement
 from tinyllama_ds.launch.supervisor import Supervised
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.metrics import MetricsLogger
@@ -37,6 +39,17 @@ def test_before_the_first_logged_step_it_is_not_known(tmp_path: Path, capsys: py
     now = standing(history, 512, is_held=False)
     assert now.sentence.endswith("; no step was logged yet")
     assert ">nan" not in report_page(history, now, "here")
+
+
+def test_the_tokens_of_a_branchs_parent_are_not_its_own(tmp_path: Path) -> None:
+    """Before its first checkpoint a branch is where its parent was: what a call commits is counted from there."""
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    arguments = ["--recipe", "r", "--deepspeed-config", "c", "--data", "d", "--run-dir", str(tmp_path)]
+    options = parser.parse_args(arguments, argparse.Namespace(step_timeout=600.0, max_wall_time=None))
+    here = Placement(None, [], 1, on_cpu=True)
+    assert _watch(options, here, begun=(4, 1024)).committed() == (4, 1024)
+    assert _watch(options, here, begun=(0, 0)).committed() == (0, 0)
 
 
 def test_figures_that_found_no_room_do_not_change_the_exit_code(
