@@ -4,13 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import on_ranks, pretrain, run_script
+from forked import on_ranks, pretrain
 from launching import read_series, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
-from tinyllama_ds.errors import EXIT_NUMERICS
+from tinyllama_ds.errors import EXIT_NUMERICS, BadNumbers
+from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.training.checkpoint import find_checkpoints
+from tinyllama_ds.training.engine import leave, start_process_group, wrap
 from tinyllama_ds.training.faults import FAULT_VARIABLE
+from tinyllama_ds.training.guard import check_parameters
+from tinyllama_ds.training.run import Options, resolve_run
+from tinyllama_ds.training.world import read_world
 
 POISONED = 3
 BF16 = {"bf16": {"enabled": True}}
@@ -87,14 +92,30 @@ def test_bad_numbers_that_stay_or_get_through_stop_the_run(
     assert all(torch.isfinite(tensor).all() for tensor in tensors_of(last).values())
 
 
+def drift_apart(recipe: Path, config: Path, data: Path, run_dir: Path) -> None:
+    """With equal weights, of which one rank then changes a copy. Collective."""
+    world = read_world()
+    run = resolve_run(Options(str(recipe), config, data, run_dir), world.size, "cpu", bf16=True)
+    start_process_group(world)
+    engine = wrap(build_model(run.model, "sdpa", run.recipe.seed), run.engine_config, run.schedule.ratio(0))
+    check_parameters(engine)
+    if world.rank == 1:
+        weight = engine.module.model.norm.weight.data
+        weight[0] = torch.nextafter(weight[0], torch.zeros_like(weight[0]))  # the least drift there is
+    try:
+        check_parameters(engine)
+    except BadNumbers as bad:
+        print(f"equal, then: {bad}")
+    leave(0)
+
+
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, {}), (2, BF16), *(pytest.param(*c, marks=slow) for c in [(1, {}), (1, BF16), (2, {})])]
 )
 def test_copies_that_drift_apart_are_found(stage: int, precision: dict, data_dir: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "small.toml", 8, save_every=8)
     config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=4, **precision)
-    script = Path(__file__).with_name("drift_apart.py")
-    finished = on_ranks(run_script, script, recipe, config, data_dir, tmp_path / "run", ranks=2)
+    finished = on_ranks(drift_apart, recipe, config, data_dir, tmp_path / "run", ranks=2)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     sentence = "parameter 'model.norm.weight' differs between rank 0 and rank 1"
     assert finished.stdout.count(f"equal, then: {sentence}") == 2, "on both ranks"

@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from forked import on_ranks, pretrain, run_script
+from forked import on_ranks, pretrain
 from launching import Finished, read_series, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
 from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED, EXIT_ROLLBACK
+from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.training.batches import count_targets, micro_batches
 from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
+from tinyllama_ds.training.engine import drop_gradients, gradient_norm, leave, start_process_group, wrap
 from tinyllama_ds.training.faults import FAULT_VARIABLE, RESTART_VARIABLE
 from tinyllama_ds.training.ledger import LEDGER_FILE
+from tinyllama_ds.training.metrics import PhaseClock
+from tinyllama_ds.training.run import Options, resolve_run
+from tinyllama_ds.training.step import accumulate_gradients, apply_gradients
+from tinyllama_ds.training.world import read_world
 
+DROPPED = 2  # the step whose gradient is thrown away
 STEPS, SAVE_EVERY, WINDOW, SPIKED = 12, 4, 4, 9
 SPIKE = f"step.forward:1:{SPIKED}:spike"  # step 10 for people; one micro batch of rank 1 scaled by 50
 slow = pytest.mark.all_faults
@@ -100,12 +108,30 @@ def test_a_skipped_spike_is_as_if_its_gradient_had_been_thrown_away(
     setup.assert_same_end("skipped", "poisoned", rounding_of_norm(stage, config))
 
 
+def print_norms(recipe: Path, config: Path, data: Path, run_dir: Path) -> None:
+    """Of each step: what `gradient_norm` gives before it, and what DeepSpeed's step gives. One step is dropped."""
+    world = read_world()
+    run = resolve_run(Options(str(recipe), config, data, run_dir), 1, "cpu", bf16=True)
+    start_process_group(world)
+    engine = wrap(build_model(run.model, "sdpa", run.recipe.seed), run.engine_config, run.schedule.ratio(0))
+    batches, clock = micro_batches(run, world, 0), PhaseClock(world.device)
+    norms = []
+    for step in run.plan.steps(0):
+        accumulate_gradients(engine, step, batches, run.micro_batch, count_targets(run, step), world, clock)
+        before = float(gradient_norm(engine))
+        if step.number == DROPPED:
+            drop_gradients(engine)
+        else:
+            norms.append([before, float(apply_gradients(engine, step))])
+    print(json.dumps(norms))
+    leave(0)
+
+
 @pytest.mark.parametrize(("stage", "config"), [(3, BF16), *(pytest.param(*layout, marks=slow) for layout in LAYOUTS)])
 def test_the_norm_before_a_step_is_deepspeeds_own(stage: int, config: dict, data_dir: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "small.toml", 6, save_every=6)
     path = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=2, **config)
-    script = Path(__file__).with_name("norm_before_step.py")
-    finished = on_ranks(run_script, script, recipe, path, data_dir, tmp_path / "run", ranks=1)
+    finished = on_ranks(print_norms, recipe, path, data_dir, tmp_path / "run", ranks=1)
     assert finished.returncode == 0, finished.stderr
     norms = json.loads(finished.stdout.splitlines()[-1])
     assert len(norms) == 5
