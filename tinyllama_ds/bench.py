@@ -45,7 +45,7 @@ def measure_all(
 ) -> Iterator[Row]:
     """Measure one setting after the other; `command_of` puts a launcher in front of the arguments of a measurement.
 
-    A setting that fails (out of memory, say) becomes a row with the last line of its error, and the others go on.
+    A setting that fails (out of memory, say) becomes a row with the line that names its error, and the others go on.
     """
     for setting in settings:
         with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ def measure_all(
             if output.is_file():
                 yield setting | json.loads(output.read_text())
             else:
-                yield setting | {"error": _last_error(finished.stderr)}
+                yield setting | {"error": cause(finished.stderr)}
 
 
 def _arguments(setting: Setting) -> list[str]:
@@ -69,10 +69,16 @@ def _arguments(setting: Setting) -> list[str]:
     return arguments
 
 
-def _last_error(stderr: str) -> str:
-    """The line that names the exception, not the launcher's last words."""
-    lines = [line.strip() for line in stderr.splitlines() if "Error" in line or line.startswith("tinyllama-ds:")]
-    return lines[-1][:200] if lines else "no figures and no error; run it alone to see why"
+def cause(stderr: str) -> str:
+    """The line that names the exception: not the launcher's last words, nor what the other ranks say of a lost rank."""
+    lines = [line.strip() for line in stderr.splitlines()]
+    refusals = [line for line in lines if line.startswith("tinyllama-ds:")]
+    errors = [line for line in lines if "Error" in line]
+    causes = [line for line in errors if not line.startswith("torch.distributed.Dist")]
+    for found in (refusals, causes, errors):
+        if found:
+            return found[-1][:200]
+    return "no figures and no error; run it alone to see why"
 
 
 def table(rows: list[Row]) -> str:

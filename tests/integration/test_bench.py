@@ -5,7 +5,7 @@ from pathlib import Path
 
 from launching import tinyllama_ds, write_deepspeed_config
 
-from tinyllama_ds.bench import advice, grid, table
+from tinyllama_ds.bench import advice, cause, grid, table
 
 
 def test_a_grid_is_measured_and_a_failing_setting_is_a_row(tmp_path: Path) -> None:
@@ -45,3 +45,13 @@ def test_table_has_a_line_per_setting() -> None:
     lines = table([row(100, 10, 8), row(1, 1, 1) | {"error": "out of memory"}]).splitlines()
     assert len(lines) == 3
     assert lines[2].endswith("out of memory")
+
+
+def test_the_cause_is_named_and_not_what_it_did_to_the_other_ranks() -> None:
+    reset = "torch.distributed.DistNetworkError: Connection reset by peer\n"
+    assert (
+        cause("tinyllama-ds: attention backend 'x' is unknown\n" + reset)
+        == "tinyllama-ds: attention backend 'x' is unknown"
+    )
+    assert cause("RuntimeError: no kernel\n" + reset) == "RuntimeError: no kernel"
+    assert cause(reset) == reset.strip()
