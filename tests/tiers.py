@@ -9,7 +9,7 @@ FLAGS = {  # of tests that only run when asked for: the marker, and what its fla
     "all_faults": "every fault case, not only the fast part",
     "gpu": "what needs a GPU, and nothing else; all else does not see it",
     "hosts": "the whole multi-host suite, not only its fast part",
-    "real": "models of their real size, and what others have trained and written",
+    "real": "models of their real size, what others have trained and written, and what DeepSpeed compiles",
     "rehearsal": "docs/reproduce.md in small, and the rehearsal of v1.1",
 }
 STARTERS = {  # modules, and functions of others

@@ -1,83 +1,17 @@
-"""DeepSpeed's JSON: refuses unknown and removed keys, fills "auto", and checks it against the recipe.
+"""DeepSpeed's JSON: refuses what has no effect, fills "auto", and checks it against the recipe.
 
-DeepSpeed itself ignores an unknown key at the top level: `"gradient_cliping": 0.5` would train with the default.
-The tables below are those of DeepSpeed 0.19.8; a test compares them with the installed version.
+Which keys there are, and the values that they may have, is in `deepspeed_keys`.
 """
 
+import copy
 import difflib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyllama_ds.deepspeed_keys import ACCEPTED, AUTO, OPTIMIZER_PARAMS, REJECTED, SECTIONS, WARNED, is_off
 from tinyllama_ds.errors import Refusal
-
-_ZERO_KEYS = """stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
-    allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights elastic_checkpoint
-    offload_param offload_optimizer zenflow sub_group_size stage3_prefetch_bucket_size
-    stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters
-    stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold
-    stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential ignore_unused_parameters legacy_stage1
-    round_robin_gradients parameter_alignment zero_hpz_partition_size zero_quantized_weights
-    zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear pipeline_loading_checkpoint
-    override_module_apply log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory
-    leaf_module"""
-
-# Keys by section; "" is the top level. Sections that are not listed are DeepSpeed's own to check.
-KNOWN_KEYS: dict[str, frozenset[str]] = {
-    section: frozenset(keys.split())
-    for section, keys in {
-        "": """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler
-            gradient_clipping bf16 fp16 torch_autocast zero_optimization data_types communication_data_type
-            seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op
-            zero_allow_untested_optimizer zero_force_ds_cpu_optimizer steps_per_print wall_clock_breakdown
-            memory_breakdown dump_state disable_allgather disable_python_gc dataloader_drop_last log_level checkpoint
-            tensorboard wandb comet csv_monitor comms_logger flops_profiler timers aio compile activation_checkpointing
-            managed_gradient_accumulation""",
-        "optimizer": "type params",
-        "scheduler": "type params",
-        "scheduler.params": "total_num_steps warmup_num_steps warmup_min_ratio warmup_type cos_min_ratio",
-        "zero_optimization": _ZERO_KEYS,
-        "zero_optimization.offload_param": "device nvme_path buffer_count buffer_size max_in_cpu pin_memory",
-        "zero_optimization.offload_optimizer": """device nvme_path buffer_count pin_memory pipeline_read pipeline_write
-            fast_init ratio super_offload cpuadam_cores_perc""",
-        "zero_optimization.leaf_module": "classes names name_suffixes",
-        "bf16": """enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads
-            bf16_optimizer_states""",
-        "fp16": """enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
-            min_loss_scale fp16_master_weights_and_grads""",
-        "data_types": "grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules",
-        "tensorboard": "enabled output_path job_name",
-        "csv_monitor": "enabled output_path job_name",
-        "wandb": "enabled group team project",
-        "comet": """enabled samples_log_interval project workspace api_key experiment_name experiment_key online
-            mode""",
-    }.items()
-}
-
-_ADAM_PARAMS = frozenset({"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused", "foreach",
-                          "bias_correction", "amsgrad", "fp32_optimizer_states"})  # fmt: skip
-
-_GONE = "was removed from DeepSpeed 0.19"
-REMOVED_KEYS: dict[str, str] = {
-    "nebula": f"{_GONE}; checkpoints are written by tinyllama_ds itself",
-    "compression_training": f"{_GONE} with the compression library",
-    "amp": f"{_GONE} with NVIDIA Apex; use bf16",
-    "quantize_training": f"{_GONE} with mixture of quantization",
-    "sparse_gradients": f"{_GONE}; nothing replaces it",
-    "eigenvalue": f"{_GONE} with mixture of quantization",
-    "sparse_attention": f"{_GONE}; attention is the model's own",
-    "elasticity": f"{_GONE}; the global batch is the recipe's and accumulation adapts by itself",
-    "graph_harvesting": f"{_GONE}; nothing replaces it",
-    "curriculum_learning": f"{_GONE}; stages belong to the recipe",
-    "progressive_layer_drop": f"{_GONE}; nothing replaces it",
-    "zero_optimization.mics_shard_size": f"{_GONE} with MiCS; see zero_hpz_partition_size or ZeRO-1/2",
-    "zero_optimization.mics_hierarchical_params_gather": f"{_GONE} with MiCS",
-    "zero_optimization.zeropp_loco_param": f"{_GONE} with LoCo",
-    "zero_optimization.cpu_offload": "is deprecated; use offload_optimizer: {device: cpu}",
-    "zero_optimization.cpu_offload_param": "is deprecated; use offload_param: {device: cpu}",
-    "zero_optimization.cpu_offload_use_pin_memory": "is deprecated; use pin_memory inside offload_optimizer",
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "is deprecated; export gathers by itself",
-}
 
 # TinyLlama's optimizer (paper section 2.4), for values left "auto".
 _AUTO_OPTIMIZER = {"lr": 4e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
@@ -97,18 +31,32 @@ class ScheduleParams:
 
 
 def load_deepspeed_config(path: Path) -> dict:
-    """The JSON as it was written, every key known; raises `Refusal` naming the file and the key otherwise."""
+    """The JSON as it was written, every key and value checked.
+
+    Raises `Refusal` that names the file and every problem in it, each with its key in full, value and expectation.
+    """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _no_twins(pairs, path))
+        text = path.read_text(encoding="utf-8-sig")
+        raw = json.loads(text, object_pairs_hook=lambda pairs: _no_twins(pairs, path))
     except FileNotFoundError as error:
         raise Refusal(f"{path}: the DeepSpeed config is missing") from error
-    except ValueError as error:
+    except OSError as error:
+        raise Refusal(f"{path}: the DeepSpeed config cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):
         raise Refusal(f"{path}: expected a JSON object at the top level")
-    _check_keys(raw, "", path)
-    _check_training(raw, path)
+    refuse_all(path, _problems(raw, "") or _problems_together(raw))
+    read_schedule(raw, path)
     return raw
+
+
+def refuse_all(path: Path, problems: list[str]) -> None:
+    """Raise one `Refusal` for all problems of a file, if there are any."""
+    if len(problems) == 1:
+        raise Refusal(f"{path}: {problems[0]}")
+    if problems:
+        raise Refusal(f"{path}: {len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def _no_twins(pairs: list[tuple[str, object]], path: Path) -> dict:
@@ -119,45 +67,91 @@ def _no_twins(pairs: list[tuple[str, object]], path: Path) -> dict:
     return dict(pairs)
 
 
-def _check_keys(section: dict, name: str, path: Path) -> None:
+def _problems(section: dict, name: str) -> list[str]:
+    """What is wrong with keys and values, each for itself."""
+    found = []
     for key, value in section.items():
         full = f"{name}.{key}" if name else key
-        if full in REMOVED_KEYS:
-            raise Refusal(f"{path}: {full} {REMOVED_KEYS[full]}")
-        if name in KNOWN_KEYS and key not in KNOWN_KEYS[name]:
-            close = difflib.get_close_matches(key, KNOWN_KEYS[name], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise Refusal(f"{path}: unknown key {full!r}{hint}")
-        if full in KNOWN_KEYS and not isinstance(value, dict):
-            raise Refusal(f"{path}: {full} is {value!r}; expected a section in braces")
-        if isinstance(value, dict):
-            _check_keys(value, full, path)
+        if full in REJECTED:
+            found += [] if is_off(full, value) else [f"{full} {REJECTED[full]}"]
+        elif full in SECTIONS:
+            found += (
+                _problems(value, full) if isinstance(value, dict) else [_expected(full, value, "a section in braces")]
+            )
+        elif full not in ACCEPTED:
+            found.append(f"unknown key {full!r}{_hint(key, name)}")
+        elif not ACCEPTED[full].accepts(value):
+            found.append(_expected(full, value, ACCEPTED[full].expectation))
+    return found
 
 
-def _check_training(raw: dict, path: Path) -> None:
-    """What this toolkit needs of a config beyond DeepSpeed's own rules."""
-    optimizer = raw.get("optimizer")
-    if optimizer is None or "type" not in optimizer:
-        raise Refusal(f"{path}: optimizer.type is missing; expected for example AdamW")
-    if optimizer["type"].lower() in ("adam", "adamw"):
-        for key in optimizer.get("params", {}):
-            if key not in _ADAM_PARAMS:
-                close = difflib.get_close_matches(key, _ADAM_PARAMS, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise Refusal(f"{path}: unknown key 'optimizer.params.{key}'{hint}")
-    stage = raw.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise Refusal(f"{path}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
-    if "activation_checkpointing" in raw:
-        raise Refusal(
-            f"{path}: activation_checkpointing would be ignored, DeepSpeed applies it to no model by itself;"
-            " use pretrain --activation-checkpointing"
+def _expected(full: str, value: object, expectation: str) -> str:
+    shown = json.dumps(value)
+    return f"{full} is {shown if len(shown) <= 60 else shown[:57] + '...'}; expected {expectation}"
+
+
+def _hint(key: str, section: str) -> str:
+    """The key of the section that is spelt nearly so, or the section that has the key."""
+    known = {full for full in (*ACCEPTED, *SECTIONS) if full.rpartition(".")[0] == section}
+    names = {full.rpartition(".")[2]: full for full in known}
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
+    elsewhere = sorted(full for full in ACCEPTED if full.rpartition(".")[2] == key)
+    if close:
+        return f"; did you mean {names[close[0]]!r}?"
+    return f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else ""
+
+
+def _problems_together(raw: dict) -> list[str]:
+    """What is wrong with keys that are right each for itself: DeepSpeed would stop later, or train something else."""
+    zero, bf16 = raw.get("zero_optimization", {}), raw.get("bf16", {})
+    stage = zero.get("stage", 0)
+    found = _problems_of_optimizer(raw)
+    if bf16.get("bf16_master_weights_and_grads", False) != bf16.get("bf16_optimizer_states", False):
+        found.append(
+            "bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states differ; expected both or neither"
         )
-    if raw.get("fp16", {}).get("enabled") is True:
-        raise Refusal(f"{path}: fp16 is not supported; use bf16, which has the range of fp32")
-    if raw.get("managed_gradient_accumulation") is False:
-        raise Refusal(f"{path}: managed_gradient_accumulation must stay true; the training loop relies on it")
-    read_schedule(raw, path)
+    elif bf16.get("bf16_optimizer_states") and stage == 0:
+        found.append("bf16.bf16_optimizer_states has no effect at zero_optimization.stage 0; expected 1, 2 or 3")
+    if stage == 3 and raw.get("gradient_predivide_factor", 1.0) != 1.0:
+        found.append("gradient_predivide_factor makes gradients too small at zero_optimization.stage 3; leave it out")
+    return found
+
+
+def _problems_of_optimizer(raw: dict) -> list[str]:
+    optimizer, zero = raw.get("optimizer", {}), raw.get("zero_optimization", {})
+    if "type" not in optimizer:
+        return ["optimizer.type is missing; expected AdamW, Adam or Muon"]
+    kind, stage = optimizer["type"].lower(), zero.get("stage", 0)
+    found = [
+        f"optimizer.params.{key} has no effect with {optimizer['type']}; leave it out"
+        for key in optimizer.get("params", {})
+        if kind not in OPTIMIZER_PARAMS.get(key, (kind,))
+    ]
+    if kind == "muon" and stage == 3 and zero.get("reduce_scatter", True):
+        found.append("optimizer.type Muon at stage 3 needs zero_optimization.reduce_scatter: false")
+    return found
+
+
+def warnings_of(raw: dict) -> list[str]:
+    """What a checked config asks for that may have no effect, a sentence for each key."""
+    stage = raw.get("zero_optimization", {}).get("stage", 0)
+    return [sentence for full, value in _leaves(raw, "") if (sentence := _warning_of(full, value, stage))]
+
+
+def _leaves(section: dict, name: str) -> Iterator[tuple[str, object]]:
+    for key, value in section.items():
+        full = f"{name}.{key}" if name else key
+        if full in SECTIONS:
+            yield from _leaves(value, full)
+        elif full in ACCEPTED:
+            yield full, value
+
+
+def _warning_of(full: str, value: object, stage: int) -> str | None:
+    if stage not in ACCEPTED[full].stages:
+        stages = ", ".join(map(str, ACCEPTED[full].stages))
+        return f"{full} has no effect at zero_optimization.stage {stage}, only at {stages}"
+    return f"{full}: {WARNED[full].effect}" if full in WARNED and value not in (False, "") else None
 
 
 def read_schedule(raw: dict, path: Path) -> ScheduleParams | None:
@@ -166,26 +160,27 @@ def read_schedule(raw: dict, path: Path) -> ScheduleParams | None:
     if scheduler is None:
         return None
     kind, params = scheduler.get("type"), scheduler.get("params", {})
-    if kind not in ("WarmupCosineLR", "WarmupLR"):
-        raise Refusal(f"{path}: scheduler.type is {kind!r}; expected WarmupCosineLR, WarmupLR or no scheduler")
-    if params.get("warmup_type", "log") != "linear":
-        raise Refusal(f"{path}: scheduler.params.warmup_type must be 'linear'; DeepSpeed's default would be 'log'")
-    if kind == "WarmupLR":
-        misplaced = ", ".join(sorted(params.keys() & {"cos_min_ratio", "total_num_steps"}))
-        if misplaced:
-            raise Refusal(f"{path}: scheduler.params.{misplaced} belongs to WarmupCosineLR; WarmupLR never falls")
-        params = params | {"cos_min_ratio": 1.0}
-    for key, default in (("warmup_num_steps", None), ("warmup_min_ratio", 0.0), ("cos_min_ratio", None)):
-        value = params.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise Refusal(f"{path}: scheduler.params.{key} is {value!r}; expected a number of 0 or more")
-    ratios = params.get("warmup_min_ratio", 0.0), params["cos_min_ratio"]
-    if ratios[0] >= 1 or (ratios[1] >= 1 and kind == "WarmupCosineLR"):
-        raise Refusal(
-            f"{path}: warmup_min_ratio and cos_min_ratio are {ratios}; expected less than 1 of both, or WarmupLR for a"
-            " rate that never falls"
-        )
-    return ScheduleParams(int(params["warmup_num_steps"]), float(ratios[0]), float(ratios[1]))
+    if kind is None:
+        raise Refusal(f"{path}: scheduler.type is missing; expected WarmupCosineLR, WarmupLR or no scheduler")
+    if "warmup_type" not in params:
+        raise Refusal(f"{path}: scheduler.params.warmup_type is missing; expected linear, DeepSpeed's default is log")
+    misplaced = ", ".join(sorted(params.keys() & {"cos_min_ratio", "total_num_steps"}))
+    if kind == "WarmupLR" and misplaced:
+        raise Refusal(f"{path}: scheduler.params.{misplaced} belongs to WarmupCosineLR; WarmupLR never falls")
+    needed = ("warmup_num_steps",) if kind == "WarmupLR" else ("warmup_num_steps", "cos_min_ratio")
+    refuse_all(
+        path,
+        [
+            f"scheduler.params.{key} is missing; expected {ACCEPTED[f'scheduler.params.{key}'].expectation}"
+            for key in needed
+            if key not in params
+        ],
+    )
+    return ScheduleParams(
+        int(params["warmup_num_steps"]),
+        float(params.get("warmup_min_ratio", 0.0)),
+        float(params.get("cos_min_ratio", 1)),
+    )
 
 
 def resolve_deepspeed_config(
@@ -201,17 +196,12 @@ def resolve_deepspeed_config(
 ) -> dict:
     """The config with every "auto" filled, as users of Hugging Face's DeepSpeed integration expect.
 
-    `batch` is the recipe's global batch in sequences. Raises `Refusal` for a value that the recipe owns and the JSON
-    gives as well.
+    `batch` is the recipe's global batch in sequences. What is rejected and off is left out, and a whole number is an
+    int however it was written. Raises `Refusal` for what DeepSpeed cannot do with these values.
     """
-    resolved = json.loads(json.dumps(raw))
-    derived = {
-        "train_batch_size": (batch, "global_batch_tokens"),
-        "gradient_accumulation_steps": (batch // micro_batch // world_size, "global_batch_tokens"),
-    }
-    for key, (value, owner) in derived.items():
-        _refuse_twins(path, key, resolved.get(key), f"the recipe's {owner}")
-        resolved[key] = value
+    resolved = _normalize(raw, "")
+    resolved["train_batch_size"] = batch
+    resolved["gradient_accumulation_steps"] = batch // micro_batch // world_size
     resolved["train_micro_batch_size_per_gpu"] = micro_batch
     params = resolved["optimizer"].setdefault("params", {})
     _fill(params, _AUTO_OPTIMIZER)
@@ -219,9 +209,7 @@ def resolve_deepspeed_config(
     if "bf16" in resolved:
         _fill(resolved["bf16"], {"enabled": bf16})
     if resolved.get("scheduler", {}).get("type") == "WarmupCosineLR":
-        schedule = resolved["scheduler"]["params"]
-        _refuse_twins(path, "scheduler.params.total_num_steps", schedule.get("total_num_steps"), "the recipe's tokens")
-        schedule["total_num_steps"] = total_steps
+        resolved["scheduler"]["params"]["total_num_steps"] = total_steps
     zero = resolved.setdefault("zero_optimization", {})
     _fill(
         zero,
@@ -231,22 +219,38 @@ def resolve_deepspeed_config(
             "stage3_param_persistence_threshold": 10 * hidden_size,
         },
     )
-    _refuse_left_over_auto(resolved, "", path)
-    _refuse_fp32_accumulation_at_stage_0(resolved, path)
+    refuse_all(path, _problems_of_precision(resolved))
     return resolved
 
 
-def _refuse_fp32_accumulation_at_stage_0(resolved: dict, path: Path) -> None:
-    stage, bf16 = resolved["zero_optimization"].get("stage", 0), resolved.get("bf16", {}).get("enabled")
-    if stage == 0 and bf16 and resolved.get("data_types", {}).get("grad_accum_dtype") == "fp32":
-        raise Refusal(
-            f"{path}: DeepSpeed cannot accumulate in fp32 at stage 0 with bf16; use stage 1 or drop data_types"
+def _normalize(section: dict, name: str) -> dict:
+    found: dict = {}
+    for key, value in section.items():
+        full = f"{name}.{key}" if name else key
+        if full in SECTIONS:
+            found[key] = _normalize(value, full)
+        elif full in ACCEPTED:
+            is_whole = isinstance(value, float) and ACCEPTED[full].is_whole
+            found[key] = int(value) if is_whole else copy.deepcopy(value)
+    return found
+
+
+def _problems_of_precision(resolved: dict) -> list[str]:
+    """What is wrong only if weights are in bf16, or only if they are not."""
+    stage, bf16 = resolved["zero_optimization"].get("stage", 0), computes_in_16_bit(resolved)
+    in_fp32 = resolved.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    found = []
+    if stage == 0 and bf16 and in_fp32:
+        found.append("DeepSpeed cannot accumulate in fp32 at stage 0 with bf16; use stage 1 or drop data_types")
+    # But for its bf16 optimizer of stage 1, DeepSpeed has orthogonalized the gradients before it clips them.
+    offloads = resolved["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    clips_gradients = stage == 0 or (stage == 1 and bf16 and in_fp32 and not offloads)
+    if resolved["optimizer"]["type"].lower() == "muon" and resolved.get("gradient_clipping") and not clips_gradients:
+        found.append(
+            "gradient_clipping would clip what Muon makes of the gradients; expected 0, or zero_optimization.stage 1"
+            " with bf16 and data_types.grad_accum_dtype: fp32"
         )
-
-
-def _refuse_twins(path: Path, key: str, value: object, owner: str) -> None:
-    if value not in (None, "auto"):
-        raise Refusal(f'{path}: {key} is {value}, but {owner} already decides it; write "auto" or leave it out')
+    return found
 
 
 def _fill(section: dict, values: dict) -> None:
@@ -255,28 +259,15 @@ def _fill(section: dict, values: dict) -> None:
             section[key] = value
 
 
-def _refuse_left_over_auto(section: dict, name: str, path: Path) -> None:
-    for key, value in section.items():
-        full = f"{name}.{key}" if name else key
-        if isinstance(value, dict):
-            _refuse_left_over_auto(value, full, path)
-        elif value == "auto" and key not in ("output_path", "job_name", "keep_in_fp32_modules"):
-            raise Refusal(f'{path}: {full} is "auto", and nothing here knows how to fill it; expected a value')
-
-
-def requested_micro_batch(raw: dict, path: Path) -> int | None:
+def requested_micro_batch(raw: dict) -> int | None:
     """The micro batch that the JSON asks for; None where it is "auto" or absent."""
-    value = raw.get("train_micro_batch_size_per_gpu", "auto")
-    if value == "auto":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise Refusal(f'{path}: train_micro_batch_size_per_gpu is {value!r}; expected a whole number or "auto"')
-    return value
+    value = raw.get("train_micro_batch_size_per_gpu", AUTO)
+    return None if value == AUTO else int(value)
 
 
 def computes_in_16_bit(resolved: dict) -> bool:
-    """Whether matrix products and attention run in bf16 or fp16, and not in fp32."""
-    return any(resolved.get(section, {}).get("enabled") is True for section in ("bf16", "torch_autocast"))
+    """Whether matrix products and attention run in bf16, and not in fp32."""
+    return resolved.get("bf16", {}).get("enabled") is True
 
 
 def weights_dtype(resolved: dict) -> str:

@@ -77,7 +77,20 @@ CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
         lambda i: edit_json(i.config, zero_optimization={"stage": 7}),
         "zero_optimization.stage is 7; expected 0, 1, 2 or 3",
     ),
-    "batch given twice": (lambda i: edit_json(i.config, train_batch_size=8), "ds.json: train_batch_size is 8, but"),
+    "batch given twice": (
+        lambda i: edit_json(i.config, train_batch_size=8),
+        'ds.json: train_batch_size is 8; expected "auto" or nothing, because the recipe decides it',
+    ),
+    "what DeepSpeed cannot start with": (
+        lambda i: edit_json(
+            i.config,
+            optimizer={
+                "type": "AdamW",
+                "params": {"torch_adam": True, "amsgrad": True, "fused": True, "foreach": True},
+            },
+        ),
+        "ds.json: DeepSpeed cannot start with this config: RuntimeError: `fused` and `foreach` cannot be `True` together",
+    ),
     "micro batch": (
         lambda i: edit_json(i.config, train_micro_batch_size_per_gpu=3),
         "3 does not divide the 4 sequences per rank and step (2 ranks); sizes that work: 1, 2, 4",

@@ -155,7 +155,7 @@ def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str
     here = local_placement(None)
     placement = replace(here, num_local=1) if here.on_cpu else here
     is_compiled = options.compile == "on" or (options.compile == "auto" and not here.on_cpu)
-    micro_batch = requested_micro_batch(inputs.raw, options.deepspeed_config) or 1
+    micro_batch = requested_micro_batch(inputs.raw) or 1
     settings = bench.grid([options.deepspeed_config], [micro_batch], [options.attention], [is_compiled])
     shared = {
         "model": inputs.recipe.model,

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -128,8 +129,9 @@ def _pretrain(options: argparse.Namespace) -> int:
     placement, arguments = read_placement(options), _run_arguments(options)
     check_placement(placement, arguments)
     placement = know_machines(placement)
-    parent = _check_run(options, placement).parent
+    run = _check_run(options, placement)
     say_hidden_gpus(placement)
+    _check_engine(options, placement, run)
     if options.dry_run:
         return _describe(placement, arguments)
     fleet = Fleet(
@@ -149,7 +151,7 @@ def _pretrain(options: argparse.Namespace) -> int:
         heartbeat.STACKS_SIGNAL,
         slow_phases=(heartbeat.STARTING, heartbeat.FIRST_STEP),
     )
-    watch = _watch(options, placement, begun=(parent.step, parent.tokens) if parent else (0, 0))
+    watch = _watch(options, placement, begun=(run.parent.step, run.parent.tokens) if run.parent else (0, 0))
     if placement.node_rank:  # the first host's supervisor holds the run, and the line to all ranks
         line = {heartbeat.LIFELINE_VARIABLE: lifeline_to_first(placement, options.run_dir)}
         return supervise(lambda own, directory: fleet.start(own | line, directory), watch, None, ranks).code
@@ -201,6 +203,27 @@ def _check_run(options: argparse.Namespace, placement: "Placement") -> "Run":
     check_partition(placement, partition, options.deepspeed_config)
     check_run_directory(run)
     return run
+
+
+def _check_engine(options: argparse.Namespace, placement: "Placement", run: "Run") -> None:
+    """Warn of what may have no effect in the DeepSpeed JSON, and start its engine once, where this machine can."""
+    from tinyllama_ds.deepspeed_config import load_deepspeed_config, warnings_of
+    from tinyllama_ds.training.dry_start import check_engine_start
+
+    if placement.node_rank:  # the first host's supervisor does
+        return
+    path = options.deepspeed_config
+    for warning in warnings_of(load_deepspeed_config(path)):
+        print(f"tinyllama-ds: warning: {path}: {warning}", file=sys.stderr)
+    device_type = (placement.machine or _this_machine(placement)).device_type
+    if device_type == "cpu" or _has_gpu():
+        check_engine_start(run.engine_config, path, device_type)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _this_machine(placement: "Placement") -> "Machine":

@@ -125,7 +125,7 @@ def answer(question: Question, inputs: Inputs, sizes: dict[str, int]) -> Answer:
     """Everything about the run; raises `Refusal` where it cannot be cut up. Whether it fits is in the answer."""
     machines, path = question.machines, question.deepspeed_config
     ranks = machines.hosts.ranks
-    micro_batch = micro_batch_of(inputs.plan, requested_micro_batch(inputs.raw, path), ranks)
+    micro_batch = micro_batch_of(inputs.plan, requested_micro_batch(inputs.raw), ranks)
     resolved = resolve(inputs, path, inputs.raw, micro_batch, ranks)
     layout = read_layout(resolved, path.stem, ranks)
     work = work_of(question, inputs, layout, micro_batch, question.recompute_every)

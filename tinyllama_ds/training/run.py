@@ -106,7 +106,7 @@ def resolve_run(
     model = model_config(recipe.model)
     _refuse_positions_beyond(recipe, model)
     plan = RunPlan(recipe)
-    micro_batch = micro_batch_of(plan, requested_micro_batch(raw, options.deepspeed_config), world_size)
+    micro_batch = micro_batch_of(plan, requested_micro_batch(raw), world_size)
     resolved = resolve_deepspeed_config(
         raw,
         options.deepspeed_config,

@@ -1,0 +1,49 @@
+"""Writes docs/configs.md from the tables of `tinyllama_ds.deepspeed_keys`."""
+
+from pathlib import Path
+
+from tinyllama_ds.deepspeed_keys import REJECTED, SUPPORTED, WARNED, Key
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "configs.md"
+_HEAD = """# Keys of a DeepSpeed configuration
+
+Made by `python scripts/write_config_table.py` from `tinyllama_ds/deepspeed_keys.py`; a test walks the classes of
+DeepSpeed 0.19.8 and fails for a key that is in none of the three tables. The shipped files are described in
+[ds_configs/README.md](../ds_configs/README.md).
+
+`pretrain` checks all keys and values, and then starts DeepSpeed's engine once with a small model, before anything is
+launched: every problem of a file is named in one answer, with exit code 78. A rejected key may stay if it is off
+(`false`, or a section with `"enabled": false`), as files from elsewhere have it, unless DeepSpeed has it on by default.
+A key of another ZeRO stage than the file's is warned of, so that a stage can be changed in one line.
+"""
+
+
+def page() -> str:
+    """The text of docs/configs.md."""
+    supported = _accepted("Supported", _SUPPORTED, SUPPORTED)
+    return "\n".join([_HEAD, *supported, *_accepted("Passed on with a warning", _WARNED, WARNED), *_rejected()])
+
+
+_SUPPORTED = (
+    "Tests train eight steps with each of these and compare the curve with that of the same stage without it, or with\n"
+    "PyTorch's optimizer (`tests/integration/test_deepspeed_keys.py`)."
+)
+_WARNED = "Handed to DeepSpeed as they are, because their effect depends on the machine; `pretrain` says so once."
+
+
+def _accepted(title: str, text: str, keys: dict[str, Key]) -> list[str]:
+    rows = [
+        f"| `{full}` | {key.expectation} | {', '.join(map(str, key.stages))} | {key.effect} |"
+        for full, key in keys.items()
+    ]
+    return [f"## {title}\n\n{text}\n", "| key | value | stages | effect |", "| --- | --- | --- | --- |", *rows, ""]
+
+
+def _rejected() -> list[str]:
+    rows = [f"| `{full}` | {reason} |" for full, reason in REJECTED.items()]
+    text = "A section takes all its keys with it.\n"
+    return ["## Rejected\n", text, "| key | why, and what to use |", "| --- | --- |", *rows, ""]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
