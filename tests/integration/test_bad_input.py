@@ -89,7 +89,7 @@ CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
                 "params": {"torch_adam": True, "amsgrad": True, "fused": True, "foreach": True},
             },
         ),
-        "ds.json: DeepSpeed cannot start with this config: RuntimeError: `fused` and `foreach` cannot be `True` together",
+        "ds.json: DeepSpeed cannot start with this config: RuntimeError: `fused` and `foreach` cannot be `True`",
     ),
     "micro batch": (
         lambda i: edit_json(i.config, train_micro_batch_size_per_gpu=3),

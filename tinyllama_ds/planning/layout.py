@@ -18,7 +18,8 @@ class Layout:
     weight_bytes: int  # per element: 2 in bf16, 4 in fp32
     gradient_bytes: int  # per element of the accumulated gradient
     reduce_bytes: int  # per element of a gradient on the wire
-    moment_bytes: int  # per element, all of the optimizer's moments in fp32
+    master_bytes: int  # per element of the weights that the optimizer steps
+    moment_bytes: int  # per element, all of the optimizer's moments
     overlap: bool
     reduce_bucket: int
     prefetch_bucket: int
@@ -48,6 +49,7 @@ def read_layout(resolved: dict, name: str, world_size: int) -> Layout:
     is_bf16 = resolved.get("bf16", {}).get("enabled", False)
     weight_bytes = 2 if is_bf16 else 4
     dtype_bytes = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, None: weight_bytes}
+    in_bf16 = resolved.get("bf16", {}).get("bf16_optimizer_states", False)  # and so are masters, which belong to it
     hpz = zero.get("zero_hpz_partition_size", 1)
     if stage == 3 and world_size % hpz:
         raise Refusal(
@@ -59,7 +61,8 @@ def read_layout(resolved: dict, name: str, world_size: int) -> Layout:
         weight_bytes=weight_bytes,
         gradient_bytes=dtype_bytes[resolved.get("data_types", {}).get("grad_accum_dtype")],
         reduce_bytes=dtype_bytes[resolved.get("communication_data_type")],
-        moment_bytes=8,
+        master_bytes=2 if in_bf16 else 4,
+        moment_bytes=4 if in_bf16 else 8,
         overlap=zero.get("overlap_comm", stage == 3),
         reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 5e7)),

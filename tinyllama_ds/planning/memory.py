@@ -95,7 +95,7 @@ def host_bytes(model: LlamaConfig, layout: Layout, world_size: int) -> int:
     """Bytes of host memory per rank: the optimizer and its gradients where they are offloaded."""
     if not layout.offload_optimizer:
         return 0
-    return (4 + layout.moment_bytes + 4) * ceil(model.num_parameters / world_size)
+    return (2 * layout.master_bytes + layout.moment_bytes) * ceil(model.num_parameters / world_size)
 
 
 def _states(model: LlamaConfig, layout: Layout, world_size: int) -> list[MemoryRow]:
@@ -106,7 +106,8 @@ def _states(model: LlamaConfig, layout: Layout, world_size: int) -> list[MemoryR
         secondary = P - persistent_elements(model, layout) if layout.hpz > 1 else 0
         weights = w * share + w * secondary // layout.hpz
         how = f"{w} B x parameters / {world_size}" + (f", and a copy over {layout.hpz} (hpZ)" if secondary else "")
-    own_masters = 4 if w == 2 or stage else 0
+    own_masters = layout.master_bytes if w == 2 or stage else 0
+    precision = "fp32" if layout.master_bytes == 4 else "bf16"
     optimizer = (own_masters + layout.moment_bytes) * (share if stage else P)
     where = f" / {world_size}" if stage else ""
     rows = [
@@ -115,7 +116,7 @@ def _states(model: LlamaConfig, layout: Layout, world_size: int) -> list[MemoryR
             "optimizer",
             0 if layout.offload_optimizer else optimizer,
             "always",
-            f"{own_masters + layout.moment_bytes} B x parameters{where}: fp32 masters and moments",
+            f"{own_masters + layout.moment_bytes} B x parameters{where}: {precision} masters and moments",
         ),
         _gradients(P, share, layout),
     ]
@@ -165,7 +166,7 @@ def _step_buffers(model: LlamaConfig, layout: Layout, world_size: int) -> Memory
     P = model.num_parameters
     bucket = min(P, _STAGE_1_BUCKET + max(map(max, modules_of(model))))
     if layout.stage >= 2:
-        size, how = 4 * ceil(P / world_size), "fp32 gradients of the optimizer's share, flattened"
+        size, how = layout.master_bytes * ceil(P / world_size), "gradients of the optimizer's share, flattened"
     elif layout.stage == 1:
         size = (layout.reduce_bytes + (4 if layout.is_bf16_stage_1 else 0)) * bucket
         how = "gradients flattened for the all-reduce"

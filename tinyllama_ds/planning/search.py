@@ -69,7 +69,8 @@ def search(question: Question, inputs: Inputs) -> Ranking:
         least = min(found, key=lambda candidate: candidate.memory.total)
         raise Refusal(
             f"nothing fits the {gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name}: the least of {len(found)} layouts is"
-            f" {least.name} at {least.memory.total / GIB:.1f} GiB; take more or larger GPUs"
+            f" {least.name} at {least.memory.total / GIB:.1f} GiB; take more or larger"
+            " GPUs, or a DeepSpeed config with offload_optimizer or bf16_optimizer_states, which need less"
         )
     best = max(candidate.rate for candidate in fitting)
     fitting.sort(key=lambda candidate: (-round(candidate.rate / best / _SAME_SPEED), candidate.memory.total))
