@@ -6,12 +6,13 @@ Which keys there are, and the values that they may have, is in `deepspeed_keys`.
 import copy
 import difflib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllama_ds.deepspeed_keys import ACCEPTED, AUTO, OPTIMIZER_PARAMS, REJECTED, SECTIONS, WARNED, is_off
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import Refusal, refuse_all, shown
 
 # TinyLlama's optimizer (paper section 2.4), for values left "auto".
 _AUTO_OPTIMIZER = {"lr": 4e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
@@ -51,19 +52,11 @@ def load_deepspeed_config(path: Path) -> dict:
     return raw
 
 
-def refuse_all(path: Path, problems: list[str]) -> None:
-    """Raise one `Refusal` for all problems of a file, if there are any."""
-    if len(problems) == 1:
-        raise Refusal(f"{path}: {problems[0]}")
-    if problems:
-        raise Refusal(f"{path}: {len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
-
-
 def _no_twins(pairs: list[tuple[str, object]], path: Path) -> dict:
     keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise Refusal(f"{path}: the key {key!r} is given twice in one section")
+    for key, count in Counter(keys).items():
+        if count > 1:
+            raise Refusal(f"{path}: the key {shown(key)} is given twice in one section")
     return dict(pairs)
 
 
@@ -79,15 +72,19 @@ def _problems(section: dict, name: str) -> list[str]:
                 _problems(value, full) if isinstance(value, dict) else [_expected(full, value, "a section in braces")]
             )
         elif full not in ACCEPTED:
-            found.append(f"unknown key {full!r}{_hint(key, name)}")
+            found.append(f"unknown key {shown(full)}{_hint(key, name)}")
         elif not ACCEPTED[full].accepts(value):
             found.append(_expected(full, value, ACCEPTED[full].expectation))
     return found
 
 
 def _expected(full: str, value: object, expectation: str) -> str:
-    shown = json.dumps(value)
-    return f"{full} is {shown if len(shown) <= 60 else shown[:57] + '...'}; expected {expectation}"
+    return f"{full} is {_in_json(value)}; expected {expectation}"
+
+
+def _in_json(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _hint(key: str, section: str) -> str:
