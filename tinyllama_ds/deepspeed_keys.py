@@ -128,6 +128,9 @@ SUPPORTED: dict[str, Key] = {
     "scheduler.params.cos_min_ratio": Key(_number(0, 1), "of the peak, where the cosine ends"),
     "bf16.enabled": Key(_SWITCH, "weights in bf16, master weights in fp32", auto=True),
     "bf16.immediate_grad_update": Key(_SWITCH, "gradients are accumulated in fp32 as they appear", (1,)),
+    "bf16.check_grad_overflow": Key(
+        _SWITCH, "false: a gradient that is not finite ends the run, where the step would be left out", (1, 2)
+    ),
     "bf16.bf16_master_weights_and_grads": Key(_SWITCH, "no fp32 master weights; with bf16_optimizer_states", (1, 2, 3)),
     "bf16.bf16_optimizer_states": Key(_SWITCH, "Adam's moments in bf16; needs the key above", (1, 2, 3)),
     "data_types.grad_accum_dtype": Key(_DTYPE, "gradients are accumulated in it; fp32 needs a stage above 0 in bf16"),
@@ -276,7 +279,6 @@ REJECTED: dict[str, str] = {
     "optimizer.params.max_grad_norm": "is not an optimizer's in DeepSpeed; use gradient_clipping",
     "optimizer.params.bias_correction": "is not supported; it is always on, as in PyTorch",
     "optimizer.params.fp32_optimizer_states": "is not supported; use bf16.bf16_optimizer_states",
-    "bf16.check_grad_overflow": "must stay true, because the training loop relies on steps that are left out",
     "data_types.param_dtype": "repeats bf16.enabled; use that",
     "data_types.buffer_dtype": "has no effect, because the model has no buffers that are cast",
     "data_types.keep_in_fp32_modules": "has no effect, because DeepSpeed keeps buffers only, and the model has none",
@@ -304,7 +306,7 @@ REJECTED: dict[str, str] = {
 
 # Of the rejected keys those that DeepSpeed has on: false is what would change something.
 _ON_BY_DEFAULT = (
-    "managed_gradient_accumulation", "timers", "bf16.check_grad_overflow", "zero_force_ds_cpu_optimizer",
+    "managed_gradient_accumulation", "timers", "zero_force_ds_cpu_optimizer",
     "optimizer.params.bias_correction", "zero_optimization.compute_grad_norm",
     "zero_optimization.load_from_fp32_weights", "zero_optimization.ignore_unused_parameters",
     "zero_optimization.override_module_apply",

@@ -88,6 +88,30 @@ def test_bf16_at_stage_0_is_left_and_entered(data_dir: Path, tmp_path: Path) -> 
         assert not torch.equal(master, weight.float()), "more than the weight"
 
 
+STATES = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+
+
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.all_faults) for stage in (1, 2, 3))])
+def test_states_in_bf16_are_left_and_entered(stage: int, data_dir: Path, tmp_path: Path) -> None:
+    """Two ranks with them, one rank at another stage without, and back."""
+    recipe = write_recipe(tmp_path / "small.toml", 3 * STEPS, save_every=STEPS)
+    recipe.write_text(recipe.read_text() + "keep_last = 10\n")
+    layouts = [(Layout(2, 2, 4), STATES), (Layout(stage, 1, 4), {"enabled": True}), (Layout(2, 2, 4), STATES)]
+    for number, (layout, bf16) in enumerate(layouts):
+        config = write_deepspeed_config(
+            tmp_path / "ds.json", layout.stage, layout.micro_batch, optimizer=FUSED, bf16=bf16
+        )
+        stop_after(tmp_path / "run", STEPS * number)
+        allow = ("--allow-change", "deepspeed_config.bf16")
+        finished = pretrain(recipe, config, data_dir, tmp_path / "run", layout.ranks, *allow)
+        assert finished.returncode == 0, finished.stderr
+        if number == 0:
+            shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    assert read_series(tmp_path / "run", "Train/Loss") == pytest.approx(
+        read_series(tmp_path / "whole", "Train/Loss"), rel=1e-2
+    )
+
+
 def stop_after(run_dir: Path, step: int) -> None:
     """As if the run had been stopped at that step: later checkpoints are gone."""
     for checkpoint in find_checkpoints(run_dir):

@@ -133,7 +133,7 @@ def _load_stage_0(engine: "DeepSpeedEngine", folder: Path) -> None:
     }
     step = torch.as_tensor(_load(next(iter(places.values())) / "step.pt"), dtype=torch.float32)
     for number, master in enumerate(masters):
-        weight, *moments = (flat[key][number].reshape(master.shape).to(master.device).clone() for key in _STATES)
+        weight, *moments = (flat[key][number].reshape(master.shape).to(master, copy=True) for key in _STATES)
         master.data.copy_(weight)
         optimizer.state[master] = dict(zip(_STATES[1:], moments, strict=True)) | {"step": step.clone()}
     for name, parameter in engine.module.named_parameters():
