@@ -27,7 +27,7 @@ def page() -> str:
 
 _SUPPORTED = (
     "Tests train eight steps with each of these and compare the curve with that of the same stage without it, or with\n"
-    "PyTorch's optimizer (`tests/integration/test_deepspeed_keys.py`)."
+    "PyTorch's optimizer (`tests/integration/test_key_effects.py`)."
 )
 _WARNED = "Handed to DeepSpeed as they are, because their effect depends on the machine; `pretrain` says so once."
 

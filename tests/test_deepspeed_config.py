@@ -105,6 +105,10 @@ def test_shipped_configs_resolve_and_pass_deepspeeds_own_parser(path: Path, monk
         ({"optimizer": {"type": "AdamW", "params": {"lr": float("nan")}}}, "optimizer.params.lr is NaN; expected a"),
         ({"optimizer": {"type": "Muon"}}, "Muon at stage 3 needs zero_optimization.reduce_scatter: false"),
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "bf16_optimizer_states differ; expected both"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "offload_param.nvme_path is missing",
+        ),
         ({"gradient_predivide_factor": 2.0}, "makes gradients too small at zero_optimization.stage 3"),
         ({"gradient_clipping": -1}, "gradient_clipping is -1; expected a number of 0 or more"),
         ({"train_batch_size": 16}, 'train_batch_size is 16; expected "auto" or nothing, because the recipe decides'),

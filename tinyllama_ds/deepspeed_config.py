@@ -109,6 +109,10 @@ def _problems_together(raw: dict) -> list[str]:
         )
     elif bf16.get("bf16_optimizer_states") and stage == 0:
         found.append("bf16.bf16_optimizer_states has no effect at zero_optimization.stage 0; expected 1, 2 or 3")
+    for part in ("offload_optimizer", "offload_param"):
+        section = zero.get(part, {})
+        if section.get("device") == "nvme" and not section.get("nvme_path"):
+            found.append(f"zero_optimization.{part}.nvme_path is missing; expected a directory of a local disk")
     if stage == 3 and raw.get("gradient_predivide_factor", 1.0) != 1.0:
         found.append("gradient_predivide_factor makes gradients too small at zero_optimization.stage 3; leave it out")
     return found

@@ -159,8 +159,6 @@ SUPPORTED: dict[str, Key] = {
     "zero_optimization.memory_efficient_linear": Key(_SWITCH, "linear layers keep no gathered weight", (3,)),
     "zero_optimization.enable_sanity_checks": Key(_SWITCH, "DeepSpeed's checks of its own bookkeeping", (3,)),
     "zero_optimization.leaf_module.classes": Key(_NAMES, "modules gathered whole; default: the blocks", (3,)),
-    "zero_optimization.leaf_module.names": Key(_NAMES, "the same, by full name", (3,)),
-    "zero_optimization.leaf_module.name_suffixes": Key(_NAMES, "the same, by the end of the name", (3,)),
     "zero_optimization.offload_optimizer.device": Key(
         _one_of("none", "cpu", "nvme"), "where optimizer states are, and where its step runs", (1, 2, 3)
     ),
@@ -291,6 +289,8 @@ REJECTED: dict[str, str] = {
     "zero_optimization.cpu_offload_use_pin_memory": f"{_DEPRECATED}; use pin_memory inside offload_optimizer",
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": f"{_DEPRECATED}; export gathers by itself",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "has no effect, because export gathers by itself",
+    "zero_optimization.leaf_module.names": "is not supported, as all blocks are alike; use leaf_module.classes",
+    "zero_optimization.leaf_module.name_suffixes": "is not supported, as all blocks are alike; use leaf_module.classes",
     "zero_optimization.zenflow": "would change the global batch and apply gradients late; use offload_optimizer",
     "zero_optimization.compute_grad_norm": "must stay true, because the training loop looks at the norm; leave it out",
     "zero_optimization.load_from_fp32_weights": "must stay true, or a resumed run would round its master weights",

@@ -23,7 +23,12 @@ def check_all() -> None:
     """In a process of its own, because a fork inherits what its parent has imported."""
     check_engine_start(CONFIG, Path("ds.json"), "cpu")
     print("starts")
-    for change in ({"optimizer": BOTH}, {"optimizer": {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}}}):
+    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}}}
+    for change in (
+        {"optimizer": BOTH},
+        muon,
+        {"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["Blok"]}}},
+    ):
         try:
             check_engine_start(CONFIG | change, Path("ds.json"), "cpu")
         except Refusal as refusal:
@@ -50,8 +55,9 @@ def test_deepspeeds_reason_is_one_sentence(said: list[str]) -> None:
     start = "ds.json: DeepSpeed cannot start with this config: "
     assert said[1].startswith(f"{start}RuntimeError: `fused` and `foreach` cannot be `True` together")
     assert said[2].startswith(f"{start}ValueError: Muon and reduce scatter cannot be used together")
-    assert len(said) == 4
+    assert said[3].startswith(f"{start}zero_optimization.leaf_module.classes names no module of the model")
+    assert len(said) == 5
 
 
 def test_a_crash_is_told_by_its_signal(said: list[str]) -> None:
-    assert said[3].endswith("its process was ended by SIGSEGV")
+    assert said[4].endswith("its process was ended by SIGSEGV")
