@@ -10,7 +10,6 @@ at each function, with the same library (sentencepiece, tokenizers) and without 
 meets one.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
+from tinyllama_ds.commands.arguments import Number, Parser, WholeNumber
 from tinyllama_ds.data.encoding import ranked_merges
 from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.sources import SourceFormat
@@ -169,10 +169,10 @@ def measure_start(run: Contender, tokenizer: Tokenizer) -> float:
 
 def main() -> None:
     """Print a row per contender: million tokens per second, and our fastest single worker beside it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--megabytes", type=float, default=120, help="of text")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megabytes", type=Number(most=1e6), default=120, help="of text")
+    parser.add_argument("--rounds", type=WholeNumber(1, 1000), default=3)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

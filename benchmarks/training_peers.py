@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from contenders import CONTENDERS, SIZES, Size, ranks_of
+from tinyllama_ds.commands.arguments import Parser, WholeNumber
 from tinyllama_ds.launch.launcher import Placement, launcher_environment
 from tinyllama_ds.network import free_port
 from tinyllama_ds.training.metrics import measured_peak, memory_bytes
@@ -183,8 +184,8 @@ def table(results: dict[str, Result], size: Size, peak: float) -> str:
 
 def main() -> None:
     """Measure all contenders and print a table of medians and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=WholeNumber(1, 1000), default=5)
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
     parser.add_argument("--size", choices=SIZES, default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)

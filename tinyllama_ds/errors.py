@@ -6,6 +6,9 @@ EXIT_ROLLBACK = 76  # inside: the supervisor starts the run again, without the s
 EXIT_REFUSED = 78  # wrong configuration or input, do not restart
 EXIT_NUMERICS = 79  # numbers went bad, a human must look
 
+_MOST_PROBLEMS = 20  # in one message
+_MOST_CHARACTERS = 80  # of a value
+
 
 class Refusal(Exception):
     """Wrong configuration or input: one sentence that names the file, key, line or host and what was expected.
@@ -33,3 +36,22 @@ class BadNumbers(Exception):
 
     Nothing is saved any more; the run ends with exit code 79 and is not restarted.
     """
+
+
+def refuse_all(place: object, problems: list[str]) -> None:
+    """Raise one `Refusal` with all that is wrong with a file; nothing where nothing is."""
+    if len(problems) == 1:
+        raise Refusal(f"{place}: {problems[0]}")
+    if problems:
+        listed = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems[:_MOST_PROBLEMS], start=1))
+        more = len(problems) - _MOST_PROBLEMS
+        raise Refusal(f"{place}: {len(problems)} problems: {listed}{f'; and {more} more' if more > 0 else ''}")
+
+
+def shown(value: object) -> str:
+    """A wrong value as a message shows it, on one line and not longer than that."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"a value with a number of too many digits ({type(value).__name__})"
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."

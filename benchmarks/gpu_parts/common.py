@@ -1,6 +1,5 @@
 """What the parts share: their arguments, and the commands of the toolkit that they start."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from gpu_parts.figures import Figures, read_figures
+from tinyllama_ds.commands.arguments import Parser
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "ds_configs"
@@ -53,7 +53,7 @@ class Part:
 
 def part_of_arguments(name: str) -> Part:
     """As `on_gpu.py` starts its parts."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rehearse", action="store_true")

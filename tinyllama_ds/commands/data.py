@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.commands.arguments import COUNT, POSITIVE, RANKS, WholeNumber
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, EXIT_RESTART, Refusal
 
@@ -56,7 +57,9 @@ def _demo_data(options: argparse.Namespace) -> int:
 
 def _add_train_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="DIR", help="raw corpora")
-    parser.add_argument("--vocab-size", type=int, default=32_000, help="number of pieces (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=WholeNumber(260, 2**20), default=32_000, help="number of pieces (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="tokenizer.model")
     parser.add_argument("--text-field", help="where the text is, for corpora of your own (default: text)")
     add_json(parser)
@@ -112,22 +115,26 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=POSITIVE,
         default=2048,
         metavar="T",
         help="with --chat, cut longer conversations after an answer; a recipe's sequence_length (default: %(default)s)",
     )
     parser.add_argument(
         "--max-bad-records",
-        type=_count,
+        type=COUNT,
         default=0,
         metavar="N",
         help="list and leave out up to N (default: %(default)s)",
     )
     parser.add_argument("--encoder", choices=("auto", "gigatoken", "sentencepiece"), default="auto")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--workers", type=RANKS, metavar="N", help="processes (default: one per core)")
     parser.add_argument(
-        "--shard-bytes", type=int, default=256 * 2**20, metavar="N", help="about this many per shard (default: 256 MiB)"
+        "--shard-bytes",
+        type=WholeNumber(1, 2**40),
+        default=256 * 2**20,
+        metavar="N",
+        help="about this many per shard (default: 256 MiB)",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", type=Path, metavar="H", help="work on all these hosts, through ssh")
@@ -139,18 +146,6 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="make only every SIZE-th shard, from RANK on (default: all; under srun each task its share)",
     )
     add_json(parser)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if _count(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -276,14 +271,16 @@ def _print_imported(options: argparse.Namespace, manifests: "list[Manifest]") ->
 def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA_DIR")
     parser.add_argument("--recipe", help="also prove that this recipe trains on it as it says")
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: %(default)s)")
+    parser.add_argument(
+        "--world-size", type=WholeNumber(1, 1_000_000), default=1, metavar="N", help="ranks (default: %(default)s)"
+    )
     parser.add_argument(
         "--raw", action="append", default=[], metavar="SOURCE=DIR", help="compare random documents with the raw input"
     )
     parser.add_argument(
-        "--samples", type=_count, default=20, help="documents per shard to compare (default: %(default)s)"
+        "--samples", type=COUNT, default=20, help="documents per shard to compare (default: %(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=RANKS, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="HTML", help="default: DATA_DIR/audit.html")
     add_json(parser)
 
@@ -338,11 +335,11 @@ def _planned_order(
 def _add_data(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="action")
     show = actions.add_parser("show", help="print the texts that a step trains on")
-    show.add_argument("step", type=int, metavar="STEP", help="from 0")
+    show.add_argument("step", type=WholeNumber(0, 10**15), metavar="STEP", help="from 0")
     show.add_argument("--recipe", required=True)
     show.add_argument("--data", type=Path, required=True, metavar="DIR")
     show.add_argument("--run-dir", type=Path, metavar="DIR", help="leave out what this run's ledger leaves out")
-    show.add_argument("--limit", type=_count, default=8, metavar="N", help="samples to print (default: %(default)s)")
+    show.add_argument("--limit", type=COUNT, default=8, metavar="N", help="samples to print (default: %(default)s)")
     add_json(show)
 
 

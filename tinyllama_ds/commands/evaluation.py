@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyllama_ds.commands.arguments import POSITIVE, RANKS, WholeNumber
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 
@@ -32,10 +33,16 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--suite", help="commonsense, instruct or chinese: TinyLlama's published ones")
     what.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-eval")
     what.add_argument("--task-file", nargs="+", metavar="YAML", help="task files of your own, in lm-eval's format")
-    parser.add_argument("--shots", type=int, metavar="N", help="examples in the prompt (default: the task's own)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task, to try it out")
+    parser.add_argument(
+        "--shots", type=WholeNumber(0, 1000), metavar="N", help="examples in the prompt (default: the task's own)"
+    )
+    parser.add_argument(
+        "--limit", type=POSITIVE, metavar="N", help="only the first N documents of each task, to try it out"
+    )
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="datasets on disk; the hub is left alone")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="B", help="per rank (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=WholeNumber(1, 100_000), default=32, metavar="B", help="per rank (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -43,7 +50,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and arithmetic (default: %(default)s, as for the published scores)",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine (default: its GPUs, else 1)")
+    parser.add_argument("--num-gpus", type=RANKS, metavar="N", help="ranks on this machine (default: its GPUs, else 1)")
     parser.add_argument(
         "--allow-code-execution", action="store_true", help="HumanEval: run what the model writes, in a sandbox"
     )
@@ -75,12 +82,8 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def _refuse_nonsense(options: argparse.Namespace) -> None:
-    for name in ("batch_size", "limit", "num_gpus"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise Refusal(f"--{name.replace('_', '-')} {value}: expected 1 or more")
-    if options.shots is not None and (options.suite or options.shots < 0):
-        raise Refusal("--shots is for --tasks and --task-file, and 0 or more; a suite has those of the published table")
+    if options.shots is not None and options.suite:
+        raise Refusal("--shots is for --tasks and --task-file; a suite has those of the published table")
     if not options.model.exists():
         raise Refusal(f"{options.model}: is missing; expected a checkpoint, a run directory or a Hugging Face folder")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.commands.arguments import FILE_SIZE, POSITIVE, SEED, SHARE, Number
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 
@@ -23,7 +24,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
     parser.add_argument("output", type=Path, metavar="OUT", help="Hugging Face folder to create")
     parser.add_argument(
-        "--max-shard-size", default="50GB", metavar="SIZE", help="of a safetensors file (default: %(default)s)"
+        "--max-shard-size",
+        type=FILE_SIZE,
+        default="50GB",
+        metavar="SIZE",
+        help="of a safetensors file (default: %(default)s)",
     )
     add_json(parser)
 
@@ -115,10 +120,12 @@ def _import(options: argparse.Namespace) -> int:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     parser.add_argument("prompt", metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=POSITIVE, default=100, help="default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=Number(least=0, most=100), default=0.8, help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument("--top-p", type=SHARE, default=0.95, help="default: %(default)s")
+    parser.add_argument("--seed", type=SEED, default=0, help="default: %(default)s")
     add_json(parser)
 
 
@@ -148,10 +155,12 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=POSITIVE, default=256, help="of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=Number(least=0, most=100), default=0.0, help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument("--top-p", type=SHARE, default=0.95, help="default: %(default)s")
+    parser.add_argument("--seed", type=SEED, default=0, help="default: %(default)s")
 
 
 def _chat(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.commands.arguments import CHECKPOINTED_BLOCKS, MEMORY_SIZE, RANKS, SHARE, Number
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import Refusal
 
@@ -23,22 +24,26 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where")
     hosts = where.add_mutually_exclusive_group()
     hosts.add_argument("--hostfile", type=Path, metavar="H", help="machines, lines of 'host slots=N'")
-    hosts.add_argument("--num-gpus", type=int, default=8, metavar="N", help="of one host, without a hostfile (8)")
+    hosts.add_argument("--num-gpus", type=RANKS, default=8, metavar="N", help="of one host, without a hostfile (8)")
     where.add_argument("--gpu", default="a100-40g", help="by name: a100-40g, h100, rtx-4090 ... (default: %(default)s)")
-    where.add_argument("--gpu-memory", metavar="SIZE", help="of any other GPU, such as 40GiB")
-    where.add_argument("--peak-tflops", type=float, metavar="X", help="dense bf16 rate of any other GPU")
+    where.add_argument("--gpu-memory", type=MEMORY_SIZE, metavar="SIZE", help="of any other GPU, such as 40GiB")
+    where.add_argument("--peak-tflops", type=Number(most=1e6), metavar="X", help="dense bf16 rate of any other GPU")
     where.add_argument(
-        "--network", type=float, default=100, metavar="GBIT", help="out of each host, Gbit/s (default: %(default)s)"
+        "--network",
+        type=Number(most=1e6),
+        default=100,
+        metavar="GBIT",
+        help="out of each host, Gbit/s (default: %(default)s)",
     )
     speed = parser.add_argument_group("how fast")
     speed.add_argument(
         "--efficiency",
-        type=float,
+        type=SHARE,
         default=0.56,
         help="of the peak while a GPU computes (default: TinyLlama's %(default)s)",
     )
     speed.add_argument(
-        "--tokens-per-second", type=float, metavar="X", help="of one GPU, all included, where it is known"
+        "--tokens-per-second", type=Number(most=1e12), metavar="X", help="of one GPU, all included, where it is known"
     )
     speed.add_argument(
         "--measure", action="store_true", help="measure the step here with bench, instead of --efficiency"
@@ -46,14 +51,16 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--attention", default="auto", help="backend, as in pretrain (default: %(default)s)")
     how.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="as in pretrain: auto is on")
-    how.add_argument("--activation-checkpointing", type=int, default=0, metavar="K", help="as in pretrain")
+    how.add_argument(
+        "--activation-checkpointing", type=CHECKPOINTED_BLOCKS, default=0, metavar="K", help="as in pretrain"
+    )
     how.add_argument("--search", action="store_true", help="try every layout, micro batch and checkpointing; rank them")
     how.add_argument("--write-config", type=Path, metavar="JSON", help="with --search: the winner's DeepSpeed config")
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared data, for the sizes of the sources")
-    parser.add_argument("--price-per-hour", type=float, metavar="USD", help="of one GPU")
+    parser.add_argument("--price-per-hour", type=Number(least=0, most=1e6), metavar="USD", help="of one GPU")
     parser.add_argument(
         "--save-seconds",
-        type=float,
+        type=Number(most=1e6),
         default=15,
         metavar="S",
         help="that training stands still for a save (%(default)s)",
@@ -97,18 +104,6 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _refuse_nonsense(options: argparse.Namespace) -> None:
-    for name in ("network", "efficiency", "tokens_per_second", "peak_tflops", "save_seconds", "num_gpus"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise Refusal(f"--{name.replace('_', '-')} {value:g}: expected a number above 0")
-    if options.efficiency > 1:
-        raise Refusal(f"--efficiency {options.efficiency:g}: expected a share of the peak, 1 at most")
-    if options.price_per_hour is not None and not 0 <= options.price_per_hour < float("inf"):
-        raise Refusal(f"--price-per-hour {options.price_per_hour:g}: expected 0 or more")
-    if options.activation_checkpointing < 0:
-        raise Refusal(
-            f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
-        )
     if options.write_config and not options.search:
         raise Refusal("--write-config writes what --search has found; give --search as well")
     if (options.gpu_memory is None) != (options.peak_tflops is None):

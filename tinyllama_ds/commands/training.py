@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.commands.arguments import CHECKPOINTED_BLOCKS, MINUTES, RANKS, SECONDS, WholeNumber
 from tinyllama_ds.commands.placement import (
     add_placement_arguments,
     know_machines,
@@ -71,7 +72,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--activation-checkpointing",
-        type=int,
+        type=CHECKPOINTED_BLOCKS,
         default=0,
         metavar="K",
         help="to save memory, compute every K-th block again in the backward pass; 1 is all, 0 none (default)",
@@ -112,9 +113,9 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-doctor", action="store_true", help="start on hosts that doctor finds ill")
     parser.add_argument("--dry-run", action="store_true", help="print all commands and start nothing")
     parser.add_argument(
-        "--step-timeout", type=float, default=600, metavar="SECONDS", help="restart a run that is stuck for so long"
+        "--step-timeout", type=SECONDS, default=600, metavar="SECONDS", help="restart a run that is stuck for so long"
     )
-    parser.add_argument("--max-wall-time", type=float, metavar="MINUTES", help="then save and exit with code 75")
+    parser.add_argument("--max-wall-time", type=MINUTES, metavar="MINUTES", help="then save and exit with code 75")
 
 
 def _pretrain(options: argparse.Namespace) -> int:
@@ -248,17 +249,25 @@ def _run_arguments(options: argparse.Namespace) -> list[str]:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tinyllama-1.1b", help="named size (default: %(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="default: %(default)s")
+    parser.add_argument(
+        "--sequence-length", type=WholeNumber(1, 10_000_000), default=2048, metavar="T", help="default: %(default)s"
+    )
     parser.add_argument(
         "--deepspeed-config", type=Path, nargs="+", required=True, metavar="JSON", help="ZeRO files to compare"
     )
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[8], metavar="B", help="default: 8")
+    parser.add_argument(
+        "--micro-batch", type=WholeNumber(1, 100_000), nargs="+", default=[8], metavar="B", help="default: 8"
+    )
     parser.add_argument("--attention", nargs="+", default=["auto"], help="backends (default: auto)")
     parser.add_argument("--compile", choices=("on", "off", "both"), default="both", help="default: %(default)s")
-    parser.add_argument("--activation-checkpointing", type=int, default=0, metavar="K", help="as in pretrain")
-    parser.add_argument("--accumulation", type=int, default=4, help="micro batches per step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps (default: %(default)s)")
-    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks (default: this machine's GPUs, else 2)")
+    parser.add_argument(
+        "--activation-checkpointing", type=CHECKPOINTED_BLOCKS, default=0, metavar="K", help="as in pretrain"
+    )
+    parser.add_argument(
+        "--accumulation", type=WholeNumber(1, 10_000), default=4, help="micro batches per step (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=WholeNumber(1, 10_000), default=3, help="measured steps (default: %(default)s)")
+    parser.add_argument("--num-gpus", type=RANKS, metavar="N", help="ranks (default: this machine's GPUs, else 2)")
     parser.add_argument("--output", type=Path, default=Path("bench"), help="for bench.json and bench.png (%(default)s)")
     add_json(parser)
 

@@ -1,0 +1,96 @@
+"""Arguments of command lines: numbers have ranges, and what is wrong is one sentence and exit code 78."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from tinyllama_ds.errors import EXIT_REFUSED, shown
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with this product's way to refuse."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> Any:
+        for argument in sys.argv[1:] if args is None else args:
+            if not argument.isprintable() and not _is_unicode(argument):  # the first is the cheaper question
+                self.error(f"{argument!a} is not UTF-8; expected text and paths in UTF-8")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        sentence = message.replace("\r", "\\r").replace("\n", "\\n")
+        self.exit(EXIT_REFUSED, f"tinyllama-ds: {sentence}; see {self.prog} --help\n")
+
+
+def _is_unicode(text: str) -> bool:
+    """Without the lone surrogates that stand for bytes which are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+@dataclass(frozen=True)
+class WholeNumber:
+    """An argument type: an integer of a range."""
+
+    least: int = 1
+    most: int = 1_000_000_000
+
+    def __call__(self, text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = self.least - 1
+        if not self.least <= value <= self.most:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {self.least} to {self.most}")
+        return value
+
+
+@dataclass(frozen=True)
+class Number:
+    """An argument type: a finite number above `above`, or from `least` on, up to `most`."""
+
+    most: float
+    least: float | None = None
+    above: float = 0.0
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        is_low = value <= self.above if self.least is None else value < self.least
+        if is_low or not value <= self.most:
+            bound = f"above {self.above:g}" if self.least is None else f"from {self.least:g} on"
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a number {bound}, {self.most:g} at most")
+        return value
+
+
+@dataclass(frozen=True)
+class Size:
+    """An argument type: a number with its unit, such as 40GiB, as text."""
+
+    units: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([A-Za-z]+)", text.strip(), re.ASCII)
+        if match is None or match[2].lower() not in map(str.lower, self.units) or not float(match[1]) > 0:
+            raise argparse.ArgumentTypeError(
+                f"{shown(text)} is not a size such as 40{self.units[0]}, in {', '.join(self.units)}"
+            )
+        return text.strip()
+
+
+POSITIVE = WholeNumber()
+COUNT = WholeNumber(0)
+RANKS = WholeNumber(1, 1024)  # of one machine, or processes
+CHECKPOINTED_BLOCKS = WholeNumber(0, 10_000)
+SEED = WholeNumber(0, 2**63 - 1)
+PORT = WholeNumber(1, 65_534)  # the lifeline takes the next one
+SHARE = Number(most=1.0)
+SECONDS = Number(most=1e8)
+MINUTES = Number(most=1e6)
+MEMORY_SIZE = Size(("GiB", "GB"))
+FILE_SIZE = Size(("GB", "MB", "KB", "TB"))
