@@ -14,11 +14,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each room may import of the others; every room may import errors and the version.
 MAY_IMPORT = {
-    "recipe": set(),
+    "recipe": {"inputs"},
     "deepspeed_config": set(),
     "plan": {"recipe"},
     "network": set(),
     "files": set(),
+    "inputs": set(),
     "page": set(),
     "model": {"model"},
     "data": {"data", "files", "page"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "importing": {"model", "data", "weights", "model_folder", "convert"},
     "generate": {"model", "data", "convert"},
     "chat": {"generate", "data"},
-    "launch": {"launch", "files", "network", "devices"},
+    "launch": {"launch", "files", "inputs", "network", "devices"},
     "bench": set(),
     "gpus": set(),
     "devices": set(),

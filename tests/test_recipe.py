@@ -155,7 +155,7 @@ def test_a_path_is_read(tmp_path: Path) -> None:
     ("change", "sentence"),
     [
         (("seed = 1", "sed = 1"), r"the key 'seed' is missing \('sed' is not a key\)"),
-        (("seed = 1", "seed = 1\nshuffle = true"), "unknown key 'shuffle'; the keys are stages, "),
+        (("seed = 1", "seed = 1\nshuffle = true"), "unknown key 'shuffle'; the keys are name, "),
         (("seed = 1", 'seed = "one"'), "seed is 'one'; expected a whole number"),
         (("tokens = 6400", "tokens = 0"), r"stages\[0\]: tokens is 0; expected 1 or more"),
         (("= 320", "= 330"), "global_batch_tokens 330 is not a multiple of sequence_length 32"),

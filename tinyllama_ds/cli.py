@@ -18,7 +18,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # which name no file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, call, and turn a `Refusal`, or a file that the system keeps from us, into one sentence and exit code 78."""
+    """Parse, call, and turn a `Refusal`, or a file that the system denies, into one sentence and exit code 78."""
     options = command_parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # whatever a model writes, on whatever terminal

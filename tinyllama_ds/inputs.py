@@ -27,4 +27,6 @@ def read_text(path: Path, what: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise Refusal(f"{path}:{line}: byte {content[error.start]:#04x} is not UTF-8; expected {what} in UTF-8") from error
+        raise Refusal(
+            f"{path}:{line}: byte {content[error.start]:#04x} is not UTF-8; expected {what} in UTF-8"
+        ) from error
