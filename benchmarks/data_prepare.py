@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from tinyllama_ds.commands.arguments import Number, Parser, WholeNumber
+from tinyllama_ds.commands.arguments import Number, Parser, WholeNumber, output_file
 from tinyllama_ds.data.encoding import ranked_merges
 from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.sources import SourceFormat
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=Number(most=1e6), default=120, help="of text")
     parser.add_argument("--rounds", type=WholeNumber(1, 1000), default=3)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     options = parser.parse_args()
     tokenizer = Tokenizer(options.tokenizer)
     with tempfile.TemporaryDirectory() as directory:

@@ -17,7 +17,7 @@ from conftest import made_up_text, prepare_small_data  # noqa: E402
 from hosts import Host, start_hosts  # noqa: E402
 from launching import STEP_TOKENS, write_deepspeed_config, write_recipe  # noqa: E402
 
-from tinyllama_ds.commands.arguments import Parser, WholeNumber  # noqa: E402
+from tinyllama_ds.commands.arguments import Parser, WholeNumber, output_file  # noqa: E402
 from tinyllama_ds.data.tokenizer import train_tokenizer  # noqa: E402
 from tinyllama_ds.model.config import model_config  # noqa: E402
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=WholeNumber(6, 100_000), default=200, help="more than the warm-up's 5 (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

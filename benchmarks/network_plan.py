@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plan_launching import deepspeed_config, namespaces, run_ranks, throttle
-from tinyllama_ds.commands.arguments import Number, Parser, WholeNumber
+from tinyllama_ds.commands.arguments import Number, Parser, WholeNumber, output_file
 from tinyllama_ds.gpus import Network
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.communication import Hosts, collectives_of, traffic_of
@@ -110,7 +110,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--mbit", type=Number(most=1e6), nargs="+", default=[1000, 100, 10], help="of time (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     options = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         if options.what == "bytes":

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from plan_launching import deepspeed_config, run_ranks
-from tinyllama_ds.commands.arguments import RANKS, Parser
+from tinyllama_ds.commands.arguments import RANKS, Parser, output_file
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.loss import MAX_CHUNK_LOGITS
 from tinyllama_ds.planning.layout import read_layout
@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=RANKS, nargs="+", default=[1, 2, 4])
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     options = parser.parse_args(words)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from tinyllama_ds.commands.arguments import Parser, WholeNumber
+from tinyllama_ds.commands.arguments import Parser, WholeNumber, output_file, output_picture
 from tinyllama_ds.gpus import GPUS, network_of
 from tinyllama_ds.plan import RunPlan
 from tinyllama_ds.planning.answer import Question, read_inputs
@@ -65,8 +65,8 @@ def draw(rows: list[dict], output: Path) -> None:
 def main() -> None:
     """Print the table; write JSON and picture."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--json", type=output_file)
+    parser.add_argument("--picture", type=output_picture)
     parser.add_argument(
         "--gpus", type=WholeNumber(1, 1_000_000), nargs="+", default=list(SIZES), help="default: %(default)s"
     )

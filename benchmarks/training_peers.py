@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from contenders import CONTENDERS, SIZES, Size, ranks_of
-from tinyllama_ds.commands.arguments import Parser, WholeNumber
+from tinyllama_ds.commands.arguments import Parser, WholeNumber, output_file
 from tinyllama_ds.launch.launcher import Placement, launcher_environment
 from tinyllama_ds.network import free_port
 from tinyllama_ds.training.metrics import measured_peak, memory_bytes
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=WholeNumber(1, 1000), default=5)
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
     parser.add_argument("--size", choices=SIZES, default="gpu" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     size = SIZES[options.size]

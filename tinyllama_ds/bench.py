@@ -6,6 +6,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Setting = dict[str, str | int | bool]
 Row = dict  # a setting and its figures, or a setting and its `error`
@@ -111,16 +115,14 @@ def advice(rows: list[Row]) -> str:
     )
 
 
-def draw(rows: list[Row], output: Path, title: str) -> None:
-    """Tokens per second of every setting and where its step's time goes, as one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def picture_of(rows: list[Row], title: str) -> "Figure":
+    """Tokens per second of every setting and where its step's time goes."""
+    from matplotlib.figure import Figure
 
     measured = [row for row in rows if "error" not in row]
     names = [name_of(row) for row in measured]
-    figure, (rates, split) = plt.subplots(1, 2, figsize=(13, 1.5 + 0.5 * len(rows)), sharey=True, layout="constrained")
+    figure = Figure(figsize=(13, 1.5 + 0.5 * len(rows)), layout="constrained")
+    rates, split = figure.subplots(1, 2, sharey=True)
     bars = rates.barh(names, [row["tokens_per_second"] for row in measured], color="tab:blue")
     rates.bar_label(bars, labels=[f"{row['mfu']:.0%} MFU, {row['peak_gib']:.1f} GiB" for row in measured], padding=3)
     rates.set(xlabel="tokens per second, all ranks")
@@ -134,5 +136,4 @@ def draw(rows: list[Row], output: Path, title: str) -> None:
     split.set(xlabel="seconds per optimizer step on rank 0")
     split.legend()
     figure.suptitle(title)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    return figure

@@ -20,6 +20,7 @@ from torch import Tensor
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM
+from tinyllama_ds.outputs import refusing
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_SIZE = "50GB"  # transformers' default
@@ -136,8 +137,9 @@ def new_folder(output: Path) -> Iterator[Path]:
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(output)
+        with refusing(output):
+            partial.mkdir(parents=True)
+            yield partial
+            partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

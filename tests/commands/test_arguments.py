@@ -57,13 +57,13 @@ def test_no_number_takes_nonsense(
             parser.parse_args([f"{name}={text}"] if action.option_strings else [text])
         assert end.value.code == EXIT_REFUSED
         [line] = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"tinyllama-ds: argument {name}"), line
+        assert line.startswith(f"tinyllama-ds: {name}"), line
         assert len(line) < 300
 
 
 @pytest.mark.parametrize("text", ["1.5", "1e9"])
 def test_a_whole_number_is_written_as_one(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number from 1 to 1000000000"):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number from 1 to 1000000000"):
         WholeNumber()(text)
 
 
@@ -81,8 +81,8 @@ def test_bounds() -> None:
     [
         (["generate", "run", "a\udcffb"], r"'a\udcffb' is not UTF-8; expected text and paths in UTF-8"),
         (["generate"], "the following arguments are required: MODEL, TEXT; see tinyllama-ds generate --help"),
-        (["generate", "run", "x", "--top-p", "0"], "argument --top-p: '0' is not a number above 0, 1 at most"),
-        (["prepare", "--share", "4/4"], "argument --share: '4/4' is not of the form RANK/SIZE"),
+        (["generate", "run", "x", "--top-p", "0"], "--top-p: '0'; expected a number above 0, 1 at most"),
+        (["prepare", "--share", "4/4"], "--share: '4/4' is not of the form RANK/SIZE"),
         (["generate", "run", "x", "two\nlines"], r"unrecognized arguments: two\nlines"),
         ([], "the following arguments are required: command"),
     ],

@@ -3,11 +3,13 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
-from tinyllama_ds.errors import EXIT_REFUSED, shown
+from tinyllama_ds.errors import EXIT_REFUSED, Refusal, shown
+from tinyllama_ds.outputs import check_file, check_folder, check_picture
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        sentence = message.replace("\r", "\\r").replace("\n", "\\n")
+        sentence = message.removeprefix("argument ").replace("\r", "\\r").replace("\n", "\\n")
         self.exit(EXIT_REFUSED, f"tinyllama-ds: {sentence}; see {self.prog} --help\n")
 
 
@@ -44,7 +46,7 @@ class WholeNumber:
         except ValueError:
             value = self.least - 1
         if not self.least <= value <= self.most:
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {self.least} to {self.most}")
+            raise argparse.ArgumentTypeError(f"{shown(text)}; expected a whole number from {self.least} to {self.most}")
         return value
 
 
@@ -64,7 +66,7 @@ class Number:
         is_low = value <= self.above if self.least is None else value < self.least
         if is_low or not value <= self.most:
             bound = f"above {self.above:g}" if self.least is None else f"from {self.least:g} on"
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not a number {bound}, {self.most:g} at most")
+            raise argparse.ArgumentTypeError(f"{shown(text)}; expected a number {bound}, {self.most:,.15g} at most")
         return value
 
 
@@ -78,9 +80,32 @@ class Size:
         match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([A-Za-z]+)", text.strip(), re.ASCII)
         if match is None or match[2].lower() not in map(str.lower, self.units) or not float(match[1]) > 0:
             raise argparse.ArgumentTypeError(
-                f"{shown(text)} is not a size such as 40{self.units[0]}, in {', '.join(self.units)}"
+                f"{shown(text)}; expected a size such as 40{self.units[0]}, in {', '.join(self.units)}"
             )
         return text.strip()
+
+
+def output_file(text: str) -> Path:
+    """An argument type: a file that can be written, or replaced."""
+    return _checked(text, check_file)
+
+
+def output_picture(text: str) -> Path:
+    """An argument type: the same for a picture."""
+    return _checked(text, check_picture)
+
+
+def output_folder(text: str) -> Path:
+    """An argument type: a folder in which files can be made; it need not be there."""
+    return _checked(text, check_folder)
+
+
+def _checked(text: str, check: Callable[[Path], None]) -> Path:
+    try:
+        check(Path(text))
+    except Refusal as refusal:
+        raise argparse.ArgumentTypeError(str(refusal)) from refusal
+    return Path(text)
 
 
 POSITIVE = WholeNumber()

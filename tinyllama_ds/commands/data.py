@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.commands.arguments import COUNT, POSITIVE, RANKS, WholeNumber
+from tinyllama_ds.commands.arguments import COUNT, POSITIVE, RANKS, WholeNumber, output_file, output_folder
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, EXIT_RESTART, Refusal
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _add_demo_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", type=Path, metavar="OUT", help="directory to create")
+    parser.add_argument("output", type=output_folder, metavar="OUT", help="directory to create")
     parser.add_argument(
         "--source",
         nargs="+",
@@ -60,7 +60,7 @@ def _add_train_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocab-size", type=WholeNumber(260, 2**20), default=32_000, help="number of pieces (default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="tokenizer.model")
+    parser.add_argument("--output", type=output_file, required=True, metavar="tokenizer.model")
     parser.add_argument("--text-field", help="where the text is, for corpora of your own (default: text)")
     add_json(parser)
 
@@ -102,7 +102,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="raw files, or one file")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="tokenizer.model")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the data directory")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="DIR", help="the data directory")
     parser.add_argument("--text-field", help="where the text is, for corpora of your own (default: text)")
     parser.add_argument(
         "--subset",
@@ -237,7 +237,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", required=True, help="the name that recipes give it")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="train")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="tokenizer.model", help="what made the tokens")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the data directory")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="DIR", help="the data directory")
     add_json(parser)
 
 
@@ -281,7 +281,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         "--samples", type=COUNT, default=20, help="documents per shard to compare (default: %(default)s)"
     )
     parser.add_argument("--workers", type=RANKS, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="HTML", help="default: DATA_DIR/audit.html")
+    parser.add_argument("--output", type=output_file, metavar="HTML", help="default: DATA_DIR/audit.html")
     add_json(parser)
 
 
@@ -298,13 +298,26 @@ def _audit(options: argparse.Namespace) -> int:
         micro_batch_of(plan, None, options.world_size)  # refuses a number of ranks that no batch divides over
         coverage = check_coverage(order, [stage.batch for stage in plan.stages], options.world_size)
     audit = audit_data(options.data, _raw_inputs(options.raw), options.samples, options.workers)
-    output = options.output or options.data / "audit.html"
-    output.write_text(audit_page(audit, coverage, f"Audit of {options.data}"), encoding="utf-8")
     problems = audit.problems + (coverage.problems if coverage else [])
     warnings = audit.warnings + (coverage.warnings if coverage else [])
-    result = {"good": not problems, "problems": problems, "warnings": warnings, "page": str(output)}
-    print_result(options, result, f"{verdict(audit, coverage)}\n{output}")
-    return EXIT_REFUSED if problems else EXIT_FINISHED
+    page = _write_page(options, audit_page(audit, coverage, f"Audit of {options.data}"))
+    result = {"good": not problems, "problems": problems, "warnings": warnings, "page": page and str(page)}
+    end = f"\n{page}" if page else ""
+    print_result(options, result, f"{verdict(audit, coverage)}{end}")
+    return EXIT_REFUSED if problems or (options.output and not page) else EXIT_FINISHED
+
+
+def _write_page(options: argparse.Namespace, page: str) -> Path | None:
+    """Where it was written, if it was: the verdict counts, and prepared data may be mounted read-only."""
+    from tinyllama_ds.outputs import write_file
+
+    output = options.output or options.data / "audit.html"
+    try:
+        write_file(output, page)
+    except Refusal as refusal:
+        print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
+        return None
+    return output
 
 
 def _raw_inputs(pairs: list[str]) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama_ds.commands.arguments import POSITIVE, RANKS, WholeNumber
+from tinyllama_ds.commands.arguments import POSITIVE, RANKS, WholeNumber, output_folder
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 
@@ -54,7 +54,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-code-execution", action="store_true", help="HumanEval: run what the model writes, in a sandbox"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/evaluation/STEP, or evaluation/MODEL")
+    parser.add_argument(
+        "--output", type=output_folder, metavar="DIR", help="default: RUN/evaluation/STEP, or evaluation/MODEL"
+    )
     add_json(parser)
 
 
@@ -148,11 +150,13 @@ def _evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
     from tinyllama_ds.evaluation.harness import evaluate, language_model
     from tinyllama_ds.evaluation.scores import Measured, read_scores
     from tinyllama_ds.evaluation.suites import suite_named
+    from tinyllama_ds.outputs import check_folder
 
     if not world.is_main:
         os.environ["TQDM_DISABLE"] = "1"
     benchmarks = suite_named(options.suite) if options.suite else ()
     where = _output_folder(options)
+    check_folder(where)
     ranks = _join(world)
     tasks = _load_tasks(options, benchmarks, world)
     model, tokenizer, tokens = _load_model(options, world)
@@ -258,16 +262,20 @@ def _write(
     results: dict[str, Any],
     where: Path,
 ) -> int:
-    from tinyllama_ds.evaluation.scores import as_json, as_markdown, draw
+    """Print the scores, whatever becomes of the files."""
+    from tinyllama_ds.evaluation.scores import as_json, as_markdown, picture_of
+    from tinyllama_ds.outputs import refusing, write_figure, write_file
 
     stem = options.suite or "tasks"
-    where.mkdir(parents=True, exist_ok=True)
     text, found = as_markdown(measured, benchmarks), as_json(measured, benchmarks, results)
-    (where / f"{stem}.md").write_text(text, encoding="utf-8")
-    (where / f"{stem}.json").write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
-    draw(measured, benchmarks, where / f"{stem}.png")
     sys.stderr.flush()
-    return print_result(options, found, f"{text}\n{where / stem}.md, .json and .png")
+    code = print_result(options, found, f"{text}\n{where / stem}.md, .json and .png")
+    with refusing(where):
+        where.mkdir(parents=True, exist_ok=True)
+    write_file(where / f"{stem}.md", text)
+    write_file(where / f"{stem}.json", json.dumps(found, indent=1, default=str) + "\n")
+    write_figure(picture_of(measured, benchmarks), where / f"{stem}.png")
+    return code
 
 
 COMMANDS = (("evaluate", add_evaluate_arguments, _evaluate),)

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.commands.arguments import FILE_SIZE, POSITIVE, SEED, SHARE, Number
+from tinyllama_ds.commands.arguments import (
+    FILE_SIZE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Number,
+    output_file,
+    output_folder,
+    output_picture,
+)
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 
@@ -22,7 +31,7 @@ if TYPE_CHECKING:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
-    parser.add_argument("output", type=Path, metavar="OUT", help="Hugging Face folder to create")
+    parser.add_argument("output", type=output_folder, metavar="OUT", help="Hugging Face folder to create")
     parser.add_argument(
         "--max-shard-size",
         type=FILE_SIZE,
@@ -91,7 +100,9 @@ def _export(options: argparse.Namespace) -> int:
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="HF_DIR", help="of Llama architecture, on this machine")
-    parser.add_argument("output", type=Path, metavar="OUT", help="model folder to create, for pretrain --init-from")
+    parser.add_argument(
+        "output", type=output_folder, metavar="OUT", help="model folder to create, for pretrain --init-from"
+    )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="sentencepiece model to take in place of the folder's own"
     )
@@ -176,17 +187,20 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--output", type=Path, metavar="HTML", help="default: RUN/report.html")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="the main curves (default: RUN/report.png)")
+    parser.add_argument("--output", type=output_file, metavar="HTML", help="default: RUN/report.html")
+    parser.add_argument(
+        "--picture", type=output_picture, metavar="PNG", help="the main curves (default: RUN/report.png)"
+    )
     add_json(parser)
 
 
 def _report(options: argparse.Namespace) -> int:
     """Write a run's report as one HTML page and its curves as a picture, and print where it stands."""
-    from tinyllama_ds.evaluation.charts import draw_picture
+    from tinyllama_ds.evaluation.charts import picture_of
     from tinyllama_ds.evaluation.history import read_history
     from tinyllama_ds.evaluation.report import report_page, standing, summarise
     from tinyllama_ds.launch.lock import is_held
+    from tinyllama_ds.outputs import check_file, check_picture, write_figure, write_file
     from tinyllama_ds.training.checkpoint import newest_progress
 
     output = options.output or options.run / "report.html"
@@ -194,8 +208,10 @@ def _report(options: argparse.Namespace) -> int:
     history = read_history(options.run)
     _, committed = newest_progress(options.run)
     now = standing(history, committed, is_held(options.run))
-    output.write_text(report_page(history, now, str(options.run)), encoding="utf-8")
-    draw_picture(history, picture, str(options.run))
+    for check, path in ((check_file, output), (check_picture, picture)):
+        check(path)
+    write_file(output, report_page(history, now, str(options.run)))
+    write_figure(picture_of(history, str(options.run)), picture)
     summary = summarise(history, now)
     figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
     text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in figures.items())

@@ -6,7 +6,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.commands.arguments import CHECKPOINTED_BLOCKS, MEMORY_SIZE, RANKS, SHARE, Number
+from tinyllama_ds.commands.arguments import (
+    CHECKPOINTED_BLOCKS,
+    MEMORY_SIZE,
+    RANKS,
+    SHARE,
+    Number,
+    output_file,
+    output_picture,
+)
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import Refusal
 
@@ -55,7 +63,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--activation-checkpointing", type=CHECKPOINTED_BLOCKS, default=0, metavar="K", help="as in pretrain"
     )
     how.add_argument("--search", action="store_true", help="try every layout, micro batch and checkpointing; rank them")
-    how.add_argument("--write-config", type=Path, metavar="JSON", help="with --search: the winner's DeepSpeed config")
+    how.add_argument(
+        "--write-config", type=output_file, metavar="JSON", help="with --search: the winner's DeepSpeed config"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared data, for the sizes of the sources")
     parser.add_argument("--price-per-hour", type=Number(least=0, most=1e6), metavar="USD", help="of one GPU")
     parser.add_argument(
@@ -65,13 +75,18 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="that training stands still for a save (%(default)s)",
     )
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="learning rate, batch and mixture over tokens")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="the whole plan as one page that needs nothing else")
+    parser.add_argument(
+        "--picture", type=output_picture, metavar="PNG", help="learning rate, batch and mixture over tokens"
+    )
+    parser.add_argument(
+        "--html", type=output_file, metavar="FILE", help="the whole plan as one page that needs nothing else"
+    )
     add_json(parser)
 
 
 def _plan(options: argparse.Namespace) -> int:
     """Say what a run needs, costs and will do, before it starts."""
+    from tinyllama_ds.outputs import write_file
     from tinyllama_ds.planning import page
     from tinyllama_ds.planning.answer import answer, read_inputs, refuse_what_does_not_fit, with_config
     from tinyllama_ds.planning.search import reason, search
@@ -90,17 +105,18 @@ def _plan(options: argparse.Namespace) -> int:
         )
         inputs = with_config(inputs, best.config)
         if options.write_config:
-            options.write_config.write_text(json.dumps(best.config, indent=2) + "\n")
+            write_file(options.write_config, json.dumps(best.config, indent=2) + "\n")
     found = answer(question, inputs, sizes)
     if not found.fits:
         refuse_what_does_not_fit(found, [reason(c, memory) for c in search(question, inputs).candidates[:3]])
     tables = page.tables_of(found)
     if ranking:
         tables = [page.ranking_table(ranking, memory), *tables]
-    _write_pictures(options, found, tables)
     text = page.as_text(page.headline(found), tables, found.warnings)
     text += _how_to_start(options, ranking) if ranking else ""
-    return print_result(options, _result(found, ranking), text)
+    code = print_result(options, _result(found, ranking), text)
+    _write_pictures(options, found, tables)
+    return code
 
 
 def _refuse_nonsense(options: argparse.Namespace) -> None:
@@ -213,15 +229,15 @@ def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
 def _write_pictures(options: argparse.Namespace, found: "Answer", tables: list) -> None:
     if not (options.picture or options.html):
         return
+    from tinyllama_ds.outputs import drawn, write_figure, write_file
     from tinyllama_ds.planning.page import as_html, headline
     from tinyllama_ds.planning.picture import picture_of
 
     picture = picture_of(found)
     if options.picture:
-        options.picture.write_bytes(picture)
+        write_figure(picture, options.picture)
     if options.html:
-        page = as_html(headline(found), found.fits, tables, found.warnings, picture)
-        options.html.write_text(page, encoding="utf-8")
+        write_file(options.html, as_html(headline(found), found.fits, tables, found.warnings, drawn(picture)))
 
 
 def _how_to_start(options: argparse.Namespace, ranking: "Ranking") -> str:

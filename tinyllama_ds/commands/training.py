@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.commands.arguments import CHECKPOINTED_BLOCKS, MINUTES, RANKS, SECONDS, WholeNumber
+from tinyllama_ds.commands.arguments import CHECKPOINTED_BLOCKS, MINUTES, RANKS, SECONDS, WholeNumber, output_folder
 from tinyllama_ds.commands.placement import (
     add_placement_arguments,
     know_machines,
@@ -268,7 +268,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=WholeNumber(1, 10_000), default=3, help="measured steps (default: %(default)s)")
     parser.add_argument("--num-gpus", type=RANKS, metavar="N", help="ranks (default: this machine's GPUs, else 2)")
-    parser.add_argument("--output", type=Path, default=Path("bench"), help="for bench.json and bench.png (%(default)s)")
+    parser.add_argument(
+        "--output", type=output_folder, default=Path("bench"), help="for bench.json and bench.png (%(default)s)"
+    )
     add_json(parser)
 
 
@@ -278,7 +280,9 @@ def _bench(options: argparse.Namespace) -> int:
 
     from tinyllama_ds import bench
     from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
+    from tinyllama_ds.outputs import check_folder, refusing, write_figure, write_file
 
+    check_folder(options.output)
     placement = local_placement(options.num_gpus)
     for config in options.deepspeed_config:
         if not config.is_file():
@@ -296,12 +300,14 @@ def _bench(options: argparse.Namespace) -> int:
         launcher_environment(placement),
     )
     rows = list(tqdm(measured, total=len(settings), desc="bench", unit="setting"))
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
     title = f"{options.model}, {options.sequence_length} tokens, {placement.world_size} ranks"
-    bench.draw(rows, options.output / "bench.png", title)
     text = f"{bench.table(rows)}\n\n{bench.advice(rows)}\n{options.output / 'bench.png'}"
-    return print_result(options, {"rows": rows}, text)
+    code = print_result(options, {"rows": rows}, text)
+    with refusing(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+    write_file(options.output / "bench.json", json.dumps(rows, indent=1) + "\n")
+    write_figure(bench.picture_of(rows, title), options.output / "bench.png")
+    return code
 
 
 COMMANDS = (
