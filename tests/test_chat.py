@@ -28,7 +28,7 @@ from tinyllama_ds.data.chat import CHAT_TEMPLATE, conversation_ids, prompt_ids
 from tinyllama_ds.data.sources import Message
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.generate import Sampling, Served, continue_ids, load_hf_folder, serve_weights
+from tinyllama_ds.generate import Sampling, Served, continue_ids, serve_hf_folder, serve_weights
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
 
@@ -91,7 +91,7 @@ def test_an_export_brings_the_template_only_where_the_model_chats(
     export(weights.items(), CONFIG, tokenizer, tmp_path / "chats", chats=True)
     assert (tmp_path / "chats" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
     assert json.loads((tmp_path / "chats" / "generation_config.json").read_text())["eos_token_id"] == EOS_ID
-    folder = load_hf_folder(tmp_path / "chats")
+    folder = serve_hf_folder(tmp_path / "chats")
     assert folder.end_of_turn == EOS_ID
     written = []
     for model in (folder, served):

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +90,22 @@ def refusing(path: Path) -> Iterator[None]:
         if number is None or isinstance(error, Refusal):
             raise
         raise Refusal(f"{path}: cannot be written: {os.strerror(int(number[1]))}") from error
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill that appears under its name when it is complete, or leaves nothing; refuses one that exists."""
+    if output.exists():
+        raise Refusal(f"{output}: already exists; expected a new folder")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with refusing(output):
+            partial.mkdir(parents=True)
+            yield partial
+            partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _is_special(path: Path) -> bool:

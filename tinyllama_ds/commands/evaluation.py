@@ -199,18 +199,14 @@ def _load_tasks(options: argparse.Namespace, benchmarks: "tuple[Benchmark, ...]"
 def _load_model(options: argparse.Namespace, world: "World") -> tuple[Any, Any, int | None]:
     """transformers' model and tokenizer, and the tokens that it was trained on, where that is known."""
     import torch
-    import transformers
+
+    from tinyllama_ds.convert import load_hf_folder
 
     dtype = getattr(torch, options.dtype)
-    transformers.utils.logging.disable_progress_bar()
     if not (options.model / "config.json").is_file():
         return _load_stored(options.model, dtype, world)
-    try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(options.model)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise Refusal(f"{options.model}: transformers cannot load it: {str(error).splitlines()[0]}") from error
-    return model.eval().to(world.device), tokenizer, None
+    model, tokenizer = load_hf_folder(options.model, dtype)
+    return model.to(world.device), tokenizer, None
 
 
 def _load_stored(path: Path, dtype: Any, world: "World") -> tuple[Any, Any, int | None]:

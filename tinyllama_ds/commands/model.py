@@ -149,10 +149,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _serve(model: Path) -> "Served":
-    from tinyllama_ds.generate import load_hf_folder, serve_weights
+    from tinyllama_ds.generate import serve_hf_folder, serve_weights
 
     if (model / "config.json").is_file():
-        return load_hf_folder(model)
+        return serve_hf_folder(model)
     stored = open_stored(model)
     return serve_weights(dict(stored.tensors), stored.config, stored.tokenizer, stored.chats)
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ import zstandard
 from tqdm import tqdm
 
 from tinyllama_ds.data.demo_chinese import chinese_pages
+from tinyllama_ds.outputs import new_folder
 
 PROSE_PACKAGES = ("numpy", "torch", "transformers")
 MATHEMATICS_PACKAGES = ("sympy", "mpmath")
@@ -186,12 +186,10 @@ def _write_source(root: Path, documents: Iterable[Document], write: _Writer, max
                 splits["validation" if is_held_out(document.module) else "train"].append(document)
                 total += size
                 progress.update(size)
-    partial = root.with_name(f".{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for split, held in splits.items():
-        for number in range(FILES_PER_SPLIT[split]):
-            write(partial, split, number, held[number :: FILES_PER_SPLIT[split]])
-    partial.rename(root)
+    with new_folder(root) as folder:
+        for split, held in splits.items():
+            for number in range(FILES_PER_SPLIT[split]):
+                write(folder, split, number, held[number :: FILES_PER_SPLIT[split]])
     return {"bytes": total} | {f"{split} documents": len(held) for split, held in splits.items()}
 
 
