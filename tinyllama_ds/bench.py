@@ -93,9 +93,13 @@ def table(rows: list[Row]) -> str:
         if "error" in row:
             lines.append(f"{name_of(row):<{width}}  {row['error']}")
         else:
-            cells = "".join(f"{form.format(row.get(key, 0.0)):>11}" for _, key, form in _COLUMNS)
+            cells = "".join(f"{_cell(form, row.get(key, 0.0)):>11}" for _, key, form in _COLUMNS)
             lines.append(f"{name_of(row):<{width}}{cells}")
     return "\n".join(lines)
+
+
+def _cell(form: str, value: float | None) -> str:
+    return "above peak" if value is None else form.format(value)
 
 
 def advice(rows: list[Row]) -> str:
@@ -123,8 +127,9 @@ def picture_of(rows: list[Row], title: str) -> "Figure":
     names = [name_of(row) for row in measured]
     figure = Figure(figsize=(13, 1.5 + 0.5 * len(rows)), layout="constrained")
     rates, split = figure.subplots(1, 2, sharey=True)
+    labels = [f"{_cell('{:.0%}', row['mfu'])} MFU, {row['peak_gib']:.1f} GiB" for row in measured]
     bars = rates.barh(names, [row["tokens_per_second"] for row in measured], color="tab:blue")
-    rates.bar_label(bars, labels=[f"{row['mfu']:.0%} MFU, {row['peak_gib']:.1f} GiB" for row in measured], padding=3)
+    rates.bar_label(bars, labels=labels, padding=3)
     rates.set(xlabel="tokens per second, all ranks")
     rates.margins(x=0.35)
     rates.invert_yaxis()

@@ -133,6 +133,7 @@ def evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
     """What every rank does. Where all are refused, rank 0 says so. Collective."""
     import torch
 
+    from tinyllama_ds.bars import lines_for_bars
     from tinyllama_ds.training.world import wait_for_turn
 
     if options.device == "cpu":
@@ -140,7 +141,8 @@ def evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
     elif options.device == "cuda" and world.device.type != "cuda":
         raise Refusal("--device cuda: this machine has no GPU that PyTorch sees")
     try:
-        return _evaluate_on_rank(options, world)
+        with lines_for_bars():
+            return _evaluate_on_rank(options, world)
     except Refusal:
         wait_for_turn(world)
         raise

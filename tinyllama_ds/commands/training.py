@@ -276,9 +276,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _bench(options: argparse.Namespace) -> int:
     """Measure tokens/s, MFU, memory and the split of a step over a grid of settings."""
-    from tqdm import tqdm
-
     from tinyllama_ds import bench
+    from tinyllama_ds.bars import progress
     from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
     from tinyllama_ds.outputs import check_folder, refusing, write_figure, write_file
 
@@ -299,7 +298,7 @@ def _bench(options: argparse.Namespace) -> int:
         lambda arguments: launcher_command(placement, arguments, MEASURE_SCRIPT),
         launcher_environment(placement),
     )
-    rows = list(tqdm(measured, total=len(settings), desc="bench", unit="setting"))
+    rows = list(progress(measured, total=len(settings), desc="bench", unit="setting"))
     title = f"{options.model}, {options.sequence_length} tokens, {placement.world_size} ranks"
     text = f"{bench.table(rows)}\n\n{bench.advice(rows)}\n{options.output / 'bench.png'}"
     code = print_result(options, {"rows": rows}, text)

@@ -21,8 +21,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import zstandard
-from tqdm import tqdm
 
+from tinyllama_ds.bars import progress
 from tinyllama_ds.data.demo_chinese import chinese_pages
 from tinyllama_ds.outputs import new_folder
 
@@ -177,7 +177,7 @@ def _write_source(root: Path, documents: Iterable[Document], write: _Writer, max
     splits: dict[str, list[Document]] = {"train": [], "validation": []}
     seen: set[bytes] = set()
     total = 0
-    with tqdm(total=max_bytes, desc=f"demo {root.name}", unit="B", unit_scale=True, leave=False) as progress:
+    with progress(total=max_bytes, desc=f"demo {root.name}", unit="B", unit_scale=True, leave=False) as bar:
         for document in documents:
             size = len(document.text.encode())
             if total + size > max_bytes:
@@ -185,7 +185,7 @@ def _write_source(root: Path, documents: Iterable[Document], write: _Writer, max
             if _is_new(document.text, seen):
                 splits["validation" if is_held_out(document.module) else "train"].append(document)
                 total += size
-                progress.update(size)
+                bar.update(size)
     with new_folder(root) as folder:
         for split, held in splits.items():
             for number in range(FILES_PER_SPLIT[split]):
