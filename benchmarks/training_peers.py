@@ -141,12 +141,27 @@ def measure(names: list[str], size_name: str, rounds: int) -> dict[str, Result]:
         try:
             for name in group:
                 contenders.append(Contender(name, size_name))
-                _drop_failing(contenders[-1], contenders, results, contenders[-1].wait_until_warm)
-            run_in_turn(contenders, results, rounds, steps=1)
+                _each(contenders[-1:], contenders, results, lambda contender: contender.wait_until_warm())
+            for number in range(rounds):
+                _each(list(contenders), contenders, results, partial(run_once, results=results, number=number))
         finally:
             for contender in contenders:
                 contender.end()
     return results
+
+
+def _each(
+    turns: list[Contender], contenders: list[Contender], results: dict[str, Result], do: Callable[[Contender], None]
+) -> None:
+    """Let some do it one after the other; of one that fails nothing is left, and the others go on."""
+    for contender in turns:
+        try:
+            do(contender)
+        except RuntimeError as failure:
+            print(f"{failure}; it is left out", flush=True)
+            contender.end()
+            contenders.remove(contender)
+            results.pop(contender.name, None)
 
 
 def run_in_turn(
@@ -158,29 +173,18 @@ def run_in_turn(
 ) -> None:
     """Some steps of each, round after round, while the others wait; what comes of it is added to `results`."""
     for number in range(rounds):
-        for contender in list(contenders):
-            ran = _drop_failing(contender, contenders, results, partial(contender.run, steps))
-            if ran is None:
-                continue
-            result = results.setdefault(contender.name, Result())
-            result.rates.append(contender.size.tokens / ran[0])
-            result.peak_gib = ran[1] / 2**30
-            print(f"round {number + 1}: {contender.name}: {result.rates[-1]:,.0f} tokens/s", flush=True)
+        for contender in contenders:
+            run_once(contender, results, number, steps)
             after_each()
 
 
-def _drop_failing(
-    contender: Contender, contenders: list[Contender], results: dict[str, Result], do: Callable[[], Any]
-) -> Any:
-    """What a contender did; where it failed, nothing is left of it, and the others go on."""
-    try:
-        return do()
-    except RuntimeError as failure:
-        print(f"{failure}; it is left out", flush=True)
-        contender.end()
-        contenders.remove(contender)
-        results.pop(contender.name, None)
-        return None
+def run_once(contender: Contender, results: dict[str, Result], number: int, steps: int = 1) -> None:
+    """The turn of one contender. Raises RuntimeError where it has ended."""
+    seconds, peak = contender.run(steps)
+    result = results.setdefault(contender.name, Result())
+    result.rates.append(contender.size.tokens / seconds)
+    result.peak_gib = peak / 2**30
+    print(f"round {number + 1}: {contender.name}: {result.rates[-1]:,.0f} tokens/s", flush=True)
 
 
 def table(results: dict[str, Result], size: Size, peak: float) -> str:
