@@ -7,8 +7,8 @@ from tinyllama_ds.errors import Refusal
 _MOST_BYTES = 16 * 2**20  # a recipe or a hostfile is some lines long; a device or a shard has no end
 
 
-def read_text(path: Path, what: str) -> str:
-    """The text of a file of UTF-8, without its byte order mark; `what` it is, with its article: "the recipe".
+def read_text(path: Path, what: str, *, keep_mark: bool = False) -> str:
+    """The text of a file of UTF-8, without a byte order mark; `what` it is, with its article: "the recipe".
 
     Raises `Refusal` where it is missing, a directory, not readable, too large, or not UTF-8, which names the line.
     """
@@ -24,7 +24,7 @@ def read_text(path: Path, what: str) -> str:
     if len(content) > _MOST_BYTES:
         raise Refusal(f"{path}: is larger than {_MOST_BYTES >> 20} MiB, which is too long for {what}")
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8" if keep_mark else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise Refusal(

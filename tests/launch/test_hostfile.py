@@ -77,10 +77,18 @@ def test_all_bad_lines_are_told_at_once(tmp_path: Path) -> None:
     )
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_read_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"node1 slots=8\r\nnode2 slots=08\r\n", b"node1 slots=8\rnode2 slots=8", b"node1\x0cslots=8\nnode2 slots=8"],
+)
+def test_lines_end_as_they_do_for_deepspeed(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.launcher.runner import fetch_hostfile
+
     path = tmp_path / "hosts"
-    path.write_bytes(b"\xef\xbb\xbfnode1 slots=8\r\nnode2 slots=08\r\n")
+    path.write_bytes(content)
     assert read_hostfile(path) == [Host("node1", 8), Host("node2", 8)]
+    assert fetch_hostfile(str(path)) == {"node1": 8, "node2": 8}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +96,8 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read_over(tmp_path: Path) -
     [
         (b"# caf\xe9\nnode1 slots=8\n", "hosts:1: byte 0xe9 is not UTF-8; expected the hostfile in UTF-8"),
         ("node1 slots=8\n".encode("utf-16"), "hosts:1: byte 0xff is not UTF-8"),
+        ("node1 slots=8\n".encode("utf-8-sig"), "hosts:1: begins with a byte order mark; expected UTF-8 without one"),
+        ("node1 slots=8\u2028node2 slots=8\n".encode(), "hosts:1: .* is not of the form 'host slots=N'"),
         (None, "hosts: is a directory; expected the hostfile, which is a file"),
         (17 * 2**20 * b"#", "hosts: is larger than 16 MiB, which is too long for the hostfile"),
     ],

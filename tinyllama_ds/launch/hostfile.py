@@ -3,6 +3,7 @@
 A host becomes an argument of ssh and pdsh, so a line that either could take for an option or a list is refused here.
 """
 
+import io
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -42,7 +43,10 @@ def read_hostfile(path: Path) -> list[Host]:
     """All hosts in the order of the file; raises `Refusal` with every line that is not a host, and its number."""
     hosts: dict[str, Host] = {}
     problems = []
-    for number, line in enumerate(read_text(path, "the hostfile").splitlines(), start=1):
+    text = read_text(path, "the hostfile", keep_mark=True)
+    if text.startswith("\ufeff"):  # which DeepSpeed's launcher takes for a part of the first host's name
+        raise Refusal(f"{path}:1: begins with a byte order mark; expected UTF-8 without one")
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):  # lines as DeepSpeed counts them
         content = line.strip()
         if not content or content.startswith("#"):
             continue
