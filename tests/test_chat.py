@@ -229,6 +229,16 @@ def test_questions_from_a_pipe_are_answered_line_by_line(
     assert out.endswith(f"{first}\n")
 
 
+def test_a_line_that_is_not_utf_8_does_not_end_the_conversation(
+    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    model, prompts = asked(served)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\nthe loss\n\xed\xa0\x80\n"), "utf-8"))
+    talk(Conversation(model, GREEDY))
+    assert [prompt[-1].content for prompt in prompts] == ["the loss"]
+    assert capsys.readouterr().out.count("the question is not UTF-8; it is left out\n") == 2
+
+
 def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(
     weights: dict[str, torch.Tensor], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tinyllama_ds.cli import command_parser, main
 from tinyllama_ds.commands.arguments import Number, Size, WholeNumber
-from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.errors import EXIT_REFUSED, Refusal
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = [*ROOT.glob("tinyllama_ds/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/**/*.py")]
@@ -81,9 +81,16 @@ def test_bounds() -> None:
     [
         (["generate", "run", "a\udcffb"], r"'a\udcffb' is not UTF-8; expected text and paths in UTF-8"),
         (["generate"], "the following arguments are required: MODEL, TEXT; see tinyllama-ds generate --help"),
-        (["generate", "run", "x", "--top-p", "0"], "--top-p: '0'; expected a number above 0, 1 at most"),
+        (["generate", "run", "x", "--top-p", "0"], "--top-p 0: expected a number above 0, 1 at most"),
         (["prepare", "--share", "4/4"], "--share: '4/4' is not of the form RANK/SIZE"),
         (["generate", "run", "x", "two\nlines"], r"unrecognized arguments: two\nlines"),
+        (["plan", "--gpu-memory", "1e999GiB"], "--gpu-memory 1e999GiB: expected a size such as 40GiB, in GiB, GB"),
+        (
+            ["export", "run", "hf", "--max-shard-size", "0GB"],
+            "--max-shard-size 0GB: expected a size such as 40GB",
+        ),
+        (["pretrain", "--master-port", "65535"], "--master-port 65535: expected 65534 or less"),
+        (["evaluate", ".", "--tasks", "piqa", "--batch-size", "0"], "--batch-size 0: expected 1 or more"),
         ([], "the following arguments are required: command"),
     ],
 )
@@ -93,3 +100,18 @@ def test_what_is_wrong_is_one_sentence(arguments: list[str], sentence: str, caps
     assert end.value.code == EXIT_REFUSED
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"tinyllama-ds: {sentence}")
+
+
+def test_a_benchmark_is_refused_before_it_is_launched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "ds_configs" / "zero1.json")
+    for more, said in (
+        (["--sequence-length", "129", "--model", "test"], "--sequence-length 129: test has 128 positions"),
+        (["--model", "tset"], "model 'tset' is unknown"),
+    ):
+        arguments = ["bench", "--deepspeed-config", config, "--output", str(tmp_path / "out"), *more]
+        assert main(arguments) == EXIT_REFUSED
+        assert said in capsys.readouterr().err
+
+
+def test_an_error_of_a_library_in_several_lines_is_one() -> None:
+    assert str(Refusal("task.yaml: is wrong:\n  in line 2\n  column 1")).count("\n") == 0

@@ -104,7 +104,7 @@ sys.exit(f"imported {heavy}" if heavy else code)
         (("--gpu-memory", "40GiB"), {}, r"give both"),
         (("--efficiency", 1.5), {}, r"1 at most"),
         (("--attention", "flash"), {}, r"--attention 'flash' is unknown; expected auto, flash_attention_4, "),
-        (("--network", -1), {}, r"--network: '-1'; expected a number above 0"),
+        (("--network", -1), {}, r"--network -1: expected a number above 0"),
         (("--write-config", "x.json"), {}, r"give --search as well"),
         (("--data", "absent"), {}, r"absent: the data directory is missing"),
         ((), {"config": HPZ, "gpus": 4}, r"zero_hpz_partition_size 8 does not divide 4"),

@@ -24,7 +24,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        sentence = message.removeprefix("argument ").replace("\r", "\\r").replace("\n", "\\n")
+        named = re.sub(r"^argument (\S+): (.+): expected ", r"\1 \2: expected ", message, count=1, flags=re.DOTALL)
+        sentence = named.removeprefix("argument ").replace("\r", "\\r").replace("\n", "\\n")
         self.exit(EXIT_REFUSED, f"tinyllama-ds: {sentence}; see {self.prog} --help\n")
 
 
@@ -44,10 +45,16 @@ class WholeNumber:
         try:
             value = int(text)
         except ValueError:
-            value = self.least - 1
-        if not self.least <= value <= self.most:
-            raise argparse.ArgumentTypeError(f"{shown(text)}; expected a whole number from {self.least} to {self.most}")
+            raise _wrong(text, f"a whole number from {self.least} to {self.most}") from None
+        if value < self.least:
+            raise _wrong(text, f"{self.least} or more")
+        if value > self.most:
+            raise _wrong(text, f"{self.most} or less")
         return value
+
+
+def _wrong(text: str, expected: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"{shown(text)[1:-1] if text.strip() else repr(text)}: expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Number:
         is_low = value <= self.above if self.least is None else value < self.least
         if is_low or not value <= self.most:
             bound = f"above {self.above:g}" if self.least is None else f"from {self.least:g} on"
-            raise argparse.ArgumentTypeError(f"{shown(text)}; expected a number {bound}, {self.most:,.15g} at most")
+            raise _wrong(text, f"a number {bound}, {self.most:,.15g} at most")
         return value
 
 
@@ -79,9 +86,7 @@ class Size:
     def __call__(self, text: str) -> str:
         match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([A-Za-z]+)", text.strip(), re.ASCII)
         if match is None or match[2].lower() not in map(str.lower, self.units) or not float(match[1]) > 0:
-            raise argparse.ArgumentTypeError(
-                f"{shown(text)}; expected a size such as 40{self.units[0]}, in {', '.join(self.units)}"
-            )
+            raise _wrong(text, f"a size such as 40{self.units[0]}, in {', '.join(self.units)}")
         return text.strip()
 
 

@@ -279,9 +279,13 @@ def _bench(options: argparse.Namespace) -> int:
     from tinyllama_ds import bench
     from tinyllama_ds.bars import progress
     from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
+    from tinyllama_ds.model.config import model_config
     from tinyllama_ds.outputs import check_folder, refusing, write_figure, write_file
 
     check_folder(options.output)
+    positions = model_config(options.model).max_position_embeddings
+    if options.sequence_length > positions:
+        raise Refusal(f"--sequence-length {options.sequence_length}: {options.model} has {positions} positions")
     placement = local_placement(options.num_gpus)
     for config in options.deepspeed_config:
         if not config.is_file():
