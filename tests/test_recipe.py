@@ -1,5 +1,6 @@
 """Recipes: the shipped ones load, and what is wrong is named with its place."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from tinyllama_ds.deepspeed_config import load_deepspeed_config
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.plan import RunPlan
-from tinyllama_ds.recipe import RECIPE_DIRECTORY, Evaluation, GuardSettings, Samples, load_recipe
+from tinyllama_ds.recipe import _KEYS, RECIPE_DIRECTORY, Evaluation, GuardSettings, Samples, load_recipe
 from tinyllama_ds.training.schedule import make_schedule
 
 SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
@@ -381,3 +382,8 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(b"\xef\xbb\xbf" + VALID.replace("\n", "\r\n").encode())
     assert load_recipe(str(path)).name == "mine"
+
+
+def test_every_field_has_a_rule() -> None:
+    for kind, rules in _KEYS.items():
+        assert {field.name for field in fields(kind)} == rules.keys(), kind

@@ -158,7 +158,11 @@ def _share(text: str) -> tuple[int, int]:
 def _share_of_task(options: argparse.Namespace) -> tuple[int, int]:
     """What was asked for, else this task's share under srun, whose batch scripts know no number of tasks in a step."""
     if options.share is None and not (options.mpi or options.hostfile) and "SLURM_STEP_NUM_TASKS" in os.environ:
-        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
+        share = f"{os.environ.get('SLURM_PROCID')}/{os.environ['SLURM_STEP_NUM_TASKS']}"
+        try:
+            return _share(share)
+        except argparse.ArgumentTypeError as error:
+            raise Refusal(f"SLURM_PROCID/SLURM_STEP_NUM_TASKS in the environment: {error}") from error
     return options.share or (0, 1)
 
 
