@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from tinyllama_ds.commands.arguments import Parser, WholeNumber
 from tinyllama_ds.model.attention import attention_function
 
 
@@ -25,9 +26,11 @@ def milliseconds(name: str, length: int, dtype: torch.dtype, repeats: int) -> fl
 
 def main() -> None:
     """Print a table: a row per dtype and length, and how many times faster `blocked` is than `sdpa`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], metavar="TOKENS")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--lengths", type=WholeNumber(1, 1_000_000), nargs="+", default=[128, 256, 512, 1024, 2048], metavar="TOKENS"
+    )
+    parser.add_argument("--repeats", type=WholeNumber(1, 1000), default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'dtype':<10}{'tokens':>7}{'sdpa':>9}{'blocked':>9}{'ratio':>7}")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.distributed as dist
 
+from tinyllama_ds.commands.arguments import Parser, output_file, output_folder
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.plan import Step
@@ -170,9 +171,9 @@ def table(figures: dict) -> str:
 
 def main() -> None:
     """Start the ranks, or be one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--directory", type=Path, help="where to save (default: a temporary directory)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=output_file, help="write the figures here")
+    parser.add_argument("--directory", type=output_folder, help="where to save (default: a temporary directory)")
     parser.add_argument("--model", default="tinyllama-120m", help="named size (default: %(default)s)")
     options = parser.parse_args()
     if "RANK" in os.environ:

@@ -184,10 +184,14 @@ def batch(size: Size) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a contender is made; `is_one_process` where it is one process on whatever number of ranks' share of cores."""
+    """How a contender is made; `is_one_process` where it is one process on whatever number of ranks' share of cores.
+
+    `package` is what it needs beyond our own dependencies.
+    """
 
     build: Callable[[Size], OneStep]
     is_one_process: bool = False
+    package: str | None = None
 
 
 CONTENDERS = {
@@ -200,7 +204,7 @@ CONTENDERS = {
     "FSDP2, compiled, our attention": Kind(lambda size: fsdp2(size, "auto")),
     "plain loop, compiled, sdpa": Kind(lambda size: plain(size, "sdpa"), is_one_process=True),
     "plain loop, compiled, our attention": Kind(lambda size: plain(size, "auto"), is_one_process=True),
-    "plain loop, litgpt's model, compiled": Kind(litgpt, is_one_process=True),
+    "plain loop, litgpt's model, compiled": Kind(litgpt, is_one_process=True, package="litgpt"),
 }
 
 

@@ -3,7 +3,6 @@
 python benchmarks/data_order.py --json benchmarks/results/data_order.json
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tinyllama_ds.commands.arguments import Parser, WholeNumber, output_file
 from tinyllama_ds.data.loader import SampleReader
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.data.shards import ShardName, ShardWriter
@@ -54,11 +54,11 @@ def seconds(run: Callable[[], object], rounds: int) -> float:
 
 def main() -> None:
     """Print a table of figures beside their bars."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shards", type=int, default=20, help="of a source (default: %(default)s)")
-    parser.add_argument("--shard-tokens", type=int, default=2_000_000, help="default: %(default)s")
-    parser.add_argument("--json", type=Path)
+    parser = Parser(description=__doc__)
+    parser.add_argument("--rounds", type=WholeNumber(1, 1000), default=5)
+    parser.add_argument("--shards", type=WholeNumber(1, 10_000), default=20, help="of a source (default: %(default)s)")
+    parser.add_argument("--shard-tokens", type=WholeNumber(1, 10**10), default=2_000_000, help="default: %(default)s")
+    parser.add_argument("--json", type=output_file)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         streams = write_shards(Path(directory), options.shards, options.shard_tokens)

@@ -10,7 +10,6 @@ at each function, with the same library (sentencepiece, tokenizers) and without 
 meets one.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -18,12 +17,15 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import zstandard
 
+from installed import of_installed
+from tinyllama_ds.commands.arguments import Number, Parser, WholeNumber, output_file
 from tinyllama_ds.data.encoding import ranked_merges
 from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.sources import SourceFormat
@@ -150,6 +152,13 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
+def _package_of(name: str) -> str | None:
+    """What a contender needs that an installation may lack: gigatoken has no wheels for some platforms."""
+    if "gigatoken" in name:
+        return "gigatoken"
+    return {"litgpt's script": "torch", "datatrove's step": "tokenizers"}.get(name)
+
+
 def measure(run: Contender, corpus: Path, tokenizer: Tokenizer) -> dict[str, float]:
     """One run: tokens, seconds of the wall, and seconds of CPU with those of the workers."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -169,19 +178,20 @@ def measure_start(run: Contender, tokenizer: Tokenizer) -> float:
 
 def main() -> None:
     """Print a row per contender: million tokens per second, and our fastest single worker beside it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--megabytes", type=float, default=120, help="of text")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megabytes", type=Number(most=1e6), default=120, help="of text")
+    parser.add_argument("--rounds", type=WholeNumber(1, 1000), default=3)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     options = parser.parse_args()
+    names = of_installed({name: _package_of(name) for name in options.only})
     tokenizer = Tokenizer(options.tokenizer)
     with tempfile.TemporaryDirectory() as directory:
         text_bytes = make_corpus(Path(directory), int(options.megabytes * 1e6))
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for _ in range(options.rounds):
-            for name in options.only:
+            for name in names:
                 start = measure_start(CONTENDERS[name], tokenizer)
                 found[name].append(measure(CONTENDERS[name], Path(directory), tokenizer) | {"start_s": start})
     report(found, options.json, text_bytes)
@@ -206,7 +216,10 @@ def report(found: dict[str, list[dict[str, float]]], path: Path | None, text_byt
         one, two = f"ours, {encoder}", f"ours, {encoder}, 2 workers"
         if one in rates and two in rates:
             print(f"two workers over one, {encoder}, net: {rates[two]['net'] / rates[one]['net']:.2f}")
-    versions = {name: version(name) for name in ("sentencepiece", "gigatoken", "tokenizers", "pyarrow", "numpy")}
+    versions: dict[str, str] = {}
+    for name in ("sentencepiece", "gigatoken", "tokenizers", "pyarrow", "numpy"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     machine = {
         "processor": platform.machine(),
         "cores": os.cpu_count(),

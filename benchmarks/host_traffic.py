@@ -5,7 +5,6 @@
 Needs root: the hosts are namespaces of this machine (tests/hosts.py), the bytes are their interface counters.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from conftest import made_up_text, prepare_small_data  # noqa: E402
 from hosts import Host, start_hosts  # noqa: E402
 from launching import STEP_TOKENS, write_deepspeed_config, write_recipe  # noqa: E402
 
+from tinyllama_ds.commands.arguments import Parser, WholeNumber, output_file  # noqa: E402
 from tinyllama_ds.data.tokenizer import train_tokenizer  # noqa: E402
 from tinyllama_ds.model.config import model_config  # noqa: E402
 
@@ -50,10 +50,12 @@ def measure(name: str, steps: int, hosts: list[Host], data: Path, folder: Path) 
 
 def main() -> None:
     """Print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--steps", type=int, default=200, help="more than the warm-up's 5 (default: %(default)s)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--steps", type=WholeNumber(6, 100_000), default=200, help="more than the warm-up's 5 (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=output_file)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

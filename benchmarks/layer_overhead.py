@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from tinyllama_ds.commands.arguments import Parser, WholeNumber
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.training.engine import start_process_group, wrap
@@ -93,10 +94,14 @@ def _measure_and_send(name: str, micro_batches: int, sender: Connection) -> None
 
 def main() -> None:
     """Print a line per file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", nargs="+", default=list(FILES), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each (default: %(default)s)")
-    parser.add_argument("--micro-batches", type=int, default=40, help="of a process (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=WholeNumber(1, 1000), default=3, help="processes of each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--micro-batches", type=WholeNumber(1, 100_000), default=40, help="of a process (default: %(default)s)"
+    )
     options = parser.parse_args()
     rounds: dict[str, list[float]] = {name: [] for name in ("plain", *options.files)}
     for _ in range(options.rounds):

@@ -7,13 +7,13 @@ Needs root and Debian's iproute2. `bytes` compares the interface counters with t
 measures a step on free links and predicts it on throttled ones.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from plan_launching import deepspeed_config, namespaces, run_ranks, throttle
+from tinyllama_ds.commands.arguments import Number, Parser, WholeNumber, output_file
 from tinyllama_ds.gpus import Network
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.communication import Hosts, collectives_of, traffic_of
@@ -101,12 +101,16 @@ def compare_seconds(folder: Path, layouts: Sequence[str], rates: Sequence[float]
 
 def main(words: Sequence[str] | None = None) -> None:
     """Print a row per measurement, and write the JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("bytes", "time"))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="default: all; of time zero1 and zero3")
-    parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4], help="of bytes (default: %(default)s)")
-    parser.add_argument("--mbit", type=float, nargs="+", default=[1000, 100, 10], help="of time (default: %(default)s)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--hosts", type=WholeNumber(2, 64), nargs="+", default=[2, 4], help="of bytes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mbit", type=Number(most=1e6), nargs="+", default=[1000, 100, 10], help="of time (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=output_file)
     options = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         if options.what == "bytes":

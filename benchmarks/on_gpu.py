@@ -20,6 +20,7 @@ from pathlib import Path
 from gpu_parts.figures import read_figures
 from gpu_parts.processes import Interrupted, adopt_orphans, kill_children, raise_on_signals, run
 from gpu_parts.shares import PARTS, Share, limit
+from tinyllama_ds.commands.arguments import SECONDS, Parser, output_folder
 
 ROOT = Path(__file__).parents[1]
 TABLE_LINES = 60  # a remote call may bring back the end of the output only
@@ -175,10 +176,10 @@ def shorten(outcomes: dict[str, Outcome], most: int) -> Iterator[str]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="for all (default: %(default)s)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=SECONDS, default=540, metavar="SECONDS", help="for all (default: %(default)s)")
     parser.add_argument("--rehearse", action="store_true", help="on this machine's CPU, with a tiny model")
-    parser.add_argument("--out", type=Path, default=Path("on_gpu"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--out", type=output_folder, default=Path("on_gpu"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(
         "--flash-attn", type=Path, metavar="SITE", help="directory with a flash_attn that knows head size 64 alone"
     )

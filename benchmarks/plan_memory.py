@@ -6,7 +6,6 @@ States are compared before the optimizer's step, when gradients are there; the p
 held at most. CPU ranks have no CUDA context and no caching allocator, so those rows are left out.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from plan_launching import deepspeed_config, run_ranks
+from tinyllama_ds.commands.arguments import RANKS, Parser, output_file
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.loss import MAX_CHUNK_LOGITS
 from tinyllama_ds.planning.layout import read_layout
@@ -60,10 +60,10 @@ def compare(name: str, ranks: int, folder: Path) -> dict:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Print a row per layout and number of ranks, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=RANKS, nargs="+", default=[1, 2, 4])
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     options = parser.parse_args(words)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -5,13 +5,13 @@
 Pure arithmetic of tinyllama_ds/planning; what of it was measured is in docs/planning.md.
 """
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from tinyllama_ds.commands.arguments import Parser, WholeNumber, output_file, output_picture
 from tinyllama_ds.gpus import GPUS, network_of
 from tinyllama_ds.plan import RunPlan
 from tinyllama_ds.planning.answer import Question, read_inputs
@@ -64,10 +64,12 @@ def draw(rows: list[dict], output: Path) -> None:
 
 def main() -> None:
     """Print the table; write JSON and picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--gpus", type=int, nargs="+", default=list(SIZES), help="default: %(default)s")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=output_file)
+    parser.add_argument("--picture", type=output_picture)
+    parser.add_argument(
+        "--gpus", type=WholeNumber(1, 1_000_000), nargs="+", default=list(SIZES), help="default: %(default)s"
+    )
     options = parser.parse_args()
     rows = [best(size, gbit, times) for times in BATCHES for gbit in NETWORKS for size in options.gpus]
     for row in rows:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tinyllama_ds.commands.arguments import Parser, WholeNumber
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import SwiGLU
 
@@ -61,11 +62,11 @@ def kept_bytes(run: Callable[[Tensor], Tensor], module: SwiGLU, x: Tensor) -> in
 
 def main() -> None:
     """Print a row per candidate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=int, default=2048)
-    parser.add_argument("--intermediate-size", type=int, default=5632)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden-size", type=WholeNumber(1, 100_000), default=2048)
+    parser.add_argument("--intermediate-size", type=WholeNumber(1, 1_000_000), default=5632)
+    parser.add_argument("--tokens", type=WholeNumber(1, 1_000_000), default=2048)
+    parser.add_argument("--rounds", type=WholeNumber(1, 1000), default=5)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = LlamaConfig(32, options.hidden_size, options.intermediate_size, 1, 1, 1, options.tokens)

@@ -7,7 +7,8 @@ after the other, because each wants the memory (`gpu_parts/peers.py` takes two i
 two ranks of one thread each (`plain` is one process with two threads, about 1.2 GB per process): every contender starts
 once and warms up, then each in turn trains a step while the rest wait, round after round, so that a drift of the
 machine hits all. Ours run in the environment that `tinyllama-ds pretrain` gives its ranks. litgpt is not among our
-dependencies: install it (`pip install litgpt`), or leave its row out with --only. Nothing is downloaded.
+dependencies: install it (`pip install litgpt`), else its row is left out, as that of one that fails. Nothing is
+downloaded.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from typing import Any
 import torch
 
 from contenders import CONTENDERS, SIZES, Size, ranks_of
+from installed import of_installed
+from tinyllama_ds.commands.arguments import Parser, WholeNumber, output_file
 from tinyllama_ds.launch.launcher import Placement, launcher_environment
 from tinyllama_ds.network import free_port
 from tinyllama_ds.training.metrics import measured_peak, memory_bytes
@@ -130,24 +134,34 @@ class Result:
 
 
 def measure(names: list[str], size_name: str, rounds: int) -> dict[str, Result]:
-    """All contenders in turn; on a GPU one after the other, and one that fails (out of memory, say) leaves no row."""
+    """All contenders in turn; on a GPU one after the other. One that fails (out of memory, say) leaves no row."""
     results: dict[str, Result] = {}
     for group in [names] if SIZES[size_name].device == "cpu" else [[name] for name in names]:
         contenders: list[Contender] = []
         try:
             for name in group:
                 contenders.append(Contender(name, size_name))
-                contenders[-1].wait_until_warm()
-            run_in_turn(contenders, results, rounds, steps=1)
-        except RuntimeError as failure:
-            if len(group) > 1:
-                raise
-            results.pop(group[0], None)
-            print(failure, flush=True)
+                _each(contenders[-1:], contenders, results, lambda contender: contender.wait_until_warm())
+            for number in range(rounds):
+                _each(list(contenders), contenders, results, partial(run_once, results=results, number=number))
         finally:
             for contender in contenders:
                 contender.end()
     return results
+
+
+def _each(
+    turns: list[Contender], contenders: list[Contender], results: dict[str, Result], do: Callable[[Contender], None]
+) -> None:
+    """Let some do it one after the other; of one that fails nothing is left, and the others go on."""
+    for contender in turns:
+        try:
+            do(contender)
+        except RuntimeError as failure:
+            print(f"{failure}; it is left out", flush=True)
+            contender.end()
+            contenders.remove(contender)
+            results.pop(contender.name, None)
 
 
 def run_in_turn(
@@ -160,12 +174,17 @@ def run_in_turn(
     """Some steps of each, round after round, while the others wait; what comes of it is added to `results`."""
     for number in range(rounds):
         for contender in contenders:
-            seconds, peak = contender.run(steps)
-            result = results.setdefault(contender.name, Result())
-            result.rates.append(contender.size.tokens / seconds)
-            result.peak_gib = peak / 2**30
-            print(f"round {number + 1}: {contender.name}: {result.rates[-1]:,.0f} tokens/s", flush=True)
+            run_once(contender, results, number, steps)
             after_each()
+
+
+def run_once(contender: Contender, results: dict[str, Result], number: int, steps: int = 1) -> None:
+    """The turn of one contender. Raises RuntimeError where it has ended."""
+    seconds, peak = contender.run(steps)
+    result = results.setdefault(contender.name, Result())
+    result.rates.append(contender.size.tokens / seconds)
+    result.peak_gib = peak / 2**30
+    print(f"round {number + 1}: {contender.name}: {result.rates[-1]:,.0f} tokens/s", flush=True)
 
 
 def table(results: dict[str, Result], size: Size, peak: float) -> str:
@@ -183,20 +202,23 @@ def table(results: dict[str, Result], size: Size, peak: float) -> str:
 
 def main() -> None:
     """Measure all contenders and print a table of medians and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=WholeNumber(1, 1000), default=5)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="CONTENDER")
     parser.add_argument("--size", choices=SIZES, default="gpu" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     size = SIZES[options.size]
     if options.serve:
         return serve(options.serve, size)
+    names = of_installed({name: CONTENDERS[name].package for name in options.only})
     peak = measured_peak(torch.device(size.device), torch.bfloat16)
     if size.device == "cuda":
         torch.cuda.empty_cache()  # the contenders need the memory
-    results = measure(options.only, options.size, options.rounds)
+    results = measure(names, options.size, options.rounds)
+    if not results:
+        raise SystemExit("no contender trained to the end")
     print(f"\n{table(results, size, peak)}\nmatmul: {peak / 1e12:.2f} TFLOP/s in bf16, measured before the contenders")
     if options.json:
         options.json.parent.mkdir(exist_ok=True)

@@ -1,18 +1,18 @@
 #!/usr/bin/env python
 """What `tinyllama-ds evaluate` starts on every rank; torchrun can start it too."""
 
-import argparse
 import sys
 
+from tinyllama_ds.commands.arguments import COUNT, Parser
 from tinyllama_ds.commands.evaluation import add_evaluate_arguments, evaluate_on_rank, prepare
 from tinyllama_ds.errors import EXIT_REFUSED, Refusal
 from tinyllama_ds.training.engine import leave
 from tinyllama_ds.training.world import read_world
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_evaluate_arguments(parser)
-    parser.add_argument("--local_rank", type=int, help="appended by the launcher; the environment is what counts")
+    parser.add_argument("--local_rank", type=COUNT, help="appended by the launcher; the environment is what counts")
     options = parser.parse_args()
     try:
         prepare(options)

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import psutil
 
+from tinyllama_ds.commands.arguments import MINUTES, SECONDS, SEED, Parser, output_folder
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_RESTART
 from tinyllama_ds.training.checkpoint import consolidated_weights, find_checkpoints, newest_progress
 
@@ -342,11 +343,13 @@ def table(report: Report) -> str:
 
 def main() -> int:
     """Train alone, train under faults, compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="about so long under faults (default: %(default)s)")
-    parser.add_argument("--every", type=float, default=150, metavar="SECONDS", help="a fault (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--directory", type=Path, default=Path("soak"), help="for everything (default: %(default)s)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=MINUTES, default=60, help="about so long under faults (default: %(default)s)")
+    parser.add_argument("--every", type=SECONDS, default=150, metavar="SECONDS", help="a fault (default: %(default)s)")
+    parser.add_argument("--seed", type=SEED, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--directory", type=output_folder, default=Path("soak"), help="for everything (default: %(default)s)"
+    )
     options = parser.parse_args()
     directory = options.directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)

@@ -81,8 +81,7 @@ def _on_gpu(how: Any, arguments: tuple, dry_run: bool, memory_bytes: int, seen: 
         set_accelerator(CUDA_Accelerator())
         gpu.memory_bytes = memory_bytes
         patches.enter_context(mock.patch.object(engine, "leave", _leave))
-        for module in (measure, metrics):
-            patches.enter_context(mock.patch.object(module, "measured_peak", return_value=1e12))
+        patches.enter_context(mock.patch.object(metrics, "measured_peak", return_value=1e12))
         patches.enter_context(mock.patch.object(measure, "_profile_step", return_value=kinds))
         if not dry_run:
             patches.enter_context(mock.patch.object(pretrain, "dry_run_batch", return_value="left out"))

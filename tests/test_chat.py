@@ -28,7 +28,7 @@ from tinyllama_ds.data.chat import CHAT_TEMPLATE, conversation_ids, prompt_ids
 from tinyllama_ds.data.sources import Message
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.generate import Sampling, Served, continue_ids, load_hf_folder, serve_weights
+from tinyllama_ds.generate import Sampling, Served, continue_ids, serve_hf_folder, serve_weights
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
 
@@ -91,7 +91,7 @@ def test_an_export_brings_the_template_only_where_the_model_chats(
     export(weights.items(), CONFIG, tokenizer, tmp_path / "chats", chats=True)
     assert (tmp_path / "chats" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
     assert json.loads((tmp_path / "chats" / "generation_config.json").read_text())["eos_token_id"] == EOS_ID
-    folder = load_hf_folder(tmp_path / "chats")
+    folder = serve_hf_folder(tmp_path / "chats")
     assert folder.end_of_turn == EOS_ID
     written = []
     for model in (folder, served):
@@ -227,6 +227,16 @@ def test_questions_from_a_pipe_are_answered_line_by_line(
     first = Conversation(served, GREEDY).ask("the loss", str)
     assert out.startswith(first)
     assert out.endswith(f"{first}\n")
+
+
+def test_a_line_that_is_not_utf_8_does_not_end_the_conversation(
+    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    model, prompts = asked(served)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\nthe loss\n\xed\xa0\x80\n"), "utf-8"))
+    talk(Conversation(model, GREEDY))
+    assert [prompt[-1].content for prompt in prompts] == ["the loss"]
+    assert capsys.readouterr().out.count("the question is not UTF-8; it is left out\n") == 2
 
 
 def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(

@@ -1,5 +1,6 @@
 """Recipes: the shipped ones load, and what is wrong is named with its place."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from tinyllama_ds.deepspeed_config import load_deepspeed_config
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.plan import RunPlan
-from tinyllama_ds.recipe import RECIPE_DIRECTORY, Evaluation, GuardSettings, Samples, load_recipe
+from tinyllama_ds.recipe import _KEYS, RECIPE_DIRECTORY, Evaluation, GuardSettings, Samples, load_recipe
 from tinyllama_ds.training.schedule import make_schedule
 
 SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
@@ -155,7 +156,7 @@ def test_a_path_is_read(tmp_path: Path) -> None:
     ("change", "sentence"),
     [
         (("seed = 1", "sed = 1"), r"the key 'seed' is missing \('sed' is not a key\)"),
-        (("seed = 1", "seed = 1\nshuffle = true"), "unknown key 'shuffle'; the keys are stages, "),
+        (("seed = 1", "seed = 1\nshuffle = true"), "unknown key 'shuffle'; the keys are name, "),
         (("seed = 1", 'seed = "one"'), "seed is 'one'; expected a whole number"),
         (("tokens = 6400", "tokens = 0"), r"stages\[0\]: tokens is 0; expected 1 or more"),
         (("= 320", "= 330"), "global_batch_tokens 330 is not a multiple of sequence_length 32"),
@@ -276,3 +277,113 @@ def test_a_wrong_evaluation_is_refused(old: str, new: str, sentence: str, tmp_pa
     path.write_text(VALID + EVALUATION.replace(old, new))
     with pytest.raises(Refusal, match=sentence):
         load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            ("tokens = 6400", f"tokens = {10**30}"),
+            "stages[0]: tokens is 1000000000000000000000000000000; expected 1,000,0",
+        ),
+        (("tokens = 6400", "tokens = 1e9"), "stages[0]: tokens is 1000000000.0; expected a whole number"),
+        (("tokens = 6400", "tokens = true"), "stages[0]: tokens is True; expected a whole number"),
+        (
+            ("tokens = 6400", "tokens = 0x1" + 5000 * "0"),
+            "stages[0]: tokens is a value with a number of too many digits",
+        ),
+        (("tokens = 6400", "tokens = 1" + 5000 * "0"), "not valid TOML (Exceeds the limit"),
+        (
+            ("seed = 1", "seed = " + 3000 * "[" + 3000 * "]"),
+            "not valid TOML (its arrays or tables are nested too deeply)",
+        ),
+        (("seed = 1", "seed = -1"), "seed is -1; expected 0 or more"),
+        (("seed = 1", f"seed = {2**64}"), "seed is 18446744073709551616; expected 9,223,372,036,854,775,807 or less"),
+        (("seed = 1", "seed = 1979-05-27"), "seed is datetime.date(1979, 5, 27); expected a whole number"),
+        (
+            ("sequence_length = 32", "sequence_length = 1_000_000_000"),
+            "sequence_length is 1000000000; expected 10,000,0",
+        ),
+        (
+            ("= 320", "= 32_000_000_000_000"),
+            "stages[0]: global_batch_tokens is 32000000000000; expected 2,147,483,648 or",
+        ),
+        (("slimpajama = 1", "slimpajama = nan"), "stages[0]: the weight of 'slimpajama' is nan; expected a positive"),
+        (
+            ("slimpajama = 1", "slimpajama = inf"),
+            "stages[0]: the weight of 'slimpajama' is inf; expected 1,000,000,000.0",
+        ),
+        (
+            ("slimpajama = 1", "slimpajama = 0"),
+            "stages[0]: the weight of 'slimpajama' is 0; expected a positive number",
+        ),
+        (("slimpajama = 1", "slimpajama = true"), "stages[0]: the weight of 'slimpajama' is True; expected a number"),
+        (("slimpajama = 1", f"slimpajama = {10**400}"), "stages[0]: the weight of 'slimpajama' is 1000"),
+        (("{ slimpajama = 1 }", "5"), "stages[0]: weights is 5; expected a table of sources with their weights"),
+        (("log_steps = 1", "log_steps = 0"), "intervals: log_steps is 0; expected 1 or more"),
+        (('name = "mine"', 'name = ""'), "name is ''; expected a text"),
+        (('name = "mine"', 'name = "a\\u0000b"'), r"name is 'a\x00b'; expected a text"),
+        (("seed = 1", "seed = 1\ndocument_mask = 1"), "document_mask is 1; expected true or false"),
+        (("seed = 1", "seed = 1\nguard = 1"), "guard is 1; expected a table"),
+    ],
+)
+def test_values_have_type_and_range(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:
+    path = tmp_path / "mine.toml"
+    assert change[0] in VALID
+    path.write_text(VALID.replace(*change))
+    with pytest.raises(Refusal) as refusal:
+        load_recipe(str(path))
+    assert str(refusal.value).startswith(f"{path}: {sentence}")
+    assert len(str(refusal.value)) < 400
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    text = (
+        VALID.replace("seed = 1", 'seed = "one"').replace("tokens = 6400", "tokens = 0").replace("save_tok", "safe_tok")
+    )
+    path.write_text(text + "\n[guard]\nspike_windw = 3\n")
+    with pytest.raises(Refusal) as refusal:
+        load_recipe(str(path))
+    assert str(refusal.value) == (
+        f"{path}: 4 problems: (1) seed is 'one'; expected a whole number;"
+        " (2) stages[0]: tokens is 0; expected 1 or more;"
+        " (3) intervals: the key 'save_tokens' is missing ('safe_tokens' is not a key);"
+        " (4) guard: unknown key 'spike_windw'; did you mean 'spike_window'?"
+    )
+
+
+def test_a_hint_calls_no_valid_key_invalid(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID.replace("evaluate_tokens = 640\n", ""))
+    with pytest.raises(Refusal) as refusal:
+        load_recipe(str(path))
+    assert str(refusal.value) == f"{path}: intervals: the key 'evaluate_tokens' is missing"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "is a directory; expected the recipe, which is a file"),
+        (b"# caf\xe9\n", "byte 0xe9 is not UTF-8; expected the recipe in UTF-8"),
+        (VALID.encode("utf-16"), "byte 0xff is not UTF-8"),
+        (bytes(100), "not valid TOML"),
+        (b"", "the key 'name' is missing"),
+    ],
+)
+def test_other_files_are_refused(content: bytes | None, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(Refusal, match=sentence):
+        load_recipe(str(path))
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + VALID.replace("\n", "\r\n").encode())
+    assert load_recipe(str(path)).name == "mine"
+
+
+def test_every_field_has_a_rule() -> None:
+    for kind, rules in _KEYS.items():
+        assert {field.name for field in fields(kind)} == rules.keys(), kind

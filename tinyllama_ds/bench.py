@@ -6,6 +6,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Setting = dict[str, str | int | bool]
 Row = dict  # a setting and its figures, or a setting and its `error`
@@ -89,9 +93,13 @@ def table(rows: list[Row]) -> str:
         if "error" in row:
             lines.append(f"{name_of(row):<{width}}  {row['error']}")
         else:
-            cells = "".join(f"{form.format(row.get(key, 0.0)):>11}" for _, key, form in _COLUMNS)
+            cells = "".join(f"{_cell(form, row.get(key, 0.0)):>11}" for _, key, form in _COLUMNS)
             lines.append(f"{name_of(row):<{width}}{cells}")
     return "\n".join(lines)
+
+
+def _cell(form: str, value: float | None) -> str:
+    return "above peak" if value is None else form.format(value)
 
 
 def advice(rows: list[Row]) -> str:
@@ -111,18 +119,17 @@ def advice(rows: list[Row]) -> str:
     )
 
 
-def draw(rows: list[Row], output: Path, title: str) -> None:
-    """Tokens per second of every setting and where its step's time goes, as one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def picture_of(rows: list[Row], title: str) -> "Figure":
+    """Tokens per second of every setting and where its step's time goes."""
+    from matplotlib.figure import Figure
 
     measured = [row for row in rows if "error" not in row]
     names = [name_of(row) for row in measured]
-    figure, (rates, split) = plt.subplots(1, 2, figsize=(13, 1.5 + 0.5 * len(rows)), sharey=True, layout="constrained")
+    figure = Figure(figsize=(13, 1.5 + 0.5 * len(rows)), layout="constrained")
+    rates, split = figure.subplots(1, 2, sharey=True)
+    labels = [f"{_cell('{:.0%}', row['mfu'])} MFU, {row['peak_gib']:.1f} GiB" for row in measured]
     bars = rates.barh(names, [row["tokens_per_second"] for row in measured], color="tab:blue")
-    rates.bar_label(bars, labels=[f"{row['mfu']:.0%} MFU, {row['peak_gib']:.1f} GiB" for row in measured], padding=3)
+    rates.bar_label(bars, labels=labels, padding=3)
     rates.set(xlabel="tokens per second, all ranks")
     rates.margins(x=0.35)
     rates.invert_yaxis()
@@ -134,5 +141,4 @@ def draw(rows: list[Row], output: Path, title: str) -> None:
     split.set(xlabel="seconds per optimizer step on rank 0")
     split.legend()
     figure.suptitle(title)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    return figure

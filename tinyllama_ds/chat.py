@@ -1,5 +1,6 @@
 """A conversation with a model: its history, held within the model's positions, and answers as they are written."""
 
+import io
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -89,6 +90,8 @@ class _Writing:
 
 def talk(conversation: Conversation) -> None:
     """Questions from standard input, a line each, and answers to standard output, until it ends or `/exit`."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 does not end the conversation
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):
@@ -110,6 +113,8 @@ def talk(conversation: Conversation) -> None:
             conversation.reset()
         elif question.startswith("/"):
             print(f"{question.split()[0]} is no command; {HELP}")
+        elif any("\ud800" <= character <= "\udfff" for character in question):
+            print("the question is not UTF-8; it is left out")
         elif question:
             _answer(conversation, question)
 

@@ -1,29 +1,56 @@
 """`tinyllama-ds <command>`: parsing and calling. Heavy imports happen inside the commands."""
 
 import argparse
+import errno
+import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from tinyllama_ds import __version__
 from tinyllama_ds.commands import cluster, data, evaluation, model, planning, training
+from tinyllama_ds.commands.arguments import Parser
 from tinyllama_ds.errors import EXIT_REFUSED, Refusal
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # which name no file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, call, and turn a `Refusal` into one sentence and exit code 78."""
+    """Parse, call, and turn a `Refusal`, or a file that the system denies, into one sentence and exit code 78."""
     options = command_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever a model writes, on whatever terminal
     try:
-        return options.command(options)
+        code = options.command(options)
+        sys.stdout.flush()
     except Refusal as refusal:
         print(f"tinyllama-ds: {refusal}", file=sys.stderr)
         return EXIT_REFUSED
+    except BrokenPipeError:
+        _write_no_more()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None and error.errno not in _FULL:
+            raise
+        print(f"tinyllama-ds: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        _write_no_more()
+        return EXIT_REFUSED
     except KeyboardInterrupt:
         return 130
+    return code
+
+
+def _write_no_more() -> None:
+    """What is left in the buffer has nowhere to go, which Python would say again at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command_parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
-    parser = argparse.ArgumentParser(prog="tinyllama-ds", description="Raw text to a TinyLlama-class model.")
+    parser = Parser(prog="tinyllama-ds", description="Raw text to a TinyLlama-class model.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
     rooms = (data, planning, cluster, training, model, evaluation)

@@ -17,7 +17,8 @@ from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM
 from tinyllama_ds.model.probe import TOLERANCE, Probe, loss_difference, probe_loss
-from tinyllama_ds.weights import MAX_SHARD_SIZE, Written, digest, new_folder, parameter_shapes, write_weights
+from tinyllama_ds.outputs import new_folder
+from tinyllama_ds.weights import MAX_SHARD_SIZE, Written, digest, parameter_shapes, write_weights
 
 LOGIT_TOLERANCE = 1e-4  # largest difference in fp32, relative to the largest logit
 
@@ -63,6 +64,30 @@ def export(
             # A mask within documents is no part of a Hugging Face folder; our model has it, and equal logits without.
             _prove_loss(probe, ours if probe.segments else lambda ids, labels: _loss(theirs(ids).logits, labels))
     return difference
+
+
+def load_hf_folder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """transformers' model, to evaluate, and tokenizer of a folder that a user names.
+
+    Raises `Refusal` where it cannot be loaded, for which transformers has errors of many classes: a file that is
+    missing, cut short, of another JSON type, of another architecture. A parameter that is missing is no error to it.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
+    options |= {} if dtype is None else {"dtype": dtype}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise Refusal(f"{folder}: transformers cannot load it: {lines[0]}") from error
+    if found["missing_keys"]:
+        raise Refusal(
+            f"{folder}: its weights lack {sorted(found['missing_keys'])[0]}; expected all that config.json says"
+        )
+    return model.eval(), tokenizer
 
 
 def hf_config(config: LlamaConfig, dtype: torch.dtype) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tinyllama_ds.deepspeed_keys import ACCEPTED, AUTO, OPTIMIZER_PARAMS, REJECTED, SECTIONS, WARNED, is_off
 from tinyllama_ds.errors import Refusal, refuse_all, shown
+from tinyllama_ds.inputs import read_text
 
 # TinyLlama's optimizer (paper section 2.4), for values left "auto".
 _AUTO_OPTIMIZER = {"lr": 4e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
@@ -36,13 +37,9 @@ def load_deepspeed_config(path: Path) -> dict:
 
     Raises `Refusal` that names the file and every problem in it, each with its key in full, value and expectation.
     """
+    text = read_text(path, "the DeepSpeed config")
     try:
-        text = path.read_text(encoding="utf-8-sig")
         raw = json.loads(text, object_pairs_hook=lambda pairs: _no_twins(pairs, path))
-    except FileNotFoundError as error:
-        raise Refusal(f"{path}: the DeepSpeed config is missing") from error
-    except OSError as error:
-        raise Refusal(f"{path}: the DeepSpeed config cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise Refusal(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):

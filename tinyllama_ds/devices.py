@@ -225,7 +225,7 @@ def common_machine(machines: Mapping[str, Machine]) -> Machine:
     if without and with_gpus:
         raise Refusal(
             f"{with_gpus[0]} has GPUs and {without[0]} has none that nvidia-smi lists; expected hosts of one kind, or"
-            f" those without left out by --exclude {'@'.join(without)}"
+            f" those without left out by --exclude {'@'.join(without)}, or of --include"
         )
     everyone = machines.values()
     capabilities = [machine.capability for machine in everyone if machine.capability is not None]

@@ -16,6 +16,10 @@ class Refusal(Exception):
     Raised before anything is changed; every command turns it into exit code 78.
     """
 
+    def __str__(self) -> str:
+        """On one line, also where it quotes a library that uses several."""
+        return " ".join(super().__str__().split("\n"))
+
 
 class OutOfMemory(Refusal):
     """The GPU of one rank has too little memory: one sentence that names the rank and the part, and what needs less.

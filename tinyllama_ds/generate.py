@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama_ds.convert import hf_model
+from tinyllama_ds.convert import hf_model, load_hf_folder
 from tinyllama_ds.data.chat import prompt_ids
 from tinyllama_ds.data.sources import Message
 from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
@@ -40,13 +40,9 @@ class Sampling:
     seed: int
 
 
-def load_hf_folder(folder: Path) -> Served:
+def serve_hf_folder(folder: Path) -> Served:
     """A Hugging Face folder, as any user of transformers loads it."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model, tokenizer = load_hf_folder(folder)
 
     def encode_chat(messages: Sequence[Message]) -> list[int]:
         turns = [{"role": message.role, "content": message.content} for message in messages]

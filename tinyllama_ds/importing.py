@@ -19,7 +19,8 @@ from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, Tokenize
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model_folder import write_model_folder
-from tinyllama_ds.weights import DTYPES, new_folder, parameter_shapes, read_tensor, tensor_names
+from tinyllama_ds.outputs import new_folder
+from tinyllama_ds.weights import DTYPES, parameter_shapes, read_tensor, tensor_names
 
 CONFIG_FILE = "config.json"
 FAST_TOKENIZER_FILE = "tokenizer.json"

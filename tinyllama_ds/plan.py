@@ -6,7 +6,7 @@ The global batch comes from the recipe; the number of ranks only decides how it 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from math import ceil
+from math import isqrt
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.recipe import Recipe
@@ -53,10 +53,10 @@ class RunPlan:
         self.stages = [
             PlannedStage(
                 stage.name,
-                ceil(stage.tokens / stage.global_batch_tokens),
+                -(-stage.tokens // stage.global_batch_tokens),
                 stage.global_batch_tokens // recipe.sequence_length,
                 stage.weights,
-                ceil(stage.ramp_tokens / recipe.sequence_length),
+                -(-stage.ramp_tokens // recipe.sequence_length),
             )
             for stage in recipe.stages
         ]
@@ -124,7 +124,8 @@ def micro_batch_of(plan: RunPlan, micro_batch: int | None, world_size: int) -> i
 
 
 def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _join(numbers: list[int]) -> str:

@@ -3,12 +3,12 @@
 import difflib
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import Refusal, refuse_all, shown
+from tinyllama_ds.inputs import read_text
 
 RECIPE_DIRECTORY = Path(__file__).parent / "recipes"
 TASK_FILES = (".yaml", ".yml")  # of lm-eval
@@ -105,187 +105,210 @@ def load_recipe(name_or_path: str) -> Recipe:
         path = RECIPE_DIRECTORY / f"{name_or_path}.toml"
         if not path.is_file():
             shipped = ", ".join(sorted(file.stem for file in RECIPE_DIRECTORY.glob("*.toml")))
-            raise Refusal(f"recipe {name_or_path!r} is unknown; the shipped ones are {shipped}, or give a .toml file")
+            raise Refusal(
+                f"recipe {shown(name_or_path)} is unknown; the shipped ones are {shipped}, or give a .toml file"
+            )
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise Refusal(f"{path}: the recipe is missing") from error
+        raw = tomllib.loads(read_text(path, "the recipe"))
     except ValueError as error:
         raise Refusal(f"{path}: not valid TOML ({error})") from error
+    except RecursionError as error:
+        raise Refusal(f"{path}: not valid TOML (its arrays or tables are nested too deeply)") from error
     return _parse(raw, path)
 
 
 def _parse(raw: dict, path: Path) -> Recipe:
-    top = _Table(raw, str(path))
-    stages = tuple(
-        _parse_stage(_Table(entry, f"{path}: stages[{number}]")) for number, entry in enumerate(top.tables("stages"))
-    )
-    recipe = Recipe(
-        name=top.text("name"),
-        model=top.text("model"),
-        sequence_length=top.positive("sequence_length"),
-        seed=top.whole("seed"),
-        stages=stages,
-        intervals=_parse_intervals(_Table(top.table("intervals"), f"{path}: intervals")),
-        validation_samples=top.positive("validation_samples"),
-        document_mask=top.switch("document_mask") if top.holds("document_mask") else False,
-        guard=_parse_guard(_Table(top.table("guard") if top.holds("guard") else {}, f"{path}: guard")),
-        samples=_parse_samples(_Table(top.table("samples"), f"{path}: samples")) if top.holds("samples") else Samples(),
-        evaluation=_parse_evaluation(top, path) if top.holds("evaluation") else Evaluation(),
-    )
-    top.finish()
-    _check(recipe, path)
-    return recipe
+    problems: list[str] = []
+    recipe = _read(Recipe, raw, "", problems)
+    refuse_all(path, problems)
+    refuse_all(path, _contradictions(recipe))
+    return replace(recipe, evaluation=_beside(path, recipe.evaluation))
 
 
-def _parse_intervals(table: "_Table") -> Intervals:
-    required = {key: table.positive(key) for key in ("log_steps", "evaluate_tokens", "save_tokens")}
-    optional = ("save_minutes", "check_steps", "keep_last", "keep_tokens")
-    intervals = Intervals(**required, **{key: table.positive(key) for key in optional if table.holds(key)})
-    table.finish()
-    if intervals.keep_last < 2:
-        raise Refusal(f"{table.place}: keep_last is {intervals.keep_last}; expected 2 or more, in case one is damaged")
-    return intervals
-
-
-def _parse_guard(table: "_Table") -> GuardSettings:
-    readers: dict[str, Callable[[str], Any]] = {
-        "spike_policy": table.text,
-        "spike_window": table.positive,
-        "spike_sigmas": table.number,
-        "max_rollbacks": table.positive,
-    }
-    guard = GuardSettings(**{key: read(key) for key, read in readers.items() if table.holds(key)})
-    table.finish()
-    if guard.spike_policy not in SPIKE_POLICIES:
-        raise Refusal(f"{table.place}: spike_policy is {guard.spike_policy!r}; expected {', '.join(SPIKE_POLICIES)}")
-    return guard
-
-
-def _parse_samples(table: "_Table") -> Samples:
-    samples = Samples(tuple(table.texts("prompts")), table.positive("every_tokens"), table.positive("new_tokens"))
-    table.finish()
-    return samples
-
-
-def _parse_evaluation(top: "_Table", path: Path) -> Evaluation:
+def _beside(path: Path, evaluation: Evaluation) -> Evaluation:
     """Its paths are absolute or beside the recipe: ranks need not have this process's working directory."""
-    table = _Table(top.table("evaluation"), f"{path}: evaluation")
     here = path.absolute().parent
-    evaluation = Evaluation(
-        tasks=tuple(str(here / name) if name.endswith(TASK_FILES) else name for name in table.texts("tasks")),
-        every_tokens=table.positive("every_tokens"),
-        limit=table.positive("limit") if table.holds("limit") else None,
-        batch_size=table.positive("batch_size") if table.holds("batch_size") else Evaluation.batch_size,
-        data_dir=str(here / table.text("data_dir")) if table.holds("data_dir") else None,
-    )
-    table.finish()
-    return evaluation
+    tasks = tuple(str(here / name) if name.endswith(TASK_FILES) else name for name in evaluation.tasks)
+    return replace(evaluation, tasks=tasks, data_dir=evaluation.data_dir and str(here / evaluation.data_dir))
 
 
-def _parse_stage(table: "_Table") -> Stage:
-    weights = table.table("weights")
-    for source, weight in weights.items():
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
-            raise Refusal(f"{table.place}: the weight of {source!r} is {weight!r}; expected a positive number")
-    if not weights:
-        raise Refusal(f"{table.place}: weights name no source")
-    stage = Stage(
-        name=table.text("name"),
-        tokens=table.positive("tokens"),
-        global_batch_tokens=table.positive("global_batch_tokens"),
-        weights=weights,
-        ramp_tokens=table.positive("ramp_tokens") if table.holds("ramp_tokens") else 0,
-    )
-    table.finish()
-    return stage
+_Rule = Callable[[str, Any], list[str]]  # of a key and its value: what is wrong with them
 
 
-def _check(recipe: Recipe, path: Path) -> None:
-    for stage in recipe.stages:
+def _expect(name: str, value: Any, expected: str) -> list[str]:
+    return [f"{name} is {shown(value)}; expected {expected}"]
+
+
+def _whole(least: int, most: int) -> _Rule:
+    def rule(name: str, value: Any) -> list[str]:
+        if type(value) is not int:
+            return _expect(name, value, "a whole number")
+        return _expect(name, value, f"{least} or more") if value < least else _at_most(name, value, most)
+
+    return rule
+
+
+def _at_most(name: str, value: float, most: float) -> list[str]:
+    return [] if value <= most else _expect(name, value, f"{most:,} or less")
+
+
+def _positive(name: str, value: Any) -> list[str]:
+    """A number that can be divided by and into others of its kind."""
+    if type(value) not in (int, float):
+        return _expect(name, value, "a number")
+    return _at_most(name, value, 1e9) if value >= 1e-9 else _expect(name, value, "a positive number")
+
+
+def _text(name: str, value: Any) -> list[str]:
+    return [] if _is_text(value) else _expect(name, value, "a text")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    if isinstance(value, list) and value and all(map(_is_text, value)):
+        return []
+    return _expect(name, value, "an array of texts, none of them empty")
+
+
+def _switch(name: str, value: Any) -> list[str]:
+    return [] if isinstance(value, bool) else _expect(name, value, "true or false")
+
+
+def _policy(name: str, value: Any) -> list[str]:
+    return [] if value in SPIKE_POLICIES else _expect(name, value, ", ".join(SPIKE_POLICIES))
+
+
+def _weights(name: str, value: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return _expect(name, value, "a table of sources with their weights")
+    if not value:
+        return [f"{name} name no source"]
+    return [
+        problem for source, weight in value.items() for problem in _positive(f"the weight of {shown(source)}", weight)
+    ]
+
+
+_TOKENS = _whole(1, 10**15)  # more than all text there is; and counts of tokens stay exact in floats
+_STEPS = _whole(1, 10**12)
+
+# What the keys of each table hold: a rule, a table of its own, or an array of tables. Those without a default in the
+# dataclass have to be there.
+_KEYS: dict[type, dict[str, "_Rule | type | list[type]"]] = {
+    Recipe: {
+        "name": _text,
+        "model": _text,
+        "sequence_length": _whole(1, 10_000_000),
+        "seed": _whole(0, 2**63 - 1),
+        "validation_samples": _whole(1, 10**9),
+        "document_mask": _switch,
+        "stages": [Stage],
+        "intervals": Intervals,
+        "guard": GuardSettings,
+        "samples": Samples,
+        "evaluation": Evaluation,
+    },
+    Stage: {
+        "name": _text,
+        "tokens": _TOKENS,
+        "global_batch_tokens": _whole(1, 2**31),
+        "weights": _weights,
+        "ramp_tokens": _TOKENS,
+    },
+    Intervals: {
+        "log_steps": _STEPS,
+        "evaluate_tokens": _TOKENS,
+        "save_tokens": _TOKENS,
+        "save_minutes": _whole(1, 10**6),
+        "check_steps": _STEPS,
+        "keep_last": _whole(2, 10**6),  # in case one is damaged
+        "keep_tokens": _TOKENS,
+    },
+    GuardSettings: {
+        "spike_policy": _policy,
+        "spike_window": _whole(1, 10**6),
+        "spike_sigmas": _positive,
+        "max_rollbacks": _whole(1, 10**6),
+    },
+    Samples: {"prompts": _texts, "every_tokens": _TOKENS, "new_tokens": _whole(1, 10**6)},
+    Evaluation: {
+        "tasks": _texts,
+        "every_tokens": _TOKENS,
+        "limit": _whole(1, 10**9),
+        "batch_size": _whole(1, 100_000),
+        "data_dir": _text,
+    },
+}
+_REQUIRED = {
+    Samples: ("prompts", "every_tokens", "new_tokens"),
+    Evaluation: ("tasks", "every_tokens"),
+}  # once it is there
+
+
+def _read(kind: type, raw: dict, place: str, problems: list[str]) -> Any:
+    """The object of a table, or None where its problems were added to those of the file."""
+    before, rules = len(problems), _KEYS[kind]
+    where = f"{place}: " if place else ""
+    found = {}
+    for name in [name for name in rules if name in raw]:
+        found[name], wrong = _value(rules[name], name, raw[name], f"{place}." if place else "", problems)
+        problems += [f"{where}{problem}" for problem in wrong]
+    required = _REQUIRED.get(kind) or [field.name for field in fields(kind) if _has_no_default(field)]
+    missing = [name for name in required if name not in raw]
+    problems += [f"{where}{problem}" for problem in _wrong_names(list(raw), list(rules), missing)]
+    return kind(**found) if len(problems) == before else None
+
+
+def _has_no_default(field: Field) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _value(
+    rule: "_Rule | type | list[type]", name: str, value: Any, prefix: str, problems: list[str]
+) -> tuple[Any, list[str]]:
+    """What a key holds, and what is wrong with it; of tables below it that goes to `problems`, with their places."""
+    if isinstance(rule, type):
+        if isinstance(value, dict):
+            return _read(rule, value, f"{prefix}{name}", problems), []
+        return None, _expect(name, value, "a table")
+    if isinstance(rule, list):
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            entries = enumerate(value)
+            return tuple(_read(rule[0], entry, f"{prefix}{name}[{n}]", problems) for n, entry in entries), []
+        return None, _expect(name, value, "an array of tables")
+    return tuple(value) if isinstance(value, list) else value, rule(name, value)
+
+
+def _wrong_names(given: list[str], known: list[str], missing: list[str]) -> list[str]:
+    """Keys that are missing, each with what may stand in its place, and those that are none."""
+    problems, unknown = [], [name for name in given if name not in known]
+    for name in missing:
+        close = difflib.get_close_matches(name, unknown, n=1)
+        problems.append(f"the key {name!r} is missing{f' ({close[0]!r} is not a key)' if close else ''}")
+        unknown = [other for other in unknown if other not in close]
+    for name in unknown:
+        close = difflib.get_close_matches(name, [key for key in known if key not in given], n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}"
+        problems.append(f"unknown key {shown(name)}; {hint}")
+    return problems
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """What is wrong with keys beside each other."""
+    problems = []
+    for before, stage in zip((None, *recipe.stages), recipe.stages, strict=False):
         if stage.global_batch_tokens % recipe.sequence_length:
-            raise Refusal(
-                f"{path}: stage {stage.name!r}: global_batch_tokens {stage.global_batch_tokens} is not a multiple of"
+            problems.append(
+                f"stage {stage.name!r}: global_batch_tokens {stage.global_batch_tokens} is not a multiple of"
                 f" sequence_length {recipe.sequence_length}"
             )
-    for before, stage in zip((None, *recipe.stages), recipe.stages, strict=False):
         if stage.ramp_tokens and before is None:
-            raise Refusal(f"{path}: stage {stage.name!r}: ramp_tokens, but there is no stage before it to ramp from")
+            problems.append(f"stage {stage.name!r}: ramp_tokens, but there is no stage before it to ramp from")
         if stage.ramp_tokens > stage.tokens:
-            raise Refusal(
-                f"{path}: stage {stage.name!r}: ramp_tokens {stage.ramp_tokens} exceed its {stage.tokens} tokens"
-            )
+            problems.append(f"stage {stage.name!r}: ramp_tokens {stage.ramp_tokens} exceed its {stage.tokens} tokens")
     for source in recipe.sources:
-        if source != Path(source).name or source.startswith("."):
-            raise Refusal(f"{path}: {source!r} is not the name of a source, which is a folder of the data directory")
-
-
-class _Table:
-    """A TOML table that is read key by key, and refuses what is missing, of the wrong kind, or left over."""
-
-    def __init__(self, raw: dict, place: str) -> None:
-        self._raw = dict(raw)
-        self._known: list[str] = []
-        self.place = place
-
-    def _take(self, key: str, kind: type | UnionType, expected: str) -> Any:
-        self._known.append(key)
-        if key not in self._raw:
-            close = difflib.get_close_matches(key, self._raw, n=1)
-            hint = f" ({close[0]!r} is not a key)" if close else ""
-            raise Refusal(f"{self.place}: the key {key!r} is missing{hint}")
-        value = self._raw.pop(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise Refusal(f"{self.place}: {key} is {value!r}; expected {expected}")
-        return value
-
-    def holds(self, key: str) -> bool:
-        """Whether a key that may be left out is there."""
-        self._known.append(key)
-        return key in self._raw
-
-    def text(self, key: str) -> str:
-        return self._take(key, str, "a text")
-
-    def texts(self, key: str) -> list[str]:
-        value = self._take(key, list, "an array of texts")
-        if not value or not all(isinstance(entry, str) and entry for entry in value):
-            raise Refusal(f"{self.place}: {key} is {value!r}; expected an array of texts, none of them empty")
-        return value
-
-    def whole(self, key: str) -> int:
-        return self._take(key, int, "a whole number")
-
-    def positive(self, key: str) -> int:
-        value = self.whole(key)
-        if value < 1:
-            raise Refusal(f"{self.place}: {key} is {value}; expected 1 or more")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self._take(key, int | float, "a number")
-        if not 0 < value < float("inf"):
-            raise Refusal(f"{self.place}: {key} is {value}; expected a positive number")
-        return float(value)
-
-    def switch(self, key: str) -> bool:
-        self._known.append(key)
-        value = self._raw.pop(key)
-        if not isinstance(value, bool):
-            raise Refusal(f"{self.place}: {key} is {value!r}; expected true or false")
-        return value
-
-    def table(self, key: str) -> dict:
-        return self._take(key, dict, "a table")
-
-    def tables(self, key: str) -> list[dict]:
-        value = self._take(key, list, "an array of tables")
-        if not value or not all(isinstance(entry, dict) for entry in value):
-            raise Refusal(f"{self.place}: {key} is empty or holds something else than tables")
-        return value
-
-    def finish(self) -> None:
-        for key in self._raw:
-            close = difflib.get_close_matches(key, self._known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; the keys are {', '.join(self._known)}"
-            raise Refusal(f"{self.place}: unknown key {key!r}{hint}")
+        if source != Path(source).name or source.startswith(".") or not _is_text(source):
+            problems.append(f"{shown(source)} is not the name of a source, which is a folder of the data directory")
+    return problems

@@ -6,9 +6,8 @@ of the tensors one after another. The library writes it from a whole dictionary 
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -126,18 +125,3 @@ def tensor_names(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise Refusal(f"{path}: not a whole safetensors file ({error})") from error
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill that appears under its name when it is complete, or leaves nothing; refuses one that exists."""
-    if output.exists():
-        raise Refusal(f"{output}: already exists; expected a new folder")
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,5 @@
 """What the parts share: their arguments, and the commands of the toolkit that they start."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from gpu_parts.figures import Figures, read_figures
+from tinyllama_ds.commands.arguments import Parser, output_folder
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "ds_configs"
@@ -53,8 +53,8 @@ class Part:
 
 def part_of_arguments(name: str) -> Part:
     """As `on_gpu.py` starts its parts."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
+    parser = Parser()
+    parser.add_argument("--out", type=output_folder, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()

@@ -18,14 +18,14 @@ from tinyllama_ds.data.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 REASON = hosts.why_not()
-MODULES = {"contenders", "plan_launching", "plan_probe"}  # of the other programs
+MODULES = {"contenders", "installed", "plan_launching", "plan_probe"}  # of the other programs
 PLAIN = "plain loop, compiled, sdpa"
 ELSEWHERE = {"plan_memory": "test_measured.py", "on_gpu": "test_on_gpu.py"}
 
 
-def benchmark(name: str, *arguments: object, ranks: int = 1) -> Finished:
+def benchmark(name: str, *arguments: object, ranks: int = 1, **more: str) -> Finished:
     """A program as a user starts it, without compiling, which takes longer here than all the rest."""
-    more = {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
+    more |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
     finished = on_ranks(run_script, FOLDER / f"{name}.py", *arguments, ranks=ranks, **more)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished
@@ -132,6 +132,52 @@ def test_peers(tmp_path: Path) -> None:
     found = json.loads(output.read_text())
     assert list(found["results"]) == [PLAIN]
     assert found["results"][PLAIN]["rates"][0] > 0
+
+
+LITGPT = "plain loop, litgpt's model, compiled"
+
+
+def test_a_contender_that_is_not_installed_is_said_at_the_start(tmp_path: Path) -> None:
+    """litgpt in a form that does not import; the other one is measured."""
+    (tmp_path / "litgpt.py").write_text("raise ImportError('no such thing')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    output = tmp_path / "peers.json"
+    arguments = ["--size", "tiny", "--rounds", 1, "--only", LITGPT, PLAIN, "--json", output]
+    finished = benchmark("training_peers", *arguments, PYTHONPATH=path)
+    assert f"{LITGPT}: left out, litgpt is not installed here" in finished.stderr
+    assert list(json.loads(output.read_text())["results"]) == [PLAIN]
+
+
+def test_a_contender_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    import training_peers
+
+    monkeypatch.setattr(training_peers, "Contender", OneThatMayFail)
+    results = training_peers.measure(["cold", "well", "later"], "tiny", 2)
+    assert list(results) == ["well"]
+    assert len(results["well"].rates) == 2
+    assert "cold ended with code 1; it is left out" in capsys.readouterr().out
+
+
+class OneThatMayFail:
+    """In the place of processes: `cold` never gets warm, `later` ends in its second round."""
+
+    size = SIZES["tiny"]
+
+    def __init__(self, name: str, size_name: str) -> None:
+        self.name, self.rounds = name, 0
+
+    def wait_until_warm(self) -> None:
+        if self.name == "cold":
+            raise RuntimeError("cold ended with code 1")
+
+    def run(self, steps: int) -> tuple[float, int]:
+        self.rounds += 1
+        if self.name == "later" and self.rounds == 2:
+            raise RuntimeError("later ended with code 1")
+        return 1.0, 1
+
+    def end(self) -> None:
+        pass
 
 
 def train_one_step(name: str) -> None:

@@ -6,8 +6,17 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from tinyllama_ds.evaluation.scores import Measured, as_json, as_markdown, average, draw, of_benchmarks, read_scores
+from tinyllama_ds.evaluation.scores import (
+    Measured,
+    as_json,
+    as_markdown,
+    average,
+    of_benchmarks,
+    picture_of,
+    read_scores,
+)
 from tinyllama_ds.evaluation.suites import SUITES
+from tinyllama_ds.outputs import write_figure
 
 COMMONSENSE = SUITES["commonsense"]
 
@@ -65,9 +74,9 @@ def test_json_holds_everything(measured: Measured) -> None:
 
 
 def test_the_picture_is_drawn(measured: Measured, tmp_path: Path) -> None:
-    draw(measured, COMMONSENSE, tmp_path / "suite.png")
+    write_figure(picture_of(measured, COMMONSENSE), tmp_path / "suite.png")
     own = Measured("model", None, None, measured.scores, {}, {})
-    draw(own, (), tmp_path / "own.png")
+    write_figure(picture_of(own, ()), tmp_path / "own.png")
     for name in ("suite.png", "own.png"):
         assert matplotlib.image.imread(tmp_path / name).std() > 0.05
 

@@ -125,7 +125,6 @@ def test_a_hub_out_of_reach_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("nowhere", "--suite", "commonsense"), "nowhere: is missing; expected a checkpoint"),
         ((".", "--suite", "common"), "suite 'common' is unknown; choose commonsense, instruct, chinese"),
-        ((".", "--tasks", "piqa", "--batch-size", "0"), "--batch-size 0: expected 1 or more"),
         ((".", "--suite", "instruct", "--shots", "3"), "--shots is for --tasks and --task-file"),
     ],
 )

@@ -54,6 +54,61 @@ def test_bad_lines_are_named_by_their_number(tmp_path: Path, line: str, sentence
     assert sentence in str(refusal.value)
 
 
+@pytest.mark.parametrize("slots", ["1025", "1000000000000", 5000 * "9", "007000"])
+def test_no_host_has_so_many_slots(slots: str, tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(f"node1 slots={slots}\n")
+    with pytest.raises(
+        Refusal, match=r"hosts:1: slots=[179].*; expected the number of GPUs of node1, from 1 to 1024"
+    ) as r:
+        read_hostfile(path)
+    assert len(str(r.value)) < 300
+
+
+def test_all_bad_lines_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("node1 slots=8\nnode2\n\nnode1 slots=8\nnode3 slots=0\n")
+    with pytest.raises(Refusal) as refusal:
+        read_hostfile(path)
+    assert str(refusal.value) == (
+        f"{path}: 3 problems: (1) line 2: 'node2' is not of the form 'host slots=N'; (2) line 4: node1 is listed twice;"
+        " give each host one line with all its slots; (3) line 5: slots=0; expected the number of GPUs of node3, from 1"
+        " to 1024"
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"node1 slots=8\r\nnode2 slots=08\r\n", b"node1 slots=8\rnode2 slots=8", b"node1\x0cslots=8\nnode2 slots=8"],
+)
+def test_lines_end_as_they_do_for_deepspeed(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    path = tmp_path / "hosts"
+    path.write_bytes(content)
+    assert read_hostfile(path) == [Host("node1", 8), Host("node2", 8)]
+    assert fetch_hostfile(str(path)) == {"node1": 8, "node2": 8}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"# caf\xe9\nnode1 slots=8\n", "hosts:1: byte 0xe9 is not UTF-8; expected the hostfile in UTF-8"),
+        ("node1 slots=8\n".encode("utf-16"), "hosts:1: byte 0xff is not UTF-8"),
+        ("node1 slots=8\n".encode("utf-8-sig"), "hosts:1: begins with a byte order mark; expected UTF-8 without one"),
+        ("node1 slots=8\u2028node2 slots=8\n".encode(), "hosts:1: .* is not of the form 'host slots=N'"),
+        (None, "hosts: is a directory; expected the hostfile, which is a file"),
+        (17 * 2**20 * b"#", "hosts: is larger than 16 MiB, which is too long for the hostfile"),
+    ],
+)
+def test_other_files_are_refused(content: bytes | None, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(Refusal, match=sentence):
+        read_hostfile(path)
+
+
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="the hostfile is missing"):
         read_hostfile(tmp_path / "hosts")

@@ -65,6 +65,12 @@ def test_a_busy_gpu_can_be_left_out_as_doctor_says(tmp_path: Path, monkeypatch: 
     assert gpus_of(replace(placement, hosts=filter_hosts(hosts, None, "localhost:0"))).is_green
     others = gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:0,2", None)))
     assert others.found == "GPU 0 already holds 9000 MiB"
+    assert others.mend.endswith("or leave that GPU out with --include localhost:2 alone")
+    assert gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:2", None))).is_green
+    alone = gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:0", None)))
+    assert alone.mend == "end what runs there"
+    by_slurm = gpus_of(replace(placement, hosts=hosts, launcher="slurm"))
+    assert by_slurm.mend == "end what runs there", "Slurm cannot be asked for some of a host's GPUs"
 
 
 def test_without_a_hostfile_the_visible_gpus_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The sinks of a run, and what a resumed run does to them."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import on_ranks
 from launching import wait_until
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,10 +21,13 @@ from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalar
 from tensorboard.summary.writer import event_file_writer
 
 from tinyllama_ds.evaluation.scores import Score
+from tinyllama_ds.training import metrics as metrics_module
 from tinyllama_ds.training import sinks
 from tinyllama_ds.training.checkpoint import Progress
-from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, peak_flops, tensorboard_directory
+from tinyllama_ds.training.engine import start_process_group
+from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, peak_flops, tensorboard_directory, utilisation
 from tinyllama_ds.training.sinks import Rows
+from tinyllama_ds.training.world import read_world
 
 CPU = torch.device("cpu")
 
@@ -230,6 +235,39 @@ def test_clock_adds_up_phases_and_starts_again() -> None:
             time.sleep(0.01)
     assert 0.03 <= clock.read()["forward"] <= time.perf_counter() - started
     assert clock.read() == {}
+
+
+def test_no_share_of_a_peak_is_above_it() -> None:
+    assert utilisation(1e12, 2e12) == 0.5
+    assert utilisation(2e12, 2e12) == 1
+    assert utilisation(2.04e12, 2e12) is None
+
+
+def print_peak() -> None:
+    """On every rank, the second later than the first."""
+    rank = int(os.environ["RANK"])
+    start_process_group(read_world())
+    measured: list[float] = []
+    whole = metrics_module.measured_peak
+
+    def measure(*arguments: object) -> float:
+        measured.append(whole(*arguments))
+        return measured[-1]
+
+    metrics_module.measured_peak = measure
+    peak, _ = peak_flops(CPU, torch.float32, 2)
+    again, _ = peak_flops(CPU, torch.float32, 2)
+    print(json.dumps({"rank": rank, "peak": peak, "again": again, "measured": measured}), flush=True)
+    os._exit(0)  # gloo's threads can abort at the interpreter's end
+
+
+def test_ranks_measure_once_together_and_keep_the_best() -> None:
+    finished = on_ranks(print_peak, ranks=2)
+    found = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 2, finished.stderr
+    best = max(row["measured"][0] for row in found)
+    assert [len(row["measured"]) for row in found] == [1, 1]
+    assert {row["peak"] for row in found} | {row["again"] for row in found} == {best}
 
 
 def test_unknown_device_is_measured_and_says_so() -> None:

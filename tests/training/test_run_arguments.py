@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from tinyllama_ds.commands.arguments import WholeNumber
 from tinyllama_ds.commands.training import _run_arguments, add_run_arguments, run_options
 
 
@@ -29,7 +30,7 @@ def value_unlike_the_default(action: argparse.Action) -> list[str]:
         return []
     if action.choices:
         return [next(choice for choice in action.choices if choice != action.default)]
-    return ["3"] if action.type is int else ["some.toml"]
+    return ["3"] if isinstance(action.type, WholeNumber) else ["some.toml"]
 
 
 def absolute(value: object) -> object:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.commands.arguments import COUNT, POSITIVE, RANKS, WholeNumber, output_file, output_folder
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, EXIT_RESTART, Refusal
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _add_demo_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", type=Path, metavar="OUT", help="directory to create")
+    parser.add_argument("output", type=output_folder, metavar="OUT", help="directory to create")
     parser.add_argument(
         "--source",
         nargs="+",
@@ -56,8 +57,10 @@ def _demo_data(options: argparse.Namespace) -> int:
 
 def _add_train_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="DIR", help="raw corpora")
-    parser.add_argument("--vocab-size", type=int, default=32_000, help="number of pieces (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, metavar="tokenizer.model")
+    parser.add_argument(
+        "--vocab-size", type=WholeNumber(260, 2**20), default=32_000, help="number of pieces (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=output_file, required=True, metavar="tokenizer.model")
     parser.add_argument("--text-field", help="where the text is, for corpora of your own (default: text)")
     add_json(parser)
 
@@ -99,7 +102,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="raw files, or one file")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="tokenizer.model")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the data directory")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="DIR", help="the data directory")
     parser.add_argument("--text-field", help="where the text is, for corpora of your own (default: text)")
     parser.add_argument(
         "--subset",
@@ -112,22 +115,26 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=POSITIVE,
         default=2048,
         metavar="T",
         help="with --chat, cut longer conversations after an answer; a recipe's sequence_length (default: %(default)s)",
     )
     parser.add_argument(
         "--max-bad-records",
-        type=_count,
+        type=COUNT,
         default=0,
         metavar="N",
         help="list and leave out up to N (default: %(default)s)",
     )
     parser.add_argument("--encoder", choices=("auto", "gigatoken", "sentencepiece"), default="auto")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--workers", type=RANKS, metavar="N", help="processes (default: one per core)")
     parser.add_argument(
-        "--shard-bytes", type=int, default=256 * 2**20, metavar="N", help="about this many per shard (default: 256 MiB)"
+        "--shard-bytes",
+        type=WholeNumber(1, 2**40),
+        default=256 * 2**20,
+        metavar="N",
+        help="about this many per shard (default: 256 MiB)",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", type=Path, metavar="H", help="work on all these hosts, through ssh")
@@ -141,18 +148,6 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if _count(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
 def _share(text: str) -> tuple[int, int]:
     rank, _, size = text.partition("/")
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
@@ -163,7 +158,11 @@ def _share(text: str) -> tuple[int, int]:
 def _share_of_task(options: argparse.Namespace) -> tuple[int, int]:
     """What was asked for, else this task's share under srun, whose batch scripts know no number of tasks in a step."""
     if options.share is None and not (options.mpi or options.hostfile) and "SLURM_STEP_NUM_TASKS" in os.environ:
-        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
+        share = f"{os.environ.get('SLURM_PROCID')}/{os.environ['SLURM_STEP_NUM_TASKS']}"
+        try:
+            return _share(share)
+        except argparse.ArgumentTypeError as error:
+            raise Refusal(f"SLURM_PROCID/SLURM_STEP_NUM_TASKS in the environment: {error}") from error
     return options.share or (0, 1)
 
 
@@ -242,7 +241,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", required=True, help="the name that recipes give it")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="train")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="tokenizer.model", help="what made the tokens")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the data directory")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="DIR", help="the data directory")
     add_json(parser)
 
 
@@ -276,15 +275,17 @@ def _print_imported(options: argparse.Namespace, manifests: "list[Manifest]") ->
 def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA_DIR")
     parser.add_argument("--recipe", help="also prove that this recipe trains on it as it says")
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: %(default)s)")
+    parser.add_argument(
+        "--world-size", type=WholeNumber(1, 1_000_000), default=1, metavar="N", help="ranks (default: %(default)s)"
+    )
     parser.add_argument(
         "--raw", action="append", default=[], metavar="SOURCE=DIR", help="compare random documents with the raw input"
     )
     parser.add_argument(
-        "--samples", type=_count, default=20, help="documents per shard to compare (default: %(default)s)"
+        "--samples", type=COUNT, default=20, help="documents per shard to compare (default: %(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="HTML", help="default: DATA_DIR/audit.html")
+    parser.add_argument("--workers", type=RANKS, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--output", type=output_file, metavar="HTML", help="default: DATA_DIR/audit.html")
     add_json(parser)
 
 
@@ -301,13 +302,26 @@ def _audit(options: argparse.Namespace) -> int:
         micro_batch_of(plan, None, options.world_size)  # refuses a number of ranks that no batch divides over
         coverage = check_coverage(order, [stage.batch for stage in plan.stages], options.world_size)
     audit = audit_data(options.data, _raw_inputs(options.raw), options.samples, options.workers)
-    output = options.output or options.data / "audit.html"
-    output.write_text(audit_page(audit, coverage, f"Audit of {options.data}"), encoding="utf-8")
     problems = audit.problems + (coverage.problems if coverage else [])
     warnings = audit.warnings + (coverage.warnings if coverage else [])
-    result = {"good": not problems, "problems": problems, "warnings": warnings, "page": str(output)}
-    print_result(options, result, f"{verdict(audit, coverage)}\n{output}")
-    return EXIT_REFUSED if problems else EXIT_FINISHED
+    page = _write_page(options, audit_page(audit, coverage, f"Audit of {options.data}"))
+    result = {"good": not problems, "problems": problems, "warnings": warnings, "page": page and str(page)}
+    end = f"\n{page}" if page else ""
+    print_result(options, result, f"{verdict(audit, coverage)}{end}")
+    return EXIT_REFUSED if problems or (options.output and not page) else EXIT_FINISHED
+
+
+def _write_page(options: argparse.Namespace, page: str) -> Path | None:
+    """Where it was written, if it was: the verdict counts, and prepared data may be mounted read-only."""
+    from tinyllama_ds.outputs import write_file
+
+    output = options.output or options.data / "audit.html"
+    try:
+        write_file(output, page)
+    except Refusal as refusal:
+        print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
+        return None
+    return output
 
 
 def _raw_inputs(pairs: list[str]) -> dict[str, Path]:
@@ -338,11 +352,11 @@ def _planned_order(
 def _add_data(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="action")
     show = actions.add_parser("show", help="print the texts that a step trains on")
-    show.add_argument("step", type=int, metavar="STEP", help="from 0")
+    show.add_argument("step", type=WholeNumber(0, 10**15), metavar="STEP", help="from 0")
     show.add_argument("--recipe", required=True)
     show.add_argument("--data", type=Path, required=True, metavar="DIR")
     show.add_argument("--run-dir", type=Path, metavar="DIR", help="leave out what this run's ledger leaves out")
-    show.add_argument("--limit", type=_count, default=8, metavar="N", help="samples to print (default: %(default)s)")
+    show.add_argument("--limit", type=COUNT, default=8, metavar="N", help="samples to print (default: %(default)s)")
     add_json(show)
 
 

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyllama_ds.commands.arguments import POSITIVE, RANKS, WholeNumber, output_folder
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 
@@ -32,10 +33,16 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--suite", help="commonsense, instruct or chinese: TinyLlama's published ones")
     what.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-eval")
     what.add_argument("--task-file", nargs="+", metavar="YAML", help="task files of your own, in lm-eval's format")
-    parser.add_argument("--shots", type=int, metavar="N", help="examples in the prompt (default: the task's own)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task, to try it out")
+    parser.add_argument(
+        "--shots", type=WholeNumber(0, 1000), metavar="N", help="examples in the prompt (default: the task's own)"
+    )
+    parser.add_argument(
+        "--limit", type=POSITIVE, metavar="N", help="only the first N documents of each task, to try it out"
+    )
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="datasets on disk; the hub is left alone")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="B", help="per rank (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=WholeNumber(1, 100_000), default=32, metavar="B", help="per rank (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -43,11 +50,13 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and arithmetic (default: %(default)s, as for the published scores)",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine (default: its GPUs, else 1)")
+    parser.add_argument("--num-gpus", type=RANKS, metavar="N", help="ranks on this machine (default: its GPUs, else 1)")
     parser.add_argument(
         "--allow-code-execution", action="store_true", help="HumanEval: run what the model writes, in a sandbox"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/evaluation/STEP, or evaluation/MODEL")
+    parser.add_argument(
+        "--output", type=output_folder, metavar="DIR", help="default: RUN/evaluation/STEP, or evaluation/MODEL"
+    )
     add_json(parser)
 
 
@@ -75,12 +84,8 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def _refuse_nonsense(options: argparse.Namespace) -> None:
-    for name in ("batch_size", "limit", "num_gpus"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise Refusal(f"--{name.replace('_', '-')} {value}: expected 1 or more")
-    if options.shots is not None and (options.suite or options.shots < 0):
-        raise Refusal("--shots is for --tasks and --task-file, and 0 or more; a suite has those of the published table")
+    if options.shots is not None and options.suite:
+        raise Refusal("--shots is for --tasks and --task-file; a suite has those of the published table")
     if not options.model.exists():
         raise Refusal(f"{options.model}: is missing; expected a checkpoint, a run directory or a Hugging Face folder")
 
@@ -128,6 +133,7 @@ def evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
     """What every rank does. Where all are refused, rank 0 says so. Collective."""
     import torch
 
+    from tinyllama_ds.bars import lines_for_bars
     from tinyllama_ds.training.world import wait_for_turn
 
     if options.device == "cpu":
@@ -135,7 +141,8 @@ def evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
     elif options.device == "cuda" and world.device.type != "cuda":
         raise Refusal("--device cuda: this machine has no GPU that PyTorch sees")
     try:
-        return _evaluate_on_rank(options, world)
+        with lines_for_bars():
+            return _evaluate_on_rank(options, world)
     except Refusal:
         wait_for_turn(world)
         raise
@@ -145,11 +152,13 @@ def _evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
     from tinyllama_ds.evaluation.harness import evaluate, language_model
     from tinyllama_ds.evaluation.scores import Measured, read_scores
     from tinyllama_ds.evaluation.suites import suite_named
+    from tinyllama_ds.outputs import check_folder
 
     if not world.is_main:
         os.environ["TQDM_DISABLE"] = "1"
     benchmarks = suite_named(options.suite) if options.suite else ()
     where = _output_folder(options)
+    check_folder(where)
     ranks = _join(world)
     tasks = _load_tasks(options, benchmarks, world)
     model, tokenizer, tokens = _load_model(options, world)
@@ -192,18 +201,14 @@ def _load_tasks(options: argparse.Namespace, benchmarks: "tuple[Benchmark, ...]"
 def _load_model(options: argparse.Namespace, world: "World") -> tuple[Any, Any, int | None]:
     """transformers' model and tokenizer, and the tokens that it was trained on, where that is known."""
     import torch
-    import transformers
+
+    from tinyllama_ds.convert import load_hf_folder
 
     dtype = getattr(torch, options.dtype)
-    transformers.utils.logging.disable_progress_bar()
     if not (options.model / "config.json").is_file():
         return _load_stored(options.model, dtype, world)
-    try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(options.model)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise Refusal(f"{options.model}: transformers cannot load it: {str(error).splitlines()[0]}") from error
-    return model.eval().to(world.device), tokenizer, None
+    model, tokenizer = load_hf_folder(options.model, dtype)
+    return model.to(world.device), tokenizer, None
 
 
 def _load_stored(path: Path, dtype: Any, world: "World") -> tuple[Any, Any, int | None]:
@@ -255,16 +260,20 @@ def _write(
     results: dict[str, Any],
     where: Path,
 ) -> int:
-    from tinyllama_ds.evaluation.scores import as_json, as_markdown, draw
+    """Print the scores, whatever becomes of the files."""
+    from tinyllama_ds.evaluation.scores import as_json, as_markdown, picture_of
+    from tinyllama_ds.outputs import refusing, write_figure, write_file
 
     stem = options.suite or "tasks"
-    where.mkdir(parents=True, exist_ok=True)
     text, found = as_markdown(measured, benchmarks), as_json(measured, benchmarks, results)
-    (where / f"{stem}.md").write_text(text, encoding="utf-8")
-    (where / f"{stem}.json").write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
-    draw(measured, benchmarks, where / f"{stem}.png")
     sys.stderr.flush()
-    return print_result(options, found, f"{text}\n{where / stem}.md, .json and .png")
+    code = print_result(options, found, f"{text}\n{where / stem}.md, .json and .png")
+    with refusing(where):
+        where.mkdir(parents=True, exist_ok=True)
+    write_file(where / f"{stem}.md", text)
+    write_file(where / f"{stem}.json", json.dumps(found, indent=1, default=str) + "\n")
+    write_figure(picture_of(measured, benchmarks), where / f"{stem}.png")
+    return code
 
 
 COMMANDS = (("evaluate", add_evaluate_arguments, _evaluate),)

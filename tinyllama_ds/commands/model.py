@@ -5,6 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.commands.arguments import (
+    FILE_SIZE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Number,
+    output_file,
+    output_folder,
+    output_picture,
+)
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 
@@ -21,9 +31,13 @@ if TYPE_CHECKING:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
-    parser.add_argument("output", type=Path, metavar="OUT", help="Hugging Face folder to create")
+    parser.add_argument("output", type=output_folder, metavar="OUT", help="Hugging Face folder to create")
     parser.add_argument(
-        "--max-shard-size", default="50GB", metavar="SIZE", help="of a safetensors file (default: %(default)s)"
+        "--max-shard-size",
+        type=FILE_SIZE,
+        default="50GB",
+        metavar="SIZE",
+        help="of a safetensors file (default: %(default)s)",
     )
     add_json(parser)
 
@@ -86,7 +100,9 @@ def _export(options: argparse.Namespace) -> int:
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="HF_DIR", help="of Llama architecture, on this machine")
-    parser.add_argument("output", type=Path, metavar="OUT", help="model folder to create, for pretrain --init-from")
+    parser.add_argument(
+        "output", type=output_folder, metavar="OUT", help="model folder to create, for pretrain --init-from"
+    )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="sentencepiece model to take in place of the folder's own"
     )
@@ -115,10 +131,12 @@ def _import(options: argparse.Namespace) -> int:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     parser.add_argument("prompt", metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=POSITIVE, default=100, help="default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=Number(least=0, most=100), default=0.8, help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument("--top-p", type=SHARE, default=0.95, help="default: %(default)s")
+    parser.add_argument("--seed", type=SEED, default=0, help="default: %(default)s")
     add_json(parser)
 
 
@@ -131,10 +149,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _serve(model: Path) -> "Served":
-    from tinyllama_ds.generate import load_hf_folder, serve_weights
+    from tinyllama_ds.generate import serve_hf_folder, serve_weights
 
     if (model / "config.json").is_file():
-        return load_hf_folder(model)
+        return serve_hf_folder(model)
     stored = open_stored(model)
     return serve_weights(dict(stored.tensors), stored.config, stored.tokenizer, stored.chats)
 
@@ -148,10 +166,12 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=POSITIVE, default=256, help="of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=Number(least=0, most=100), default=0.0, help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument("--top-p", type=SHARE, default=0.95, help="default: %(default)s")
+    parser.add_argument("--seed", type=SEED, default=0, help="default: %(default)s")
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -167,17 +187,20 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--output", type=Path, metavar="HTML", help="default: RUN/report.html")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="the main curves (default: RUN/report.png)")
+    parser.add_argument("--output", type=output_file, metavar="HTML", help="default: RUN/report.html")
+    parser.add_argument(
+        "--picture", type=output_picture, metavar="PNG", help="the main curves (default: RUN/report.png)"
+    )
     add_json(parser)
 
 
 def _report(options: argparse.Namespace) -> int:
     """Write a run's report as one HTML page and its curves as a picture, and print where it stands."""
-    from tinyllama_ds.evaluation.charts import draw_picture
+    from tinyllama_ds.evaluation.charts import picture_of
     from tinyllama_ds.evaluation.history import read_history
     from tinyllama_ds.evaluation.report import report_page, standing, summarise
     from tinyllama_ds.launch.lock import is_held
+    from tinyllama_ds.outputs import check_file, check_picture, write_figure, write_file
     from tinyllama_ds.training.checkpoint import newest_progress
 
     output = options.output or options.run / "report.html"
@@ -185,8 +208,10 @@ def _report(options: argparse.Namespace) -> int:
     history = read_history(options.run)
     _, committed = newest_progress(options.run)
     now = standing(history, committed, is_held(options.run))
-    output.write_text(report_page(history, now, str(options.run)), encoding="utf-8")
-    draw_picture(history, picture, str(options.run))
+    for check, path in ((check_file, output), (check_picture, picture)):
+        check(path)
+    write_file(output, report_page(history, now, str(options.run)))
+    write_figure(picture_of(history, str(options.run)), picture)
     summary = summarise(history, now)
     figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
     text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in figures.items())

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.commands.arguments import COUNT, PORT, RANKS
 from tinyllama_ds.errors import Refusal
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     """This machine, or a hostfile and the way to its hosts."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", type=Path, metavar="H", help="machines, lines of 'host slots=N'")
-    where.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine (default: its GPUs, else 2)")
+    where.add_argument("--num-gpus", type=RANKS, metavar="N", help="ranks on this machine (default: its GPUs, else 2)")
     hosts = parser.add_argument_group("with a hostfile")
     some = hosts.add_mutually_exclusive_group()
     some.add_argument("--include", metavar="HOSTS", help="only these, as 'node1@node2:0,2' (node2: slots 0 and 2)")
@@ -32,16 +33,16 @@ def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     )
     hosts.add_argument("--launcher-args", default="", metavar="ARGS", help="further arguments of pdsh, mpirun or srun")
     hosts.add_argument(
-        "--ssh-port", type=int, metavar="PORT", help="of sshd on the hosts (default: as ssh is configured)"
+        "--ssh-port", type=PORT, metavar="PORT", help="of sshd on the hosts (default: as ssh is configured)"
     )
     hosts.add_argument(
         "--no-ssh", action="store_true", help="start this host's ranks only; give each host its own command"
     )
     hosts.add_argument(
-        "--node-rank", type=int, metavar="N", help="with --no-ssh: the line of this host, counted from 0"
+        "--node-rank", type=COUNT, metavar="N", help="with --no-ssh: the line of this host, counted from 0"
     )
     hosts.add_argument("--master-addr", metavar="HOST", help="where rank 0 listens (default: the first host)")
-    hosts.add_argument("--master-port", type=int, metavar="PORT", help="its port (default: a free one)")
+    hosts.add_argument("--master-port", type=PORT, metavar="PORT", help="its port (default: a free one)")
     hosts.add_argument(
         "--forward-env",
         action="append",

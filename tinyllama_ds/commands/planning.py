@@ -6,6 +6,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.commands.arguments import (
+    CHECKPOINTED_BLOCKS,
+    MEMORY_SIZE,
+    RANKS,
+    SHARE,
+    Number,
+    output_file,
+    output_picture,
+)
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import Refusal
 
@@ -23,22 +32,26 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where")
     hosts = where.add_mutually_exclusive_group()
     hosts.add_argument("--hostfile", type=Path, metavar="H", help="machines, lines of 'host slots=N'")
-    hosts.add_argument("--num-gpus", type=int, default=8, metavar="N", help="of one host, without a hostfile (8)")
+    hosts.add_argument("--num-gpus", type=RANKS, default=8, metavar="N", help="of one host, without a hostfile (8)")
     where.add_argument("--gpu", default="a100-40g", help="by name: a100-40g, h100, rtx-4090 ... (default: %(default)s)")
-    where.add_argument("--gpu-memory", metavar="SIZE", help="of any other GPU, such as 40GiB")
-    where.add_argument("--peak-tflops", type=float, metavar="X", help="dense bf16 rate of any other GPU")
+    where.add_argument("--gpu-memory", type=MEMORY_SIZE, metavar="SIZE", help="of any other GPU, such as 40GiB")
+    where.add_argument("--peak-tflops", type=Number(most=1e6), metavar="X", help="dense bf16 rate of any other GPU")
     where.add_argument(
-        "--network", type=float, default=100, metavar="GBIT", help="out of each host, Gbit/s (default: %(default)s)"
+        "--network",
+        type=Number(most=1e6),
+        default=100,
+        metavar="GBIT",
+        help="out of each host, Gbit/s (default: %(default)s)",
     )
     speed = parser.add_argument_group("how fast")
     speed.add_argument(
         "--efficiency",
-        type=float,
+        type=SHARE,
         default=0.56,
         help="of the peak while a GPU computes (default: TinyLlama's %(default)s)",
     )
     speed.add_argument(
-        "--tokens-per-second", type=float, metavar="X", help="of one GPU, all included, where it is known"
+        "--tokens-per-second", type=Number(most=1e12), metavar="X", help="of one GPU, all included, where it is known"
     )
     speed.add_argument(
         "--measure", action="store_true", help="measure the step here with bench, instead of --efficiency"
@@ -46,25 +59,34 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--attention", default="auto", help="backend, as in pretrain (default: %(default)s)")
     how.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="as in pretrain: auto is on")
-    how.add_argument("--activation-checkpointing", type=int, default=0, metavar="K", help="as in pretrain")
+    how.add_argument(
+        "--activation-checkpointing", type=CHECKPOINTED_BLOCKS, default=0, metavar="K", help="as in pretrain"
+    )
     how.add_argument("--search", action="store_true", help="try every layout, micro batch and checkpointing; rank them")
-    how.add_argument("--write-config", type=Path, metavar="JSON", help="with --search: the winner's DeepSpeed config")
+    how.add_argument(
+        "--write-config", type=output_file, metavar="JSON", help="with --search: the winner's DeepSpeed config"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared data, for the sizes of the sources")
-    parser.add_argument("--price-per-hour", type=float, metavar="USD", help="of one GPU")
+    parser.add_argument("--price-per-hour", type=Number(least=0, most=1e6), metavar="USD", help="of one GPU")
     parser.add_argument(
         "--save-seconds",
-        type=float,
+        type=Number(most=1e6),
         default=15,
         metavar="S",
         help="that training stands still for a save (%(default)s)",
     )
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="learning rate, batch and mixture over tokens")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="the whole plan as one page that needs nothing else")
+    parser.add_argument(
+        "--picture", type=output_picture, metavar="PNG", help="learning rate, batch and mixture over tokens"
+    )
+    parser.add_argument(
+        "--html", type=output_file, metavar="FILE", help="the whole plan as one page that needs nothing else"
+    )
     add_json(parser)
 
 
 def _plan(options: argparse.Namespace) -> int:
     """Say what a run needs, costs and will do, before it starts."""
+    from tinyllama_ds.outputs import write_file
     from tinyllama_ds.planning import page
     from tinyllama_ds.planning.answer import answer, read_inputs, refuse_what_does_not_fit, with_config
     from tinyllama_ds.planning.search import reason, search
@@ -83,32 +105,21 @@ def _plan(options: argparse.Namespace) -> int:
         )
         inputs = with_config(inputs, best.config)
         if options.write_config:
-            options.write_config.write_text(json.dumps(best.config, indent=2) + "\n")
+            write_file(options.write_config, json.dumps(best.config, indent=2) + "\n")
     found = answer(question, inputs, sizes)
     if not found.fits:
         refuse_what_does_not_fit(found, [reason(c, memory) for c in search(question, inputs).candidates[:3]])
     tables = page.tables_of(found)
     if ranking:
         tables = [page.ranking_table(ranking, memory), *tables]
-    _write_pictures(options, found, tables)
     text = page.as_text(page.headline(found), tables, found.warnings)
     text += _how_to_start(options, ranking) if ranking else ""
-    return print_result(options, _result(found, ranking), text)
+    code = print_result(options, _result(found, ranking), text)
+    _write_pictures(options, found, tables)
+    return code
 
 
 def _refuse_nonsense(options: argparse.Namespace) -> None:
-    for name in ("network", "efficiency", "tokens_per_second", "peak_tflops", "save_seconds", "num_gpus"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise Refusal(f"--{name.replace('_', '-')} {value:g}: expected a number above 0")
-    if options.efficiency > 1:
-        raise Refusal(f"--efficiency {options.efficiency:g}: expected a share of the peak, 1 at most")
-    if options.price_per_hour is not None and not 0 <= options.price_per_hour < float("inf"):
-        raise Refusal(f"--price-per-hour {options.price_per_hour:g}: expected 0 or more")
-    if options.activation_checkpointing < 0:
-        raise Refusal(
-            f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
-        )
     if options.write_config and not options.search:
         raise Refusal("--write-config writes what --search has found; give --search as well")
     if (options.gpu_memory is None) != (options.peak_tflops is None):
@@ -218,15 +229,15 @@ def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
 def _write_pictures(options: argparse.Namespace, found: "Answer", tables: list) -> None:
     if not (options.picture or options.html):
         return
+    from tinyllama_ds.outputs import drawn, write_figure, write_file
     from tinyllama_ds.planning.page import as_html, headline
     from tinyllama_ds.planning.picture import picture_of
 
     picture = picture_of(found)
     if options.picture:
-        options.picture.write_bytes(picture)
+        write_figure(picture, options.picture)
     if options.html:
-        page = as_html(headline(found), found.fits, tables, found.warnings, picture)
-        options.html.write_text(page, encoding="utf-8")
+        write_file(options.html, as_html(headline(found), found.fits, tables, found.warnings, drawn(picture)))
 
 
 def _how_to_start(options: argparse.Namespace, ranking: "Ranking") -> str:

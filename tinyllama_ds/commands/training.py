@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.commands.arguments import CHECKPOINTED_BLOCKS, MINUTES, RANKS, SECONDS, WholeNumber, output_folder
 from tinyllama_ds.commands.placement import (
     add_placement_arguments,
     know_machines,
@@ -72,7 +73,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--activation-checkpointing",
-        type=int,
+        type=CHECKPOINTED_BLOCKS,
         default=0,
         metavar="K",
         help="to save memory, compute every K-th block again in the backward pass; 1 is all, 0 none (default)",
@@ -113,9 +114,9 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-doctor", action="store_true", help="start on hosts that doctor finds ill")
     parser.add_argument("--dry-run", action="store_true", help="print all commands and start nothing")
     parser.add_argument(
-        "--step-timeout", type=float, default=600, metavar="SECONDS", help="restart a run that is stuck for so long"
+        "--step-timeout", type=SECONDS, default=600, metavar="SECONDS", help="restart a run that is stuck for so long"
     )
-    parser.add_argument("--max-wall-time", type=float, metavar="MINUTES", help="then save and exit with code 75")
+    parser.add_argument("--max-wall-time", type=MINUTES, metavar="MINUTES", help="then save and exit with code 75")
 
 
 def _pretrain(options: argparse.Namespace) -> int:
@@ -271,32 +272,47 @@ def _run_arguments(options: argparse.Namespace) -> list[str]:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tinyllama-1.1b", help="named size (default: %(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="default: %(default)s")
+    parser.add_argument(
+        "--sequence-length", type=WholeNumber(1, 10_000_000), default=2048, metavar="T", help="default: %(default)s"
+    )
     parser.add_argument(
         "--deepspeed-config", type=Path, nargs="+", required=True, metavar="JSON", help="ZeRO files to compare"
     )
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[8], metavar="B", help="default: 8")
+    parser.add_argument(
+        "--micro-batch", type=WholeNumber(1, 100_000), nargs="+", default=[8], metavar="B", help="default: 8"
+    )
     parser.add_argument("--attention", nargs="+", default=["auto"], help="backends (default: auto)")
     parser.add_argument("--compile", choices=("on", "off", "both"), default="both", help="default: %(default)s")
-    parser.add_argument("--activation-checkpointing", type=int, default=0, metavar="K", help="as in pretrain")
-    parser.add_argument("--accumulation", type=int, default=4, help="micro batches per step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps (default: %(default)s)")
-    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks (default: this machine's GPUs, else 2)")
-    parser.add_argument("--output", type=Path, default=Path("bench"), help="for bench.json and bench.png (%(default)s)")
+    parser.add_argument(
+        "--activation-checkpointing", type=CHECKPOINTED_BLOCKS, default=0, metavar="K", help="as in pretrain"
+    )
+    parser.add_argument(
+        "--accumulation", type=WholeNumber(1, 10_000), default=4, help="micro batches per step (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=WholeNumber(1, 10_000), default=3, help="measured steps (default: %(default)s)")
+    parser.add_argument("--num-gpus", type=RANKS, metavar="N", help="ranks (default: this machine's GPUs, else 2)")
+    parser.add_argument(
+        "--output", type=output_folder, default=Path("bench"), help="for bench.json and bench.png (%(default)s)"
+    )
     add_json(parser)
 
 
 def _bench(options: argparse.Namespace) -> int:
     """Measure tokens/s, MFU, memory and the split of a step over a grid of settings."""
-    from tqdm import tqdm
-
     from tinyllama_ds import bench
+    from tinyllama_ds.bars import progress
+    from tinyllama_ds.deepspeed_config import load_deepspeed_config
     from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
+    from tinyllama_ds.model.config import model_config
+    from tinyllama_ds.outputs import check_folder, refusing, write_figure, write_file
 
+    check_folder(options.output)
+    positions = model_config(options.model).max_position_embeddings
+    if options.sequence_length > positions:
+        raise Refusal(f"--sequence-length {options.sequence_length}: {options.model} has {positions} positions")
     placement = local_placement(options.num_gpus)
     for config in options.deepspeed_config:
-        if not config.is_file():
-            raise Refusal(f"{config}: the DeepSpeed config is missing")
+        load_deepspeed_config(config)
     compiled = {"on": [True], "off": [False], "both": [False, True]}[options.compile]
     settings = bench.grid(options.deepspeed_config, options.micro_batch, options.attention, compiled)
     say_hidden_gpus(placement)
@@ -309,13 +325,15 @@ def _bench(options: argparse.Namespace) -> int:
         lambda arguments: launcher_command(placement, arguments, MEASURE_SCRIPT),
         launcher_environment(placement),
     )
-    rows = list(tqdm(measured, total=len(settings), desc="bench", unit="setting"))
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
+    rows = list(progress(measured, total=len(settings), desc="bench", unit="setting"))
     title = f"{options.model}, {options.sequence_length} tokens, {placement.world_size} ranks"
-    bench.draw(rows, options.output / "bench.png", title)
     text = f"{bench.table(rows)}\n\n{bench.advice(rows)}\n{options.output / 'bench.png'}"
-    return print_result(options, {"rows": rows}, text)
+    code = print_result(options, {"rows": rows}, text)
+    with refusing(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+    write_file(options.output / "bench.json", json.dumps(rows, indent=1) + "\n")
+    write_figure(bench.picture_of(rows, title), options.output / "bench.png")
+    return code
 
 
 COMMANDS = (

@@ -10,8 +10,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from tinyllama_ds.bars import progress
 from tinyllama_ds.data.chat import conversation_ids
 from tinyllama_ds.data.conversations import ChatFormat, format_from_dict
 from tinyllama_ds.data.shards import ShardReader
@@ -78,7 +78,7 @@ def audit_data(data: Path, raw: Mapping[str, Path], samples: int, workers: int, 
         for shard in TokenStream(directory).shards
     ]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        shards = list(tqdm(pool.map(_audit_shard, tasks), total=len(tasks), desc="audit", unit="shard"))
+        shards = list(progress(pool.map(_audit_shard, tasks), total=len(tasks), desc="audit", unit="shard"))
     audit = DataAudit(shards, problems=[f"{shard.name}: {problem}" for shard in shards for problem in shard.problems])
     _compare_shards(audit)
     return audit

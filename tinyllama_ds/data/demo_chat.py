@@ -6,7 +6,6 @@ Written in all forms that are read: Guanaco's text and messages, JSON lines and 
 import ast
 import hashlib
 import json
-import shutil
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from tinyllama_ds.data.demo_corpus import is_held_out, python_files, read_source
+from tinyllama_ds.outputs import new_folder
 
 SOURCE = "chat"
 _EXCLUDED = {"test", "tests", "idlelib"}
@@ -42,14 +42,12 @@ def make_demo_chat(output: Path, code_root: Path | None = None) -> dict[str, int
     splits: dict[str, list[_Exchanges]] = {"train": [], "validation": []}
     for module, exchanges in _conversations(code_root or Path(sysconfig.get_paths()["stdlib"])):
         splits["validation" if is_held_out(module) else "train"].append(exchanges)
-    partial = root.with_name(f".{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for split in splits:
-        (partial / split).mkdir(parents=True)
-    _write_guanaco(partial / "train" / "guanaco.jsonl", splits["train"][::2])
-    _write_parquet(partial / "train" / "messages.parquet", splits["train"][1::2])
-    _write_messages(partial / "validation" / "messages.jsonl", splits["validation"])
-    partial.rename(root)
+    with new_folder(root) as folder:
+        for split in splits:
+            (folder / split).mkdir(parents=True)
+        _write_guanaco(folder / "train" / "guanaco.jsonl", splits["train"][::2])
+        _write_parquet(folder / "train" / "messages.parquet", splits["train"][1::2])
+        _write_messages(folder / "validation" / "messages.jsonl", splits["validation"])
     return {f"{split} conversations": len(held) for split, held in splits.items()}
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,9 +21,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import zstandard
-from tqdm import tqdm
 
+from tinyllama_ds.bars import progress
 from tinyllama_ds.data.demo_chinese import chinese_pages
+from tinyllama_ds.outputs import new_folder
 
 PROSE_PACKAGES = ("numpy", "torch", "transformers")
 MATHEMATICS_PACKAGES = ("sympy", "mpmath")
@@ -177,7 +177,7 @@ def _write_source(root: Path, documents: Iterable[Document], write: _Writer, max
     splits: dict[str, list[Document]] = {"train": [], "validation": []}
     seen: set[bytes] = set()
     total = 0
-    with tqdm(total=max_bytes, desc=f"demo {root.name}", unit="B", unit_scale=True, leave=False) as progress:
+    with progress(total=max_bytes, desc=f"demo {root.name}", unit="B", unit_scale=True, leave=False) as bar:
         for document in documents:
             size = len(document.text.encode())
             if total + size > max_bytes:
@@ -185,13 +185,11 @@ def _write_source(root: Path, documents: Iterable[Document], write: _Writer, max
             if _is_new(document.text, seen):
                 splits["validation" if is_held_out(document.module) else "train"].append(document)
                 total += size
-                progress.update(size)
-    partial = root.with_name(f".{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for split, held in splits.items():
-        for number in range(FILES_PER_SPLIT[split]):
-            write(partial, split, number, held[number :: FILES_PER_SPLIT[split]])
-    partial.rename(root)
+                bar.update(size)
+    with new_folder(root) as folder:
+        for split, held in splits.items():
+            for number in range(FILES_PER_SPLIT[split]):
+                write(folder, split, number, held[number :: FILES_PER_SPLIT[split]])
     return {"bytes": total} | {f"{split} documents": len(held) for split, held in splits.items()}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tinyllama_ds.data.sources import find_inputs, read_texts, source_format
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.outputs import refusing, write_file
 
 SOURCE = "slimpajama"
 TASK_FILE = "demo_endings.yaml"
@@ -53,10 +54,11 @@ def make_demo_task(corpora: Path) -> Path:
         )
     rng = random.Random(0)
     rng.shuffle(passages)
-    output.mkdir(exist_ok=True)
+    with refusing(output):
+        output.mkdir(exist_ok=True)
     data = output / "demo_endings.jsonl"
-    data.write_text("".join(json.dumps(question) + "\n" for question in _questions(passages, rng)))
-    (output / TASK_FILE).write_text(_TASK.format(data=json.dumps(str(data.absolute()))))
+    write_file(data, "".join(json.dumps(question) + "\n" for question in _questions(passages, rng)))
+    write_file(output / TASK_FILE, _TASK.format(data=json.dumps(str(data.absolute()))))
     return output / TASK_FILE
 
 

@@ -8,9 +8,9 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyllama_ds import __version__
+from tinyllama_ds.bars import progress
 from tinyllama_ds.data.shards import (
     IndexHeader,
     InputFile,
@@ -46,7 +46,7 @@ def import_megatron(job: Import, inputs: list[Path]) -> list[Manifest]:
     tokenizer = Tokenizer(job.tokenizer)
     hold_tokenizer(tokenizer, job.output)
     manifests = []
-    for number, index in enumerate(tqdm(inputs, desc=f"import {job.source}", unit="shard")):
+    for number, index in enumerate(progress(inputs, desc=f"import {job.source}", unit="shard")):
         name = ShardName(job.output, job.source, job.split, number, len(inputs))
         manifest = _describe_megatron(index, name, tokenizer)
         name.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def import_litpkds(job: Import, inputs: list[Path], shard_bytes: int = 256 * 2**
     hold_tokenizer(tokenizer, job.output)
     groups = list(_fill(inputs, shard_bytes))
     manifests = []
-    with tqdm(total=len(inputs), desc=f"import {job.source}", unit="chunk") as progress:
+    with progress(total=len(inputs), desc=f"import {job.source}", unit="chunk") as bar:
         open_document = np.empty(0, dtype=np.int64)
         for number, group in enumerate(groups):
             following = groups[number + 1][0] if number + 1 < len(groups) else None
@@ -143,7 +143,7 @@ def import_litpkds(job: Import, inputs: list[Path], shard_bytes: int = 256 * 2**
             finally:
                 writer.abandon()
             manifests.append(manifest)
-            progress.update(len(group))
+            bar.update(len(group))
     return manifests
 
 

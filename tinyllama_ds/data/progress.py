@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 
-from tqdm import tqdm
+from tinyllama_ds.bars import progress
 
 _POLL_SECONDS = 1.0
 
@@ -24,7 +24,7 @@ class ShardProgress:
         self._expected_of_finished = 0.0
         self._finished = 0  # bytes
         self._shards = len(expected)
-        self._bar = tqdm(
+        self._bar = progress(
             total=self._total(0), desc=description, unit=" tokens", unit_scale=True, disable=not expected, leave=True
         )
 

@@ -1,6 +1,7 @@
 """The sentencepiece tokenizer: training one with Llama's settings, loading one, and its identity."""
 
 import hashlib
+import io
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ import sentencepiece
 
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.files import write_durably
+from tinyllama_ds.outputs import write_file
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 TOKENIZER_FILE = "tokenizer.model"
@@ -65,33 +67,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, max_byt
     Byte fallback, digits split, no normalisation, a dummy space before the text, runs of spaces kept
     (the trainer specification inside Llama 2's own tokenizer.model).
     """
-    sentences = _sentences(texts, max_bytes)
-    partial = output.with_suffix(".partial")
-    with partial.open("wb") as file:
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=sentences,
-                model_writer=file,
-                vocab_size=vocab_size,
-                model_type="bpe",
-                character_coverage=0.99995,
-                byte_fallback=True,
-                split_digits=True,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                add_dummy_prefix=True,
-                allow_whitespace_only_pieces=True,
-                max_sentence_length=4192,
-                unk_id=UNK_ID,
-                bos_id=BOS_ID,
-                eos_id=EOS_ID,
-                pad_id=-1,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            partial.unlink()
-            raise Refusal(f"training a tokenizer with {vocab_size} pieces failed: {error}") from error
-    partial.replace(output)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts, max_bytes),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            character_coverage=0.99995,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=True,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=4192,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise Refusal(f"training a tokenizer with {vocab_size} pieces failed: {error}") from error
+    write_file(output, model.getvalue())
     return Tokenizer(output)
 
 

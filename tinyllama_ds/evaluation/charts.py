@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinyllama_ds.evaluation.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _MIXTURE_COLUMNS = 96
 _LINES = ("-", "--", ":", "-.")  # where there are fewer colours than lines
@@ -218,8 +220,8 @@ PANELS: tuple[tuple[str, str, Callable[[Any, History], None]], ...] = (  # what 
 )
 
 
-def draw_picture(history: History, output: Path, title: str) -> None:
-    """Losses, learning rate, gradient norm and speed as one PNG."""
+def picture_of(history: History, title: str) -> "Figure":
+    """Losses, learning rate, gradient norm and speed as one figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -231,4 +233,4 @@ def draw_picture(history: History, output: Path, title: str) -> None:
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(output, dpi=110)
+    return figure

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from tinyllama_ds.bars import progress
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.files import Kinds, parse_row, read_object_if_whole, whole_rows
 
@@ -174,7 +174,7 @@ def _rows_of_tail(path: Path, tail: int) -> list[dict]:
 
 
 def _rows(path: Path) -> Iterator[dict]:
-    with path.open("rb") as file, tqdm(
+    with path.open("rb") as file, progress(
         total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=2, leave=False
     ) as bar:  # fmt: skip
         for number, (_, row) in enumerate(whole_rows(file, path, **_STEPS)):

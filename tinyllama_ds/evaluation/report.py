@@ -147,6 +147,13 @@ def report_page(history: History, now: Standing, place: str) -> str:
     return page(f"Run: {name}", now.sentence, now.state != "unfinished", body)
 
 
+def _mfu(last: dict[str, float]) -> str:
+    """Of the last step that has it; a step above a measured peak has none."""
+    if "Speed/MFU" not in last:
+        return "above the measured peak" if "Speed/TokensPerSecond" in last else ""
+    return f"{last['Speed/MFU']:.1%}"
+
+
 def _figures(history: History, now: Standing) -> str:
     last = history.last
     figures = [
@@ -157,7 +164,7 @@ def _figures(history: History, now: Standing) -> str:
             for source in history.names("Validation/Loss/")
         ),
         ("tokens/s, median", f"{now.tokens_per_second:,.0f}" if math.isfinite(now.tokens_per_second) else ""),
-        ("MFU", f"{last['Speed/MFU']:.1%}" if "Speed/MFU" in last else ""),
+        ("MFU", _mfu(last)),
         ("goodput", f"{now.goodput:.1%}" if math.isfinite(now.goodput) else ""),
         ("time", duration(now.seconds) if math.isfinite(now.seconds) else ""),
         ("starts", f"{len(history.starts)}" if history.starts else ""),

@@ -4,11 +4,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import sqrt
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyllama_ds.evaluation.published import PUBLISHED, PublishedRow, nearest_checkpoint
 from tinyllama_ds.evaluation.suites import Benchmark
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _INSTRUCT_EVAL = (
     "The published rows of this suite come from InstructEval, whose prompts differ from lm-eval's and whose DROP counts"
@@ -176,8 +178,8 @@ def as_json(measured: Measured, benchmarks: tuple[Benchmark, ...], results: dict
     return found
 
 
-def draw(measured: Measured, benchmarks: tuple[Benchmark, ...], output: Path) -> None:
-    """One panel for each benchmark: published scores as dots, ours with its standard error, as one PNG."""
+def picture_of(measured: Measured, benchmarks: tuple[Benchmark, ...]) -> "Figure":
+    """One panel for each benchmark: published scores as dots, ours with its standard error."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -189,8 +191,8 @@ def draw(measured: Measured, benchmarks: tuple[Benchmark, ...], output: Path) ->
         figure = _draw_tasks(plt, measured.scores)
     has_near = measured.suite and measured.tokens and nearest_checkpoint(measured.suite, measured.tokens)
     figure.suptitle(f"{measured.model}{', orange: TinyLlama at as many tokens' if has_near else ''}")
-    figure.savefig(output, dpi=110)
     plt.close(figure)
+    return figure
 
 
 def _draw_suite(plt: Any, measured: Measured, suite: str, benchmarks: tuple[Benchmark, ...]) -> Any:

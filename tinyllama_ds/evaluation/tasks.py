@@ -145,7 +145,8 @@ def _refuse_unknown_or_unsafe(name: str, manager: Any) -> None:
     """Before anything is loaded: lm-eval's code tasks run programs as soon as their modules are imported."""
     if _is_file(name):
         if not Path(name).is_file():
-            raise Refusal(f"{name}: is missing; expected a task file of lm-eval")
+            what = "is a directory" if Path(name).is_dir() else "is missing"
+            raise Refusal(f"{name}: {what}; expected a task file of lm-eval")
         from lm_eval.tasks._yaml_loader import load_yaml
 
         try:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyllama_ds.devices import VISIBLE
-from tinyllama_ds.launch.hostfile import Host
-from tinyllama_ds.launch.launcher import Placement, is_this_machine
+from tinyllama_ds.launch.hostfile import Host, read_hostfile, write_filter
+from tinyllama_ds.launch.launcher import BY_COUNT, Placement, is_this_machine
 from tinyllama_ds.launch.probe import listen
 from tinyllama_ds.network import is_loopback, local_address_towards
 
@@ -243,7 +243,7 @@ def _all_gpus(placement: Placement, reports: dict[str, dict]) -> list[Finding]:
     gpus = [gpu for host in hosts for gpu in reports[host.name]["gpus"]]
     if placement.on_cpu or not gpus:
         return [_no_gpus(host.name, reports[host.name]) for host in hosts]
-    return [_gpus(host, reports[host.name]["gpus"], gpus[0]) for host in hosts]
+    return [_gpus(host, reports[host.name]["gpus"], gpus[0], placement) for host in hosts]
 
 
 def _here(placement: Placement) -> Host:
@@ -257,7 +257,7 @@ def _no_gpus(host: str, report: dict) -> Finding:
     return Finding("GPUs", host, True, f"{there}; {report['cores']} cores")
 
 
-def _gpus(host: Host, gpus: list[dict], first: dict) -> Finding:
+def _gpus(host: Host, gpus: list[dict], first: dict, placement: Placement) -> Finding:
     chosen = host.devices or range(host.slots)
     if max(chosen) >= len(gpus):
         mend = "say as many slots in the hostfile as there are GPUs, or look at what nvidia-smi says there"
@@ -268,10 +268,23 @@ def _gpus(host: Host, gpus: list[dict], first: dict) -> Finding:
         return Finding("GPUs", host.name, False, f"{what}, and others here or on other hosts", mend)
     busy = [number for number in chosen if int(gpus[number]["used_mib"]) > _BUSY_MIB]
     if busy:
-        how = f"by {VISIBLE}" if host.name == HERE else f"with --exclude {host.name}:{busy[0]}"
-        mend = f"end what runs there, or leave that GPU out {how}"
+        mend = f"end what runs there{_way_without(host, busy[0], placement)}"
         return Finding("GPUs", host.name, False, f"GPU {busy[0]} already holds {gpus[busy[0]]['used_mib']} MiB", mend)
     return Finding("GPUs", host.name, True, what)
+
+
+def _way_without(host: Host, gpu: int, placement: Placement) -> str:
+    """How the rest can be used, in options that may be given beside those of this placement; nothing without a rest."""
+    if host.name == HERE:
+        return f", or leave that GPU out by {VISIBLE}"
+    others = tuple(number for number in host.devices or range(host.slots) if number != gpu)
+    smaller = [Host(host.name, host.slots, others)] if others and placement.launcher not in BY_COUNT else []
+    rest = [left for each in placement.hosts for left in (smaller if each is host else [each])]
+    if not rest or placement.hostfile is None:
+        return ""
+    if placement.hosts != read_hostfile(placement.hostfile):  # --include or --exclude is given, and stands alone
+        return f", or leave that GPU out with --include {write_filter(rest)} alone"
+    return f", or leave that GPU out with --exclude {host.name}{f':{gpu}' if smaller else ''}"
 
 
 def _space(host: str, report: dict) -> list[Finding]:

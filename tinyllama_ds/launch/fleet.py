@@ -86,15 +86,17 @@ class Fleet:
         _say(f"not all hosts are ready:\n{table(red, sys.stderr.isatty())}")
         left = examined.healthy(self._placement.hosts)
         if self._is_first:
-            raise Refusal("the hosts named above are not ready; mend them, or leave them out with --exclude")
+            raise Refusal(
+                "the hosts named above are not ready; mend them, or leave them out, by --exclude or of --include"
+            )
         if self._may_shrink and left:
             self._check_left(left)
             return left
         self._waiting_since = self._waiting_since or time.monotonic()
         if time.monotonic() - self._waiting_since > _WAIT_SECONDS:
             raise Refusal(
-                f"the hosts named above have been away for {_WAIT_SECONDS} s; start again without them by --exclude,"
-                " or with --allow-shrink"
+                f"the hosts named above have been away for {_WAIT_SECONDS} s; start again without them,"
+                " by --exclude or in --include, or with --allow-shrink"
             )
         return None
 

@@ -3,17 +3,21 @@
 A host becomes an argument of ssh and pdsh, so a line that either could take for an option or a list is refused here.
 """
 
+import io
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import Refusal, refuse_all, shown
+from tinyllama_ds.inputs import read_text
 
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")  # RFC 1123
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
-_FILTER = re.compile(r"([^\s:@]+)(?::(\d+(?:,\d+)*))?")
+_LINE = re.compile(r"(\S+)\s+slots=0*(\d+)", re.ASCII)
+_FILTER = re.compile(r"([^\s:@]+)(?::(\d{1,9}(?:,\d{1,9})*))?", re.ASCII)
+MOST_SLOTS = 1024  # no machine has so many GPUs
 
 
 @dataclass(frozen=True)
@@ -36,28 +40,43 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """All hosts in the order of the file; raises `Refusal` with the line number of anything that is not a host."""
-    if not path.is_file():
-        raise Refusal(f"{path}: the hostfile is missing; expected lines such as 'node1 slots=8'")
+    """All hosts in the order of the file; raises `Refusal` with every line that is not a host, and its number."""
     hosts: dict[str, Host] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    problems = []
+    text = read_text(path, "the hostfile", keep_mark=True)
+    if text.startswith("\ufeff"):  # which DeepSpeed's launcher takes for a part of the first host's name
+        raise Refusal(f"{path}:1: begins with a byte order mark; expected UTF-8 without one")
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):  # lines as DeepSpeed counts them
         content = line.strip()
         if not content or content.startswith("#"):
             continue
-        match = _LINE.fullmatch(content)
-        if match is None:
-            raise Refusal(f"{path}:{number}: {content!r} is not of the form 'host slots=N'")
-        name, slots = match[1], int(match[2])
-        if not is_host(name):
-            raise Refusal(f"{path}:{number}: {name!r} is neither a host name nor an IPv4 address")
-        if slots < 1:
-            raise Refusal(f"{path}:{number}: slots=0; expected the number of GPUs of {name}")
-        if name in hosts:
-            raise Refusal(f"{path}:{number}: {name} is listed twice; give each host one line with all its slots")
-        hosts[name] = Host(name, slots)
+        host = _read_line(content, hosts)
+        if isinstance(host, Host):
+            hosts[host.name] = host
+        else:
+            problems.append((number, host))
+    if len(problems) == 1:
+        raise Refusal(f"{path}:{problems[0][0]}: {problems[0][1]}")
+    refuse_all(path, [f"line {number}: {problem}" for number, problem in problems])
     if not hosts:
         raise Refusal(f"{path}: names no host; expected lines such as 'node1 slots=8'")
     return list(hosts.values())
+
+
+def _read_line(content: str, before: Collection[str]) -> Host | str:
+    """The host of a line, or what is wrong with it; `before` are the names of the lines above."""
+    match = _LINE.fullmatch(content)
+    if match is None:
+        return f"{shown(content)} is not of the form 'host slots=N'"
+    name, digits = match.groups()
+    if not is_host(name):
+        return f"{shown(name)} is neither a host name nor an IPv4 address"
+    slots = int(digits[:5])
+    if not 1 <= slots <= MOST_SLOTS:
+        return f"slots={shown(digits)[1:-1]}; expected the number of GPUs of {name}, from 1 to {MOST_SLOTS}"
+    if name in before:
+        return f"{name} is listed twice; give each host one line with all its slots"
+    return Host(name, slots)
 
 
 def filter_hosts(hosts: list[Host], include: str | None, exclude: str | None) -> list[Host]:

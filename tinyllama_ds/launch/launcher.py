@@ -25,7 +25,7 @@ DEFAULT_PORT = 29500  # torch's own
 _ENVIRONMENT_FILE = "deepspeed_env"
 _HOSTFILE = "hostfile"
 _MPI = ("openmpi", "mpich")  # cannot leave hosts out, so they get a hostfile of our own
-_BY_COUNT = (*_MPI, "slurm")  # cannot be told which GPUs
+BY_COUNT = (*_MPI, "slurm")  # cannot be told which GPUs
 _PROGRAMS = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "slurm": "srun"}
 LAUNCHERS = tuple(_PROGRAMS)
 
@@ -90,7 +90,7 @@ def check_placement(placement: Placement, arguments: list[str]) -> None:
     if not placement.is_remote:
         return
     launcher = placement.launcher
-    if launcher in _BY_COUNT and not all(host.takes_first for host in placement.hosts):
+    if launcher in BY_COUNT and not all(host.takes_first for host in placement.hosts):
         raise Refusal(f"--include, --exclude: {launcher} cannot choose GPUs by number; name whole hosts, or use pdsh")
     if launcher in ("mpich", "slurm") and len({host.ranks for host in placement.hosts}) > 1:
         counts = ", ".join(f"{host.name} {host.ranks}" for host in placement.hosts)

@@ -1,6 +1,5 @@
-"""Learning rate, batch and mixture over tokens, as one PNG."""
+"""Learning rate, batch and mixture over tokens."""
 
-import io
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from tinyllama_ds.planning.course import Border, border_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _POINTS = 200
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -17,8 +17,8 @@ _NAMED_SHARE = 0.02  # of the picture's width; no words fit into a narrower stag
 _GRAY = "#555555"
 
 
-def picture_of(found: Answer) -> bytes:
-    """A PNG of three curves with the stages, their borders and what holds there."""
+def picture_of(found: Answer) -> "Figure":
+    """Three curves with the stages, their borders and what holds there."""
     from matplotlib.figure import Figure
 
     inputs = found.inputs
@@ -40,9 +40,7 @@ def picture_of(found: Answer) -> bytes:
             _name_stage(stage, start, end, inputs.plan.sequence_length, (rate, batch, mixture))
     _name_rates(found.course.borders, rate)
     figure.suptitle(f"{inputs.recipe.name}: {inputs.plan.total_steps:,} steps, {inputs.plan.total_tokens:,} tokens")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=100)
-    return drawn.getvalue()
+    return figure
 
 
 def _draw_curves(points: list[Border], sources: list[str], rate: "Axes", batch: "Axes", mixture: "Axes") -> None:

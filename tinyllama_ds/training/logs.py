@@ -4,18 +4,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 LOGS = "logs"
 
 
-def log_to(run_dir: Path, rank: int) -> bool:
+def log_to(run_dir: Path, rank: int) -> TextIO | None:
     """From now on copy both streams into `logs/rank_N.log`, the words of native libraries and of a crash included.
 
-    Returns whether the console is a terminal, which nobody can see any more after this.
+    Returns stderr as it was where that is a terminal: what is written there, a progress bar, comes into no file.
 
     `tee` is a process of its own, so that it still writes down the last words of a rank that is gone.
     """
-    is_terminal = sys.stderr.isatty()
+    terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1) if sys.stderr.isatty() else None
     directory = run_dir / LOGS
     directory.mkdir(parents=True, exist_ok=True, mode=0o750)
     tees = [
@@ -27,4 +28,4 @@ def log_to(run_dir: Path, rank: int) -> bool:
         stream.flush()
         os.dup2(tee.stdin.fileno(), stream.fileno())
         tee.stdin.close()
-    return is_terminal
+    return terminal

@@ -55,7 +55,7 @@ def train(
     Collective; `metrics` is rank 0's alone. Raises `BadNumbers` and `Rollback` on all ranks, a save under way or not.
     """
     window = Window(PhaseClock(world.device))
-    peak, _ = peak_flops(world.device, next(engine.module.parameters()).dtype)
+    peak, _ = peak_flops(world.device, next(engine.module.parameters()).dtype, world.size)
     batches = DigestedBatches(prefetch(micro_batches(run, world, start.step), _PREFETCHED_MICRO_BATCHES))
     progress, final = start, run.plan.total_steps
     pace = Pace(engine.module.model.layers, world)

@@ -30,7 +30,7 @@ from tinyllama_ds.training.engine import (
     wrap,
 )
 from tinyllama_ds.training.kernels import break_down
-from tinyllama_ds.training.metrics import PhaseClock, measured_peak, memory_bytes, peak_flops
+from tinyllama_ds.training.metrics import PhaseClock, measured_together, memory_bytes, peak_flops, utilisation
 from tinyllama_ds.training.step import train_step
 from tinyllama_ds.training.world import World, read_world
 
@@ -55,7 +55,8 @@ def measure(setting: Setting, model: str, sequence_length: int, accumulation: in
     """Run the step under the deepspeed launcher; returns rank 0's figures. Collective.
 
     Rates are over all ranks; `mfu` is against the data sheet where there is one, `measured_mfu` against a matrix
-    product in the same process; seconds are per optimizer step, and so is `kernels` (`kernels.summarize`).
+    product in the same processes, each null where the step was faster than what was measured; seconds are per optimizer
+    step, and so is `kernels` (`kernels.summarize`).
     """
     world = read_world()
     config = model_config(model)
@@ -113,15 +114,17 @@ def _figures(
 ) -> dict:
     memory = memory_bytes(world.device)  # before the matrix products below take some, too
     dtype = next(engine.module.parameters()).dtype
-    peak, origin = peak_flops(world.device, dtype)
-    measured = measured_peak(world.device, dtype)
+    peak, origin = peak_flops(world.device, dtype, world.size)
+    measured = measured_together(world.device, dtype, world.size)
+    if world.device.type == "cpu":  # where that is the peak: the better one
+        peak = measured = max(peak, measured)
     rate = tokens / timed["seconds"]
     flops = config.flops_per_token(sequence_length) * rate / world.size
     return timed | {
         "tokens_per_second": rate,
-        "mfu": flops / peak,
+        "mfu": utilisation(flops, peak),
         "peak_from": origin,
-        "measured_mfu": flops / measured,
+        "measured_mfu": utilisation(flops, measured),
         "measured_peak_tflops": measured / 1e12,
         "peak_gib": memory / 2**30,
         "ranks": world.size,

@@ -8,14 +8,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from tqdm import tqdm
 
+from tinyllama_ds.bars import progress
 from tinyllama_ds.evaluation.scores import Score
 from tinyllama_ds.gpus import gpu_of_device
 from tinyllama_ds.training.checkpoint import Progress
+from tinyllama_ds.training.engine import gather_from_ranks
 from tinyllama_ds.training.sinks import EventFiles, Rows, warn
 
 METRICS_FILE = "metrics.jsonl"
@@ -58,15 +59,32 @@ _LAYOUT = {
 
 
 @cache  # a matrix product takes a moment
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """(FLOP/s of one device, where the number comes from): its data sheet, else a matrix product measured now."""
+def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1) -> tuple[float, str]:
+    """(FLOP/s of one device, where the number comes from): its data sheet, else a matrix product measured now.
+
+    With several ranks that is collective the first time, because they share a machine's cores, caches and clock: all
+    measure at once, as they will compute, and the best is kept.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         gpu = gpu_of_device(name)
         if gpu is not None and dtype == torch.bfloat16:
             return gpu.peak_flops, f"data sheet of {name}"
     size, kind = _product_size(device), str(dtype).removeprefix("torch.")
-    return measured_peak(device, dtype), f"a measured {size} x {size} x {size} {kind} matrix product"
+    return measured_together(device, dtype, ranks), f"a measured {size} x {size} x {size} {kind} matrix product"
+
+
+def measured_together(device: torch.device, dtype: torch.dtype, ranks: int) -> float:
+    """FLOP/s of a large matrix product while all ranks compute one, of the fastest. Collective with several ranks."""
+    if ranks == 1:
+        return measured_peak(device, dtype)
+    gather_from_ranks(None)  # all begin at the same time
+    return max(gather_from_ranks(measured_peak(device, dtype)))
+
+
+def utilisation(flops: float, peak: float) -> float | None:
+    """The share of the peak; None where it is above: then the peak was measured too low, and nobody knows the share."""
+    return flops / peak if flops <= peak else None
 
 
 def _product_size(device: torch.device) -> int:
@@ -149,10 +167,13 @@ class MetricsLogger:
         total_steps: int,
         start: Progress,
         config_text: str,
-        is_terminal: bool = False,
+        terminal: TextIO | None = None,
         began: float | None = None,
     ) -> None:
-        """`began` is when this process did, by `time.perf_counter`; without it, now."""
+        """`terminal` gets the progress bar, stderr lines where there is none.
+
+        `began` is when this process did, by `time.perf_counter`; without it, now.
+        """
         run_dir.mkdir(parents=True, exist_ok=True)
         last_step, last_tokens = (start.step, start.tokens) if start.step else (-1, -1)
         self._rows = Rows(run_dir / METRICS_FILE, last_step)
@@ -171,14 +192,10 @@ class MetricsLogger:
             self._tensorboard.write_layout(_LAYOUT, start.step)
         self._monitor = _deepspeed_monitor(monitors, run_dir)
         self._monitor_failed = False
-        self._bar = tqdm(
-            total=total_steps,
-            initial=start.step,
-            desc="pretrain",
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=1 if is_terminal else 10,  # a log file wants lines, not frames
-        )
+        self._bar = progress(
+            file=terminal, total=total_steps, initial=start.step, desc="pretrain", unit="step", dynamic_ncols=True,
+            mininterval=1,
+        )  # fmt: skip
 
     def log(self, step: int, tokens: int, figures: dict[str, float]) -> None:
         """Write the figures of a step to every sink. Names are `Namespace/Name`.
@@ -218,7 +235,8 @@ class MetricsLogger:
     def say(self, text: str) -> None:
         """A line of its own above the progress bar."""
         with suppress(OSError):
-            tqdm.write(text)
+            self._bar.clear()  # it comes again with the next step
+            print(text, flush=True)
 
     def close(self) -> None:
         with suppress(OSError):

@@ -8,7 +8,7 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 
@@ -166,7 +166,7 @@ def _pretrain(
     run = _resolve(options, world)
     check_run_directory(run)
     os.umask(0o027)  # what others could write would not be loaded again
-    is_terminal = log_to(run.run_dir, world.rank)
+    terminal = log_to(run.run_dir, world.rank)
     start_process_group(world)
     check_with_deepspeed(run.engine_config, str(options.deepspeed_config))
     checkpoint = agree_on_checkpoint(run, world)
@@ -181,9 +181,10 @@ def _pretrain(
         forget_skips_after(run.run_dir, start.step)
     guard = Guard(run.recipe.guard, health.guard, rollbacks=len(left_out(read_ledger(run.run_dir))))
     hosts = gather_from_ranks(socket.gethostname())
+    peak_flops(world.device, next(engine.module.parameters()).dtype, world.size)  # by all ranks, and known from here on
     metrics = None
     if world.is_main:
-        metrics = _open_metrics(run, world, start, engine, compilation, is_terminal, began)
+        metrics = _open_metrics(run, world, start, engine, compilation, terminal, began)
         record_start(run, start, metrics.reached, hosts)
     saver = Saver(run, world, on_end=lambda save: report_save(metrics, save))
     if start.step < run.plan.total_steps:
@@ -305,13 +306,13 @@ def _open_metrics(
     start: Progress,
     engine: "DeepSpeedEngine",
     compilation: str,
-    is_terminal: bool,
+    terminal: TextIO | None,
     began: float,
 ) -> MetricsLogger:
     description = json.dumps(run.description, indent=1)
-    metrics = MetricsLogger(run.run_dir, run.monitors, run.plan.total_steps, start, description, is_terminal, began)
+    metrics = MetricsLogger(run.run_dir, run.monitors, run.plan.total_steps, start, description, terminal, began)
     dtype = next(engine.module.parameters()).dtype
-    peak, origin = peak_flops(world.device, dtype)
+    peak, origin = peak_flops(world.device, dtype, world.size)
     batch = run.plan.stages[0].batch
     metrics.say(
         f"{run.recipe.model}: {run.model.num_parameters:,} parameters in {str(dtype).removeprefix('torch.')} on"

@@ -18,7 +18,7 @@ from tinyllama_ds.training.engine import sum_over_ranks
 from tinyllama_ds.training.guard import Agreement, Guard, Verdict
 from tinyllama_ds.training.heartbeat import Heartbeat
 from tinyllama_ds.training.ledger import SKIPPED, Entry, record
-from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, memory_bytes
+from tinyllama_ds.training.metrics import MetricsLogger, PhaseClock, memory_bytes, utilisation
 from tinyllama_ds.training.pace import Pace
 from tinyllama_ds.training.run import Run
 from tinyllama_ds.training.saving import Save
@@ -64,9 +64,10 @@ def step_figures(
         "Train/BatchTokens": run.plan.step(progress.step - 1).batch * run.recipe.sequence_length,
         "Train/GradNorm": agreed.grad_norm if agreed.is_finite else float("inf"),
         "Speed/TokensPerSecond": tokens_per_second,
-        "Speed/MFU": flops / (peak * world.size),
         "Memory/PeakGiB": memory_bytes(world.device) / 2**30,
     }
+    mfu = utilisation(flops, peak * world.size)
+    figures |= {} if mfu is None else {"Speed/MFU": mfu}
     figures |= {f"Seconds/{name}": seconds for name, seconds in window.clock.read().items()}
     for source, samples in run.order.counts(progress.position).items():
         figures[f"Tokens/{source}"] = samples * run.recipe.sequence_length
@@ -87,10 +88,11 @@ def report(metrics: MetricsLogger | None, progress: Progress, figures: dict[str,
     if metrics is None:
         return
     metrics.log(progress.step, progress.tokens, figures)
+    mfu = f"{figures['Speed/MFU']:.0%}" if "Speed/MFU" in figures else "above the measured peak"
     metrics.advance(
         progress.step,
         f"loss {figures['Train/Loss']:.3f}, lr {figures['Train/LearningRate']:.2e},"
-        f" {figures['Speed/TokensPerSecond']:,.0f} tok/s, MFU {figures['Speed/MFU']:.0%}",
+        f" {figures['Speed/TokensPerSecond']:,.0f} tok/s, MFU {mfu}",
     )
 
 

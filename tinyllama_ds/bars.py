@@ -1,0 +1,62 @@
+"""Progress bars: a bar on a terminal, and in a file, which nobody watches, a line a minute and one at the end."""
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+_SECONDS = 60.0
+_BAR = re.compile(r"\|[^|]*\| ?")  # between percentage and numbers
+
+
+def progress(iterable: Iterable | None = None, *, file: TextIO | None = None, **options: Any) -> tqdm:
+    """tqdm with its arguments, on stderr or another file."""
+    file = file or sys.stderr
+    return tqdm(iterable, file=file if file.isatty() else Lines(file), **options)
+
+
+@contextmanager
+def lines_for_bars() -> Iterator[None]:
+    """The same for the bars of libraries, on stderr."""
+    if sys.stderr.isatty():
+        yield
+        return
+    with redirect_stderr(Lines(sys.stderr)):
+        yield
+
+
+class Lines:
+    """A text file that gets the frames of a progress bar as lines, few of them, and all else as it is."""
+
+    def __init__(self, file: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file, self._clock = file, clock
+        self._shown = clock()
+        self._frame = ""
+        self._is_within_line = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        """A frame begins with a carriage return. A line end after the last one says that it stays; between bars that
+        are drawn below each other there are some, too."""
+        if text.startswith("\r"):
+            self._frame = " ".join(_BAR.sub(" ", text, count=1).split())
+            if self._frame and self._clock() - self._shown >= _SECONDS:
+                self._show()
+        elif text == "\n" and self._frame and not self._is_within_line:
+            if " 100% " in self._frame:
+                self._show()
+        elif text.strip("\n") != "\x1b[A" and text:  # with which tqdm goes from one bar to another
+            self._file.write(text)
+            self._is_within_line = not text.endswith("\n")
+        return len(text)
+
+    def _show(self) -> None:
+        self._file.write(f"{self._frame}\n")
+        self._file.flush()
+        self._shown, self._frame = self._clock(), ""

@@ -1,0 +1,126 @@
+"""Arguments of command lines: numbers have ranges, and what is wrong is one sentence and exit code 78."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tinyllama_ds.errors import EXIT_REFUSED, Refusal, shown
+from tinyllama_ds.outputs import check_file, check_folder, check_picture
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with this product's way to refuse."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> Any:
+        for argument in sys.argv[1:] if args is None else args:
+            if not argument.isprintable() and not _is_unicode(argument):  # the first is the cheaper question
+                self.error(f"{argument!a} is not UTF-8; expected text and paths in UTF-8")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        named = re.sub(r"^argument (\S+): (.+): expected ", r"\1 \2: expected ", message, count=1, flags=re.DOTALL)
+        sentence = named.removeprefix("argument ").replace("\r", "\\r").replace("\n", "\\n")
+        self.exit(EXIT_REFUSED, f"tinyllama-ds: {sentence}; see {self.prog} --help\n")
+
+
+def _is_unicode(text: str) -> bool:
+    """Without the lone surrogates that stand for bytes which are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+@dataclass(frozen=True)
+class WholeNumber:
+    """An argument type: an integer of a range."""
+
+    least: int = 1
+    most: int = 1_000_000_000
+
+    def __call__(self, text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise _wrong(text, f"a whole number from {self.least} to {self.most}") from None
+        if value < self.least:
+            raise _wrong(text, f"{self.least} or more")
+        if value > self.most:
+            raise _wrong(text, f"{self.most} or less")
+        return value
+
+
+def _wrong(text: str, expected: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"{shown(text)[1:-1] if text.strip() else repr(text)}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class Number:
+    """An argument type: a finite number above `above`, or from `least` on, up to `most`."""
+
+    most: float
+    least: float | None = None
+    above: float = 0.0
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        is_low = value <= self.above if self.least is None else value < self.least
+        if is_low or not value <= self.most:
+            bound = f"above {self.above:g}" if self.least is None else f"from {self.least:g} on"
+            raise _wrong(text, f"a number {bound}, {self.most:,.15g} at most")
+        return value
+
+
+@dataclass(frozen=True)
+class Size:
+    """An argument type: a number with its unit, such as 40GiB, as text."""
+
+    units: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([A-Za-z]+)", text.strip(), re.ASCII)
+        if match is None or match[2].lower() not in map(str.lower, self.units) or not float(match[1]) > 0:
+            raise _wrong(text, f"a size such as 40{self.units[0]}, in {', '.join(self.units)}")
+        return text.strip()
+
+
+def output_file(text: str) -> Path:
+    """An argument type: a file that can be written, or replaced."""
+    return _checked(text, check_file)
+
+
+def output_picture(text: str) -> Path:
+    """An argument type: the same for a picture."""
+    return _checked(text, check_picture)
+
+
+def output_folder(text: str) -> Path:
+    """An argument type: a folder in which files can be made; it need not be there."""
+    return _checked(text, check_folder)
+
+
+def _checked(text: str, check: Callable[[Path], None]) -> Path:
+    try:
+        check(Path(text))
+    except Refusal as refusal:
+        raise argparse.ArgumentTypeError(str(refusal)) from refusal
+    return Path(text)
+
+
+POSITIVE = WholeNumber()
+COUNT = WholeNumber(0)
+RANKS = WholeNumber(1, 1024)  # of one machine, or processes
+CHECKPOINTED_BLOCKS = WholeNumber(0, 10_000)
+SEED = WholeNumber(0, 2**63 - 1)
+PORT = WholeNumber(1, 65_534)  # the lifeline takes the next one
+SHARE = Number(most=1.0)
+SECONDS = Number(most=1e8)
+MINUTES = Number(most=1e6)
+MEMORY_SIZE = Size(("GiB", "GB"))
+FILE_SIZE = Size(("GB", "MB", "KB", "TB"))
