@@ -92,7 +92,7 @@ def parse_row(line: bytes, **kinds: Kinds) -> dict | None:
 def _parse(text: bytes) -> dict | None:
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
