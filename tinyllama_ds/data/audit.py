@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from tinyllama_ds.data.chat import conversation_ids
 from tinyllama_ds.data.conversations import ChatFormat, format_from_dict
+from tinyllama_ds.data.reading import read_records
 from tinyllama_ds.data.shards import ShardReader
-from tinyllama_ds.data.sources import SPLITS, Record, SourceFormat, read_records
+from tinyllama_ds.data.sources import SPLITS, Record, SourceFormat
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import BOS_ID, END_OF_DOCUMENT, EOS_ID, TOKENIZER_FILE, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
