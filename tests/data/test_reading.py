@@ -180,3 +180,144 @@ def test_parquet_names_the_row_of_a_null_and_of_invalid_utf8(tmp_path: Path):
     pyarrow.parquet.write_table(pyarrow.table({"text": strings, "extra": [1, 2, 3, 4]}), path)
     assert [record.text for record in read_records(path, PLAIN) if not record.fault] == ["fine", "also fine"]
     assert [fault.split(": ")[1] for fault in faults(path)] == ["row 2", "row 3"]
+
+
+# --- as published tools and editors write them ------------------------------------------------------------------------
+
+LINES = b'{"text": "one"}\n{"text": "two"}\n'
+BOM = b"\xef\xbb\xbf"
+SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18\x04\0\0\0size"
+
+
+def zstd_of_window(window_log: int) -> bytes:
+    parameters = zstandard.ZstdCompressionParameters(window_log=window_log)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return compressor.compress(LINES) + compressor.flush()
+
+
+READ = {
+    "byte order mark": ("x.jsonl", BOM + LINES),
+    "marks in a joined file": ("x.jsonl", BOM + LINES[:16] + BOM + LINES[16:]),
+    "CRLF": ("x.jsonl", LINES.replace(b"\n", b"\r\n")),
+    "blank lines": ("x.jsonl", b"\n \n" + LINES.replace(b"\n", b"\n\t\n\r\n") + b"\n"),
+    "no last line break": ("x.jsonl", LINES[:-1]),
+    "capitals": ("X.JSONL", LINES),
+    "C4's names": ("c4-train.0.json.gz", gzip.compress(LINES)),
+    "members of gzip": ("x.jsonl.gz", gzip.compress(LINES[:20]) + gzip.compress(LINES[20:])),
+    "gzip padded with zeros": ("x.jsonl.gz", gzip.compress(LINES) + bytes(512)),
+    "gzip with a mark": ("x.jsonl.gz", gzip.compress(BOM + LINES)),
+    "zstd after a skippable frame": ("x.jsonl.zst", SKIPPABLE_FRAME + zstandard.compress(LINES) + SKIPPABLE_FRAME),
+    "zstd --long=27": ("x.jsonl.zst", zstd_of_window(27)),
+    "unpacked by the download": ("x.jsonl.gz", LINES),
+    "packed under a plain name": ("x.jsonl", gzip.compress(LINES)),
+    "zstd under the name of gzip": ("x.jsonl.gz", zstandard.compress(LINES)),
+    "other keys twice": ("x.jsonl", LINES.replace(b"{", b'{"url": 1, "url": 2, ')),
+    "numbers that are none": ("x.jsonl", LINES.replace(b"{", b'{"score": NaN, "other": -Infinity, ')),
+}
+FAULTY = {
+    "UTF-16": ("x.jsonl", LINES.decode().encode("utf-16"), ": the file is in UTF-16; expected UTF-8 (iconv "),
+    "UTF-16 text": ("x.txt", "two words".encode("utf-16"), ": the file is in UTF-16; expected UTF-8 (iconv "),
+    "Latin-1": ("x.jsonl", b'{"text": "caf\xe9"}', ":1: not a line of JSON in UTF-8 (byte 13 is 0xe9)"),
+    "key twice": ("x.jsonl", b'{"text": "a", "text": "b"}', ":1: not a line of JSON in UTF-8 (the key 'text' is there"),
+    "an array": ("x.jsonl", b'[{"text": "a"}]', ":1: expected a record with a text under 'text', found an array (jq "),
+    "a printed array": ("x.jsonl", b'[\n {"text": "a"}\n]', ":1: is only the beginning of JSON; expected one record a"),
+    "printed records": (
+        "x.jsonl",
+        b'{\r\n "text": "a"\r\n}',
+        ":1: is only the beginning of JSON; expected one record a",
+    ),
+    "encoded twice": (
+        "x.jsonl",
+        json.dumps('{"text": "a"}').encode(),
+        ":1: expected a record with a text under 'text', f",
+    ),
+    "a number": ("x.jsonl", b'{"text": 1.5}', ":1: expected a record with a text under 'text', which holds a number"),
+    "another key": ("x.jsonl", b'{"body": "a", "id": 1}', ", which is not among its keys: 'body', 'id'"),
+    "nothing": ("x.jsonl", b"{}", ", which is not among its keys: it has none"),
+    "NUL bytes": ("x.jsonl", bytes(4096), ": the file begins with NUL bytes, as after a power loss; bring it again"),
+    "NUL bytes at the end": ("x.jsonl", LINES + bytes(512), ":3: holds nothing but NUL bytes, as after a power loss"),
+    "LFS": ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a Git LFS pointer"),
+    "xz": ("x.jsonl.gz", b"\xfd7zXZ\0\0\4", ": the file is compressed by xz; expected gzip or zstd (xz -dc FILE"),
+    "zip": ("x.jsonl", b"PK\x03\x04\x14\0", ": the file is a zip archive; expected the files in it"),
+    "gzip and garbage": (
+        "x.jsonl.gz",
+        gzip.compress(LINES) + b"garbage",
+        "the file is damaged or cut short (Not a gzipped",
+    ),
+    "zstd and zeros": ("x.jsonl.zst", zstandard.compress(LINES) + bytes(64), "the file is damaged or cut short (ZSTD"),
+    "zstd --long=31": ("x.jsonl.zst", zstd_of_window(31), "by zstd with a window of more than 128 MiB; write it again"),
+    "a page": ("x.jsonl", b"<!DOCTYPE html>", ":1: not a line of JSON in UTF-8 (Expecting value"),
+    "a page for parquet": (
+        "x.parquet",
+        b"<!DOCTYPE html>\n",
+        ": the file is damaged or cut short (Parquet magic bytes",
+    ),
+    "a mark and no more": ("x.jsonl", BOM, ":1: not a line of JSON in UTF-8 (Expecting value"),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_what_tools_write_is_read(tmp_path: Path, case: str):
+    name, content = READ[case]
+    (tmp_path / name).write_bytes(content)
+    assert list(read_texts(tmp_path / name, PLAIN)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("case", FAULTY)
+def test_what_cannot_be_read_is_named_with_its_reason_and_the_remedy(tmp_path: Path, case: str):
+    name, content, message = FAULTY[case]
+    (tmp_path / name).write_bytes(content)
+    assert message in faults(tmp_path / name)[0]
+    assert str(tmp_path / name) in faults(tmp_path / name)[0]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_file(tmp_path: Path):
+    (tmp_path / "x.TXT").write_bytes(BOM + b"one\r\ntwo")
+    assert list(read_texts(tmp_path / "x.TXT", PLAIN)) == ["one\r\ntwo"]
+
+
+TEXTS = ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array(TEXTS, pyarrow.large_string()),
+        pyarrow.array(TEXTS, pyarrow.string_view()),
+        pyarrow.array([b"one", b"two"], pyarrow.binary()),
+        pyarrow.array([b"one", b"two"], pyarrow.large_binary()),
+        pyarrow.array(TEXTS).dictionary_encode(),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_texts_of_every_type_of_parquet_are_read(tmp_path: Path, column: pyarrow.Array):
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "text": column}), tmp_path / "x.parquet")
+    assert list(read_texts(tmp_path / "x.parquet", PLAIN)) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("column", "what"),
+    [
+        (pyarrow.nulls(1), "null"),
+        (pyarrow.array([["one"]]), "an array"),
+        (pyarrow.array([{"text": "one"}]), "an object"),
+        (pyarrow.array([1.5]), "a number"),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_another_type_of_parquet_is_named(tmp_path: Path, column: pyarrow.Array, what: str):
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    assert faults(path) == [f"{path}: row 1: expected a record with a text under 'text', which holds {what}"]
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path):
+    path = tmp_path / "x.parquet"
+    twice = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, path)
+    assert faults(path) == [f"{path}: has the column 'text' 2 times; expected it once"]
+
+
+def test_a_parquet_file_without_rows_holds_no_record(tmp_path: Path):
+    write_parquet(tmp_path / "x.parquet", [])
+    assert list(read_records(tmp_path / "x.parquet", PLAIN)) == []

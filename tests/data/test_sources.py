@@ -88,3 +88,55 @@ def test_skypile_is_jsonl_of_chinese(tmp_path: Path):
 def test_a_corpus_of_ones_own_names_its_text_field(tmp_path: Path):
     write_jsonl(tmp_path / "x.jsonl", ["mine"], field="body")
     assert list(read_texts(tmp_path / "x.jsonl", source_format("mine", "body"))) == ["mine"]
+
+
+NAME = {"redpajama_set_name": "RedPajamaC4"}
+GITHUB = {"redpajama_set_name": "RedPajamaGithub"}
+SHAPES = {
+    "as published": lambda said: {"meta": said},
+    "as JSON": lambda said: {"meta": json.dumps(said)},
+    "in the record": lambda said: said,
+    "beside another meta": lambda said: {"meta": {"url": "x"}} | said,
+    "beside a meta of text": lambda said: {"meta": "no JSON"} | said,
+}
+UNKNOWN = {
+    "no meta": {},
+    "another meta": {"meta": {"pile_set_name": "Github"}},
+    "null": {"meta": None},
+    "an array": {"meta": ["RedPajamaC4"]},
+    "deep": {"meta": "[" * 100_000},
+    "null name": {"meta": {"redpajama_set_name": None}},
+    "another name": {"meta": {"redpajama_set_name": "Github"}},
+    "no text": {"meta": {"redpajama_set_name": ["RedPajamaC4"]}},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_set_name_is_found_in_every_shape(tmp_path: Path, shape: str, kind: str):
+    rows = [{"text": "prose"} | SHAPES[shape](NAME), {"text": "code"} | SHAPES[shape](GITHUB)]
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(read_texts(path, source_format("slimpajama"))) == ["prose"]
+    assert list(read_texts(path, source_format("slimpajama", subsets=["RedPajamaGithub"]))) == ["code"]
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+@pytest.mark.parametrize("subsets", [None, ["RedPajamaC4"]])
+def test_a_record_of_an_unknown_set_is_a_fault(tmp_path: Path, case: str, subsets: list[str] | None):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"text": "x"} | UNKNOWN[case]))
+    (record,) = read_records(path, source_format("slimpajama", subsets=subsets))
+    assert record.text == ""
+    assert "redpajama_set_name" in (record.fault or "")
+
+
+def test_subsets_in_folders_are_found_at_any_depth(tmp_path: Path):
+    for name in ("data/python/train-0.parquet", "data/java/train-0.parquet", "stray.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(tmp_path / name, ["x"], "content")
+    found = find_inputs(tmp_path, source_format("starcoderdata", subsets=["python"])).splits
+    assert found == {"train": [tmp_path / "data" / "python" / "train-0.parquet"]}

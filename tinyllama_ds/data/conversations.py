@@ -30,6 +30,10 @@ class ChatFormat(SourceFormat):
     def expected_columns(self) -> str:
         return f"{MESSAGES_FIELD!r} or {self.text_field!r}"
 
+    @property
+    def keys(self) -> frozenset[str]:
+        return frozenset({MESSAGES_FIELD, self.text_field, "role", "content"})
+
     def columns(self, present: Sequence[str]) -> list[str]:
         return next(([field] for field in (MESSAGES_FIELD, self.text_field) if field in present), [])
 
