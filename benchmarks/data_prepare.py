@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from tinyllama_ds.data.encoding import ranked_merges
 from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.sources import SourceFormat
 from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
+from tinyllama_ds.data.vocabulary import ranked_merges
 
 FILES = 32  # and as many shards
 META = {"redpajama_set_name": "RedPajamaC4"}

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama_ds.convert import PROBE_TEXTS, load_twins, logit_difference
+from tinyllama_ds.convert import load_twins, logit_difference
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, Tokenizer
+from tinyllama_ds.data.vocabulary import difference_of, refuse_inconvertible
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model_folder import write_model_folder
@@ -155,6 +156,7 @@ def _tokenizer_of(folder: Path, config: LlamaConfig, instead: Path | None) -> To
         raise Refusal(
             f"{path}: has {tokenizer.vocab_size} pieces; expected vocab_size {config.vocab_size} of {CONFIG_FILE}"
         )
+    refuse_inconvertible(tokenizer)
     fast = folder / FAST_TOKENIZER_FILE
     if instead is None and fast.is_file():
         _refuse_other_ids(fast, tokenizer)
@@ -169,13 +171,12 @@ def _refuse_other_ids(path: Path, tokenizer: Tokenizer) -> None:
         fast = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more exact
         raise Refusal(f"{path}: not a tokenizer ({error})") from error
-    fast.encode_special_tokens = True  # text is only text
     expected = "; give the sentencepiece model that the weights were trained with by --tokenizer"
     if fast.get_vocab(with_added_tokens=True) != {piece: number for number, piece in enumerate(tokenizer.pieces)}:
         raise Refusal(f"{path}: its pieces are not those of {tokenizer.path}{expected}")
-    for text in PROBE_TEXTS:
-        if fast.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
-            raise Refusal(f"{path}: its ids of {text!r} are not those of {tokenizer.path}{expected}")
+    text = difference_of(fast, tokenizer)
+    if text is not None:
+        raise Refusal(f"{path}: its ids of {text!r} are not those of {tokenizer.path}{expected}")
 
 
 def find_tensors(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:

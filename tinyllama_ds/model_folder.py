@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, held_tokenizer
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.weights import DTYPES, Written, parameter_shapes, read_tensor, tensor_names, write_weights
@@ -43,7 +43,7 @@ class ModelFolder:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.path / TOKENIZER_FILE)
+        return held_tokenizer(self.path / TOKENIZER_FILE, self.files[TOKENIZER_FILE]["sha256"], "this model folder")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters in the order of the model, each mapped from the file for as long as it lives."""

@@ -358,6 +358,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _data(options: argparse.Namespace) -> int:
     """Look into prepared data: `show` prints the texts that a step trains on."""
+    from tinyllama_ds.data.loader import refuse_another_tokenizer
     from tinyllama_ds.data.show import show_samples
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
     from tinyllama_ds.training.ledger import left_out, read_ledger
@@ -371,6 +372,7 @@ def _data(options: argparse.Namespace) -> int:
     step = plan.step(options.step)
     positions = range(step.first_position, step.first_position + min(options.limit, step.batch))
     tokenizer = Tokenizer(options.data / TOKENIZER_FILE)
+    refuse_another_tokenizer(streams, tokenizer)
     shown = list(show_samples(streams, order, positions, plan.sequence_length, tokenizer))
     lines = [
         f"=== position {sample.position}: {sample.source}, epoch {sample.epoch}, sample {sample.sample},"

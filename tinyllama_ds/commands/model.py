@@ -42,11 +42,12 @@ class Stored:
 
 def open_stored(path: Path) -> Stored:
     """The model of a checkpoint, a run directory or a model folder, every file verified."""
-    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, held_tokenizer
     from tinyllama_ds.model.config import LlamaConfig
     from tinyllama_ds.model_folder import is_model_folder, open_model_folder, verify_model_folder
     from tinyllama_ds.training.checkpoint import resolve_checkpoint, stream_weights
     from tinyllama_ds.training.run import learned_to_chat
+    from tinyllama_ds.training.run_file import tokenizer_sha256_of
 
     if is_model_folder(path):
         folder = open_model_folder(path)
@@ -54,7 +55,7 @@ def open_stored(path: Path) -> Stored:
         return Stored(folder.tensors(), folder.model, folder.tokenizer)
     checkpoint = resolve_checkpoint(path)
     manifest, tensors = stream_weights(checkpoint)
-    tokenizer = Tokenizer(checkpoint.parents[1] / TOKENIZER_FILE)
+    tokenizer = held_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, tokenizer_sha256_of(manifest.run), "this run")
     return Stored(
         tensors,
         LlamaConfig(**manifest.model),

@@ -19,6 +19,7 @@ from tinyllama_ds.data.shards import (
     ShardWriter,
 )
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, Tokenizer, hold_tokenizer
+from tinyllama_ds.data.vocabulary import refuse_inconvertible
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.files import temporary_name, write_durably
 
@@ -44,6 +45,7 @@ def import_megatron(job: Import, inputs: list[Path]) -> list[Manifest]:
     `inputs` are the .idx files. Raises `Refusal` for a pair that is damaged or holds ids beyond the vocabulary.
     """
     tokenizer = Tokenizer(job.tokenizer)
+    refuse_inconvertible(tokenizer)
     hold_tokenizer(tokenizer, job.output)
     manifests = []
     for number, index in enumerate(tqdm(inputs, desc=f"import {job.source}", unit="shard")):
@@ -128,6 +130,7 @@ def import_litpkds(job: Import, inputs: list[Path], shard_bytes: int = 256 * 2**
     process stays whole. Filler, a run of BOS at the end of a chunk, is left out and counted (TinyLlama's issue 83).
     """
     tokenizer = Tokenizer(job.tokenizer)
+    refuse_inconvertible(tokenizer)
     hold_tokenizer(tokenizer, job.output)
     groups = list(_fill(inputs, shard_bytes))
     manifests = []

@@ -23,6 +23,7 @@ from tinyllama_ds.data.reading import read_records
 from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter, shard_suffixes, token_dtype
 from tinyllama_ds.data.sources import Record, SourceFormat
 from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, Tokenizer, hold_tokenizer
+from tinyllama_ds.data.vocabulary import refuse_inconvertible
 from tinyllama_ds.errors import Refusal
 
 _ENCODE_BYTES = 2**20  # how much text one call of the encoder sees
@@ -76,6 +77,7 @@ def prepare(
     `output` already holds, and for shards that were made from other inputs.
     """
     tokenizer, _ = _encoder_of(job.tokenizer, job.encoder)  # refuses here what no worker could do
+    refuse_inconvertible(tokenizer)
     if isinstance(job.format, ChatFormat):
         refuse_merged_line_breaks(tokenizer)
     rank, size = share
