@@ -81,7 +81,9 @@ def _export(options: argparse.Namespace) -> int:
         stored.chats,
     )
     result = {"output": str(options.output), "largest_logit_difference": difference}
-    text = f"{options.output}: token ids equal, largest difference of logits {difference:.1e}"
+    symbols = len(stored.tokenizer.user_defined)
+    but = f" (but of a text that is nothing but one of its {symbols} user-defined symbols)" if symbols else ""
+    text = f"{options.output}: token ids equal{but}, largest difference of logits {difference:.1e}"
     return print_result(options, result, text)
 
 

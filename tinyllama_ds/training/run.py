@@ -103,8 +103,7 @@ def resolve_run(
     """
     recipe = load_recipe(options.recipe)
     raw = load_deepspeed_config(options.deepspeed_config)
-    model = model_config(recipe.model)
-    _refuse_positions_beyond(recipe, model)
+    model = _model_of(recipe)
     plan = RunPlan(recipe)
     micro_batch = micro_batch_of(plan, requested_micro_batch(raw, options.deepspeed_config), world_size)
     resolved = resolve_deepspeed_config(
@@ -199,12 +198,14 @@ def _ledger_of(run_dir: Path, parent: Parent | None) -> list[Entry]:
     return read_ledger(run_dir)
 
 
-def _refuse_positions_beyond(recipe: Recipe, model: LlamaConfig) -> None:
+def _model_of(recipe: Recipe) -> LlamaConfig:
+    model = model_config(recipe.model)
     if recipe.sequence_length > model.max_position_embeddings:
         raise Refusal(
             f"recipe {recipe.name!r}: sequence_length {recipe.sequence_length} is beyond the"
             f" {model.max_position_embeddings} positions of model {recipe.model!r}"
         )
+    return model
 
 
 def _refuse_conversations_without_mask(recipe: Recipe, streams: dict[str, TokenStream]) -> None:
