@@ -5,6 +5,7 @@ Nothing of the folder is executed: tensors come from safetensors, or from pickle
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def read_config(path: Path) -> LlamaConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise Refusal(f"{path}: is missing; expected a Hugging Face folder with config.json and weights") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refusal(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):
         raise Refusal(f"{path}: expected an object in braces")
@@ -137,7 +138,7 @@ def _positive(raw: dict, key: str, path: Path) -> int:
 
 def _number(raw: dict, key: str, path: Path) -> float:
     value = raw.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < sys.float_info.max:
         raise Refusal(f"{path}: {key} is {_short(value)}; expected a number above 0")
     return float(value)
 
@@ -201,11 +202,11 @@ def _read_index(path: Path) -> dict[str, Path]:
     try:
         places: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(places.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refusal(f"{path}: not an index of shards with a weight_map ({error!r})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Refusal(f"{path}: not an index of shards with a weight_map ({_short(repr(error))})") from error
     for name in names:
         if not isinstance(name, str) or not _SAFE_FILE_NAME.fullmatch(name):
-            raise Refusal(f"{path}: weight_map names {name!r}; expected the plain name of a file beside it")
+            raise Refusal(f"{path}: weight_map names {name!r:.200}; expected the plain name of a file beside it")
         if not (path.parent / name).is_file():
             raise Refusal(f"{path.parent / name}: this shard is missing, {path.name} names it")
         lacking = {tensor for tensor, file in places.items() if file == name} - set(_names_in(path.parent / name))

@@ -91,7 +91,7 @@ def _check_roles(messages: Sequence[Message]) -> None:
     expected = cycle(("user", "assistant"))
     for number, message in enumerate(messages, start=1):
         if message.role not in ROLES:
-            raise ValueError(f"message {number}: the role {message.role!r}; expected one of {', '.join(ROLES)}")
+            raise ValueError(f"message {number}: the role {message.role!r:.40}; expected one of {', '.join(ROLES)}")
         role = "system" if has_system and number == 1 else next(expected)
         if message.role != role:
             raise ValueError(f"message {number}: is from {message.role!r}; expected {role!r} after what is before it")

@@ -99,7 +99,7 @@ def _instead(raw: object, key: str) -> str:
         return f"found {_KINDS.get(type(raw), 'another value')}"
     if key in raw:
         return f"which holds {_KINDS.get(type(raw[key]), 'another value')}"
-    return f"which is not among its keys: {', '.join(map(repr, list(raw)[:10])) or 'it has none'}"
+    return f"which is not among its keys: {', '.join(f'{key!r:.40}' for key in list(raw)[:10]) or 'it has none'}"
 
 
 def _subset_of(raw: dict, key: str) -> object:

@@ -33,7 +33,8 @@ class Tokenizer:
             raise Refusal(f"{path}: is empty; expected a sentencepiece model")
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.content)
-        except RuntimeError as error:
+            self.pieces: list[str] = self.processor.id_to_piece(list(range(self.processor.vocab_size())))
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise Refusal(f"{path}: not a sentencepiece model{_instead(self.content)}") from error
         special = (self.processor.unk_id(), self.processor.bos_id(), self.processor.eos_id())
         if special != (UNK_ID, BOS_ID, EOS_ID):
@@ -61,10 +62,6 @@ class Tokenizer:
         """The pieces that are found in a text as they are, before anything is merged."""
         kind = self.proto.SentencePiece.Type.USER_DEFINED
         return [piece.piece for piece in self.proto.pieces if piece.type == kind]
-
-    @cached_property
-    def pieces(self) -> list[str]:
-        return [self.processor.id_to_piece(number) for number in range(self.vocab_size)]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text alone."""
