@@ -234,7 +234,10 @@ def _compare_with_raw(
     path = task.raw / inputs[number].path if task.raw.is_dir() else task.raw
     if not path.is_file():
         return 0, [f"its input {path} is missing"]
-    fmt = format_from_dict(shard.manifest.source_format)
+    try:
+        fmt = format_from_dict(shard.manifest.source_format)
+    except Refusal as refusal:
+        return 0, [str(refusal)]
     differences = []
     for index, record in enumerate(islice(_kept_records(path, fmt, tokenizer), max(chosen) + 1)):
         document = int(firsts[number]) + index

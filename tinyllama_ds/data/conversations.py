@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import cycle
 
 from tinyllama_ds.data.chat import ROLES
-from tinyllama_ds.data.sources import Message, Record, SourceFormat
+from tinyllama_ds.data.sources import Message, Record, SourceFormat, instead_of
+from tinyllama_ds.errors import Refusal
 
 MESSAGES_FIELD = "messages"
 _GUANACO_TURN = re.compile(r"### (Human|Assistant):")
@@ -59,14 +60,18 @@ class ChatFormat(SourceFormat):
             return [_message(entry, number) for number, entry in enumerate(raw[MESSAGES_FIELD], start=1)]
         if isinstance(raw, dict) and isinstance(raw.get(self.text_field), str):
             return _guanaco_messages(raw[self.text_field])
-        raise ValueError(f"expected a list under {MESSAGES_FIELD!r}, or a text under {self.text_field!r}")
+        expected = f"expected a list under {MESSAGES_FIELD!r}, or a text under {self.text_field!r}"
+        raise ValueError(f"{expected}, {instead_of(raw, MESSAGES_FIELD)}")
 
 
 def format_from_dict(raw: dict) -> SourceFormat:
-    """What a manifest says of how its inputs were read."""
-    if "max_tokens" in raw:
-        return ChatFormat(raw["text_field"], max_tokens=raw["max_tokens"])
-    return SourceFormat.from_dict(raw)
+    """What a manifest says of how its inputs were read; raises `Refusal` where it says something else."""
+    try:
+        if "max_tokens" in raw:
+            return ChatFormat(raw["text_field"], max_tokens=int(raw["max_tokens"]))
+        return SourceFormat.from_dict(raw)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refusal(f"its manifest does not say how its inputs were read ({error!r})") from error
 
 
 def _message(entry: object, number: int) -> Message:

@@ -64,7 +64,7 @@ class SourceFormat:
         text = raw.get(self.text_field) if isinstance(raw, dict) else None
         if not isinstance(raw, dict) or not isinstance(text, str):
             expected = f"{place}: expected a record with a text under {self.text_field!r}"
-            return Record(fault=f"{expected}, {_instead(raw, self.text_field)}")
+            return Record(fault=f"{expected}, {instead_of(raw, self.text_field)}")
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
@@ -91,7 +91,7 @@ class SourceFormat:
         return SourceFormat(raw["text_field"], raw["subset_field"], subsets, frozenset(raw["excluded"]))
 
 
-def _instead(raw: object, key: str) -> str:
+def instead_of(raw: object, key: str) -> str:
     """What a record is or has instead, for a message."""
     if isinstance(raw, list):
         return "found an array (jq -c '.[]' FILE writes one record a line)"
