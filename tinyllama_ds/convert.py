@@ -119,6 +119,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_t
 def _prove_ids(folder: Path, tokenizer: Tokenizer) -> None:
     import transformers
 
+    transformers.utils.logging.set_verbosity_error()  # it reports that texts are longer than the model's positions
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     differing = [
         text for text in PROBE_TEXTS if loaded.encode(text, split_special_tokens=True) != tokenizer.encode(text)

@@ -9,6 +9,7 @@ import vocabularies
 from corpora import AWKWARD_TEXTS, write_jsonl
 
 from tinyllama_ds.cli import main
+from tinyllama_ds.data.conversations import ChatFormat
 from tinyllama_ds.data.encoding import load_gigatoken
 from tinyllama_ds.data.imports import Import, import_litpkds, import_megatron
 from tinyllama_ds.data.prepare import Preparation, prepare
@@ -61,6 +62,13 @@ def test_a_vocabulary_without_bytes_can_be_converted(tmp_path: Path):
     refuse_inconvertible(Tokenizer(vocabularies.train(tmp_path / "t.model", byte_fallback=False, vocab_size=300)))
 
 
+def test_chats_need_a_token_for_each_line_break(tmp_path: Path):
+    path = vocabularies.train(tmp_path / "t.model", byte_fallback=False, vocab_size=300)
+    raw = write_jsonl(tmp_path / "raw.jsonl", ["### Human: hello### Assistant: hello to you"])
+    with pytest.raises(Refusal, match=r"t.model: has no tokens for '\\n<\|assistant\|>\\n', which begins an answer"):
+        prepare(Preparation("mine", raw, ChatFormat(), path, tmp_path / "data"))
+
+
 def test_the_probes_hold_every_piece(with_symbols: Tokenizer):
     texts = probe_texts(with_symbols)
     pieces = [piece.replace("▁", " ") for piece in with_symbols.pieces]
@@ -108,6 +116,17 @@ def test_gigatoken_is_not_used_with_symbols_that_it_spells_out(
     assert main([*arguments, "1", "--encoder", "gigatoken", "--output", str(tmp_path / "named")]) == 78
     assert "the encoder gigatoken gives other ids of" in capsys.readouterr().err
     assert not (tmp_path / "named").exists()
+
+
+@pytest.mark.skipif(not find_spec("gigatoken"), reason="gigatoken, or what it needs, is not installed")
+def test_gigatoken_is_not_used_with_a_vocabulary_that_it_cannot_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    tokenizer = Tokenizer(vocabularies.train(tmp_path / "t.model", byte_fallback=False, vocab_size=300))
+    assert load_gigatoken(tokenizer, "auto") is None
+    assert "t.model: gigatoken cannot load it (byte_fallback is set but" in capsys.readouterr().err
+    with pytest.raises(Refusal, match="the encoder gigatoken cannot load it"):
+        load_gigatoken(tokenizer, "gigatoken")
 
 
 @pytest.mark.parametrize("name", ["gigatoken", "tokenizers"])

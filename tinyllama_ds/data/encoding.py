@@ -38,17 +38,25 @@ def load_gigatoken(tokenizer: Tokenizer, encoder: str) -> Callable[[list[str]], 
     try:
         encode = _gigatoken(tokenizer)
     except ImportError as error:  # of gigatoken, or of what it needs
-        reason = f"does not import ({error})"
+        if encoder == "auto":
+            return None
+        raise _cannot_use(tokenizer, f"does not import ({error})") from error
+    except Exception as error:  # the library raises nothing more exact
+        reason = f"cannot load it ({next(iter(str(error).splitlines()), error)})"
     else:
         differing = _first_difference(tokenizer, encode)
         if differing is None:
             return encode
         reason = f"gives other ids of {differing[:40]!r} than sentencepiece with it"
-        if encoder == "auto" and multiprocessing.parent_process() is None:  # once, and not by each worker
-            print(f"tinyllama-ds: {tokenizer.path}: gigatoken {reason}; sentencepiece encodes", file=sys.stderr)
     if encoder == "gigatoken":
-        raise Refusal(f"{tokenizer.path}: the encoder gigatoken {reason}; expected --encoder auto or sentencepiece")
+        raise _cannot_use(tokenizer, reason)
+    if multiprocessing.parent_process() is None:  # once, and not by each worker
+        print(f"tinyllama-ds: {tokenizer.path}: gigatoken {reason}; sentencepiece encodes", file=sys.stderr)
     return None
+
+
+def _cannot_use(tokenizer: Tokenizer, reason: str) -> Refusal:
+    return Refusal(f"{tokenizer.path}: the encoder gigatoken {reason}; expected --encoder auto or sentencepiece")
 
 
 def _first_difference(tokenizer: Tokenizer, encode: Callable[[list[str]], Encoded]) -> str | None:

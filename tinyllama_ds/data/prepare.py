@@ -76,10 +76,11 @@ def prepare(
     Raises `Refusal` for more than `max_bad_records` records that cannot be read, for another tokenizer than the one
     `output` already holds, and for shards that were made from other inputs.
     """
-    tokenizer, _ = _encoder_of(job.tokenizer, job.encoder)  # refuses here what no worker could do
+    tokenizer = Tokenizer(job.tokenizer)
     refuse_inconvertible(tokenizer)
     if isinstance(job.format, ChatFormat):
         refuse_merged_line_breaks(tokenizer)
+    _encoder_of(job.tokenizer, job.encoder)  # refuses here what no worker could do
     rank, size = share
     tasks = plan_shards(job)[rank::size]
     hold_tokenizer(tokenizer, job.output)
