@@ -92,3 +92,13 @@ def test_a_file_that_is_no_model_is_refused_with_the_reason(tokenizer: Tokenizer
 def test_a_folder_is_no_model(tmp_path: Path):
     with pytest.raises(Refusal, match="the tokenizer is missing"):
         Tokenizer(tmp_path)
+
+
+def test_texts_that_cannot_be_read_leave_nothing(tmp_path: Path):
+    def texts():
+        yield made_up_text(0, 1500)
+        raise Refusal("no more")
+
+    with pytest.raises(Refusal, match="no more"):
+        train_tokenizer(texts(), 300, tmp_path / "t.model")
+    assert list(tmp_path.iterdir()) == []

@@ -80,7 +80,7 @@ class Manifest:
         except OSError as error:
             raise Refusal(f"{path}: the shard's manifest cannot be read ({error.strerror})") from error
         if raw is None:
-            raise Refusal(f"{path}: not a shard manifest, it is damaged; expected one JSON object")
+            raise Refusal(f"{path}: not a shard manifest, it is damaged; remove it and prepare the shard again")
         found = raw.get("manifest_version", MANIFEST_VERSION)
         if found != MANIFEST_VERSION:
             raise Refusal(f"{path}: has version {found!r:.40}; expected {MANIFEST_VERSION}")

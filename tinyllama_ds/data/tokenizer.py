@@ -137,6 +137,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, max_byt
         except RuntimeError as error:
             partial.unlink()
             raise Refusal(f"training a tokenizer with {vocab_size} pieces failed: {error}") from error
+        except BaseException:  # of the texts
+            partial.unlink()
+            raise
     partial.replace(output)
     return Tokenizer(output)
 
