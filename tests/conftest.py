@@ -91,7 +91,8 @@ def prepare_small_data(root: Path, tokenizer: Path) -> Path:
             directory = root / "raw" / source / split
             directory.mkdir(parents=True)
             texts = [made_up_text(1000 * number + 100 * len(split) + index, 300) for index in range(documents)]
-            lines = [json.dumps({fmt.text_field: text}) for text in texts]
+            meta = {"meta": {fmt.subset_field: "RedPajamaC4"}} if fmt.subset_field else {}
+            lines = [json.dumps({fmt.text_field: text} | meta) for text in texts]
             (directory / "part.jsonl").write_text("\n".join(lines))
         prepare(Preparation(source, root / "raw" / source, fmt, tokenizer, root / "prepared"))
     return root / "prepared"

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from tinyllama_ds import convert
 from tinyllama_ds.convert import PROBE_TEXTS, export, hf_tokenizer
-from tinyllama_ds.data.encoding import ranked_merges
+from tinyllama_ds.data import vocabulary
 from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.vocabulary import ranked_merges
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
@@ -135,7 +136,7 @@ def test_token_ids_that_differ_are_refused(
     tokenizer: Tokenizer, weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault in the tokenizer's conversion: merges in the opposite order."""
-    monkeypatch.setattr(convert, "ranked_merges", lambda tokenizer: ranked_merges(tokenizer)[::-1])
+    monkeypatch.setattr(vocabulary, "ranked_merges", lambda tokenizer: ranked_merges(tokenizer)[::-1])
     with pytest.raises(Refusal, match="token ids of .* differ from sentencepiece's"):
         export(weights.items(), CONFIG, tokenizer, tmp_path / "hf")
     assert not list(tmp_path.iterdir())

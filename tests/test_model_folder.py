@@ -50,7 +50,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f, model=CONFIG.to_dict() | {"rope_theta": 5e5}),
         "model: its model has rope_theta 500000.0; the recipe's has 10000.0",
     ),
-    "another tokenizer": (add_to_tokenizer, "model/tokenizer.model: is the tokenizer of the weights, and not "),
+    "another tokenizer": (add_to_tokenizer, "model/tokenizer.model: is not the tokenizer of this model folder"),
 }  # fmt: skip
 
 
@@ -59,13 +59,21 @@ def test_others_are_refused(case: str, folder: Path, tokenizer: Tokenizer) -> No
     spoil, sentence = CASES[case]
     spoil(folder)
     with pytest.raises(Refusal) as refusal:
-        open_initial_weights(folder, CONFIG, tokenizer.path)
+        open_initial_weights(folder, CONFIG, tokenizer)
     assert sentence in str(refusal.value)
+
+
+def test_the_tokenizer_of_the_weights_is_the_datas(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "other.model").write_bytes(tokenizer.content + b"\x8a\x01\x00")
+    with pytest.raises(
+        Refusal, match=r"model/tokenizer.model: is the tokenizer of the weights, and not .*/other.model"
+    ):
+        open_initial_weights(folder, CONFIG, Tokenizer(tmp_path / "other.model"))
 
 
 def test_positions_may_go_further_and_be_interpolated(folder: Path, tokenizer: Tokenizer) -> None:
     further = replace(CONFIG, max_position_embeddings=512, rope_scaling_factor=4.0)
-    assert open_initial_weights(folder, further, tokenizer.path).path == folder
+    assert open_initial_weights(folder, further, tokenizer).path == folder
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model"])

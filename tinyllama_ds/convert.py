@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tinyllama_ds.data.chat import CHAT_TEMPLATE, conversation_ids, prompt_ids
-from tinyllama_ds.data.encoding import ranked_merges
 from tinyllama_ds.data.sources import Message
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, UNK_ID, Tokenizer
+from tinyllama_ds.data.vocabulary import PROBE_TEXTS, difference_of, fast_tokenizer, refuse_other_settings
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM
@@ -21,19 +21,6 @@ from tinyllama_ds.outputs import new_folder
 from tinyllama_ds.weights import MAX_SHARD_SIZE, Written, digest, parameter_shapes, write_weights
 
 LOGIT_TOLERANCE = 1e-4  # largest difference in fp32, relative to the largest logit
-
-# Texts on which tokenizers tend to disagree: runs of spaces, tabs, line ends, digits, scripts, bytes, look-alikes of
-# control tokens.
-PROBE_TEXTS = [
-    "Once upon a time there was a tiny llama.",
-    "def f(x):\n    if x:\n        return  x + 1\n\treturn\t0\r\n",
-    "  leading and   many      spaces, then trailing   ",
-    "12345 3.14159 0xDEADBEEF 1,000,000",
-    "naïve café, Ελληνικά, русский, 中文字符, 日本語, العربية, हिन्दी",
-    "emoji \U0001f999\U0001f44d\U0001f3fd and a NUL \x00 and a ▁ underline",
-    "</s> <s> <unk> are only text here",
-    "\n\n\n", " ", "a",
-]  # fmt: skip
 
 
 def export(
@@ -52,6 +39,7 @@ def export(
     Raises `Refusal`, leaving nothing behind, unless transformers loads the folder and has the same bits, the logits of
     our model, the token ids of sentencepiece, and on the checkpoint's probe the loss that training had on it.
     """
+    refuse_other_settings(tokenizer)
     with new_folder(output) as folder:
         written = write_weights(folder, tensors, parameter_shapes(config), max_shard_size)
         hf_config(config, written.dtype).save_pretrained(folder)
@@ -129,30 +117,12 @@ def _generation_config() -> Any:
 
 
 def hf_tokenizer(tokenizer: Tokenizer, max_length: int, chat_template: str | None = None) -> Any:
-    """The sentencepiece model as a fast tokenizer with the same ids.
-
-    transformers' own conversion orders merges by id and pre-splits words, which changes runs of spaces. Sentencepiece
-    merges the pair whose result has the highest score, so merges are ranked by score here, and nothing is pre-split.
-    """
-    import tokenizers
+    """The sentencepiece model as transformers' tokenizer, with the same ids."""
     import transformers
 
     pieces = tokenizer.pieces
-    model = tokenizers.models.BPE(
-        vocab={piece: index for index, piece in enumerate(pieces)},
-        merges=ranked_merges(tokenizer),
-        unk_token=pieces[UNK_ID],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    fast = tokenizers.Tokenizer(model)
-    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    fast.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast,
+        tokenizer_object=fast_tokenizer(tokenizer),
         unk_token=pieces[UNK_ID],
         bos_token=pieces[BOS_ID],
         eos_token=pieces[EOS_ID],
@@ -174,10 +144,14 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_t
 def _prove_ids(folder: Path, tokenizer: Tokenizer) -> None:
     import transformers
 
+    transformers.utils.logging.set_verbosity_error()  # it reports that texts are longer than the model's positions
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
-    for text in PROBE_TEXTS:
-        if loaded.encode(text, split_special_tokens=True) != tokenizer.encode(text):
-            raise Refusal(f"export: transformers' token ids of {text!r} differ from sentencepiece's")
+    differing = [
+        text for text in PROBE_TEXTS if loaded.encode(text, split_special_tokens=True) != tokenizer.encode(text)
+    ]
+    differing += filter(None, [difference_of(loaded.backend_tokenizer, tokenizer)])
+    if differing:
+        raise Refusal(f"export: transformers' token ids of {differing[0]!r} differ from sentencepiece's")
     if loaded.chat_template is not None:
         _prove_chat(loaded, tokenizer)
 

@@ -5,6 +5,7 @@ Nothing of the folder is executed: tensors come from safetensors, or from pickle
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama_ds.convert import PROBE_TEXTS, load_twins, logit_difference
+from tinyllama_ds.convert import load_twins, logit_difference
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, Tokenizer
+from tinyllama_ds.data.vocabulary import difference_of, refuse_inconvertible
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model_folder import write_model_folder
@@ -80,7 +82,7 @@ def read_config(path: Path) -> LlamaConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise Refusal(f"{path}: is missing; expected a Hugging Face folder with config.json and weights") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refusal(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):
         raise Refusal(f"{path}: expected an object in braces")
@@ -137,7 +139,7 @@ def _positive(raw: dict, key: str, path: Path) -> int:
 
 def _number(raw: dict, key: str, path: Path) -> float:
     value = raw.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < sys.float_info.max:
         raise Refusal(f"{path}: {key} is {_short(value)}; expected a number above 0")
     return float(value)
 
@@ -156,6 +158,7 @@ def _tokenizer_of(folder: Path, config: LlamaConfig, instead: Path | None) -> To
         raise Refusal(
             f"{path}: has {tokenizer.vocab_size} pieces; expected vocab_size {config.vocab_size} of {CONFIG_FILE}"
         )
+    refuse_inconvertible(tokenizer)
     fast = folder / FAST_TOKENIZER_FILE
     if instead is None and fast.is_file():
         _refuse_other_ids(fast, tokenizer)
@@ -170,13 +173,12 @@ def _refuse_other_ids(path: Path, tokenizer: Tokenizer) -> None:
         fast = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more exact
         raise Refusal(f"{path}: not a tokenizer ({error})") from error
-    fast.encode_special_tokens = True  # text is only text
     expected = "; give the sentencepiece model that the weights were trained with by --tokenizer"
     if fast.get_vocab(with_added_tokens=True) != {piece: number for number, piece in enumerate(tokenizer.pieces)}:
         raise Refusal(f"{path}: its pieces are not those of {tokenizer.path}{expected}")
-    for text in PROBE_TEXTS:
-        if fast.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
-            raise Refusal(f"{path}: its ids of {text!r} are not those of {tokenizer.path}{expected}")
+    text = difference_of(fast, tokenizer)
+    if text is not None:
+        raise Refusal(f"{path}: its ids of {text!r} are not those of {tokenizer.path}{expected}")
 
 
 def find_tensors(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:
@@ -201,11 +203,11 @@ def _read_index(path: Path) -> dict[str, Path]:
     try:
         places: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(places.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refusal(f"{path}: not an index of shards with a weight_map ({error!r})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Refusal(f"{path}: not an index of shards with a weight_map ({_short(repr(error))})") from error
     for name in names:
         if not isinstance(name, str) or not _SAFE_FILE_NAME.fullmatch(name):
-            raise Refusal(f"{path}: weight_map names {name!r}; expected the plain name of a file beside it")
+            raise Refusal(f"{path}: weight_map names {name!r:.200}; expected the plain name of a file beside it")
         if not (path.parent / name).is_file():
             raise Refusal(f"{path.parent / name}: this shard is missing, {path.name} names it")
         lacking = {tensor for tensor, file in places.items() if file == name} - set(_names_in(path.parent / name))

@@ -10,13 +10,14 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, held_tokenizer
+from tinyllama_ds.data.typed import from_json
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.weights import DTYPES, Written, parameter_shapes, read_tensor, tensor_names, write_weights
@@ -26,6 +27,12 @@ WEIGHTS_FILE = "model.safetensors"
 _FILES = (WEIGHTS_FILE, TOKENIZER_FILE)
 FORMAT = 1  # of model.json
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+@dataclass(frozen=True)
+class _Identity:
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class ModelFolder:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.path / TOKENIZER_FILE)
+        return held_tokenizer(self.path / TOKENIZER_FILE, self.files[TOKENIZER_FILE]["sha256"], "this model folder")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters in the order of the model, each mapped from the file for as long as it lives."""
@@ -73,15 +80,18 @@ def open_model_folder(path: Path) -> ModelFolder:
     """The folder by its `model.json`; raises `Refusal` where there is none or a later version wrote it."""
     file = path / MODEL_FILE
     try:
-        raw = json.loads(file.read_text())
+        raw = json.loads(file.read_bytes())
         if raw["format"] > FORMAT:
             raise Refusal(f"{file}: has format {raw['format']} and is known up to {FORMAT}; use what wrote it")
-        files = {name: {key: raw["files"][name][key] for key in ("size", "sha256")} for name in _FILES}
-        return ModelFolder(path, LlamaConfig(**raw["model"]), _DTYPES[raw["dtype"]], files)
+        said = {name: from_json(_Identity, raw["files"][name], name) for name in _FILES}
+        model = from_json(LlamaConfig, raw["model"], "model")
+        return ModelFolder(path, model, _DTYPES[raw["dtype"]], {name: asdict(file) for name, file in said.items()})
     except FileNotFoundError as error:
         raise Refusal(f"{path}: is no model folder, it has no {MODEL_FILE}; expected what `import` wrote") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Refusal(f"{file}: not the description of a model folder ({error!r})") from error
+    except Refusal as refusal:
+        raise refusal if str(file) in str(refusal) else Refusal(f"{file}: {refusal}") from refusal
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Refusal(f"{file}: not the description of a model folder ({repr(error):.200})") from error
 
 
 def verify_model_folder(folder: ModelFolder) -> None:

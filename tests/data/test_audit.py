@@ -17,6 +17,7 @@ from tinyllama_ds.data import prepare as prepare_module
 from tinyllama_ds.data.audit import SUSPICIOUS_RUN, DataAudit, audit_data
 from tinyllama_ds.data.audit_page import audit_page, verdict
 from tinyllama_ds.data.coverage import check_coverage
+from tinyllama_ds.data.inputs import Inputs
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.data.prepare import Preparation, prepare
 from tinyllama_ds.data.shards import Manifest
@@ -109,7 +110,7 @@ def test_an_unsorted_listing_is_found(tmp_path: Path, tokenizer: Tokenizer, monk
     for number in range(5):
         write_jsonl(tmp_path / "raw" / f"{number}.jsonl", [made_up_text(number, 50)])
     unsorted = [tmp_path / "raw" / f"{number}.jsonl" for number in (3, 0, 4, 1, 2)]
-    monkeypatch.setattr(prepare_module, "find_inputs", lambda directory, fmt: {"train": unsorted})
+    monkeypatch.setattr(prepare_module, "find_inputs", lambda directory, fmt: Inputs(directory, {"train": unsorted}))
     prepare(Preparation("a", tmp_path / "raw", source_format("a"), tokenizer.path, tmp_path / "data", shard_bytes=300))
     problems = audit_data(tmp_path / "data", {}, samples=0, workers=1).problems
     assert problems == [

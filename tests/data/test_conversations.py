@@ -20,7 +20,8 @@ from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.data.packing import ConversationStream, best_fit_decreasing, open_stream
 from tinyllama_ds.data.prepare import Preparation, prepare
-from tinyllama_ds.data.sources import Message, read_records, source_format
+from tinyllama_ds.data.reading import read_records
+from tinyllama_ds.data.sources import Message, source_format
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
 

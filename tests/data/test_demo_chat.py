@@ -5,7 +5,9 @@ from pathlib import Path
 
 from tinyllama_ds.data.conversations import ChatFormat
 from tinyllama_ds.data.demo_chat import make_demo_chat
-from tinyllama_ds.data.sources import Record, find_inputs, read_records
+from tinyllama_ds.data.inputs import find_inputs
+from tinyllama_ds.data.reading import read_records
+from tinyllama_ds.data.sources import Record
 
 
 def write_library(root: Path) -> Path:
@@ -27,7 +29,7 @@ def write_library(root: Path) -> Path:
 
 def records_of(root: Path, split: str) -> list[Record]:
     fmt = ChatFormat()
-    return [record for path in find_inputs(root / "chat", fmt)[split] for record in read_records(path, fmt)]
+    return [record for path in find_inputs(root / "chat", fmt).splits[split] for record in read_records(path, fmt)]
 
 
 def test_questions_about_everything_public_are_answered_by_its_first_sentence(tmp_path: Path):

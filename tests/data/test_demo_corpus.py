@@ -8,7 +8,9 @@ import pytest
 
 from tinyllama_ds.data.demo_chinese import chinese_number, chinese_pages
 from tinyllama_ds.data.demo_corpus import make_demo_corpus
-from tinyllama_ds.data.sources import find_inputs, read_texts, source_format
+from tinyllama_ds.data.inputs import find_inputs
+from tinyllama_ds.data.reading import read_texts
+from tinyllama_ds.data.sources import source_format
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def texts_of(root: Path, source: str, split: str) -> list[str]:
     fmt = source_format(source)
-    return [text for path in find_inputs(root / source, fmt)[split] for text in read_texts(path, fmt)]
+    return [text for path in find_inputs(root / source, fmt).splits[split] for text in read_texts(path, fmt)]
 
 
 def test_both_sources_are_written_as_published(tmp_path: Path, library: Path):

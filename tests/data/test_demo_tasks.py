@@ -8,13 +8,15 @@ import pytest
 from tinyllama_ds.data.demo_tasks import CHOICES, QUESTIONS, make_demo_task
 from tinyllama_ds.errors import Refusal
 
+META = {"meta": {"redpajama_set_name": "RedPajamaC4"}}
+
 
 def write_corpus(root: Path, words: int) -> str:
     """A corpus whose validation split is one text of numbered words."""
     text = " ".join(f"word{number}" for number in range(words))
     for split, content in (("train", "nothing of this"), ("validation", text)):
         (root / "slimpajama" / split).mkdir(parents=True)
-        (root / "slimpajama" / split / "part.jsonl").write_text(json.dumps({"text": content}) + "\n")
+        (root / "slimpajama" / split / "part.jsonl").write_text(json.dumps({"text": content} | META) + "\n")
     return text
 
 

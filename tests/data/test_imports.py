@@ -1,6 +1,7 @@
 """Tokens made elsewhere: written here by the documented layouts, imported, and read back."""
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +150,10 @@ def test_the_commands_say_what_they_imported(tmp_path: Path, tokenizer: Tokenize
     index = write_megatron(tmp_path / "part", documents(3), 8, "H")
     assert main(["import-megatron", str(index), *shared, "--split", "validation"]) == 0
     assert capsys.readouterr().out.startswith("mine/validation: 1 shards, 3 documents")
+
+
+@pytest.mark.parametrize("run", [import_megatron, import_litpkds])
+def test_an_input_that_is_missing_leaves_nothing(run: Callable, tokenizer: Tokenizer, tmp_path: Path):
+    with pytest.raises(Refusal, match="absent.bin: the (shard's index|chunk) is missing"):
+        run(Import("mine", "train", tokenizer.path, tmp_path / "data"), [tmp_path / "absent.bin"])
+    assert not list(tmp_path.iterdir())

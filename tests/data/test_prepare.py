@@ -19,8 +19,9 @@ from launching import TIMEOUT, wait_until
 from megatron import read_mmididx
 
 from tinyllama_ds.data.prepare import Preparation, prepare
+from tinyllama_ds.data.reading import read_texts
 from tinyllama_ds.data.shards import Manifest
-from tinyllama_ds.data.sources import SourceFormat, read_texts, source_format
+from tinyllama_ds.data.sources import SourceFormat, source_format
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer, train_tokenizer
 from tinyllama_ds.errors import Refusal

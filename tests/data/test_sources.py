@@ -1,194 +1,24 @@
-"""Every reader: what was written comes back, and what cannot be read is named with its place."""
+"""The published corpora, as they lie on disk: where their texts are, and which of their subsets are read."""
 
-import gzip
 import json
-import random
-import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from corpora import AWKWARD_TEXTS, write_jsonl
+from corpora import write_jsonl
 
-from tinyllama_ds.data import sources
-from tinyllama_ds.data.sources import (
-    SourceFormat,
-    count_other_files,
-    find_inputs,
-    read_records,
-    read_texts,
-    source_format,
-)
+from tinyllama_ds.data.inputs import find_inputs
+from tinyllama_ds.data.reading import read_records, read_texts
+from tinyllama_ds.data.sources import SourceFormat, source_format
 from tinyllama_ds.errors import Refusal
 
 PLAIN = SourceFormat()
 
 
-def jsonl(texts: list[str]) -> bytes:
-    return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
-
-
-def write_zstd_frames(path: Path, content: bytes, cuts: list[int]) -> None:
-    """`content` as several zstd frames, cut anywhere, in the middle of lines and characters too."""
-    edges = [0, *cuts, len(content)]
-    pieces = [content[start:end] for start, end in zip(edges, edges[1:], strict=False)]
-    path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(piece) for piece in pieces))
-
-
 def write_parquet(path: Path, texts: list[str | None], column: str = "text") -> None:
     pyarrow.parquet.write_table(pyarrow.table({column: texts}), path, row_group_size=3)
-
-
-WRITERS: dict[str, Callable[[Path, list[str]], object]] = {
-    "x.jsonl": lambda path, texts: path.write_bytes(jsonl(texts)),
-    "x.jsonl.gz": lambda path, texts: path.write_bytes(gzip.compress(jsonl(texts))),
-    "x.jsonl.zst": lambda path, texts: write_zstd_frames(path, jsonl(texts), []),
-    "x.parquet": write_parquet,
-}
-
-
-def faults(path: Path, fmt: SourceFormat = PLAIN) -> list[str]:
-    return [record.fault for record in read_records(path, fmt) if record.fault]
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_every_format_gives_back_the_texts_that_were_written(tmp_path: Path, name: str, texts: list[str]):
-    WRITERS[name](tmp_path / name, texts)
-    assert list(read_texts(tmp_path / name, PLAIN)) == texts
-    records = list(read_records(tmp_path / name, PLAIN))
-    assert [record.text_bytes for record in records] == [len(text.encode()) for text in texts]
-
-
-@pytest.mark.parametrize("text", AWKWARD_TEXTS)
-def test_a_text_file_is_one_document(tmp_path: Path, text: str):
-    (tmp_path / "x.txt").write_bytes(text.encode())
-    assert list(read_texts(tmp_path / "x.txt", PLAIN)) == [text]
-
-
-@pytest.mark.parametrize("frames", [2, 3, 50])
-def test_all_frames_of_a_zstd_file_are_read(tmp_path: Path, frames: int, texts: list[str]):
-    content = jsonl(texts)
-    cuts = sorted(random.Random(frames).sample(range(1, len(content)), frames - 1))
-    write_zstd_frames(tmp_path / "x.jsonl.zst", content, cuts)
-    assert list(read_texts(tmp_path / "x.jsonl.zst", PLAIN)) == texts
-
-
-def test_memory_stays_flat_however_large_the_file(tmp_path: Path):
-    content = jsonl(["word " * 200_000] * 40)  # 40 MB in lines of 1 MB
-    write_zstd_frames(tmp_path / "x.jsonl.zst", content, [])
-    tracemalloc.start()
-    for _ in read_records(tmp_path / "x.jsonl.zst", PLAIN):
-        pass
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 8_000_000
-
-
-def test_memory_stays_flat_in_a_row_group_of_the_whole_file(tmp_path: Path):
-    rng = random.Random(0)
-    texts = [rng.randbytes(1000).hex() for _ in range(20_000)]  # 40 MB that hardly compress
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet")
-    assert pyarrow.parquet.read_metadata(tmp_path / "x.parquet").num_row_groups == 1
-    before = pyarrow.total_allocated_bytes()
-    peak = max(pyarrow.total_allocated_bytes() for _ in read_records(tmp_path / "x.parquet", PLAIN))
-    assert peak - before < 8_000_000
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"text": "no end', "not a line of JSON in UTF-8"),
-        (b"[" * 100_000, "not a line of JSON in UTF-8"),
-        (b'{"text": "\xff\xfe"}', "not a line of JSON in UTF-8"),
-        (b'{"text": "\xed\xa0\x80"}', "not a line of JSON in UTF-8"),
-        (b'{"text": "half of a pair: \\ud83d"}', "a lone surrogate at character 16"),
-        (b'{"content": "x"}', "expected a record with a text under 'text'"),
-        (b'{"text": null}', "expected a record with a text under 'text'"),
-        (b'["text"]', "expected a record with a text under 'text'"),
-    ],
-)
-def test_a_bad_line_is_named_and_the_others_are_read(tmp_path: Path, line: bytes, message: str):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}')
-    records = list(read_records(path, PLAIN))
-    assert [record.text for record in records if not record.fault] == ["one", "two"]
-    assert [record.fault.startswith(f"{path}:3: {message}") for record in records if record.fault] == [True]
-    with pytest.raises(Refusal, match=":3: "):
-        list(read_texts(path, PLAIN))
-
-
-def test_a_line_beyond_the_limit_is_named_and_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 1000)
-    fits, too_long = "a" * (1000 - len(jsonl([""]))), "b" * 5000
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(jsonl([fits, too_long, "after", fits + "a"]))
-    records = list(read_records(path, PLAIN))
-    assert [record.text for record in records if not record.fault] == [fits, "after"]
-    assert faults(path) == [f"{path}:{number}: the line is longer than 1,000 bytes" for number in (2, 4)]
-    (tmp_path / "x.txt").write_text(too_long)
-    assert faults(tmp_path / "x.txt") == [f"{tmp_path / 'x.txt'}: is one document of more than 1,000 bytes"]
-
-
-@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst", "x.parquet"])
-@pytest.mark.parametrize("kept", [0.02, 0.5, 0.99])
-def test_a_file_cut_short_is_named(tmp_path: Path, name: str, kept: float, texts: list[str]):
-    path = tmp_path / name
-    WRITERS[name](path, texts)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * kept)])
-    assert len(faults(path)) >= 1
-    assert all(str(path) in fault for fault in faults(path))
-
-
-def test_a_zstd_file_cut_between_two_frames_is_whole(tmp_path: Path):
-    """The border of a frame is the only cut that cannot be seen; what comes before it must be complete."""
-    first = zstandard.ZstdCompressor().compress(jsonl(["one"]))
-    (tmp_path / "x.jsonl.zst").write_bytes(first)
-    assert list(read_texts(tmp_path / "x.jsonl.zst", PLAIN)) == ["one"]
-
-
-@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst", "x.parquet"])
-def test_flipped_bytes_never_escape_as_another_error(tmp_path: Path, name: str, texts: list[str]):
-    path = tmp_path / name
-    WRITERS[name](path, texts)
-    whole = path.read_bytes()
-    rng = random.Random(0)
-    for _ in range(60):
-        broken = bytearray(whole)
-        broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
-        path.write_bytes(broken)
-        list(read_records(path, PLAIN))  # a fault or a text, but no exception
-
-
-@pytest.mark.parametrize("name", [*WRITERS, "x.txt"])
-def test_an_empty_file_is_a_fault(tmp_path: Path, name: str):
-    (tmp_path / name).touch()
-    assert faults(tmp_path / name) == [f"{tmp_path / name}: the file is empty"]
-
-
-def test_an_unknown_kind_of_file_is_refused(tmp_path: Path):
-    with pytest.raises(Refusal, match="unknown kind of file"):
-        list(read_records(tmp_path / "x.docx", PLAIN))
-
-
-def test_parquet_without_the_column_names_its_columns(tmp_path: Path):
-    write_parquet(tmp_path / "x.parquet", ["a"], "body")
-    assert faults(tmp_path / "x.parquet") == [f"{tmp_path / 'x.parquet'}: has no column 'text'; it has body"]
-
-
-def test_parquet_names_the_row_of_a_null_and_of_invalid_utf8(tmp_path: Path):
-    path = tmp_path / "x.parquet"
-    raw = pyarrow.array([b"fine", None, b"\xff\xfe", b"also fine"], pyarrow.binary())
-    strings = pyarrow.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2], raw.buffers()[0])
-    pyarrow.parquet.write_table(pyarrow.table({"text": strings, "extra": [1, 2, 3, 4]}), path)
-    assert [record.text for record in read_records(path, PLAIN) if not record.fault] == ["fine", "also fine"]
-    assert [fault.split(": ")[1] for fault in faults(path)] == ["row 2", "row 3"]
-
-
-# --- the published corpora --------------------------------------------------------------------------------------------
 
 
 def slimpajama_line(text: str, subset: str) -> str:
@@ -227,7 +57,7 @@ def test_starcoderdata_languages_are_chosen_by_folder(tmp_path: Path):
         (tmp_path / language).mkdir()
         write_parquet(tmp_path / language / "train-00000-of-00001.parquet", [f"# {language}"], "content")
     fmt = source_format("starcoderdata", subsets=["python", "jupyter-scripts-dedup-filtered"])
-    found = find_inputs(tmp_path, fmt)
+    found = find_inputs(tmp_path, fmt).splits
     assert [path.parent.name for path in found["train"]] == ["jupyter-scripts-dedup-filtered", "python"]
     assert list(read_texts(found["train"][1], fmt)) == ["# python"]
     with pytest.raises(Refusal, match="has no subset 'cobol'; its folders are java, jupyter"):
@@ -243,7 +73,7 @@ def test_proof_pile_2_keeps_its_splits_below_its_subsets(tmp_path: Path):
             line = json.dumps({"text": f"{subset} {split}", "meta": meta}).encode()
             (folder / "0.jsonl.zst").write_bytes(zstandard.compress(line))
     fmt = source_format("proof-pile-2", subsets=["arxiv", "algebraic-stack"])
-    found = find_inputs(tmp_path, fmt)
+    found = find_inputs(tmp_path, fmt).splits
     texts = {split: [text for path in paths for text in read_texts(path, fmt)] for split, paths in found.items()}
     assert texts == {split: [f"algebraic-stack {split}", f"arxiv {split}"] for split in ("train", "validation", "test")}
 
@@ -251,7 +81,7 @@ def test_proof_pile_2_keeps_its_splits_below_its_subsets(tmp_path: Path):
 def test_skypile_is_jsonl_of_chinese(tmp_path: Path):
     write_jsonl(tmp_path / "data" / "2020-40_zh_head_0000.jsonl", ["北京是中国的首都。"])
     fmt = source_format("skypile")
-    (path,) = find_inputs(tmp_path, fmt)["train"]
+    (path,) = find_inputs(tmp_path, fmt).splits["train"]
     assert list(read_texts(path, fmt)) == ["北京是中国的首都。"]
 
 
@@ -260,56 +90,53 @@ def test_a_corpus_of_ones_own_names_its_text_field(tmp_path: Path):
     assert list(read_texts(tmp_path / "x.jsonl", source_format("mine", "body"))) == ["mine"]
 
 
-# --- which files, in which order --------------------------------------------------------------------------------------
+NAME = {"redpajama_set_name": "RedPajamaC4"}
+GITHUB = {"redpajama_set_name": "RedPajamaGithub"}
+SHAPES = {
+    "as published": lambda said: {"meta": said},
+    "as JSON": lambda said: {"meta": json.dumps(said)},
+    "in the record": lambda said: said,
+    "beside another meta": lambda said: {"meta": {"url": "x"}} | said,
+    "beside a meta of text": lambda said: {"meta": "no JSON"} | said,
+}
+UNKNOWN = {
+    "no meta": {},
+    "another meta": {"meta": {"pile_set_name": "Github"}},
+    "null": {"meta": None},
+    "an array": {"meta": ["RedPajamaC4"]},
+    "deep": {"meta": "[" * 100_000},
+    "null name": {"meta": {"redpajama_set_name": None}},
+    "another name": {"meta": {"redpajama_set_name": "Github"}},
+    "no text": {"meta": {"redpajama_set_name": ["RedPajamaC4"]}},
+}
 
 
-def test_inputs_are_sorted_whatever_the_file_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("b/2.jsonl", "a/10.jsonl", "a/9.jsonl", "train/c.jsonl", "b/1.jsonl", "validation/v.jsonl"):
-        write_jsonl(tmp_path / name, ["x"])
-    expected = find_inputs(tmp_path, PLAIN)
-    listing = Path.rglob
-    for seed in range(5):
-        monkeypatch.setattr(
-            Path,
-            "rglob",
-            lambda self, pattern, seed=seed: random.Random(seed).sample(
-                paths := list(listing(self, pattern)), len(paths)
-            ),
-        )
-        assert find_inputs(tmp_path, PLAIN) == expected
-    assert [str(path.relative_to(tmp_path)) for path in expected["train"]] == [
-        "a/10.jsonl",
-        "a/9.jsonl",
-        "b/1.jsonl",
-        "b/2.jsonl",
-        "train/c.jsonl",
-    ]
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_set_name_is_found_in_every_shape(tmp_path: Path, shape: str, kind: str):
+    rows = [{"text": "prose"} | SHAPES[shape](NAME), {"text": "code"} | SHAPES[shape](GITHUB)]
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(read_texts(path, source_format("slimpajama"))) == ["prose"]
+    assert list(read_texts(path, source_format("slimpajama", subsets=["RedPajamaGithub"]))) == ["code"]
 
 
-def test_files_beside_the_split_folders_are_not_lost(tmp_path: Path):
-    for name in ("train/a.jsonl", "validation/b.jsonl", "more/c.jsonl", "d.jsonl"):
-        write_jsonl(tmp_path / name, ["x"])
-    found = find_inputs(tmp_path, PLAIN)
-    assert {split: [path.name for path in paths] for split, paths in found.items()} == {
-        "train": ["d.jsonl", "c.jsonl", "a.jsonl"],
-        "validation": ["b.jsonl"],
-    }
+@pytest.mark.parametrize("case", UNKNOWN)
+@pytest.mark.parametrize("subsets", [None, ["RedPajamaC4"]])
+def test_a_record_of_an_unknown_set_is_a_fault(tmp_path: Path, case: str, subsets: list[str] | None):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"text": "x"} | UNKNOWN[case]))
+    (record,) = read_records(path, source_format("slimpajama", subsets=subsets))
+    assert record.text == ""
+    assert "redpajama_set_name" in (record.fault or "")
 
 
-def test_one_file_can_be_named(tmp_path: Path):
-    path = write_jsonl(tmp_path / "x.jsonl", ["x"])
-    assert find_inputs(path, PLAIN) == {"train": [path]}
-
-
-def test_files_that_are_not_read_are_counted(tmp_path: Path):
-    for name in ("a.jsonl", "more/b.json.gz", "more/c.jsonl.xz", "README.md"):
-        write_jsonl(tmp_path / name, ["x"])
-    assert count_other_files(tmp_path) == 3
-
-
-def test_nothing_to_read_is_refused(tmp_path: Path):
-    (tmp_path / "README.md").write_text("no corpus")
-    with pytest.raises(Refusal, match="holds no file of a known kind"):
-        find_inputs(tmp_path, PLAIN)
-    with pytest.raises(Refusal, match="the input is missing"):
-        find_inputs(tmp_path / "absent", PLAIN)
+def test_subsets_in_folders_are_found_at_any_depth(tmp_path: Path):
+    for name in ("data/python/train-0.parquet", "data/java/train-0.parquet", "stray.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(tmp_path / name, ["x"], "content")
+    found = find_inputs(tmp_path, source_format("starcoderdata", subsets=["python"])).splits
+    assert found == {"train": [tmp_path / "data" / "python" / "train-0.parquet"]}

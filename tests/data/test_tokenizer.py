@@ -1,5 +1,6 @@
 """The tokenizer against sentencepiece itself."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,40 @@ def test_other_special_ids_are_refused(tmp_path: Path):
         )
     with pytest.raises(Refusal, match=r"are \(0, 2, 1\); expected \(0, 1, 2\)"):
         Tokenizer(tmp_path / "odd.model")
+
+
+NO_MODELS = {
+    "empty": (lambda content: b"", "is empty; expected a sentencepiece model"),
+    "cut short": (lambda content: content[:-7], "not a sentencepiece model, or one that is cut short"),
+    "half": (lambda content: content[: len(content) // 2], "not a sentencepiece model, or one that is cut short"),
+    "zeros": (lambda content: bytes(len(content)), "not a sentencepiece model, it begins with NUL bytes"),
+    "tokenizer.json": (lambda content: b'{\n "version": "1.0"}', "but JSON; expected the tokenizer.model that lies be"),
+    "LFS": (
+        lambda content: b"version https://git-lfs.github.com/spec/v1\noid",
+        "but a Git LFS pointer to one; git lfs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_MODELS)
+def test_a_file_that_is_no_model_is_refused_with_the_reason(tokenizer: Tokenizer, tmp_path: Path, case: str):
+    spoil, sentence = NO_MODELS[case]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(spoil(tokenizer.content))
+    with pytest.raises(Refusal, match=f"{path}: .*{re.escape(sentence)}"):
+        Tokenizer(path)
+
+
+def test_a_folder_is_no_model(tmp_path: Path):
+    with pytest.raises(Refusal, match="the tokenizer is missing"):
+        Tokenizer(tmp_path)
+
+
+def test_texts_that_cannot_be_read_leave_nothing(tmp_path: Path):
+    def texts():
+        yield made_up_text(0, 1500)
+        raise Refusal("no more")
+
+    with pytest.raises(Refusal, match="no more"):
+        train_tokenizer(texts(), 300, tmp_path / "t.model")
+    assert list(tmp_path.iterdir()) == []

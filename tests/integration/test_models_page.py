@@ -28,6 +28,9 @@ def make_small(recipe: str) -> str:
     return recipe
 
 
+META = {"redpajama_set_name": "RedPajamaC4"}
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a reader of the page stands: the released folder, raw corpora, the recipe of the page."""
@@ -39,7 +42,7 @@ def workplace(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPa
     ):
         folder = tmp_path / "raw" / place
         folder.mkdir(parents=True)
-        lines = [json.dumps({field: made_up_text(100 * number + index, 300)}) for index in range(30)]
+        lines = [json.dumps({field: made_up_text(100 * number + index, 300), "meta": META}) for index in range(30)]
         (folder / "a.jsonl").write_text("\n".join(lines))
     recipe = re.search(r"^```toml\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)[1]
     (tmp_path / "continual.toml").write_text(make_small(recipe))

@@ -21,6 +21,9 @@ def succeed(*arguments: object, start: Callable[..., Finished] = tinyllama_ds) -
     return finished.stdout
 
 
+META = {"redpajama_set_name": "RedPajamaC4"}
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Raw text in two formats, everything made from it by the commands, and a finished run."""
@@ -30,7 +33,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder = root / "raw" / source / split
             folder.mkdir(parents=True)
             texts = [made_up_text(1000 * number + 50 * len(split) + index, 200) for index in range(documents)]
-            (folder / "a.jsonl").write_text("\n".join(json.dumps({field: text}) for text in texts))
+            (folder / "a.jsonl").write_text("\n".join(json.dumps({field: text, "meta": META}) for text in texts))
     model = root / "tokenizer.model"
     raws = [root / "raw" / source for source in ("slimpajama", "starcoderdata")]
     succeed("train-tokenizer", "--input", *raws, "--vocab-size", 512, "--output", model)

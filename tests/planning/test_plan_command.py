@@ -147,7 +147,7 @@ def test_sizes_come_from_the_data(data_dir: Path, tmp_path: Path) -> None:
 def test_a_source_of_less_than_a_sample_is_refused(data_dir: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     raw, data = tmp_path / "raw" / "train", tmp_path / "data"
     raw.mkdir(parents=True)
-    (raw / "part.jsonl").write_text(json.dumps({"text": "a small llama"}))
+    (raw / "part.jsonl").write_text(json.dumps({"text": "a small llama", "redpajama_set_name": "RedPajamaC4"}))
     prepare(Preparation("slimpajama", raw.parent, source_format("slimpajama"), tokenizer.path, data))
     shutil.copytree(data_dir / "starcoderdata", data / "starcoderdata")
     finished = plan("--data", data, "--num-gpus", 2, recipe=small_recipe(tmp_path), config=DEMO)

@@ -13,6 +13,7 @@ from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, EXIT_RESTART, Refusal
 
 if TYPE_CHECKING:
+    from tinyllama_ds.data.inputs import Inputs
     from tinyllama_ds.data.order import SampleOrder
     from tinyllama_ds.data.shards import Manifest
     from tinyllama_ds.data.sources import SourceFormat
@@ -89,10 +90,14 @@ def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
 
 
 def _texts_of(directory: Path, text_field: str | None) -> Iterator[str]:
-    from tinyllama_ds.data.sources import find_inputs, read_texts, source_format
+    from tinyllama_ds.data.inputs import find_inputs
+    from tinyllama_ds.data.reading import read_texts
+    from tinyllama_ds.data.sources import source_format
 
     fmt = source_format(directory.name, text_field)
-    for path in find_inputs(directory, fmt).get("train", []):
+    inputs = find_inputs(directory, fmt)
+    _print_notes(inputs)
+    for path in inputs.splits.get("train", []):
         yield from read_texts(path, fmt)
 
 
@@ -171,8 +176,8 @@ def _prepare(options: argparse.Namespace) -> int:
     from concurrent.futures import BrokenExecutor
 
     from tinyllama_ds.data.agents import prepare_on_hosts
+    from tinyllama_ds.data.inputs import find_inputs
     from tinyllama_ds.data.prepare import Preparation, prepare, summarise
-    from tinyllama_ds.data.sources import count_other_files
     from tinyllama_ds.launch.hostfile import read_hostfile
 
     job = Preparation(
@@ -185,6 +190,7 @@ def _prepare(options: argparse.Namespace) -> int:
         max_bad_records=options.max_bad_records,
         shard_bytes=options.shard_bytes,
     )
+    _print_notes(find_inputs(job.input, job.format))
     if options.hostfile is not None:
         hosts = [host.name for host in read_hostfile(options.hostfile)]
         for failure in prepare_on_hosts(job, hosts, _agent_arguments(options)):
@@ -195,9 +201,13 @@ def _prepare(options: argparse.Namespace) -> int:
     except BrokenExecutor:
         print("tinyllama-ds: a worker was killed, perhaps for memory; start again, shards are kept", file=sys.stderr)
         return EXIT_RESTART
-    if others := count_other_files(options.input):
-        print(f"{options.input}: {others:,} files of other kinds were not read", file=sys.stderr)
     return print_result(options, table, _prepare_text(options.source, table))
+
+
+def _print_notes(inputs: "Inputs") -> None:
+    """Say which files are held out or not read, before any is read."""
+    for note in inputs.notes():
+        print(f"tinyllama-ds: {note}", file=sys.stderr, flush=True)
 
 
 def _format_of(options: argparse.Namespace) -> "SourceFormat":
@@ -362,6 +372,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _data(options: argparse.Namespace) -> int:
     """Look into prepared data: `show` prints the texts that a step trains on."""
+    from tinyllama_ds.data.loader import refuse_another_tokenizer
     from tinyllama_ds.data.show import show_samples
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
     from tinyllama_ds.training.ledger import left_out, read_ledger
@@ -375,6 +386,7 @@ def _data(options: argparse.Namespace) -> int:
     step = plan.step(options.step)
     positions = range(step.first_position, step.first_position + min(options.limit, step.batch))
     tokenizer = Tokenizer(options.data / TOKENIZER_FILE)
+    refuse_another_tokenizer(streams, tokenizer)
     shown = list(show_samples(streams, order, positions, plan.sequence_length, tokenizer))
     lines = [
         f"=== position {sample.position}: {sample.source}, epoch {sample.epoch}, sample {sample.sample},"

@@ -56,11 +56,12 @@ class Stored:
 
 def open_stored(path: Path) -> Stored:
     """The model of a checkpoint, a run directory or a model folder, every file verified."""
-    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, held_tokenizer
     from tinyllama_ds.model.config import LlamaConfig
     from tinyllama_ds.model_folder import is_model_folder, open_model_folder, verify_model_folder
     from tinyllama_ds.training.checkpoint import resolve_checkpoint, stream_weights
     from tinyllama_ds.training.run import learned_to_chat
+    from tinyllama_ds.training.run_file import tokenizer_sha256_of
 
     if is_model_folder(path):
         folder = open_model_folder(path)
@@ -68,7 +69,7 @@ def open_stored(path: Path) -> Stored:
         return Stored(folder.tensors(), folder.model, folder.tokenizer)
     checkpoint = resolve_checkpoint(path)
     manifest, tensors = stream_weights(checkpoint)
-    tokenizer = Tokenizer(checkpoint.parents[1] / TOKENIZER_FILE)
+    tokenizer = held_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, tokenizer_sha256_of(manifest.run), "this run")
     return Stored(
         tensors,
         LlamaConfig(**manifest.model),
@@ -94,7 +95,9 @@ def _export(options: argparse.Namespace) -> int:
         stored.chats,
     )
     result = {"output": str(options.output), "largest_logit_difference": difference}
-    text = f"{options.output}: token ids equal, largest difference of logits {difference:.1e}"
+    symbols = len(stored.tokenizer.user_defined)
+    but = f" (but of a text that is nothing but one of its {symbols} user-defined symbols)" if symbols else ""
+    text = f"{options.output}: token ids equal{but}, largest difference of logits {difference:.1e}"
     return print_result(options, result, text)
 
 

@@ -1,8 +1,9 @@
 """What is in a data directory, and whether a plan trains on it as it says: every claim is checked, none is believed."""
 
+import functools
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -14,8 +15,10 @@ import numpy as np
 from tinyllama_ds.bars import progress
 from tinyllama_ds.data.chat import conversation_ids
 from tinyllama_ds.data.conversations import ChatFormat, format_from_dict
+from tinyllama_ds.data.duplicates import count_duplicates, hash_documents
+from tinyllama_ds.data.reading import read_records
 from tinyllama_ds.data.shards import ShardReader
-from tinyllama_ds.data.sources import SPLITS, Record, SourceFormat, read_records
+from tinyllama_ds.data.sources import SPLITS, Record, SourceFormat
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import BOS_ID, END_OF_DOCUMENT, EOS_ID, TOKENIZER_FILE, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
@@ -36,7 +39,7 @@ class ShardAudit:
     tokens: int
     unigrams: np.ndarray  # occurrences of each id (vocab_size,)
     document_lengths: np.ndarray  # documents by the power of two of their tokens (32,)
-    document_hashes: np.ndarray  # 64 bits of each document (documents,)
+    document_hashes: np.ndarray  # 64 bits of each document, sorted (documents,)
     longest_run: tuple[int, int]  # how many equal ids in a row, and which id
     compared_with_raw: int
     inputs: list[str]  # the raw files in it; none for imported tokens
@@ -122,9 +125,9 @@ def _audit_shard(task: _ShardTask) -> ShardAudit:
         source=manifest.source,
         split=manifest.split,
         tokens=shard.tokens,
-        unigrams=unigrams[: tokenizer.vocab_size],
+        unigrams=unigrams[:-1].astype(np.min_scalar_type(unigrams.max())),
         document_lengths=_count_lengths(np.diff(starts)),
-        document_hashes=_hash_documents(tokens, starts),
+        document_hashes=np.sort(hash_documents(tokens, starts)),
         longest_run=_longest_run(tokens),
         compared_with_raw=compared,
         inputs=[entry.path for entry in manifest.inputs if entry.encoder != "imported"],
@@ -197,14 +200,6 @@ def _count_lengths(lengths: np.ndarray) -> np.ndarray:
     return np.bincount(exponents, minlength=_LENGTH_BINS)[:_LENGTH_BINS]
 
 
-def _hash_documents(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    hashes = np.empty(len(starts) - 1, dtype=np.uint64)
-    for number, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
-        digest = hashlib.blake2b(tokens[start:end].tobytes(), digest_size=8).digest()
-        hashes[number] = int.from_bytes(digest, "little")
-    return hashes
-
-
 def _longest_run(tokens: np.ndarray) -> tuple[int, int]:
     """How many equal ids stand in a row at most, and which id it is."""
     longest, token = 0, -1
@@ -239,7 +234,10 @@ def _compare_with_raw(
     path = task.raw / inputs[number].path if task.raw.is_dir() else task.raw
     if not path.is_file():
         return 0, [f"its input {path} is missing"]
-    fmt = format_from_dict(shard.manifest.source_format)
+    try:
+        fmt = format_from_dict(shard.manifest.source_format)
+    except Refusal as refusal:
+        return 0, [str(refusal)]
     differences = []
     for index, record in enumerate(islice(_kept_records(path, fmt, tokenizer), max(chosen) + 1)):
         document = int(firsts[number]) + index
@@ -290,7 +288,7 @@ def _compare_shards(audit: DataAudit) -> None:
     _find_duplicates(audit, groups)
     _check_listing(audit, groups)
     for shards in groups.values():
-        total = np.sum([shard.unigrams for shard in shards], axis=0)
+        total = total_unigrams(shards)
         for shard in shards:
             audit.drift[shard.name] = _total_variation(shard.unigrams, total)
     for shard in audit.shards:
@@ -304,20 +302,16 @@ def _compare_shards(audit: DataAudit) -> None:
 
 
 def _find_duplicates(audit: DataAudit, groups: Mapping[str, list[ShardAudit]]) -> None:
-    distinct = {}
+    audit.duplicates = count_duplicates(
+        {name: [shard.document_hashes for shard in shards] for name, shards in groups.items()}
+    )
     for name, shards in groups.items():
-        hashes = np.concatenate([shard.document_hashes for shard in shards])
-        distinct[name] = np.unique(hashes)
-        audit.duplicates[name] = len(hashes) - len(distinct[name])
         if audit.duplicates[name]:
-            audit.warnings.append(f"{name}: {audit.duplicates[name]} of {len(hashes)} documents are there before")
-    names = list(groups)
-    for number, one in enumerate(names):
-        for other in names[number + 1 :]:
-            shared = len(np.intersect1d(distinct[one], distinct[other], assume_unique=True))
-            audit.duplicates[f"{one} and {other}"] = shared
-            if shared:
-                audit.warnings.append(f"{one} and {other}: {shared} documents are in both")
+            documents = sum(len(shard.document_hashes) for shard in shards)
+            audit.warnings.append(f"{name}: {audit.duplicates[name]} of {documents} documents are there before")
+    for name, shared in audit.duplicates.items():
+        if shared and name not in groups:
+            audit.warnings.append(f"{name}: {shared} documents are in both")
 
 
 def _check_listing(audit: DataAudit, groups: Mapping[str, list[ShardAudit]]) -> None:
@@ -329,6 +323,11 @@ def _check_listing(audit: DataAudit, groups: Mapping[str, list[ShardAudit]]) -> 
                 audit.problems.append(
                     f"{name}: the input {after} comes after {before}; expected them sorted, each once"
                 )
+
+
+def total_unigrams(shards: Sequence[ShardAudit]) -> np.ndarray:
+    """Occurrences of each id in all shards (vocab_size,) int64."""
+    return functools.reduce(np.add, (shard.unigrams for shard in shards), np.zeros(1, dtype=np.int64))
 
 
 def _total_variation(counts: np.ndarray, reference: np.ndarray) -> float:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama_ds.data.audit import DataAudit, ShardAudit
+from tinyllama_ds.data.audit import DataAudit, ShardAudit, total_unigrams
 from tinyllama_ds.data.coverage import Coverage
 from tinyllama_ds.page import drawing, page, preformatted, table
 
@@ -78,7 +78,7 @@ def _draw_lengths(axis: Any, groups: dict[str, list[ShardAudit]]) -> None:
 
 def _draw_unigrams(axis: Any, groups: dict[str, list[ShardAudit]]) -> None:
     for name, shards in groups.items():
-        counts = np.sort(np.sum([shard.unigrams for shard in shards], axis=0))[::-1]
+        counts = np.sort(total_unigrams(shards))[::-1]
         axis.plot(np.arange(1, len(counts) + 1), counts / max(1, counts.sum()), label=name)
     axis.set(xlabel="rank of the id", ylabel="share of tokens", xscale="log", yscale="log")
     axis.legend()

@@ -15,7 +15,7 @@ import numpy as np
 
 from tinyllama_ds.data.encoding import Encoded
 from tinyllama_ds.data.sources import Message
-from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
+from tinyllama_ds.data.tokenizer import EOS_ID, UNK_ID, Tokenizer
 from tinyllama_ds.errors import Refusal
 
 ROLES = ("system", "user", "assistant")
@@ -58,7 +58,7 @@ def sections_of(messages: Sequence[Message]) -> list[str]:
 
 
 def refuse_merged_line_breaks(tokenizer: Tokenizer) -> None:
-    """Raises `Refusal` for a vocabulary in which the line break before an answer can become one token with it.
+    """Raises `Refusal` for a vocabulary in which the line break before an answer can become one token with it, or none.
 
     There a prompt's ids would not be the beginning of the conversation's, and no token would be the answer's first.
     """
@@ -67,6 +67,11 @@ def refuse_merged_line_breaks(tokenizer: Tokenizer) -> None:
         raise Refusal(
             f"{tokenizer.path}: has the piece {merged!r}, which could merge the line break before an answer with it;"
             " expected a vocabulary that keeps line breaks apart"
+        )
+    if UNK_ID in tokenizer.encode(ANSWER_HEADER):
+        raise Refusal(
+            f"{tokenizer.path}: has no tokens for {ANSWER_HEADER!r}, which begins an answer; expected a vocabulary with"
+            " byte fallback"
         )
 
 

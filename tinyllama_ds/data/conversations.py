@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import cycle
 
 from tinyllama_ds.data.chat import ROLES
-from tinyllama_ds.data.sources import Message, Record, SourceFormat
+from tinyllama_ds.data.sources import Message, Record, SourceFormat, instead_of
+from tinyllama_ds.errors import Refusal
 
 MESSAGES_FIELD = "messages"
 _GUANACO_TURN = re.compile(r"### (Human|Assistant):")
@@ -29,6 +30,10 @@ class ChatFormat(SourceFormat):
     @property
     def expected_columns(self) -> str:
         return f"{MESSAGES_FIELD!r} or {self.text_field!r}"
+
+    @property
+    def keys(self) -> frozenset[str]:
+        return frozenset({MESSAGES_FIELD, self.text_field, "role", "content"})
 
     def columns(self, present: Sequence[str]) -> list[str]:
         return next(([field] for field in (MESSAGES_FIELD, self.text_field) if field in present), [])
@@ -55,14 +60,18 @@ class ChatFormat(SourceFormat):
             return [_message(entry, number) for number, entry in enumerate(raw[MESSAGES_FIELD], start=1)]
         if isinstance(raw, dict) and isinstance(raw.get(self.text_field), str):
             return _guanaco_messages(raw[self.text_field])
-        raise ValueError(f"expected a list under {MESSAGES_FIELD!r}, or a text under {self.text_field!r}")
+        expected = f"expected a list under {MESSAGES_FIELD!r}, or a text under {self.text_field!r}"
+        raise ValueError(f"{expected}, {instead_of(raw, MESSAGES_FIELD)}")
 
 
 def format_from_dict(raw: dict) -> SourceFormat:
-    """What a manifest says of how its inputs were read."""
-    if "max_tokens" in raw:
-        return ChatFormat(raw["text_field"], max_tokens=raw["max_tokens"])
-    return SourceFormat.from_dict(raw)
+    """What a manifest says of how its inputs were read; raises `Refusal` where it says something else."""
+    try:
+        if "max_tokens" in raw:
+            return ChatFormat(raw["text_field"], max_tokens=int(raw["max_tokens"]))
+        return SourceFormat.from_dict(raw)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refusal(f"its manifest does not say how its inputs were read ({error!r})") from error
 
 
 def _message(entry: object, number: int) -> Message:
@@ -87,7 +96,7 @@ def _check_roles(messages: Sequence[Message]) -> None:
     expected = cycle(("user", "assistant"))
     for number, message in enumerate(messages, start=1):
         if message.role not in ROLES:
-            raise ValueError(f"message {number}: the role {message.role!r}; expected one of {', '.join(ROLES)}")
+            raise ValueError(f"message {number}: the role {message.role!r:.40}; expected one of {', '.join(ROLES)}")
         role = "system" if has_system and number == 1 else next(expected)
         if message.role != role:
             raise ValueError(f"message {number}: is from {message.role!r}; expected {role!r} after what is before it")

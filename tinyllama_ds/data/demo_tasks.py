@@ -8,7 +8,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyllama_ds.data.sources import find_inputs, read_texts, source_format
+from tinyllama_ds.data.inputs import find_inputs
+from tinyllama_ds.data.reading import read_texts
+from tinyllama_ds.data.sources import source_format
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.outputs import refusing, write_file
 
@@ -45,7 +47,7 @@ def make_demo_task(corpora: Path) -> Path:
     if (output / TASK_FILE).exists():
         return output / TASK_FILE
     fmt = source_format(SOURCE)
-    files = find_inputs(corpora / SOURCE, fmt).get("validation", [])
+    files = find_inputs(corpora / SOURCE, fmt).splits.get("validation", [])
     passages = [passage for path in files for text in read_texts(path, fmt) for passage in _passages(text)]
     if not passages:
         raise Refusal(

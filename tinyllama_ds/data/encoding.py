@@ -1,26 +1,21 @@
 """Texts to token ids: sentencepiece is the reference, gigatoken the fast path that has to prove itself equal to it."""
 
 import json
-from collections.abc import Callable
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
 
 from tinyllama_ds.data.tokenizer import EOS_ID, UNK_ID, Tokenizer
+from tinyllama_ds.data.vocabulary import first_difference, probe_texts, ranked_merges
 from tinyllama_ds.errors import Refusal
 
 ENCODERS = ("auto", "gigatoken", "sentencepiece")
 # Every how many documents of a batch one is compared, and how much of it: about 1 % of the text of a usual corpus.
 _PROOF_STRIDE = 64
 _PROOF_CHARACTERS = 2048
-# Where encoders tend to differ: spaces, line ends, digits, scripts, what normalisation changes, control look-alikes.
-_PROBES = [
-    "    indented\n\t\ttabs\r\n\n\n  ",
-    "ﬁ ½ ① Ａ é é ё \u00a0 \u3000 \u2581 \ufeff \x00",
-    "中文 日本語 한국어 🙂👩‍👩‍👧",
-    "0123456789 3.14 " + "=" * 99 + "a" * 999,
-    "</s><s><unk><0x0A>[INST]",
-]
 
 Encoded = tuple[np.ndarray, np.ndarray]  # the ids of all documents one after the other, and the length of each
 
@@ -35,21 +30,41 @@ def encode_with_sentencepiece(tokenizer: Tokenizer, texts: list[str]) -> Encoded
 def load_gigatoken(tokenizer: Tokenizer, encoder: str) -> Callable[[list[str]], Encoded] | None:
     """gigatoken with this vocabulary, or None where it is not wanted, does not import, or cannot follow sentencepiece.
 
-    Raises `Refusal` for the last two where `encoder` asks for it by name.
+    What every piece of the vocabulary becomes is compared. Raises `Refusal` for the last two where `encoder` asks for
+    gigatoken by name; else the last one is said on the console.
     """
     if encoder == "sentencepiece":
         return None
     try:
         encode = _gigatoken(tokenizer)
     except ImportError as error:  # of gigatoken, or of what it needs
-        reason = f"does not import ({error})"
+        if encoder == "auto":
+            return None
+        raise _cannot_use(tokenizer, f"does not import ({error})") from error
+    except Exception as error:  # the library raises nothing more exact
+        reason = f"cannot load it ({next(iter(str(error).splitlines()), error)})"
     else:
-        if _is_same(encode(_PROBES), encode_with_sentencepiece(tokenizer, _PROBES)):
+        differing = _first_difference(tokenizer, encode)
+        if differing is None:
             return encode
-        reason = "gives other ids than sentencepiece with it"
+        reason = f"gives other ids of {differing[:40]!r} than sentencepiece with it"
     if encoder == "gigatoken":
-        raise Refusal(f"{tokenizer.path}: the encoder gigatoken {reason}; expected --encoder auto or sentencepiece")
+        raise _cannot_use(tokenizer, reason)
+    if multiprocessing.parent_process() is None:  # once, and not by each worker
+        print(f"tinyllama-ds: {tokenizer.path}: gigatoken {reason}; sentencepiece encodes", file=sys.stderr)
     return None
+
+
+def _cannot_use(tokenizer: Tokenizer, reason: str) -> Refusal:
+    return Refusal(f"{tokenizer.path}: the encoder gigatoken {reason}; expected --encoder auto or sentencepiece")
+
+
+def _first_difference(tokenizer: Tokenizer, encode: Callable[[list[str]], Encoded]) -> str | None:
+    def split(texts: Sequence[str]) -> list[np.ndarray]:
+        ids, lengths = encode(list(texts))
+        return np.split(ids, np.cumsum(lengths)[:-1])
+
+    return first_difference(tokenizer, probe_texts(tokenizer), split)
 
 
 def _gigatoken(tokenizer: Tokenizer) -> Callable[[list[str]], Encoded]:
@@ -88,25 +103,6 @@ def _tokenizer_json(tokenizer: Tokenizer) -> str:
             },
         }
     )
-
-
-def ranked_merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Every way to make a piece from two others, best score first; of one piece, in the order of its left half.
-
-    Sentencepiece merges the pair whose result has the highest score, whatever its id.
-    """
-    processor = tokenizer.processor
-    scores = {
-        piece: processor.get_score(number)
-        for number, piece in enumerate(tokenizer.pieces)
-        if not (processor.is_control(number) or processor.is_unknown(number) or processor.is_byte(number))
-    }
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(scores, key=lambda piece: -scores[piece])
-        for cut in range(1, len(piece))
-    ]
-    return [(left, right) for left, right in merges if left in scores and right in scores]
 
 
 def _is_same(one: Encoded, other: Encoded) -> bool:

@@ -19,6 +19,7 @@ from tinyllama_ds.data.shards import (
     ShardWriter,
 )
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, Tokenizer, hold_tokenizer
+from tinyllama_ds.data.vocabulary import refuse_inconvertible
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.files import temporary_name, write_durably
 
@@ -44,6 +45,9 @@ def import_megatron(job: Import, inputs: list[Path]) -> list[Manifest]:
     `inputs` are the .idx files. Raises `Refusal` for a pair that is damaged or holds ids beyond the vocabulary.
     """
     tokenizer = Tokenizer(job.tokenizer)
+    refuse_inconvertible(tokenizer)
+    for index in inputs:
+        IndexHeader.read(index)  # before anything is made
     hold_tokenizer(tokenizer, job.output)
     manifests = []
     for number, index in enumerate(progress(inputs, desc=f"import {job.source}", unit="shard")):
@@ -128,6 +132,9 @@ def import_litpkds(job: Import, inputs: list[Path], shard_bytes: int = 256 * 2**
     process stays whole. Filler, a run of BOS at the end of a chunk, is left out and counted (TinyLlama's issue 83).
     """
     tokenizer = Tokenizer(job.tokenizer)
+    refuse_inconvertible(tokenizer)
+    for path in inputs:
+        _chunk_of(path)  # before anything is made
     hold_tokenizer(tokenizer, job.output)
     groups = list(_fill(inputs, shard_bytes))
     manifests = []
@@ -181,18 +188,25 @@ def _import_group(
 
 def read_litpkds(path: Path) -> np.ndarray:
     """All ids of a chunk (n,) int64; raises `Refusal` for anything but a whole LITPKDS file of integers."""
+    return np.fromfile(path, dtype=_chunk_of(path), offset=_LITPKDS_HEADER.size).astype(np.int64)
+
+
+def _chunk_of(path: Path) -> np.dtype:
+    """The type of a chunk's ids, proven to fit the size of the file."""
+    if not path.is_file():
+        raise Refusal(f"{path}: the chunk is missing")
     with path.open("rb") as file:
         head = file.read(_LITPKDS_HEADER.size)
-        size = path.stat().st_size - _LITPKDS_HEADER.size
-        if len(head) < _LITPKDS_HEADER.size or head[:7] != _LITPKDS_MAGIC:
-            raise Refusal(f"{path}: not a LITPKDS chunk")
-        _, version, code, tokens = _LITPKDS_HEADER.unpack(head)
-        if version != 1 or code not in _LITPKDS_DTYPES:
-            raise Refusal(f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype")
-        dtype = np.dtype(_LITPKDS_DTYPES[code])
-        if size != tokens * dtype.itemsize:
-            raise Refusal(f"{path}: {size} bytes do not hold {tokens} tokens of {dtype.name}")
-        return np.fromfile(file, dtype=dtype).astype(np.int64)
+    size = path.stat().st_size - _LITPKDS_HEADER.size
+    if len(head) < _LITPKDS_HEADER.size or head[:7] != _LITPKDS_MAGIC:
+        raise Refusal(f"{path}: not a LITPKDS chunk")
+    _, version, code, tokens = _LITPKDS_HEADER.unpack(head)
+    if version != 1 or code not in _LITPKDS_DTYPES:
+        raise Refusal(f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype")
+    dtype = np.dtype(_LITPKDS_DTYPES[code])
+    if size != tokens * dtype.itemsize:
+        raise Refusal(f"{path}: {size} bytes do not hold {tokens} tokens of {dtype.name}")
+    return dtype
 
 
 def _without_filler(ids: np.ndarray) -> np.ndarray:

@@ -29,16 +29,23 @@ def open_streams(data: Path, sources: Iterable[str], split: str, vocab_size: int
             f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, but the model's vocabulary is {vocab_size}"
         )
     streams = {name: open_stream(data / name / split) for name in sources}
+    refuse_another_tokenizer(streams, tokenizer)
     for stream in streams.values():
         for shard in stream.shards:
-            if shard.manifest.tokenizer_sha256 != tokenizer.sha256:
-                raise Refusal(f"{shard.bin_path}: was made with another tokenizer than {tokenizer.path}")
             if shard.manifest.largest_id >= vocab_size:
                 raise Refusal(
                     f"{shard.bin_path}: holds token id {shard.manifest.largest_id},"
                     f" beyond the model's vocabulary of {vocab_size}"
                 )
     return streams
+
+
+def refuse_another_tokenizer(streams: Mapping[str, TokenStream], tokenizer: Tokenizer) -> None:
+    """Raises `Refusal` unless all tokens were made with this tokenizer."""
+    for stream in streams.values():
+        for shard in stream.shards:
+            if shard.manifest.tokenizer_sha256 != tokenizer.sha256:
+                raise Refusal(f"{shard.bin_path}: was made with another tokenizer than {tokenizer.path}")
 
 
 class SampleReader:

@@ -17,10 +17,13 @@ from pathlib import Path
 from tinyllama_ds.data.chat import END_OF_TURN, encode_conversations, header_tokens, refuse_merged_line_breaks
 from tinyllama_ds.data.conversations import ChatFormat
 from tinyllama_ds.data.encoding import FileEncoder, load_gigatoken
+from tinyllama_ds.data.inputs import find_inputs
 from tinyllama_ds.data.progress import ShardProgress
+from tinyllama_ds.data.reading import read_records
 from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter, shard_suffixes, token_dtype
-from tinyllama_ds.data.sources import Record, SourceFormat, find_inputs, read_records
+from tinyllama_ds.data.sources import Record, SourceFormat
 from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, Tokenizer, hold_tokenizer
+from tinyllama_ds.data.vocabulary import refuse_inconvertible
 from tinyllama_ds.errors import Refusal
 
 _ENCODE_BYTES = 2**20  # how much text one call of the encoder sees
@@ -73,9 +76,11 @@ def prepare(
     Raises `Refusal` for more than `max_bad_records` records that cannot be read, for another tokenizer than the one
     `output` already holds, and for shards that were made from other inputs.
     """
-    tokenizer, _ = _encoder_of(job.tokenizer, job.encoder)  # refuses here what no worker could do
+    tokenizer = Tokenizer(job.tokenizer)
+    refuse_inconvertible(tokenizer)
     if isinstance(job.format, ChatFormat):
         refuse_merged_line_breaks(tokenizer)
+    _encoder_of(job.tokenizer, job.encoder)  # refuses here what no worker could do
     rank, size = share
     tasks = plan_shards(job)[rank::size]
     hold_tokenizer(tokenizer, job.output)
@@ -95,7 +100,7 @@ def prepare(
 def plan_shards(job: Preparation) -> list[ShardTask]:
     """Sorted inputs, filled greedily into shards of about `shard_bytes`, split by split."""
     tasks = []
-    for split, inputs in find_inputs(job.input, job.format).items():
+    for split, inputs in find_inputs(job.input, job.format).splits.items():
         groups = list(_fill(inputs, job.shard_bytes))
         for number, group in enumerate(groups):
             tasks.append(ShardTask(job, ShardName(job.output, job.source, split, number, len(groups)), tuple(group)))

@@ -24,8 +24,9 @@ from typing import IO
 import numpy as np
 
 from tinyllama_ds import __version__
+from tinyllama_ds.data.typed import from_json
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.files import sync, temporary_name
+from tinyllama_ds.files import read_object, sync, temporary_name
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -73,15 +74,20 @@ class Manifest:
 
     @staticmethod
     def read(path: Path) -> "Manifest":
+        """Raises `Refusal` for anything but a whole manifest of this version."""
         try:
-            raw = json.loads(path.read_bytes())
-            raw["inputs"] = [InputFile(**entry) for entry in raw["inputs"]]
-            manifest = Manifest(**raw)
-        except (ValueError, TypeError, KeyError) as error:
+            raw = read_object(path)
+        except OSError as error:
+            raise Refusal(f"{path}: the shard's manifest cannot be read ({error.strerror})") from error
+        if raw is None:
+            raise Refusal(f"{path}: not a shard manifest, it is damaged; remove it and prepare the shard again")
+        found = raw.get("manifest_version", MANIFEST_VERSION)
+        if found != MANIFEST_VERSION:
+            raise Refusal(f"{path}: has version {found!r:.40}; expected {MANIFEST_VERSION}")
+        try:
+            return from_json(Manifest, raw)
+        except ValueError as error:
             raise Refusal(f"{path}: not a shard manifest of version {MANIFEST_VERSION} ({error})") from error
-        if manifest.manifest_version != MANIFEST_VERSION:
-            raise Refusal(f"{path}: has version {manifest.manifest_version}; expected {MANIFEST_VERSION}")
-        return manifest
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"

@@ -1,26 +1,27 @@
-"""Raw corpora as they lie on disk: files of many documents, read one at a time.
+"""The published corpora: where a record keeps its text, and which of their subsets are wanted.
 
 Nothing is dropped in silence: every record of a file comes out as a text, a rejection with its reason, or a fault with
 its file and line.
 """
 
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import BinaryIO
-
-import pyarrow
-import pyarrow.parquet
 
 from tinyllama_ds.errors import Refusal
 
 SPLITS = ("train", "validation", "test")
-MAX_DOCUMENT_BYTES = 64 * 2**20  # also what keeps a decompression bomb out of memory
-_READ_BYTES = 2**16  # also what is lost before the place where a file is cut short
-_PARQUET_ROWS = 64  # StarCoderData's rows reach a MB
+META_FIELD = "meta"  # what a published corpus says of a record
+_KINDS = {
+    str: "a text",
+    bytes: "bytes",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "an array",
+    dict: "an object",
+    type(None): "null",
+}
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,18 @@ class SourceFormat:
     subsets: frozenset[str] | None = None
     excluded: frozenset[str] = frozenset()
 
-    def wants(self, subset: str | None) -> bool:
+    @property
+    def folders(self) -> frozenset[str]:
+        """The chosen subsets of a corpus that keeps its subsets in folders; empty where all are wanted."""
+        return self.subsets if self.subsets is not None and self.subset_field is None else frozenset()
+
+    def wants(self, subset: str) -> bool:
         return subset not in self.excluded if self.subsets is None else subset in self.subsets
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """What of a record is read; none of these may be there twice."""
+        return frozenset({self.text_field, *([META_FIELD, self.subset_field] if self.subset_field else [])})
 
     @property
     def expected_columns(self) -> str:
@@ -46,15 +57,14 @@ class SourceFormat:
 
     def columns(self, present: Sequence[str]) -> list[str]:
         """Which columns of a parquet file are read; none where it has not what is needed."""
-        if self.text_field not in present:
-            return []
-        return [self.text_field] + (["meta"] if self.subset_field is not None and "meta" in present else [])
+        return [name for name in present if name in self.keys] if self.text_field in present else []
 
     def record(self, raw: object, place: str) -> "Record":
         """What a record of a file holds, or why there is nothing to train on; `place` names it."""
         text = raw.get(self.text_field) if isinstance(raw, dict) else None
         if not isinstance(raw, dict) or not isinstance(text, str):
-            return Record(fault=f"{place}: expected a record with a text under {self.text_field!r}")
+            expected = f"{place}: expected a record with a text under {self.text_field!r}"
+            return Record(fault=f"{expected}, {instead_of(raw, self.text_field)}")
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
@@ -62,8 +72,9 @@ class SourceFormat:
         if not text:
             return Record(rejected="empty text")
         if self.subset_field is not None:
-            meta = raw.get("meta")
-            subset = meta.get(self.subset_field) if isinstance(meta, dict) else None
+            subset = _subset_of(raw, self.subset_field)
+            if subset not in SLIMPAJAMA_SUBSETS:
+                return Record(fault=f"{place}: {_unknown_subset(subset, self.subset_field)}")
             if not self.wants(subset):
                 return Record(rejected=f"subset {subset}")
         return Record(text, size)
@@ -78,6 +89,34 @@ class SourceFormat:
     def from_dict(raw: dict) -> "SourceFormat":
         subsets = None if raw["subsets"] is None else frozenset(raw["subsets"])
         return SourceFormat(raw["text_field"], raw["subset_field"], subsets, frozenset(raw["excluded"]))
+
+
+def instead_of(raw: object, key: str) -> str:
+    """What a record is or has instead, for a message."""
+    if isinstance(raw, list):
+        return "found an array (jq -c '.[]' FILE writes one record a line)"
+    if not isinstance(raw, dict):
+        return f"found {_KINDS.get(type(raw), 'another value')}"
+    if key in raw:
+        return f"which holds {_KINDS.get(type(raw[key]), 'another value')}"
+    return f"which is not among its keys: {', '.join(f'{key!r:.40}' for key in list(raw)[:10]) or 'it has none'}"
+
+
+def _subset_of(raw: dict, key: str) -> object:
+    """As published, in an object under `meta`; copies of a corpus have it as JSON, or its key in the record itself."""
+    meta = raw.get(META_FIELD)
+    if isinstance(meta, str):
+        try:
+            meta = json.loads(meta)
+        except (ValueError, RecursionError):
+            meta = None
+    return meta[key] if isinstance(meta, dict) and key in meta else raw.get(key)
+
+
+def _unknown_subset(subset: object, key: str) -> str:
+    if subset is None:
+        return f"has no {key!r} under {META_FIELD!r}, so its subset is unknown"
+    return f"{key!r} is {subset!r:.40}; expected one of {', '.join(SLIMPAJAMA_SUBSETS)}"
 
 
 SLIMPAJAMA_SUBSETS = tuple(
@@ -126,137 +165,3 @@ class Record:
     fault: str | None = None
     messages: tuple["Message", ...] = ()
     shortened: str | None = None  # what was left out of a conversation
-
-
-def find_inputs(directory: Path, fmt: SourceFormat) -> dict[str, list[Path]]:
-    """The readable files below a directory (or the one file named) by split, sorted so that no order is the disk's.
-
-    A file belongs to the split whose name is a folder on its path, wherever it stands (`train/chunk1/`,
-    `arxiv/train/`), else to `train`. Raises `Refusal` where nothing is found, or a chosen subset has no folder.
-    """
-    if not directory.exists():
-        raise Refusal(f"{directory}: the input is missing")
-    if directory.is_file():
-        return {"train": [directory]}
-    found = [path for path in directory.rglob("*") if path.name.endswith(tuple(READERS)) and path.is_file()]
-    if fmt.subset_field is None and fmt.subsets is not None:
-        found = _select_folders(directory, found, fmt.subsets)
-    if not found:
-        raise Refusal(f"{directory}: holds no file of a known kind; expected one of {', '.join(READERS)}")
-    splits = {path: _split_of(path.relative_to(directory)) for path in found}
-    return {
-        split: sorted(path for path in found if splits[path] == split) for split in SPLITS if split in splits.values()
-    }
-
-
-def count_other_files(directory: Path) -> int:
-    """How many files below a directory are of no kind that is read."""
-    known = tuple(READERS)
-    return sum(path.is_file() and not path.name.endswith(known) for path in directory.rglob("*"))
-
-
-def _select_folders(directory: Path, paths: list[Path], subsets: frozenset[str]) -> list[Path]:
-    folder_of = {path: _folder_of(path.relative_to(directory)) for path in paths}
-    unknown = sorted(subsets - set(folder_of.values()))
-    if unknown:
-        folders = ", ".join(sorted(set(folder_of.values()) - {""}))
-        raise Refusal(f"{directory}: has no subset {unknown[0]!r}; its folders are {folders}")
-    return [path for path in paths if folder_of[path] in subsets]
-
-
-def _folder_of(relative: Path) -> str:
-    return next((part for part in relative.parts[:-1] if part not in SPLITS), "")
-
-
-def _split_of(relative: Path) -> str:
-    return next((part for part in relative.parts[:-1] if part in SPLITS), "train")
-
-
-def read_texts(path: Path, fmt: SourceFormat) -> Iterator[str]:
-    """The texts of one file; raises `Refusal` at the first fault."""
-    for record in read_records(path, fmt):
-        if record.fault:
-            raise Refusal(record.fault)
-        if not record.rejected:
-            yield record.text
-
-
-def read_records(path: Path, fmt: SourceFormat) -> Iterator[Record]:
-    """All records of one file, in order, in flat memory. What damages a whole file is its last record's fault."""
-    reader = next((reader for suffix, reader in READERS.items() if path.name.endswith(suffix)), None)
-    if reader is None:
-        raise Refusal(f"{path}: unknown kind of file; expected one of {', '.join(READERS)}")
-    try:
-        if path.stat().st_size == 0:
-            yield Record(fault=f"{path}: the file is empty")
-        else:
-            yield from reader(path, fmt)
-    except (OSError, pyarrow.ArrowException) as error:
-        yield Record(fault=f"{path}: the file is damaged or cut short ({error})")
-
-
-def _read_jsonl(compression: str | None, path: Path, fmt: SourceFormat) -> Iterator[Record]:
-    # Arrow reads all frames of a file and reports one that is cut short; python-zstandard takes that for the end.
-    with io.BufferedReader(pyarrow.input_stream(path, compression=compression), _READ_BYTES) as file:
-        for number, line in enumerate(_lines(file), start=1):
-            if line.strip():
-                yield _parse(line, fmt, f"{path}:{number}")
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines; one that is too long comes cut at a byte past the limit, and its rest is passed over."""
-    while line := file.readline(MAX_DOCUMENT_BYTES + 1):
-        yield line
-        while line and not line.endswith(b"\n"):
-            line = file.readline(MAX_DOCUMENT_BYTES + 1)
-
-
-def _parse(line: bytes, fmt: SourceFormat, place: str) -> Record:
-    if len(line) > MAX_DOCUMENT_BYTES:
-        return Record(fault=f"{place}: the line is longer than {MAX_DOCUMENT_BYTES:,} bytes")
-    try:
-        raw = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:  # ValueError covers invalid UTF-8
-        return Record(fault=f"{place}: not a line of JSON in UTF-8 ({error})")
-    return fmt.record(raw, place)
-
-
-def _read_parquet(path: Path, fmt: SourceFormat) -> Iterator[Record]:
-    # Without these two a row group, which may be the whole file, is read at once.
-    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
-        names = file.schema_arrow.names
-        columns = fmt.columns(names)
-        if not columns:
-            yield Record(fault=f"{path}: has no column {fmt.expected_columns}; it has {', '.join(names)}")
-            return
-        row = 0
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-            for values in zip(*(batch.column(name) for name in columns), strict=True):
-                row += 1
-                yield _parse_row(dict(zip(columns, values, strict=True)), fmt, f"{path}: row {row}")
-
-
-def _parse_row(row: dict[str, pyarrow.Scalar], fmt: SourceFormat, place: str) -> Record:
-    try:
-        return fmt.record({name: value.as_py() for name, value in row.items()}, place)
-    except UnicodeDecodeError as error:
-        return Record(fault=f"{place}: not UTF-8 at byte {error.start}")
-
-
-def _read_text(path: Path, fmt: SourceFormat) -> Iterator[Record]:
-    if path.stat().st_size > MAX_DOCUMENT_BYTES:
-        yield Record(fault=f"{path}: is one document of more than {MAX_DOCUMENT_BYTES:,} bytes")
-        return
-    try:
-        yield fmt.record({fmt.text_field: path.read_bytes().decode()}, str(path))
-    except UnicodeDecodeError as error:
-        yield Record(fault=f"{path}: not UTF-8 at byte {error.start}")
-
-
-READERS: dict[str, Callable[[Path, SourceFormat], Iterator[Record]]] = {
-    ".jsonl.zst": partial(_read_jsonl, "zstd"),
-    ".jsonl.gz": partial(_read_jsonl, "gzip"),
-    ".jsonl": partial(_read_jsonl, None),
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-}

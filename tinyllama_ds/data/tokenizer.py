@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -13,6 +14,7 @@ from tinyllama_ds.files import write_durably
 from tinyllama_ds.outputs import write_file
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+SPACE = "▁"  # as sentencepiece writes it
 TOKENIZER_FILE = "tokenizer.model"
 END_OF_DOCUMENT = f"one EOS (id {EOS_ID}) after each document, no BOS"
 
@@ -23,13 +25,19 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise Refusal(f"{path}: the tokenizer is missing; expected a sentencepiece model")
-        content = path.read_bytes()
-        self.path = path
-        self.sha256 = hashlib.sha256(content).hexdigest()
         try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
-            raise Refusal(f"{path}: not a sentencepiece model") from error
+            self.content = path.read_bytes()
+        except OSError as error:
+            raise Refusal(f"{path}: the tokenizer cannot be read ({error.strerror})") from error
+        self.path = path
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
+        if not self.content:  # which sentencepiece would load
+            raise Refusal(f"{path}: is empty; expected a sentencepiece model")
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.content)
+            self.pieces: list[str] = self.processor.id_to_piece(list(range(self.processor.vocab_size())))
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise Refusal(f"{path}: not a sentencepiece model{_instead(self.content)}") from error
         special = (self.processor.unk_id(), self.processor.bos_id(), self.processor.eos_id())
         if special != (UNK_ID, BOS_ID, EOS_ID):
             raise Refusal(f"{path}: the ids of unk, bos, eos are {special}; expected {(UNK_ID, BOS_ID, EOS_ID)}")
@@ -39,8 +47,23 @@ class Tokenizer:
         return self.processor.vocab_size()
 
     @cached_property
-    def pieces(self) -> list[str]:
-        return [self.processor.id_to_piece(number) for number in range(self.vocab_size)]
+    def proto(self) -> Any:
+        """The model as sentencepiece's protocol buffer: settings, and the type of each piece."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+        proto = ModelProto()
+        proto.ParseFromString(self.content)
+        return proto
+
+    def is_plain(self, number: int) -> bool:
+        """Whether a piece is what text is made of, and not user-defined, control, unknown, unused or a byte."""
+        return self.proto.pieces[number].type == self.proto.SentencePiece.Type.NORMAL
+
+    @cached_property
+    def user_defined(self) -> list[str]:
+        """The pieces that are found in a text as they are, before anything is merged."""
+        kind = self.proto.SentencePiece.Type.USER_DEFINED
+        return [piece.piece for piece in self.proto.pieces if piece.type == kind]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text alone."""
@@ -48,6 +71,29 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
+
+
+def _instead(content: bytes) -> str:
+    """What a file may be that has the name of a sentencepiece model, for a message."""
+    start = content[:4096].lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return ", but a Git LFS pointer to one; git lfs pull brings it"
+    if start.startswith(b"{"):
+        return ", but JSON; expected the tokenizer.model that lies beside a tokenizer.json"
+    if not start.strip(b"\0"):
+        return ", it begins with NUL bytes, as after a power loss"
+    return ", or one that is cut short"
+
+
+def held_tokenizer(path: Path, sha256: str, holder: str) -> Tokenizer:
+    """The tokenizer that a run or a model folder holds; raises `Refusal` unless it is the one that it was made with."""
+    tokenizer = Tokenizer(path)
+    if tokenizer.sha256 != sha256:
+        raise Refusal(
+            f"{path}: is not the tokenizer of {holder}, its SHA-256 is {tokenizer.sha256[:16]}...; expected"
+            f" {sha256[:16]}..."
+        )
+    return tokenizer
 
 
 def hold_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
@@ -58,7 +104,7 @@ def hold_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
             raise Refusal(f"{held}: differs from {tokenizer.path}; one data directory holds tokens of one tokenizer")
         return
     output.mkdir(parents=True, exist_ok=True)
-    write_durably(held, tokenizer.path.read_bytes())
+    write_durably(held, tokenizer.content)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, max_bytes: int = 20_000_000) -> Tokenizer:

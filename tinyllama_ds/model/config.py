@@ -4,6 +4,9 @@ from dataclasses import asdict, dataclass
 
 from tinyllama_ds.errors import Refusal
 
+_LARGEST = 2**31 - 1
+_MOST_LAYERS = 1000  # each takes time before anything else can be found wrong
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -21,6 +24,10 @@ class LlamaConfig:
     rope_scaling_factor: float = 1.0  # position interpolation: positions are divided by it (Chen et al. 2023)
 
     def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
+            if not 0 < value <= most:
+                raise Refusal(f"{key} {value:.12g} is not above 0 and up to {most:,}")
         if self.hidden_size % self.num_attention_heads:
             raise Refusal(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, held_tokenizer
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM
@@ -22,6 +22,7 @@ from tinyllama_ds.model_folder import is_model_folder, open_model_folder, verify
 from tinyllama_ds.training.checkpoint import manifest_sha256, read_manifest, resolve_checkpoint, verify_checkpoint
 from tinyllama_ds.training.consolidate import whole_tensors
 from tinyllama_ds.training.reshape import stage_0_masters
+from tinyllama_ds.training.run_file import tokenizer_sha256_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -43,7 +44,7 @@ class InitialWeights:
         return {"path": str(self.path), "sha256": self.sha256}
 
 
-def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Path) -> InitialWeights:
+def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Tokenizer) -> InitialWeights:
     """What a path means: a model folder, a checkpoint, or the newest checkpoint of a run.
 
     Raises `Refusal` unless its shapes and its tokenizer are this run's.
@@ -51,20 +52,23 @@ def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Path) -> Ini
     if is_model_folder(path):
         folder = open_model_folder(path)
         found = InitialWeights(path, folder.weights_sha256, folder.tensors, partial(verify_model_folder, folder))
-        there, held = folder.model, folder.path / TOKENIZER_FILE
+        there, held = folder.model, folder.tokenizer
     elif path.is_dir():
         checkpoint = resolve_checkpoint(path)
         manifest = read_manifest(checkpoint)
         tensors = lambda: whole_tensors(checkpoint, manifest.zero_stage)  # noqa: E731
         found = InitialWeights(checkpoint, manifest_sha256(checkpoint), tensors, partial(_verify, checkpoint))
-        there, held = LlamaConfig(**manifest.model), checkpoint.parents[1] / TOKENIZER_FILE
+        there, made_with = LlamaConfig(**manifest.model), tokenizer_sha256_of(manifest.run)
+        held = held_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, made_with, "this run")
     else:
         raise Refusal(f"--init-from {path}: is no folder; expected what import wrote, a run or a checkpoint")
     for key, value in vars(model).items():
         if key not in _POSITIONS and getattr(there, key) != value:
             raise Refusal(f"{found.path}: its model has {key} {getattr(there, key)}; the recipe's has {value}")
-    if Tokenizer(held).sha256 != Tokenizer(tokenizer).sha256:
-        raise Refusal(f"{held}: is the tokenizer of the weights, and not {tokenizer}; prepare the data with it")
+    if held.sha256 != tokenizer.sha256:
+        raise Refusal(
+            f"{held.path}: is the tokenizer of the weights, and not {tokenizer.path}; prepare the data with it"
+        )
     return found
 
 

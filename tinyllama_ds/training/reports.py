@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.evaluation.harness import EvaluationFailed
 from tinyllama_ds.evaluation.samples import continue_greedily
@@ -164,7 +163,7 @@ def report_samples(
     continued = continue_prompts(engine, run, world, samples.new_tokens)
     if metrics is None:
         return
-    decode = Tokenizer(run.tokenizer).decode
+    decode = run.tokenizer.decode
     texts = [(prompt, decode(ids)) for prompt, ids in zip(samples.prompts, continued, strict=True)]
     metrics.log_samples(progress.step, progress.tokens, texts)
 

@@ -16,7 +16,7 @@ from tinyllama_ds import __version__
 from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import ORDER_VERSION, MixtureStage, SampleOrder
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, held_tokenizer
 from tinyllama_ds.deepspeed_config import (
     computes_in_16_bit,
     load_deepspeed_config,
@@ -33,7 +33,7 @@ from tinyllama_ds.recipe import Recipe, load_recipe
 from tinyllama_ds.training.branch import Parent, find_parent, inherited_ledger, recorded_parent
 from tinyllama_ds.training.initial_weights import InitialWeights, open_initial_weights
 from tinyllama_ds.training.ledger import Entry, left_out, read_ledger
-from tinyllama_ds.training.run_file import RUN_FILE, read_run_file
+from tinyllama_ds.training.run_file import RUN_FILE, read_run_file, tokenizer_sha256_of
 from tinyllama_ds.training.schedule import Schedule, make_schedule
 from tinyllama_ds.training.scoring import load_tasks
 
@@ -77,7 +77,7 @@ class Run:
     order: SampleOrder
     reader: SampleReader
     validation: list[ValidationSet]
-    tokenizer: Path
+    tokenizer: Tokenizer
     prompts: list[list[int]]  # to sample from, as ids
     tasks: dict[str, Any] | None  # of lm-eval, to be scored on along the way
     run_dir: Path
@@ -103,8 +103,7 @@ def resolve_run(
     """
     recipe = load_recipe(options.recipe)
     raw = load_deepspeed_config(options.deepspeed_config)
-    model = model_config(recipe.model)
-    _refuse_positions_beyond(recipe, model)
+    model = _model_of(recipe)
     plan = RunPlan(recipe)
     micro_batch = micro_batch_of(plan, requested_micro_batch(raw), world_size)
     resolved = resolve_deepspeed_config(
@@ -127,7 +126,8 @@ def resolve_run(
         "attention": attention.backend,
         "data": _fingerprints(streams, validation),
     }
-    parent, init_from = _beginning_of(options, model, description)
+    tokenizer = _tokenizer_of(options.data, description)
+    parent, init_from = _beginning_of(options, model, tokenizer, description)
     order = _order_of(recipe, plan, streams, _ledger_of(options.run_dir, parent))
     return Run(
         recipe=recipe,
@@ -144,8 +144,8 @@ def resolve_run(
         order=order,
         reader=SampleReader(streams, order, recipe.sequence_length, model.vocab_size),
         validation=validation,
-        tokenizer=options.data / TOKENIZER_FILE,
-        prompts=_encode_prompts(recipe, options.data / TOKENIZER_FILE),
+        tokenizer=tokenizer,
+        prompts=_encode_prompts(recipe, tokenizer),
         tasks=load_tasks(recipe, model),
         run_dir=options.run_dir,
         resume=options.resume,
@@ -166,7 +166,7 @@ def _order_of(recipe: Recipe, plan: RunPlan, streams: dict[str, TokenStream], le
 
 
 def _beginning_of(
-    options: Options, model: LlamaConfig, description: dict
+    options: Options, model: LlamaConfig, tokenizer: Tokenizer, description: dict
 ) -> tuple[Parent | None, InitialWeights | None]:
     """Where the weights come from, added to the description: another run's state, stored weights, or neither."""
     if options.branch_from is not None and options.init_from is not None:
@@ -176,7 +176,7 @@ def _beginning_of(
         description["parent"] = asdict(parent)
     if options.init_from is None:
         return parent, None
-    weights = open_initial_weights(options.init_from, model, options.data / TOKENIZER_FILE)
+    weights = open_initial_weights(options.init_from, model, tokenizer)
     description["init_from"] = weights.to_dict()
     return parent, weights
 
@@ -198,12 +198,14 @@ def _ledger_of(run_dir: Path, parent: Parent | None) -> list[Entry]:
     return read_ledger(run_dir)
 
 
-def _refuse_positions_beyond(recipe: Recipe, model: LlamaConfig) -> None:
+def _model_of(recipe: Recipe) -> LlamaConfig:
+    model = model_config(recipe.model)
     if recipe.sequence_length > model.max_position_embeddings:
         raise Refusal(
             f"recipe {recipe.name!r}: sequence_length {recipe.sequence_length} is beyond the"
             f" {model.max_position_embeddings} positions of model {recipe.model!r}"
         )
+    return model
 
 
 def _refuse_conversations_without_mask(recipe: Recipe, streams: dict[str, TokenStream]) -> None:
@@ -215,11 +217,8 @@ def _refuse_conversations_without_mask(recipe: Recipe, streams: dict[str, TokenS
             )
 
 
-def _encode_prompts(recipe: Recipe, tokenizer: Path) -> list[list[int]]:
-    if not recipe.samples.prompts:
-        return []
-    encode = Tokenizer(tokenizer).encode
-    prompts = [encode(prompt) for prompt in recipe.samples.prompts]
+def _encode_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[list[int]]:
+    prompts = [tokenizer.encode(prompt) for prompt in recipe.samples.prompts]
     for text, ids in zip(recipe.samples.prompts, prompts, strict=True):
         if len(ids) + recipe.samples.new_tokens > recipe.sequence_length:
             raise Refusal(
@@ -282,6 +281,10 @@ def _open_data(data: Path, recipe: Recipe, model: LlamaConfig) -> tuple[dict[str
         ValidationSet(name, stream, recipe.sequence_length, recipe.validation_samples, recipe.document_mask)
         for name, stream in validation.items()
     ]
+
+
+def _tokenizer_of(data: Path, description: dict) -> Tokenizer:
+    return held_tokenizer(data / TOKENIZER_FILE, tokenizer_sha256_of(description), "the tokens beside it")
 
 
 def _fingerprint(stream: TokenStream) -> dict:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.files import write_durably
 from tinyllama_ds.training.branch import inherited_ledger
 from tinyllama_ds.training.changes import Change, changes_between, identity_of, refuse_changes
 from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints
@@ -77,7 +77,7 @@ def open_run_directory(run: Run, step: int = 0) -> list[Change]:
     Returns what has changed since the run last started; run.json's history keeps it, with the step to go on from.
     """
     run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
-    shutil.copyfile(run.tokenizer, run.run_dir / TOKENIZER_FILE)
+    write_durably(run.run_dir / TOKENIZER_FILE, run.tokenizer.content)
     held = read_run_file(run.run_dir)
     if held is None:
         if run.parent is not None:

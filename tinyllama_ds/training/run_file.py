@@ -42,6 +42,11 @@ def read_run_file(run_dir: Path) -> Held | None:
     )
 
 
+def tokenizer_sha256_of(description: dict) -> str:
+    """Of a run's tokenizer, by what run.json or the manifest of a checkpoint says of the run."""
+    return next(iter(description["data"]["train"].values()))["tokenizer_sha256"]
+
+
 def write_run_file(run_dir: Path, held: Held) -> None:
     """It is on the disk when this returns. Called by one rank."""
     write_object(run_dir / RUN_FILE, held.description | {_HISTORY: held.history})

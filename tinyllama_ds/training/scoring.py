@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from tinyllama_ds.convert import hf_model, hf_tokenizer
-from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.evaluation.harness import Ranks, evaluate, language_model, refuse_long_generations
 from tinyllama_ds.evaluation.scores import Score, outermost, read_scores
@@ -108,7 +107,7 @@ def score_one_prompt(engine: "DeepSpeedEngine", run: "Run", world: World) -> Non
 def _whole_model(engine: "DeepSpeedEngine", run: "Run") -> Any:
     """lm-eval's model around the weights as they are, on this rank's device. Collective."""
     model = hf_model(whole_weights(engine), run.model)
-    tokenizer = hf_tokenizer(Tokenizer(run.tokenizer), run.model.max_position_embeddings)
+    tokenizer = hf_tokenizer(run.tokenizer, run.model.max_position_embeddings)
     return language_model(model, tokenizer, run.recipe.evaluation.batch_size)
 
 
