@@ -16,8 +16,9 @@ from tinyllama_ds.recipe import Evaluation, Samples
 from tinyllama_ds.training.checkpoint import Health, Progress
 from tinyllama_ds.training.ledger import ROLLED_BACK, Entry, record
 from tinyllama_ds.training.pretrain import tell_changes
-from tinyllama_ds.training.run import RUN_FILE, Options, Run, resolve_run
+from tinyllama_ds.training.run import Options, Run, resolve_run
 from tinyllama_ds.training.run_directory import check_run_directory, open_run_directory, refuse_another_past
+from tinyllama_ds.training.run_layout import RUN_FILE
 
 
 @pytest.fixture

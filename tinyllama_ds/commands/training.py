@@ -174,8 +174,7 @@ def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int
     """`begun` are the steps and tokens that a run without a checkpoint of its own has behind it."""
     from tinyllama_ds.launch.supervisor import Watch
     from tinyllama_ds.training.checkpoint import newest_progress
-    from tinyllama_ds.training.run_directory import STATUS_FILE
-    from tinyllama_ds.training.stop import STOP_FILE
+    from tinyllama_ds.training.run_layout import STATUS_FILE, STOP_FILE
 
     return Watch(
         status_file=options.run_dir / STATUS_FILE,

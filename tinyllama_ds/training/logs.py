@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LOGS = "logs"
+from tinyllama_ds.training.run_layout import LOGS
 
 
 def log_to(run_dir: Path, rank: int) -> bool:

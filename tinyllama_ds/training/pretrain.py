@@ -31,8 +31,6 @@ from tinyllama_ds.model.probe import Probe
 from tinyllama_ds.training.branch import verify_parent
 from tinyllama_ds.training.changes import Change
 from tinyllama_ds.training.checkpoint import (
-    CHECKPOINTS,
-    QUARANTINE,
     Health,
     Progress,
     choose_checkpoint,
@@ -56,7 +54,6 @@ from tinyllama_ds.training.guard import Guard, Rollback
 from tinyllama_ds.training.heartbeat import FIRST_STEP, STARTING, Heartbeat
 from tinyllama_ds.training.initial_weights import InitialWeights, fill_masters, fill_model
 from tinyllama_ds.training.ledger import (
-    LEDGER_FILE,
     ROLLED_BACK,
     Entry,
     forget_skips_after,
@@ -72,11 +69,11 @@ from tinyllama_ds.training.reports import report_save
 from tinyllama_ds.training.retention import sweep_leftovers
 from tinyllama_ds.training.run import Options, Run, resolve_run
 from tinyllama_ds.training.run_directory import (
-    STATUS_FILE,
     check_run_directory,
     open_run_directory,
     refuse_another_past,
 )
+from tinyllama_ds.training.run_layout import CHECKPOINTS, LEDGER_FILE, QUARANTINE, STATUS_FILE
 from tinyllama_ds.training.saving import Saver
 from tinyllama_ds.training.sinks import warn
 from tinyllama_ds.training.starts import record_start

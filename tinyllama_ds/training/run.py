@@ -33,7 +33,8 @@ from tinyllama_ds.recipe import Recipe, load_recipe
 from tinyllama_ds.training.branch import Parent, find_parent, inherited_ledger, recorded_parent
 from tinyllama_ds.training.initial_weights import InitialWeights, open_initial_weights
 from tinyllama_ds.training.ledger import Entry, left_out, read_ledger
-from tinyllama_ds.training.run_file import RUN_FILE, read_run_file
+from tinyllama_ds.training.run_file import read_run_file
+from tinyllama_ds.training.run_layout import RUN_FILE, refuse_unusable_directory
 from tinyllama_ds.training.schedule import Schedule, make_schedule
 from tinyllama_ds.training.scoring import load_tasks
 
@@ -97,10 +98,8 @@ class Run:
 def resolve_run(
     options: Options, world_size: int, device_type: str, bf16: bool, capability: tuple[int, int] | None = None
 ) -> Run:
-    """Check and derive everything, attention on GPUs if their compute capability is known.
-
-    Raises `Refusal`, and leaves everything as it was.
-    """
+    """Check and derive everything, attention on GPUs if their compute capability is known. Raises `Refusal`."""
+    refuse_unusable_directory(options.run_dir)
     recipe = load_recipe(options.recipe)
     raw = load_deepspeed_config(options.deepspeed_config)
     model = model_config(recipe.model)
@@ -299,7 +298,7 @@ def _fingerprint(stream: TokenStream) -> dict:
 
 def learned_to_chat(description: dict) -> bool:
     """Whether a run was trained on conversations, given what its run.json or a checkpoint's manifest says of it."""
-    return any(_MASKS in source for source in description["data"]["train"].values())
+    return any(_MASKS in source for source in description.get("data", {}).get("train", {}).values())
 
 
 def _without_engine_noise(engine_config: dict) -> dict:
