@@ -41,8 +41,8 @@ def read_run_file(run_dir: Path) -> Held | None:
         with suppress(Refusal):
             return Held(read_manifest(checkpoint).run, [], checkpoint)
     raise Refusal(
-        f"{path}: is damaged, expected one JSON object, and there is no checkpoint to restore it from; restore the file,"
-        " or choose another --run-dir to begin again at step 0"
+        f"{path}: is damaged, expected one JSON object, and there is no checkpoint to restore it from; restore the"
+        " file, or choose another --run-dir to begin again at step 0"
     )
 
 
