@@ -151,7 +151,7 @@ def _pretrain(options: argparse.Namespace) -> int:
     )
     watch = _watch(options, placement, begun=(parent.step, parent.tokens) if parent else (0, 0))
     if placement.node_rank:  # the first host's supervisor holds the run, and the line to all ranks
-        line = {heartbeat.LIFELINE_VARIABLE: lifeline_to_first(placement, options.run_dir)}
+        line = {heartbeat.LIFELINE_VARIABLE: lifeline_to_first(placement)}
         return supervise(lambda own, directory: fleet.start(own | line, directory), watch, None, ranks).code
     with hold_run(options.run_dir) as lock:
         supervised = supervise(fleet.start, watch, lock, ranks)

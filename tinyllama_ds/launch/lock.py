@@ -132,7 +132,7 @@ def _create(path: Path, content: bytes) -> bool:
 
 
 def _create_in_place(path: Path, content: bytes) -> bool:
-    """The same where somebody may see it before its content is there: what is not whole yet is watched, not believed."""
+    """The same where somebody may see it before its content is there: what is not whole yet is not believed."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:

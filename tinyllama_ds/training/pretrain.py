@@ -94,9 +94,9 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
     try:
         world = read_world()
     except Refusal as refusal:
-        return refuse_before_start(refusal)
+        return refuse_before_start(refusal, options.run_dir)
     began = time.perf_counter()
-    heartbeat = Heartbeat(world.rank)
+    heartbeat = Heartbeat(world.rank, options.run_dir)
     try:
         code = _pretrain(options, world, heartbeat, began, estimate_memory)
     except OutOfMemory as refusal:
@@ -125,11 +125,11 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
     return code
 
 
-def refuse_before_start(refusal: Refusal) -> int:
+def refuse_before_start(refusal: Refusal, run_dir: Path) -> int:
     """Of a rank that has no `World` yet: its host's first rank speaks, and the launcher ends the others."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         wait_for_the_end(TURN_SECONDS)
-    Heartbeat(int(os.environ.get("RANK", "0"))).farewell(EXIT_REFUSED)
+    Heartbeat(int(os.environ.get("RANK", "0")), run_dir).farewell(EXIT_REFUSED)
     say(str(refusal))
     return EXIT_REFUSED
 
