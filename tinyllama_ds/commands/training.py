@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -155,7 +156,8 @@ def _pretrain(options: argparse.Namespace) -> int:
         return supervise(lambda own, directory: fleet.start(own | line, directory), watch, None, ranks).code
     with hold_run(options.run_dir) as lock:
         supervised = supervise(fleet.start, watch, lock, ranks)
-    _say_goodput(options.run_dir, supervised)
+    with suppress(OSError):  # a console that is gone, or a file that cannot be read, changes no run's end
+        _say_goodput(options.run_dir, supervised)
     return supervised.code
 
 
@@ -218,7 +220,7 @@ def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
 
     if not supervised.tokens:
         return
-    rates = (row.get("Speed/TokensPerSecond", 0.0) for row in read_metrics(run_dir))
+    rates = [row["Speed/TokensPerSecond"] for row in read_metrics(run_dir) if row.get("Speed/TokensPerSecond", 0) > 0]
     peak = max(rates, default=0.0)
     committed = f"{supervised.tokens:,} tokens committed in {supervised.seconds:,.0f} s"
     if not peak:

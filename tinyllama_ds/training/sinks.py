@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -47,8 +48,11 @@ class Rows:
             warn(path, error)
 
     def write(self, row: dict) -> None:
-        """Append a row."""
-        self._pending += json.dumps(row).encode() + b"\n"
+        """Append a row; a figure that is not finite is null, because JSON has no other word for it."""
+        finite = {
+            key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()
+        }
+        self._pending += json.dumps(finite, allow_nan=False).encode() + b"\n"
         try:
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
