@@ -28,7 +28,7 @@ from tinyllama_ds.training.run import Options, resolve_run
 from tinyllama_ds.training.run_directory import check_run_directory
 from tinyllama_ds.training.starts import append_line
 
-STEPS, HALF = 4, 2
+STEPS, HALF = 8, 4
 MANIFEST = f"checkpoints/step_{STEPS:08d}/manifest.json"
 AUXILIARY = ("status.json", "starts.jsonl", "metrics.jsonl", "samples.jsonl", "tasks.jsonl", "scores/suite.json")
 FILES = (*AUXILIARY, "run.json", "ledger.jsonl", "lock.json", "tokenizer.model", "stop", MANIFEST)
@@ -59,9 +59,8 @@ def spoil_values(value: object) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         spoilt = []
         with suppress(ValueError):
-            for line in (
-                path.read_text(errors="replace").splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-            ):
+            text = path.read_text()
+            for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
                 spoilt += [json.dumps(row) for row in variants(json.loads(line), value)]
         put("\n".join([*spoilt, ""]).encode() if path.suffix == ".jsonl" else "".join(spoilt[:1]).encode())(path)
 
@@ -76,9 +75,9 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "missing": Path.unlink, "empty": put(b""), "cut short": cut_short, "zeros": put(bytes(500)),
     "not UTF-8": put(b'{"step": "\xff"}\n'), "a folder": put_folder, "nested": put(b"[" * 100_000),
     "a link to nothing": lambda path: (path.unlink(), path.symlink_to("nowhere"))[0],
-    **{f"is {text}": put(text.encode() + b"\n") for text in ("[]", "{}", "null", "7", '"x"', "NaN", "9" * 5000)},
+    **{f"is {text}": put(text.encode() + b"\n") for text in ("[]", "{}", "null", "7", '"x"', "NaN", "9" * 50)},
     **{f"values {text}": spoil_values(json.loads(text)) for text in
-       ("null", "[]", "{}", '"x"', "-5", "true", "1.5", "NaN", "1e300", "1" * 400, '[{"x": []}]', '{"x": [1]}')},
+       ("null", "[]", "{}", '"x"', "-5", "true", "1.5", "NaN", "1e300", "1" * 40, '[{"x": []}]', '{"x": [1]}')},
 }  # fmt: skip
 
 
@@ -92,8 +91,13 @@ def whole(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
     finished = pretrain(recipe, config, data_dir, run_dir, 1)
     assert finished.returncode == 0, finished.stderr
     score = {"task": "piqa", "metric": "acc", "value": 0.5, "stderr": 0.1}
-    suite = {"tokens": 512, "scores": [score], "percent": [{"benchmark": "PIQA", "value": 50.0, "stderr": 1.0}],
-             "average": {"value": 50.0}, "published": [{"model": "x", "scores": [50.0], "average": 50.0, "tokens": 9}]}  # fmt: skip
+    suite = {
+        "tokens": 512,
+        "scores": [score],
+        "percent": [{"benchmark": "PIQA", "value": 50.0, "stderr": 1.0}],
+        "average": {"value": 50.0},
+        "published": [{"model": "x", "scores": [50.0], "average": 50.0, "tokens": 9}],
+    }
     (run_dir / "scores").mkdir()
     (run_dir / "scores" / "suite.json").write_text(json.dumps(suite))
     append_line(run_dir / "tasks.jsonl", {"step": 2, "tokens": 512} | score)
@@ -114,6 +118,10 @@ def start(options: Options) -> object:
     return check_run_directory(resolve_run(options, 1, "cpu", bf16=False))
 
 
+def beside(options: Options) -> Options:
+    return replace(options, run_dir=options.run_dir.with_name("new"))
+
+
 def purge(options: Options) -> None:
     sweep_leftovers(options.run_dir)
     remove_old_checkpoints(options.run_dir, Retention(2, 10**9))
@@ -127,8 +135,8 @@ def show(options: Options) -> None:
 
 READERS: dict[str, Callable[[Options], object]] = {
     "start": start,
-    "branch": lambda options: start(replace(options, run_dir=options.run_dir.with_name("new"), branch_from=options.run_dir)),
-    "init": lambda options: start(replace(options, run_dir=options.run_dir.with_name("new"), init_from=options.run_dir)),
+    "branch": lambda options: start(replace(beside(options), branch_from=options.run_dir)),
+    "init": lambda options: start(replace(beside(options), init_from=options.run_dir)),
     "open the model": lambda options: open_stored(options.run_dir),
     "show": show,
     "audit": lambda options: read_ledger(options.run_dir),
@@ -143,13 +151,19 @@ def test_no_reader_ends_in_a_traceback(reader: str, damage: str, whole: Options,
     for name in FILES:
         options = copy_of(whole, tmp_path / name.replace("/", "_") / "run")
         DAMAGES[damage](options.run_dir / name)
-        try:
-            READERS[reader](options)
-        except Refusal as refusal:
-            assert "\n" not in str(refusal)
-            assert name not in AUXILIARY or reader == "start" and damage == "a folder" or name == "metrics.jsonl", (
-                refusal
-            )
+        refusal = refused(READERS[reader], options)
+        assert "\n" not in refusal
+        is_needed = name not in AUXILIARY or (name == "metrics.jsonl" and reader == "show")
+        assert not refusal or is_needed or (name == "status.json" and damage == "a folder"), name
+
+
+def refused(reader: Callable[[Options], object], options: Options) -> str:
+    """Why it was refused, if it was."""
+    try:
+        reader(options)
+    except Refusal as refusal:
+        return str(refusal)
+    return ""
 
 
 @pytest.mark.parametrize("damage", ["empty", "zeros", "a folder", "values {}", "values NaN", "values 1e300"])
@@ -216,19 +230,16 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_begin_again(lost: str, who
         start(options)
     (options.run_dir / "metrics.jsonl").unlink()
     (options.run_dir / "run.json").unlink()
-    with pytest.raises(
-        Refusal, match=r"but no run\.json, so what made them is unknown; restore .*run\.json, or choose"
-    ):
+    with pytest.raises(Refusal, match=r"but no run\.json, so what made them is unknown; restore .*run\.json, or"):
         start(options)
 
 
-@pytest.mark.parametrize(
-    "name", ["v[1]", "a*b?c", "with blanks", 'it\'s "quoted"', "日本語-ü", "two\nlines", "$HOME;x&y"]
-)
+@pytest.mark.parametrize("name", ["v[1]", "a*b?c with blanks", 'it\'s "quoted" 日本語-ü', "two\nlines $HOME;x&y"])
 def test_a_run_lives_in_any_path(name: str, whole: Options, tmp_path: Path) -> None:
     """Characters that glob, a shell or a line would take for something else."""
     options = copy_of(whole, tmp_path / name / "run")
-    (options.run_dir / "ledger.jsonl").unlink()
+    for wish in ("ledger.jsonl", "stop"):
+        (options.run_dir / wish).unlink()
     shutil.rmtree(find_checkpoints(options.run_dir)[-1])
     config = options.deepspeed_config
     if name == "v[1]":  # another layout takes the way over whole tensors

@@ -49,10 +49,8 @@ class Rows:
 
     def write(self, row: dict) -> None:
         """Append a row; a figure that is not finite is null, because JSON has no other word for it."""
-        finite = {
-            key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()
-        }
-        self._pending += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        bad = [key for key, value in row.items() if isinstance(value, float) and not isfinite(value)]
+        self._pending += json.dumps(row | dict.fromkeys(bad), allow_nan=False).encode() + b"\n"
         try:
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
