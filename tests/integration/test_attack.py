@@ -33,7 +33,7 @@ def test_what_others_can_see_ends_no_run(data_dir: Path, hosts: list[Host], tmp_
     hostfile.write_text("".join(f"{host.name} slots=1\n" for host in hosts))
     files = ("--recipe", recipe, "--deepspeed-config", config, "--data", data_dir, "--run-dir", run_dir)
     command = (sys.executable, "-m", "tinyllama_ds.cli", "pretrain", *files, "--hostfile", hostfile)
-    bystander = hosts[1].start("setsid", "--wait", "sh", "-c", "echo $$; exec sleep 86400")
+    bystander = hosts[1].start("setsid", "--wait", "sh", "-c", "echo $$; exec sleep 3600")
     assert bystander.stdout is not None
     group = bystander.stdout.readline().strip()
     run = hosts[0].start(*command, **{FAULT_VARIABLE: "step.begin:1:2:pause"})
