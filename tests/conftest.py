@@ -17,7 +17,7 @@ VOCABULARY = """the a small llama model token shard reads writes learns step los
 layer attention head query key value rope cosine sine floor peak data order seed epoch sample document source code"""
 
 
-pytest_plugins = ("tiers", "skips")
+pytest_plugins = ("tiers", "skips", "mutating")
 
 
 @pytest.fixture(scope="session", autouse=True)
