@@ -1,5 +1,6 @@
 """What every rank does, from its environment to its exit code."""
 
+import errno
 import json
 import os
 import socket
@@ -57,8 +58,6 @@ from tinyllama_ds.training.ledger import (
     ROLLED_BACK,
     Entry,
     forget_skips_after,
-    left_out,
-    read_ledger,
     record,
 )
 from tinyllama_ds.training.logs import log_to
@@ -111,10 +110,13 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
     except BadNumbers as bad:
         say_once(world, f"{bad}; nothing was saved since")
         code = EXIT_NUMERICS
-    except torch.OutOfMemoryError:
-        say_out_of_memory(options, world, heartbeat.phase)
-        code = EXIT_REFUSED
+    except KeyboardInterrupt:  # before the run heeds signals: nothing is lost
+        code = EXIT_RESTART
     except BaseException as error:
+        if is_out_of_memory(error):
+            say_out_of_memory(options, world, heartbeat.phase)
+            heartbeat.farewell(EXIT_REFUSED)
+            return EXIT_REFUSED
         heartbeat.fail(error)
         # Where another rank's end is the cause, the launcher has seen that one and ends this one now, unheard.
         wait_for_the_end(_CAUSE_SECONDS)
@@ -132,6 +134,14 @@ def refuse_before_start(refusal: Refusal, run_dir: Path) -> int:
     Heartbeat(int(os.environ.get("RANK", "0")), run_dir).farewell(EXIT_REFUSED)
     say(str(refusal))
     return EXIT_REFUSED
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU, PyTorch's allocator of host memory, Python or the kernel had no memory left."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_of_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return is_of_host or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def say_out_of_memory(options: Options, world: World, phase: str) -> None:
@@ -176,7 +186,8 @@ def _pretrain(
     if world.is_main:
         tell_changes(open_run_directory(run, start.step), run.allow_change)
         forget_skips_after(run.run_dir, start.step)
-    guard = Guard(run.recipe.guard, health.guard, rollbacks=len(left_out(read_ledger(run.run_dir))))
+    # Of the ledger that all ranks have agreed on: a branch's own is written by rank 0 in this moment.
+    guard = Guard(run.recipe.guard, health.guard, run.rollbacks)
     hosts = gather_from_ranks(socket.gethostname())
     metrics = None
     if world.is_main:
@@ -251,7 +262,7 @@ def roll_back(run: Run, world: World, rollback: Rollback) -> int:
     if world.is_main:
         first, last = rollback.samples[0], rollback.samples[-1]
         record(run.run_dir, Entry(ROLLED_BACK, rollback.step, first, last, rollback.reason))
-        write_object(run.run_dir / STATUS_FILE, {"state": ROLLED_BACK, "step": rollback.step})
+        write_status(run.run_dir, ROLLED_BACK, Progress(rollback.step, 0, 0))
         print(f"tinyllama-ds: rolled back at {rollback}", file=sys.stderr, flush=True)
     gather_from_ranks(None)  # no rank leaves before it is written: its exit code would end rank 0
     torch.distributed.destroy_process_group()
@@ -261,7 +272,8 @@ def roll_back(run: Run, world: World, rollback: Rollback) -> int:
 def agree_on_checkpoint(run: Run, world: World) -> Path | None:
     """The newest checkpoint that verifies, else the parent's, found by rank 0; None for a fresh start. Collective."""
     name = find_on_main(partial(_choose, run), world)
-    ledgers = gather_from_ranks([run.description.get("parent"), [[gap.start, gap.stop] for gap in run.order.left_out]])
+    gaps = [[gap.start, gap.stop] for gap in run.order.left_out]
+    ledgers = gather_from_ranks([run.description.get("parent"), run.rollbacks, gaps])
     if any(ledger != ledgers[0] for ledger in ledgers):
         raise OSError(f"{run.run_dir / LEDGER_FILE}: the ranks read different ledgers; expected storage that all share")
     if name:
@@ -326,6 +338,8 @@ def _open_metrics(
         metrics.say(f"resumed at step {start.step:,} ({start.tokens:,} tokens)")
     elif run.init_from is not None:
         metrics.say(f"started from {run.init_from.path} (SHA-256 {run.init_from.sha256[:16]})")
+    if metrics.reached > start.step and start.step == (run.parent.step if run.parent else 0):
+        metrics.say(f"no checkpoint was saved: steps {start.step + 1:,} to {metrics.reached:,} are done again")
     write_status(run.run_dir, "running", start)
     for gap in run.order.left_out:
         metrics.say(f"samples {gap[0]} to {gap[-1]} are left out ({LEDGER_FILE})")

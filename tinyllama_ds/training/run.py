@@ -76,6 +76,7 @@ class Run:
     micro_batch: int
     schedule: Schedule
     order: SampleOrder
+    rollbacks: int  # so far
     reader: SampleReader
     validation: list[ValidationSet]
     tokenizer: Path
@@ -121,13 +122,14 @@ def resolve_run(
     attention = _resolve_attention(options, recipe, Device(device_type, capability), computes_in_16_bit(resolved))
     streams, validation = _open_data(options.data, recipe, model)
     description = _settings(options, recipe, plan, model, world_size) | {
-        "deepspeed_config": resolved,
+        "deepspeed_config": _without_secrets(resolved),
         "micro_batch": micro_batch,
         "attention": attention.backend,
         "data": _fingerprints(streams, validation),
     }
     parent, init_from = _beginning_of(options, model, description)
-    order = _order_of(recipe, plan, streams, _ledger_of(options.run_dir, parent))
+    gaps = left_out(_ledger_of(options.run_dir, parent))
+    order = _order_of(recipe, plan, streams, gaps)
     return Run(
         recipe=recipe,
         plan=plan,
@@ -141,6 +143,7 @@ def resolve_run(
         micro_batch=micro_batch,
         schedule=make_schedule(raw, options.deepspeed_config, plan),
         order=order,
+        rollbacks=len(gaps),
         reader=SampleReader(streams, order, recipe.sequence_length, model.vocab_size),
         validation=validation,
         tokenizer=options.data / TOKENIZER_FILE,
@@ -155,12 +158,12 @@ def resolve_run(
     )
 
 
-def _order_of(recipe: Recipe, plan: RunPlan, streams: dict[str, TokenStream], ledger: list[Entry]) -> SampleOrder:
+def _order_of(recipe: Recipe, plan: RunPlan, streams: dict[str, TokenStream], gaps: list[range]) -> SampleOrder:
     return SampleOrder(
         recipe.seed,
         {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
         [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
-        left_out(ledger),
+        gaps,
     )
 
 
@@ -299,6 +302,14 @@ def _fingerprint(stream: TokenStream) -> dict:
 def learned_to_chat(description: dict) -> bool:
     """Whether a run was trained on conversations, given what its run.json or a checkpoint's manifest says of it."""
     return any(_MASKS in source for source in description.get("data", {}).get("train", {}).values())
+
+
+def _without_secrets(config: dict) -> dict:
+    """run.json, TensorBoard and every report show the rest: `comet.api_key` opens somebody's account."""
+    return {
+        key: {name: value for name, value in section.items() if name != "api_key"} if key == "comet" else section
+        for key, section in config.items()
+    }
 
 
 def _without_engine_noise(engine_config: dict) -> dict:
