@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+SECRETS_FILE = "secrets.json"  # of a run directory: variables for ranks on other hosts, while a supervisor is at work
 Kinds = type | tuple[type, ...]
 _MOST = 2**53  # up to which every program that reads JSON keeps whole numbers as they are
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from hosts import Host, start_hosts, why_not
 from launching import TIMEOUT, read_series, read_series_so_far, wait_until, write_deepspeed_config, write_recipe
 from test_secrets import read_command_lines
 
+from tinyllama_ds.files import SECRETS_FILE, read_secret
 from tinyllama_ds.training.faults import FAULT_VARIABLE
 from tinyllama_ds.training.heartbeat import LIFELINE_VARIABLE
 
@@ -36,7 +38,9 @@ def test_what_others_can_see_ends_no_run(data_dir: Path, hosts: list[Host], tmp_
     bystander = hosts[1].start("setsid", "--wait", "sh", "-c", "echo $$; exec sleep 3600")
     assert bystander.stdout is not None
     group = bystander.stdout.readline().strip()
-    run = hosts[0].start(*command, **{FAULT_VARIABLE: "step.begin:1:2:pause"})
+    canary = f"canary-{secrets.token_hex(8)}"
+    variables = {FAULT_VARIABLE: "step.begin:1:2:pause", "WANDB_API_KEY": canary}
+    run = hosts[0].start(*command, "--forward-env", "WANDB_API_KEY", **variables)
     seen: set[bytes] = set()
 
     def has_two_steps() -> bool:
@@ -46,6 +50,8 @@ def test_what_others_can_see_ends_no_run(data_dir: Path, hosts: list[Host], tmp_
 
     wait_until(has_two_steps, "two steps")
     (line,) = {found for words in seen for found in re.findall(rf"{LIFELINE_VARIABLE}=([\d.:]+)".encode(), words)}
+    assert read_secret(run_dir / SECRETS_FILE) == json.dumps({"WANDB_API_KEY": canary}).encode(), "for the ranks"
+    assert [words for words in seen if canary.encode() in words] == []
     address, port, *_ = line.decode().split(":")
     known = [*seen, *(path.read_bytes() for path in run_dir.rglob("*") if others_can_read(path))]
     words = {word.decode() for text in known for word in _WORD.findall(text)}
@@ -61,6 +67,7 @@ def test_what_others_can_see_ends_no_run(data_dir: Path, hosts: list[Host], tmp_
     assert found["tried"] >= 100
     assert found["let in"] == 0
     assert bystander.poll() is None, "killed"
+    assert [path for path in run_dir.rglob("*") if path.is_file() and canary.encode() in path.read_bytes()] == []
     hosts[1].kill_processes()
     bystander.wait(TIMEOUT)
 

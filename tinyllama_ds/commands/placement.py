@@ -46,7 +46,7 @@ def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="hand this variable to the ranks, secret or not",
+        help="hand this variable to the ranks; a secret goes through a file that nobody else can read",
     )
 
 

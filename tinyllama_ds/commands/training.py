@@ -155,7 +155,10 @@ def _pretrain(options: argparse.Namespace) -> int:
         line = {heartbeat.LIFELINE_VARIABLE: lifeline_to_first(placement)}
         return supervise(lambda own, directory: fleet.start(own | line, directory), watch, None, ranks).code
     with hold_run(options.run_dir) as lock:
-        supervised = supervise(fleet.start, watch, lock, ranks)
+        try:
+            supervised = supervise(fleet.start, watch, lock, ranks)
+        finally:
+            fleet.forget_secrets()
     with suppress(OSError):  # a console that is gone, or a file that cannot be read, changes no run's end
         _say_goodput(options.run_dir, supervised)
     return supervised.code

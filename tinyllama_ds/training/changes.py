@@ -48,7 +48,9 @@ def identity_of(description: dict) -> dict:
         if isinstance(identity[key], dict):
             identity[key] = {name: value for name, value in identity[key].items() if name not in free}
     stages = description.get("recipe", {}).get("stages", [])
-    identity["sources"] = list(dict.fromkeys(name for stage in stages for name in stage["weights"]))  # a tie's order
+    identity["sources"] = list(
+        dict.fromkeys(name for stage in stages for name in stage.get("weights", {}))
+    )  # a tie's order
     return identity
 
 

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from tinyllama_ds.errors import (
     OutOfMemory,
     Refusal,
 )
-from tinyllama_ds.files import write_object
+from tinyllama_ds.files import SECRETS_FILE, parse_row, read_secret, write_object
 from tinyllama_ds.model.attention import capability_of
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, empty_model
 from tinyllama_ds.model.probe import Probe
@@ -52,7 +53,7 @@ from tinyllama_ds.training.engine import (
 )
 from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import Guard, Rollback
-from tinyllama_ds.training.heartbeat import FIRST_STEP, STARTING, Heartbeat
+from tinyllama_ds.training.heartbeat import FIRST_STEP, LIFELINE_VARIABLE, STARTING, Heartbeat
 from tinyllama_ds.training.initial_weights import InitialWeights, fill_masters, fill_model
 from tinyllama_ds.training.ledger import (
     ROLLED_BACK,
@@ -97,6 +98,7 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
     began = time.perf_counter()
     heartbeat = Heartbeat(world.rank, options.run_dir)
     try:
+        take_over_secrets(options.run_dir)
         code = _pretrain(options, world, heartbeat, began, estimate_memory)
     except OutOfMemory as refusal:
         say(str(refusal))  # the other ranks wait in a collective
@@ -125,6 +127,14 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
         os._exit(1)
     heartbeat.farewell(code)
     return code
+
+
+def take_over_secrets(run_dir: Path) -> None:
+    """Variables of a supervisor on another host that must not stand in a command line. Raises OSError."""
+    if LIFELINE_VARIABLE not in os.environ:
+        return
+    with suppress(FileNotFoundError):
+        os.environ |= parse_row(read_secret(run_dir / SECRETS_FILE)) or {}
 
 
 def refuse_before_start(refusal: Refusal, run_dir: Path) -> int:

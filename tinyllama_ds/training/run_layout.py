@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.files import SECRETS_FILE
 
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
@@ -15,7 +16,7 @@ STARTS_FILE = "starts.jsonl"
 LIFELINE_KEY_FILE = "lifeline.key"  # of ranks on other hosts and their supervisor
 CHECKPOINTS, QUARANTINE, LOGS = "checkpoints", "quarantine", "logs"
 _FOLDERS = (CHECKPOINTS, QUARANTINE, LOGS)
-_FILES = (RUN_FILE, STATUS_FILE, LEDGER_FILE, STOP_FILE, LIFELINE_KEY_FILE, TOKENIZER_FILE, "lock.json")
+_FILES = (RUN_FILE, STATUS_FILE, LEDGER_FILE, STOP_FILE, LIFELINE_KEY_FILE, SECRETS_FILE, TOKENIZER_FILE, "lock.json")
 
 
 def refuse_unusable_directory(run_dir: Path) -> None:
