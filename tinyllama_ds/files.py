@@ -3,15 +3,20 @@
 What has its name before its content is on the disk may be empty, cut short or full of zeros afterwards.
 """
 
+import glob
 import json
 import os
+import shutil
 import socket
+import stat
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+SECRETS_FILE = "secrets.json"  # of a run directory: variables for ranks on other hosts, while a supervisor is at work
 Kinds = type | tuple[type, ...]
+_MOST = 2**53  # up to which every program that reads JSON keeps whole numbers as they are
 
 
 def sync(path: Path) -> None:
@@ -42,6 +47,27 @@ def write_durably(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """The same with a file that this user alone can read. Raises OSError, also where the storage cannot keep it so."""
+    partial = temporary_name(path)
+    partial.unlink(missing_ok=True)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+    read_secret(path)
+
+
+def read_secret(path: Path) -> bytes:
+    """What such a file holds. Raises OSError, PermissionError where it is not this user's or others can read it."""
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+            raise PermissionError(f"{path}: expected a file that belongs to this user and that nobody else can read")
+        return file.read()
 
 
 def write_object(path: Path, content: dict) -> None:
@@ -82,11 +108,21 @@ def whole_rows(lines: Iterable[bytes], path: Path, **kinds: Kinds) -> Iterator[t
 
 
 def parse_row(line: bytes, **kinds: Kinds) -> dict | None:
-    """The object of a JSON line, with values of these kinds under these keys; None for any other line."""
+    """The object of a JSON line, with values of these kinds under these keys; None for any other line.
+
+    `int` alone is a count: a whole number from 0 on.
+    """
     row = _parse(line)
-    if row is not None and all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
+    if row is not None and all(_is(row.get(key), kind) for key, kind in kinds.items()):
         return row
     return None
+
+
+def _is(value: object, kind: Kinds) -> bool:
+    if isinstance(value, int):
+        is_in_range = 0 <= value < _MOST if kind is int else abs(value) < _MOST
+        return not isinstance(value, bool) and is_in_range and isinstance(value, kind)
+    return isinstance(value, kind)
 
 
 def _parse(text: bytes) -> dict | None:
@@ -95,6 +131,28 @@ def _parse(text: bytes) -> dict | None:
     except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def without_wildcards(folder: Path) -> Iterator[Path]:
+    """A path to a folder in which no character is a wildcard, for code that looks for its files with `glob`."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def _say_damaged(path: Path, numbers: list[int]) -> None:

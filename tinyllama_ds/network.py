@@ -1,5 +1,7 @@
 """Which way packets take from here, and where others may knock."""
 
+import hashlib
+import hmac
 import secrets
 import socket
 from ipaddress import ip_address
@@ -20,6 +22,16 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+
+
+def proof(key: bytes, *said: object) -> str:
+    """What shows somebody who has the same key that these words come from one who has it, without telling the key."""
+    return hmac.new(key, repr(said).encode(), hashlib.sha256).hexdigest()
+
+
+def is_proof(shown: object, key: bytes, *said: object) -> bool:
+    """Whether that is what was shown."""
+    return isinstance(shown, str) and hmac.compare_digest(shown.encode(), proof(key, *said).encode())
 
 
 def local_address_towards(host: str) -> str | None:

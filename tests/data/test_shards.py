@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from megatron import read_mmididx
 
+from tinyllama_ds.data import shards
 from tinyllama_ds.data.shards import IndexHeader, Manifest, ShardName, ShardWriter
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.errors import Refusal
@@ -161,13 +163,32 @@ def test_a_truncated_bin_is_refused(tmp_path: Path, length: int):
         TokenStream(prefix.parent)
 
 
-def test_a_bin_cut_while_it_is_read_is_an_error_with_a_place(tmp_path: Path):
+def test_a_bin_cut_while_it_is_read_is_an_error_with_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the storage, so that a run in its middle is started again, and not refused for good."""
+    waited: list[float] = []
+    monkeypatch.setattr(shards.time, "sleep", waited.append)
     prefix = write_shard(tmp_path, DOCUMENTS)
     stream = TokenStream(prefix.parent)
     path = prefix.with_suffix(".bin")
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(Refusal, match=r"shard_00000\.bin: cut short while it was read, at token 8"):
+    with pytest.raises(OSError, match=r"cut short while it was read, at token 8: '.*shard_00000\.bin'"):
         stream.read(8, 5)
+    assert waited == [1, 2, 4]
+
+
+def test_a_read_that_comes_short_for_a_while_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As storage over a network does it: a few bytes at a time, or none until the file is seen as it is."""
+    stream = TokenStream(write_shard(tmp_path, DOCUMENTS).parent)
+    expected = stream.read(8, 5)
+    pread, answers = os.pread, [b"", None]
+    monkeypatch.setattr(shards.time, "sleep", lambda _: None)
+
+    def short(descriptor: int, size: int, offset: int) -> bytes:
+        answer = answers.pop(0) if answers else None
+        return pread(descriptor, min(size, 3), offset) if answer is None else answer
+
+    monkeypatch.setattr(os, "pread", short)
+    assert stream.read(8, 5).tolist() == expected.tolist()
 
 
 def test_every_truncation_of_an_index_is_refused(tmp_path: Path):

@@ -6,7 +6,13 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from launching import pretrain_command, write_deepspeed_config, write_recipe
+
+from tinyllama_ds.files import SECRETS_FILE
+from tinyllama_ds.launch.environment import hand_on_secrets
+from tinyllama_ds.training.heartbeat import LIFELINE_VARIABLE
+from tinyllama_ds.training.pretrain import take_over_secrets
 
 NAMES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "NCCL_SECRET", "PYTHON_PASSWORD", "DATABASE_URL")
 
@@ -36,6 +42,20 @@ def test_secrets_in_the_environment_stay_there(data_dir: Path, tmp_path: Path) -
     assert any(name.endswith(".csv") for name in names)
     assert [path for path in written if canary.encode() in path.read_bytes()] == []
     assert_closed_to_others(tmp_path / "run")
+
+
+def test_ranks_of_a_supervisor_on_another_host_take_secrets_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_on_secrets(tmp_path / SECRETS_FILE, {"WANDB_API_KEY": "x"})
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    take_over_secrets(tmp_path)
+    assert "WANDB_API_KEY" not in os.environ
+    monkeypatch.setenv(LIFELINE_VARIABLE, "node1:1:30:120")
+    take_over_secrets(tmp_path)
+    assert os.environ["WANDB_API_KEY"] == "x"
+    hand_on_secrets(tmp_path / SECRETS_FILE, {})
+    take_over_secrets(tmp_path)
 
 
 def assert_closed_to_others(run_dir: Path) -> None:

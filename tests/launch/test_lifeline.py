@@ -8,20 +8,26 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from launching import TIMEOUT, wait_until
 
+from tinyllama_ds.errors import Refusal
+from tinyllama_ds.files import read_secret
 from tinyllama_ds.launch import lifeline as module
 from tinyllama_ds.launch.lifeline import Lifeline
+from tinyllama_ds.network import free_port, proof
 from tinyllama_ds.training.heartbeat import LIFELINE_VARIABLE
+from tinyllama_ds.training.run_layout import LIFELINE_KEY_FILE
 
 LIFE_SECONDS = 600  # of a rank and its child, where nobody ends them
 RANK = """
 import sys, time
+from pathlib import Path
 from tinyllama_ds.training.heartbeat import Heartbeat
-heartbeat = Heartbeat(3)
+heartbeat = Heartbeat(int(sys.argv[2]), Path(sys.argv[1]))
 heartbeat.beat(7, "training")
 {then}
 """
@@ -29,16 +35,23 @@ heartbeat.beat(7, "training")
 
 @pytest.fixture
 def line(tmp_path: Path) -> Iterator[Lifeline]:
-    lifeline = Lifeline(tmp_path, "127.0.0.1")
+    lifeline = open_line(tmp_path)
     yield lifeline
     lifeline.close()
 
 
-def start_rank(line: Lifeline, then: str = f"time.sleep({LIFE_SECONDS})") -> subprocess.Popen:
+def open_line(directory: Path, port: int = 0) -> Lifeline:
+    """With its key in a run directory beside."""
+    run_dir = directory.with_name(f"{directory.name}_run")
+    run_dir.mkdir(exist_ok=True)
+    return Lifeline(directory, "127.0.0.1", port, run_dir / LIFELINE_KEY_FILE)
+
+
+def start_rank(line: Lifeline, then: str = f"time.sleep({LIFE_SECONDS})", rank: int = 3) -> subprocess.Popen:
     """A rank with a process group of its own, and a child that stands for the launcher and the other ranks."""
     program = f"import subprocess; subprocess.Popen(['sleep', '{LIFE_SECONDS}'])\n" + RANK.format(then=then)
     return subprocess.Popen(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, str(line._key_file.parent), str(rank)],
         env=os.environ | {LIFELINE_VARIABLE: line.value},
         stdin=subprocess.PIPE,
         start_new_session=True,
@@ -100,9 +113,8 @@ def test_a_death_comes_before_the_errors_that_it_causes(line: Lifeline, tmp_path
     """Also where a sign of life of the dead one has not been read yet, and everything is found at one look."""
     victim = start_rank(line)
     look_until(line, tmp_path / "rank_3")
-    (tmp_path / "rank_3").unlink()
-    other = start_rank(line, "sys.stdin.read(); heartbeat.fail(OSError('connection closed by peer'))")
-    look_until(line, tmp_path / "rank_3")
+    other = start_rank(line, "sys.stdin.read(); heartbeat.fail(OSError('connection closed by peer'))", rank=4)
+    look_until(line, tmp_path / "rank_4")
     connections = [rank.connection for rank in line._ranks]
     wait_until(lambda: select.select(connections, [], [], 0)[0] == connections, "a sign of life of each")
     os.killpg(victim.pid, signal.SIGKILL)
@@ -133,7 +145,7 @@ def test_a_rank_ends_with_its_whole_host_when_the_supervisor_is_gone(
 
 def test_silence_ends_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SILENCE_SECONDS", 3)
-    line = Lifeline(tmp_path, "127.0.0.1")
+    line = open_line(tmp_path)
     process = start_rank(line)
     look_until(line, tmp_path / "rank_3")
     assert group_is_gone(process), "the supervisor has said nothing for 3 s"
@@ -158,7 +170,12 @@ def test_a_stopped_rank_is_silent(line: Lifeline, tmp_path: Path, monkeypatch: p
     [
         b"GET / HTTP/1.1\n",
         b"GET / HTTP/1.1\nHost: here\n\n",
-        b'{"token": "guess", "rank": 0, "host": "x"}\n',
+        b'{"rank": 0, "host": "x", "group": 77, "nonce": "", "proof": "guess"}\n',
+        b'{"rank": 0, "host": "x", "group": 77, "nonce": "", "proof": "\xc3\xa9"}\n',
+        b'{"rank": 0, "host": "x", "group": 77, "nonce": ""}\n{"farewell": 0}\n',
+        b'{"error": "end it"}\n',
+        b"[" * 100_000 + b"\n",
+        b" " * 5000,
         b"[]\n",
         b"1\n",
     ],
@@ -166,7 +183,8 @@ def test_a_stopped_rank_is_silent(line: Lifeline, tmp_path: Path, monkeypatch: p
 def test_strangers_are_hung_up_on(line: Lifeline, words: bytes, tmp_path: Path) -> None:
     _, port, *_ = line.value.split(":")
     with socket.create_connection(("127.0.0.1", int(port))) as stranger:
-        stranger.sendall(words)
+        with suppress(ConnectionError):
+            stranger.sendall(words)
         stranger.settimeout(0.1)
         wait_until(lambda: line.look() or is_hung_up(stranger), "the line is still open")
     assert line.look() is None
@@ -174,9 +192,155 @@ def test_strangers_are_hung_up_on(line: Lifeline, words: bytes, tmp_path: Path) 
 
 
 def is_hung_up(connection: socket.socket) -> bool:
+    """The nonce apart, with which every connection begins."""
     try:
-        return connection.recv(100) == b""
+        while connection.recv(100):
+            pass
     except TimeoutError:
         return False
     except ConnectionResetError:
         return True
+    return True
+
+
+class Insider:
+    """Somebody who has the key, and says what he likes."""
+
+    def __init__(self, line: Lifeline) -> None:
+        self.connection = socket.create_connection(("127.0.0.1", int(line.value.split(":")[1])))
+        self.connection.settimeout(0.1)
+        self._line = line
+
+    def greet(self, number: object = 3, group: object = 4000, side: str = "rank") -> bool:
+        """Whether he is let in."""
+        wait_until(lambda: self._line.look() or self._reads(), "no nonce")
+        theirs = self.nonce
+        greeting = {"rank": number, "host": "x", "group": group, "nonce": "n"}
+        greeting["proof"] = proof(self._line._key, side, theirs, number, "x", group, "n")
+        self.say(greeting)
+        there = len([rank for rank in self._line._ranks if rank.number is not None])
+        wait_until(lambda: self._line.look() or not [r for r in self._line._ranks if r.number is None], "no answer")
+        return len([rank for rank in self._line._ranks if rank.number is not None]) > there
+
+    def say(self, message: object) -> None:
+        self.connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def _reads(self) -> bool:
+        try:
+            self.nonce = json.loads(self.connection.recv(1000))["nonce"]
+        except TimeoutError:
+            return False
+        return True
+
+
+GROUPS = [0, 1, -1, -4000, 2**22, 2**70, True, 2.5, "4000", None, [4000]]
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=repr)
+def test_a_group_that_would_be_all_processes_is_not_believed(line: Lifeline, group: object) -> None:
+    """The supervisor kills the groups of ranks that do not end: -1 would be all processes of this user."""
+    assert not Insider(line).greet(group=group)
+    assert line.look() is None
+    assert line.close() == []
+
+
+@pytest.mark.parametrize("number", [-1, 2, 2**70, True, "0", 0.0, None], ids=repr)
+def test_a_rank_that_the_run_does_not_have_is_not_let_in(line: Lifeline, number: object) -> None:
+    line.expect(["node1", "node2"])
+    assert not Insider(line).greet(number)
+    assert Insider(line).greet(1)
+
+
+def test_a_rank_has_one_connection(line: Lifeline) -> None:
+    first = Insider(line)
+    assert first.greet(1)
+    assert not Insider(line).greet(1)
+    second = Insider(line)
+    assert second.greet(2)
+    first.say({"step": 7, "doing": "training"})
+    wait_until(lambda: line.look() or (line._directory / "rank_1").exists(), "the first one is heard no more")
+    assert line.look() is None
+    second.connection.close()
+
+
+@pytest.mark.parametrize("code", [1, -9, 255, "0", None, 1e400, [0]], ids=repr)
+def test_a_farewell_has_a_code_of_a_regular_end(line: Lifeline, code: object) -> None:
+    insider = Insider(line)
+    assert insider.greet()
+    insider.say({"farewell": code})
+    insider.say({"doing": 5, "step": []})
+    insider.say({"step": 1, "doing": "training"})
+    wait_until(lambda: line.look() or (line._directory / "rank_3").exists(), "it is heard no more")
+    assert line.code is None
+
+
+def test_a_proof_is_of_one_side_and_one_connection(line: Lifeline) -> None:
+    """What was heard on one cannot be said again on another, nor what the supervisor said by a rank."""
+    assert not Insider(line).greet(side="supervisor")
+    insider = Insider(line)
+    wait_until(lambda: line.look() or insider._reads(), "no nonce")
+    words = {"rank": 3, "host": "x", "group": 4000, "nonce": "n"}
+    words["proof"] = proof(line._key, "rank", insider.nonce, 3, "x", 4000, "n")
+    other = Insider(line)
+    other.say(words)
+    wait_until(lambda: line.look() or is_hung_up(other.connection), "it is let in with the words of another")
+
+
+def test_a_crowd_of_strangers_keeps_no_rank_out(line: Lifeline) -> None:
+    """Nor does it take all files that the supervisor may have open."""
+    port = int(line.value.split(":")[1])
+    crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(600)]
+    process = start_rank(line)
+    assert look_until(line, line._directory / "rank_3") is None
+    assert len(line._ranks) <= module._MOST_STRANGERS + 1
+    for stranger in crowd:
+        stranger.close()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_rank_does_not_take_somebody_else_for_its_supervisor(tmp_path: Path) -> None:
+    """Who listens in its place before it is there learns no key and ends no rank."""
+    port = free_port()
+    line = open_line(tmp_path)
+    line.value = module.lifeline_value("127.0.0.1", port)
+    heard = b""
+    with socket.create_server(("127.0.0.1", port)) as false:
+        process = start_rank(line)
+        for words in (b"", b'{"nonce": "0"}\n{"proof": "guess"}\n', b'{"nonce": "0"}\n{"stacks": true}\n{}\n'):
+            connection, _ = false.accept()
+            connection.sendall(words)
+            connection.shutdown(socket.SHUT_WR)
+            heard += connection.recv(1000)
+            connection.close()
+    assert process.poll() is None
+    assert line._key not in heard
+    line.close()
+    line = open_line(tmp_path, port)
+    assert look_until(line, tmp_path / "rank_3") is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    line.close()
+
+
+def test_the_key_is_for_this_user_alone(line: Lifeline, tmp_path: Path) -> None:
+    path = line._key_file
+    assert path is not None
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert line._key.decode() not in line.value
+    assert read_secret(path) == line._key
+    path.chmod(0o640)
+    with pytest.raises(PermissionError, match="expected a file that belongs to this user and"):
+        read_secret(path)
+    line.close()
+    assert not path.exists()
+
+
+def test_storage_without_permissions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fstat", lambda descriptor: os.stat_result([0o100777, *[0] * 9]))
+    with pytest.raises(
+        Refusal, match=r"lifeline\.key: cannot be kept from others .*; expected storage with permissions"
+    ):
+        open_line(tmp_path)
+    monkeypatch.undo()
+    assert not any(path.is_file() for path in tmp_path.with_name(f"{tmp_path.name}_run").iterdir())

@@ -1,5 +1,6 @@
 """Who may write into a run directory."""
 
+import errno
 import json
 import os
 import socket
@@ -162,3 +163,44 @@ def test_a_directory_that_was_used_stays(tmp_path: Path) -> None:
     with hold_run(tmp_path / "run"):
         (tmp_path / "run" / "run.json").touch()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK)
+
+
+@pytest.mark.parametrize("reason", NO_LINKS, ids=errno.errorcode.get)
+def test_storage_without_hard_links_holds_a_lock_too(
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object, **__: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "link", link)
+    with hold_run(tmp_path / "run"):
+        assert (tmp_path / "run" / LOCK_FILE).read_text() == owner()
+        assert is_held(tmp_path / "run")
+        with pytest.raises(Refusal, match=f"is in use by process {os.getpid()} on host"):
+            hold_run(tmp_path / "run").__enter__()
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+    assert not (tmp_path / "run").exists()
+    (tmp_path / LOCK_FILE).write_text(owner(pid=dead_process()))
+    with hold_run(tmp_path):
+        assert (tmp_path / LOCK_FILE).read_text() == owner()
+
+
+def test_storage_that_is_out_of_reach_for_a_while_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_REFRESH_SECONDS", 0.0)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with hold_run(tmp_path) as held:
+        with monkeypatch.context() as away:
+            away.setattr(os, "utime", fail)
+            held.refresh()
+            away.setattr(Path, "read_bytes", fail)
+            held.refresh()
+            assert not is_held(tmp_path)
+        held.refresh()
+        monkeypatch.setattr(Path, "read_bytes", fail)
+    assert (tmp_path / LOCK_FILE).exists(), "to be taken over as that of a dead process"

@@ -10,6 +10,7 @@ from forked import on_ranks
 from launching import Finished
 
 from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART
+from tinyllama_ds.launch import out_of_memory
 from tinyllama_ds.launch.supervisor import RankSide, Started, Watch, supervise
 from tinyllama_ds.training import faults, heartbeat
 
@@ -40,9 +41,18 @@ Path("status.json").write_text(json.dumps({"state": state}))
 """
 
 
+LAUNCHER_OF_A_RANK_THAT_THE_KERNEL_ENDS = """
+import os, signal
+from pathlib import Path
+Path("memory.events").write_text("low 0\\noom_kill {kills}\\n")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def supervise_here(launcher: str, folder: Path, max_seconds: float | None) -> None:
     """Prints exit code and restarts."""
     os.chdir(folder)
+    out_of_memory._CGROUPS, out_of_memory._MOUNT = Path("cgroup"), folder  # counters of which a test may dispose
 
     def launch(variables: dict[str, str], _directory: Path) -> Started:
         command = [sys.executable, "-c", launcher]
@@ -56,8 +66,8 @@ def supervise_here(launcher: str, folder: Path, max_seconds: float | None) -> No
     print(ended.code, ended.restarts)
 
 
-def supervised(launcher: str, folder: Path, max_seconds: float | None = None) -> Finished:
-    return on_ranks(supervise_here, launcher, folder, max_seconds, ranks=1)
+def supervised(launcher: str, folder: Path, max_seconds: float | None = None, place: str = "") -> Finished:
+    return on_ranks(supervise_here, launcher, folder, max_seconds, ranks=1, XDG_RUNTIME_DIR=place or str(folder))
 
 
 @pytest.mark.parametrize("code", [EXIT_NUMERICS, EXIT_REFUSED])
@@ -84,3 +94,37 @@ def test_wall_time_asks_the_ranks_to_stop(tmp_path: Path) -> None:
     finished = supervised(LAUNCHER_THAT_HEEDS_A_STOP, tmp_path, max_seconds=0.001)
     assert finished.stdout == f"{EXIT_RESTART} 0\n", finished.stderr
     assert not (tmp_path / "stop").exists()
+
+
+@pytest.mark.parametrize("version", ["0::/", "4:cpu,memory:/"])
+def test_a_run_that_the_out_of_memory_killer_ends_is_told_so_and_not_started_again(
+    version: str, tmp_path: Path
+) -> None:
+    """It needs as much again. The counters are those of control groups of version 2 and 1."""
+    (tmp_path / "cgroup").write_text(f"1:name=systemd:/\n{version}\n")
+    if "memory" in version:
+        (tmp_path / "memory").mkdir()
+        (tmp_path / "memory" / "memory.oom_control").symlink_to(tmp_path / "memory.events")
+    (tmp_path / "memory.events").write_text("low 0\noom_kill 7\n")
+    finished = supervised(LAUNCHER_OF_A_RANK_THAT_THE_KERNEL_ENDS.format(kills=8), tmp_path)
+    assert finished.stdout == f"{EXIT_REFUSED} 0\n", finished.stderr
+    assert "the kernel has ended a process for want of memory on this machine" in finished.stderr
+
+
+def test_another_kill_is_a_failure_like_others(tmp_path: Path) -> None:
+    (tmp_path / "cgroup").write_text("0::/\n")
+    (tmp_path / "memory.events").write_text("oom_kill 7\n")
+    finished = supervised(LAUNCHER_OF_A_RANK_THAT_THE_KERNEL_ENDS.format(kills=7), tmp_path)
+    assert finished.stdout == "137 2\n", finished.stderr
+    assert "want of memory" not in finished.stderr
+
+
+def test_files_that_cannot_be_made_or_removed_are_a_failure_in_a_sentence(tmp_path: Path) -> None:
+    """No place for the supervisor's own files; a stop file and a status that stay."""
+    (tmp_path / "file").touch()
+    finished = supervised("raise SystemExit(5)", tmp_path, place=str(tmp_path / "file"))
+    assert finished.stdout == "1 2\n", finished.stderr
+    assert "the run cannot be started or watched: [Errno 20] Not a directory" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    (tmp_path / "stop").mkdir()
+    assert supervised(LAUNCHER_OF_ONE_THAT_SAYS_WHY.format(code=78), tmp_path).stdout == "78 0\n"

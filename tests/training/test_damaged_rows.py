@@ -115,7 +115,7 @@ def test_a_ledger_has_to_be_whole(damage: bytes, tmp_path: Path) -> None:
     for number in range(3):
         record(tmp_path, Entry(SKIPPED, number, 0, 1, "not finite"))
     put_in_place_of(tmp_path / LEDGER_FILE, 2, damage)
-    with pytest.raises(Refusal, match=rf"^{tmp_path / LEDGER_FILE}:2: not an entry of a run's ledger \("):
+    with pytest.raises(Refusal, match=rf"^{tmp_path / LEDGER_FILE}:2: not an entry of a run's ledger, "):
         read_ledger(tmp_path)
 
 

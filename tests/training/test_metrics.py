@@ -1,6 +1,7 @@
 """The sinks of a run, and what a resumed run does to them."""
 
 import json
+import math
 import os
 import re
 import time
@@ -20,6 +21,7 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 from tensorboard.summary.writer import event_file_writer
 
+from tinyllama_ds.evaluation.history import read_history, read_metrics
 from tinyllama_ds.evaluation.scores import Score
 from tinyllama_ds.training import metrics as metrics_module
 from tinyllama_ds.training import sinks
@@ -274,3 +276,25 @@ def test_unknown_device_is_measured_and_says_so() -> None:
     peak, origin = peak_flops(CPU, torch.float32)
     assert 1e9 < peak < 1e14
     assert origin == "a measured 2048 x 2048 x 2048 float32 matrix product"
+
+
+def test_figures_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
+    """jq, pandas and browsers read no NaN and no Infinity; the report takes null for what those were in older runs."""
+    figures = {"Train/Loss": float("nan"), "Train/GradNorm": float("inf"), "Speed/MFU": float("-inf"), "Train/A": 1.5}
+    metrics = MetricsLogger(tmp_path, {"tensorboard": {"enabled": False}}, 10, Progress(0, 0, 0), "{}")
+    metrics.log(1, 100, figures)
+    metrics.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    row = json.loads(line, parse_constant=refuse)
+    assert (row["Train/Loss"], row["Train/GradNorm"], row["Speed/MFU"], row["Train/A"]) == (None, None, None, 1.5)
+    older = json.dumps({"step": 2, "tokens": 200, "Train/Loss": float("nan"), "Train/A": float("inf")})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(f"{older}\n")
+    history = read_history(tmp_path)
+    assert history.points("Train/A")[1].tolist() == [1.5]
+    assert math.isnan(history.last["Train/Loss"])
+    assert [math.isnan(row["Train/Loss"]) for row in read_metrics(tmp_path)] == [True, True]

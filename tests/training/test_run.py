@@ -16,8 +16,9 @@ from tinyllama_ds.recipe import Evaluation, Samples
 from tinyllama_ds.training.checkpoint import Health, Progress
 from tinyllama_ds.training.ledger import ROLLED_BACK, Entry, record
 from tinyllama_ds.training.pretrain import tell_changes
-from tinyllama_ds.training.run import RUN_FILE, Options, Run, resolve_run
+from tinyllama_ds.training.run import Options, Run, resolve_run
 from tinyllama_ds.training.run_directory import check_run_directory, open_run_directory, refuse_another_past
+from tinyllama_ds.training.run_layout import RUN_FILE
 
 
 @pytest.fixture
@@ -230,6 +231,17 @@ def test_samples_may_begin_later_and_must_fit_a_row(options: Options, tmp_path: 
         Refusal, match=r"the prompt 'the small llama' has \d+ tokens, and new_tokens 32 more are beyond"
     ):
         resolve_run(options, 2, "cpu", False)
+
+
+def test_no_key_of_an_account_is_shown(options: Options) -> None:
+    config = json.loads(options.deepspeed_config.read_text())
+    section = {"enabled": False, "project": "p", "api_key": "geheim"}
+    options.deepspeed_config.write_text(json.dumps(config | {"comet": section}))
+    run = resolve(options)
+    open_run_directory(run)
+    assert run.monitors["comet"]["api_key"] == "geheim"
+    assert run.description["deepspeed_config"]["comet"]["project"] == "p"
+    assert "geheim" not in (options.run_dir / RUN_FILE).read_text()
 
 
 def test_a_directory_of_somebody_else_is_refused(options: Options) -> None:

@@ -10,11 +10,12 @@ from launching import BATCH, SEQUENCE_LENGTH, write_deepspeed_config, write_reci
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.launch.supervisor import _read_state
 from tinyllama_ds.training.checkpoint import CheckpointManifest, Progress, checkpoint_name
-from tinyllama_ds.training.run import RUN_FILE, Options, Run, resolve_run
+from tinyllama_ds.training.run import Options, Run, resolve_run
 from tinyllama_ds.training.run_directory import check_run_directory, open_run_directory
 from tinyllama_ds.training.run_file import read_run_file
+from tinyllama_ds.training.run_layout import RUN_FILE
 
-damages = pytest.mark.parametrize("damage", [b"", bytes(2000), b'{"recipe": {"na', b"[]", b'{"x": "\xff"}'], ids=repr)
+damages = pytest.mark.parametrize("damage", [b"", bytes(20), b'{"recipe": {"na', b"[]", b'{"x": "\xff"}'], ids=range(5))
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def _bandwidth(placement: "Placement") -> "Finding":
 
     host = f"{len(placement.hosts)} hosts" if placement.hosts else HERE
     mend = "start it by hand to see why: the line is what pretrain --dry-run prints, with scripts/all_reduce.py"
-    open_lifeline = lifeline_opener(placement, Path(__file__))
+    open_lifeline = lifeline_opener(placement, run_dir=None)
     with tempfile.TemporaryDirectory(prefix="tinyllama-ds-") as name, tempfile.TemporaryFile("w+") as log:
         lifeline = open_lifeline(Path(name)) if open_lifeline else None
         variables = {LIFELINE_VARIABLE: lifeline.value} if lifeline else {}

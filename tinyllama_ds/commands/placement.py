@@ -1,7 +1,6 @@
 """The arguments that say where ranks run and how they get there, and what pretrain does with them."""
 
 import argparse
-import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -48,7 +47,7 @@ def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="hand this variable to the ranks, secret or not",
+        help="hand this variable to the ranks; a secret goes through a file that nobody else can read",
     )
 
 
@@ -152,37 +151,36 @@ def _on_this_host(placement: "Placement") -> "Placement":
     return replace(placement, on_cpu=on_cpu)
 
 
-def lifeline_opener(placement: "Placement", run_dir: Path) -> "Callable[[Path], Lifeline] | None":
-    """How the supervisor opens its line to the ranks, where there are some on other hosts and it is theirs."""
+def lifeline_opener(placement: "Placement", run_dir: Path | None) -> "Callable[[Path], Lifeline] | None":
+    """How the supervisor opens its line to the ranks, where there are some on other hosts and it is theirs.
+
+    Its key lies in the run directory; without one the line has no key.
+    """
     from tinyllama_ds.launch.launcher import is_this_machine
     from tinyllama_ds.launch.lifeline import Lifeline
     from tinyllama_ds.network import local_address_towards
+    from tinyllama_ds.training.run_layout import LIFELINE_KEY_FILE
 
     if not placement.spans_hosts or placement.node_rank:
         return None
+    key_file = None if run_dir is None else run_dir / LIFELINE_KEY_FILE
     if placement.node_rank == 0:
-        port, token = _lifeline_port(placement), _lifeline_token(run_dir)
-        return lambda directory: Lifeline(directory, placement.master_address, port, token=token)
+        port = _lifeline_port(placement)
+        return lambda directory: Lifeline(directory, placement.master_address, port, key_file)
     others = [host.name for host in placement.hosts if not is_this_machine(host.name)]
     address = local_address_towards((others or [placement.hosts[0].name])[0])
     if address is None:
         raise Refusal(f"{placement.hostfile}: {others[0]} cannot be resolved or reached from this machine")
-    return lambda directory: Lifeline(directory, address)
+    return lambda directory: Lifeline(directory, address, key_file=key_file)
 
 
-def lifeline_to_first(placement: "Placement", run_dir: Path) -> str:
+def lifeline_to_first(placement: "Placement") -> str:
     """Without ssh: the line of the first host's supervisor, which may start minutes later than this one."""
     from tinyllama_ds.launch.lifeline import lifeline_value
 
-    where = (placement.master_address, _lifeline_port(placement))
-    return lifeline_value(*where, _lifeline_token(run_dir), patience=600)
+    return lifeline_value(placement.master_address, _lifeline_port(placement), patience=600)
 
 
 def _lifeline_port(placement: "Placement") -> int:
     assert placement.master_port is not None
     return placement.master_port + 1
-
-
-def _lifeline_token(run_dir: Path) -> str:
-    """What the supervisors of one run agree on without talking."""
-    return hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -154,11 +155,15 @@ def _pretrain(options: argparse.Namespace) -> int:
     )
     watch = _watch(options, placement, begun=(run.parent.step, run.parent.tokens) if run.parent else (0, 0))
     if placement.node_rank:  # the first host's supervisor holds the run, and the line to all ranks
-        line = {heartbeat.LIFELINE_VARIABLE: lifeline_to_first(placement, options.run_dir)}
+        line = {heartbeat.LIFELINE_VARIABLE: lifeline_to_first(placement)}
         return supervise(lambda own, directory: fleet.start(own | line, directory), watch, None, ranks).code
     with hold_run(options.run_dir) as lock:
-        supervised = supervise(fleet.start, watch, lock, ranks)
-    _say_goodput(options.run_dir, supervised)
+        try:
+            supervised = supervise(fleet.start, watch, lock, ranks)
+        finally:
+            fleet.forget_secrets()
+    with suppress(OSError):  # a console that is gone, or a file that cannot be read, changes no run's end
+        _say_goodput(options.run_dir, supervised)
     return supervised.code
 
 
@@ -177,8 +182,7 @@ def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int
     """`begun` are the steps and tokens that a run without a checkpoint of its own has behind it."""
     from tinyllama_ds.launch.supervisor import Watch
     from tinyllama_ds.training.checkpoint import newest_progress
-    from tinyllama_ds.training.run_directory import STATUS_FILE
-    from tinyllama_ds.training.stop import STOP_FILE
+    from tinyllama_ds.training.run_layout import STATUS_FILE, STOP_FILE
 
     return Watch(
         status_file=options.run_dir / STATUS_FILE,
@@ -243,7 +247,7 @@ def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
 
     if not supervised.tokens:
         return
-    rates = (row.get("Speed/TokensPerSecond", 0.0) for row in read_metrics(run_dir))
+    rates = [row["Speed/TokensPerSecond"] for row in read_metrics(run_dir) if row.get("Speed/TokensPerSecond", 0) > 0]
     peak = max(rates, default=0.0)
     committed = f"{supervised.tokens:,} tokens committed in {supervised.seconds:,.0f} s"
     if not peak:

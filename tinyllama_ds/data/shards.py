@@ -10,10 +10,12 @@ A shard of conversations has `NAME.mask` too, a byte for each token: 1 where it 
 fine-tuning, else 0. The other files are those of any shard.
 """
 
+import errno
 import hashlib
 import json
 import os
 import struct
+import time
 from array import array
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
@@ -30,6 +32,7 @@ from tinyllama_ds.files import read_object, sync, temporary_name
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+_READ_AGAIN_SECONDS = (1.0, 2.0, 4.0)  # to wait after a read that came short
 _DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 MANIFEST_VERSION = 1
 
@@ -343,11 +346,22 @@ class ShardReader:
 
 
 def _read_array(path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarray:
+    """Raises OSError where the file has become shorter than it was: storage over a network may mend that by itself."""
+    for seconds in _READ_AGAIN_SECONDS:
+        raw = _read_at(path, start * dtype.itemsize, count * dtype.itemsize)
+        if len(raw) == count * dtype.itemsize:
+            return np.frombuffer(raw, dtype=dtype)
+        time.sleep(seconds)
+    raise OSError(errno.EIO, f"cut short while it was read, at token {start}", str(path))
+
+
+def _read_at(path: Path, offset: int, size: int) -> bytes:
+    """As many bytes as there are; one read may give fewer."""
+    raw = b""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        raw = os.pread(descriptor, count * dtype.itemsize, start * dtype.itemsize)
+        while len(raw) < size and (more := os.pread(descriptor, size - len(raw), offset + len(raw))):
+            raw += more
     finally:
         os.close(descriptor)
-    if len(raw) != count * dtype.itemsize:
-        raise Refusal(f"{path}: cut short while it was read, at token {start}")
-    return np.frombuffer(raw, dtype=dtype)
+    return raw

@@ -124,7 +124,7 @@ def draw_tasks(axis: Any, history: History, metric: str) -> None:
         if not rows:
             continue
         tokens, values = ([row[key] for row in rows] for key in ("tokens", "value"))
-        errors = [row["stderr"] or 0.0 for row in rows]
+        errors = [row.get("stderr") or 0.0 for row in rows]
         axis.errorbar(
             tokens, values, errors, color=f"C{number % colours}", linestyle=_LINES[number // colours % len(_LINES)],
             marker="o", markersize=3.5, linewidth=0.9, capsize=2, label=f"{task}: {values[-1]:.4g}", clip_on=False,

@@ -11,6 +11,7 @@ import numpy as np
 
 from tinyllama_ds.bars import progress
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.evaluation.run_files import Description, Scores, Start, TaskScore, in_shape, is_number
 from tinyllama_ds.files import Kinds, parse_row, read_object_if_whole, whole_rows
 
 METRICS_FILE = "metrics.jsonl"
@@ -98,7 +99,10 @@ class History:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """All rows of a run's metrics.jsonl, none where there is no such file; one that was cut short is left out."""
+    """All rows of a run's metrics.jsonl, none where there is no such file; one that was cut short is left out.
+
+    Their values are numbers, NaN for one that was not finite.
+    """
     path = run_dir / METRICS_FILE
     return list(_rows(path)) if path.is_file() else []
 
@@ -106,19 +110,19 @@ def read_metrics(run_dir: Path) -> list[dict]:
 def read_history(run_dir: Path) -> History:
     """Reads row by row, in memory that does not grow with the run. Raises `Refusal` where nothing was logged."""
     path = _metrics_of(run_dir)
-    status = read_object_if_whole(run_dir / "status.json")
+    state = read_object_if_whole(run_dir / "status.json").get("state")
     history = History(
-        read_object_if_whole(run_dir / "run.json"),
-        status.get("state", ""),
-        starts=_read_lines(run_dir / "starts.jsonl", _STEPS),
+        in_shape(read_object_if_whole(run_dir / "run.json"), Description),
+        state if isinstance(state, str) else "",
+        starts=[start for row in _read_lines(run_dir / "starts.jsonl", _STEPS) if (start := in_shape(row, Start))],
         ledger=_read_lines(run_dir / "ledger.jsonl", _SKIPS),
         samples=_read_lines(run_dir / "samples.jsonl", _SAMPLES),
-        tasks=_read_lines(run_dir / "tasks.jsonl", _TASKS),
+        tasks=[score for row in _read_lines(run_dir / "tasks.jsonl", _TASKS) if (score := in_shape(row, TaskScore))],
         scores=[
             content | {"name": f"{file.parent.name}/{file.stem}"}
             for pattern in _SCORES
             for file in sorted(run_dir.glob(pattern))
-            if (content := read_object_if_whole(file))
+            if (content := in_shape(read_object_if_whole(file), Scores))
         ],
     )
     _read_figures(path, history)
@@ -145,9 +149,9 @@ def _read_figures(path: Path, history: History) -> None:
             series = drawn[name]
             if series is not None:
                 series.add(tokens, value)
-        if "Speed/TokensPerSecond" in row:
+        if math.isfinite(row.get("Speed/TokensPerSecond", math.nan)):
             rates.append(row["Speed/TokensPerSecond"])
-        if "Guard/FirstSample" in row:
+        if "Guard/FirstSample" in row and "Guard/LastSample" in row:
             history.spikes.append(row)
     history.series = {name: series for name, series in drawn.items() if series is not None and len(series)}
     history.last |= {"step": step, "tokens": end}  # the row of a save comes late
@@ -178,9 +182,17 @@ def _rows(path: Path) -> Iterator[dict]:
         total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=2, leave=False
     ) as bar:  # fmt: skip
         for number, (_, row) in enumerate(whole_rows(file, path, **_STEPS)):
-            yield row
+            yield {name: value for name, value in map(_figure, row.items()) if value is not None}
             if number % 4096 == 0:
                 bar.update(file.tell() - bar.n)
+
+
+def _figure(item: tuple[str, Any]) -> tuple[str, float | None]:
+    """NaN is written as null, and was written as what is no JSON; of anything else than a number nothing is left."""
+    name, value = item
+    if is_number(value):
+        return name, value
+    return name, math.nan if value is None or isinstance(value, float) else None
 
 
 def _read_lines(path: Path, kinds: dict[str, Kinds]) -> list[dict]:

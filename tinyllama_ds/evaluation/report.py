@@ -271,8 +271,8 @@ def _scores(history: History) -> str:
 
 
 def _suite(scores: dict) -> str:
-    ours, mean = scores["percent"], scores.get("average", {})
-    head = ("", "tokens", *(str(score["benchmark"]) for score in ours), "average")
+    ours, mean = scores["percent"], [scores["average"]] if "average" in scores else []
+    head = ("", "tokens", *(score.get("benchmark", "") for score in ours), "average")
     rows = [
         (
             str(row["model"]),
@@ -281,7 +281,7 @@ def _suite(scores: dict) -> str:
         )
         for row in scores.get("published", [])
     ]
-    rows.append(("this run", _short(scores.get("tokens") or 0), *map(_with_error, (*ours, mean))))
+    rows.append(("this run", _short(scores.get("tokens") or 0), *map(_with_error, (*ours, *mean))))
     misprints = "".join(
         f"<p class=note>{html.escape(row['model'])}: {html.escape(row['misprint'])}</p>"
         for row in scores.get("published", [])
@@ -301,7 +301,7 @@ def _tasks(scores: dict) -> str:
             str(row["task"]),
             str(row["metric"]),
             f"{row['value']:.4f}",
-            "" if row["stderr"] is None else f"{row['stderr']:.4f}",
+            "" if row.get("stderr") is None else f"{row['stderr']:.4f}",
         )
         for row in scores.get("scores", [])
     ]

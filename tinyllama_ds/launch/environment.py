@@ -1,16 +1,19 @@
 """Which variables of this shell the ranks on other hosts see, and the file through which DeepSpeed hands them on.
 
 DeepSpeed reads `KEY=VALUE` lines, crashes on any other line, and puts the values unescaped into a shell command (pdsh)
-or into arguments (MPI, Slurm). So the file is written here, from an allow-list and from the user's own
-`.deepspeed_env`, and a value that would not arrive as it is is refused.
+or into arguments (MPI, Slurm), which every user of a host can read. So the file is written here, from an allow-list and
+from the user's own `.deepspeed_env`, and a value that would not arrive as it is is refused. A secret that is named goes
+through a file of the run directory that only this user can read.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.files import remove, write_secret
 
 USER_FILE = ".deepspeed_env"
 _PREFIXES = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH", "PYTORCH_", "CUDA_", "TRITON_", "HF_", "TRANSFORMERS_",
@@ -31,9 +34,9 @@ def is_secret(name: str) -> bool:
 
 
 def forwarded(environment: Mapping[str, str], named: Iterable[str], launcher: str) -> dict[str, str]:
-    """The variables for all ranks: the allow-list, the user's `.deepspeed_env`, and those named.
+    """The variables for all ranks: the allow-list, the user's `.deepspeed_env`, and those named, but for secrets.
 
-    Without a name neither secrets are among them nor what is set for this machine's processors.
+    Without a name what is set for this machine's processors is not among them either.
 
     Raises `Refusal` for a named variable that is not set, a bad line of the file, and a value that cannot be handed on.
     """
@@ -49,14 +52,34 @@ def forwarded(environment: Mapping[str, str], named: Iterable[str], launcher: st
     chosen |= {name: environment[name] for name in _NAMES if _arrives(environment.get(name, ""), launcher)}
     chosen |= read_user_files()
     chosen |= {name: environment[name] for name in named}
-    for name, value in chosen.items():
+    shown = {name: value for name, value in chosen.items() if not is_secret(name)}
+    for name, value in shown.items():
         _check_value(name, value, launcher)
-    return chosen
+    return shown
+
+
+def named_secrets(environment: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
+    """Those secrets that all ranks are to have: of the user's `.deepspeed_env`, and those named."""
+    chosen = read_user_files() | {name: environment[name] for name in named if name in environment}
+    return {name: value for name, value in chosen.items() if is_secret(name)}
+
+
+def hand_on_secrets(path: Path, secrets: dict[str, str]) -> None:
+    """Leave them for the ranks, or nothing. Raises `Refusal` where the storage would show them to others."""
+    try:
+        if secrets:
+            write_secret(path, json.dumps(secrets).encode())
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        remove(path)
+        raise Refusal(f"{path}: cannot be kept from others ({error}); expected storage with permissions") from error
 
 
 def for_runner(environment: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
     """The environment of a launcher over the network: srun and some mpiruns hand on all that they see."""
-    return {name: value for name, value in environment.items() if name in named or not _stays(name)}
+    shown = [name for name in named if not is_secret(name)]
+    return {name: value for name, value in environment.items() if name in shown or not _stays(name)}
 
 
 def _stays(name: str) -> bool:
@@ -101,10 +124,9 @@ def check_argument(argument: str, launcher: str) -> None:
 
 def _check_value(name: str, value: str, launcher: str) -> None:
     if not _arrives(value, launcher):
-        what = "its value" if is_secret(name) else f"its value {value!r}"
         raise Refusal(
-            f"{name}: {what} does not reach other hosts unchanged through {launcher}; expected letters, digits and"
-            f" @+=:./-, or the variable unset"
+            f"{name}: its value {value!r} does not reach other hosts unchanged through {launcher}; expected letters,"
+            f" digits and @+=:./-, or the variable unset"
         )
 
 

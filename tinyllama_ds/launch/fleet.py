@@ -1,5 +1,6 @@
 """The hosts of one run, from start to start: looked at before each, waited for or left out when they are gone."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.files import SECRETS_FILE, remove
 from tinyllama_ds.launch.doctor import Examined, examine, ssh_command, table
+from tinyllama_ds.launch.environment import hand_on_secrets, named_secrets
 from tinyllama_ds.launch.hostfile import Host, write_filter
 from tinyllama_ds.launch.launcher import Placement, start_launcher
 from tinyllama_ds.launch.supervisor import Started
@@ -64,10 +67,16 @@ class Fleet:
         if placement.spans_hosts:
             way = f", network interface {interface}" if interface else ""
             _say(f"rank 0 on {placement.master_address}, port {placement.master_port}{way}; {_count(placement)}")
+        if placement.is_remote:
+            hand_on_secrets(self._run_dir / SECRETS_FILE, named_secrets(os.environ, placement.forward))
         process = start_launcher(placement, self._arguments, variables, directory)
         here = socket.gethostname()
         hosts = [placement.host_of(rank) if placement.hosts else here for rank in range(placement.world_size)]
         return Started(process, hosts, self._kill)
+
+    def forget_secrets(self) -> None:
+        """When no rank is to be started any more."""
+        remove(self._run_dir / SECRETS_FILE)
 
     def _kill(self, host: str, group: int) -> None:
         """For ranks that do not end by themselves, because they are stopped, say."""

@@ -13,7 +13,7 @@ import psutil
 
 from tinyllama_ds.devices import VISIBLE, VISIBLE_HERE_VARIABLE, Machine
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.launch.environment import check_argument, for_runner, forwarded, is_secret, write_file
+from tinyllama_ds.launch.environment import check_argument, for_runner, forwarded, write_file
 from tinyllama_ds.launch.hostfile import Host, write_filter
 from tinyllama_ds.network import free_port
 
@@ -236,7 +236,7 @@ def _settings(placement: Placement) -> dict[str, str]:
 
 
 def describe_launch(placement: Placement, arguments: list[str], directory: Path) -> str:
-    """All that a start would do, as lines for a shell; the values of secrets are left out."""
+    """All that a start would do, as lines for a shell, without secrets."""
     lines = [f"# rank 0 on {placement.master_address} waits for the others at port {placement.master_port}"]
     environment = launcher_environment(placement)
     if placement.node_rank is not None:
@@ -250,18 +250,10 @@ def describe_launch(placement: Placement, arguments: list[str], directory: Path)
         runner = _for_runner(placement, directory)
         lines.append(f"mkdir -m 700 {shlex.quote(str(directory))}")
         for name, content in launch_files(placement, environment).items():
-            lines += [f"cat >{shlex.quote(str(directory / name))} <<'END'", _masked(content).rstrip("\n"), "END"]
+            lines += [f"cat >{shlex.quote(str(directory / name))} <<'END'", content.rstrip("\n"), "END"]
     hidden = environment.keys() - for_runner(environment, placement.forward).keys() if runner else ()
     unset = ["env", *(part for name in sorted(hidden) for part in ("-u", name))] if hidden else []
     settings = [*unset, *(f"{name}={shlex.quote(value)}" for name, value in runner.items())]
     return "\n".join(
         [*lines, " ".join([*settings, shlex.join(launcher_command(placement, arguments, directory=directory))])]
     )
-
-
-def _masked(content: str) -> str:
-    lines = []
-    for line in content.splitlines():
-        name, _, value = line.partition("=")
-        lines.append(f"{name}={'...' if is_secret(name) else value}" if value else line)
-    return "\n".join(lines)

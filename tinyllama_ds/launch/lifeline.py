@@ -4,7 +4,8 @@ Where it breaks, both ends know: the rank ends itself and all of its host's rank
 connection is known at once, a host without power or network after `SILENCE_SECONDS`.
 
 Lines of JSON pass: from a rank its name, its beats, its first error, its stacks and its farewell, from the supervisor
-nothing but life signs and the wish for stacks. Nobody takes part without the token that the ranks got with their start.
+nothing but life signs and the wish for stacks. Both ends first prove that they have the key of this start, which lies
+in a file of the run directory that only this user can read; it is in no command line or environment, and never sent.
 """
 
 import json
@@ -17,12 +18,20 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART, EXIT_ROLLBACK, Refusal
+from tinyllama_ds.files import parse_row, write_secret
+from tinyllama_ds.network import is_proof, proof
+
 SILENCE_SECONDS = 30
 _PING_SECONDS = 2
 _GATHER_SECONDS = 240  # from the first rank that comes to life to the last
 _END_SECONDS = 3  # from the cut to the end of the ranks
 _STACKS_SECONDS = 10  # for the answers of those that can
-_LONGEST_MESSAGE = 1 << 20
+_LONGEST_MESSAGE, _LONGEST_GREETING = 1 << 20, 1 << 12  # bytes
+_GREETING_SECONDS = 30  # for a stranger to say who it is
+_MOST_STRANGERS = 256  # at a time, after which the oldest has to go: a process may have so many files open
+_LARGEST_GROUP = 2**22  # of process numbers
+_FAREWELLS = (EXIT_FINISHED, EXIT_RESTART, EXIT_ROLLBACK, EXIT_REFUSED, EXIT_NUMERICS)
 
 
 @dataclass(eq=False)
@@ -31,6 +40,7 @@ class _Rank:
 
     connection: socket.socket
     heard_at: float
+    nonce: str = field(default_factory=lambda: secrets.token_hex(16))  # that the rank has to prove its key with
     number: int | None = None
     host: str = "?"
     group: int = 0
@@ -43,21 +53,30 @@ class _Rank:
         return self.number is not None and not self.has_shown_stacks
 
 
-def lifeline_value(address: str, port: int, token: str, patience: int = 0) -> str:
-    """What a rank needs to know; it may try for `patience` seconds to reach a supervisor that is not up yet."""
-    return f"{address}:{port}:{token}:{SILENCE_SECONDS}:{patience}"
+def lifeline_value(address: str, port: int, patience: int = 120) -> str:
+    """What a rank needs to know beside the key; it may try for `patience` seconds to find both.
+
+    The supervisor may not be up yet, and a file on shared storage is not seen at once everywhere.
+    """
+    return f"{address}:{port}:{SILENCE_SECONDS}:{patience}"
 
 
 class Lifeline:
     """The supervisor's end. Everything happens in `look`, which the supervisor calls several times a second."""
 
-    def __init__(self, directory: Path, address: str, port: int = 0, token: str = "") -> None:
-        """Listen on a port, by default a free one; `directory` takes what ranks report, as if they were here."""
+    def __init__(self, directory: Path, address: str, port: int = 0, key_file: Path | None = None) -> None:
+        """Listen on a port, by default a free one; `directory` takes what ranks report, as if they were here.
+
+        Without a file for the key anybody can take part, in what ends by itself soon.
+        """
         self._directory = directory
-        self._token = token or secrets.token_hex(8)
+        self._key_file, self._key = key_file, b""
         self._server = socket.create_server(("", port), backlog=1024)
         self._server.setblocking(False)
-        self.value = lifeline_value(address, self._server.getsockname()[1], self._token)
+        self.value = lifeline_value(address, self._server.getsockname()[1])
+        if key_file is not None:
+            self._key = secrets.token_hex(32).encode()
+            _write_key(key_file, self._key)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
         self._ranks: list[_Rank] = []
@@ -77,17 +96,18 @@ class Lifeline:
         now = time.monotonic()
         for key, _ in self._selector.select(0):
             if key.fileobj is self._server:
-                self._accept(now)
+                self._accept_all(now)
             else:
                 self._hear(key.data, now)
+        self._drop_strangers(now)
         if now - self._pinged_at > _PING_SECONDS:
             self._pinged_at = now
-            self._tell({})
+            self._tell_all({})
         return self._death or self._error or self._silent(now) or self._missing(now)
 
     def stacks(self) -> None:
         """Ask all ranks for their stacks, and wait for the answers of those that can."""
-        self._tell({"stacks": True})
+        self._tell_all({"stacks": True})
         end = time.monotonic() + _STACKS_SECONDS
         while any(rank.is_expected_to_answer for rank in self._ranks) and time.monotonic() < end:
             self.look()
@@ -109,6 +129,9 @@ class Lifeline:
         self._ranks.clear()
         self._selector.close()
         self._server.close()
+        if self._key_file is not None:
+            with suppress(OSError):
+                self._key_file.unlink()
         return left
 
     def _host_of(self, rank: _Rank) -> str:
@@ -116,48 +139,70 @@ class Lifeline:
         is_known = rank.number is not None and rank.number < len(self._hosts)
         return self._hosts[rank.number] if is_known and rank.number is not None else rank.host
 
-    def _accept(self, now: float) -> None:
-        connection, _ = self._server.accept()
-        connection.setblocking(False)
-        rank = _Rank(connection, now)
-        self._ranks.append(rank)
-        self._selector.register(connection, selectors.EVENT_READ, rank)
+    def _accept_all(self, now: float) -> None:
+        with suppress(OSError):  # there are no more, or a process may have no more files open
+            for _ in range(_MOST_STRANGERS):
+                connection, _ = self._server.accept()
+                connection.setblocking(False)
+                rank = _Rank(connection, now)
+                self._ranks.append(rank)
+                self._selector.register(connection, selectors.EVENT_READ, rank)
+                self._tell(rank, {"nonce": rank.nonce})
+
+    def _drop_strangers(self, now: float) -> None:
+        strangers = [rank for rank in self._ranks if rank.number is None]
+        too_many = len(strangers) - _MOST_STRANGERS
+        for place, stranger in enumerate(strangers):  # the oldest first
+            if place < too_many or now - stranger.heard_at > _GREETING_SECONDS:
+                self._drop(stranger)
 
     def _hear(self, rank: _Rank, now: float) -> None:
         """Take in all that has come, the end too: a death must not be heard after the errors that it causes."""
         while rank in self._ranks and (received := _receive(rank.connection)) is not None:
-            rank.heard_at = now
+            if rank.number is not None:
+                rank.heard_at = now
             rank.received += received
             *lines, rank.received = rank.received.split(b"\n")
             for line in lines:
                 self._take(rank, line)
-            if not received or len(rank.received) > _LONGEST_MESSAGE:
+            longest = _LONGEST_GREETING if rank.number is None else _LONGEST_MESSAGE
+            if not received or len(rank.received) > longest:
                 self._drop(rank)
 
     def _take(self, rank: _Rank, line: bytes) -> None:
-        try:
-            message = json.loads(line)
-            if rank.number is None:
-                if not secrets.compare_digest(str(message["token"]), self._token):
-                    raise ValueError("wrong token")
-                rank.number, rank.host = int(message["rank"]), str(message["host"])
-                rank.group = int(message["group"])
-                self._first_at = self._first_at or time.monotonic()
-        except (ValueError, KeyError, TypeError):
+        message = parse_row(line)
+        if message is None or (rank.number is None and not self._greet(rank, message)):
             self._drop(rank)
             return
-        if "doing" in message:
-            beat = json.dumps({"step": message["step"], "doing": message["doing"]})
-            (self._directory / f"rank_{rank.number}").write_text(beat)
-        if "stacks" in message:
-            (self._directory / f"stacks_{rank.number}").write_text(message["stacks"])
-            rank.has_shown_stacks = True
-        if "error" in message:
-            rank.has_left = True
-            self._error = self._error or f"{_name(rank)}: {message['error']}"
-        if "farewell" in message:
-            rank.has_left = True
-            self.code = message["farewell"] if self.code is None else self.code
+        match message:
+            case {"step": int(step), "doing": str(doing)}:
+                (self._directory / f"rank_{rank.number}").write_text(json.dumps({"step": step, "doing": doing}))
+            case {"stacks": str(stacks)}:
+                (self._directory / f"stacks_{rank.number}").write_text(stacks)
+                rank.has_shown_stacks = True
+            case {"error": str(error)}:
+                rank.has_left = True
+                self._error = self._error or f"{_name(rank)}: {error}"
+            case {"farewell": int(code)} if code in _FAREWELLS:
+                rank.has_left = True
+                self.code = code if self.code is None else self.code
+
+    def _greet(self, rank: _Rank, message: dict) -> bool:
+        """Whether it is a rank of this run that says who it is, and the first to say so."""
+        names = ("rank", "host", "group", "nonce")
+        if parse_row(json.dumps(message).encode(), rank=int, host=str, group=int, nonce=str) is None:
+            return False
+        number, host, group, nonce = (message[name] for name in names)
+        is_ours = is_proof(message.get("proof"), self._key, "rank", rank.nonce, number, host, group, nonce)
+        is_known = not self._hosts or number < len(self._hosts)
+        is_new = all(other.number != number for other in self._ranks)
+        if not (is_ours and is_known and is_new and 1 < group < _LARGEST_GROUP):  # kill -1 would mean all processes
+            return False
+        rank.number, rank.host, rank.group = number, host, group
+        rank.heard_at = time.monotonic()
+        self._first_at = self._first_at or rank.heard_at
+        self._tell(rank, {"proof": proof(self._key, "supervisor", nonce)})
+        return True
 
     def _drop(self, rank: _Rank) -> None:
         if rank not in self._ranks:  # a stranger, at the first of several lines
@@ -185,10 +230,22 @@ class Lifeline:
             return None
         return f"rank {missing[0]} on {self._hosts[missing[0]]} has not come to life in {_GATHER_SECONDS} s"
 
-    def _tell(self, message: dict) -> None:
-        for rank in list(self._ranks):
-            with suppress(OSError):  # a line that is broken is noticed where it is read
-                rank.connection.send(json.dumps(message).encode() + b"\n")
+    def _tell_all(self, message: dict) -> None:
+        for rank in self._ranks:
+            if rank.number is not None:
+                self._tell(rank, message)
+
+    def _tell(self, rank: _Rank, message: dict) -> None:
+        with suppress(OSError):  # a line that is broken is noticed where it is read
+            rank.connection.send(json.dumps(message).encode() + b"\n")
+
+
+def _write_key(path: Path, key: bytes) -> None:
+    try:
+        write_secret(path, key)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise Refusal(f"{path}: cannot be kept from others ({error}); expected storage with permissions") from error
 
 
 def _name(rank: _Rank) -> str:

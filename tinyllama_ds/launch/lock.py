@@ -28,12 +28,18 @@ class RunLock:
         """Touch the file now and then. Raises `Refusal` where somebody took the directory over, who thought us dead."""
         if time.monotonic() - self._refreshed_at < _REFRESH_SECONDS:
             return
-        held = self._path.read_bytes() if self._path.exists() else None
+        self._refreshed_at = time.monotonic()
+        try:
+            held = self._path.read_bytes()
+        except FileNotFoundError:
+            held = None
+        except OSError:  # storage that is out of reach for a while, to be asked again
+            return
         if held != self._ours:
             by = "nobody, who removed the lock," if held is None else _name(self._path, held)
             raise Refusal(f"{self._path.parent}: was taken over by {by} while this process held it")
-        os.utime(self._path)
-        self._refreshed_at = time.monotonic()
+        with suppress(OSError):
+            os.utime(self._path)
 
 
 @contextmanager
@@ -58,8 +64,9 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
     try:
         yield RunLock(path, ours)
     finally:
-        if path.exists() and path.read_bytes() == ours:
-            path.unlink()
+        with suppress(OSError):  # what cannot be removed is known as a dead process's lock; the run's end is its own
+            if path.read_bytes() == ours:
+                path.unlink()
         if is_new:
             with suppress(OSError):  # there is something in it
                 run_dir.rmdir()
@@ -73,7 +80,7 @@ def is_held(run_dir: Path) -> bool:
     path = run_dir / LOCK_FILE
     try:
         owner = _owner_of(path.read_bytes())
-    except FileNotFoundError:
+    except OSError:
         return False
     return owner is not None and (owner["host"] != socket.gethostname() or not _is_dead(path, owner))
 
@@ -117,8 +124,23 @@ def _create(path: Path, content: bytes) -> bool:
         path.hardlink_to(own)
     except FileExistsError:
         return False
+    except OSError:
+        return _create_in_place(path, content)  # storage without hard links: GCS FUSE, Blobfuse, SMB, exFAT
     finally:
         own.unlink()
+    return True
+
+
+def _create_in_place(path: Path, content: bytes) -> bool:
+    """The same where somebody may see it before its content is there: what is not whole yet is not believed."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     return True
 
 

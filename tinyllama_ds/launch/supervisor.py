@@ -17,6 +17,7 @@ from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT
 from tinyllama_ds.files import read_object_if_whole
 from tinyllama_ds.launch.lifeline import Lifeline
 from tinyllama_ds.launch.lock import RunLock
+from tinyllama_ds.launch.out_of_memory import count_kills
 
 _FINAL_CODES = (EXIT_FINISHED, EXIT_RESTART, EXIT_REFUSED, EXIT_NUMERICS)
 _CODES_OF_STATES = {"finished": EXIT_FINISHED, "stopped": EXIT_RESTART, "rolled back": EXIT_ROLLBACK}
@@ -25,6 +26,11 @@ _STOP_SECONDS = 25  # from the wish to stop to the end of all processes; a sched
 _POLL_SECONDS = 0.2
 _STACK_SECONDS, _STACK_LOOKS = 1.0, 10  # between two looks at the stacks, and how often before it goes on without some
 _CRASHED = 1
+_OUT_OF_MEMORY = (
+    "the kernel has ended a process for want of memory on this machine, as its out-of-memory killer counts; expected"
+    " more memory, or a run that needs less: a smaller train_micro_batch_size_per_gpu, another ZeRO stage, no offload,"
+    " or --activation-checkpointing 1 (tinyllama-ds plan shows what fits); the last checkpoint stands"
+)
 
 _HOSTS_SECONDS = 10  # between two looks for hosts that are missing
 _STATUS_SECONDS = 10  # for what rank 0 wrote to be seen on another host
@@ -86,16 +92,21 @@ def supervise(launch: Launch, watch: Watch, lock: RunLock | None, ranks: RankSid
     """Run until it has finished, was stopped, was refused, or failed three times in a row without a new checkpoint."""
     started = time.monotonic()
     stop = _Stop(watch)
-    step, tokens_before = watch.committed()
+    step, tokens = _committed(watch, (0, 0))
+    tokens_before = tokens
     restarts = failures = 0
     while True:
-        code = _run_once(launch, watch, stop, lock, ranks, restarts)
+        kills = count_kills()
+        code = _try_once(launch, watch, stop, lock, ranks, restarts)
         if code is None:
             stop.wait(_HOSTS_SECONDS)
             if stop.wanted_at is None:
                 continue
             code = EXIT_RESTART
-        last_step, (step, tokens) = step, watch.committed()
+        last_step, (step, tokens) = step, _committed(watch, (step, tokens))
+        if code not in (*_FINAL_CODES, EXIT_ROLLBACK) and count_kills() > kills:
+            _say(_OUT_OF_MEMORY)
+            code = code if step > last_step else EXIT_REFUSED  # what does not fit once does not fit again
         if code == EXIT_ROLLBACK:  # no failure; the run itself counts how often it does this
             _say(f"going back to checkpoint {step:,}, without the samples of the spike")
         else:
@@ -108,10 +119,29 @@ def supervise(launch: Launch, watch: Watch, lock: RunLock | None, ranks: RankSid
             code = EXIT_RESTART
             break
         restarts += 1
-    stop.file.unlink(missing_ok=True)
+    stop.forget()
     if code not in _FINAL_CODES:
         _say(f"given up: {failures} failures in a row without a new checkpoint, the last with code {code}")
     return Supervised(code, restarts, time.monotonic() - started, tokens - tokens_before)
+
+
+def _committed(watch: Watch, before: tuple[int, int]) -> tuple[int, int]:
+    """What is committed now; storage that is out of reach does not change how a run ends."""
+    try:
+        return watch.committed()
+    except OSError:
+        return before
+
+
+def _try_once(
+    launch: Launch, watch: Watch, stop: "_Stop", lock: RunLock | None, ranks: RankSide, restarts: int
+) -> int | None:
+    """As `_run_once`; a start that this machine cannot make, because a disk is full, say, is one that has failed."""
+    try:
+        return _run_once(launch, watch, stop, lock, ranks, restarts)
+    except OSError as error:
+        _say(f"the run cannot be started or watched: {error}")
+        return _CRASHED
 
 
 def _run_once(
@@ -120,7 +150,8 @@ def _run_once(
     """From the start of the launcher to the end of its last process; None where it could not start yet."""
     if watch.is_first:
         watch.status_file.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="tinyllama-ds-", dir=os.environ.get("XDG_RUNTIME_DIR")) as name:
+    place = os.environ.get("XDG_RUNTIME_DIR")
+    with tempfile.TemporaryDirectory(prefix="tinyllama-ds-", dir=place, ignore_cleanup_errors=True) as name:
         directory = Path(name)
         variables = {ranks.restart_variable: str(restarts)}
         lifeline = None if watch.open_lifeline is None else watch.open_lifeline(directory)
@@ -154,7 +185,7 @@ class _Stop:
         self.wanted_at: float | None = None
         self.is_impatient = False
         self._deadline = None if watch.max_seconds is None else time.monotonic() + watch.max_seconds
-        self.file.unlink(missing_ok=True)  # it was meant for an earlier process
+        self.forget()  # it was meant for an earlier process
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)
 
@@ -165,6 +196,11 @@ class _Stop:
         if self.wanted_at is not None:
             with suppress(OSError):  # without an inode for it there is none for a checkpoint either
                 self.file.touch()
+
+    def forget(self) -> None:
+        """Remove the file, if that is possible."""
+        with suppress(OSError):
+            self.file.unlink(missing_ok=True)
 
     def is_overdue(self) -> bool:
         """Whether waiting for the ranks' own end is over."""

@@ -48,7 +48,8 @@ def identity_of(description: dict) -> dict:
         if isinstance(identity[key], dict):
             identity[key] = {name: value for name, value in identity[key].items() if name not in free}
     stages = description.get("recipe", {}).get("stages", [])
-    identity["sources"] = list(dict.fromkeys(name for stage in stages for name in stage["weights"]))  # a tie's order
+    names = (name for stage in stages for name in stage.get("weights", {}))
+    identity["sources"] = list(dict.fromkeys(names))  # their order decides ties
     return identity
 
 

@@ -5,10 +5,8 @@ no manifest is no checkpoint; what has one is believed only after every file had
 """
 
 import hashlib
-import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,22 +14,25 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.distributed as dist
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from tinyllama_ds.errors import Refusal
+from tinyllama_ds.files import parse_row, remove, without_wildcards
+from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.probe import Probe
 from tinyllama_ds.training.consolidate import whole_tensors
+from tinyllama_ds.training.description import Count, check_guard_state, first_problem, why_no_description
 from tinyllama_ds.training.reshape import load_whole_tensors, parameter_shapes, write_whole_tensors
+from tinyllama_ds.training.run_layout import CHECKPOINTS, QUARANTINE
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 MANIFEST_FILE = "manifest.json"
-CHECKPOINTS = "checkpoints"  # the folders of a run directory
-QUARANTINE = "quarantine"
 FORMAT = 2  # of manifests, to be raised when an older version could not continue from a new one
 _NAME = re.compile(r"step_(\d{8,})")
 _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -42,9 +43,9 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 class Progress:
     """How far a run is: complete optimizer steps, and what they consumed. All there is to resume data and schedule."""
 
-    step: int
-    position: int  # samples consumed
-    tokens: int
+    step: Count
+    position: Count  # samples consumed
+    tokens: Count
     chain: str = ""  # hash chain over the samples of all steps
 
 
@@ -52,7 +53,7 @@ class Progress:
 class File:
     """What a file of a checkpoint has to be."""
 
-    size: int  # bytes
+    size: Count  # bytes
     sha256: str
 
 
@@ -60,17 +61,17 @@ class File:
 class Health:
     """What the process that continues from a checkpoint has to know of the numbers that led to it."""
 
-    guard: dict = field(default_factory=dict)  # `Guard.state()`
-    left_out: list[list[int]] = field(default_factory=list)  # samples, each [first, last]
+    guard: Annotated[dict, AfterValidator(check_guard_state)] = field(default_factory=dict)
+    left_out: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = field(default_factory=list)  # samples
     probe: Probe | None = None
 
 
 @dataclass(frozen=True)
 class CheckpointManifest:
     progress: Progress
-    world_size: int
-    zero_stage: int
-    dtype: str  # of the weights that the forward pass used
+    world_size: Annotated[int, Field(ge=1)]
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]  # of the weights that the forward pass used
     model: dict  # shapes
     run: dict  # what run.json said: recipe, configs, data, versions
     files: dict[str, File]
@@ -89,10 +90,10 @@ def checkpoint_name(step: int) -> str:
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """Committed checkpoints of a run, oldest first, ordered by their step as a number."""
-    return [path for path in _find_folders(run_dir) if (path / MANIFEST_FILE).is_file()]
+    return [path for path in find_folders(run_dir) if os.path.isfile(path / MANIFEST_FILE)]
 
 
-def _find_folders(run_dir: Path) -> list[Path]:
+def find_folders(run_dir: Path) -> list[Path]:
     """The same with what has the name of a checkpoint and has lost its manifest."""
     found = []
     for path in (run_dir / CHECKPOINTS).glob("step_*"):
@@ -104,7 +105,7 @@ def _find_folders(run_dir: Path) -> list[Path]:
 
 def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint that a user means: the folder itself, or the newest of a run directory."""
-    if (path / MANIFEST_FILE).is_file():
+    if os.path.isfile(path / MANIFEST_FILE):
         return path
     checkpoints = find_checkpoints(path)
     if not checkpoints:
@@ -116,19 +117,32 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     """The manifest of a checkpoint. Nothing of it is verified yet."""
     path = checkpoint / MANIFEST_FILE
     try:
-        raw = json.loads(path.read_text())
-        if raw.get("format", 1) > FORMAT:
-            raise NewerFormat(f"{path}: has format {raw['format']} and is known up to {FORMAT}; use what wrote it")
-        files = {name: File(**file) for name, file in raw["files"].items()}
-        parts = {"progress": Progress(**raw["progress"]), "files": files, "health": _health(raw.get("health", {}))}
-        return CheckpointManifest(**raw | parts)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Refusal(f"{path}: not a checkpoint manifest ({error})") from error
+        text = path.read_bytes()
+        if (version := _version_of(text)) > FORMAT:
+            raise NewerFormat(f"{path}: has format {version} and is known up to {FORMAT}; use what wrote it")
+        manifest = TypeAdapter(CheckpointManifest).validate_json(text, strict=True)
+        reason = why_no_description(manifest.run)
+    except OSError as error:
+        reason = str(error.strerror)
+    except ValidationError as error:
+        reason = first_problem(error)
+    if reason is not None:
+        raise Refusal(f"{path}: not a checkpoint manifest ({reason}); take another checkpoint")
+    return manifest
 
 
-def _health(raw: dict) -> Health:
-    probe = raw.get("probe")
-    return Health(**raw | {"probe": Probe(**probe) if probe else None})
+def _version_of(text: bytes) -> int:
+    row = parse_row(text, format=int)
+    return 1 if row is None else row["format"]
+
+
+def model_of(checkpoint: Path, manifest: CheckpointManifest) -> LlamaConfig:
+    """The shapes of the model in a checkpoint. Raises `Refusal` where they are none."""
+    try:
+        return TypeAdapter(LlamaConfig).validate_python(manifest.model)
+    except (ValidationError, ZeroDivisionError, Refusal) as error:
+        reason = first_problem(error) if isinstance(error, ValidationError) else error
+        raise Refusal(f"{checkpoint / MANIFEST_FILE}: model: {reason}") from error
 
 
 def newest_progress(run_dir: Path) -> tuple[int, int]:
@@ -175,7 +189,10 @@ def _refuse_foreign(path: Path) -> None:
     if stat.S_ISLNK(status.st_mode):
         raise Refusal(f"{path}: is a symbolic link; expected the file itself")
     if status.st_uid != os.geteuid():
-        raise Refusal(f"{path}: belongs to user {status.st_uid}; checkpoints are loaded by the user who wrote them")
+        raise Refusal(
+            f"{path}: belongs to user {status.st_uid}; checkpoints are loaded by the user who wrote them"
+            f"; start as that user, or take it over with chown {os.geteuid()} if you trust it"
+        )
     if status.st_mode & _WRITABLE_BY_OTHERS:
         raise Refusal(f"{path}: can be written by other users; expected at most mode 755 (chmod go-w)")
 
@@ -196,7 +213,7 @@ def choose_checkpoint(run_dir: Path) -> Choice:
     """
     damaged: list[Path] = []
     damages: list[str] = []
-    for checkpoint in reversed(_find_folders(run_dir)):
+    for checkpoint in reversed(find_folders(run_dir)):
         try:
             verify_checkpoint(checkpoint)
         except NewerFormat:
@@ -206,10 +223,13 @@ def choose_checkpoint(run_dir: Path) -> Choice:
             damages.append(str(refusal))
             continue
         for path in damaged:
-            _quarantine(path, run_dir / QUARANTINE)
+            put_aside(path, run_dir)
         return Choice(checkpoint, damages)
     if damages:
-        raise Refusal(f"{run_dir / CHECKPOINTS}: none of {len(damages)} checkpoints verifies: {'; '.join(damages)}")
+        raise Refusal(
+            f"{run_dir / CHECKPOINTS}: none of {len(damages)} checkpoints verifies: {'; '.join(damages)}; restore one"
+            " of them, or choose another --run-dir"
+        )
     return Choice(None, [])
 
 
@@ -218,10 +238,12 @@ def manifest_sha256(checkpoint: Path) -> str:
     return hashlib.sha256((checkpoint / MANIFEST_FILE).read_bytes()).hexdigest()
 
 
-def _quarantine(checkpoint: Path, quarantine: Path) -> None:
+def put_aside(path: Path, run_dir: Path) -> None:
+    """Move what stands in the place of a checkpoint and is none, whatever it is, to `quarantine/`. Raises OSError."""
+    quarantine = run_dir / QUARANTINE
     quarantine.mkdir(mode=0o750, exist_ok=True)
-    names = (f"{checkpoint.name}.{number}" for number in range(1_000_000))
-    checkpoint.rename(next(quarantine / name for name in names if not (quarantine / name).exists()))
+    names = (f"{path.name}.{number}" for number in range(1_000_000))
+    path.rename(next(quarantine / name for name in names if not os.path.lexists(quarantine / name)))
 
 
 def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: dict, scratch: Path) -> None:
@@ -232,10 +254,10 @@ def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: d
     """
     manifest = read_manifest(checkpoint)
     configured = [dict(group, params=None) for group in engine.optimizer.param_groups]
-    saved_section = manifest.run["deepspeed_config"]["zero_optimization"]
+    saved_section = manifest.run.get("deepspeed_config", {}).get("zero_optimization")
     if (manifest.world_size, saved_section) == (dist.get_world_size(), zero_section):
-        with redirect_stdout(StringIO()):  # names of its own functions
-            loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        with redirect_stdout(StringIO()), without_wildcards(checkpoint.parent) as folder:  # it looks with `glob`
+            loaded, _ = engine.load_checkpoint(str(folder), tag=checkpoint.name)
         if loaded is None:
             raise Refusal(f"{checkpoint}: DeepSpeed found nothing to load in it")
     else:
@@ -277,12 +299,15 @@ def effective_hyper_parameters(engine: "DeepSpeedEngine", group: int) -> dict:
 
 def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: CheckpointManifest, whole: Path) -> None:
     if dist.get_rank() == 0:
-        write_whole_tensors(checkpoint, manifest.zero_stage, parameter_shapes(engine), whole)
+        with without_wildcards(checkpoint.parent) as there, without_wildcards(whole.parent) as here:
+            folders = there / checkpoint.name, here / whole.name
+            write_whole_tensors(folders[0], manifest.zero_stage, parameter_shapes(engine), folders[1])
     dist.barrier()
-    load_whole_tensors(engine, whole)
+    with without_wildcards(whole.parent) as here:
+        load_whole_tensors(engine, here / whole.name)
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(whole)
+        remove(whole)
 
 
 def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str, torch.Tensor]]:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tinyllama_ds.files import without_wildcards
+
 
 def whole_tensors(checkpoint: Path, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by its name: of the fp32 masters, at stage 0 of the weights in the model's dtype.
@@ -21,8 +23,11 @@ def whole_tensors(checkpoint: Path, zero_stage: int) -> Iterator[tuple[str, Tens
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # merging is done in memory; unset, DeepSpeed prints its guess
     if zero_stage == 0:
         path = checkpoint / "mp_rank_00_model_states.pt"
-        return iter(torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"].items())
-    return _partitioned_by_parameter(checkpoint) if zero_stage == 3 else _partitioned_end_to_end(checkpoint)
+        yield from torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"].items()
+        return
+    with without_wildcards(checkpoint.parent) as parent:  # DeepSpeed looks for the files with `glob`
+        folder = parent / checkpoint.name
+        yield from _partitioned_by_parameter(folder) if zero_stage == 3 else _partitioned_end_to_end(folder)
 
 
 def _partitioned_by_parameter(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:

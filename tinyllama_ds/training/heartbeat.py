@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import os
+import secrets
 import select
 import signal
 import socket
@@ -13,19 +14,26 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Thread
 
+from tinyllama_ds.files import parse_row, read_secret
+from tinyllama_ds.network import is_proof, proof
+from tinyllama_ds.training.run_layout import LIFELINE_KEY_FILE
+
 SUPERVISOR_VARIABLE = "TINYLLAMA_DS_SUPERVISOR"  # its process id
 HEARTBEAT_VARIABLE = "TINYLLAMA_DS_HEARTBEATS"  # its private directory
-LIFELINE_VARIABLE = "TINYLLAMA_DS_LIFELINE"  # for ranks on other hosts: where it listens, a token, time-outs
+LIFELINE_VARIABLE = "TINYLLAMA_DS_LIFELINE"  # for ranks on other hosts: where it listens, time-outs
 STACKS_SIGNAL = signal.SIGUSR2
 STARTING, FIRST_STEP = "starting", "in its first step"  # which take long
 _BEAT_BYTES = 128
 _PING_SECONDS = 2
+_ANSWER_SECONDS = 30
+_LONGEST_ANSWER = 1024  # bytes
 
 
 class Heartbeat:
     """Tells the supervisor how far this rank is: by a file on its machine, by a connection from other hosts."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, run_dir: Path | None = None) -> None:
+        """`run_dir` is where the key of a supervisor on another host lies; without one it has none."""
         directory = os.environ.get(HEARTBEAT_VARIABLE)
         self._file = None if directory is None else (Path(directory) / f"rank_{rank}").open("w")
         if directory is not None:
@@ -35,7 +43,7 @@ class Heartbeat:
             _die_with(int(os.environ[SUPERVISOR_VARIABLE]))
         self._step, self._doing = 0, STARTING
         line = os.environ.get(LIFELINE_VARIABLE)
-        self._lifeline = None if line is None else _Lifeline(line, rank)
+        self._lifeline = None if line is None else _Lifeline(line, rank, run_dir and run_dir / LIFELINE_KEY_FILE)
 
     def beat(self, step: int, doing: str) -> None:
         """Say that this rank got as far as `step`, and what it does now."""
@@ -75,12 +83,11 @@ class Heartbeat:
 class _Lifeline:
     """The connection to a supervisor on another host. When it breaks or falls silent, this host's ranks end."""
 
-    def __init__(self, line: str, rank: int) -> None:
-        address, port, token, silence, patience = line.split(":")
+    def __init__(self, line: str, rank: int, key_file: Path | None) -> None:
+        address, port, silence, patience = line.rsplit(":", 3)
         self._silence = float(silence)
-        self._connection = _connect(address, int(port), float(patience))
+        self._connection = _connect(address, int(port), float(patience), rank, key_file)
         self._sending = Lock()
-        self.say({"token": token, "rank": rank, "host": socket.gethostname(), "group": os.getpgid(0)})
         Thread(target=self._keep, name="supervisor is alive", daemon=True).start()
 
     def say(self, message: dict) -> None:
@@ -107,15 +114,44 @@ class _Lifeline:
         _end_host("the connection to the supervisor is gone")
 
 
-def _connect(address: str, port: int, patience: float) -> socket.socket:
+def _connect(address: str, port: int, patience: float, rank: int, key_file: Path | None) -> socket.socket:
+    """The connection, after both ends have proven that they have the key; whoever else listens there is left alone."""
     deadline = time.monotonic() + patience
     while True:
+        connection = None
         try:
-            return socket.create_connection((address, port), timeout=30)
+            key = b"" if key_file is None else read_secret(key_file)
+            connection = socket.create_connection((address, port), timeout=_ANSWER_SECONDS)
+            _greet(connection, key, rank)
+            return connection
         except OSError as error:
+            if connection is not None:
+                connection.close()
             if time.monotonic() > deadline:
                 _end_host(f"the supervisor at {address}:{port} does not answer: {error}")
         time.sleep(1)
+
+
+def _greet(connection: socket.socket, key: bytes, rank: int) -> None:
+    """Raises OSError where the other end is not the supervisor."""
+    host, group, nonce = socket.gethostname(), os.getpgid(0), secrets.token_hex(16)
+    theirs = _answer(connection).get("nonce")
+    greeting = {"rank": rank, "host": host, "group": group, "nonce": nonce}
+    greeting["proof"] = proof(key, "rank", theirs, rank, host, group, nonce)
+    connection.sendall(json.dumps(greeting).encode() + b"\n")
+    if not is_proof(_answer(connection).get("proof"), key, "supervisor", nonce):
+        raise OSError("somebody else listens there, or the key is that of another start")
+
+
+def _answer(connection: socket.socket) -> dict:
+    """The next line, byte by byte: what follows it is for somebody else."""
+    line, deadline = b"", time.monotonic() + _ANSWER_SECONDS
+    while not line.endswith(b"\n") and len(line) < _LONGEST_ANSWER and time.monotonic() < deadline:
+        received = connection.recv(1)
+        if not received:
+            raise OSError("hung up")
+        line += received
+    return parse_row(line) or {}
 
 
 def _stacks() -> str:

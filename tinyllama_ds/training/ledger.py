@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.files import write_durably
+from tinyllama_ds.files import parse_row, write_durably
+from tinyllama_ds.training.run_layout import LEDGER_FILE
 
-LEDGER_FILE = "ledger.jsonl"
 SKIPPED, ROLLED_BACK = "skipped", "rolled back"
 
 
@@ -35,20 +35,29 @@ class Entry:
 def read_ledger(run_dir: Path) -> list[Entry]:
     """All entries, oldest first; none where there is no ledger. Raises `Refusal` for a line that is no entry."""
     path = run_dir / LEDGER_FILE
-    if not path.exists():
+    try:
+        with path.open("rb") as file:
+            return [_entry(line, f"{path}:{number}") for number, line in enumerate(file, start=1)]
+    except FileNotFoundError:
         return []
-    with path.open("rb") as file:
-        return [_entry(line, f"{path}:{number}") for number, line in enumerate(file, start=1)]
+    except OSError as error:
+        raise Refusal(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _entry(line: bytes, place: str) -> Entry:
-    try:
-        entry = Entry(**json.loads(line))
-        if entry.event not in (SKIPPED, ROLLED_BACK) or not 0 <= entry.first_sample <= entry.last_sample:
-            raise ValueError(f"{entry.event!r} of samples {entry.first_sample} to {entry.last_sample}")
-    except (ValueError, TypeError) as error:
-        raise Refusal(f"{place}: not an entry of a run's ledger ({error})") from error
-    return entry
+    row = parse_row(line, event=str, step=int, first_sample=int, last_sample=int, reason=str)
+    is_entry = (
+        row is not None
+        and row.keys() == Entry.__annotations__.keys()
+        and row["event"] in (SKIPPED, ROLLED_BACK)
+        and row["first_sample"] <= row["last_sample"]
+    )
+    if row is None or not is_entry:
+        raise Refusal(
+            f"{place}: not an entry of a run's ledger, which says what samples the run leaves out; restore the file, or"
+            " remove it if the run has never rolled back"
+        )
+    return Entry(**row)
 
 
 def left_out(entries: list[Entry]) -> list[range]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-LOGS = "logs"
+from tinyllama_ds.training.run_layout import LOGS
 
 
 def log_to(run_dir: Path, rank: int) -> TextIO | None:

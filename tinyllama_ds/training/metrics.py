@@ -17,9 +17,9 @@ from tinyllama_ds.evaluation.scores import Score
 from tinyllama_ds.gpus import gpu_of_device
 from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.engine import gather_from_ranks
+from tinyllama_ds.training.run_layout import METRICS_FILE
 from tinyllama_ds.training.sinks import EventFiles, Rows, warn
 
-METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SCORES_FILE = "tasks.jsonl"
 # What TensorBoard's page "Custom Scalars" shows: charts by category, each with patterns of names.

@@ -1,11 +1,13 @@
 """What every rank does, from its environment to its exit code."""
 
+import errno
 import json
 import os
 import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -24,15 +26,13 @@ from tinyllama_ds.errors import (
     OutOfMemory,
     Refusal,
 )
-from tinyllama_ds.files import write_object
+from tinyllama_ds.files import SECRETS_FILE, parse_row, read_secret, write_object
 from tinyllama_ds.model.attention import capability_of
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, empty_model
 from tinyllama_ds.model.probe import Probe
 from tinyllama_ds.training.branch import verify_parent
 from tinyllama_ds.training.changes import Change
 from tinyllama_ds.training.checkpoint import (
-    CHECKPOINTS,
-    QUARANTINE,
     Health,
     Progress,
     choose_checkpoint,
@@ -53,15 +53,12 @@ from tinyllama_ds.training.engine import (
 )
 from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import Guard, Rollback
-from tinyllama_ds.training.heartbeat import FIRST_STEP, STARTING, Heartbeat
+from tinyllama_ds.training.heartbeat import FIRST_STEP, LIFELINE_VARIABLE, STARTING, Heartbeat
 from tinyllama_ds.training.initial_weights import InitialWeights, fill_masters, fill_model
 from tinyllama_ds.training.ledger import (
-    LEDGER_FILE,
     ROLLED_BACK,
     Entry,
     forget_skips_after,
-    left_out,
-    read_ledger,
     record,
 )
 from tinyllama_ds.training.logs import log_to
@@ -72,11 +69,11 @@ from tinyllama_ds.training.reports import report_save
 from tinyllama_ds.training.retention import sweep_leftovers
 from tinyllama_ds.training.run import Options, Run, resolve_run
 from tinyllama_ds.training.run_directory import (
-    STATUS_FILE,
     check_run_directory,
     open_run_directory,
     refuse_another_past,
 )
+from tinyllama_ds.training.run_layout import CHECKPOINTS, LEDGER_FILE, QUARANTINE, STATUS_FILE
 from tinyllama_ds.training.saving import Saver
 from tinyllama_ds.training.sinks import warn
 from tinyllama_ds.training.starts import record_start
@@ -97,10 +94,11 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
     try:
         world = read_world()
     except Refusal as refusal:
-        return refuse_before_start(refusal)
+        return refuse_before_start(refusal, options.run_dir)
     began = time.perf_counter()
-    heartbeat = Heartbeat(world.rank)
+    heartbeat = Heartbeat(world.rank, options.run_dir)
     try:
+        take_over_secrets(options.run_dir)
         code = _pretrain(options, world, heartbeat, began, estimate_memory)
     except OutOfMemory as refusal:
         say(str(refusal))  # the other ranks wait in a collective
@@ -114,10 +112,13 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
     except BadNumbers as bad:
         say_once(world, f"{bad}; nothing was saved since")
         code = EXIT_NUMERICS
-    except torch.OutOfMemoryError:
-        say_out_of_memory(options, world, heartbeat.phase)
-        code = EXIT_REFUSED
+    except KeyboardInterrupt:  # before the run heeds signals: nothing is lost
+        code = EXIT_RESTART
     except BaseException as error:
+        if is_out_of_memory(error):
+            say_out_of_memory(options, world, heartbeat.phase)
+            heartbeat.farewell(EXIT_REFUSED)
+            return EXIT_REFUSED
         heartbeat.fail(error)
         # Where another rank's end is the cause, the launcher has seen that one and ends this one now, unheard.
         wait_for_the_end(_CAUSE_SECONDS)
@@ -128,13 +129,29 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
     return code
 
 
-def refuse_before_start(refusal: Refusal) -> int:
+def take_over_secrets(run_dir: Path) -> None:
+    """Variables of a supervisor on another host that must not stand in a command line. Raises OSError."""
+    if LIFELINE_VARIABLE not in os.environ:
+        return
+    with suppress(FileNotFoundError):
+        os.environ |= parse_row(read_secret(run_dir / SECRETS_FILE)) or {}
+
+
+def refuse_before_start(refusal: Refusal, run_dir: Path) -> int:
     """Of a rank that has no `World` yet: its host's first rank speaks, and the launcher ends the others."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         wait_for_the_end(TURN_SECONDS)
-    Heartbeat(int(os.environ.get("RANK", "0"))).farewell(EXIT_REFUSED)
+    Heartbeat(int(os.environ.get("RANK", "0")), run_dir).farewell(EXIT_REFUSED)
     say(str(refusal))
     return EXIT_REFUSED
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU, PyTorch's allocator of host memory, Python or the kernel had no memory left."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_of_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return is_of_host or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def say_out_of_memory(options: Options, world: World, phase: str) -> None:
@@ -179,7 +196,8 @@ def _pretrain(
     if world.is_main:
         tell_changes(open_run_directory(run, start.step), run.allow_change)
         forget_skips_after(run.run_dir, start.step)
-    guard = Guard(run.recipe.guard, health.guard, rollbacks=len(left_out(read_ledger(run.run_dir))))
+    # Of the ledger that all ranks have agreed on: a branch's own is written by rank 0 in this moment.
+    guard = Guard(run.recipe.guard, health.guard, run.rollbacks)
     hosts = gather_from_ranks(socket.gethostname())
     peak_flops(world.device, next(engine.module.parameters()).dtype, world.size)  # by all ranks, and known from here on
     metrics = None
@@ -255,7 +273,7 @@ def roll_back(run: Run, world: World, rollback: Rollback) -> int:
     if world.is_main:
         first, last = rollback.samples[0], rollback.samples[-1]
         record(run.run_dir, Entry(ROLLED_BACK, rollback.step, first, last, rollback.reason))
-        write_object(run.run_dir / STATUS_FILE, {"state": ROLLED_BACK, "step": rollback.step})
+        write_status(run.run_dir, ROLLED_BACK, Progress(rollback.step, 0, 0))
         print(f"tinyllama-ds: rolled back at {rollback}", file=sys.stderr, flush=True)
     gather_from_ranks(None)  # no rank leaves before it is written: its exit code would end rank 0
     torch.distributed.destroy_process_group()
@@ -265,7 +283,8 @@ def roll_back(run: Run, world: World, rollback: Rollback) -> int:
 def agree_on_checkpoint(run: Run, world: World) -> Path | None:
     """The newest checkpoint that verifies, else the parent's, found by rank 0; None for a fresh start. Collective."""
     name = find_on_main(partial(_choose, run), world)
-    ledgers = gather_from_ranks([run.description.get("parent"), [[gap.start, gap.stop] for gap in run.order.left_out]])
+    gaps = [[gap.start, gap.stop] for gap in run.order.left_out]
+    ledgers = gather_from_ranks([run.description.get("parent"), run.rollbacks, gaps])
     if any(ledger != ledgers[0] for ledger in ledgers):
         raise OSError(f"{run.run_dir / LEDGER_FILE}: the ranks read different ledgers; expected storage that all share")
     if name:
@@ -330,6 +349,8 @@ def _open_metrics(
         metrics.say(f"resumed at step {start.step:,} ({start.tokens:,} tokens)")
     elif run.init_from is not None:
         metrics.say(f"started from {run.init_from.path} (SHA-256 {run.init_from.sha256[:16]})")
+    if metrics.reached > start.step and start.step == (run.parent.step if run.parent else 0):
+        metrics.say(f"no checkpoint was saved: steps {start.step + 1:,} to {metrics.reached:,} are done again")
     write_status(run.run_dir, "running", start)
     for gap in run.order.left_out:
         metrics.say(f"samples {gap[0]} to {gap[-1]} are left out ({LEDGER_FILE})")

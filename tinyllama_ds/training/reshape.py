@@ -9,7 +9,6 @@ and stage 0, for which DeepSpeed has neither:
     zero/optimizer_state.pt                         and where that of stage 3 does
 """
 
-import shutil
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from tinyllama_ds.files import remove
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -34,7 +35,7 @@ def write_whole_tensors(checkpoint: Path, zero_stage: int, shapes: Shapes, outpu
     """Convert a verified checkpoint of any layout to a folder for `load_whole_tensors`. Called by one rank."""
     import deepspeed
 
-    shutil.rmtree(output, ignore_errors=True)
+    remove(output)
     if zero_stage == 0:
         state = _write_stage_0(checkpoint, shapes, output)
     else:

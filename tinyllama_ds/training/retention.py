@@ -1,16 +1,17 @@
 """Which checkpoints stay, and how the others go."""
 
 import re
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.training.checkpoint import CHECKPOINTS, find_checkpoints, read_manifest
+from tinyllama_ds.files import remove
+from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
 from tinyllama_ds.training.faults import strike
+from tinyllama_ds.training.run_layout import CHECKPOINTS
 
-_LEFTOVER = re.compile(r"\.(step_\d{8,}\.(partial|whole)|trash-step_\d{8,})")
+_LEFTOVER = re.compile(r"\.(step_\d{8,}\.(partial|whole|dry_run)|trash-step_\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ def remove_old_checkpoints(run_dir: Path, retention: Retention) -> None:
 
 def _remove(checkpoint: Path, step: int) -> None:
     trash = checkpoint.with_name(f".trash-{checkpoint.name}")
-    shutil.rmtree(trash, ignore_errors=True)
+    remove(trash)
     with suppress(OSError):
         checkpoint.rename(trash)
         strike("purge.mid", step)
-    shutil.rmtree(trash, ignore_errors=True)
+    remove(trash)
 
 
 def find_leftovers(run_dir: Path) -> list[Path]:
@@ -55,5 +56,5 @@ def find_leftovers(run_dir: Path) -> list[Path]:
 
 def sweep_leftovers(run_dir: Path) -> None:
     """Remove what a killed process left. Called by one rank before training."""
-    for path in find_leftovers(run_dir):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in (*find_leftovers(run_dir), *run_dir.glob(".*.partial")):
+        remove(path)

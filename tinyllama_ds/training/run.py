@@ -33,7 +33,8 @@ from tinyllama_ds.recipe import Recipe, load_recipe
 from tinyllama_ds.training.branch import Parent, find_parent, inherited_ledger, recorded_parent
 from tinyllama_ds.training.initial_weights import InitialWeights, open_initial_weights
 from tinyllama_ds.training.ledger import Entry, left_out, read_ledger
-from tinyllama_ds.training.run_file import RUN_FILE, read_run_file, tokenizer_sha256_of
+from tinyllama_ds.training.run_file import read_run_file, tokenizer_sha256_of
+from tinyllama_ds.training.run_layout import RUN_FILE, refuse_unusable_directory
 from tinyllama_ds.training.schedule import Schedule, make_schedule
 from tinyllama_ds.training.scoring import load_tasks
 
@@ -75,6 +76,7 @@ class Run:
     micro_batch: int
     schedule: Schedule
     order: SampleOrder
+    rollbacks: int  # so far
     reader: SampleReader
     validation: list[ValidationSet]
     tokenizer: Tokenizer
@@ -97,10 +99,8 @@ class Run:
 def resolve_run(
     options: Options, world_size: int, device_type: str, bf16: bool, capability: tuple[int, int] | None = None
 ) -> Run:
-    """Check and derive everything, attention on GPUs if their compute capability is known.
-
-    Raises `Refusal`, and leaves everything as it was.
-    """
+    """Check and derive everything, attention on GPUs if their compute capability is known. Raises `Refusal`."""
+    refuse_unusable_directory(options.run_dir)
     recipe = load_recipe(options.recipe)
     raw = load_deepspeed_config(options.deepspeed_config)
     model = _model_of(recipe)
@@ -121,14 +121,15 @@ def resolve_run(
     attention = _resolve_attention(options, recipe, Device(device_type, capability), computes_in_16_bit(resolved))
     streams, validation = _open_data(options.data, recipe, model)
     description = _settings(options, recipe, plan, model, world_size) | {
-        "deepspeed_config": resolved,
+        "deepspeed_config": _without_secrets(resolved),
         "micro_batch": micro_batch,
         "attention": attention.backend,
         "data": _fingerprints(streams, validation),
     }
     tokenizer = _tokenizer_of(options.data, description)
     parent, init_from = _beginning_of(options, model, tokenizer, description)
-    order = _order_of(recipe, plan, streams, _ledger_of(options.run_dir, parent))
+    gaps = left_out(_ledger_of(options.run_dir, parent))
+    order = _order_of(recipe, plan, streams, gaps)
     return Run(
         recipe=recipe,
         plan=plan,
@@ -142,6 +143,7 @@ def resolve_run(
         micro_batch=micro_batch,
         schedule=make_schedule(raw, options.deepspeed_config, plan),
         order=order,
+        rollbacks=len(gaps),
         reader=SampleReader(streams, order, recipe.sequence_length, model.vocab_size),
         validation=validation,
         tokenizer=tokenizer,
@@ -156,12 +158,12 @@ def resolve_run(
     )
 
 
-def _order_of(recipe: Recipe, plan: RunPlan, streams: dict[str, TokenStream], ledger: list[Entry]) -> SampleOrder:
+def _order_of(recipe: Recipe, plan: RunPlan, streams: dict[str, TokenStream], gaps: list[range]) -> SampleOrder:
     return SampleOrder(
         recipe.seed,
         {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
         [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
-        left_out(ledger),
+        gaps,
     )
 
 
@@ -302,7 +304,15 @@ def _fingerprint(stream: TokenStream) -> dict:
 
 def learned_to_chat(description: dict) -> bool:
     """Whether a run was trained on conversations, given what its run.json or a checkpoint's manifest says of it."""
-    return any(_MASKS in source for source in description["data"]["train"].values())
+    return any(_MASKS in source for source in description.get("data", {}).get("train", {}).values())
+
+
+def _without_secrets(config: dict) -> dict:
+    """run.json, TensorBoard and every report show the rest: `comet.api_key` opens somebody's account."""
+    return {
+        key: {name: value for name, value in section.items() if name != "api_key"} if key == "comet" else section
+        for key, section in config.items()
+    }
 
 
 def _without_engine_noise(engine_config: dict) -> dict:

@@ -1,7 +1,6 @@
 """A run's own directory: whether it may be used, what it is opened with, and that it belongs to this run."""
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -12,26 +11,19 @@ from tinyllama_ds.errors import Refusal
 from tinyllama_ds.files import write_durably
 from tinyllama_ds.training.branch import inherited_ledger
 from tinyllama_ds.training.changes import Change, changes_between, identity_of, refuse_changes
-from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints
-from tinyllama_ds.training.ledger import LEDGER_FILE, write_ledger
+from tinyllama_ds.training.checkpoint import Health, Progress, find_checkpoints, find_folders
+from tinyllama_ds.training.ledger import write_ledger
+from tinyllama_ds.training.past import has_logged, refuse_lost_checkpoints
 from tinyllama_ds.training.run import Run
-from tinyllama_ds.training.run_file import RUN_FILE, Held, read_run_file, write_run_file
+from tinyllama_ds.training.run_file import Held, read_run_file, write_run_file
+from tinyllama_ds.training.run_layout import LEDGER_FILE, RUN_FILE, refuse_unusable_directory
 from tinyllama_ds.training.storage import Need, checkpoint_need, refuse_too_little_room
-
-STATUS_FILE = "status.json"
 
 
 def check_run_directory(run: Run) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start; refuses a directory that holds another run."""
+    refuse_unusable_directory(run.run_dir)
     path = run.run_dir / RUN_FILE
-    checkpoints = find_checkpoints(run.run_dir)
-    if run.run_dir.exists() and not run.run_dir.is_dir():
-        raise Refusal(f"{run.run_dir}: is not a directory")
-    if run.run_dir.exists() and run.run_dir.stat().st_uid != os.geteuid():
-        raise Refusal(f"{run.run_dir}: belongs to user {run.run_dir.stat().st_uid}; expected a directory of your own")
-    parent = next(folder for folder in (run.run_dir, *run.run_dir.absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise Refusal(f"{parent}: cannot be written; expected a directory that this user may write")
     held = read_run_file(run.run_dir)
     if held is not None:
         there, now = identity_of(held.description), identity_of(json.loads(json.dumps(run.description)))
@@ -39,8 +31,15 @@ def check_run_directory(run: Run) -> Path | None:
         refuse_changes(changes, run.allow_change, f"{path}: holds another run", "choose another --run-dir")
         if run.resume == "never":
             raise Refusal(f"{path}: already holds this run, and --resume never was given; choose another --run-dir")
-    elif checkpoints:
-        raise Refusal(f"{run.run_dir}: holds checkpoints but no {RUN_FILE}, so what made them is unknown")
+    elif find_folders(run.run_dir) or has_logged(run.run_dir):
+        what = "checkpoints" if find_folders(run.run_dir) else "the figures of a run"
+        raise Refusal(
+            f"{run.run_dir}: holds {what} but no {RUN_FILE}, so what made them is unknown; restore {path}, or choose"
+            " another --run-dir"
+        )
+    checkpoints = find_checkpoints(run.run_dir)
+    if not checkpoints:
+        refuse_lost_checkpoints(run.run_dir, begun=run.parent.step if run.parent else 0)
     if not checkpoints and run.resume == "must":
         raise Refusal(f"{run.run_dir}: holds no checkpoint to resume from, and --resume must was given")
     refuse_too_little_room(run.run_dir, _need_of_checkpoint(run), run.recipe.intervals.keep_last)

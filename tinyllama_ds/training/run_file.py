@@ -7,8 +7,9 @@ from pathlib import Path
 from tinyllama_ds.errors import Refusal
 from tinyllama_ds.files import read_object, write_object
 from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
+from tinyllama_ds.training.description import why_no_description
+from tinyllama_ds.training.run_layout import RUN_FILE
 
-RUN_FILE = "run.json"
 _HISTORY = "history"
 
 
@@ -27,18 +28,21 @@ def read_run_file(run_dir: Path) -> Held | None:
     Raises `Refusal` where there is no checkpoint either: a run that has logged something does not begin again unasked.
     """
     path = run_dir / RUN_FILE
-    if not path.exists():
+    try:
+        held = read_object(path)
+    except FileNotFoundError:
         return None
-    held = read_object(path)
-    if held is not None:
+    except OSError as error:
+        raise Refusal(f"{path}: cannot be read ({error.strerror})") from error
+    if held and why_no_description(held) is None:
         history = held.pop(_HISTORY, [])
-        return Held(held, history)
+        return Held(held, history if isinstance(history, list) else [])
     for checkpoint in reversed(find_checkpoints(run_dir)):
         with suppress(Refusal):
             return Held(read_manifest(checkpoint).run, [], checkpoint)
     raise Refusal(
-        f"{path}: is damaged, expected one JSON object, and there is no checkpoint to restore it from; remove the file"
-        " to begin this run again at step 0, or choose another --run-dir"
+        f"{path}: is damaged, expected one JSON object, and there is no checkpoint to restore it from; restore the"
+        " file, or choose another --run-dir to begin again at step 0"
     )
 
 

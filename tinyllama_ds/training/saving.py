@@ -16,7 +16,6 @@ The threads never talk to each other: whether a rank is busy is part of the one 
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,20 +25,21 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 
-from tinyllama_ds.files import sync
+from tinyllama_ds.files import remove, sync
 from tinyllama_ds.training.checkpoint import (
-    CHECKPOINTS,
     MANIFEST_FILE,
     CheckpointManifest,
     File,
     Health,
     Progress,
     checkpoint_name,
+    put_aside,
 )
 from tinyllama_ds.training.engine import gather_from_ranks
 from tinyllama_ds.training.faults import strike
 from tinyllama_ds.training.guard import check_parameters
 from tinyllama_ds.training.retention import Retention, remove_old_checkpoints
+from tinyllama_ds.training.run_layout import CHECKPOINTS
 from tinyllama_ds.training.snapshot import Snapshots
 from tinyllama_ds.training.storage import checkpoint_need, require_room
 
@@ -120,7 +120,7 @@ class Saver:
         try:
             _, failure = self._snapshots.take(engine, folder, progress.step)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         if failure is not None:
             raise OSError(failure)
 
@@ -159,7 +159,7 @@ class Saver:
 
     def _make_room(self, partial: Path, manifest: CheckpointManifest) -> None:
         """Make an empty folder; raises OSError where the file system cannot take another checkpoint."""
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True, mode=0o750)
         parameters, is_bf16 = self._run.model.num_parameters, manifest.dtype == "bfloat16"
         try:
@@ -186,7 +186,7 @@ class Saver:
                 _commit(flight.partial, flight.final, manifest)
                 remove_old_checkpoints(self._run.run_dir, self._retention)
         finally:
-            shutil.rmtree(flight.partial, ignore_errors=True)
+            remove(flight.partial)
 
     def _agree_on_end(self, flight: "_Flight") -> None:
         """Collective. Rank 0 has committed the save, or abandoned it."""
@@ -302,6 +302,8 @@ def _commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
     sync(partial / MANIFEST_FILE)
     sync(partial)
     strike("save.before_rename", step)
+    if os.path.lexists(final):  # what is left of a copy, say: were it a checkpoint, the run would have gone on from it
+        put_aside(final, final.parents[1])
     partial.rename(final)
     strike("save.after_rename", step)
     sync(final.parent)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -47,8 +48,9 @@ class Rows:
             warn(path, error)
 
     def write(self, row: dict) -> None:
-        """Append a row."""
-        self._pending += json.dumps(row).encode() + b"\n"
+        """Append a row; a figure that is not finite is null, because JSON has no other word for it."""
+        bad = [key for key, value in row.items() if isinstance(value, float) and not isfinite(value)]
+        self._pending += json.dumps(row | dict.fromkeys(bad), allow_nan=False).encode() + b"\n"
         try:
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)

@@ -10,9 +10,8 @@ from tinyllama_ds.training.checkpoint import Progress
 from tinyllama_ds.training.faults import RESTART_VARIABLE
 from tinyllama_ds.training.run import Run
 from tinyllama_ds.training.run_directory import date_for_people
+from tinyllama_ds.training.run_layout import STARTS_FILE
 from tinyllama_ds.training.sinks import warn
-
-STARTS_FILE = "starts.jsonl"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import signal
 from pathlib import Path
 from time import monotonic
 
-STOP_FILE = "stop"
+from tinyllama_ds.training.run_layout import STOP_FILE
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LOOK_SECONDS = 1.0  # between two looks for the file, which may lie on slow shared storage
 

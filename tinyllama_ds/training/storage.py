@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllama_ds.errors import Refusal
-from tinyllama_ds.training.checkpoint import CHECKPOINTS, find_checkpoints
+from tinyllama_ds.training.checkpoint import find_checkpoints
 from tinyllama_ds.training.retention import find_leftovers
+from tinyllama_ds.training.run_layout import CHECKPOINTS
 
 _MOMENTS = 8  # bytes per parameter: AdamW's two, in fp32
 _MASTER = 4
@@ -55,7 +56,7 @@ def refuse_too_little_room(run_dir: Path, need: Need, keep_last: int) -> None:
 def _bytes_in(leftover: Path) -> int:
     try:
         return sum(file.stat().st_size for file in leftover.rglob("*"))
-    except FileNotFoundError:  # it is none: the run is at work, and has committed it in this moment
+    except OSError:  # the run is at work, and has committed it in this moment, or it cannot be read
         return 0
 
 

@@ -1,0 +1,32 @@
+"""Whether the kernel has ended processes for want of memory, which leaves no word of its own: it counts them."""
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_CGROUPS = Path("/proc/self/cgroup")
+_MACHINE = Path("/proc/vmstat")
+_MOUNT = Path("/sys/fs/cgroup")
+_COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
+
+
+def count_kills() -> int:
+    """How many processes the out-of-memory killer has ended so far: of this control group, else of this machine."""
+    for path in (*_own_counters(), _MACHINE):
+        with suppress(OSError):
+            found = _COUNT.search(path.read_text())
+            if found is not None:
+                return int(found[1])
+    return 0
+
+
+def _own_counters() -> Iterator[Path]:
+    """Of control groups version 2 and 1, as /proc/self/cgroup names them."""
+    with suppress(OSError):
+        for line in _CGROUPS.read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            if not controllers:
+                yield _MOUNT / place.lstrip("/") / "memory.events"
+            elif "memory" in controllers.split(","):
+                yield _MOUNT / "memory" / place.lstrip("/") / "memory.oom_control"
