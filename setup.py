@@ -27,6 +27,8 @@ setup(
         "huggingface-hub>=1.0",
         "sentencepiece>=0.2.1",
         "numpy>=1.26",
+        "pydantic>=2.7",
+        "typing-extensions>=4.12",
         "psutil>=5.9",
         "pyarrow>=17.0",
         "zstandard>=0.22",

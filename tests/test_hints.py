@@ -15,6 +15,8 @@ FILES = sorted((ROOT / "tinyllama_ds").rglob("*.py"))
 # Words of other programs' command lines, or of style sheets, and nothing for a user to type.
 NO_HINTS = {"evaluation/sandbox.py", "launch/launcher.py", "page.py"}
 OTHERS = {
+    "data/inputs.py": {"--keep"},  # of gunzip
+    "data/reading.py": {"--long"},  # of zstd
     "devices.py": {"--query-gpu", "--format", "--gpus-per-task"},  # of nvidia-smi and srun
     "launch/machines.py": {"--nodes", "--ntasks", "--nodelist"},  # of srun
     "launch/probe.py": {"--always", "--dirty"},  # of git

