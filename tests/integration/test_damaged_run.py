@@ -6,12 +6,14 @@ What a run cannot be without is asked for in one sentence; without the rest it g
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 from forked import pretrain
 from launching import read_series, write_deepspeed_config, write_recipe
 
@@ -145,8 +147,15 @@ READERS: dict[str, Callable[[Options], object]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("reader", READERS)
+def _pairs() -> Iterator[ParameterSet]:
+    """The readers that resolve a whole run see a few damages, and all with --all-faults."""
+    few = ("missing", "empty", "zeros", "not UTF-8", "a folder", "values {}", "values NaN")
+    for reader, damage in product(READERS, DAMAGES):
+        is_slow = reader in ("start", "branch", "init") and damage not in few
+        yield pytest.param(reader, damage, marks=[pytest.mark.all_faults] if is_slow else [])
+
+
+@pytest.mark.parametrize(("reader", "damage"), _pairs())
 def test_no_reader_ends_in_a_traceback(reader: str, damage: str, whole: Options, tmp_path: Path) -> None:
     for name in FILES:
         options = copy_of(whole, tmp_path / name.replace("/", "_") / "run")
