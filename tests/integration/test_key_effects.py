@@ -43,8 +43,8 @@ def at_stage(stage: int, **zero: object) -> dict:
         "train_batch_size": BATCH, "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": ACCUMULATION, "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": ADAM}, "timers": {"throughput": {"enabled": False}},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000,
-                              "stage3_prefetch_bucket_size": 20_000, "stage3_param_persistence_threshold": 1000} | zero,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 60_000, "allgather_bucket_size": 60_000,
+                              "stage3_prefetch_bucket_size": 60_000, "stage3_param_persistence_threshold": 1000} | zero,
     }  # fmt: skip
 
 
@@ -57,10 +57,10 @@ SAME_CURVE: dict[str, tuple[int, object]] = {
     "bf16.immediate_grad_update": (1, True),
     f"{ZERO}contiguous_gradients": (2, False),
     f"{ZERO}reduce_scatter": (2, False),
-    f"{ZERO}reduce_bucket_size": (2, 5000),
+    f"{ZERO}reduce_bucket_size": (2, 20_000),
     f"{ZERO}use_multi_rank_bucket_allreduce": (2, False),
     f"{ZERO}allgather_partitions": (2, False),
-    f"{ZERO}allgather_bucket_size": (1, 5000),
+    f"{ZERO}allgather_bucket_size": (1, 20_000),
     f"{ZERO}overlap_comm": (2, True),
     f"{ZERO}round_robin_gradients": (2, True),
     f"{ZERO}parameter_alignment": (2, True),
@@ -200,11 +200,11 @@ def _train_each(configs: dict[str, dict]) -> tuple:
 def train_all(output: str) -> None:
     """On every rank: each config's losses and norms, and the bytes of its optimizer's tensors, written by rank 0."""
     found, world = _train_each(variants())
-    found |= {f"PyTorch: {name}": _train_plainly(variants()[name]) for name in LIKE_PYTORCH}
-    found["PyTorch: clipped"] = _train_plainly(variants()["clipped"])
-    if world.is_main:
-        Path(output).write_text(json.dumps(found))
-        _log_to_csv(Path(output).parent)
+    if not world.is_main:
+        return
+    found |= {f"PyTorch: {name}": _train_plainly(variants()[name]) for name in (*LIKE_PYTORCH, "clipped")}
+    Path(output).write_text(json.dumps(found))
+    _log_to_csv(Path(output).parent)
 
 
 def _log_to_csv(folder: Path) -> None:
