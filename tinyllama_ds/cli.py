@@ -3,15 +3,14 @@
 import argparse
 import errno
 import io
-import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
 from tinyllama_ds import __version__
 from tinyllama_ds.commands import cluster, data, evaluation, model, planning, training
 from tinyllama_ds.commands.arguments import Parser
+from tinyllama_ds.commands.printing import write_no_more
 from tinyllama_ds.errors import EXIT_REFUSED, Refusal
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # which name no file
@@ -29,23 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tinyllama-ds: {refusal}", file=sys.stderr)
         return EXIT_REFUSED
     except BrokenPipeError:
-        _write_no_more()
+        write_no_more()
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None and error.errno not in _FULL:
             raise
         print(f"tinyllama-ds: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
-        _write_no_more()
+        write_no_more()
         return EXIT_REFUSED
     except KeyboardInterrupt:
         return 130
     return code
-
-
-def _write_no_more() -> None:
-    """What is left in the buffer has nowhere to go, which Python would say again at its end."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command_parser() -> argparse.ArgumentParser:

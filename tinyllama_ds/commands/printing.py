@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import sys
+from contextlib import suppress
 
 from tinyllama_ds.errors import EXIT_FINISHED
 
@@ -10,6 +13,12 @@ def print_result(options: argparse.Namespace, result: dict, text: str) -> int:
     """The result as JSON where `--json` was given, else the text; returns the exit code."""
     print(json.dumps(result) if options.json else text)
     return EXIT_FINISHED
+
+
+def write_no_more() -> None:
+    """What is left in the buffer of stdout has nowhere to go, which Python would say again at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

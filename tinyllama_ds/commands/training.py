@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import tempfile
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from tinyllama_ds.commands.placement import (
     read_placement,
     say_hidden_gpus,
 )
-from tinyllama_ds.commands.printing import add_json, print_result
+from tinyllama_ds.commands.printing import add_json, print_result, write_no_more
 from tinyllama_ds.errors import EXIT_FINISHED, Refusal
 
 if TYPE_CHECKING:
@@ -162,8 +161,11 @@ def _pretrain(options: argparse.Namespace) -> int:
             supervised = supervise(fleet.start, watch, lock, ranks)
         finally:
             fleet.forget_secrets()
-    with suppress(OSError):  # a console that is gone, or a file that cannot be read, changes no run's end
+    try:
         _say_goodput(options.run_dir, supervised)
+        sys.stdout.flush()
+    except OSError:  # a console that is gone, or a file that cannot be read, changes no run's exit code
+        write_no_more()
     return supervised.code
 
 
