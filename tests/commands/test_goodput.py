@@ -1,6 +1,8 @@
 """What `pretrain` says of its goodput at its end."""
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,24 @@ def test_it_is_the_share_of_the_highest_rate(tmp_path: Path, capsys: pytest.Capt
     log(tmp_path, {"Validation/Loss/a": 6.2}, {"Speed/TokensPerSecond": 20.48}, {"Speed/TokensPerSecond": 10.0})
     _say_goodput(tmp_path, STOPPED)
     assert capsys.readouterr().out.startswith("goodput 50.0%: 512 tokens committed in 50 s, ")
+
+
+END = """
+import os, sys
+from pathlib import Path
+from tinyllama_ds.commands.training import _end
+from tinyllama_ds.launch.supervisor import Supervised
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, sys.stdout.fileno())
+sys.exit(_end(Path(sys.argv[1]), Supervised(code=75, restarts=1, seconds=50.0, tokens=512)))
+"""
+
+
+def test_a_console_that_is_gone_changes_no_exit_code(tmp_path: Path) -> None:
+    log(tmp_path, {"Speed/TokensPerSecond": 20.48})
+    finished = subprocess.run([sys.executable, "-c", END, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stderr) == (75, "")
 
 
 def test_before_the_first_logged_step_it_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,12 +161,7 @@ def _pretrain(options: argparse.Namespace) -> int:
             supervised = supervise(fleet.start, watch, lock, ranks)
         finally:
             fleet.forget_secrets()
-    try:
-        _say_goodput(options.run_dir, supervised)
-        sys.stdout.flush()
-    except OSError:  # a console that is gone, or a file that cannot be read, changes no run's exit code
-        write_no_more()
-    return supervised.code
+    return _end(options.run_dir, supervised)
 
 
 def _describe(placement: "Placement", arguments: list[str]) -> int:
@@ -242,6 +237,15 @@ def _this_machine(placement: "Placement") -> "Machine":
 
     device_type = "cpu" if placement.on_cpu else "cuda"
     return Machine(device_type, supports_fast_bf16(torch.device(device_type)), os.cpu_count() or 1)
+
+
+def _end(run_dir: Path, supervised: "Supervised") -> int:
+    try:
+        _say_goodput(run_dir, supervised)
+        sys.stdout.flush()
+    except OSError:  # a console that is gone, or a file that cannot be read, changes no run's exit code
+        write_no_more()
+    return supervised.code
 
 
 def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
