@@ -167,10 +167,10 @@ SUPPORTED: dict[str, Key] = {
     "zero_optimization.offload_param.pin_memory": Key(_SWITCH, "page-locked host memory", (3,)),
     "tensorboard.enabled": Key(_SWITCH, _OURS),
     "tensorboard.output_path": Key(_TEXT, 'a directory; "auto" is the run directory'),
-    "tensorboard.job_name": Key(_TEXT, 'a directory inside; "auto" is the recipe\'s name'),
+    "tensorboard.job_name": Key(_TEXT, 'a directory inside; "auto" is none'),
     "csv_monitor.enabled": Key(_SWITCH, _OURS),
     "csv_monitor.output_path": Key(_TEXT, 'a directory; "auto" is the run directory'),
-    "csv_monitor.job_name": Key(_TEXT, 'a directory inside; "auto" is the recipe\'s name'),
+    "csv_monitor.job_name": Key(_TEXT, 'a directory inside; "auto" is csv'),
 }  # fmt: skip
 
 _WEB = "figures go to a web service, by its package; not tested here"
