@@ -4,7 +4,7 @@
     def test_a_damaged_one_is_refused(content: bytes) -> None:
         returns_or_refuses(read_it, content, "it.json")
 
-100 of them for each test, with --all-faults 2,000; the same ones in every run.
+60 of them for each test, with --all-faults 2,000; the same ones in every run.
 """
 
 import json
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tinyllama_ds.errors import Refusal
 
-FEW, MANY = 100, 2000
+FEW, MANY = 60, 2000
 # Values as text, because JSON libraries write neither of some: other types, ends of ranges, what parsers trip over.
 ODD_VALUES = [
     *("null", "true", "false", "0", "-1", "1", "0.5", "-0.0", "NaN", "Infinity", "-Infinity", "1e999", "1e9", "1e-320"),
