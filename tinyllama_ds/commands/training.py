@@ -209,13 +209,13 @@ def _check_run(options: argparse.Namespace, placement: "Placement") -> "Run":
 
 def _check_engine(options: argparse.Namespace, placement: "Placement", run: "Run") -> None:
     """Warn of what may have no effect in the DeepSpeed JSON, and start its engine once, where this machine can."""
-    from tinyllama_ds.deepspeed_config import load_deepspeed_config, warnings_of
+    from tinyllama_ds.deepspeed_config import warnings_of
     from tinyllama_ds.training.dry_start import check_engine_start
 
     if placement.node_rank:  # the first host's supervisor does
         return
     path = options.deepspeed_config
-    for warning in warnings_of(load_deepspeed_config(path)):
+    for warning in warnings_of(run.description["deepspeed_config"]):
         print(f"tinyllama-ds: warning: {path}: {warning}", file=sys.stderr)
     device_type = (placement.machine or _this_machine(placement)).device_type
     if device_type == "cpu" or _has_gpu():
