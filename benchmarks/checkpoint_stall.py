@@ -3,7 +3,7 @@
     python benchmarks/checkpoint_stall.py --json benchmarks/results/checkpoint_stall.json
 
 Two ranks train tinyllama-120m under ZeRO-3, which gives a rank 0.8 GB of state: as much as each of 16 ranks has of
-tinyllama-1.1b. They save some times the way `pretrain` does (`training/saving.py`), and then with the writing waited
+tinyllama-1.1b. They save some times the way `pretrain` does (`checkpoint/save.py`), and then with the writing waited
 for, which is what a synchronous save would cost. Everything is real but the tokens, which are random.
 """
 
@@ -18,28 +18,29 @@ import tempfile
 from itertools import count, repeat
 from pathlib import Path
 from time import perf_counter
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from tinyllama_ds.checkpoint.format import Health, Progress
+from tinyllama_ds.checkpoint.retention import Retention
+from tinyllama_ds.checkpoint.save import Save, Saver, SaveSettings
+from tinyllama_ds.checkpoint.staging import HostStateBuffer
 from tinyllama_ds.commands.arguments import Parser, output_file, output_folder
+from tinyllama_ds.config.run_plan import Step
+from tinyllama_ds.distributed.collectives import sum_over_ranks
+from tinyllama_ds.distributed.world import read_world
+from tinyllama_ds.health.guard import check_parameters
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.plan import Step
-from tinyllama_ds.training.batches import Batch
-from tinyllama_ds.training.checkpoint import Health, Progress
-from tinyllama_ds.training.engine import start_process_group, sum_over_ranks, wrap
-from tinyllama_ds.training.guard import check_parameters
-from tinyllama_ds.training.metrics import PhaseClock
-from tinyllama_ds.training.saving import Save, Saver
-from tinyllama_ds.training.snapshot import Snapshots
-from tinyllama_ds.training.step import train_step
-from tinyllama_ds.training.world import read_world
+from tinyllama_ds.run.metrics import PhaseClock
+from tinyllama_ds.train.batches import Batch
+from tinyllama_ds.train.engine import start_process_group, wrap
+from tinyllama_ds.train.step import train_step
 
 if TYPE_CHECKING:
-    from tinyllama_ds.training.run import Run
+    pass
 
 T, MICRO_BATCH, RANKS = 256, 1, 2
 SAVES = 4  # of each kind; the first one has to make its host memory
@@ -82,10 +83,8 @@ def measure(run_dir: Path, model: str) -> dict:
     check_parameters(trainer.engine)
     check_seconds = perf_counter() - started
     saves: list[Save] = []
-    intervals = SimpleNamespace(keep_last=2, keep_tokens=10**15, save_minutes=1e9)
-    recipe, plan = SimpleNamespace(intervals=intervals), SimpleNamespace(stage_ends=frozenset())
-    run = SimpleNamespace(run_dir=run_dir, recipe=recipe, plan=plan, model=trainer.model, description={})
-    saver = Saver(cast("Run", run), trainer.world, saves.append)
+    settings = SaveSettings(run_dir, Retention(2, 10**15), 1e9, trainer.model, {})
+    saver = Saver(settings, trainer.world, saves.append)
     while_writing = [seconds for _ in range(SAVES) for seconds in save_behind(trainer, saver, saves)]
     quiet += [trainer.step() for _ in range(4)]
     for number in range(SAVES, 2 * SAVES):
@@ -118,7 +117,7 @@ def save_behind(trainer: Trainer, saver: Saver, saves: list[Save]) -> list[float
 def copy_seconds(trainer: Trainer, folder: Path) -> list[float]:
     """Seconds of the bare copy, the first into new memory, the others into memory that was used before."""
     folder.mkdir(parents=True, exist_ok=True)
-    snapshots = Snapshots()
+    snapshots = HostStateBuffer()
     found = []
     for _ in range(6):
         dist.barrier()

@@ -56,9 +56,9 @@ def deepspeed_config(name: str, size: Size) -> dict:
 
 def ours(size: Size, name: str, attention: str = "auto") -> OneStep:
     """Our model, engine and step, blocks compiled, as `tinyllama-ds pretrain --compile on` runs them."""
-    from tinyllama_ds.training.compilation import compile_blocks
-    from tinyllama_ds.training.engine import start_process_group, wrap
-    from tinyllama_ds.training.world import read_world
+    from tinyllama_ds.distributed.world import read_world
+    from tinyllama_ds.train.compile import compile_blocks
+    from tinyllama_ds.train.engine import start_process_group, wrap
 
     start_process_group(read_world())
     model = our_model(size, attention)
@@ -78,9 +78,9 @@ def transformers_deepspeed(size: Size) -> OneStep:
     """transformers' LlamaForCausalLM under the same DeepSpeed JSON, with its own loss."""
     import deepspeed
 
-    from tinyllama_ds.convert import hf_model
-    from tinyllama_ds.training.engine import start_process_group
-    from tinyllama_ds.training.world import read_world
+    from tinyllama_ds.distributed.world import read_world
+    from tinyllama_ds.hf.convert import hf_model
+    from tinyllama_ds.train.engine import start_process_group
 
     start_process_group(read_world())
     model = hf_model(dict(our_model(size, "sdpa").state_dict()), size.model).train()

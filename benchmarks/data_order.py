@@ -75,7 +75,7 @@ def main() -> None:
         seek_mib = tracemalloc.get_traced_memory()[1] / 2**20
         tracemalloc.stop()
         rank_batch = seconds(lambda: reader.read(np.arange(FAR + 4096, FAR + 4096 + 64)), options.rounds)
-        segments = seconds(lambda: reader.read_segments(np.arange(FAR + 4096, FAR + 4096 + 64)), options.rounds)
+        document_ids = seconds(lambda: reader.read_document_ids(np.arange(FAR + 4096, FAR + 4096 + 64)), options.rounds)
     order = order_of(300_000_000)
     million = np.arange(10**6)
     constant = seconds(lambda: order.locate(million), options.rounds)
@@ -87,7 +87,7 @@ def main() -> None:
         "order, in a ramp of three sources (M samples/s, bar 1)": 1 / ramp,
         "a rank's 64 samples of a step (ms)": rank_batch * 1000,
         "their share of a 5 s step (%, bar 1)": rank_batch / 5 * 100,
-        "their document borders for a mask (ms)": segments * 1000,
+        "their document borders for a mask (ms)": document_ids * 1000,
     }
     for name, figure in figures.items():
         print(f"{name:<58}{figure:>10.3f}")

@@ -26,8 +26,8 @@ import zstandard
 
 from installed import of_installed
 from tinyllama_ds.commands.arguments import Number, Parser, WholeNumber, output_file
-from tinyllama_ds.data.prepare import Preparation, prepare
-from tinyllama_ds.data.sources import SourceFormat
+from tinyllama_ds.data.prepare.prepare import Preparation, prepare
+from tinyllama_ds.data.prepare.sources import SourceFormat
 from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
 from tinyllama_ds.data.vocabulary import ranked_merges
 

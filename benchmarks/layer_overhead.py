@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from tinyllama_ds.commands.arguments import Parser, WholeNumber
+from tinyllama_ds.distributed.world import read_world
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.training.engine import start_process_group, wrap
-from tinyllama_ds.training.world import read_world
+from tinyllama_ds.train.engine import start_process_group, wrap
 
 NARROW = LlamaConfig(64, 32, 64, 22, 2, 1, 16)
 CONFIGS = Path(__file__).parents[1] / "ds_configs"

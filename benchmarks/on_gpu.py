@@ -25,7 +25,7 @@ from tinyllama_ds.commands.arguments import SECONDS, Parser, output_folder
 ROOT = Path(__file__).parents[1]
 TABLE_LINES = 60  # a remote call may bring back the end of the output only
 RESERVE = 3.0  # seconds of the budget for the table, and for processes to die
-EXIT_REFUSED = 78  # as the toolkit's own
+EXIT_CONFIG = 78  # as the toolkit's own
 
 
 @dataclass
@@ -57,7 +57,7 @@ class OnGpu:
         self._chosen = [part for part in PARTS if not options.parts or part.name in options.parts]
         self.outcomes = {part.name: Outcome() for part in self._chosen}
 
-    def refuse_without_gpu(self) -> str | None:
+    def reject_without_gpu(self) -> str | None:
         """Look at the machine; returns what is wrong with it."""
         command = [sys.executable, "-m", "gpu_parts.machine", "--describe"]
         seen = subprocess.run(command, capture_output=True, text=True, env=self._environment, check=False)
@@ -205,10 +205,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="on_gpu-", ignore_cleanup_errors=True) as work:
         call, code = OnGpu(options, Path(work)), 0
         try:
-            refusal = call.refuse_without_gpu()
+            refusal = call.reject_without_gpu()
             if refusal is not None:
                 print(f"on_gpu: {refusal}", file=sys.stderr)
-                return EXIT_REFUSED
+                return EXIT_CONFIG
             call.run_parts()
         except Interrupted as signal:
             print(f"\n{signal}", flush=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
 
-from tinyllama_ds.network import free_port
+from tinyllama_ds.distributed.network import free_port
 
 ROOT = Path(__file__).parents[1]
 _BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tinyllama_ds.config.run_plan import Step
+from tinyllama_ds.distributed.world import read_world
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.plan import Step
-from tinyllama_ds.training.batches import Batch
-from tinyllama_ds.training.compilation import compile_blocks
-from tinyllama_ds.training.engine import leave, start_process_group, wrap
-from tinyllama_ds.training.metrics import PhaseClock
-from tinyllama_ds.training.step import train_step
-from tinyllama_ds.training.world import read_world
+from tinyllama_ds.run.metrics import PhaseClock
+from tinyllama_ds.train.batches import Batch
+from tinyllama_ds.train.compile import compile_blocks
+from tinyllama_ds.train.engine import hard_exit, start_process_group, wrap
+from tinyllama_ds.train.step import train_step
 
 WARMUP_STEPS = 2  # the optimizer's state, and ZeRO-3's recording of the order of modules
 _MASTERS = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups",
@@ -135,7 +135,7 @@ def main(setting: dict, output: Path) -> None:
     if setting["profile"]:
         found["peak"] = peak_bytes(profiler, output / f"trace_{world.rank}.json")
     (output / f"rank_{world.rank}.json").write_text(json.dumps(found))
-    leave(0)
+    hard_exit(0)
 
 
 def spy_on_steps(engine: Any, before: set[int]) -> dict[str, int]:

@@ -5,9 +5,9 @@ import sys
 
 from tinyllama_ds.commands.arguments import COUNT, Parser
 from tinyllama_ds.commands.evaluation import add_evaluate_arguments, evaluate_on_rank, prepare
-from tinyllama_ds.errors import EXIT_REFUSED, Refusal
-from tinyllama_ds.training.engine import leave
-from tinyllama_ds.training.world import read_world
+from tinyllama_ds.distributed.world import read_world
+from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
+from tinyllama_ds.train.engine import hard_exit
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
@@ -16,7 +16,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     try:
         prepare(options)
-        leave(evaluate_on_rank(options, read_world()))
-    except Refusal as refusal:
-        print(f"tinyllama-ds: {refusal}", file=sys.stderr)
-        leave(EXIT_REFUSED)
+        hard_exit(evaluate_on_rank(options, read_world()))
+    except ConfigError as error:
+        print(f"tinyllama-ds: {error}", file=sys.stderr)
+        hard_exit(EXIT_CONFIG)

@@ -3,9 +3,9 @@
 
 from pathlib import Path
 
+from tinyllama_ds.benchmark.measure import Setting, main
 from tinyllama_ds.commands.arguments import COUNT, Parser, output_file
-from tinyllama_ds.training.engine import leave
-from tinyllama_ds.training.measure import Setting, main
+from tinyllama_ds.train.engine import hard_exit
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
@@ -26,4 +26,4 @@ if __name__ == "__main__":
         options.activation_checkpointing,
     )
     run = (options.model, options.sequence_length, options.accumulation, options.steps, options.output)
-    leave(main(setting, *run))
+    hard_exit(main(setting, *run))

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import psutil
 
+from tinyllama_ds.checkpoint.format import consolidated_weights, find_checkpoints, newest_progress
 from tinyllama_ds.commands.arguments import MINUTES, SECONDS, SEED, Parser, output_folder
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_RESTART
-from tinyllama_ds.training.checkpoint import consolidated_weights, find_checkpoints, newest_progress
 
 SEQUENCE_LENGTH, BATCH = 128, 8
 STEP_TOKENS = SEQUENCE_LENGTH * BATCH
@@ -357,8 +357,8 @@ def main() -> int:
     data = prepare(directory)
     for name in ("calibration", "reference", "disk"):
         shutil.rmtree(directory / name, ignore_errors=True)
-    pace = CALIBRATION_STEPS / train_alone(directory, data, directory / "calibration", CALIBRATION_STEPS)
-    steps = max(SAVES, int(60 * options.minutes * pace * TRAINING_SHARE))
+    stragglers = CALIBRATION_STEPS / train_alone(directory, data, directory / "calibration", CALIBRATION_STEPS)
+    steps = max(SAVES, int(60 * options.minutes * stragglers * TRAINING_SHARE))
     seconds = train_alone(directory, data, directory / "reference", steps)
     print(f"without faults: {steps:,} steps in {seconds:,.0f} s", flush=True)
     is_mounted = small_disk(directory)

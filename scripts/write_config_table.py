@@ -1,13 +1,13 @@
-"""Writes docs/configs.md from the tables of `tinyllama_ds.deepspeed_keys`."""
+"""Writes docs/configs.md from the tables of `tinyllama_ds.config.deepspeed_keys`."""
 
 from pathlib import Path
 
-from tinyllama_ds.deepspeed_keys import REJECTED, SUPPORTED, WARNED, Key
+from tinyllama_ds.config.deepspeed_keys import REJECTED, SUPPORTED, WARNED, Key
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configs.md"
 _HEAD = """# Keys of a DeepSpeed configuration
 
-Made by `python scripts/write_config_table.py` from `tinyllama_ds/deepspeed_keys.py`; a test walks the classes of
+Made by `python scripts/write_config_table.py` from `tinyllama_ds/config/deepspeed_keys.py`; a test walks the classes of
 DeepSpeed 0.19.8 and fails for a key that is in none of the three tables. The shipped files are described in
 [ds_configs/README.md](../ds_configs/README.md).
 

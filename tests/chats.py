@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 from launching import BATCH
 
-from tinyllama_ds.data.conversations import ChatFormat
-from tinyllama_ds.data.prepare import Preparation, prepare
+from tinyllama_ds.data.prepare.conversations import ChatFormat
+from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.shards import Manifest
 
 SEQUENCE_LENGTH = 96  # of samples; a conversation may be as long

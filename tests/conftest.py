@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_ds.data.prepare import Preparation, prepare
-from tinyllama_ds.data.sources import source_format
+from tinyllama_ds.data.prepare.prepare import Preparation, prepare
+from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.data.tokenizer import Tokenizer, train_tokenizer
 
 VOCABULARY = """the a small llama model token shard reads writes learns step loss rate rank batch gradient weight norm

@@ -24,8 +24,8 @@ from unittest import mock
 
 from launching import TIMEOUT, Finished
 
+from tinyllama_ds.distributed.network import free_port
 from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
-from tinyllama_ds.network import free_port
 
 _ON_CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _context = multiprocessing.get_context("forkserver")

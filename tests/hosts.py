@@ -107,7 +107,7 @@ class Host:
         """Pull the network cable."""
         self.run("ip", "link", "set", "e0", "down")
 
-    def mend(self) -> None:
+    def hint(self) -> None:
         """Put the cable back."""
         self.run("ip", "link", "set", "e0", "up")
 

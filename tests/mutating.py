@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 FEW, MANY = 60, 2000
 # Values as text, because JSON libraries write neither of some: other types, ends of ranges, what parsers trip over.
@@ -62,8 +62,8 @@ def returns_or_refuses(read: Callable[[Path], object], content: bytes, name: str
         path.write_bytes(content)
         try:
             read(path)
-        except Refusal as refusal:
-            sentence = str(refusal)
+        except ConfigError as error:
+            sentence = str(error)
             assert name in sentence
             assert "\n" not in sentence
             assert len(sentence) < 2000

@@ -72,7 +72,9 @@ def _on_gpu(how: Any, arguments: tuple, dry_run: bool, memory_bytes: int, seen: 
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-    from tinyllama_ds.training import engine, measure, metrics, pretrain
+    from tinyllama_ds.benchmark import measure
+    from tinyllama_ds.run import metrics
+    from tinyllama_ds.train import engine, pretrain
 
     # A fake device has no speed, and nothing for PyTorch's profiler.
     kinds = {"kinds": {"collectives": {"seconds": 0.0}}}
@@ -80,7 +82,7 @@ def _on_gpu(how: Any, arguments: tuple, dry_run: bool, memory_bytes: int, seen: 
     with FakeCuda() as gpu, contextlib.ExitStack() as patches:
         set_accelerator(CUDA_Accelerator())
         gpu.memory_bytes = memory_bytes
-        patches.enter_context(mock.patch.object(engine, "leave", _leave))
+        patches.enter_context(mock.patch.object(engine, "hard_exit", _leave))
         patches.enter_context(mock.patch.object(metrics, "measured_peak", return_value=1e12))
         patches.enter_context(mock.patch.object(measure, "_profile_step", return_value=kinds))
         if not dry_run:
@@ -93,4 +95,4 @@ def _on_gpu(how: Any, arguments: tuple, dry_run: bool, memory_bytes: int, seen: 
             code = int(end.code or 0)
         waits = list(Counter(map(tuple, gpu.waits)).items())
     seen.write_text(json.dumps({"waits": waits, "pinned_bytes": sum(gpu.registered.values())}))
-    engine.leave(code)
+    engine.hard_exit(code)

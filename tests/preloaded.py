@@ -12,7 +12,7 @@ import torch.utils.tensorboard  # noqa: F401
 import tinyllama_ds.cli
 import tinyllama_ds.commands.training
 import tinyllama_ds.planning.fit
-import tinyllama_ds.training.pretrain  # noqa: F401
+import tinyllama_ds.train.pretrain  # noqa: F401
 
 gc.collect()
 gc.freeze()  # a collection in a fork looks at what the fork has made

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from launching import TIMEOUT, wait_until
 
-from tinyllama_ds.network import free_port
+from tinyllama_ds.distributed.network import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun")
 _CONFIG = """

@@ -13,10 +13,10 @@ from tinyllama_ds.devices import (
     index_of,
     list_gpus,
     machine_of,
-    refuse_unsupported,
+    reject_unsupported,
 )
-from tinyllama_ds.errors import Refusal
-from tinyllama_ds.training.engine import supports_fast_bf16
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.train.engine import supports_fast_bf16
 
 A100 = {"name": "NVIDIA A100-SXM4-40GB", "mib": "40960", "used_mib": "3", "driver": "470.57.02", "capability": [8, 0]}
 T4 = {"name": "Tesla T4", "mib": "15360", "used_mib": "0", "driver": "550.54.14", "capability": [7, 5]}
@@ -87,9 +87,9 @@ def test_the_kind_of_device(what: Seen, device_type: str) -> None:
     ],
 )
 def test_gpus_are_never_left_idle_in_silence(what: Seen, sentence: str) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(ConfigError) as error:
         device_type_of(what)
-    assert sentence in str(refusal.value)
+    assert sentence in str(error.value)
 
 
 def test_hidden_gpus_are_spoken_of() -> None:
@@ -118,7 +118,7 @@ def test_a_rank_gets_a_device_of_its_own(what: Seen, local_rank: int, local_size
     ("what", "local_rank", "local_size"), [(seen(count=2), 2, None), (seen(count=2), 0, 4), (seen(count=1), 1, None)]
 )
 def test_ranks_never_share_a_device(what: Seen, local_rank: int, local_size: int | None) -> None:
-    with pytest.raises(Refusal, match="ranks on this host, and PyTorch sees . GPUs; expected a GPU for every rank"):
+    with pytest.raises(ConfigError, match="ranks on this host, and PyTorch sees . GPUs; expected a GPU for every rank"):
         index_of(what, local_rank, local_size)
 
 
@@ -145,10 +145,10 @@ CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 )
 def test_a_gpu_needs_kernels(capability: tuple[int, int], architectures: list[str], is_fit: bool) -> None:
     if is_fit:
-        refuse_unsupported("GPU", capability, architectures, "2.11.0")
+        reject_unsupported("GPU", capability, architectures, "2.11.0")
         return
-    with pytest.raises(Refusal, match=r"GPU has compute capability \d+\.\d, and torch 2.11.0 is built for sm_"):
-        refuse_unsupported("GPU", capability, architectures, "2.11.0")
+    with pytest.raises(ConfigError, match=r"GPU has compute capability \d+\.\d, and torch 2.11.0 is built for sm_"):
+        reject_unsupported("GPU", capability, architectures, "2.11.0")
 
 
 def test_hosts_are_of_one_kind() -> None:
@@ -157,7 +157,7 @@ def test_hosts_are_of_one_kind() -> None:
     assert common_machine({"node1": big, "node2": small}) == Machine("cuda", False, 8, (7, 5))
     none = machine_of({"gpus": [], "cores": 2, "bf16": True})
     assert common_machine({"node1": none}) == Machine("cpu", True, 2)
-    with pytest.raises(Refusal, match="node1 has GPUs and node2 has none that nvidia-smi lists"):
+    with pytest.raises(ConfigError, match="node1 has GPUs and node2 has none that nvidia-smi lists"):
         common_machine({"node1": big, "node2": none})
 
 

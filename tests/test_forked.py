@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from forked import on_ranks, tinyllama_ds
 
-from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.errors import EXIT_CONFIG
 
 
 def look_around() -> None:
@@ -44,5 +44,5 @@ def test_a_rank_that_fails_ends_the_others() -> None:
 
 def test_a_command_has_its_own_exit_code_and_output() -> None:
     finished = tinyllama_ds("export", "nowhere", "folder")
-    assert (finished.returncode, finished.stdout) == (EXIT_REFUSED, "")
+    assert (finished.returncode, finished.stdout) == (EXIT_CONFIG, "")
     assert finished.stderr.startswith("tinyllama-ds: ")

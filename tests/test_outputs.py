@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.outputs import check_file, check_folder, check_picture, refusing, write_file
 
 
@@ -34,7 +34,7 @@ def everything(place: Path) -> list[tuple[str, int]]:
 )
 def test_a_file_that_cannot_be_written_is_refused(name: str, sentence: str, place: Path) -> None:
     before = everything(place)
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         check_file(place / name)
     assert everything(place) == before
 
@@ -50,7 +50,7 @@ def test_a_file_that_cannot_be_written_is_refused(name: str, sentence: str, plac
 )
 def test_a_folder_that_cannot_be_written_is_refused(name: str, sentence: str, place: Path) -> None:
     before = everything(place)
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         check_folder(place / name)
     assert everything(place) == before
 
@@ -60,7 +60,7 @@ def test_storage_without_write_permission_is_refused(place: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root needs no permission")
     (place / "folder").chmod(0o500)
-    with pytest.raises(Refusal, match="cannot be written: Permission denied"):
+    with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
         check_file(place / "folder" / "page.html")
 
 
@@ -78,7 +78,7 @@ def test_what_can_be_written_passes(place: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a", "a.xyz", "a.png.gz", ".png"])
 def test_a_picture_says_its_format(name: str, place: Path) -> None:
-    with pytest.raises(Refusal, match="is not the name of a picture; expected one that ends with .png, .svg, "):
+    with pytest.raises(ConfigError, match="is not the name of a picture; expected one that ends with .png, .svg, "):
         check_picture(place / name)
 
 
@@ -99,14 +99,14 @@ def test_text_that_is_not_unicode_is_written_all_the_same(place: Path) -> None:
 def test_a_full_disk_leaves_the_old_file(small_disk) -> None:  # type: ignore[no-untyped-def]
     disk = small_disk(64 * 1024)
     (disk / "page").write_text("old")
-    with pytest.raises(Refusal, match="page: cannot be written: No space left on device"):
+    with pytest.raises(ConfigError, match="page: cannot be written: No space left on device"):
         write_file(disk / "page", bytes(100 * 1024))
     assert (disk / "page").read_text() == "old"
     assert [path.name for path in disk.iterdir()] == ["page"]
 
 
 def test_errors_of_rust_are_the_systems() -> None:
-    with pytest.raises(Refusal, match="hf: cannot be written: No space left on device"), refusing(Path("hf")):
+    with pytest.raises(ConfigError, match="hf: cannot be written: No space left on device"), refusing(Path("hf")):
         raise Exception("Error while serializing: No space left on device (os error 28)")  # noqa: TRY002
     with pytest.raises(KeyError), refusing(Path("hf")):
         raise KeyError("mine")

@@ -13,7 +13,7 @@ FLAGS = {  # of tests that only run when asked for: the marker, and what its fla
     "rehearsal": "docs/reproduce.md in small, and the rehearsal of v1.1",
 }
 STARTERS = {  # modules, and functions of others
-    *("subprocess", "forked", "hosts", "one_gpu", "slurm", "tinyllama_ds.training.compilation"),
+    *("subprocess", "forked", "hosts", "one_gpu", "slurm", "tinyllama_ds.train.compile"),
     *("launching.pretrain", "launching.run", "launching.tinyllama_ds"),
 }
 

@@ -11,22 +11,22 @@ from tinyllama_ds import __version__
 from tinyllama_ds.commands import cluster, data, evaluation, model, planning, training
 from tinyllama_ds.commands.arguments import Parser
 from tinyllama_ds.commands.printing import write_no_more
-from tinyllama_ds.errors import EXIT_REFUSED, Refusal
+from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # which name no file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, call, and turn a `Refusal`, or a file that the system denies, into one sentence and exit code 78."""
+    """Parse, call, and turn a `ConfigError`, or a file that the system denies, into one sentence and exit code 78."""
     options = command_parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # whatever a model writes, on whatever terminal
     try:
         code = options.command(options)
         sys.stdout.flush()
-    except Refusal as refusal:
-        print(f"tinyllama-ds: {refusal}", file=sys.stderr)
-        return EXIT_REFUSED
+    except ConfigError as config_error:
+        print(f"tinyllama-ds: {config_error}", file=sys.stderr)
+        return EXIT_CONFIG
     except BrokenPipeError:
         write_no_more()
         return 128 + signal.SIGPIPE
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"tinyllama-ds: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         write_no_more()
-        return EXIT_REFUSED
+        return EXIT_CONFIG
     except KeyboardInterrupt:
         return 130
     return code

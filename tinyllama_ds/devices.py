@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # DeepSpeed's runner forgets CUDA_VISIBLE_DEVICES of this shell; in this one it arrives at the ranks of this machine.
@@ -70,45 +70,45 @@ def look() -> Seen:
 
 
 def device_type_of(seen: Seen) -> str:
-    """`cuda` or `cpu`. Raises `Refusal` where GPUs are there and would be left idle without anybody's wish."""
+    """`cuda` or `cpu`. Raises `ConfigError` where GPUs are there and would be left idle without anybody's wish."""
     if seen.accelerator == "cpu":
         return "cpu"
-    _refuse_wrong_ids(seen)
+    _reject_wrong_ids(seen)
     if seen.count:
         return "cuda"
     if seen.visible in _HIDING or not (seen.listed or seen.warning):
         return "cpu"
     what = f"{len(seen.listed)} x {seen.listed[0]['name']}" if seen.listed else "GPUs"
     if seen.cuda is None:
-        raise Refusal(
+        raise ConfigError(
             f"torch {seen.torch} is built without CUDA, and this machine has {what}; install a torch with CUDA, {_HIDE}"
         )
     driver = f" with driver {seen.listed[0]['driver']}" if seen.listed else ""
     reason = seen.warning.removeprefix("CUDA initialization: ")
     reason = re.split(r"\. (?=[A-Z])| \(Triggered", reason)[0]
-    raise Refusal(
+    raise ConfigError(
         f"torch {seen.torch} for CUDA {seen.cuda} cannot use {what} of this machine{driver}"
         f"{f' ({reason})' if reason else ''}; update the driver, install a torch for it, {_HIDE}"
     )
 
 
-def _refuse_wrong_ids(seen: Seen) -> None:
+def _reject_wrong_ids(seen: Seen) -> None:
     """CUDA takes the devices before the first wrong entry, and says nothing of it."""
     if seen.visible is None or seen.visible in _HIDING:
         return
     entries = [entry.strip() for entry in seen.visible.split(",")]
     wrong = next((entry for entry in entries if not (entry.isdecimal() or _NAME.fullmatch(entry))), None)
     if wrong is not None:
-        raise Refusal(
+        raise ConfigError(
             f"{VISIBLE} is {seen.visible!r}: {wrong!r} names no GPU, and CUDA would stop before it; expected numbers"
             " with commas between them"
         )
     twice = next((entry for entry in entries if entries.count(entry) > 1), None)
     if twice is not None:
-        raise Refusal(f"{VISIBLE} is {seen.visible!r}: names GPU {twice} twice; expected each once")
+        raise ConfigError(f"{VISIBLE} is {seen.visible!r}: names GPU {twice} twice; expected each once")
     beyond = [entry for entry in entries if entry.isdecimal() and int(entry) >= len(seen.listed)]
     if seen.listed and seen.count < len(entries) and beyond:
-        raise Refusal(
+        raise ConfigError(
             f"{VISIBLE} is {seen.visible!r}: there is no GPU {beyond[0]}; expected 0 to {len(seen.listed) - 1} on this"
             f" machine, in a hostfile {len(seen.listed)} slots at most"
         )
@@ -125,19 +125,21 @@ def index_of(seen: Seen, local_rank: int, local_size: int | None) -> int:
     """Which of the visible devices is a rank's own.
 
     A launcher that masks devices (`srun --gpus-per-task=1`) leaves every rank one, which is number 0 to all of them.
-    Raises `Refusal` where ranks would share a device.
+    Raises `ConfigError` where ranks would share a device.
     """
     is_masked = seen.visible is not None and seen.count == len(seen.visible.split(",")) == 1
     if is_masked:
         return 0
     ranks = max(local_rank + 1, local_size or 0)
     if ranks > seen.count:
-        raise Refusal(f"{ranks} ranks on this host, and PyTorch sees {seen.count} GPUs; expected a GPU for every rank")
+        raise ConfigError(
+            f"{ranks} ranks on this host, and PyTorch sees {seen.count} GPUs; expected a GPU for every rank"
+        )
     return local_rank
 
 
-def refuse_unsupported(name: str, capability: tuple[int, int], architectures: list[str], torch: str) -> None:
-    """Raises `Refusal` for a GPU that this build of PyTorch has no kernels for."""
+def reject_unsupported(name: str, capability: tuple[int, int], architectures: list[str], torch: str) -> None:
+    """Raises `ConfigError` for a GPU that this build of PyTorch has no kernels for."""
     major, minor = capability
     for architecture in architectures:  # such as sm_90, sm_90a, or compute_120: code that the driver compiles
         match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
@@ -148,13 +150,13 @@ def refuse_unsupported(name: str, capability: tuple[int, int], architectures: li
             return
         if built[0] == major and (built[1] == minor if suffix == "a" else built[1] <= minor):
             return
-    raise Refusal(
+    raise ConfigError(
         f"{name} has compute capability {major}.{minor}, and torch {torch} is built for {', '.join(architectures)};"
         " install a torch for it"
     )
 
 
-def refuse_unsupported_devices(seen: Seen, indices: Iterable[int]) -> None:
+def reject_unsupported_devices(seen: Seen, indices: Iterable[int]) -> None:
     """The same for devices of this machine."""
     import torch
 
@@ -162,7 +164,7 @@ def refuse_unsupported_devices(seen: Seen, indices: Iterable[int]) -> None:
         return
     for index in indices:
         name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-        refuse_unsupported(name, capability, torch.cuda.get_arch_list(), seen.torch)
+        reject_unsupported(name, capability, torch.cuda.get_arch_list(), seen.torch)
 
 
 def bf16_of_gpu(capability: tuple[int, int]) -> bool:
@@ -219,11 +221,11 @@ def machine_of(report: dict) -> Machine:
 
 
 def common_machine(machines: Mapping[str, Machine]) -> Machine:
-    """What all hosts can do. Raises `Refusal` where some have GPUs and others have none."""
+    """What all hosts can do. Raises `ConfigError` where some have GPUs and others have none."""
     without = [host for host, machine in machines.items() if machine.device_type == "cpu"]
     with_gpus = [host for host in machines if host not in without]
     if without and with_gpus:
-        raise Refusal(
+        raise ConfigError(
             f"{with_gpus[0]} has GPUs and {without[0]} has none that nvidia-smi lists; expected hosts of one kind, or"
             f" those without left out by --exclude {'@'.join(without)}, or of --include"
         )

@@ -3,14 +3,14 @@
 EXIT_FINISHED = 0
 EXIT_RESTART = 75  # saved, please restart
 EXIT_ROLLBACK = 76  # inside: the supervisor starts the run again, without the samples before a spike
-EXIT_REFUSED = 78  # wrong configuration or input, do not restart
+EXIT_CONFIG = 78  # wrong configuration or input, do not restart
 EXIT_NUMERICS = 79  # numbers went bad, a human must look
 
 _MOST_PROBLEMS = 20  # in one message
 _MOST_CHARACTERS = 80  # of a value
 
 
-class Refusal(Exception):
+class ConfigError(Exception):
     """Wrong configuration or input: one sentence that names the file, key, line or host and what was expected.
 
     Raised before anything is changed; every command turns it into exit code 78.
@@ -21,35 +21,35 @@ class Refusal(Exception):
         return " ".join(super().__str__().split("\n"))
 
 
-class OutOfMemory(Refusal):
+class OutOfMemory(ConfigError):
     """The GPU of one rank has too little memory: one sentence that names the rank and the part, and what needs less.
 
     Said by that rank, because the others wait for it; the run ends with exit code 78 and is not restarted.
     """
 
 
-class BadData(Exception):
+class DataError(Exception):
     """Tokens that cannot be what was prepared: one sentence that names the shard and the place. Raised in mid run.
 
     Raised on the one rank that read them; the run ends with exit code 79 and is not restarted.
     """
 
 
-class BadNumbers(Exception):
+class NumericsError(Exception):
     """Loss, gradient or weights went bad: one sentence that names the step or parameter. Raised on all ranks alike.
 
     Nothing is saved any more; the run ends with exit code 79 and is not restarted.
     """
 
 
-def refuse_all(place: object, problems: list[str]) -> None:
-    """Raise one `Refusal` with all that is wrong with a file; nothing where nothing is."""
+def raise_problems(place: object, problems: list[str]) -> None:
+    """Raise one `ConfigError` with all that is wrong with a file; nothing where nothing is."""
     if len(problems) == 1:
-        raise Refusal(f"{place}: {problems[0]}")
+        raise ConfigError(f"{place}: {problems[0]}")
     if problems:
         listed = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems[:_MOST_PROBLEMS], start=1))
         more = len(problems) - _MOST_PROBLEMS
-        raise Refusal(f"{place}: {len(problems)} problems: {listed}{f'; and {more} more' if more > 0 else ''}")
+        raise ConfigError(f"{place}: {len(problems)} problems: {listed}{f'; and {more} more' if more > 0 else ''}")
 
 
 def shown(value: object) -> str:
@@ -59,3 +59,11 @@ def shown(value: object) -> str:
     except ValueError:  # Python writes no integer of more than 4,300 digits
         return f"a value with a number of too many digits ({type(value).__name__})"
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+
+
+def printable(text: str) -> str:
+    """Text without characters that a terminal would obey; training data may hold any."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
+        for character in text
+    )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 MIB, GIB = 2**20, 2**30
 
@@ -58,9 +58,9 @@ def gpu_of_device(device_name: str) -> Gpu | None:
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU of a name; raises `Refusal` naming those that are known."""
+    """The GPU of a name; raises `ConfigError` naming those that are known."""
     if name.lower() not in GPUS:
-        raise Refusal(
+        raise ConfigError(
             f"--gpu {name!r} is unknown; expected {', '.join(GPUS)}, or --gpu-memory and --peak-tflops for any other"
         )
     return GPUS[name.lower()]
@@ -75,7 +75,7 @@ def custom_gpu(memory: str, peak_tflops: float, based_on: Gpu) -> Gpu:
             name = f"{memory} GPU"
             link = based_on.link_bandwidth
             return Gpu(name, (name,), int(float(number) * size), peak_tflops * 1e12, based_on.memory_bandwidth, link)
-    raise Refusal(f"--gpu-memory {memory!r}: expected a size such as 40GiB or 24GB")
+    raise ConfigError(f"--gpu-memory {memory!r}: expected a size such as 40GiB or 24GB")
 
 
 def _is_positive(text: str) -> bool:

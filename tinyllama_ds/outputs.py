@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import temporary_name, write_durably
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ _DPI = 110
 
 
 def check_file(path: Path) -> None:
-    """Raise `Refusal` unless a file of that name can be made or replaced. Leaves everything as it was."""
+    """Raise `ConfigError` unless a file of that name can be made or replaced. Leaves everything as it was."""
     with refusing(path):
         target = Path(os.path.realpath(path))
         if target.is_dir():
-            raise Refusal(f"{path}: is a directory; expected the name of a file to write")
+            raise ConfigError(f"{path}: is a directory; expected the name of a file to write")
         if _is_special(target):
             os.close(os.open(target, os.O_WRONLY | os.O_NONBLOCK))
             return
@@ -36,14 +36,14 @@ def check_file(path: Path) -> None:
 def check_picture(path: Path) -> None:
     """The same for a picture, whose format is in its name."""
     if path.suffix.lower() not in PICTURE_SUFFIXES:
-        raise Refusal(
+        raise ConfigError(
             f"{path}: is not the name of a picture; expected one that ends with {', '.join(PICTURE_SUFFIXES)}"
         )
     check_file(path)
 
 
 def check_folder(path: Path) -> None:
-    """Raise `Refusal` unless files can be made in a folder, which may have to be made with those above it."""
+    """Raise `ConfigError` unless files can be made in a folder, which may have to be made with those above it."""
     with refusing(path):
         place = Path(os.path.realpath(path))
         while not place.exists():
@@ -52,7 +52,7 @@ def check_folder(path: Path) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Replace a file as a whole, or leave it as it was and raise `Refusal` with the reason, a full disk say."""
+    """Replace a file as a whole, or leave it as it was and raise `ConfigError` with the reason, a full disk say."""
     raw = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with refusing(path):
         target = Path(os.path.realpath(path))
@@ -80,23 +80,25 @@ def drawn(figure: "Figure", kind: str = "png") -> bytes:
 
 @contextmanager
 def refusing(path: Path) -> Iterator[None]:
-    """Turn what the system says against a file, through Python or a library in Rust, into a `Refusal` that names it."""
+    """Turn what the system says against a file, through Python or a library in Rust, into a `ConfigError` that names
+    it.
+    """
     try:
         yield
     except OSError as error:
-        raise Refusal(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
     except Exception as error:
         number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers raise classes of their own
-        if number is None or isinstance(error, Refusal):
+        if number is None or isinstance(error, ConfigError):
             raise
-        raise Refusal(f"{path}: cannot be written: {os.strerror(int(number[1]))}") from error
+        raise ConfigError(f"{path}: cannot be written: {os.strerror(int(number[1]))}") from error
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder to fill that appears under its name when it is complete, or leaves nothing; refuses one that exists."""
     if output.exists():
-        raise Refusal(f"{output}: already exists; expected a new folder")
+        raise ConfigError(f"{output}: already exists; expected a new folder")
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -116,8 +118,8 @@ def _is_special(path: Path) -> bool:
 def _check_directory(path: Path, directory: Path) -> None:
     """Make a file without a name there: permissions alone do not tell, of storage that is mounted read-only for one."""
     if not directory.exists():
-        raise Refusal(f"{path}: cannot be written: the directory {directory} is missing")
+        raise ConfigError(f"{path}: cannot be written: the directory {directory} is missing")
     if not directory.is_dir():
-        raise Refusal(f"{path}: cannot be written: {directory} is not a directory")
+        raise ConfigError(f"{path}: cannot be written: {directory} is not a directory")
     with tempfile.TemporaryFile(dir=directory):
         pass

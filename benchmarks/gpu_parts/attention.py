@@ -11,14 +11,14 @@ from torch import Tensor
 
 from gpu_parts.common import Part, part_of_arguments
 from gpu_parts.machine import seconds
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.attention import (
     ATTENTION_BACKENDS,
     Demands,
     Device,
     attention_function,
+    attention_metadata,
     capability_of,
-    documents_for,
     eager_attention,
     resolve_attention_backend,
 )
@@ -46,7 +46,7 @@ class Shape:
         tensors = [torch.randn(self.B, self.T, count, self.E, device=device).to(dtype) for count in heads]
         return [tensor.requires_grad_(number < 3) for number, tensor in enumerate(tensors)]
 
-    def segments(self, device: str) -> Tensor:
+    def document_ids(self, device: str) -> Tensor:
         """The number of each token's document, (B, T), borders at random."""
         borders = torch.rand(self.B, self.T, device=device) < self.documents / self.T
         return borders.int().cumsum(1).int()
@@ -69,10 +69,10 @@ def error(name: str, part: Part, with_documents: bool) -> float:
     torch.manual_seed(1)
     shape = COMPARED[part.rehearse]
     tensors = shape.inputs(part.device, torch.bfloat16)
-    segments = shape.segments(part.device) if with_documents else None
+    document_ids = shape.document_ids(part.device) if with_documents else None
     exact = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in tensors]
-    expected = outputs(eager_attention, exact, segments)
-    documents = documents_for(name, segments) if segments is not None else None
+    expected = outputs(eager_attention, exact, document_ids)
+    documents = attention_metadata(name, document_ids) if document_ids is not None else None
     found = outputs(attention_function(name), tensors, documents)
     norms = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
     return max(norms)
@@ -82,7 +82,7 @@ def milliseconds(name: str, part: Part, with_documents: bool) -> float:
     """Forward and backward of one layer's attention."""
     shape = TIMED[part.rehearse]
     tensors = shape.inputs(part.device, torch.bfloat16)
-    documents = documents_for(name, shape.segments(part.device)) if with_documents else None
+    documents = attention_metadata(name, shape.document_ids(part.device)) if with_documents else None
     attend = attention_function(name)
     return 1000 * seconds(lambda: outputs(attend, tensors, documents), torch.device(part.device), 3)
 
@@ -95,7 +95,7 @@ def report(name: str, part: Part) -> None:
         way = "documents" if with_documents else "causal"
         try:
             taken, wrong = milliseconds(name, part, with_documents), error(name, part, with_documents)
-        except (RuntimeError, ValueError, Refusal) as failure:
+        except (RuntimeError, ValueError, ConfigError) as failure:
             traceback.print_exc()
             part.figures.put(f"{name}.{way}.error", str(failure))
             gist = str(failure).strip().splitlines()[0][:60]
@@ -119,8 +119,8 @@ def main(part: Part) -> int:
         try:
             device = Device(part.device, capability_of(torch.device(part.device)))
             resolve_attention_backend(name, device, Demands(sixteen_bit=True))
-        except Refusal as refusal:
-            part.figures.put(f"{name}.refused", str(refusal), f"{name:<18}not here: {refusal}"[:130])
+        except ConfigError as error:
+            part.figures.put(f"{name}.refused", str(error), f"{name:<18}not here: {error}"[:130])
             continue
         try:
             report(name, part)

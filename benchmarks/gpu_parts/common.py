@@ -44,7 +44,7 @@ class Part:
         if measured is None:
             import torch
 
-            from tinyllama_ds.training.metrics import measured_peak
+            from tinyllama_ds.run.metrics import measured_peak
 
             measured = measured_peak(torch.device(self.device), torch.bfloat16)
             torch.cuda.empty_cache()
@@ -89,7 +89,7 @@ def demo_data(part: Part) -> Path:
         return data
     making = part.work / "data.partial"
     if part.rehearse:
-        from tinyllama_ds.data.demo_corpus import make_demo_corpus
+        from tinyllama_ds.data.demo.corpus import make_demo_corpus
 
         make_demo_corpus(raw, max_bytes=2_000_000)  # a quarter of what the command below makes
     vocabulary = 512 if part.rehearse else 2048  # of the model sizes `test` and `demo`

@@ -16,7 +16,7 @@ from gpu_parts.common import (
     rows,
     tinyllama_ds,
 )
-from tinyllama_ds.training.checkpoint import find_checkpoints
+from tinyllama_ds.checkpoint.format import find_checkpoints
 
 SHAPES = {False: Shape("tinyllama-1.1b", 2048, 16, 30, 15), True: Shape("test", 64, 8, 30, 15)}
 SAME_CURVE = 2e-2  # relative, in bf16

@@ -19,7 +19,7 @@ from gpu_parts.common import (
     rows,
     tinyllama_ds,
 )
-from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
+from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 
 SHAPES = {True: Shape("test", 64, 8, 24, 8), False: Shape("demo", 256, 16, 48, 16)}  # by whether it is rehearsed
 SAME_CURVE = 2e-2  # relative, in bf16: another ZeRO stage adds up in another order

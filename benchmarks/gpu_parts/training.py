@@ -4,10 +4,10 @@ import sys
 from collections.abc import Iterator
 
 from gpu_parts.common import CONFIGS, Part, part_of_arguments
-from tinyllama_ds.bench import Row, grid, measure_all
+from tinyllama_ds.benchmark.grid import Row, grid, measure_all
+from tinyllama_ds.distributed.network import free_port
 from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, Placement, launcher_environment
 from tinyllama_ds.model.config import model_config
-from tinyllama_ds.network import free_port
 
 CONFIG_NAMES = ("zero3_keep", "zero3", "zero1")
 SHAPES: dict[bool, dict[str, str | int | bool]] = {  # by whether it is rehearsed

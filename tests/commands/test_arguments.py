@@ -9,7 +9,7 @@ import pytest
 
 from tinyllama_ds.cli import command_parser, main
 from tinyllama_ds.commands.arguments import Number, Size, WholeNumber
-from tinyllama_ds.errors import EXIT_REFUSED, Refusal
+from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = [*ROOT.glob("tinyllama_ds/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/**/*.py")]
@@ -55,7 +55,7 @@ def test_no_number_takes_nonsense(
     for text in NONSENSE if action.option_strings else [text for text in NONSENSE if not text.startswith("-")]:
         with pytest.raises(SystemExit) as end:
             parser.parse_args([f"{name}={text}"] if action.option_strings else [text])
-        assert end.value.code == EXIT_REFUSED
+        assert end.value.code == EXIT_CONFIG
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith(f"tinyllama-ds: {name}"), line
         assert len(line) < 300
@@ -97,7 +97,7 @@ def test_bounds() -> None:
 def test_what_is_wrong_is_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
-    assert end.value.code == EXIT_REFUSED
+    assert end.value.code == EXIT_CONFIG
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"tinyllama-ds: {sentence}")
 
@@ -109,9 +109,9 @@ def test_a_benchmark_is_refused_before_it_is_launched(tmp_path: Path, capsys: py
         (["--model", "tset"], "model 'tset' is unknown"),
     ):
         arguments = ["bench", "--deepspeed-config", config, "--output", str(tmp_path / "out"), *more]
-        assert main(arguments) == EXIT_REFUSED
+        assert main(arguments) == EXIT_CONFIG
         assert said in capsys.readouterr().err
 
 
 def test_an_error_of_a_library_in_several_lines_is_one() -> None:
-    assert str(Refusal("task.yaml: is wrong:\n  in line 2\n  column 1")).count("\n") == 0
+    assert str(ConfigError("task.yaml: is wrong:\n  in line 2\n  column 1")).count("\n") == 0

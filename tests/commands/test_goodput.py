@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tinyllama_ds.checkpoint.format import Progress
 from tinyllama_ds.commands.training import _say_goodput, _watch, add_run_arguments
 from tinyllama_ds.evaluation.history import read_history
-from tinyllama_ds.evaluation.report import report_page, standing
+from tinyllama_ds.evaluation.report import report_page, run_status
 from tinyllama_ds.launch.launcher import Placement
 from tinyllama_ds.launch.supervisor import Supervised
-from tinyllama_ds.training.checkpoint import Progress
-from tinyllama_ds.training.metrics import MetricsLogger
+from tinyllama_ds.run.metrics import MetricsLogger
 
 STOPPED = Supervised(code=75, restarts=1, seconds=50.0, tokens=512)
 
@@ -56,7 +56,7 @@ def test_before_the_first_logged_step_it_is_not_known(tmp_path: Path, capsys: py
     expected = "512 tokens committed in 50 s; no step was logged, so goodput is not known\n"
     assert capsys.readouterr().out == expected
     history = read_history(tmp_path)
-    now = standing(history, 512, is_held=False)
+    now = run_status(history, 512, is_held=False)
     assert now.sentence.endswith("; no step was logged yet")
     assert ">nan" not in report_page(history, now, "here")
 

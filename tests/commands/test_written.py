@@ -9,7 +9,7 @@ from forked import on_ranks
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED
 
 CONFIG = str(Path(__file__).parents[2] / "ds_configs" / "zero1.json")
 PLAN = ["plan", "--recipe", "tinyllama-v1", "--deepspeed-config", CONFIG]
@@ -42,7 +42,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     except SystemExit as end:
         code = end.code
     [line] = capsys.readouterr().err.splitlines()
-    assert code == EXIT_REFUSED, line
+    assert code == EXIT_CONFIG, line
     assert line.startswith("tinyllama-ds: ")
     return line
 
@@ -99,7 +99,7 @@ def test_a_full_disk_is_one_sentence(tokenizer: Tokenizer, tmp_path: Path) -> No
     output.parent.mkdir()
     arguments = ["train-tokenizer", "--input", tmp_path / "raw", "--vocab-size", "300", "--output", output]
     finished = on_ranks(with_full_disk, *map(str, arguments), ranks=1)
-    assert finished.returncode == EXIT_REFUSED, finished.stderr
+    assert finished.returncode == EXIT_CONFIG, finished.stderr
     assert finished.stderr.splitlines()[-1] == f"tinyllama-ds: {output}: cannot be written: File too large"
     assert not list(output.parent.iterdir())
 
@@ -119,7 +119,7 @@ def audit_without_page(data: str) -> None:
 
 def test_standard_output_can_be_closed_or_full(tmp_path: Path) -> None:
     finished = on_ranks(print_to_full_device, ranks=1)
-    assert finished.returncode == EXIT_REFUSED
+    assert finished.returncode == EXIT_CONFIG
     assert finished.stderr.splitlines() == ["tinyllama-ds: output: No space left on device"]
 
 

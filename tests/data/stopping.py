@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from tinyllama_ds.data.prepare import Preparation, prepare
-from tinyllama_ds.data.sources import Record, SourceFormat
+from tinyllama_ds.data.prepare.prepare import Preparation, prepare
+from tinyllama_ds.data.prepare.sources import Record, SourceFormat
 
 STOP_VARIABLE = "STOP_FROM"
 _LINE = "50"

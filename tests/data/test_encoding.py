@@ -13,7 +13,7 @@ from corpora import AWKWARD_TEXTS, made_up_text
 from tinyllama_ds.data import encoding
 from tinyllama_ds.data.encoding import FileEncoder, encode_with_sentencepiece, load_gigatoken
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 needs_gigatoken = pytest.mark.skipif(
     not (find_spec("gigatoken") and find_spec("awkward")), reason="gigatoken, or what it needs, is not installed"
@@ -89,7 +89,7 @@ def test_an_encoder_that_fails_the_probes_is_never_used(tokenizer: Tokenizer, mo
 
     monkeypatch.setattr(encoding, "_gigatoken", lossy)
     assert load_gigatoken(tokenizer, "auto") is None
-    with pytest.raises(Refusal, match="gives other ids of .* than sentencepiece"):
+    with pytest.raises(ConfigError, match="gives other ids of .* than sentencepiece"):
         load_gigatoken(tokenizer, "gigatoken")
 
 
@@ -100,5 +100,5 @@ def test_an_encoder_that_does_not_import_is_refused_only_where_it_was_asked_for(
     """gigatoken itself, or what it needs: a wheel that was installed without its dependencies."""
     monkeypatch.setitem(sys.modules, module, None)
     assert load_gigatoken(tokenizer, "auto") is None
-    with pytest.raises(Refusal, match="does not import"):
+    with pytest.raises(ConfigError, match="does not import"):
         load_gigatoken(tokenizer, "gigatoken")

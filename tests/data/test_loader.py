@@ -10,11 +10,11 @@ from launching import TIMEOUT, wait_until
 
 from tinyllama_ds.data.loader import SampleReader, open_streams, prefetch
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
-from tinyllama_ds.data.prepare import Preparation, prepare
-from tinyllama_ds.data.sources import source_format
+from tinyllama_ds.data.prepare.prepare import Preparation, prepare
+from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import EOS_ID, TOKENIZER_FILE, Tokenizer, train_tokenizer
-from tinyllama_ds.errors import BadData, Refusal
+from tinyllama_ds.errors import ConfigError, DataError
 
 T = 64
 
@@ -85,10 +85,10 @@ def test_segments_count_the_documents_of_a_row(data: Path):
     tokens = reader.read(np.arange(60))[:, :-1]
     ended = np.cumsum(tokens == EOS_ID, axis=1)
     expected = np.concatenate((np.zeros((60, 1), dtype=int), ended[:, :-1]), axis=1)
-    segments = reader.read_segments(np.arange(60))
-    assert segments.shape == (60, T)
-    assert np.array_equal(segments, expected)
-    assert segments.max() > 0  # and not because there was nothing to see
+    document_ids = reader.read_document_ids(np.arange(60))
+    assert document_ids.shape == (60, T)
+    assert np.array_equal(document_ids, expected)
+    assert document_ids.max() > 0  # and not because there was nothing to see
 
 
 def test_one_document_in_one_shard_is_enough(tmp_path: Path, tokenizer: Tokenizer):
@@ -104,18 +104,20 @@ def test_an_id_beyond_the_vocabulary_is_refused_with_its_place(tmp_path: Path, t
     tokens[70] = 65_535
     tokens.tofile(path)
     reader, _ = reader_of(data, ["bad"], 10)
-    with pytest.raises(BadData, match=r"shard_00000\.bin at token 70: token id 65535 is beyond the vocabulary of 512"):
+    with pytest.raises(
+        DataError, match=r"shard_00000\.bin at token 70: token id 65535 is beyond the vocabulary of 512"
+    ):
         reader.read(np.arange(10))
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path, data: Path, tokenizer: Tokenizer):
-    with pytest.raises(Refusal, match="has 512 pieces, but the model's vocabulary is 32000"):
+    with pytest.raises(ConfigError, match="has 512 pieces, but the model's vocabulary is 32000"):
         open_streams(data, ["first"], "train", 32_000)
-    with pytest.raises(Refusal, match="holds no token shards"):
+    with pytest.raises(ConfigError, match="holds no token shards"):
         open_streams(data, ["absent"], "train", 512)
     other = make_data(tmp_path, tokenizer, {"first": [[made_up_text(1, 60)]]})
     train_tokenizer([made_up_text(99, 3000)], 512, other / TOKENIZER_FILE)
-    with pytest.raises(Refusal, match="was made with another tokenizer"):
+    with pytest.raises(ConfigError, match="was made with another tokenizer"):
         open_streams(other, ["first"], "train", 512)
 
 
@@ -153,11 +155,11 @@ def test_prefetch_hands_over_the_exception_after_the_items_before_it():
     def items():
         yield 1
         yield 2
-        raise Refusal("shard: cut short")
+        raise ConfigError("shard: cut short")
 
     ahead = prefetch(items(), 1)
     assert [next(ahead), next(ahead)] == [1, 2]
-    with pytest.raises(Refusal, match="cut short"):
+    with pytest.raises(ConfigError, match="cut short"):
         next(ahead)
     assert prefetch_threads() == []
 

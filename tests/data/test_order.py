@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tinyllama_ds.data.order import MixtureStage, SampleOrder, permute
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 V1 = {"slimpajama": 0.693584, "starcoderdata": 0.306416}
 V1_MATH_CODE = {"slimpajama": 0.75, "starcoderdata": 0.15, "proof-pile-2": 0.1}
@@ -165,7 +165,7 @@ def test_the_order_is_frozen():
 
 
 def test_a_source_without_a_sample_is_refused():
-    with pytest.raises(Refusal, match="source 'b': its tokens are less than one sample"):
+    with pytest.raises(ConfigError, match="source 'b': its tokens are less than one sample"):
         SampleOrder(1, {"a": 5, "b": 0}, [MixtureStage(10, {"a": 1.0, "b": 1.0})])
 
 
@@ -325,7 +325,7 @@ def test_what_is_left_out_is_passed_over_and_nothing_else_changes():
     order = SampleOrder(7, {"a": 1000, "b": 500}, stages, gaps)
     kept = np.array([ordinal for ordinal in range(160) if not any(ordinal in gap for gap in gaps)])
     positions = np.arange(len(kept))
-    assert np.array_equal(order.ordinals(positions), kept)
+    assert np.array_equal(order.global_sample_index(positions), kept)
     found, expected = order.locate(positions), whole.locate(kept)
     for field in ("source", "epoch", "sample"):
         assert np.array_equal(getattr(found, field), getattr(expected, field))
@@ -338,5 +338,5 @@ def test_what_is_left_out_is_passed_over_and_nothing_else_changes():
 def test_the_run_goes_on_past_its_last_stage_by_what_was_left_out():
     order = SampleOrder(7, {"a": 1000}, [MixtureStage(40, {"a": 1.0})], [range(8, 16)])
     located = order.locate(np.arange(40))
-    assert order.ordinals(np.array([39]))[0] == 47
+    assert order.global_sample_index(np.array([39]))[0] == 47
     assert len(set(located.sample.tolist())) == 40

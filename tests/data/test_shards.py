@@ -13,7 +13,7 @@ from megatron import read_mmididx
 from tinyllama_ds.data import shards
 from tinyllama_ds.data.shards import IndexHeader, Manifest, ShardName, ShardWriter
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 DOCUMENTS = [[5, 6, 7, 2], [2], [9] * 10 + [2], [511, 0, 2]]
 
@@ -117,12 +117,12 @@ def test_a_missing_or_foreign_shard_is_refused(tmp_path: Path):
     manifest = directory / "shard_00001.json"
     content = manifest.read_bytes()
     manifest.unlink()
-    with pytest.raises(Refusal, match="shard 1 is missing; its manifests speak of 3"):
+    with pytest.raises(ConfigError, match="shard 1 is missing; its manifests speak of 3"):
         TokenStream(directory)
     manifest.write_bytes(content)
     for suffix in (".bin", ".idx", ".json"):
         (directory / "shard_00002").with_suffix(suffix).unlink()
-    with pytest.raises(Refusal, match="shard 2 is missing"):
+    with pytest.raises(ConfigError, match="shard 2 is missing"):
         TokenStream(directory)
 
 
@@ -138,11 +138,11 @@ def test_a_manifest_that_does_not_match_is_refused(tmp_path: Path):
         ({"inputs": [{}]}, "not a shard manifest"),
     ):
         path.write_text(json.dumps(good | change))
-        with pytest.raises(Refusal, match=message):
+        with pytest.raises(ConfigError, match=message):
             TokenStream(prefix.parent)
     for content in (b"", b"[]", b"null", b"{", b"\xff", b'{"inputs": 3}'):
         path.write_bytes(content)
-        with pytest.raises(Refusal, match="not a shard manifest"):
+        with pytest.raises(ConfigError, match="not a shard manifest"):
             TokenStream(prefix.parent)
 
 
@@ -150,7 +150,7 @@ def test_a_manifest_that_does_not_match_is_refused(tmp_path: Path):
 def test_a_missing_file_is_named(tmp_path: Path, suffix: str):
     prefix = write_shard(tmp_path, DOCUMENTS)
     prefix.with_suffix(suffix).unlink()
-    with pytest.raises(Refusal, match=rf"shard_00000\{suffix}: the shard's \w+ (is|are) missing"):
+    with pytest.raises(ConfigError, match=rf"shard_00000\{suffix}: the shard's \w+ (is|are) missing"):
         TokenStream(prefix.parent)
 
 
@@ -159,7 +159,7 @@ def test_a_truncated_bin_is_refused(tmp_path: Path, length: int):
     prefix = write_shard(tmp_path, DOCUMENTS)
     path = prefix.with_suffix(".bin")
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(Refusal, match=rf"{length} bytes of uint16, but its manifest says 19 tokens"):
+    with pytest.raises(ConfigError, match=rf"{length} bytes of uint16, but its manifest says 19 tokens"):
         TokenStream(prefix.parent)
 
 
@@ -197,10 +197,10 @@ def test_every_truncation_of_an_index_is_refused(tmp_path: Path):
     content = path.read_bytes()
     for length in range(len(content)):
         path.write_bytes(content[:length])
-        with pytest.raises(Refusal, match="shard_00000.idx"):
+        with pytest.raises(ConfigError, match="shard_00000.idx"):
             IndexHeader.read(path)
     path.write_bytes(content + b"\x00")
-    with pytest.raises(Refusal, match="do not hold"):
+    with pytest.raises(ConfigError, match="do not hold"):
         IndexHeader.read(path)
 
 
@@ -210,7 +210,7 @@ def test_every_truncation_of_an_index_is_refused(tmp_path: Path):
 def test_a_hostile_index_is_refused_before_anything_is_allocated(tmp_path: Path, sequences: int, borders: int):
     path = tmp_path / "x.idx"
     path.write_bytes(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, sequences, borders) + b"\x00" * 88)
-    with pytest.raises(Refusal, match="do not hold"):
+    with pytest.raises(ConfigError, match="do not hold"):
         IndexHeader.read(path)
 
 
@@ -223,7 +223,7 @@ def test_a_foreign_header_is_refused(tmp_path: Path, offset: int, value: bytes, 
     content = bytearray(path.read_bytes())
     content[offset : offset + 1] = value
     path.write_bytes(content)
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(ConfigError, match=message):
         TokenStream(prefix.parent)
 
 
@@ -243,7 +243,7 @@ def test_hostile_contents_of_an_index_are_refused(tmp_path: Path, offset: int, v
     content = bytearray(path.read_bytes())
     content[offset : offset + len(value)] = value
     path.write_bytes(content)
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(ConfigError, match=message):
         IndexHeader.read(path).document_starts()
 
 
@@ -254,11 +254,11 @@ def test_an_index_whose_lengths_do_not_add_up_is_refused(tmp_path: Path):
     content[34:38] = struct.pack("<i", 5)
     path.write_bytes(content)
     stream = TokenStream(prefix.parent)
-    with pytest.raises(Refusal, match="counts 20 tokens, but its manifest says 19"):
+    with pytest.raises(ConfigError, match="counts 20 tokens, but its manifest says 19"):
         _ = stream.shards[0].document_starts
 
 
 @pytest.mark.parametrize("source", ["../elsewhere", "/etc", "a/b", ".", "..", ".hidden", "--help", ""])
 def test_a_source_is_a_folder_of_the_data_directory(source: str, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="expected the name of a folder to make in"):
+    with pytest.raises(ConfigError, match="expected the name of a folder to make in"):
         ShardName(tmp_path, source, "train", 0, 1)

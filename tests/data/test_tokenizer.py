@@ -8,7 +8,7 @@ import sentencepiece
 from corpora import made_up_text
 
 from tinyllama_ds.data.tokenizer import Tokenizer, train_tokenizer
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 
 def test_decoding_gives_the_text_back(tokenizer: Tokenizer, texts: list[str]):
@@ -40,16 +40,16 @@ def test_training_stops_at_its_share_of_text(tmp_path: Path):
 
 
 def test_too_little_text_is_refused_and_leaves_nothing(tmp_path: Path):
-    with pytest.raises(Refusal, match="training a tokenizer with 5000 pieces failed"):
+    with pytest.raises(ConfigError, match="training a tokenizer with 5000 pieces failed"):
         train_tokenizer(["a few words"], 5000, tmp_path / "t.model")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_or_foreign_file_is_refused(tmp_path: Path):
-    with pytest.raises(Refusal, match="the tokenizer is missing"):
+    with pytest.raises(ConfigError, match="the tokenizer is missing"):
         Tokenizer(tmp_path / "absent.model")
     (tmp_path / "text.model").write_text("not a model")
-    with pytest.raises(Refusal, match="not a sentencepiece model"):
+    with pytest.raises(ConfigError, match="not a sentencepiece model"):
         Tokenizer(tmp_path / "text.model")
 
 
@@ -63,7 +63,7 @@ def test_other_special_ids_are_refused(tmp_path: Path):
             eos_id=1,
             minloglevel=2,
         )
-    with pytest.raises(Refusal, match=r"are \(0, 2, 1\); expected \(0, 1, 2\)"):
+    with pytest.raises(ConfigError, match=r"are \(0, 2, 1\); expected \(0, 1, 2\)"):
         Tokenizer(tmp_path / "odd.model")
 
 
@@ -85,20 +85,20 @@ def test_a_file_that_is_no_model_is_refused_with_the_reason(tokenizer: Tokenizer
     spoil, sentence = NO_MODELS[case]
     path = tmp_path / "tokenizer.model"
     path.write_bytes(spoil(tokenizer.content))
-    with pytest.raises(Refusal, match=f"{path}: .*{re.escape(sentence)}"):
+    with pytest.raises(ConfigError, match=f"{path}: .*{re.escape(sentence)}"):
         Tokenizer(path)
 
 
 def test_a_folder_is_no_model(tmp_path: Path):
-    with pytest.raises(Refusal, match="the tokenizer is missing"):
+    with pytest.raises(ConfigError, match="the tokenizer is missing"):
         Tokenizer(tmp_path)
 
 
 def test_texts_that_cannot_be_read_leave_nothing(tmp_path: Path):
     def texts():
         yield made_up_text(0, 1500)
-        raise Refusal("no more")
+        raise ConfigError("no more")
 
-    with pytest.raises(Refusal, match="no more"):
+    with pytest.raises(ConfigError, match="no more"):
         train_tokenizer(texts(), 300, tmp_path / "t.model")
     assert list(tmp_path.iterdir()) == []

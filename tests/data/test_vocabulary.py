@@ -9,14 +9,14 @@ import vocabularies
 from corpora import AWKWARD_TEXTS, write_jsonl
 
 from tinyllama_ds.cli import main
-from tinyllama_ds.data.conversations import ChatFormat
 from tinyllama_ds.data.encoding import load_gigatoken
-from tinyllama_ds.data.imports import Import, import_litpkds, import_megatron
-from tinyllama_ds.data.prepare import Preparation, prepare
-from tinyllama_ds.data.sources import source_format
+from tinyllama_ds.data.prepare.conversations import ChatFormat
+from tinyllama_ds.data.prepare.imports import Import, import_litpkds, import_megatron
+from tinyllama_ds.data.prepare.prepare import Preparation, prepare
+from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.vocabulary import difference_of, fast_tokenizer, probe_texts, refuse_inconvertible
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.data.vocabulary import difference_of, fast_tokenizer, probe_texts, reject_inconvertible
+from tinyllama_ds.errors import ConfigError
 
 SYMBOLS = ["<sep>", "<se", "[INST]", "\n\n", "▁▁▁", "the", "a b", "(?x", "é"]
 UNLIKE_LLAMAS = {
@@ -42,10 +42,10 @@ def test_what_export_cannot_convert_is_refused_before_anything_is_made(tmp_path:
     path = vocabularies.train(tmp_path / "tokenizer.model", **settings)
     sentence = f"tokenizer.model: .*{what}.*, which export cannot convert; expected Llama's settings"
     raw = write_jsonl(tmp_path / "raw.jsonl", ["a text"])
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         prepare(Preparation("mine", raw, source_format("mine"), path, tmp_path / "data"))
     for run in (import_megatron, import_litpkds):
-        with pytest.raises(Refusal, match=sentence):
+        with pytest.raises(ConfigError, match=sentence):
             run(Import("mine", "train", path, tmp_path / "data"), [tmp_path / "absent"])
     assert not (tmp_path / "data").exists()
 
@@ -54,18 +54,22 @@ def test_all_that_is_unlike_is_said_at_once(tmp_path: Path):
     path = vocabularies.train(
         tmp_path / "t.model", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True, add_dummy_prefix=False
     )
-    with pytest.raises(Refusal, match="normalises its text .* and removes spaces .* and puts no space before a text"):
-        refuse_inconvertible(Tokenizer(path))
+    with pytest.raises(
+        ConfigError, match="normalises its text .* and removes spaces .* and puts no space before a text"
+    ):
+        reject_inconvertible(Tokenizer(path))
 
 
 def test_a_vocabulary_without_bytes_can_be_converted(tmp_path: Path):
-    refuse_inconvertible(Tokenizer(vocabularies.train(tmp_path / "t.model", byte_fallback=False, vocab_size=300)))
+    reject_inconvertible(Tokenizer(vocabularies.train(tmp_path / "t.model", byte_fallback=False, vocab_size=300)))
 
 
 def test_chats_need_a_token_for_each_line_break(tmp_path: Path):
     path = vocabularies.train(tmp_path / "t.model", byte_fallback=False, vocab_size=300)
     raw = write_jsonl(tmp_path / "raw.jsonl", ["### Human: hello### Assistant: hello to you"])
-    with pytest.raises(Refusal, match=r"t.model: has no tokens for '\\n<\|assistant\|>\\n', which begins an answer"):
+    with pytest.raises(
+        ConfigError, match=r"t.model: has no tokens for '\\n<\|assistant\|>\\n', which begins an answer"
+    ):
         prepare(Preparation("mine", raw, ChatFormat(), path, tmp_path / "data"))
 
 
@@ -79,7 +83,7 @@ def test_the_probes_hold_every_piece(with_symbols: Tokenizer):
 
 def test_user_defined_symbols_are_converted(with_symbols: Tokenizer, texts: list[str]):
     assert with_symbols.user_defined == SYMBOLS
-    refuse_inconvertible(with_symbols)
+    reject_inconvertible(with_symbols)
     fast, rng = fast_tokenizer(with_symbols), random.Random(0)
     parts = [*SYMBOLS, " ", "  ", "a", "b", "\n", "x <", "ü", "<pad>", "</s>", "model"]
     mixed = ["".join(rng.choices(parts, k=rng.randint(2, 9))) for _ in range(3000)]
@@ -125,13 +129,13 @@ def test_gigatoken_is_not_used_with_a_vocabulary_that_it_cannot_load(
     tokenizer = Tokenizer(vocabularies.train(tmp_path / "t.model", byte_fallback=False, vocab_size=300))
     assert load_gigatoken(tokenizer, "auto") is None
     assert "t.model: gigatoken cannot load it (byte_fallback is set but" in capsys.readouterr().err
-    with pytest.raises(Refusal, match="the encoder gigatoken cannot load it"):
+    with pytest.raises(ConfigError, match="the encoder gigatoken cannot load it"):
         load_gigatoken(tokenizer, "gigatoken")
 
 
 @pytest.mark.parametrize("name", ["gigatoken", "tokenizers"])
 def test_llama_2s_vocabulary_passes(llama2_tokenizer: Tokenizer, name: str):
     if name == "tokenizers":
-        refuse_inconvertible(llama2_tokenizer)
+        reject_inconvertible(llama2_tokenizer)
     else:
         assert load_gigatoken(llama2_tokenizer, "gigatoken") is not None

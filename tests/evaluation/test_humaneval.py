@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from tinyllama_ds.cli import main
-from tinyllama_ds.convert import export
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.evaluation.humaneval import humaneval_config
 from tinyllama_ds.evaluation.sandbox import open_sandbox
+from tinyllama_ds.hf.convert import export
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
 

@@ -16,10 +16,10 @@ from launching import TIMEOUT
 from matplotlib.figure import Figure
 
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.charts import achieved_mixture, draw_losses, planned_mixture, stage_starts
 from tinyllama_ds.evaluation.history import Series, read_history, read_metrics
-from tinyllama_ds.evaluation.report import duration, report_page, standing, summarise
+from tinyllama_ds.evaluation.report import duration, report_page, run_status, summarise
 
 LENGTH, BATCH, STEPS = 32, 8, 240
 STEP_TOKENS = LENGTH * BATCH
@@ -113,7 +113,7 @@ def run(tmp_path: Path) -> Path:
 
 def page_of(run: Path, is_held: bool = False) -> str:
     history = read_history(run)
-    return report_page(history, standing(history, history.tokens, is_held), str(run))
+    return report_page(history, run_status(history, history.tokens, is_held), str(run))
 
 
 def test_a_row_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
@@ -126,7 +126,9 @@ def test_a_row_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
 def test_a_directory_without_figures_is_refused(text: str | None, expected: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(Refusal, match=rf"metrics.jsonl: {expected}.*; expected the directory of a run that has logged"):
+    with pytest.raises(
+        ConfigError, match=rf"metrics.jsonl: {expected}.*; expected the directory of a run that has logged"
+    ):
         read_history(tmp_path)
 
 
@@ -219,7 +221,7 @@ def test_the_page_tells_everything(run: Path) -> None:
 )  # fmt: skip
 def test_the_verdict(state: str, is_held: bool, steps: int, expected: str, tmp_path: Path) -> None:
     history = read_history(write_run(tmp_path / "run", steps, state))
-    now = standing(history, 50 * STEP_TOKENS, is_held)
+    now = run_status(history, 50 * STEP_TOKENS, is_held)
     assert now.sentence.startswith(expected)
     assert now.goodput == pytest.approx(50 * STEP_TOKENS / (506 * (11 + steps)))
     assert now.seconds_left == pytest.approx((STEPS - steps) * STEP_TOKENS / 503, rel=1e-2)
@@ -231,7 +233,7 @@ def test_the_verdict(state: str, is_held: bool, steps: int, expected: str, tmp_p
 def test_the_verdict_tells_a_branchs_own_tokens_from_those_of_its_parent(tmp_path: Path) -> None:
     history = read_history(write_run(tmp_path / "run"))
     history.starts[0]["tokens"] = 1440
-    assert "61,440 tokens, 60,000 of its own in 4 min 11 s" in standing(history, 61_440, is_held=False).sentence
+    assert "61,440 tokens, 60,000 of its own in 4 min 11 s" in run_status(history, 61_440, is_held=False).sentence
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_the_goodput_of_a_branch_is_its_own(run: Path) -> None:
     lines = (run / "starts.jsonl").read_text().splitlines()
     first = json.loads(lines[0]) | {"step": 40, "tokens": 40 * STEP_TOKENS}
     write_lines(run / "starts.jsonl", [first, *map(json.loads, lines[1:3])])
-    now = standing(read_history(run), 50 * STEP_TOKENS, False)
+    now = run_status(read_history(run), 50 * STEP_TOKENS, False)
     assert now.goodput == pytest.approx(10 * STEP_TOKENS / (506 * 251))
 
 
@@ -255,7 +257,7 @@ def test_figures_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
     history = read_history(tmp_path)
     assert [points.tolist() for points in history.points("Train/Loss")] == [[1.0], [3.5]]
     assert list(history.series) == ["Train/Loss"]
-    summary = summarise(history, standing(history, 0, False))
+    summary = summarise(history, run_status(history, 0, False))
     assert (summary["Train/Loss"], summary["goodput"]) == (None, None)
     assert "loss nan" in page_of(tmp_path)
 

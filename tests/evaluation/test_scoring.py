@@ -11,9 +11,9 @@ from launching import STEP_TOKENS, read_series, write_deepspeed_config, write_re
 from local_tasks import write_tasks
 from test_resume import tensors_of
 
+from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 from tinyllama_ds.cli import main
-from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, EXIT_RESTART
-from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_RESTART
 
 datasets = pytest.importorskip("datasets")  # of the extra `eval`; collecting goes on without it
 DOCUMENTS, LIMIT, BATCH = 17, 11, 4  # no multiples of each other or of two ranks
@@ -166,7 +166,7 @@ def test_tasks_that_cannot_be_scored_are_refused_before_anything_starts(
     recipe = write_scored_recipe(tmp_path / "recipe.toml", 6, 6, tasks, every=1, more=more)
     config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2)
     arguments = ["--recipe", recipe, "--deepspeed-config", config, "--data", data_dir, "--run-dir", tmp_path / "run"]
-    assert main(["pretrain", *map(str, arguments), "--num-gpus", "2"]) == EXIT_REFUSED
+    assert main(["pretrain", *map(str, arguments), "--num-gpus", "2"]) == EXIT_CONFIG
     said = capsys.readouterr().err
     assert re.fullmatch(rf"tinyllama-ds: recipe 'small': evaluation: .*{re.escape(sentence)}.*\n", said), said
     assert not (tmp_path / "run").exists()

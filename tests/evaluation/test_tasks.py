@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from local_tasks import write_tasks
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation import tasks
 from tinyllama_ds.evaluation.suites import SUITES
 from tinyllama_ds.evaluation.tasks import load_named, load_suite
@@ -67,11 +67,11 @@ def test_a_task_without_its_data_is_refused_at_once(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *where, **_: asked.append(where))
     monkeypatch.setattr(socket.socket, "connect", lambda _, where: asked.append(where))
     with pytest.raises(
-        Refusal, match=r"dataset Rowan/hellaswag: is not in Hugging Face's cache, and the hub is out of"
+        ConfigError, match=r"dataset Rowan/hellaswag: is not in Hugging Face's cache, and the hub is out of"
     ):
         load_suite(SUITES["commonsense"], None, None)
     (tmp_path / "local").mkdir()
-    with pytest.raises(Refusal, match=r"dataset baber/piqa: is not in .*local or Hugging Face's cache"):
+    with pytest.raises(ConfigError, match=r"dataset baber/piqa: is not in .*local or Hugging Face's cache"):
         load_named(["piqa"], tmp_path / "local", None, None)
     assert asked == []
 
@@ -91,23 +91,25 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
         (str(unsafe), "task local_choice runs code that the model has written"),
         ("humaneval", "expected --allow-code-execution"),
     ):
-        with pytest.raises(Refusal, match=sentence):
+        with pytest.raises(ConfigError, match=sentence):
             load_named([name], None, None, None)
-    with pytest.raises(Refusal, match="task local_choice has 3 documents for examples; expected the 4 of its shots"):
+    with pytest.raises(
+        ConfigError, match="task local_choice has 3 documents for examples; expected the 4 of its shots"
+    ):
         load_named([str(choice)], None, None, shots=4)
     data = tmp_path / "data.jsonl"
     data.write_text('{"other": 1}\n')
-    with pytest.raises(Refusal, match=r"task .*choice.yaml does not load: "):
+    with pytest.raises(ConfigError, match=r"task .*choice.yaml does not load: "):
         load_named([str(choice)], None, None, None)
     data.unlink()
-    with pytest.raises(Refusal, match=r"dataset json: .*data.jsonl"):
+    with pytest.raises(ConfigError, match=r"dataset json: .*data.jsonl"):
         load_named([str(choice)], None, None, None)
 
 
 def test_an_absent_lm_eval_is_named_with_the_way_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(
-        Refusal, match=r"scoring on tasks needs lm_eval, which is not installed; pip install tinyllama_ds\[eval\]"
+        ConfigError, match=r"scoring on tasks needs lm_eval, which is not installed; pip install tinyllama_ds\[eval\]"
     ):
         tasks.require_lm_eval()
 
@@ -116,7 +118,7 @@ def test_a_hub_out_of_reach_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    tasks.stay_off_the_hub_where_it_is_out_of_reach()
+    tasks.set_offline_if_hub_unreachable()
     assert tasks.os.environ["HF_HUB_OFFLINE"] == "1"
 
 

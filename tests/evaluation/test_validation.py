@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.validation import ValidationSet, perplexity, validation_losses
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
@@ -55,7 +55,7 @@ def test_loss_equals_pytorchs_over_the_same_tokens(sets: list[ValidationSet]) ->
 
 
 def test_less_than_a_sample_is_refused(sets: list[ValidationSet]) -> None:
-    with pytest.raises(Refusal, match="are less than one sample"):
+    with pytest.raises(ConfigError, match="are less than one sample"):
         ValidationSet("slimpajama", sets[0].stream, 10**6, 7)
 
 

@@ -10,10 +10,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tinyllama_ds.network import proof
+from tinyllama_ds.distributed.network import proof
 
 _AT_ONCE = 100
-_LIES = ({"error": "end it"}, {"farewell": 0}, {"farewell": 78}, {"step": 10**6, "doing": "training"})
+_LIES = ({"error": "end it"}, {"report_exit": 0}, {"report_exit": 78}, {"step": 10**6, "doing": "training"})
 
 
 def main(address: str, port: int, group: int, words: list[str]) -> None:
@@ -28,7 +28,7 @@ def main(address: str, port: int, group: int, words: list[str]) -> None:
             break
         for number, (word, connection) in enumerate(zip(chosen, connections, strict=True), start=place):
             with suppress(OSError):
-                say(connection, word, rank=number % 3, group=(1, group)[number % 2])
+                log_line(connection, word, rank=number % 3, group=(1, group)[number % 2])
         time.sleep(0.5)
         let_in += sum(is_let_in(connection) for connection in connections)
         held = [*held, *connections][-2 * _AT_ONCE :]
@@ -36,7 +36,7 @@ def main(address: str, port: int, group: int, words: list[str]) -> None:
     print(json.dumps({"tried": tried, "let in": let_in}))
 
 
-def say(connection: socket.socket, word: str, rank: int, group: int) -> None:
+def log_line(connection: socket.socket, word: str, rank: int, group: int) -> None:
     """The greeting of a rank with this word for the key or the token, and lies after it."""
     nonce = json.loads(connection.recv(1000))["nonce"]
     greeting = {"rank": rank, "host": "node1", "group": group, "nonce": "n", "token": word}

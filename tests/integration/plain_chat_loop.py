@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from plain_loop import open_samples, train
 
+from tinyllama_ds.config.recipe import load_recipe
 from tinyllama_ds.data.tokenizer import EOS_ID, TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
-from tinyllama_ds.recipe import load_recipe
 
 
 def answer_loss(model: LlamaForCausalLM, ids: list[int], header: list[int]) -> tuple[torch.Tensor, int]:

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tinyllama_ds.config.recipe import Recipe, load_recipe
 from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
-from tinyllama_ds.recipe import Recipe, load_recipe
 
 PEAK, WARMUP, FLOOR = 3e-3, 5, 0.1
 

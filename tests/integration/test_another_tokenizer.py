@@ -10,11 +10,11 @@ from forked import pretrain
 from launching import write_deepspeed_config, write_recipe
 from local_tasks import write_tasks
 
+from tinyllama_ds.checkpoint.initial_weights import open_initial_weights
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizer import Tokenizer, train_tokenizer
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.config import MODEL_SIZES
-from tinyllama_ds.training.initial_weights import open_initial_weights
 
 COMMANDS: dict[str, Callable[[Path, Path], list[object]]] = {
     "export": lambda run, out: ["export", run, out / "hf"],
@@ -52,7 +52,7 @@ def test_a_runs_tokenizer_is_the_one_it_was_trained_with(
 
 
 def test_weights_come_with_their_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(Refusal, match=f"{run}/tokenizer.model: is not the tokenizer of this run"):
+    with pytest.raises(ConfigError, match=f"{run}/tokenizer.model: is not the tokenizer of this run"):
         open_initial_weights(run, MODEL_SIZES["test"], tokenizer)
 
 

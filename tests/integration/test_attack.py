@@ -12,9 +12,9 @@ from hosts import Host, start_hosts, why_not
 from launching import TIMEOUT, read_series, read_series_so_far, wait_until, write_deepspeed_config, write_recipe
 from test_secrets import read_command_lines
 
+from tinyllama_ds.fault_injection import FAULT_VARIABLE
 from tinyllama_ds.files import SECRETS_FILE, read_secret
-from tinyllama_ds.training.faults import FAULT_VARIABLE
-from tinyllama_ds.training.heartbeat import LIFELINE_VARIABLE
+from tinyllama_ds.health.heartbeat import LIFELINE_VARIABLE
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")

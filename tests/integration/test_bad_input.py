@@ -16,10 +16,10 @@ from forked import tinyllama_ds
 from launching import Finished, run, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.data.tokenizer import train_tokenizer
-from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.distributed.network import free_port
+from tinyllama_ds.errors import EXIT_CONFIG
+from tinyllama_ds.fault_injection import FAULT_VARIABLE
 from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
-from tinyllama_ds.network import free_port
-from tinyllama_ds.training.faults import FAULT_VARIABLE
 
 
 @dataclass
@@ -147,7 +147,7 @@ def arguments_of(inputs: Inputs) -> list[str]:
 
 
 def assert_refused(finished: Finished, sentence: str) -> None:
-    assert finished.returncode == EXIT_REFUSED, finished.stdout + finished.stderr
+    assert finished.returncode == EXIT_CONFIG, finished.stdout + finished.stderr
     lines = [line for line in finished.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, finished.stderr
     assert lines[0].startswith("tinyllama-ds: ")
@@ -232,7 +232,7 @@ def test_the_script_refuses_under_the_bare_launcher(inputs: Inputs) -> None:
     command = [*launcher, PRETRAIN_SCRIPT, *arguments, "--run-dir", inputs.run_dir]
     variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", FAULT_VARIABLE: "start:0:0:pause"}
     finished = run(list(map(str, command)), **variables)
-    assert finished.returncode == EXIT_REFUSED, finished.stderr
+    assert finished.returncode == EXIT_CONFIG, finished.stderr
     said = [line for line in finished.stderr.splitlines() if line.startswith("tinyllama-ds: ")]
     assert len(said) == 1
     assert "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'?" in said[0]
@@ -245,5 +245,5 @@ def test_prepare_refuses_an_empty_corpus(tmp_path: Path, tokenizer: object) -> N
     assert_refused(tinyllama_ds("prepare", "--source", "mine", *arguments), "holds no file of a known kind")
     (tmp_path / "raw" / "a.jsonl").write_text("")
     finished = tinyllama_ds("prepare", "--source", "mine", *arguments)
-    assert finished.returncode == EXIT_REFUSED
+    assert finished.returncode == EXIT_CONFIG
     assert "a.jsonl: the file is empty" in finished.stderr.splitlines()[-1]

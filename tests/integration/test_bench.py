@@ -5,7 +5,7 @@ from pathlib import Path
 
 from launching import tinyllama_ds, write_deepspeed_config
 
-from tinyllama_ds.bench import advice, cause, grid, table
+from tinyllama_ds.benchmark.grid import advice, cause, grid, table
 
 
 def test_a_grid_is_measured_and_a_failing_setting_is_a_row(tmp_path: Path) -> None:

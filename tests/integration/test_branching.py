@@ -13,13 +13,13 @@ from forked import pretrain
 from launching import SEQUENCE_LENGTH, STEP_TOKENS, Finished, read_series, write_deepspeed_config
 from test_resume import tensors_of
 
-from tinyllama_ds.errors import EXIT_REFUSED
-from tinyllama_ds.training.batches import micro_batches
-from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
-from tinyllama_ds.training.faults import FAULT_VARIABLE
-from tinyllama_ds.training.guard import DigestedBatches, extend_chain
-from tinyllama_ds.training.run import Options, resolve_run
-from tinyllama_ds.training.world import World
+from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
+from tinyllama_ds.distributed.world import DistributedInfo
+from tinyllama_ds.errors import EXIT_CONFIG
+from tinyllama_ds.fault_injection import FAULT_VARIABLE
+from tinyllama_ds.health.guard import extend_chain
+from tinyllama_ds.run.resolve import Options, resolve_run
+from tinyllama_ds.train.batches import HashingLoader, micro_batches
 
 BASIC, DOMAIN, COOLDOWN = 4, 4, 2  # steps; the last ones four times as large
 STAGES = """
@@ -91,7 +91,7 @@ def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
 def chain_of_a_run_of_its_own(family: Family, recipe: Path) -> str:
     """The hash chain over all samples that the recipe trains on from its beginning, on one rank, without training."""
     resolved = resolve_run(Options(str(recipe), family.config, family.data, family.root / "none"), 1, "cpu", bf16=False)
-    batches = DigestedBatches(micro_batches(resolved, World(0, 0, 1, torch.device("cpu")), 0))
+    batches = HashingLoader(micro_batches(resolved, DistributedInfo(0, 0, 1, torch.device("cpu")), 0))
     chain = ""
     for step in resolved.plan.steps(0):
         for _ in range(step.batch // resolved.micro_batch):
@@ -167,6 +167,6 @@ def test_a_damaged_parent_is_refused_and_left_alone(family: Family, tmp_path: Pa
     finished = pretrain(
         family.mixed, family.config, family.data, tmp_path / "branch", 1, "--branch-from", str(parent)
     )  # fmt: skip
-    assert finished.returncode == EXIT_REFUSED, finished.stderr
+    assert finished.returncode == EXIT_CONFIG, finished.stderr
     assert f"{shard}: its SHA-256 is not the one in manifest.json" in finished.stderr
     assert contents(parent) == before

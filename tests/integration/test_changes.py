@@ -13,10 +13,10 @@ import torch
 from forked import pretrain
 from launching import SEQUENCE_LENGTH, Finished, read_series, write_deepspeed_config, write_recipe
 
+from tinyllama_ds.checkpoint.format import File, find_checkpoints
 from tinyllama_ds.data.order import rank_positions
-from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED
-from tinyllama_ds.training.checkpoint import File, find_checkpoints
-from tinyllama_ds.training.run import Options, resolve_run
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_NUMERICS
+from tinyllama_ds.run.resolve import Options, resolve_run
 
 STEPS, HALF = 4, 2
 slow = pytest.mark.all_faults
@@ -76,7 +76,7 @@ def test_changed_hyper_parameters_are_refused_or_allowed_by_name_and_then_in_for
     changed = {"lr": 5e-4, "betas": (0.7, 0.99), "eps": 1e-5, "weight_decay": 0.05}
     config = setup.config(after, clipping=0.5, **changed)
     refused = setup.start(config)
-    assert refused.returncode == EXIT_REFUSED, refused.stderr
+    assert refused.returncode == EXIT_CONFIG, refused.stderr
     names = ["betas.0", "betas.1", "eps", "lr", "weight_decay"]
     keys = ["deepspeed_config.gradient_clipping", *(f"deepspeed_config.optimizer.params.{name}" for name in names)]
     assert all(f"--allow-change {key}" in refused.stderr for key in keys)
@@ -109,7 +109,7 @@ def test_weights_that_are_not_those_that_were_saved_are_refused(stage: int, setu
         manifest["files"][name] = vars(File(len(content), hashlib.sha256(content).hexdigest()))
     (newest / "manifest.json").write_text(json.dumps(manifest))
     finished = setup.start(setup.config(stage))
-    assert finished.returncode == EXIT_REFUSED, finished.stdout + finished.stderr
+    assert finished.returncode == EXIT_CONFIG, finished.stdout + finished.stderr
     assert f"{newest}: the probe's loss is " in finished.stderr
     assert f"was {manifest['health']['probe']['loss']!r} at the save" in finished.stderr
     assert find_checkpoints(setup.root / "run") == [older, newest]

@@ -15,14 +15,14 @@ from forked import on_ranks, plain_curves, pretrain, run_script, tinyllama_ds
 from launching import BATCH, read_series, write_deepspeed_config
 from test_docs import commands_of
 
+from tinyllama_ds.checkpoint.format import consolidated_weights, find_checkpoints, read_manifest
+from tinyllama_ds.checkpoint.initial_weights import fill_model, open_initial_weights
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.training.checkpoint import consolidated_weights, find_checkpoints, read_manifest
-from tinyllama_ds.training.initial_weights import fill_model, open_initial_weights
 
 STEPS = 8
 TOLERANCE = 1e-5  # relative, fp32
@@ -133,5 +133,5 @@ def test_weights_are_taken_over_bit_for_bit(finished_run: Path, tokenizer: Token
     fill_model(model, open_initial_weights(finished_run, config, tokenizer))
     _, expected = consolidated_weights(find_checkpoints(finished_run)[-1])
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    with pytest.raises(Refusal, match="its model has vocab_size 512; the recipe's has 2048"):
+    with pytest.raises(ConfigError, match="its model has vocab_size 512; the recipe's has 2048"):
         open_initial_weights(finished_run, MODEL_SIZES["demo"], tokenizer)

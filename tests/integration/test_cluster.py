@@ -30,10 +30,10 @@ from launching import (
     write_recipe,
 )
 
+from tinyllama_ds.checkpoint.format import Progress, find_checkpoints, read_manifest
 from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.errors import EXIT_REFUSED
-from tinyllama_ds.training.checkpoint import Progress, find_checkpoints, read_manifest
-from tinyllama_ds.training.faults import FAULT_VARIABLE
+from tinyllama_ds.errors import EXIT_CONFIG
+from tinyllama_ds.fault_injection import FAULT_VARIABLE
 
 STEPS, SAVE_EVERY = 6, 2
 COLLECTIVE_SECONDS = 600  # after which a collective gives up by itself
@@ -171,7 +171,7 @@ def test_a_cut_link_ends_both_sides_and_the_run_resumes(setup: Setup, hosts: lis
     hosts[1].cut()
     gone, left = psutil.wait_procs(before, timeout=COLLECTIVE_SECONDS / 2)
     assert left == [], "orphans"
-    hosts[1].mend()
+    hosts[1].hint()
     finished = finish(process)
     assert finished.returncode == 0, explain(finished)
     assert (
@@ -264,7 +264,7 @@ def test_hosts_that_are_left_but_do_not_fit_are_refused(setup: Setup, four: list
     process = start_and_hold(setup, four, tmp_path, "--allow-shrink")
     four[3].crash()
     finished = finish(process)
-    assert finished.returncode == EXIT_REFUSED, explain(finished)
+    assert finished.returncode == EXIT_CONFIG, explain(finished)
     assert "only node1, node2, node3 are left, and stage 'only': a global batch of 8" in finished.stderr
     assert "these would do: --include node1@node2" in finished.stderr
 
@@ -347,7 +347,7 @@ def test_an_ill_host_is_refused_before_the_start(setup: Setup, hosts: list[Host]
     hosts[1].stop_sshd()
     hostfile = write_hostfile(tmp_path / "hostfile", hosts)
     finished = hosts[0].tinyllama_ds(*setup.arguments(tmp_path / "run", "--hostfile", hostfile))
-    assert finished.returncode == EXIT_REFUSED
+    assert finished.returncode == EXIT_CONFIG
     assert "RED ssh            node2: " in finished.stderr
     assert not list((tmp_path / "run").glob("*"))
 

@@ -17,18 +17,18 @@ from _pytest.mark import ParameterSet
 from forked import pretrain
 from launching import read_series, write_deepspeed_config, write_recipe
 
+from tinyllama_ds.checkpoint.format import choose_checkpoint, find_checkpoints, newest_progress
+from tinyllama_ds.checkpoint.retention import Retention, remove_old_checkpoints, sweep_leftovers
 from tinyllama_ds.cli import main
 from tinyllama_ds.commands.model import open_stored
-from tinyllama_ds.errors import EXIT_REFUSED, Refusal
+from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
 from tinyllama_ds.evaluation.history import read_history, read_metrics
-from tinyllama_ds.evaluation.report import standing, summarise
+from tinyllama_ds.evaluation.report import run_status, summarise
 from tinyllama_ds.launch.lock import is_held
-from tinyllama_ds.training.checkpoint import choose_checkpoint, find_checkpoints, newest_progress
-from tinyllama_ds.training.ledger import ROLLED_BACK, Entry, read_ledger, write_ledger
-from tinyllama_ds.training.retention import Retention, remove_old_checkpoints, sweep_leftovers
-from tinyllama_ds.training.run import Options, resolve_run
-from tinyllama_ds.training.run_directory import check_run_directory
-from tinyllama_ds.training.starts import append_line
+from tinyllama_ds.run.directory import check_run_directory
+from tinyllama_ds.run.ledger import ROLLED_BACK, Entry, read_ledger, write_ledger
+from tinyllama_ds.run.resolve import Options, resolve_run
+from tinyllama_ds.run.starts import append_line
 
 STEPS, HALF = 8, 4
 MANIFEST = f"checkpoints/step_{STEPS:08d}/manifest.json"
@@ -131,7 +131,7 @@ def purge(options: Options) -> None:
 
 def show(options: Options) -> None:
     history = read_history(options.run_dir)
-    json.dumps(summarise(history, standing(history, newest_progress(options.run_dir)[1], is_held(options.run_dir))))
+    json.dumps(summarise(history, run_status(history, newest_progress(options.run_dir)[1], is_held(options.run_dir))))
     read_metrics(options.run_dir)
 
 
@@ -170,8 +170,8 @@ def refused(reader: Callable[[Options], object], options: Options) -> str:
     """Why it was refused, if it was."""
     try:
         reader(options)
-    except Refusal as refusal:
-        return str(refusal)
+    except ConfigError as error:
+        return str(error)
     return ""
 
 
@@ -186,7 +186,7 @@ def test_a_report_shows_what_is_left(damage: str, whole: Options, tmp_path: Path
     assert (options.run_dir / "report.html").stat().st_size > 1000
     options = copy_of(whole, tmp_path / "another")
     DAMAGES[damage](options.run_dir / "metrics.jsonl")
-    assert main(["report", str(options.run_dir)]) in (0, EXIT_REFUSED)
+    assert main(["report", str(options.run_dir)]) in (0, EXIT_CONFIG)
 
 
 @pytest.mark.parametrize("damage", ["empty", "not UTF-8", "is []", "values null"])
@@ -225,7 +225,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(name: str, whole: Options, tmp
     options = copy_of(whole, tmp_path / "run")
     shutil.rmtree(options.run_dir / name, ignore_errors=True)
     (options.run_dir / name).touch()
-    with pytest.raises(Refusal, match=rf"{name}: is a file; expected a folder of the run, move the file away"):
+    with pytest.raises(ConfigError, match=rf"{name}: is a file; expected a folder of the run, move the file away"):
         start(options)
 
 
@@ -235,11 +235,11 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_begin_again(lost: str, who
     for checkpoint in find_checkpoints(options.run_dir):
         (checkpoint / "manifest.json").unlink() if lost == "manifests" else shutil.rmtree(checkpoint)
     reason = "none of 2 folders has" if lost == "manifests" else f"the run has saved one at step {STEPS}; restore it"
-    with pytest.raises(Refusal, match=reason):
+    with pytest.raises(ConfigError, match=reason):
         start(options)
     (options.run_dir / "metrics.jsonl").unlink()
     (options.run_dir / "run.json").unlink()
-    with pytest.raises(Refusal, match=r"but no run\.json, so what made them is unknown; restore .*run\.json, or"):
+    with pytest.raises(ConfigError, match=r"but no run\.json, so what made them is unknown; restore .*run\.json, or"):
         start(options)
 
 

@@ -10,8 +10,8 @@ from forked import on_ranks, pretrain, run_script
 from launching import read_series, write_deepspeed_config, write_recipe
 from test_resume import SAMPLES, tensors_of
 
-from tinyllama_ds.errors import EXIT_REFUSED
-from tinyllama_ds.training.checkpoint import find_checkpoints
+from tinyllama_ds.checkpoint.format import find_checkpoints
+from tinyllama_ds.errors import EXIT_CONFIG
 
 # Operators for which CUDA has no deterministic kernel, from the documentation of torch.use_deterministic_algorithms.
 NOT_DETERMINISTIC = {
@@ -66,7 +66,7 @@ def test_a_workspace_that_is_not_deterministic_is_refused(
     recipe = write_recipe(tmp_path / "small.toml", STEPS, save_every=3)
     config = write_deepspeed_config(tmp_path / "ds.json", 1, micro_batch=2)
     finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2, "--deterministic")
-    assert finished.returncode == EXIT_REFUSED
+    assert finished.returncode == EXIT_CONFIG
     (line,) = (line for line in finished.stderr.splitlines() if line.startswith("tinyllama-ds: "))
     assert "CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8 in the environment" in line
     assert not (tmp_path / "run").exists()

@@ -9,8 +9,8 @@ import torch
 from forked import pretrain
 from launching import read_series, write_deepspeed_config, write_recipe
 
-from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
-from tinyllama_ds.training.reshape import write_whole_tensors
+from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
+from tinyllama_ds.checkpoint.reshape import write_whole_tensors
 
 
 @dataclass(frozen=True)

@@ -33,17 +33,17 @@ from launching import (
 )
 from test_resume import tensors_of
 
-from tinyllama_ds.errors import EXIT_REFUSED, EXIT_RESTART
-from tinyllama_ds.launch.lock import hold_run
-from tinyllama_ds.training.checkpoint import (
+from tinyllama_ds.checkpoint.format import (
     Progress,
     find_checkpoints,
     newest_progress,
     read_manifest,
     verify_checkpoint,
 )
-from tinyllama_ds.training.faults import FAULT_VARIABLE
-from tinyllama_ds.training.stop import STOP_FILE
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_RESTART
+from tinyllama_ds.fault_injection import FAULT_VARIABLE
+from tinyllama_ds.launch.lock import hold_run
+from tinyllama_ds.train.stop import STOP_FILE
 
 STEPS, SAVE_EVERY = 6, 2
 ORPHAN_SECONDS = 60  # less than the long runs take that would be left
@@ -166,7 +166,7 @@ def test_a_stuck_rank_is_noticed_and_its_stacks_are_shown(
     finished = setup.launch(tmp_path / "run", "--step-timeout", "20")  # more than a save takes on a busy machine
     assert finished.returncode == 0, finished.stderr
     assert "has been training at step 3 for 20 s; stacks of all ranks" in finished.stderr
-    assert "in strike" in finished.stderr, "the stack of the stuck rank"
+    assert "in maybe_inject_fault" in finished.stderr, "the stack of the stuck rank"
     setup.assert_same_end(tmp_path / "run")
 
 
@@ -181,7 +181,7 @@ PHASES = {
 def test_out_of_memory_is_said_once_and_not_tried_again(fault: str, setup: Setup, tmp_path: Path) -> None:
     """One rank has no room, while the other waits for it in a collective. PyTorch's own exception, without a GPU."""
     finished = setup.start(tmp_path / "run", **{FAULT_VARIABLE: fault})
-    assert finished.returncode == EXIT_REFUSED, finished.stderr
+    assert finished.returncode == EXIT_CONFIG, finished.stderr
     said = re.findall("tinyllama-ds: .*", finished.stderr)
     assert len(said) == 1, finished.stderr
     rank = fault.split(":")[1]
@@ -237,7 +237,7 @@ def test_damaged_checkpoints_alone_are_refused(setup: Setup, tmp_path: Path) -> 
     for checkpoint in find_checkpoints(tmp_path / "run"):
         flip_a_byte(next(checkpoint.glob("*optim_states.pt")))
     finished = setup.start(tmp_path / "run")
-    assert finished.returncode == EXIT_REFUSED
+    assert finished.returncode == EXIT_CONFIG
     assert "none of 2 checkpoints verifies" in finished.stderr
     assert len(find_checkpoints(tmp_path / "run")) == 2
 
@@ -343,7 +343,7 @@ def test_a_stop_ends_in_a_save_and_the_next_start_ends_equal(setup: Setup, tmp_p
 def test_one_writer_and_no_orphans_when_the_supervisor_is_killed(setup: Setup, tmp_path: Path) -> None:
     supervisor = start_in_background(setup, tmp_path / "run")
     second = tinyllama_ds(*replace(setup, recipe=tmp_path / "long.toml").command(tmp_path / "run")[3:])
-    assert second.returncode == EXIT_REFUSED
+    assert second.returncode == EXIT_CONFIG
     assert f"is in use by process {supervisor.pid} on host" in second.stderr
     family = psutil.Process(supervisor.pid).children(recursive=True)
     supervisor.kill()
@@ -372,6 +372,6 @@ def test_a_damaged_checkpoint_is_not_exported(setup: Setup, tmp_path: Path) -> N
     shard = next(find_checkpoints(tmp_path / "run")[-1].glob("*optim_states.pt"))
     flip_a_byte(shard)
     finished = tinyllama_ds("export", tmp_path / "run", tmp_path / "hf")
-    assert finished.returncode == EXIT_REFUSED
+    assert finished.returncode == EXIT_CONFIG
     assert f"{shard}: its SHA-256 is not the one in manifest.json" in finished.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

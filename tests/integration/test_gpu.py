@@ -9,9 +9,9 @@ from forked import plain_curves
 from launching import BATCH, pretrain, read_series, tinyllama_ds, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
-from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.checkpoint.format import find_checkpoints
+from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.model.attention import ATTENTION_BACKENDS
-from tinyllama_ds.training.checkpoint import find_checkpoints
 
 pytestmark = pytest.mark.gpu
 
@@ -54,7 +54,7 @@ def test_every_kernel_trains_in_bf16(attention: str, document_mask: bool, data_d
     curves = []
     for name in ("eager", attention):
         finished = pretrain(recipe, config, data_dir, tmp_path / name, 1, "--attention", name)
-        if finished.returncode == EXIT_REFUSED:
+        if finished.returncode == EXIT_CONFIG:
             pytest.skip(finished.stderr.strip().splitlines()[-1])
         assert finished.returncode == 0, finished.stderr
         curves.append(read_series(tmp_path / name, "Train/Loss"))
@@ -73,7 +73,7 @@ def test_a_package_that_does_not_import_is_passed_over_with_a_line(
     said = "(flash_attention_2: flash_attn does not import (ImportError: undefined symbol: _ZN3c10))"
     assert (finished.stdout + finished.stderr).count(said) == 1
     refused = pretrain(recipe, config, data_dir, tmp_path / "by_name", 1, "--attention", "flash_attention_2")
-    assert refused.returncode == EXIT_REFUSED
+    assert refused.returncode == EXIT_CONFIG
     assert refused.stderr.count("flash_attn does not import") == 1
     assert not (tmp_path / "by_name").exists()
 

@@ -9,18 +9,18 @@ import torch
 from forked import pretrain
 from launching import BATCH, SEQUENCE_LENGTH, read_series, write_deepspeed_config, write_recipe
 
-from tinyllama_ds.convert import export
+from tinyllama_ds.checkpoint.consolidate import whole_tensors
+from tinyllama_ds.checkpoint.format import find_checkpoints
+from tinyllama_ds.checkpoint.reshape import write_whole_tensors
 from tinyllama_ds.data.loader import open_streams
 from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.evaluation.validation import ValidationSet
-from tinyllama_ds.importing import import_hf_folder
+from tinyllama_ds.hf.convert import export
+from tinyllama_ds.hf.import_model import import_hf_folder
+from tinyllama_ds.hf.model_folder import ModelFolder, open_model_folder
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model, empty_model
-from tinyllama_ds.model_folder import ModelFolder, open_model_folder
-from tinyllama_ds.training.checkpoint import find_checkpoints
-from tinyllama_ds.training.consolidate import whole_tensors
-from tinyllama_ds.training.reshape import write_whole_tensors
 
 CONFIG = MODEL_SIZES["test"]
 STEP_TOKENS = SEQUENCE_LENGTH * BATCH
@@ -157,7 +157,7 @@ def test_continual_pretraining_starts_at_the_imported_loss(folder: Path, data_di
     losses = read_series(tmp_path / "run", "Train/Loss")
     shutil.rmtree(find_checkpoints(tmp_path / "run")[-1])
     forgotten = pretrain(*arguments)
-    assert forgotten.returncode == EXIT_REFUSED
+    assert forgotten.returncode == EXIT_CONFIG
     assert "run.json: holds another run: init_from is " in forgotten.stderr
     resumed = pretrain(*arguments, "--init-from", str(folder), "--resume", "must")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -173,7 +173,7 @@ def test_damaged_weights_are_refused_by_the_first_rank(folder: Path, data_dir: P
     recipe = write_recipe(tmp_path / "small.toml", 8, save_every=8)
     config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2)
     finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2, "--init-from", str(model))
-    assert finished.returncode == EXIT_REFUSED, finished.stdout + finished.stderr
+    assert finished.returncode == EXIT_CONFIG, finished.stdout + finished.stderr
     assert finished.stderr.count("tinyllama-ds: ") == 1
     assert f"{model}/model.safetensors: is missing or damaged; its size or SHA-256 is not the one in" in finished.stderr
     assert not (tmp_path / "run" / "run.json").exists()

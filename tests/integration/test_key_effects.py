@@ -10,7 +10,7 @@ import pytest
 import torch
 from forked import on_ranks
 
-from tinyllama_ds.deepspeed_keys import SUPPORTED
+from tinyllama_ds.config.deepspeed_keys import SUPPORTED
 
 STEPS, RANKS, MICRO_BATCH, ACCUMULATION, LENGTH = 8, 2, 2, 2, 32
 BATCH = MICRO_BATCH * ACCUMULATION * RANKS
@@ -106,16 +106,16 @@ LIKE_PYTORCH: dict[str, dict] = {
 MUON_KEYS = ("momentum", "muon_lr", "adam_lr", "ns_method")
 # What has its test elsewhere, as file::function.
 ELSEWHERE = {
-    "train_batch_size": "test_deepspeed_config.py::test_auto_is_filled",
-    "train_micro_batch_size_per_gpu": "test_plan.py::test_micro_batch",
-    "gradient_accumulation_steps": "test_deepspeed_config.py::test_auto_is_filled",
+    "train_batch_size": "config/test_deepspeed_config.py::test_auto_is_filled",
+    "train_micro_batch_size_per_gpu": "config/test_plan.py::test_micro_batch",
+    "gradient_accumulation_steps": "config/test_deepspeed_config.py::test_auto_is_filled",
     "optimizer.type": "integration/test_key_effects.py::test_optimizer_is_pytorchs",
-    "scheduler.type": "training/test_schedule.py::test_warmup_lr_stays_at_the_peak",
-    "scheduler.params.total_num_steps": "test_deepspeed_config.py::test_auto_is_filled",
-    "scheduler.params.warmup_num_steps": "training/test_schedule.py::test_equals_published_function",
-    "scheduler.params.warmup_min_ratio": "training/test_schedule.py::test_warmup_starts_at_its_ratio",
-    "scheduler.params.warmup_type": "test_deepspeed_config.py::test_mistakes_are_named",
-    "scheduler.params.cos_min_ratio": "training/test_schedule.py::test_equals_published_function",
+    "scheduler.type": "config/test_schedule.py::test_warmup_lr_stays_at_the_peak",
+    "scheduler.params.total_num_steps": "config/test_deepspeed_config.py::test_auto_is_filled",
+    "scheduler.params.warmup_num_steps": "config/test_schedule.py::test_equals_published_function",
+    "scheduler.params.warmup_min_ratio": "config/test_schedule.py::test_warmup_starts_at_its_ratio",
+    "scheduler.params.warmup_type": "config/test_deepspeed_config.py::test_mistakes_are_named",
+    "scheduler.params.cos_min_ratio": "config/test_schedule.py::test_equals_published_function",
     "optimizer.params.torch_adam": "integration/test_key_effects.py::test_adam_that_deepspeed_compiles_is_pytorchs",
     "gradient_clipping": "integration/test_key_effects.py::test_clipping_is_pytorchs",
     "communication_data_type": "integration/test_key_effects.py::test_communication_in_bf16_rounds_gradients",
@@ -180,13 +180,13 @@ def compiled_variants() -> dict[str, dict]:
 def train_compiled(output: str) -> None:
     """As `train_all`."""
     found, world = _train_each(compiled_variants())
-    if world.is_main:
+    if world.is_rank0:
         Path(output).write_text(json.dumps(found))
 
 
 def _train_each(configs: dict[str, dict]) -> tuple:
-    from tinyllama_ds.training.engine import start_process_group
-    from tinyllama_ds.training.world import read_world
+    from tinyllama_ds.distributed.world import read_world
+    from tinyllama_ds.train.engine import start_process_group
 
     world = read_world()
     start_process_group(world)
@@ -200,7 +200,7 @@ def _train_each(configs: dict[str, dict]) -> tuple:
 def train_all(output: str) -> None:
     """On every rank: each config's losses and norms, and the bytes of its optimizer's tensors, written by rank 0."""
     found, world = _train_each(variants())
-    if not world.is_main:
+    if not world.is_rank0:
         return
     found |= {f"PyTorch: {name}": _train_plainly(variants()[name]) for name in (*LIKE_PYTORCH, "clipped")}
     Path(output).write_text(json.dumps(found))
@@ -208,8 +208,8 @@ def train_all(output: str) -> None:
 
 
 def _log_to_csv(folder: Path) -> None:
-    from tinyllama_ds.training.checkpoint import Progress
-    from tinyllama_ds.training.metrics import MetricsLogger
+    from tinyllama_ds.checkpoint.format import Progress
+    from tinyllama_ds.run.metrics import MetricsLogger
 
     section = {"enabled": True, "output_path": str(folder / "logs"), "job_name": "llama"}
     for name, csv in (("run", section), ("other", {"enabled": True}), ("off", {"enabled": False})):
@@ -221,7 +221,7 @@ def _log_to_csv(folder: Path) -> None:
 
 def batches(rank: int) -> list:
     """The micro batches of a rank, the same in every step."""
-    from tinyllama_ds.training.batches import Batch
+    from tinyllama_ds.train.batches import Batch
 
     seeded = torch.Generator().manual_seed(rank)
     return [Batch(torch.randint(512, (MICRO_BATCH, LENGTH + 1), generator=seeded)) for _ in range(ACCUMULATION)]
@@ -235,11 +235,12 @@ def _model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 
 def _train(config: dict, world: object) -> tuple:
-    from tinyllama_ds.deepspeed_config import weights_dtype
-    from tinyllama_ds.plan import Step
-    from tinyllama_ds.training.engine import sum_over_ranks, wrap
-    from tinyllama_ds.training.metrics import PhaseClock
-    from tinyllama_ds.training.step import train_step
+    from tinyllama_ds.config.deepspeed import weights_dtype
+    from tinyllama_ds.config.run_plan import Step
+    from tinyllama_ds.distributed.collectives import sum_over_ranks
+    from tinyllama_ds.run.metrics import PhaseClock
+    from tinyllama_ds.train.engine import wrap
+    from tinyllama_ds.train.step import train_step
 
     engine = wrap(_model(getattr(torch, weights_dtype(config))), config, 1.0)
     clock, losses, norms = PhaseClock(world.device), [], []

@@ -11,9 +11,9 @@ from launching import SEQUENCE_LENGTH, STEP_TOKENS, read_series, tinyllama_ds, w
 from test_docs import commands_of
 from test_importing import write_hf_folder
 
+from tinyllama_ds.config.recipe import RECIPE_DIRECTORY
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.model.config import MODEL_SIZES
-from tinyllama_ds.recipe import RECIPE_DIRECTORY
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 

@@ -8,14 +8,14 @@ from forked import on_ranks, pretrain
 from launching import read_series, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
-from tinyllama_ds.errors import EXIT_NUMERICS, BadNumbers
+from tinyllama_ds.checkpoint.format import find_checkpoints
+from tinyllama_ds.distributed.world import read_world
+from tinyllama_ds.errors import EXIT_NUMERICS, NumericsError
+from tinyllama_ds.fault_injection import FAULT_VARIABLE
+from tinyllama_ds.health.guard import check_parameters
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.training.checkpoint import find_checkpoints
-from tinyllama_ds.training.engine import leave, start_process_group, wrap
-from tinyllama_ds.training.faults import FAULT_VARIABLE
-from tinyllama_ds.training.guard import check_parameters
-from tinyllama_ds.training.run import Options, resolve_run
-from tinyllama_ds.training.world import read_world
+from tinyllama_ds.run.resolve import Options, resolve_run
+from tinyllama_ds.train.engine import hard_exit, start_process_group, wrap
 
 POISONED = 3
 BF16 = {"bf16": {"enabled": True}}
@@ -104,9 +104,9 @@ def drift_apart(recipe: Path, config: Path, data: Path, run_dir: Path) -> None:
         weight[0] = torch.nextafter(weight[0], torch.zeros_like(weight[0]))  # the least drift there is
     try:
         check_parameters(engine)
-    except BadNumbers as bad:
+    except NumericsError as bad:
         print(f"equal, then: {bad}")
-    leave(0)
+    hard_exit(0)
 
 
 @pytest.mark.parametrize(

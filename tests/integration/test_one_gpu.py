@@ -17,11 +17,11 @@ from local_tasks import write_tasks
 from one_gpu import Ran
 from test_reproduce import write_toy
 
+from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
+from tinyllama_ds.config.recipe import RECIPE_DIRECTORY
 from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.errors import EXIT_REFUSED, EXIT_ROLLBACK
-from tinyllama_ds.recipe import RECIPE_DIRECTORY
-from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
-from tinyllama_ds.training.faults import FAULT_VARIABLE
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_ROLLBACK
+from tinyllama_ds.fault_injection import FAULT_VARIABLE
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.json"))
@@ -214,8 +214,8 @@ RELEASED = {  # every weight of ZeRO-3 after its use, which on one GPU frees not
     "stage3_max_live_parameters": 1,
     "stage3_max_reuse_distance": 1,
 }
-AGREE = "tinyllama_ds/training/guard.py:agree"
-BACKWARD, STEP = (f"tinyllama_ds/training/step.py:{name}" for name in ("accumulate_gradients", "apply_gradients"))
+AGREE = "tinyllama_ds/health/guard.py:all_reduce_step_status"
+BACKWARD, STEP = (f"tinyllama_ds/train/step.py:{name}" for name in ("accumulate_gradients", "apply_gradients"))
 WAITS = {
     "zero1": {AGREE: 1, STEP: 2},
     "zero2": {AGREE: 1, STEP: 3, BACKWARD: 2},
@@ -261,7 +261,7 @@ def test_out_of_memory_in_the_dry_run_batch_names_the_part(data_dir: Path, tmp_p
     config = shipped("zero3", tmp_path / "ds.json", reduce_bucket_size=20_000)
     states = 20 * 158_016
     ran = one_gpu.pretrain(recipe, config, data_dir, tmp_path / "run", memory_bytes=int(1.1 * states))
-    assert ran.code == EXIT_REFUSED, ran.output
+    assert ran.code == EXIT_CONFIG, ran.output
     (sentence,) = [line for line in ran.output.splitlines() if "out of memory" in line]
     assert re.search(r"rank 0 on \S+ ran out of memory in the (forward|backward) of the dry-run batch", sentence)
     assert "plan estimates" in sentence

@@ -7,7 +7,7 @@ import torch
 from forked import pretrain
 from launching import read_series, write_deepspeed_config, write_recipe
 
-from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
+from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 
 STEPS, HALF = 6, 3
 

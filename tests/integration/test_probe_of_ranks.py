@@ -1,4 +1,6 @@
-"""The probe with compiled blocks on several ranks, where `Pace` times the blocks from the first step on."""
+"""The probe with compiled blocks on several ranks, where `StragglerDetector` times the blocks from the first step
+on.
+"""
 
 import hashlib
 import json
@@ -10,9 +12,9 @@ import torch
 from forked import pretrain
 from launching import Finished, write_deepspeed_config, write_recipe
 
-from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.checkpoint.format import File, find_checkpoints
+from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.model.probe import TOLERANCE
-from tinyllama_ds.training.checkpoint import File, find_checkpoints
 
 STEPS = 6
 
@@ -29,12 +31,12 @@ def test_the_loss_comes_out_again_to_the_last_bit(data_dir: Path, tmp_path: Path
     assert finished.returncode == 0, finished.stderr
     assert "blocks compiled" in finished.stdout
     [checkpoint] = find_checkpoints(tmp_path / "run")
-    assert json.loads((checkpoint / "manifest.json").read_text())["health"]["probe"]["circumstances"]["compiled"]
+    assert json.loads((checkpoint / "manifest.json").read_text())["health"]["probe"]["numerics_environment"]["compiled"]
     finished = start()
     assert finished.returncode == 0, finished.stderr
     damage(checkpoint, 1.01)
     refused = start()
-    assert refused.returncode == EXIT_REFUSED, refused.stdout + refused.stderr
+    assert refused.returncode == EXIT_CONFIG, refused.stdout + refused.stderr
     told = re.search(r"the probe's loss is .*, a relative difference of (\S+) where 0 is allowed", refused.stderr)
     assert told, refused.stderr
     assert 0 < float(told[1]) < TOLERANCE["bfloat16"]

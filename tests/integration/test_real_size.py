@@ -14,11 +14,11 @@ import transformers
 from launching import TIMEOUT, run
 from llama2 import LLAMA2, needs_llama2
 
+from tinyllama_ds.checkpoint.format import CheckpointManifest, File, Progress
+from tinyllama_ds.hf.model_folder import open_model_folder, write_model_folder
+from tinyllama_ds.hf.weights import digest, parameter_shapes
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import LlamaForCausalLM
-from tinyllama_ds.model_folder import open_model_folder, write_model_folder
-from tinyllama_ds.training.checkpoint import CheckpointManifest, File, Progress
-from tinyllama_ds.weights import digest, parameter_shapes
 
 pytestmark = [pytest.mark.real, needs_llama2]
 CONFIG = MODEL_SIZES["tinyllama-1.1b"]

@@ -16,9 +16,9 @@ import pytest
 from conftest import made_up_text
 from launching import read_series, write_deepspeed_config
 
+from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
+from tinyllama_ds.config.recipe import RECIPE_DIRECTORY
 from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.recipe import RECIPE_DIRECTORY
-from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text()

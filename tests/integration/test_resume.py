@@ -9,7 +9,7 @@ import torch
 from forked import pretrain
 from launching import STEP_TOKENS, read_series, write_deepspeed_config, write_recipe
 
-from tinyllama_ds.training.checkpoint import find_checkpoints
+from tinyllama_ds.checkpoint.format import find_checkpoints
 
 HALF = 6
 SAMPLES = f"""

@@ -8,7 +8,7 @@ from forked import pretrain
 from launching import STEP_TOKENS, read_series, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
-from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
+from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 
 SAMPLES = f'[samples]\nprompts = ["the small llama", "loss"]\nevery_tokens = {STEP_TOKENS}\nnew_tokens = 5\n'
 
@@ -25,7 +25,7 @@ def test_a_compiled_run_is_the_same_with_samples(stage: int, data_dir: Path, tmp
         assert "blocks compiled" in finished.stdout
         probe = read_manifest(find_checkpoints(tmp_path / name)[-1]).health.probe
         assert probe is not None
-        assert probe.circumstances["compiled"], "known after the ranks' forwards are timed, too"
+        assert probe.numerics_environment["compiled"], "known after the ranks' forwards are timed, too"
     assert read_series(tmp_path / "with", "Train/Loss") == read_series(tmp_path / "without", "Train/Loss")
     found, expected = (tensors_of(find_checkpoints(tmp_path / name)[-1]) for name in ("with", "without"))
     assert [place for place in expected if not torch.equal(found[place], expected[place])] == []

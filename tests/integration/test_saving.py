@@ -9,8 +9,8 @@ from forked import pretrain
 from launching import TIMEOUT, read_series, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
-from tinyllama_ds.training.checkpoint import find_checkpoints, verify_checkpoint
-from tinyllama_ds.training.faults import FAULT_VARIABLE, RESTART_VARIABLE
+from tinyllama_ds.checkpoint.format import find_checkpoints, verify_checkpoint
+from tinyllama_ds.fault_injection import FAULT_VARIABLE, RESTART_VARIABLE
 
 
 @pytest.mark.parametrize("fault", ["save.mid_shard:1:4:raise", "save.before_rename:0:4:raise"])

@@ -8,8 +8,8 @@ import torch
 from forked import pretrain
 from launching import read_series, write_deepspeed_config, write_recipe
 
+from tinyllama_ds.checkpoint.format import consolidated_weights, find_checkpoints
 from tinyllama_ds.model.config import model_config
-from tinyllama_ds.training.checkpoint import consolidated_weights, find_checkpoints
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8

@@ -7,13 +7,13 @@ import torch
 from forked import on_ranks
 from launching import write_deepspeed_config, write_recipe
 
+from tinyllama_ds.distributed.world import read_world
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.training.batches import micro_batches
-from tinyllama_ds.training.engine import leave, set_learning_rate, start_process_group, wrap
-from tinyllama_ds.training.metrics import PhaseClock
-from tinyllama_ds.training.run import Options, resolve_run
-from tinyllama_ds.training.step import train_step
-from tinyllama_ds.training.world import read_world
+from tinyllama_ds.run.metrics import PhaseClock
+from tinyllama_ds.run.resolve import Options, resolve_run
+from tinyllama_ds.train.batches import micro_batches
+from tinyllama_ds.train.engine import hard_exit, set_learning_rate, start_process_group, wrap
+from tinyllama_ds.train.step import train_step
 
 POISONED = 3
 
@@ -37,7 +37,7 @@ def skip_one_step(recipe: Path, config: Path, data: Path, run_dir: Path) -> None
         assert changed == (step.number != POISONED), step
         handle.remove()
     print("skipped", engine.skipped_steps)
-    leave(0)
+    hard_exit(0)
 
 
 def master_weights(engine) -> list[torch.Tensor]:

@@ -13,17 +13,17 @@ from forked import on_ranks, pretrain
 from launching import Finished, read_series, write_deepspeed_config, write_recipe
 from test_resume import tensors_of
 
-from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED, EXIT_ROLLBACK
+from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
+from tinyllama_ds.distributed.world import read_world
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_NUMERICS, EXIT_ROLLBACK
+from tinyllama_ds.fault_injection import FAULT_VARIABLE, RESTART_VARIABLE
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.training.batches import count_targets, micro_batches
-from tinyllama_ds.training.checkpoint import find_checkpoints, read_manifest
-from tinyllama_ds.training.engine import drop_gradients, gradient_norm, leave, start_process_group, wrap
-from tinyllama_ds.training.faults import FAULT_VARIABLE, RESTART_VARIABLE
-from tinyllama_ds.training.ledger import LEDGER_FILE
-from tinyllama_ds.training.metrics import PhaseClock
-from tinyllama_ds.training.run import Options, resolve_run
-from tinyllama_ds.training.step import accumulate_gradients, apply_gradients
-from tinyllama_ds.training.world import read_world
+from tinyllama_ds.run.ledger import LEDGER_FILE
+from tinyllama_ds.run.metrics import PhaseClock
+from tinyllama_ds.run.resolve import Options, resolve_run
+from tinyllama_ds.train.batches import count_targets, micro_batches
+from tinyllama_ds.train.engine import drop_gradients, gradient_norm, hard_exit, start_process_group, wrap
+from tinyllama_ds.train.step import accumulate_gradients, apply_gradients
 
 DROPPED = 2  # the step whose gradient is thrown away
 STEPS, SAVE_EVERY, WINDOW, SPIKED = 12, 4, 4, 9
@@ -124,7 +124,7 @@ def print_norms(recipe: Path, config: Path, data: Path, run_dir: Path) -> None:
         else:
             norms.append([before, float(apply_gradients(engine, step))])
     print(json.dumps(norms))
-    leave(0)
+    hard_exit(0)
 
 
 @pytest.mark.parametrize(("stage", "config"), [(3, BF16), *(pytest.param(*layout, marks=slow) for layout in LAYOUTS)])
@@ -202,5 +202,5 @@ def test_a_checkpoint_without_its_ledger_is_refused(setup: Setup, monkeypatch: p
     assert setup.start("run", "rollback", how=start_until_it_stays).returncode == 0
     (setup.root / "run" / LEDGER_FILE).unlink()
     finished = setup.start("run", "rollback")
-    assert finished.returncode == EXIT_REFUSED
+    assert finished.returncode == EXIT_CONFIG
     assert "leaves out the samples [] of the first 96, but the checkpoint of step 12" in finished.stderr

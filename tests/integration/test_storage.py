@@ -9,10 +9,10 @@ from forked import run_script, started, tinyllama_ds
 from launching import read_series, wait_until, write_deepspeed_config, write_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.checkpoint.format import find_checkpoints, verify_checkpoint
+from tinyllama_ds.errors import EXIT_CONFIG
+from tinyllama_ds.fault_injection import FAULT_VARIABLE
 from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
-from tinyllama_ds.training.checkpoint import find_checkpoints, verify_checkpoint
-from tinyllama_ds.training.faults import FAULT_VARIABLE
 
 MIB = 2**20
 STEPS, SAVES = 100, 5  # metrics between two saves want more room than is left in their last page
@@ -80,6 +80,6 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_starts(
     config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=4)
     where = ("--data", data_dir, "--run-dir", disk / "run", "--num-gpus", 2)
     finished = tinyllama_ds("pretrain", "--recipe", recipe, "--deepspeed-config", config, *where)
-    assert finished.returncode == EXIT_REFUSED
+    assert finished.returncode == EXIT_CONFIG
     assert finished.stderr == f"tinyllama-ds: {disk}: 4 checkpoints need 8.23 MiB, and 5.00 MiB are free there\n"
     assert list(disk.iterdir()) == []

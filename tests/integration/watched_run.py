@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyllama_ds.commands.training import add_run_arguments, run_options
 from tinyllama_ds.planning.fit import estimate_memory
-from tinyllama_ds.training.engine import leave
-from tinyllama_ds.training.pretrain import pretrain
+from tinyllama_ds.train.engine import hard_exit
+from tinyllama_ds.train.pretrain import pretrain
 
 
 class Watch(TorchDispatchMode):
@@ -40,4 +40,4 @@ if __name__ == "__main__":
     with Watch() as watch:
         code = pretrain(options, estimate_memory)
     print(json.dumps({"operators": sorted(watch.operators), "switches": sorted(watch.switches)}))
-    leave(code)
+    hard_exit(code)

@@ -13,7 +13,7 @@ import pytest
 from hosts import ROOT, Host, start_hosts, why_not
 from launching import TIMEOUT
 
-from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.errors import EXIT_CONFIG
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -69,7 +69,7 @@ def test_healthy_hosts_are_green_and_left_as_they_were(cluster: Cluster) -> None
 def test_the_table_for_people(cluster: Cluster) -> None:
     cluster.hosts[1].stop_sshd()
     finished = cluster.hosts[0].tinyllama_ds("doctor", "--quick", "--hostfile", cluster.hostfile)
-    assert finished.returncode == EXIT_REFUSED
+    assert finished.returncode == EXIT_CONFIG
     assert "ok  ssh            node1: answers" in finished.stdout
     assert "RED ssh            node2: ssh: connect to host node2 port 22: Connection refused" in finished.stdout
     assert "mend: make 'ssh node2 true' work without a password" in finished.stdout
@@ -124,7 +124,7 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
     "other Python": (
         lambda c: c.replace(STDLIB / "platform.py", "def python_version(): return '3.9.1'\n"), "python", "3.9.1, here"),
     "other package": (other_version, "packages", "deepspeed 9"),
-    "other code": (lambda c: c.replace(ROOT / "tinyllama_ds" / "plan.py", "# changed\n"), "code", "here"),
+    "other code": (lambda c: c.replace(ROOT / "tinyllama_ds" / "config/run_plan.py", "# changed\n"), "code", "here"),
     "fewer GPUs than slots": (one_gpu, "GPUs", "1 GPUs for 2 slots"),
     "data missing": (lambda c: c.hosts[1].mount("-t", "tmpfs", "none", c.data), "data", "manifests"),
     "data under another path": (
@@ -150,7 +150,7 @@ def test_a_broken_host_is_named(what: str, cluster: Cluster) -> None:
     break_it, check, found = BROKEN[what]
     break_it(cluster)
     code, findings = cluster.doctor()
-    assert code == EXIT_REFUSED
+    assert code == EXIT_CONFIG
     red = [finding for finding in findings if not finding["is_green"]]
     hit = [finding for finding in red if finding["check"] == check and found in finding["found"]]
     assert hit, red

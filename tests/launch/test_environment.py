@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import read_secret
 from tinyllama_ds.launch.environment import (
     check_argument,
@@ -79,7 +79,7 @@ def test_the_users_file_is_respected_and_may_have_comments(tmp_path: Path) -> No
 @pytest.mark.parametrize("line", ["export A=b", "A", "1A=b", "=b"])
 def test_a_bad_line_of_the_users_file_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / ".deepspeed_env").write_text(f"A=b\n{line}\n")
-    with pytest.raises(Refusal, match=r"\.deepspeed_env:2: "):
+    with pytest.raises(ConfigError, match=r"\.deepspeed_env:2: "):
         read_user_files()
 
 
@@ -95,13 +95,13 @@ def test_a_value_arrives_or_is_refused(launcher: str, value: str, passes: bool) 
     if passes:
         assert forwarded({"NCCL_X": value}, [], launcher) == {"NCCL_X": value}
         return
-    with pytest.raises(Refusal, match="NCCL_X: its value"):
+    with pytest.raises(ConfigError, match="NCCL_X: its value"):
         forwarded({"NCCL_X": value}, [], launcher)
     assert forwarded({"PATH": value}, [], launcher) == {}, "other hosts have a PATH of their own"
 
 
 def test_a_named_variable_must_be_set() -> None:
-    with pytest.raises(Refusal, match="--forward-env NOPE: is not set"):
+    with pytest.raises(ConfigError, match="--forward-env NOPE: is not set"):
         forwarded({}, ["NOPE"], "pdsh")
 
 
@@ -109,5 +109,5 @@ def test_arguments_that_a_remote_shell_would_change_are_refused() -> None:
     check_argument("/data/two words", "pdsh")
     check_argument("/data/$x", "openmpi")
     for argument in ("/data/$x", "/data/a;b", "/data/`id` x", "/data/%h", "/data/it's"):
-        with pytest.raises(Refusal, match="a remote shell would change it"):
+        with pytest.raises(ConfigError, match="a remote shell would change it"):
             check_argument(argument, "pdsh")

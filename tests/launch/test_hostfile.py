@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.launch.hostfile import Host, filter_hosts, read_hostfile, write_filter
 
 EXAMPLES = sorted(path for path in (Path(__file__).parents[2] / "hostfiles").iterdir() if path.suffix != ".md")
@@ -48,10 +48,10 @@ def test_comments_and_blank_lines(tmp_path: Path) -> None:
 def test_bad_lines_are_named_by_their_number(tmp_path: Path, line: str, sentence: str) -> None:
     path = tmp_path / "hosts"
     path.write_text(f"node1 slots=8\n{line}\n")
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(ConfigError) as error:
         read_hostfile(path)
-    assert str(refusal.value).startswith(f"{path}:2: ")
-    assert sentence in str(refusal.value)
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert sentence in str(error.value)
 
 
 @pytest.mark.parametrize("slots", ["1025", "1000000000000", 5000 * "9", "007000"])
@@ -59,7 +59,7 @@ def test_no_host_has_so_many_slots(slots: str, tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text(f"node1 slots={slots}\n")
     with pytest.raises(
-        Refusal, match=r"hosts:1: slots=[179].*; expected the number of GPUs of node1, from 1 to 1024"
+        ConfigError, match=r"hosts:1: slots=[179].*; expected the number of GPUs of node1, from 1 to 1024"
     ) as r:
         read_hostfile(path)
     assert len(str(r.value)) < 300
@@ -68,9 +68,9 @@ def test_no_host_has_so_many_slots(slots: str, tmp_path: Path) -> None:
 def test_all_bad_lines_are_told_at_once(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text("node1 slots=8\nnode2\n\nnode1 slots=8\nnode3 slots=0\n")
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(ConfigError) as error:
         read_hostfile(path)
-    assert str(refusal.value) == (
+    assert str(error.value) == (
         f"{path}: 3 problems: (1) line 2: 'node2' is not of the form 'host slots=N'; (2) line 4: node1 is listed twice;"
         " give each host one line with all its slots; (3) line 5: slots=0; expected the number of GPUs of node3, from 1"
         " to 1024"
@@ -105,15 +105,15 @@ def test_lines_end_as_they_do_for_deepspeed(content: bytes, tmp_path: Path, monk
 def test_other_files_are_refused(content: bytes | None, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         read_hostfile(path)
 
 
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="the hostfile is missing"):
+    with pytest.raises(ConfigError, match="the hostfile is missing"):
         read_hostfile(tmp_path / "hosts")
     (tmp_path / "hosts").write_text("# nobody\n")
-    with pytest.raises(Refusal, match="names no host"):
+    with pytest.raises(ConfigError, match="names no host"):
         read_hostfile(tmp_path / "hosts")
 
 
@@ -151,5 +151,5 @@ def test_filters_choose_what_deepspeed_chooses(
     ],
 )
 def test_bad_filters_are_refused(include: str | None, exclude: str | None, sentence: str) -> None:
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         filter_hosts(POOL, include, exclude)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import TIMEOUT
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.launch.hostfile import Host
 from tinyllama_ds.launch.launcher import (
     LAUNCHERS,
@@ -72,16 +72,16 @@ def test_without_ssh_every_host_has_its_command() -> None:
     ],
 )
 def test_what_a_launcher_cannot_do_is_refused(launcher: str, hosts: list[Host], sentence: str) -> None:
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         check_placement(Placement(Path("h"), hosts, 0, on_cpu=False, launcher=launcher), [])
 
 
 def test_a_partition_must_stay_inside_a_host() -> None:
     check_partition(REMOTE, 4, Path("ds.json"))
     uneven = Placement(Path("h"), [Host("node1", 8), Host("node2", 4)], 0, on_cpu=False)
-    with pytest.raises(Refusal, match="zero_hpz_partition_size 8 does not divide the 4 ranks of node2"):
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size 8 does not divide the 4 ranks of node2"):
         check_partition(uneven, 8, Path("ds.json"))
-    with pytest.raises(Refusal, match="the 2 ranks of this machine"):
+    with pytest.raises(ConfigError, match="the 2 ranks of this machine"):
         check_partition(Placement(None, [], 2, on_cpu=True), 8, Path("ds.json"))
 
 
@@ -135,7 +135,7 @@ def test_the_gpus_that_this_shell_chose_are_those_of_the_ranks(tmp_path: Path, m
     """DeepSpeed's runner forgets the choice where it is told the number of ranks, and takes the first GPUs."""
     script = tmp_path / "say.py"
     script.write_text(
-        "import os\nfrom tinyllama_ds.training.world import read_world\n"
+        "import os\nfrom tinyllama_ds.distributed.world import read_world\n"
         "print(read_world().rank, os.environ['CUDA_VISIBLE_DEVICES'])\n"
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8932f937,1")

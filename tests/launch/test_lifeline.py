@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 from launching import TIMEOUT, wait_until
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.distributed.network import free_port, proof
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import read_secret
+from tinyllama_ds.health.heartbeat import LIFELINE_VARIABLE
 from tinyllama_ds.launch import lifeline as module
 from tinyllama_ds.launch.lifeline import Lifeline
-from tinyllama_ds.network import free_port, proof
-from tinyllama_ds.training.heartbeat import LIFELINE_VARIABLE
-from tinyllama_ds.training.run_layout import LIFELINE_KEY_FILE
+from tinyllama_ds.layout import LIFELINE_KEY_FILE
 
 LIFE_SECONDS = 600  # of a rank and its child, where nobody ends them
 RANK = """
 import sys, time
 from pathlib import Path
-from tinyllama_ds.training.heartbeat import Heartbeat
+from tinyllama_ds.health.heartbeat import Heartbeat
 heartbeat = Heartbeat(int(sys.argv[2]), Path(sys.argv[1]))
 heartbeat.beat(7, "training")
 {then}
@@ -125,7 +125,7 @@ def test_a_death_comes_before_the_errors_that_it_causes(line: Lifeline, tmp_path
 
 
 def test_a_farewell_is_no_death(line: Lifeline) -> None:
-    process = start_rank(line, "heartbeat.farewell(78)")
+    process = start_rank(line, "heartbeat.report_exit(78)")
     wait_until(lambda: line.look() or line.code is not None, "no farewell")
     process.wait()
     assert line.look() is None
@@ -172,7 +172,7 @@ def test_a_stopped_rank_is_silent(line: Lifeline, tmp_path: Path, monkeypatch: p
         b"GET / HTTP/1.1\nHost: here\n\n",
         b'{"rank": 0, "host": "x", "group": 77, "nonce": "", "proof": "guess"}\n',
         b'{"rank": 0, "host": "x", "group": 77, "nonce": "", "proof": "\xc3\xa9"}\n',
-        b'{"rank": 0, "host": "x", "group": 77, "nonce": ""}\n{"farewell": 0}\n',
+        b'{"rank": 0, "host": "x", "group": 77, "nonce": ""}\n{"report_exit": 0}\n',
         b'{"error": "end it"}\n',
         b"[" * 100_000 + b"\n",
         b" " * 5000,
@@ -217,12 +217,12 @@ class Insider:
         theirs = self.nonce
         greeting = {"rank": number, "host": "x", "group": group, "nonce": "n"}
         greeting["proof"] = proof(self._line._key, side, theirs, number, "x", group, "n")
-        self.say(greeting)
+        self.log_line(greeting)
         there = len([rank for rank in self._line._ranks if rank.number is not None])
         wait_until(lambda: self._line.look() or not [r for r in self._line._ranks if r.number is None], "no answer")
         return len([rank for rank in self._line._ranks if rank.number is not None]) > there
 
-    def say(self, message: object) -> None:
+    def log_line(self, message: object) -> None:
         self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def _reads(self) -> bool:
@@ -257,7 +257,7 @@ def test_a_rank_has_one_connection(line: Lifeline) -> None:
     assert not Insider(line).greet(1)
     second = Insider(line)
     assert second.greet(2)
-    first.say({"step": 7, "doing": "training"})
+    first.log_line({"step": 7, "doing": "training"})
     wait_until(lambda: line.look() or (line._directory / "rank_1").exists(), "the first one is heard no more")
     assert line.look() is None
     second.connection.close()
@@ -267,9 +267,9 @@ def test_a_rank_has_one_connection(line: Lifeline) -> None:
 def test_a_farewell_has_a_code_of_a_regular_end(line: Lifeline, code: object) -> None:
     insider = Insider(line)
     assert insider.greet()
-    insider.say({"farewell": code})
-    insider.say({"doing": 5, "step": []})
-    insider.say({"step": 1, "doing": "training"})
+    insider.log_line({"report_exit": code})
+    insider.log_line({"doing": 5, "step": []})
+    insider.log_line({"step": 1, "doing": "training"})
     wait_until(lambda: line.look() or (line._directory / "rank_3").exists(), "it is heard no more")
     assert line.code is None
 
@@ -282,7 +282,7 @@ def test_a_proof_is_of_one_side_and_one_connection(line: Lifeline) -> None:
     words = {"rank": 3, "host": "x", "group": 4000, "nonce": "n"}
     words["proof"] = proof(line._key, "rank", insider.nonce, 3, "x", 4000, "n")
     other = Insider(line)
-    other.say(words)
+    other.log_line(words)
     wait_until(lambda: line.look() or is_hung_up(other.connection), "it is let in with the words of another")
 
 
@@ -339,7 +339,7 @@ def test_the_key_is_for_this_user_alone(line: Lifeline, tmp_path: Path) -> None:
 def test_storage_without_permissions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fstat", lambda descriptor: os.stat_result([0o100777, *[0] * 9]))
     with pytest.raises(
-        Refusal, match=r"lifeline\.key: cannot be kept from others .*; expected storage with permissions"
+        ConfigError, match=r"lifeline\.key: cannot be kept from others .*; expected storage with permissions"
     ):
         open_line(tmp_path)
     monkeypatch.undo()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from launching import wait_until
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.launch import lock
 from tinyllama_ds.launch.lock import LOCK_FILE, hold_run, is_held
 
@@ -36,7 +36,7 @@ def test_a_directory_is_made_held_and_let_go(tmp_path: Path) -> None:
     with hold_run(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == os.getpid()
         assert (tmp_path / "run").stat().st_mode & 0o777 == 0o750
-        with pytest.raises(Refusal, match=f"is in use by process {os.getpid()} on host {socket.gethostname()}"):
+        with pytest.raises(ConfigError, match=f"is in use by process {os.getpid()} on host {socket.gethostname()}"):
             hold_run(tmp_path / "run").__enter__()
     assert not (tmp_path / "run").exists()
 
@@ -65,7 +65,7 @@ def test_an_owner_on_another_host_is_watched_for_a_while(tmp_path: Path, monkeyp
     refreshing = subprocess.Popen([sys.executable, "-c", touch])
     try:
         wait_until(lambda: path.stat().st_mtime_ns != written, "an owner that refreshes its lock")
-        with pytest.raises(Refusal, match="is in use by process .* on host elsewhere"):
+        with pytest.raises(ConfigError, match="is in use by process .* on host elsewhere"):
             hold_run(tmp_path).__enter__()
     finally:
         refreshing.kill()
@@ -90,7 +90,7 @@ def test_a_damaged_lock_is_watched_and_then_taken_over(
     path.write_bytes(content)
     assert not is_held(tmp_path)
     monkeypatch.setattr(lock.time, "sleep", lambda _: os.utime(path))
-    with pytest.raises(Refusal, match=rf"is in use by a process that the damaged {path} does not name$"):
+    with pytest.raises(ConfigError, match=rf"is in use by a process that the damaged {path} does not name$"):
         hold_run(tmp_path).__enter__()
     assert path.read_bytes() == content
     waited: list[float] = []
@@ -105,7 +105,9 @@ def test_an_owner_whose_lock_is_damaged_ends(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(lock, "_REFRESH_SECONDS", 0.0)
     with hold_run(tmp_path) as held:
         (tmp_path / LOCK_FILE).write_bytes(b"\xff")
-        with pytest.raises(Refusal, match="was taken over by a process that the damaged .* does not name while this"):
+        with pytest.raises(
+            ConfigError, match="was taken over by a process that the damaged .* does not name while this"
+        ):
             held.refresh()
     assert (tmp_path / LOCK_FILE).read_bytes() == b"\xff"
 
@@ -152,10 +154,10 @@ def test_an_owner_learns_that_it_was_taken_over(tmp_path: Path, monkeypatch: pyt
     with hold_run(tmp_path) as held:
         held.refresh()
         (tmp_path / LOCK_FILE).write_text(owner(host="elsewhere"))
-        with pytest.raises(Refusal, match=f"was taken over by process {os.getpid()} on host elsewhere while this"):
+        with pytest.raises(ConfigError, match=f"was taken over by process {os.getpid()} on host elsewhere while this"):
             held.refresh()
         (tmp_path / LOCK_FILE).unlink()
-        with pytest.raises(Refusal, match="was taken over by nobody, who removed the lock, while this process"):
+        with pytest.raises(ConfigError, match="was taken over by nobody, who removed the lock, while this process"):
             held.refresh()
 
 
@@ -179,7 +181,7 @@ def test_storage_without_hard_links_holds_a_lock_too(
     with hold_run(tmp_path / "run"):
         assert (tmp_path / "run" / LOCK_FILE).read_text() == owner()
         assert is_held(tmp_path / "run")
-        with pytest.raises(Refusal, match=f"is in use by process {os.getpid()} on host"):
+        with pytest.raises(ConfigError, match=f"is in use by process {os.getpid()} on host"):
             hold_run(tmp_path / "run").__enter__()
         assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import pytest
 from hosts import Finished, Host, start_hosts, why_not
 from launching import write_deepspeed_config, write_recipe
 
-from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.errors import EXIT_CONFIG
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -74,7 +74,7 @@ def test_hosts_without_gpus_get_what_fits_them(cluster: Cluster) -> None:
 def test_hosts_of_two_kinds_are_refused(cluster: Cluster, tmp_path: Path) -> None:
     cluster.hosts[0].give_gpus(2)
     finished = cluster.head.tinyllama_ds(*cluster.arguments)
-    assert finished.returncode == EXIT_REFUSED
+    assert finished.returncode == EXIT_CONFIG
     assert finished.stderr.splitlines() == [
         f"tinyllama-ds: {tmp_path / 'hostfile'}: node2 has GPUs and node3 has none that nvidia-smi lists; expected"
         " hosts of one kind, or those without left out by --exclude node3, or of --include"
@@ -106,7 +106,7 @@ def test_the_interface_is_never_the_loopback_of_debian(cluster: Cluster) -> None
     """With a default route and without one."""
     cluster.head.name_is_loopback(*cluster.hosts)
     program = (
-        "from tinyllama_ds.training.world import choose_interface, read_world; print(choose_interface(read_world()))"
+        "from tinyllama_ds.distributed.world import choose_interface, read_world; print(choose_interface(read_world()))"
     )
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "node1"}
     for _ in range(2):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from forked import tinyllama_ds
 
-from tinyllama_ds.errors import EXIT_REFUSED
+from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.launch.doctor import Finding, examine
 from tinyllama_ds.launch.hostfile import filter_hosts, read_hostfile
 from tinyllama_ds.launch.launcher import Placement
@@ -25,7 +25,7 @@ def test_this_machine_alone_is_green(tmp_path: Path) -> None:
 
 def test_a_missing_data_directory_is_red(tmp_path: Path) -> None:
     finished = tinyllama_ds("doctor", "--quick", "--data", tmp_path / "nothing")
-    assert finished.returncode == EXIT_REFUSED
+    assert finished.returncode == EXIT_CONFIG
     assert f"RED data           this machine: {tmp_path / 'nothing'} is missing" in finished.stdout
 
 
@@ -61,16 +61,16 @@ def test_a_busy_gpu_can_be_left_out_as_doctor_says(tmp_path: Path, monkeypatch: 
     placement = Placement(tmp_path / "hosts", hosts, 0, on_cpu=False)
     found = gpus_of(placement)
     assert (found.is_green, found.found) == (False, "GPU 0 already holds 9000 MiB")
-    assert found.mend.endswith("--exclude localhost:0")
+    assert found.hint.endswith("--exclude localhost:0")
     assert gpus_of(replace(placement, hosts=filter_hosts(hosts, None, "localhost:0"))).is_green
     others = gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:0,2", None)))
     assert others.found == "GPU 0 already holds 9000 MiB"
-    assert others.mend.endswith("or leave that GPU out with --include localhost:2 alone")
+    assert others.hint.endswith("or leave that GPU out with --include localhost:2 alone")
     assert gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:2", None))).is_green
     alone = gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:0", None)))
-    assert alone.mend == "end what runs there"
+    assert alone.hint == "end what runs there"
     by_slurm = gpus_of(replace(placement, hosts=hosts, launcher="slurm"))
-    assert by_slurm.mend == "end what runs there", "Slurm cannot be asked for some of a host's GPUs"
+    assert by_slurm.hint == "end what runs there", "Slurm cannot be asked for some of a host's GPUs"
 
 
 def test_without_a_hostfile_the_visible_gpus_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,19 +9,20 @@ import pytest
 from forked import on_ranks
 from launching import Finished
 
-from tinyllama_ds.errors import EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART
+from tinyllama_ds import fault_injection as faults
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_NUMERICS, EXIT_RESTART
+from tinyllama_ds.health import heartbeat
 from tinyllama_ds.launch import out_of_memory
 from tinyllama_ds.launch.supervisor import RankSide, Started, Watch, supervise
-from tinyllama_ds.training import faults, heartbeat
 
 # Of two ranks, which ends with the code of the one that only lost its peer, as DeepSpeed's may.
 LAUNCHER_OF_ONE_THAT_SAYS_WHY = """
 import sys
-from tinyllama_ds.training.heartbeat import Heartbeat
+from tinyllama_ds.health.heartbeat import Heartbeat
 first, second = Heartbeat(0), Heartbeat(1)
 first.beat(3, "training")
 second.beat(3, "training")
-second.farewell({code})
+second.report_exit({code})
 sys.exit(1)
 """
 LAUNCHER_THAT_HEEDS_A_STOP = """
@@ -70,7 +71,7 @@ def supervised(launcher: str, folder: Path, max_seconds: float | None = None, pl
     return on_ranks(supervise_here, launcher, folder, max_seconds, ranks=1, XDG_RUNTIME_DIR=place or str(folder))
 
 
-@pytest.mark.parametrize("code", [EXIT_NUMERICS, EXIT_REFUSED])
+@pytest.mark.parametrize("code", [EXIT_NUMERICS, EXIT_CONFIG])
 def test_a_rank_that_says_why_it_ends_is_believed_before_the_launcher(code: int, tmp_path: Path) -> None:
     finished = supervised(LAUNCHER_OF_ONE_THAT_SAYS_WHY.format(code=code), tmp_path)
     assert finished.stdout == f"{code} 0\n", finished.stderr
@@ -107,7 +108,7 @@ def test_a_run_that_the_out_of_memory_killer_ends_is_told_so_and_not_started_aga
         (tmp_path / "memory" / "memory.oom_control").symlink_to(tmp_path / "memory.events")
     (tmp_path / "memory.events").write_text("low 0\noom_kill 7\n")
     finished = supervised(LAUNCHER_OF_A_RANK_THAT_THE_KERNEL_ENDS.format(kills=8), tmp_path)
-    assert finished.stdout == f"{EXIT_REFUSED} 0\n", finished.stderr
+    assert finished.stdout == f"{EXIT_CONFIG} 0\n", finished.stderr
     assert "the kernel has ended a process for want of memory on this machine" in finished.stderr
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import attention as torch_attention
 from torch.overrides import TorchFunctionMode
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.attention import (
     ATTENTION_BACKENDS,
     Demands,
     Device,
     attention_function,
+    attention_metadata,
     capability_of,
-    documents_for,
     eager_attention,
     resolve_attention_backend,
 )
@@ -97,20 +97,20 @@ def test_every_backend_equals_eager_on_a_gpu(name: str, heads: tuple[int, int], 
     """Forward and backward in bf16, in one graph where it is compiled, beside fp32 written out."""
     try:
         resolve_attention_backend(name, this_gpu(), Demands(sixteen_bit=True, document_mask=masked))
-    except Refusal as refusal:
-        pytest.skip(str(refusal))
+    except ConfigError as error:
+        pytest.skip(str(error))
     shapes = [(2, 130, count, 64) for count in (heads[0], heads[1], heads[1], heads[0])]
     q, k, v, upstream = (tensor.cuda() for tensor in random_tensors(*shapes, dtype=torch.bfloat16))
     numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in ([70, 1, 59], [5, 125])]
-    segments = torch.stack(numbers)
-    documents = [documents_for(name, segments).cuda()] if masked else []
+    document_ids = torch.stack(numbers)
+    documents = [attention_metadata(name, document_ids).cuda()] if masked else []
     attend = attention_function(name)
     if compiled:
         torch._dynamo.reset()
         attend = torch.compile(attend, fullgraph=True)
     found = gradients(attend, [q, k, v], upstream, *documents)
     exact = [tensor.float() for tensor in (q, k, v)]
-    expected = gradients(eager_attention, exact, upstream.float(), *([segments.cuda()] if masked else []))
+    expected = gradients(eager_attention, exact, upstream.float(), *([document_ids.cuda()] if masked else []))
     for mine, reference in zip(found, expected, strict=True):
         assert (mine.float() - reference).norm() / reference.norm() < 1e-2
 
@@ -122,13 +122,13 @@ def test_deterministic_gradients_are_the_same_every_time_on_a_gpu(name: str, mas
     demands = Demands(sixteen_bit=True, document_mask=masked, deterministic=True)
     try:
         resolve_attention_backend(name, this_gpu(), demands)
-    except Refusal as refusal:
-        pytest.skip(str(refusal))
+    except ConfigError as error:
+        pytest.skip(str(error))
     q, k, v, upstream = (
         tensor.cuda() for tensor in random_tensors(*((4, 2048, n, 64) for n in (16, 4, 4, 16)), dtype=torch.bfloat16)
     )
-    segments = torch.arange(2048).div(300, rounding_mode="floor").expand(4, -1)
-    documents = [documents_for(name, segments).cuda()] if masked else []
+    document_ids = torch.arange(2048).div(300, rounding_mode="floor").expand(4, -1)
+    documents = [attention_metadata(name, document_ids).cuda()] if masked else []
     torch.use_deterministic_algorithms(True)
     try:
         first, *others = (gradients(attention_function(name), [q, k, v], upstream, *documents) for _ in range(5))
@@ -274,7 +274,7 @@ def flash_operators() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["varlen", "flash_attention_2"])
 def test_documents_by_their_borders_are_attended_alone(name: str, heads: tuple[int, int]) -> None:
     q, k, v, upstream = random_tensors(*((2, 20, n, 16) for n in (heads[0], heads[1], heads[1], heads[0])))
-    borders = documents_for(name, SEGMENTS)
+    borders = attention_metadata(name, SEGMENTS)
     assert borders.tolist() == [0, 7, 8, 20, 40]
     attend = attention_function(name)
     found = gradients(attend, [q, k, v], upstream, borders)
@@ -287,9 +287,9 @@ def test_documents_by_their_borders_are_attended_alone(name: str, heads: tuple[i
 def test_varlen_compiles_to_one_graph_for_any_number_of_documents() -> None:
     q, k, v, upstream = random_tensors(*((2, 20, n, 16) for n in (6, 2, 2, 6)))
     attend = torch.compile(attention_function("varlen"), fullgraph=True, backend="aot_eager")
-    for segments in (SEGMENTS, torch.zeros_like(SEGMENTS), torch.arange(20).expand(2, -1)):
-        found = gradients(attend, [q, k, v], upstream, documents_for("varlen", segments))
-        torch.testing.assert_close(found, gradients(eager_attention, [q, k, v], upstream, segments))
+    for document_ids in (SEGMENTS, torch.zeros_like(SEGMENTS), torch.arange(20).expand(2, -1)):
+        found = gradients(attend, [q, k, v], upstream, attention_metadata("varlen", document_ids))
+        torch.testing.assert_close(found, gradients(eager_attention, [q, k, v], upstream, document_ids))
 
 
 @pytest.mark.usefixtures("flash_operators")
@@ -308,7 +308,7 @@ def test_all_blocks_share_one_graph(name: str) -> None:
     for layer in model.model.layers:
         layer.compile(backend=count)
     tokens = torch.randint(97, (2, 20))
-    documents = {"segments": SEGMENTS} if ATTENTION_BACKENDS[name].documents else {}
+    documents = {"document_ids": SEGMENTS} if ATTENTION_BACKENDS[name].documents else {}
     model(tokens, tokens, **documents).backward()
     assert graphs == 1
 
@@ -336,7 +336,7 @@ def test_varlen_of_earlier_torch_is_called_as_it_was_published(
 
     monkeypatch.setattr(varlen, "varlen_attn", {"is_causal": of_2_10, "window_size": of_2_11}[parameters])
     q, k, v = random_tensors(*((2, 20, n, 16) for n in (6, 2, 2)))
-    found = attention_function("varlen")(q, k, v, documents_for("varlen", SEGMENTS))
+    found = attention_function("varlen")(q, k, v, attention_metadata("varlen", SEGMENTS))
     torch.testing.assert_close(found, eager_attention(q, k, v, SEGMENTS))
 
 
@@ -347,7 +347,7 @@ def test_flash_attention_2_is_told_to_be_deterministic(deterministic: bool, flas
     torch.use_deterministic_algorithms(deterministic)
     try:
         attend(q, k, v)
-        attend(q, k, v, documents_for("flash_attention_2", SEGMENTS))
+        attend(q, k, v, attention_metadata("flash_attention_2", SEGMENTS))
     finally:
         torch.use_deterministic_algorithms(False)
     assert flash_attn.deterministic_calls == [deterministic] * 2
@@ -368,9 +368,9 @@ def test_borders_are_found_once_for_all_blocks() -> None:
     model, reference = (build_model(config, name, seed=1) for name in ("varlen", "eager"))
     tokens = torch.randint(config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(3))
     with Watch():
-        logits = model(tokens, segments=SEGMENTS)
+        logits = model(tokens, document_ids=SEGMENTS)
     assert found == 1
-    torch.testing.assert_close(logits, reference(tokens, segments=SEGMENTS))
+    torch.testing.assert_close(logits, reference(tokens, document_ids=SEGMENTS))
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
@@ -380,12 +380,12 @@ def test_with_segments_a_document_is_attended_alone(name: str, heads: tuple[int,
     tolerance = 1e-5
     lengths = [[70, 1, 59], [5, 125]]  # two rows of 130 tokens
     numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
-    segments = torch.stack(numbers)
+    document_ids = torch.stack(numbers)
     *packed, upstream = random_tensors(*((2, 130, n, 16) for n in (heads[0], heads[1], heads[1], heads[0])))
     packed = [tensor.requires_grad_() for tensor in packed]
     alone = [tensor.detach().clone().requires_grad_() for tensor in packed]
-    attention_function(name)(*packed, documents_for(name, segments)).backward(upstream)
-    out = attention_function(name)(*packed, documents_for(name, segments))
+    attention_function(name)(*packed, attention_metadata(name, document_ids)).backward(upstream)
+    out = attention_function(name)(*packed, attention_metadata(name, document_ids))
     for row, documents in enumerate(lengths):
         start = 0
         for length in documents:

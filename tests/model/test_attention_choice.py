@@ -9,7 +9,7 @@ import torch
 from forked import on_ranks
 from torch.nn import attention as torch_attention
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.attention import (
     ATTENTION_BACKENDS,
     Demands,
@@ -27,7 +27,7 @@ BF16_MASKED = Demands(sixteen_bit=True, document_mask=True)
 
 @pytest.mark.parametrize("device", [CPU, A100, Device("cuda")], ids=str)
 def test_unknown_backend_is_refused(device: Device) -> None:
-    with pytest.raises(Refusal, match="'flash' is unknown; choose auto"):
+    with pytest.raises(ConfigError, match="'flash' is unknown; choose auto"):
         resolve_attention_backend("flash", device, BF16)
 
 
@@ -101,7 +101,7 @@ def test_auto_takes_what_works_on_this_gpu() -> None:
     ],
 )
 def test_a_backend_that_cannot_do_it_is_refused(name: str, device: Device, demands: Demands, sentence: str) -> None:
-    with pytest.raises(Refusal, match=rf"^attention backend '{name}' {sentence}[^;]*; choose auto or sdpa$"):
+    with pytest.raises(ConfigError, match=rf"^attention backend '{name}' {sentence}[^;]*; choose auto or sdpa$"):
         resolve_attention_backend(name, device, demands)
 
 
@@ -118,7 +118,7 @@ def test_absent_package_that_was_asked_for_is_an_error(name: str) -> None:
     module = PACKAGES.get(name, "flash_attn.cute.interface")
     if find_spec(module.partition(".")[0]):
         pytest.skip(f"{module} is installed here")
-    with pytest.raises(Refusal, match=f"^attention backend '{name}': {module} is not installed; install"):
+    with pytest.raises(ConfigError, match=f"^attention backend '{name}': {module} is not installed; install"):
         resolve_attention_backend(name, H100, BF16)
 
 
@@ -142,8 +142,8 @@ def print_choices(name: str, packages: str) -> None:
     print(resolve_attention_backend("auto", device, masked))
     try:
         resolve_attention_backend(name, device, masked)
-    except Refusal as refusal:
-        print(refusal)
+    except ConfigError as error:
+        print(error)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig, model_config
 
 
@@ -15,13 +15,13 @@ from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig, model_config
     ],
 )
 def test_impossible_shapes_are_refused(shape: tuple[int, ...], sentence: str) -> None:
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         LlamaConfig(*shape)
 
 
 @pytest.mark.parametrize("factor", [0.5, float("inf"), float("nan")])
 def test_impossible_interpolation_is_refused(factor: float) -> None:
-    with pytest.raises(Refusal, match="rope_scaling_factor .* (must be 1 or more|is not above 0)"):
+    with pytest.raises(ConfigError, match="rope_scaling_factor .* (must be 1 or more|is not above 0)"):
         LlamaConfig(100, 64, 128, 2, 4, 2, 64, rope_scaling_factor=factor)
 
 
@@ -33,5 +33,5 @@ def test_a_description_gives_the_config_again() -> None:
 
 
 def test_unknown_size_names_the_known_ones() -> None:
-    with pytest.raises(Refusal, match="'tinyllama-7b' is unknown; the known sizes are tinyllama-1.1b, "):
+    with pytest.raises(ConfigError, match="'tinyllama-7b' is unknown; the known sizes are tinyllama-1.1b, "):
         model_config("tinyllama-7b")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from tinyllama_ds.convert import hf_config, hf_model
+from tinyllama_ds.hf.convert import hf_config, hf_model
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM, apply_rope, build_model, initialize_weights, rope_tables
 
@@ -138,8 +138,8 @@ def test_with_segments_logits_of_a_packed_document_are_those_of_it_alone(device:
     config = SHAPES["grouped"]
     model = twins(config)[0].to(device)
     tokens = torch.randint(config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(3)).to(device)
-    segments = torch.tensor([[0] * 13 + [1] * 27])
-    packed = model(tokens, segments=segments)
+    document_ids = torch.tensor([[0] * 13 + [1] * 27])
+    packed = model(tokens, document_ids=document_ids)
     torch.testing.assert_close(packed[:, :13], model(tokens[:, :13]), rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(packed[:, 13:], model(tokens[:, 13:]), rtol=TOLERANCE, atol=TOLERANCE)
     assert not torch.allclose(model(tokens)[:, 13:], packed[:, 13:])

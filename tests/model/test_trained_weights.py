@@ -8,7 +8,7 @@ import pytest
 import torch
 from launching import TIMEOUT
 
-from tinyllama_ds.convert import hf_model
+from tinyllama_ds.hf.convert import hf_model
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from launching import write_recipe
 
+from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.gpus import GIB, GPUS
 from tinyllama_ds.model.config import model_config
-from tinyllama_ds.plan import RunPlan
 from tinyllama_ds.planning.fit import estimate_memory
-from tinyllama_ds.training.run import Options, Run, resolve_run
+from tinyllama_ds.run.resolve import Options, Run, resolve_run
 
 CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3_keep.json"
 

@@ -11,11 +11,11 @@ import pytest
 from forked import tinyllama_ds
 from launching import Finished
 
-from tinyllama_ds.data.prepare import Preparation, prepare
-from tinyllama_ds.data.sources import source_format
+from tinyllama_ds.config.deepspeed import load_deepspeed_config
+from tinyllama_ds.data.prepare.prepare import Preparation, prepare
+from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.deepspeed_config import load_deepspeed_config
-from tinyllama_ds.planning.answer import read_inputs, resolve
+from tinyllama_ds.planning.plan import read_inputs, resolve
 from tinyllama_ds.planning.search import LAYOUTS
 
 ROOT = Path(__file__).parents[2]
@@ -157,8 +157,8 @@ def test_a_source_of_less_than_a_sample_is_refused(data_dir: Path, tokenizer: To
 
 def test_the_winner_of_the_search_loads(tmp_path: Path) -> None:
     """Through our own checks, through DeepSpeed's parser, and as the plan of that JSON, which says the same."""
-    from tinyllama_ds.deepspeed_config import split_off_our_sections
-    from tinyllama_ds.training.engine import check_with_deepspeed
+    from tinyllama_ds.config.deepspeed import split_off_our_sections
+    from tinyllama_ds.train.engine import check_with_deepspeed
 
     winner = tmp_path / "winner.json"
     found = planned(*A100_2X8, "--search", "--write-config", winner)

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinyllama_ds.deepspeed_config import load_deepspeed_config
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.config.deepspeed import load_deepspeed_config
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.attention import (
     ATTENTION_BACKENDS,
     Demands,
     Device,
+    attention_metadata,
     capability_of,
-    documents_for,
     resolve_attention_backend,
 )
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
@@ -55,8 +55,8 @@ def test_a_block_keeps_what_the_formula_says_on_a_gpu(attention: str, dtype: tor
     demands = Demands(dtype == torch.bfloat16, document_mask=masked)
     try:
         resolve_attention_backend(attention, Device("cuda", capability_of(device)), demands)
-    except Refusal as refusal:
-        pytest.skip(str(refusal))
+    except ConfigError as error:
+        pytest.skip(str(error))
     if attention == "blocked" and masked:
         pytest.skip("keeps a mask of each block of keys as well")
     kept = attention_memory(attention, masked, dtype.itemsize)
@@ -70,8 +70,8 @@ def assert_a_block_keeps(
     B, T = 2, 256
     decoder = build_model(model, attention, 1).to(device, dtype)
     cos, sin = rope_tables(model, T, device)
-    segments = torch.arange(T).div(100, rounding_mode="floor").expand(B, -1)
-    documents = documents_for(attention, segments).to(device) if masked else None
+    document_ids = torch.arange(T).div(100, rounding_mode="floor").expand(B, -1)
+    documents = attention_metadata(attention, document_ids).to(device) if masked else None
     shared = (*decoder.parameters(), cos, sin, *([documents] if masked else []))
     outside = {tensor.untyped_storage().data_ptr() for tensor in shared}
     saved: dict[int, int] = {}

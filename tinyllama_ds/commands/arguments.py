@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinyllama_ds.errors import EXIT_REFUSED, Refusal, shown
+from tinyllama_ds.errors import EXIT_CONFIG, ConfigError, shown
 from tinyllama_ds.outputs import check_file, check_folder, check_picture
 
 
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         named = re.sub(r"^argument (\S+): (.+): expected ", r"\1 \2: expected ", message, count=1, flags=re.DOTALL)
         sentence = named.removeprefix("argument ").replace("\r", "\\r").replace("\n", "\\n")
-        self.exit(EXIT_REFUSED, f"tinyllama-ds: {sentence}; see {self.prog} --help\n")
+        self.exit(EXIT_CONFIG, f"tinyllama-ds: {sentence}; see {self.prog} --help\n")
 
 
 def _is_unicode(text: str) -> bool:
@@ -108,8 +108,8 @@ def output_folder(text: str) -> Path:
 def _checked(text: str, check: Callable[[Path], None]) -> Path:
     try:
         check(Path(text))
-    except Refusal as refusal:
-        raise argparse.ArgumentTypeError(str(refusal)) from refusal
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return Path(text)
 
 

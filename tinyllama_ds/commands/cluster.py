@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tinyllama_ds.commands.placement import add_placement_arguments, lifeline_opener, read_placement
 from tinyllama_ds.commands.printing import add_json
-from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED
 
 if TYPE_CHECKING:
     from tinyllama_ds.launch.doctor import Finding
@@ -38,11 +38,12 @@ def _doctor(options: argparse.Namespace) -> int:
     if examined.is_green and not options.quick and placement.world_size > 1:
         examined.findings.append(_bandwidth(_as_found(placement, examined.reports)))
     if options.json:
-        findings = [asdict(finding) for finding in examined.findings]
+        # "mend" is what the key has been called since the first version.
+        findings = [asdict(finding) | {"mend": finding.hint} for finding in examined.findings]
         print(json.dumps({"green": examined.is_green, "findings": findings, "hosts": examined.reports}))
     else:
         print(table(examined, sys.stdout.isatty()))
-    return EXIT_FINISHED if examined.is_green else EXIT_REFUSED
+    return EXIT_FINISHED if examined.is_green else EXIT_CONFIG
 
 
 def _as_found(placement: "Placement", reports: dict[str, dict]) -> "Placement":
@@ -60,13 +61,13 @@ def _as_found(placement: "Placement", reports: dict[str, dict]) -> "Placement":
 
 def _bandwidth(placement: "Placement") -> "Finding":
     """A small job over all ranks, started as a run would be."""
+    from tinyllama_ds.health.heartbeat import LIFELINE_VARIABLE
     from tinyllama_ds.launch.doctor import HERE, Finding
     from tinyllama_ds.launch.launcher import ALL_REDUCE_SCRIPT, start_launcher
     from tinyllama_ds.launch.supervisor import end_group
-    from tinyllama_ds.training.heartbeat import LIFELINE_VARIABLE
 
     host = f"{len(placement.hosts)} hosts" if placement.hosts else HERE
-    mend = "start it by hand to see why: the line is what pretrain --dry-run prints, with scripts/all_reduce.py"
+    hint = "start it by hand to see why: the line is what pretrain --dry-run prints, with scripts/all_reduce.py"
     open_lifeline = lifeline_opener(placement, run_dir=None)
     with tempfile.TemporaryDirectory(prefix="tinyllama-ds-") as name, tempfile.TemporaryFile("w+") as log:
         lifeline = open_lifeline(Path(name)) if open_lifeline else None
@@ -79,13 +80,13 @@ def _bandwidth(placement: "Placement") -> "Finding":
                 lifeline.close()  # at which the ranks on other hosts end
             end_group(process, gently=False)
         if failed is not None:
-            return Finding("all-reduce", host, False, failed, mend)
+            return Finding("all-reduce", host, False, failed, hint)
         log.seek(0)
         lines = log.read().splitlines()
     answers = [line.partition("all-reduce: ")[2] for line in lines if "all-reduce: " in line]
     if not answers:
         said = next((line for line in reversed(lines) if line.strip()), "nothing")
-        return Finding("all-reduce", host, False, f"the job ended with code {process.returncode}: {said}", mend)
+        return Finding("all-reduce", host, False, f"the job ended with code {process.returncode}: {said}", hint)
     result = json.loads(answers[0])
     rate = result["bytes_per_second"] / 1e9
     return Finding("all-reduce", host, True, f"{rate:.2f} GB/s of bus bandwidth over {result['ranks']} ranks")

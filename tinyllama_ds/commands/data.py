@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 from tinyllama_ds.commands.arguments import COUNT, POSITIVE, RANKS, WholeNumber, output_file, output_folder
 from tinyllama_ds.commands.printing import add_json, print_result
-from tinyllama_ds.errors import EXIT_FINISHED, EXIT_REFUSED, EXIT_RESTART, Refusal
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_RESTART, ConfigError
 
 if TYPE_CHECKING:
-    from tinyllama_ds.data.inputs import Inputs
+    from tinyllama_ds.config.run_plan import RunPlan
     from tinyllama_ds.data.order import SampleOrder
+    from tinyllama_ds.data.prepare.inputs import Inputs
+    from tinyllama_ds.data.prepare.sources import SourceFormat
     from tinyllama_ds.data.shards import Manifest
-    from tinyllama_ds.data.sources import SourceFormat
     from tinyllama_ds.data.stream import TokenStream
-    from tinyllama_ds.plan import RunPlan
 
 
 def _add_demo_data(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +41,9 @@ def _add_demo_data(parser: argparse.ArgumentParser) -> None:
 
 def _demo_data(options: argparse.Namespace) -> int:
     """Write a raw demo corpus in the published formats, made from the Python installation."""
-    from tinyllama_ds.data.demo_chat import SOURCE, make_demo_chat
-    from tinyllama_ds.data.demo_corpus import make_demo_corpus
-    from tinyllama_ds.data.demo_tasks import make_demo_task
+    from tinyllama_ds.data.demo.chat import SOURCE, make_demo_chat
+    from tinyllama_ds.data.demo.corpus import make_demo_corpus
+    from tinyllama_ds.data.demo.tasks import make_demo_task
 
     if options.tasks:
         task = make_demo_task(options.output)
@@ -71,7 +71,7 @@ def _train_tokenizer(options: argparse.Namespace) -> int:
     from tinyllama_ds.data.tokenizer import train_tokenizer
 
     if options.output.exists():
-        raise Refusal(f"{options.output}: already exists; expected a new file")
+        raise ConfigError(f"{options.output}: already exists; expected a new file")
     tokenizer = train_tokenizer(_texts(options.input, options.text_field), options.vocab_size, options.output)
     result = {"tokenizer": str(options.output), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
     return print_result(options, result, f"{options.output}: {tokenizer.vocab_size:,} pieces")
@@ -90,9 +90,9 @@ def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
 
 
 def _texts_of(directory: Path, text_field: str | None) -> Iterator[str]:
-    from tinyllama_ds.data.inputs import find_inputs
-    from tinyllama_ds.data.reading import read_texts
-    from tinyllama_ds.data.sources import source_format
+    from tinyllama_ds.data.prepare.inputs import find_inputs
+    from tinyllama_ds.data.prepare.reading import read_texts
+    from tinyllama_ds.data.prepare.sources import source_format
 
     fmt = source_format(directory.name, text_field)
     inputs = find_inputs(directory, fmt)
@@ -167,7 +167,7 @@ def _share_of_task(options: argparse.Namespace) -> tuple[int, int]:
         try:
             return _share(share)
         except argparse.ArgumentTypeError as error:
-            raise Refusal(f"SLURM_PROCID/SLURM_STEP_NUM_TASKS in the environment: {error}") from error
+            raise ConfigError(f"SLURM_PROCID/SLURM_STEP_NUM_TASKS in the environment: {error}") from error
     return options.share or (0, 1)
 
 
@@ -175,9 +175,9 @@ def _prepare(options: argparse.Namespace) -> int:
     """Tokenise one source into shards; starts again where it stopped."""
     from concurrent.futures import BrokenExecutor
 
-    from tinyllama_ds.data.agents import prepare_on_hosts
-    from tinyllama_ds.data.inputs import find_inputs
-    from tinyllama_ds.data.prepare import Preparation, prepare, summarise
+    from tinyllama_ds.data.prepare.agents import prepare_on_hosts
+    from tinyllama_ds.data.prepare.inputs import find_inputs
+    from tinyllama_ds.data.prepare.prepare import Preparation, prepare, summarise
     from tinyllama_ds.launch.hostfile import read_hostfile
 
     job = Preparation(
@@ -211,8 +211,8 @@ def _print_notes(inputs: "Inputs") -> None:
 
 
 def _format_of(options: argparse.Namespace) -> "SourceFormat":
-    from tinyllama_ds.data.conversations import ChatFormat
-    from tinyllama_ds.data.sources import source_format
+    from tinyllama_ds.data.prepare.conversations import ChatFormat
+    from tinyllama_ds.data.prepare.sources import source_format
 
     if options.chat:
         return ChatFormat(options.text_field or "text", max_tokens=options.max_tokens)
@@ -257,7 +257,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _import_megatron(options: argparse.Namespace) -> int:
     """Make Megatron's .idx files (their .bin beside them) usable for training, without a copy."""
-    from tinyllama_ds.data.imports import Import, import_megatron
+    from tinyllama_ds.data.prepare.imports import Import, import_megatron
 
     job = Import(options.source, options.split, options.tokenizer, options.output)
     return _print_imported(options, import_megatron(job, options.inputs))
@@ -265,7 +265,7 @@ def _import_megatron(options: argparse.Namespace) -> int:
 
 def _import_litpkds(options: argparse.Namespace) -> int:
     """Turn the LITPKDS chunks of TinyLlama's own scripts into shards."""
-    from tinyllama_ds.data.imports import Import, import_litpkds
+    from tinyllama_ds.data.prepare.imports import Import, import_litpkds
 
     job = Import(options.source, options.split, options.tokenizer, options.output)
     return _print_imported(options, import_litpkds(job, options.inputs))
@@ -301,10 +301,10 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 
 def _audit(options: argparse.Namespace) -> int:
     """Check every token of a data directory, and that a recipe trains on all of it as it says."""
-    from tinyllama_ds.data.audit import audit_data
-    from tinyllama_ds.data.audit_page import audit_page, verdict
-    from tinyllama_ds.data.coverage import check_coverage
-    from tinyllama_ds.plan import micro_batch_of
+    from tinyllama_ds.config.run_plan import micro_batch_of
+    from tinyllama_ds.data.audit.audit import audit_data
+    from tinyllama_ds.data.audit.page import audit_page, verdict
+    from tinyllama_ds.data.prepare.coverage import check_coverage
 
     coverage = None
     if options.recipe is not None:
@@ -318,7 +318,7 @@ def _audit(options: argparse.Namespace) -> int:
     result = {"good": not problems, "problems": problems, "warnings": warnings, "page": page and str(page)}
     end = f"\n{page}" if page else ""
     print_result(options, result, f"{verdict(audit, coverage)}{end}")
-    return EXIT_REFUSED if problems or (options.output and not page) else EXIT_FINISHED
+    return EXIT_CONFIG if problems or (options.output and not page) else EXIT_FINISHED
 
 
 def _write_page(options: argparse.Namespace, page: str) -> Path | None:
@@ -328,8 +328,8 @@ def _write_page(options: argparse.Namespace, page: str) -> Path | None:
     output = options.output or options.data / "audit.html"
     try:
         write_file(output, page)
-    except Refusal as refusal:
-        print(f"tinyllama-ds: {refusal}", file=sys.stderr, flush=True)
+    except ConfigError as error:
+        print(f"tinyllama-ds: {error}", file=sys.stderr, flush=True)
         return None
     return output
 
@@ -338,7 +338,7 @@ def _raw_inputs(pairs: list[str]) -> dict[str, Path]:
     named = [pair.partition("=") for pair in pairs]
     for source, separator, directory in named:
         if not separator or not Path(directory).exists():
-            raise Refusal(f"--raw {source}{separator}{directory}: expected SOURCE=DIR with a directory that exists")
+            raise ConfigError(f"--raw {source}{separator}{directory}: expected SOURCE=DIR with a directory that exists")
     return {source: Path(directory) for source, _, directory in named}
 
 
@@ -346,10 +346,10 @@ def _planned_order(
     recipe_name: str, data: Path, left_out: Sequence[range] = ()
 ) -> "tuple[RunPlan, SampleOrder, dict[str, TokenStream]]":
     """What a recipe makes of a data directory."""
+    from tinyllama_ds.config.recipe import load_recipe
+    from tinyllama_ds.config.run_plan import RunPlan
     from tinyllama_ds.data.order import MixtureStage, SampleOrder
     from tinyllama_ds.data.packing import open_stream
-    from tinyllama_ds.plan import RunPlan
-    from tinyllama_ds.recipe import load_recipe
 
     recipe = load_recipe(recipe_name)
     plan = RunPlan(recipe)
@@ -372,21 +372,21 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _data(options: argparse.Namespace) -> int:
     """Look into prepared data: `show` prints the texts that a step trains on."""
-    from tinyllama_ds.data.loader import refuse_another_tokenizer
-    from tinyllama_ds.data.show import show_samples
+    from tinyllama_ds.data.audit.show import show_samples
+    from tinyllama_ds.data.loader import reject_different_tokenizer
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
-    from tinyllama_ds.training.ledger import left_out, read_ledger
+    from tinyllama_ds.run.ledger import left_out, read_ledger
 
     if options.run_dir is not None and not options.run_dir.is_dir():
-        raise Refusal(f"--run-dir {options.run_dir}: is missing; expected the directory of a run")
+        raise ConfigError(f"--run-dir {options.run_dir}: is missing; expected the directory of a run")
     passed_over = left_out(read_ledger(options.run_dir)) if options.run_dir else []
     plan, order, streams = _planned_order(options.recipe, options.data, passed_over)
     if not 0 <= options.step < plan.total_steps:
-        raise Refusal(f"step {options.step}: the recipe {options.recipe!r} has steps 0 to {plan.total_steps - 1}")
+        raise ConfigError(f"step {options.step}: the recipe {options.recipe!r} has steps 0 to {plan.total_steps - 1}")
     step = plan.step(options.step)
     positions = range(step.first_position, step.first_position + min(options.limit, step.batch))
     tokenizer = Tokenizer(options.data / TOKENIZER_FILE)
-    refuse_another_tokenizer(streams, tokenizer)
+    reject_different_tokenizer(streams, tokenizer)
     shown = list(show_samples(streams, order, positions, plan.sequence_length, tokenizer))
     lines = [
         f"=== position {sample.position}: {sample.source}, epoch {sample.epoch}, sample {sample.sample},"

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama_ds.commands.arguments import POSITIVE, RANKS, WholeNumber, output_folder
 from tinyllama_ds.commands.printing import add_json, print_result
-from tinyllama_ds.errors import EXIT_FINISHED, Refusal
+from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
 
 if TYPE_CHECKING:
+    from tinyllama_ds.distributed.world import DistributedInfo
     from tinyllama_ds.evaluation.harness import Ranks
     from tinyllama_ds.evaluation.scores import Measured
     from tinyllama_ds.evaluation.suites import Benchmark
-    from tinyllama_ds.training.world import World
 
 _PACKAGES = ("lm-eval", "transformers", "torch", "datasets", "tokenizers")
 _COLLECTIVE_TIMEOUT = timedelta(days=1)  # a rank with shorter texts waits for the others; a dead one ends them all
@@ -63,7 +63,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     """Score a model on tasks of lm-eval, beside TinyLlama's published scores."""
     prepare(options)
-    from tinyllama_ds.training.world import read_world
+    from tinyllama_ds.distributed.world import read_world
 
     world = read_world()
     ranks = _wanted_ranks(options) if world.size == 1 else 1
@@ -72,22 +72,24 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def prepare(options: argparse.Namespace) -> None:
     """Check the options, and decide whether there is a hub, before anything of Hugging Face is imported."""
-    from tinyllama_ds.evaluation.tasks import require_lm_eval, stay_off_the_hub_where_it_is_out_of_reach
+    from tinyllama_ds.evaluation.tasks import require_lm_eval, set_offline_if_hub_unreachable
 
-    _refuse_nonsense(options)
+    _check_arguments(options)
     if options.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # whatever the GPUs are like
     require_lm_eval()
     if options.data_dir is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    stay_off_the_hub_where_it_is_out_of_reach()
+    set_offline_if_hub_unreachable()
 
 
-def _refuse_nonsense(options: argparse.Namespace) -> None:
+def _check_arguments(options: argparse.Namespace) -> None:
     if options.shots is not None and options.suite:
-        raise Refusal("--shots is for --tasks and --task-file; a suite has those of the published table")
+        raise ConfigError("--shots is for --tasks and --task-file; a suite has those of the published table")
     if not options.model.exists():
-        raise Refusal(f"{options.model}: is missing; expected a checkpoint, a run directory or a Hugging Face folder")
+        raise ConfigError(
+            f"{options.model}: is missing; expected a checkpoint, a run directory or a Hugging Face folder"
+        )
 
 
 def _wanted_ranks(options: argparse.Namespace) -> int:
@@ -129,32 +131,32 @@ def arguments_of(options: argparse.Namespace) -> list[str]:
     return arguments + [flag for flag, is_set in flags.items() if is_set]
 
 
-def evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
+def evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> int:
     """What every rank does. Where all are refused, rank 0 says so. Collective."""
     import torch
 
     from tinyllama_ds.bars import lines_for_bars
-    from tinyllama_ds.training.world import wait_for_turn
+    from tinyllama_ds.distributed.world import wait_for_turn
 
     if options.device == "cpu":
         world = replace(world, device=torch.device("cpu"))
     elif options.device == "cuda" and world.device.type != "cuda":
-        raise Refusal("--device cuda: this machine has no GPU that PyTorch sees")
+        raise ConfigError("--device cuda: this machine has no GPU that PyTorch sees")
     try:
         with lines_for_bars():
             return _evaluate_on_rank(options, world)
-    except Refusal:
+    except ConfigError:
         wait_for_turn(world)
         raise
 
 
-def _evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
+def _evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> int:
     from tinyllama_ds.evaluation.harness import evaluate, language_model
     from tinyllama_ds.evaluation.scores import Measured, read_scores
     from tinyllama_ds.evaluation.suites import suite_named
     from tinyllama_ds.outputs import check_folder
 
-    if not world.is_main:
+    if not world.is_rank0:
         os.environ["TQDM_DISABLE"] = "1"
     benchmarks = suite_named(options.suite) if options.suite else ()
     where = _output_folder(options)
@@ -163,7 +165,7 @@ def _evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
     tasks = _load_tasks(options, benchmarks, world)
     model, tokenizer, tokens = _load_model(options, world)
     results = evaluate(lambda: language_model(model, tokenizer, options.batch_size), tasks, ranks, options.limit)
-    if not world.is_main:
+    if not world.is_rank0:
         return EXIT_FINISHED
     versions = {package: version(package) for package in _PACKAGES}
     names = {benchmark.task for benchmark in benchmarks} or None
@@ -172,9 +174,10 @@ def _evaluate_on_rank(options: argparse.Namespace, world: "World") -> int:
     return _write(options, measured, benchmarks, results, where)
 
 
-def _join(world: "World") -> "Ranks":
+def _join(world: "DistributedInfo") -> "Ranks":
+    from tinyllama_ds.distributed.collectives import gather_from_ranks
     from tinyllama_ds.evaluation.harness import Ranks
-    from tinyllama_ds.training.engine import gather_from_ranks, start_process_group
+    from tinyllama_ds.train.engine import start_process_group
 
     if world.size == 1:
         return Ranks()
@@ -182,7 +185,9 @@ def _join(world: "World") -> "Ranks":
     return Ranks(world.rank, world.size, gather_from_ranks)
 
 
-def _load_tasks(options: argparse.Namespace, benchmarks: "tuple[Benchmark, ...]", world: "World") -> dict[str, Any]:
+def _load_tasks(
+    options: argparse.Namespace, benchmarks: "tuple[Benchmark, ...]", world: "DistributedInfo"
+) -> dict[str, Any]:
     from tinyllama_ds.evaluation.sandbox import open_sandbox
     from tinyllama_ds.evaluation.suites import HUMANEVAL
     from tinyllama_ds.evaluation.tasks import load_named, load_suite
@@ -192,17 +197,17 @@ def _load_tasks(options: argparse.Namespace, benchmarks: "tuple[Benchmark, ...]"
     passes: Callable[[str], bool] | None = None
     if options.allow_code_execution and HUMANEVAL in chosen:
         # Every rank has all completions; one of them runs them.
-        passes = open_sandbox().passes if world.is_main else lambda program: False
+        passes = open_sandbox().passes if world.is_rank0 else lambda program: False
     if benchmarks:
         return load_suite(benchmarks, options.data_dir, passes)
     return load_named(names, options.data_dir, passes, options.shots)
 
 
-def _load_model(options: argparse.Namespace, world: "World") -> tuple[Any, Any, int | None]:
+def _load_model(options: argparse.Namespace, world: "DistributedInfo") -> tuple[Any, Any, int | None]:
     """transformers' model and tokenizer, and the tokens that it was trained on, where that is known."""
     import torch
 
-    from tinyllama_ds.convert import load_hf_folder
+    from tinyllama_ds.hf.convert import load_hf_folder
 
     dtype = getattr(torch, options.dtype)
     if not (options.model / "config.json").is_file():
@@ -211,22 +216,22 @@ def _load_model(options: argparse.Namespace, world: "World") -> tuple[Any, Any, 
     return model.to(world.device), tokenizer, None
 
 
-def _load_stored(path: Path, dtype: Any, world: "World") -> tuple[Any, Any, int | None]:
+def _load_stored(path: Path, dtype: Any, world: "DistributedInfo") -> tuple[Any, Any, int | None]:
     """Rank 0 puts the weights of all shards together and sends them on: once in memory, not once per rank."""
     from tinyllama_ds.commands.model import open_stored
-    from tinyllama_ds.convert import hf_model, hf_tokenizer
-    from tinyllama_ds.training.engine import receive_from_main
-    from tinyllama_ds.weights import parameter_shapes
+    from tinyllama_ds.distributed.collectives import broadcast_state_dict
+    from tinyllama_ds.hf.convert import hf_model, hf_tokenizer
+    from tinyllama_ds.hf.weights import parameter_shapes
 
     stored = open_stored(path)
-    weights = {name: tensor.to(dtype, copy=True) for name, tensor in stored.tensors} if world.is_main else {}
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in stored.tensors} if world.is_rank0 else {}
     if world.size > 1:
-        weights = receive_from_main(weights, parameter_shapes(stored.config), dtype, world)
+        weights = broadcast_state_dict(weights, parameter_shapes(stored.config), dtype, world)
     model = hf_model(weights, stored.config).to(world.device)
     return model, hf_tokenizer(stored.tokenizer, stored.config.max_position_embeddings), stored.tokens
 
 
-def _settings(options: argparse.Namespace, world: "World") -> dict[str, Any]:
+def _settings(options: argparse.Namespace, world: "DistributedInfo") -> dict[str, Any]:
     settings = {
         "decoding": "greedy",
         "dtype": options.dtype,
@@ -243,8 +248,8 @@ def _settings(options: argparse.Namespace, world: "World") -> dict[str, Any]:
 def _output_folder(options: argparse.Namespace) -> Path:
     if options.output is not None:
         return options.output
-    from tinyllama_ds.model_folder import is_model_folder
-    from tinyllama_ds.training.checkpoint import resolve_checkpoint
+    from tinyllama_ds.checkpoint.format import resolve_checkpoint
+    from tinyllama_ds.hf.model_folder import is_model_folder
 
     if (options.model / "config.json").is_file() or is_model_folder(options.model):
         return Path("evaluation") / options.model.resolve().name

@@ -16,7 +16,7 @@ from tinyllama_ds.commands.arguments import (
     output_picture,
 )
 from tinyllama_ds.commands.printing import add_json, print_result
-from tinyllama_ds.errors import EXIT_FINISHED, Refusal
+from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tinyllama_ds.data.tokenizer import Tokenizer
-    from tinyllama_ds.generate import Sampling, Served
+    from tinyllama_ds.hf.generate import LoadedModel, Sampling
     from tinyllama_ds.model.config import LlamaConfig
     from tinyllama_ds.model.probe import Probe
 
@@ -43,46 +43,46 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Stored:
+class ModelSource:
     """A model as it lies on the disk; its tensors come one after another."""
 
     tensors: "Iterator[tuple[str, Tensor]]"
     config: "LlamaConfig"
     tokenizer: "Tokenizer"
     probe: "Probe | None" = None
-    chats: bool = False
+    is_chat_model: bool = False
     tokens: int | None = None  # that a checkpoint was trained on; of an imported model it is not known
 
 
-def open_stored(path: Path) -> Stored:
+def open_stored(path: Path) -> ModelSource:
     """The model of a checkpoint, a run directory or a model folder, every file verified."""
-    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, held_tokenizer
+    from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
+    from tinyllama_ds.checkpoint.format import resolve_checkpoint, stream_weights
+    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, stored_tokenizer
+    from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
     from tinyllama_ds.model.config import LlamaConfig
-    from tinyllama_ds.model_folder import is_model_folder, open_model_folder, verify_model_folder
-    from tinyllama_ds.training.checkpoint import resolve_checkpoint, stream_weights
-    from tinyllama_ds.training.run import learned_to_chat
-    from tinyllama_ds.training.run_file import tokenizer_sha256_of
+    from tinyllama_ds.run.resolve import is_chat_run
 
     if is_model_folder(path):
         folder = open_model_folder(path)
         verify_model_folder(folder)
-        return Stored(folder.tensors(), folder.model, folder.tokenizer)
+        return ModelSource(folder.tensors(), folder.model, folder.tokenizer)
     checkpoint = resolve_checkpoint(path)
     manifest, tensors = stream_weights(checkpoint)
-    tokenizer = held_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, tokenizer_sha256_of(manifest.run), "this run")
-    return Stored(
+    tokenizer = stored_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, tokenizer_sha256_of(manifest.run), "this run")
+    return ModelSource(
         tensors,
         LlamaConfig(**manifest.model),
         tokenizer,
         probe=manifest.health.probe,
-        chats=learned_to_chat(manifest.run),
+        is_chat_model=is_chat_run(manifest.run),
         tokens=manifest.progress.tokens,
     )
 
 
 def _export(options: argparse.Namespace) -> int:
     """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
-    from tinyllama_ds.convert import export
+    from tinyllama_ds.hf.convert import export
 
     stored = open_stored(options.checkpoint)
     difference = export(
@@ -92,7 +92,7 @@ def _export(options: argparse.Namespace) -> int:
         options.output,
         stored.probe,
         options.max_shard_size,
-        stored.chats,
+        stored.is_chat_model,
     )
     result = {"output": str(options.output), "largest_logit_difference": difference}
     symbols = len(stored.tokenizer.user_defined)
@@ -114,7 +114,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _import(options: argparse.Namespace) -> int:
     """Read a Hugging Face folder into a model folder, after proving that transformers has our bits and logits."""
-    from tinyllama_ds.importing import import_hf_folder
+    from tinyllama_ds.hf.import_model import import_hf_folder
 
     imported = import_hf_folder(options.folder, options.output, options.tokenizer)
     dtype = str(imported.dtype).removeprefix("torch.")
@@ -145,23 +145,23 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     """Continue a text from a checkpoint or a Hugging Face folder."""
-    from tinyllama_ds.generate import generate
+    from tinyllama_ds.hf.generate import generate
 
     text = generate(_serve(options.model), options.prompt, _sampling(options))
     return print_result(options, {"prompt": options.prompt, "text": text}, text)
 
 
-def _serve(model: Path) -> "Served":
-    from tinyllama_ds.generate import serve_hf_folder, serve_weights
+def _serve(model: Path) -> "LoadedModel":
+    from tinyllama_ds.hf.generate import serve_hf_folder, serve_weights
 
     if (model / "config.json").is_file():
         return serve_hf_folder(model)
     stored = open_stored(model)
-    return serve_weights(dict(stored.tensors), stored.config, stored.tokenizer, stored.chats)
+    return serve_weights(dict(stored.tensors), stored.config, stored.tokenizer, stored.is_chat_model)
 
 
 def _sampling(options: argparse.Namespace) -> "Sampling":
-    from tinyllama_ds.generate import Sampling
+    from tinyllama_ds.hf.generate import Sampling
 
     return Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
 
@@ -179,11 +179,11 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _chat(options: argparse.Namespace) -> int:
     """Talk to a chat model; questions come from the terminal, or a line each from standard input."""
-    from tinyllama_ds.chat import Conversation, talk
+    from tinyllama_ds.hf.chat import Conversation, talk
 
     served = _serve(options.model)
     if served.encode_chat is None:
-        raise Refusal(f"{options.model}: was not trained on conversations; expected a chat model (docs/chat.md)")
+        raise ConfigError(f"{options.model}: was not trained on conversations; expected a chat model (docs/chat.md)")
     talk(Conversation(served, _sampling(options), options.system))
     return EXIT_FINISHED
 
@@ -199,18 +199,18 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _report(options: argparse.Namespace) -> int:
     """Write a run's report as one HTML page and its curves as a picture, and print where it stands."""
+    from tinyllama_ds.checkpoint.format import newest_progress
     from tinyllama_ds.evaluation.charts import picture_of
     from tinyllama_ds.evaluation.history import read_history
-    from tinyllama_ds.evaluation.report import report_page, standing, summarise
+    from tinyllama_ds.evaluation.report import report_page, run_status, summarise
     from tinyllama_ds.launch.lock import is_held
     from tinyllama_ds.outputs import check_file, check_picture, write_figure, write_file
-    from tinyllama_ds.training.checkpoint import newest_progress
 
     output = options.output or options.run / "report.html"
     picture = options.picture or options.run / "report.png"
     history = read_history(options.run)
     _, committed = newest_progress(options.run)
-    now = standing(history, committed, is_held(options.run))
+    now = run_status(history, committed, is_held(options.run))
     for check, path in ((check_file, output), (check_picture, picture)):
         check(path)
     write_file(output, report_page(history, now, str(options.run)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama_ds.commands.arguments import COUNT, PORT, RANKS
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from tinyllama_ds.launch.launcher import Placement
@@ -52,7 +52,7 @@ def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_placement(options: argparse.Namespace) -> "Placement":
-    """Where the ranks run; raises `Refusal` for hosts, slots or GPUs that are not there.
+    """Where the ranks run; raises `ConfigError` for hosts, slots or GPUs that are not there.
 
     What hosts over the network have is still unknown: `know_machines` asks them.
     """
@@ -60,7 +60,7 @@ def read_placement(options: argparse.Namespace) -> "Placement":
         return _on_hosts(options)
     for name in ("include", "exclude", "no_ssh", "node_rank", "ssh_port"):
         if getattr(options, name) not in (None, False):
-            raise Refusal(f"--{name.replace('_', '-')}: is for several hosts; expected --hostfile with it")
+            raise ConfigError(f"--{name.replace('_', '-')}: is for several hosts; expected --hostfile with it")
     return local_placement(options.num_gpus)
 
 
@@ -71,18 +71,18 @@ def local_placement(ranks: int | None) -> "Placement":
     on_cpu, available = _what_is_here()
     wanted = available if ranks is None else ranks
     if wanted < 1 or (not on_cpu and wanted > available):
-        raise Refusal(f"--num-gpus {wanted}: this machine has {available}")
+        raise ConfigError(f"--num-gpus {wanted}: this machine has {available}")
     return Placement(None, [], wanted, on_cpu)
 
 
 def _what_is_here() -> tuple[bool, int]:
     """Whether ranks of this machine compute on the CPU, and how many there are without a wish."""
-    from tinyllama_ds.devices import device_type_of, look, refuse_unsupported_devices
+    from tinyllama_ds.devices import device_type_of, look, reject_unsupported_devices
 
     seen = look()
     if device_type_of(seen) == "cpu":
         return True, min(2, os.cpu_count() or 1)
-    refuse_unsupported_devices(seen, range(seen.count))
+    reject_unsupported_devices(seen, range(seen.count))
     return False, seen.count
 
 
@@ -116,11 +116,11 @@ def _on_hosts(options: argparse.Namespace) -> "Placement":
 
     hosts = filter_hosts(read_hostfile(options.hostfile), options.include, options.exclude)
     if options.no_ssh != (options.node_rank is not None):
-        raise Refusal("--no-ssh and --node-rank belong together: the command of host N in the hostfile says N")
+        raise ConfigError("--no-ssh and --node-rank belong together: the command of host N in the hostfile says N")
     if options.no_ssh and not 0 <= options.node_rank < len(hosts):
-        raise Refusal(f"--node-rank {options.node_rank}: {options.hostfile} leaves hosts 0 to {len(hosts) - 1}")
+        raise ConfigError(f"--node-rank {options.node_rank}: {options.hostfile} leaves hosts 0 to {len(hosts) - 1}")
     if options.master_addr is not None and not is_host(options.master_addr):
-        raise Refusal(f"--master-addr {options.master_addr}: is neither a host name nor an IPv4 address")
+        raise ConfigError(f"--master-addr {options.master_addr}: is neither a host name nor an IPv4 address")
     placement = Placement(
         hostfile=options.hostfile.absolute(),
         hosts=hosts,
@@ -145,7 +145,7 @@ def _on_this_host(placement: "Placement") -> "Placement":
     host = placement.hosts[placement.node_rank or 0]
     last = max(host.devices or range(host.slots))
     if not on_cpu and last >= available and VISIBLE not in os.environ:  # DeepSpeed counts slots without regard to it
-        raise Refusal(
+        raise ConfigError(
             f"{placement.hostfile}: {host.name} has no GPU for slot {last}; this machine has {available} GPUs"
         )
     return replace(placement, on_cpu=on_cpu)
@@ -156,10 +156,10 @@ def lifeline_opener(placement: "Placement", run_dir: Path | None) -> "Callable[[
 
     Its key lies in the run directory; without one the line has no key.
     """
+    from tinyllama_ds.distributed.network import local_address_towards
     from tinyllama_ds.launch.launcher import is_this_machine
     from tinyllama_ds.launch.lifeline import Lifeline
-    from tinyllama_ds.network import local_address_towards
-    from tinyllama_ds.training.run_layout import LIFELINE_KEY_FILE
+    from tinyllama_ds.layout import LIFELINE_KEY_FILE
 
     if not placement.spans_hosts or placement.node_rank:
         return None
@@ -170,7 +170,7 @@ def lifeline_opener(placement: "Placement", run_dir: Path | None) -> "Callable[[
     others = [host.name for host in placement.hosts if not is_this_machine(host.name)]
     address = local_address_towards((others or [placement.hosts[0].name])[0])
     if address is None:
-        raise Refusal(f"{placement.hostfile}: {others[0]} cannot be resolved or reached from this machine")
+        raise ConfigError(f"{placement.hostfile}: {others[0]} cannot be resolved or reached from this machine")
     return lambda directory: Lifeline(directory, address, key_file=key_file)
 
 

@@ -16,12 +16,12 @@ from tinyllama_ds.commands.arguments import (
     output_picture,
 )
 from tinyllama_ds.commands.printing import add_json, print_result
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from tinyllama_ds.gpus import Gpu
-    from tinyllama_ds.planning.answer import Answer, Inputs, Question
     from tinyllama_ds.planning.communication import Hosts
+    from tinyllama_ds.planning.plan import Inputs, Plan, PlanRequest
     from tinyllama_ds.planning.search import Ranking
     from tinyllama_ds.planning.timing import Machines
 
@@ -88,10 +88,10 @@ def _plan(options: argparse.Namespace) -> int:
     """Say what a run needs, costs and will do, before it starts."""
     from tinyllama_ds.outputs import write_file
     from tinyllama_ds.planning import page
-    from tinyllama_ds.planning.answer import answer, read_inputs, refuse_what_does_not_fit, with_config
+    from tinyllama_ds.planning.plan import answer, read_inputs, reject_layout_that_does_not_fit, with_config
     from tinyllama_ds.planning.search import reason, search
 
-    _refuse_nonsense(options)
+    _check_arguments(options)
     inputs = read_inputs(options.recipe, options.deepspeed_config)
     question = _question(options, _machines(options, inputs))
     sizes = _source_sizes(options.data, inputs)
@@ -108,7 +108,7 @@ def _plan(options: argparse.Namespace) -> int:
             write_file(options.write_config, json.dumps(best.config, indent=2) + "\n")
     found = answer(question, inputs, sizes)
     if not found.fits:
-        refuse_what_does_not_fit(found, [reason(c, memory) for c in search(question, inputs).candidates[:3]])
+        reject_layout_that_does_not_fit(found, [reason(c, memory) for c in search(question, inputs).candidates[:3]])
     tables = page.tables_of(found)
     if ranking:
         tables = [page.ranking_table(ranking, memory), *tables]
@@ -119,11 +119,11 @@ def _plan(options: argparse.Namespace) -> int:
     return code
 
 
-def _refuse_nonsense(options: argparse.Namespace) -> None:
+def _check_arguments(options: argparse.Namespace) -> None:
     if options.write_config and not options.search:
-        raise Refusal("--write-config writes what --search has found; give --search as well")
+        raise ConfigError("--write-config writes what --search has found; give --search as well")
     if (options.gpu_memory is None) != (options.peak_tflops is None):
-        raise Refusal("--gpu-memory and --peak-tflops describe one GPU; give both, or --gpu alone")
+        raise ConfigError("--gpu-memory and --peak-tflops describe one GPU; give both, or --gpu alone")
 
 
 def _machines(options: argparse.Namespace, inputs: "Inputs") -> "Machines":
@@ -152,15 +152,15 @@ def _hosts(options: argparse.Namespace) -> "Hosts":
     hosts = read_hostfile(options.hostfile)
     slots = {host.slots for host in hosts}
     if len(slots) > 1:
-        raise Refusal(f"{options.hostfile}: hosts of {sorted(slots)} slots; a plan expects as many on every host")
+        raise ConfigError(f"{options.hostfile}: hosts of {sorted(slots)} slots; a plan expects as many on every host")
     return Hosts(len(hosts), slots.pop())
 
 
 def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str]:
     """FLOP/s of one rank in the real step on this machine, and how that was measured."""
-    from tinyllama_ds import bench
+    from tinyllama_ds.benchmark import grid as bench
     from tinyllama_ds.commands.placement import local_placement
-    from tinyllama_ds.deepspeed_config import requested_micro_batch
+    from tinyllama_ds.config.deepspeed import requested_micro_batch
     from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
 
     here = local_placement(None)
@@ -181,16 +181,16 @@ def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str
         launcher_environment(placement),
     )
     if "error" in row:
-        raise Refusal(f"--measure: the step did not run here: {row['error']}")
+        raise ConfigError(f"--measure: the step did not run here: {row['error']}")
     rate = row["tokens_per_second"] / row["ranks"]
     flops = rate * inputs.model.flops_per_token(inputs.recipe.sequence_length)
     return flops, f"measured here: {rate:,.0f} tokens/s per rank on {row['ranks']} ranks, {flops / 1e12:.2f} TFLOP/s"
 
 
-def _question(options: argparse.Namespace, machines: "Machines") -> "Question":
-    from tinyllama_ds.planning.answer import Question
+def _question(options: argparse.Namespace, machines: "Machines") -> "PlanRequest":
+    from tinyllama_ds.planning.plan import PlanRequest
 
-    return Question(
+    return PlanRequest(
         options.recipe,
         options.deepspeed_config,
         machines,
@@ -205,28 +205,28 @@ def _question(options: argparse.Namespace, machines: "Machines") -> "Question":
 
 def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
     """Tokens of each source, the fillers of packs included: of the prepared data, or as published."""
-    from tinyllama_ds.planning.course import PUBLISHED_TOKENS
+    from tinyllama_ds.planning.timeline import PUBLISHED_TOKENS
 
     if data is None:
         return {name: PUBLISHED_TOKENS[name] for name in inputs.recipe.sources if name in PUBLISHED_TOKENS}
     from tinyllama_ds.data.loader import open_streams
 
     if not data.is_dir():
-        raise Refusal(f"{data}: the data directory is missing")
+        raise ConfigError(f"{data}: the data directory is missing")
     streams = open_streams(data, inputs.recipe.sources, "train", inputs.model.vocab_size)
     for name, stream in streams.items():
         if stream.num_samples(inputs.recipe.sequence_length) < 1:
-            raise Refusal(
+            raise ConfigError(
                 f"{stream.directory}: {stream.tokens} tokens of {name!r} are less than one sample of"
                 f" {inputs.recipe.sequence_length + 1} tokens; prepare more, or drop the source from the recipe"
             )
     T = inputs.recipe.sequence_length
     return {
-        name: stream.num_samples(T) * T if stream.has_answers else stream.tokens for name, stream in streams.items()
+        name: stream.num_samples(T) * T if stream.has_loss_mask else stream.tokens for name, stream in streams.items()
     }
 
 
-def _write_pictures(options: argparse.Namespace, found: "Answer", tables: list) -> None:
+def _write_pictures(options: argparse.Namespace, found: "Plan", tables: list) -> None:
     if not (options.picture or options.html):
         return
     from tinyllama_ds.outputs import drawn, write_figure, write_file
@@ -248,7 +248,7 @@ def _how_to_start(options: argparse.Namespace, ranking: "Ranking") -> str:
     return f"\n\nstart it with: pretrain --deepspeed-config {config}{flags}"
 
 
-def _result(found: "Answer", ranking: "Ranking | None") -> dict:
+def _result(found: "Plan", ranking: "Ranking | None") -> dict:
     """The plan for programs: bytes, seconds, tokens, plain numbers throughout."""
     result = {
         "recipe": found.inputs.recipe.name,

@@ -20,13 +20,13 @@ from tinyllama_ds.commands.placement import (
     say_hidden_gpus,
 )
 from tinyllama_ds.commands.printing import add_json, print_result, write_no_more
-from tinyllama_ds.errors import EXIT_FINISHED, Refusal
+from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
 
 if TYPE_CHECKING:
     from tinyllama_ds.devices import Machine
     from tinyllama_ds.launch.launcher import Placement
     from tinyllama_ds.launch.supervisor import Supervised, Watch
-    from tinyllama_ds.training.run import Options, Run
+    from tinyllama_ds.run.resolve import Options, Run
 _START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
 
@@ -87,7 +87,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_options(namespace: argparse.Namespace) -> "Options":
     """The typed form of `add_run_arguments`."""
-    from tinyllama_ds.training.run import Options
+    from tinyllama_ds.run.resolve import Options
 
     return Options(
         recipe=namespace.recipe,
@@ -121,11 +121,12 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 def _pretrain(options: argparse.Namespace) -> int:
     """Train under the deepspeed launcher; restarts and resumes by itself."""
+    from tinyllama_ds import fault_injection as faults
+    from tinyllama_ds.health import heartbeat
     from tinyllama_ds.launch.fleet import Fleet
     from tinyllama_ds.launch.launcher import check_placement
     from tinyllama_ds.launch.lock import hold_run
     from tinyllama_ds.launch.supervisor import RankSide, supervise
-    from tinyllama_ds.training import faults, heartbeat
 
     placement, arguments = read_placement(options), _run_arguments(options)
     check_placement(placement, arguments)
@@ -166,8 +167,8 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 def _describe(placement: "Placement", arguments: list[str]) -> int:
     """The dry run. Its port is free on this machine; a real start asks the first host for one."""
+    from tinyllama_ds.distributed.network import free_port
     from tinyllama_ds.launch.launcher import describe_launch
-    from tinyllama_ds.network import free_port
 
     port = placement.master_port or free_port()
     directory = Path(tempfile.gettempdir()) / f"tinyllama-ds-{os.getpid()}"
@@ -177,9 +178,9 @@ def _describe(placement: "Placement", arguments: list[str]) -> int:
 
 def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int, int]) -> "Watch":
     """`begun` are the steps and tokens that a run without a checkpoint of its own has behind it."""
+    from tinyllama_ds.checkpoint.format import newest_progress
     from tinyllama_ds.launch.supervisor import Watch
-    from tinyllama_ds.training.checkpoint import newest_progress
-    from tinyllama_ds.training.run_layout import STATUS_FILE, STOP_FILE
+    from tinyllama_ds.layout import STATUS_FILE, STOP_FILE
 
     return Watch(
         status_file=options.run_dir / STATUS_FILE,
@@ -195,8 +196,8 @@ def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int
 
 def _check_run(options: argparse.Namespace, placement: "Placement") -> "Run":
     from tinyllama_ds.launch.launcher import check_partition
-    from tinyllama_ds.training.run import resolve_run
-    from tinyllama_ds.training.run_directory import check_run_directory
+    from tinyllama_ds.run.directory import check_run_directory
+    from tinyllama_ds.run.resolve import resolve_run
 
     machine = placement.machine or _this_machine(placement)
     world_size, capability = placement.world_size, machine.capability
@@ -209,8 +210,8 @@ def _check_run(options: argparse.Namespace, placement: "Placement") -> "Run":
 
 def _check_engine(options: argparse.Namespace, placement: "Placement", run: "Run") -> None:
     """Warn of what may have no effect in the DeepSpeed JSON, and start its engine once, where this machine can."""
-    from tinyllama_ds.deepspeed_config import warnings_of
-    from tinyllama_ds.training.dry_start import check_engine_start
+    from tinyllama_ds.config.deepspeed import warnings_of
+    from tinyllama_ds.train.dry_start import check_engine_start
 
     if placement.node_rank:  # the first host's supervisor does
         return
@@ -233,7 +234,7 @@ def _this_machine(placement: "Placement") -> "Machine":
     import torch
 
     from tinyllama_ds.devices import Machine
-    from tinyllama_ds.training.engine import supports_fast_bf16
+    from tinyllama_ds.train.engine import supports_fast_bf16
 
     device_type = "cpu" if placement.on_cpu else "cuda"
     return Machine(device_type, supports_fast_bf16(torch.device(device_type)), os.cpu_count() or 1)
@@ -309,9 +310,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _bench(options: argparse.Namespace) -> int:
     """Measure tokens/s, MFU, memory and the split of a step over a grid of settings."""
-    from tinyllama_ds import bench
     from tinyllama_ds.bars import progress
-    from tinyllama_ds.deepspeed_config import load_deepspeed_config
+    from tinyllama_ds.benchmark import grid as bench
+    from tinyllama_ds.config.deepspeed import load_deepspeed_config
     from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
     from tinyllama_ds.model.config import model_config
     from tinyllama_ds.outputs import check_folder, refusing, write_figure, write_file
@@ -319,7 +320,7 @@ def _bench(options: argparse.Namespace) -> int:
     check_folder(options.output)
     positions = model_config(options.model).max_position_embeddings
     if options.sequence_length > positions:
-        raise Refusal(f"--sequence-length {options.sequence_length}: {options.model} has {positions} positions")
+        raise ConfigError(f"--sequence-length {options.sequence_length}: {options.model} has {positions} positions")
     placement = local_placement(options.num_gpus)
     for config in options.deepspeed_config:
         load_deepspeed_config(config)

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinyllama_ds.data.encoding import Encoded
-from tinyllama_ds.data.sources import Message
 from tinyllama_ds.data.tokenizer import EOS_ID, UNK_ID, Tokenizer
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 ROLES = ("system", "user", "assistant")
 END_OF_TURN = f"one EOS (id {EOS_ID}) after each turn, no BOS"
@@ -40,11 +39,19 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str  # system, user or assistant
+    content: str
+
+
+@dataclass(frozen=True)
 class EncodedConversations:
     """Conversations one after the other, as a shard holds them."""
 
     ids: np.ndarray
-    is_answer: np.ndarray  # of each id, 0 or 1 in uint8
+    assistant_mask: np.ndarray  # of each id, 0 or 1 in uint8
     lengths: np.ndarray  # ids of each conversation
     shortened: int  # conversations that lost their last turns
     rejected: int  # conversations of which not even the first answer fits
@@ -57,19 +64,20 @@ def sections_of(messages: Sequence[Message]) -> list[str]:
     ]
 
 
-def refuse_merged_line_breaks(tokenizer: Tokenizer) -> None:
-    """Raises `Refusal` for a vocabulary in which the line break before an answer can become one token with it, or none.
+def reject_merged_line_breaks(tokenizer: Tokenizer) -> None:
+    """Raises `ConfigError` for a vocabulary in which the line break before an answer can become one token with it, or
+    none.
 
     There a prompt's ids would not be the beginning of the conversation's, and no token would be the answer's first.
     """
     merged = next((piece for piece in tokenizer.pieces if "\n" in piece and len(piece) > 1), None)
     if merged is not None:
-        raise Refusal(
+        raise ConfigError(
             f"{tokenizer.path}: has the piece {merged!r}, which could merge the line break before an answer with it;"
             " expected a vocabulary that keeps line breaks apart"
         )
     if UNK_ID in tokenizer.encode(ANSWER_HEADER):
-        raise Refusal(
+        raise ConfigError(
             f"{tokenizer.path}: has no tokens for {ANSWER_HEADER!r}, which begins an answer; expected a vocabulary with"
             " byte fallback"
         )
@@ -89,13 +97,13 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
 def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """A whole conversation, and of each id whether it is an answer's (1) or not (0); its EOS is part of an answer."""
     ids: list[int] = []
-    is_answer: list[int] = []
+    assistant_mask: list[int] = []
     for message, section in zip(messages, sections_of(messages), strict=True):
         turn = [*tokenizer.encode(section), EOS_ID]
         header = header_tokens(tokenizer) if message.role == "assistant" else len(turn)
         ids += turn
-        is_answer += [0] * header + [1] * (len(turn) - header)
-    return ids, is_answer
+        assistant_mask += [0] * header + [1] * (len(turn) - header)
+    return ids, assistant_mask
 
 
 def encode_conversations(
@@ -108,7 +116,7 @@ def encode_conversations(
     """
     ids, lengths = encode([section for messages in conversations for section in sections_of(messages)])
     ends = np.concatenate(([0], np.cumsum(lengths)))
-    is_answer = np.zeros(len(ids), dtype=np.uint8)
+    assistant_mask = np.zeros(len(ids), dtype=np.uint8)
     is_kept = np.zeros(len(ids), dtype=bool)
     kept_lengths = []
     shortened = rejected = first = 0
@@ -122,9 +130,9 @@ def encode_conversations(
             continue
         shortened += len(fitting) < len(answers)
         for turn in fitting:
-            is_answer[borders[turn] + header : borders[turn + 1]] = 1
+            assistant_mask[borders[turn] + header : borders[turn + 1]] = 1
         end = borders[fitting[-1] + 1]
         is_kept[borders[0] : end] = True
         kept_lengths.append(end - borders[0])
     lengths = np.array(kept_lengths, dtype=np.int64)
-    return EncodedConversations(ids[is_kept], is_answer[is_kept], lengths, shortened, rejected)
+    return EncodedConversations(ids[is_kept], assistant_mask[is_kept], lengths, shortened, rejected)

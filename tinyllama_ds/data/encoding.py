@@ -10,7 +10,7 @@ import numpy as np
 
 from tinyllama_ds.data.tokenizer import EOS_ID, UNK_ID, Tokenizer
 from tinyllama_ds.data.vocabulary import first_difference, probe_texts, ranked_merges
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 ENCODERS = ("auto", "gigatoken", "sentencepiece")
 # Every how many documents of a batch one is compared, and how much of it: about 1 % of the text of a usual corpus.
@@ -30,8 +30,8 @@ def encode_with_sentencepiece(tokenizer: Tokenizer, texts: list[str]) -> Encoded
 def load_gigatoken(tokenizer: Tokenizer, encoder: str) -> Callable[[list[str]], Encoded] | None:
     """gigatoken with this vocabulary, or None where it is not wanted, does not import, or cannot follow sentencepiece.
 
-    What every piece of the vocabulary becomes is compared. Raises `Refusal` for the last two where `encoder` asks for
-    gigatoken by name; else the last one is said on the console.
+    What every piece of the vocabulary becomes is compared. Raises `ConfigError` for the last two where `encoder` asks
+    for gigatoken by name; else the last one is said on the console.
     """
     if encoder == "sentencepiece":
         return None
@@ -55,8 +55,8 @@ def load_gigatoken(tokenizer: Tokenizer, encoder: str) -> Callable[[list[str]], 
     return None
 
 
-def _cannot_use(tokenizer: Tokenizer, reason: str) -> Refusal:
-    return Refusal(f"{tokenizer.path}: the encoder gigatoken {reason}; expected --encoder auto or sentencepiece")
+def _cannot_use(tokenizer: Tokenizer, reason: str) -> ConfigError:
+    return ConfigError(f"{tokenizer.path}: the encoder gigatoken {reason}; expected --encoder auto or sentencepiece")
 
 
 def _first_difference(tokenizer: Tokenizer, encode: Callable[[list[str]], Encoded]) -> str | None:

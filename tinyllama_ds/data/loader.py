@@ -12,7 +12,7 @@ from tinyllama_ds.data.order import SampleOrder
 from tinyllama_ds.data.packing import open_stream
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from tinyllama_ds.errors import BadData, Refusal
+from tinyllama_ds.errors import ConfigError, DataError
 
 Item = TypeVar("Item")
 
@@ -20,32 +20,32 @@ Item = TypeVar("Item")
 def open_streams(data: Path, sources: Iterable[str], split: str, vocab_size: int) -> dict[str, TokenStream]:
     """The token streams of all sources of a split, proven to fit each other, the tokenizer and the model.
 
-    Raises `Refusal` for a missing source, shards of another tokenizer than `data/tokenizer.model`, a vocabulary of
+    Raises `ConfigError` for a missing source, shards of another tokenizer than `data/tokenizer.model`, a vocabulary of
     another size than the model's, and ids beyond it.
     """
     tokenizer = Tokenizer(data / TOKENIZER_FILE)
     if tokenizer.vocab_size != vocab_size:
-        raise Refusal(
+        raise ConfigError(
             f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, but the model's vocabulary is {vocab_size}"
         )
     streams = {name: open_stream(data / name / split) for name in sources}
-    refuse_another_tokenizer(streams, tokenizer)
+    reject_different_tokenizer(streams, tokenizer)
     for stream in streams.values():
         for shard in stream.shards:
             if shard.manifest.largest_id >= vocab_size:
-                raise Refusal(
+                raise ConfigError(
                     f"{shard.bin_path}: holds token id {shard.manifest.largest_id},"
                     f" beyond the model's vocabulary of {vocab_size}"
                 )
     return streams
 
 
-def refuse_another_tokenizer(streams: Mapping[str, TokenStream], tokenizer: Tokenizer) -> None:
-    """Raises `Refusal` unless all tokens were made with this tokenizer."""
+def reject_different_tokenizer(streams: Mapping[str, TokenStream], tokenizer: Tokenizer) -> None:
+    """Raises `ConfigError` unless all tokens were made with this tokenizer."""
     for stream in streams.values():
         for shard in stream.shards:
             if shard.manifest.tokenizer_sha256 != tokenizer.sha256:
-                raise Refusal(f"{shard.bin_path}: was made with another tokenizer than {tokenizer.path}")
+                raise ConfigError(f"{shard.bin_path}: was made with another tokenizer than {tokenizer.path}")
 
 
 class SampleReader:
@@ -62,28 +62,28 @@ class SampleReader:
     def read(self, positions: np.ndarray) -> np.ndarray:
         """Samples (n, T + 1) int64 at positions (n,): input ids without the last column, labels without the first.
 
-        Raises `BadData` for an id that the model has no row for.
+        Raises `DataError` for an id that the model has no row for.
         """
         located = self._order.locate(positions)
         pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
         return np.stack([self._sample(source, sample) for source, sample in pairs])
 
-    def read_segments(self, positions: np.ndarray) -> np.ndarray:
+    def read_document_ids(self, positions: np.ndarray) -> np.ndarray:
         """Which document of its row each input token belongs to (n, T) int32, for a mask within documents."""
         located = self._order.locate(positions)
         pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
-        return np.stack([self._streams[source].segments(sample, self._sequence_length) for source, sample in pairs])
+        return np.stack([self._streams[source].document_ids(sample, self._sequence_length) for source, sample in pairs])
 
     @property
-    def has_answers(self) -> bool:
+    def has_loss_mask(self) -> bool:
         """Whether the labels of some source count only where they are answers."""
-        return any(stream.has_answers for stream in self._streams)
+        return any(stream.has_loss_mask for stream in self._streams)
 
-    def read_targets(self, positions: np.ndarray) -> np.ndarray:
+    def read_loss_mask(self, positions: np.ndarray) -> np.ndarray:
         """Which labels of the samples count (n, T) bool."""
         located = self._order.locate(positions)
         pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
-        return np.stack([self._streams[source].is_target(sample, self._sequence_length) for source, sample in pairs])
+        return np.stack([self._streams[source].loss_mask(sample, self._sequence_length) for source, sample in pairs])
 
     def count_targets(self, positions: np.ndarray) -> int:
         """How many labels of the samples count, together: known without reading them."""
@@ -99,7 +99,7 @@ class SampleReader:
         if tokens.max() >= self._vocab_size or tokens.min() < 0:
             offset = int(np.argmax((tokens >= self._vocab_size) | (tokens < 0)))
             place = stream.place_in_sample(sample, offset, self._sequence_length)
-            raise BadData(f"{place}: token id {tokens[offset]} is beyond the vocabulary of {self._vocab_size}")
+            raise DataError(f"{place}: token id {tokens[offset]} is beyond the vocabulary of {self._vocab_size}")
         return tokens
 
 

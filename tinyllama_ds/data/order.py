@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 ORDER_VERSION = 1  # a run remembers it; any change of the functions below must raise it
 _FEISTEL_ROUNDS = 4
@@ -32,7 +32,7 @@ class MixtureStage:
 
 
 @dataclass(frozen=True)
-class Located:
+class SampleLocation:
     """Where positions lead: for each, the number of its source, the epoch of that source, and the sample in it."""
 
     source: np.ndarray
@@ -52,11 +52,11 @@ class SampleOrder:
     ) -> None:
         """`num_samples` is the size of each source; its key order numbers the sources. `left_out` are ordinals.
 
-        Raises `Refusal` for a source of which there is not one sample.
+        Raises `ConfigError` for a source of which there is not one sample.
         """
         for name, size in num_samples.items():
             if size < 1:
-                raise Refusal(f"source {name!r}: its tokens are less than one sample; expected at least one")
+                raise ConfigError(f"source {name!r}: its tokens are less than one sample; expected at least one")
         self.sources = list(num_samples)
         self.num_samples = dict(num_samples)
         self.stages = list(stages)
@@ -73,7 +73,7 @@ class SampleOrder:
         for mixture, stage in zip(self._mixtures, stages, strict=True):
             self._counts_at_start.append(self._counts_at_start[-1] + mixture.counts(np.array([stage.samples]))[0])
 
-    def ordinals(self, positions: np.ndarray) -> np.ndarray:
+    def global_sample_index(self, positions: np.ndarray) -> np.ndarray:
         """The ordinal of each position (int64, any shape (n,)): later by what was left out before it."""
         starts = np.array([gap.start for gap in self.left_out], dtype=np.int64)
         shifts = np.cumsum([0] + [len(gap) for gap in self.left_out], dtype=np.int64)
@@ -81,12 +81,12 @@ class SampleOrder:
 
     def span(self, position: int, samples: int) -> range:
         """From the first to the last ordinal of some samples that follow each other."""
-        first, last = self.ordinals(np.array([position, position + samples - 1])).tolist()
+        first, last = self.global_sample_index(np.array([position, position + samples - 1])).tolist()
         return range(first, last + 1)
 
     def counts(self, position: int) -> dict[str, int]:
         """How many samples of each source lie before a position; what was left out does not count."""
-        end = int(self.ordinals(np.array([position]))[0])
+        end = int(self.global_sample_index(np.array([position]))[0])
         counts = self._counts_before(end)
         for gap in self.left_out:
             if gap.stop <= end:
@@ -98,15 +98,15 @@ class SampleOrder:
         within = np.array([ordinal - self._stage_starts[stage]])
         return self._counts_at_start[stage] + self._mixtures[stage].counts(within)[0]
 
-    def locate(self, positions: np.ndarray) -> Located:
+    def locate(self, positions: np.ndarray) -> SampleLocation:
         """Source, epoch and sample of each position (int64, any shape (n,))."""
-        ordinals = self.ordinals(positions)
-        source = np.empty(len(ordinals), dtype=np.int64)
-        drawn = np.empty(len(ordinals), dtype=np.int64)  # how many samples of its source came before
-        stage_of = self._stage_of(ordinals)
+        global_sample_index = self.global_sample_index(positions)
+        source = np.empty(len(global_sample_index), dtype=np.int64)
+        drawn = np.empty(len(global_sample_index), dtype=np.int64)  # how many samples of its source came before
+        stage_of = self._stage_of(global_sample_index)
         for stage in np.unique(stage_of):
             here = stage_of == stage
-            within = ordinals[here] - self._stage_starts[stage]
+            within = global_sample_index[here] - self._stage_starts[stage]
             before, after = self._mixtures[stage].counts(within), self._mixtures[stage].counts(within + 1)
             source[here] = (after - before).argmax(axis=1)
             drawn[here] = (self._counts_at_start[stage] + before)[np.arange(len(within)), source[here]]
@@ -116,10 +116,10 @@ class SampleOrder:
             number = source[members[0]]
             key = f"{self._seed}/{self.sources[number]}/{epoch[members[0]]}"
             sample[members] = permute(place[members], int(self._sizes[number]), key)
-        return Located(source, epoch, sample)
+        return SampleLocation(source, epoch, sample)
 
-    def _stage_of(self, ordinals: np.ndarray) -> np.ndarray:
-        stage = np.searchsorted(self._stage_starts, ordinals, side="right") - 1
+    def _stage_of(self, global_sample_index: np.ndarray) -> np.ndarray:
+        stage = np.searchsorted(self._stage_starts, global_sample_index, side="right") - 1
         return np.minimum(stage, len(self._mixtures) - 1)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from tinyllama_ds.data.shards import ShardReader
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import EOS_ID
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 
 def open_stream(directory: Path) -> TokenStream:
@@ -17,7 +17,7 @@ def open_stream(directory: Path) -> TokenStream:
     if not any(shard.has_mask for shard in stream.shards):
         return stream
     if not all(shard.has_mask for shard in stream.shards):
-        raise Refusal(f"{directory}: some of its shards hold conversations and others do not; prepare it anew")
+        raise ConfigError(f"{directory}: some of its shards hold conversations and others do not; prepare it anew")
     return ConversationStream(directory)
 
 
@@ -41,7 +41,7 @@ class ConversationStream(TokenStream):
         if sequence_length not in self._packs:
             longest = int(self._lengths.max(initial=0))
             if longest > sequence_length:
-                raise Refusal(
+                raise ConfigError(
                     f"{self.directory}: holds a conversation of {longest} tokens, more than the {sequence_length} of a"
                     f" sample; prepare it with --max-tokens {sequence_length}"
                 )
@@ -60,20 +60,20 @@ class ConversationStream(TokenStream):
         tokens = np.concatenate(self.conversations(index, sequence_length))
         return np.pad(tokens, (0, sequence_length + 1 - len(tokens)), constant_values=EOS_ID)
 
-    def segments(self, index: int, sequence_length: int) -> np.ndarray:
+    def document_ids(self, index: int, sequence_length: int) -> np.ndarray:
         lengths = self._lengths[self.packs(sequence_length)[index]]
         numbers = np.arange(len(lengths) + 1, dtype=np.int32)  # the last is the filler's
         return np.repeat(numbers, [*lengths, sequence_length - lengths.sum()])
 
     @property
-    def has_answers(self) -> bool:
+    def has_loss_mask(self) -> bool:
         return True
 
-    def is_target(self, index: int, sequence_length: int) -> np.ndarray:
+    def loss_mask(self, index: int, sequence_length: int) -> np.ndarray:
         members = self.packs(sequence_length)[index]
         mask = [self._read_mask(int(self._conversations[one]), int(self._lengths[one])) for one in members]
-        is_answer = np.concatenate(mask).astype(bool)
-        return np.pad(is_answer, (0, sequence_length + 1 - len(is_answer)))[1:]
+        assistant_mask = np.concatenate(mask).astype(bool)
+        return np.pad(assistant_mask, (0, sequence_length + 1 - len(assistant_mask)))[1:]
 
     def count_targets(self, indices: np.ndarray, sequence_length: int) -> int:
         packs = self.packs(sequence_length)

@@ -27,7 +27,7 @@ import numpy as np
 
 from tinyllama_ds import __version__
 from tinyllama_ds.data.typed import from_json
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import read_object, sync, temporary_name
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -77,20 +77,20 @@ class Manifest:
 
     @staticmethod
     def read(path: Path) -> "Manifest":
-        """Raises `Refusal` for anything but a whole manifest of this version."""
+        """Raises `ConfigError` for anything but a whole manifest of this version."""
         try:
             raw = read_object(path)
         except OSError as error:
-            raise Refusal(f"{path}: the shard's manifest cannot be read ({error.strerror})") from error
+            raise ConfigError(f"{path}: the shard's manifest cannot be read ({error.strerror})") from error
         if raw is None:
-            raise Refusal(f"{path}: not a shard manifest, it is damaged; remove it and prepare the shard again")
+            raise ConfigError(f"{path}: not a shard manifest, it is damaged; remove it and prepare the shard again")
         found = raw.get("manifest_version", MANIFEST_VERSION)
         if found != MANIFEST_VERSION:
-            raise Refusal(f"{path}: has version {found!r:.40}; expected {MANIFEST_VERSION}")
+            raise ConfigError(f"{path}: has version {found!r:.40}; expected {MANIFEST_VERSION}")
         try:
             return from_json(Manifest, raw)
         except ValueError as error:
-            raise Refusal(f"{path}: not a shard manifest of version {MANIFEST_VERSION} ({error})") from error
+            raise ConfigError(f"{path}: not a shard manifest of version {MANIFEST_VERSION} ({error})") from error
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -108,7 +108,7 @@ class ShardName:
 
     def __post_init__(self) -> None:
         if not self.source or self.source != Path(self.source).name or self.source.startswith((".", "-")):
-            raise Refusal(f"source {self.source!r}: expected the name of a folder to make in {self.data}")
+            raise ConfigError(f"source {self.source!r}: expected the name of a folder to make in {self.data}")
 
     @property
     def prefix(self) -> Path:
@@ -243,26 +243,30 @@ class IndexHeader:
 
     @staticmethod
     def read(path: Path) -> "IndexHeader":
-        """Raises `Refusal` for anything but a whole MMIDIDX index; allocates nothing that the file does not hold."""
+        """Raises `ConfigError` for anything but a whole MMIDIDX index; allocates nothing that the file does not
+        hold.
+        """
         if not path.is_file():
-            raise Refusal(f"{path}: the shard's index is missing")
+            raise ConfigError(f"{path}: the shard's index is missing")
         with path.open("rb") as file:
             head = file.read(_HEADER.size)
             size = os.fstat(file.fileno()).st_size
         if len(head) < _HEADER.size or head[:9] != _MAGIC:
-            raise Refusal(f"{path}: not a MMIDIDX index")
+            raise ConfigError(f"{path}: not a MMIDIDX index")
         _, version, code, sequences, borders = _HEADER.unpack(head)
         if version != 1 or code not in _DTYPE_CODES:
-            raise Refusal(f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype")
+            raise ConfigError(
+                f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype"
+            )
         if borders < 1 or size != _HEADER.size + 12 * sequences + 8 * borders:
-            raise Refusal(f"{path}: {size} bytes do not hold {sequences} sequences and {borders} document borders")
+            raise ConfigError(f"{path}: {size} bytes do not hold {sequences} sequences and {borders} document borders")
         return IndexHeader(path, np.dtype(_DTYPE_CODES[code]).newbyteorder("<"), sequences, borders - 1)
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each sequence (sequences,) int32; raises `Refusal` for a negative one."""
+        """Tokens of each sequence (sequences,) int32; raises `ConfigError` for a negative one."""
         lengths = self._read("<i4", self.sequences, _HEADER.size)
         if len(lengths) and lengths.min() < 0:
-            raise Refusal(f"{self.path}: a sequence of negative length")
+            raise ConfigError(f"{self.path}: a sequence of negative length")
         return lengths
 
     def document_starts(self) -> np.ndarray:
@@ -270,7 +274,7 @@ class IndexHeader:
         starts = np.concatenate(([0], np.cumsum(self.lengths(), dtype=np.int64)))
         borders = self._read("<i8", self.documents + 1, _HEADER.size + 12 * self.sequences)
         if borders[0] != 0 or borders[-1] != self.sequences or (np.diff(borders) < 0).any():
-            raise Refusal(f"{self.path}: its document borders do not run from 0 to its {self.sequences} sequences")
+            raise ConfigError(f"{self.path}: its document borders do not run from 0 to its {self.sequences} sequences")
         return starts[borders]
 
     def document_starts_between(self, start: int, end: int) -> np.ndarray:
@@ -310,18 +314,18 @@ class ShardReader:
         self.index = IndexHeader.read(prefix.with_suffix(".idx"))
         self.tokens = self.manifest.tokens
         if not self.bin_path.is_file():
-            raise Refusal(f"{self.bin_path}: the shard's tokens are missing")
+            raise ConfigError(f"{self.bin_path}: the shard's tokens are missing")
         size = self.bin_path.stat().st_size
         if size != self.tokens * self.index.dtype.itemsize:
-            raise Refusal(
+            raise ConfigError(
                 f"{self.bin_path}: {size} bytes of {self.index.dtype.name}, but its manifest says {self.tokens} tokens"
             )
         if self.index.documents != self.manifest.documents:
-            raise Refusal(
+            raise ConfigError(
                 f"{self.index.path}: {self.index.documents} documents, but its manifest says {self.manifest.documents}"
             )
         if self.has_mask and not (self.mask_path.is_file() and self.mask_path.stat().st_size == self.tokens):
-            raise Refusal(f"{self.mask_path}: expected one byte for each of the shard's {self.tokens} tokens")
+            raise ConfigError(f"{self.mask_path}: expected one byte for each of the shard's {self.tokens} tokens")
 
     @property
     def has_mask(self) -> bool:
@@ -341,7 +345,7 @@ class ShardReader:
         """First token of each document, and one past the last token (documents + 1,) int64."""
         starts = self.index.document_starts()
         if starts[-1] != self.tokens:
-            raise Refusal(f"{self.index.path}: counts {starts[-1]} tokens, but its manifest says {self.tokens}")
+            raise ConfigError(f"{self.index.path}: counts {starts[-1]} tokens, but its manifest says {self.tokens}")
         return starts
 
 

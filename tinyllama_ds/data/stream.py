@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllama_ds.data.shards import Manifest, ShardReader
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 
 class TokenStream:
@@ -19,7 +19,7 @@ class TokenStream:
     def __init__(self, directory: Path) -> None:
         prefixes = sorted(path.with_suffix("") for path in directory.glob("*.json"))
         if not prefixes:
-            raise Refusal(f"{directory}: holds no token shards; expected *.bin, *.idx and *.json made by prepare")
+            raise ConfigError(f"{directory}: holds no token shards; expected *.bin, *.idx and *.json made by prepare")
         self.directory = directory
         self.shards = [ShardReader(prefix) for prefix in prefixes]
         self._check_complete()
@@ -33,7 +33,9 @@ class TokenStream:
         if len(planned) != 1 or held != list(range(*planned)):
             missing = sorted(set(range(max(planned))) - set(held))
             what = f"shard {missing[0]} is missing" if missing else f"{len(held)} shards are there"
-            raise Refusal(f"{self.directory}: {what}; its manifests speak of {max(planned)}, run prepare to its end")
+            raise ConfigError(
+                f"{self.directory}: {what}; its manifests speak of {max(planned)}, run prepare to its end"
+            )
 
     @property
     def tokens(self) -> int:
@@ -50,7 +52,7 @@ class TokenStream:
         """Sample `index`: T + 1 tokens, across shard borders where it must."""
         return self.read(index * sequence_length, sequence_length + 1)
 
-    def segments(self, index: int, sequence_length: int) -> np.ndarray:
+    def document_ids(self, index: int, sequence_length: int) -> np.ndarray:
         """Which document of sample `index` each of its T input tokens belongs to, int32 from 0.
 
         A sample that starts inside a document counts that rest as its document 0. The borders are the indexes', so text
@@ -62,11 +64,11 @@ class TokenStream:
         return np.cumsum(is_start, dtype=np.int32)
 
     @property
-    def has_answers(self) -> bool:
+    def has_loss_mask(self) -> bool:
         """Whether only some tokens are targets: those of the answers in conversations (`packing.py`)."""
         return False
 
-    def is_target(self, index: int, sequence_length: int) -> np.ndarray:
+    def loss_mask(self, index: int, sequence_length: int) -> np.ndarray:
         """Which of the T labels of sample `index`, its tokens but the first, count: (T,) bool."""
         return np.ones(sequence_length, dtype=bool)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import sentencepiece
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import write_durably
 from tinyllama_ds.outputs import write_file
 
@@ -24,23 +24,23 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise Refusal(f"{path}: the tokenizer is missing; expected a sentencepiece model")
+            raise ConfigError(f"{path}: the tokenizer is missing; expected a sentencepiece model")
         try:
             self.content = path.read_bytes()
         except OSError as error:
-            raise Refusal(f"{path}: the tokenizer cannot be read ({error.strerror})") from error
+            raise ConfigError(f"{path}: the tokenizer cannot be read ({error.strerror})") from error
         self.path = path
         self.sha256 = hashlib.sha256(self.content).hexdigest()
         if not self.content:  # which sentencepiece would load
-            raise Refusal(f"{path}: is empty; expected a sentencepiece model")
+            raise ConfigError(f"{path}: is empty; expected a sentencepiece model")
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.content)
             self.pieces: list[str] = self.processor.id_to_piece(list(range(self.processor.vocab_size())))
         except (RuntimeError, UnicodeDecodeError) as error:
-            raise Refusal(f"{path}: not a sentencepiece model{_instead(self.content)}") from error
+            raise ConfigError(f"{path}: not a sentencepiece model{_instead(self.content)}") from error
         special = (self.processor.unk_id(), self.processor.bos_id(), self.processor.eos_id())
         if special != (UNK_ID, BOS_ID, EOS_ID):
-            raise Refusal(f"{path}: the ids of unk, bos, eos are {special}; expected {(UNK_ID, BOS_ID, EOS_ID)}")
+            raise ConfigError(f"{path}: the ids of unk, bos, eos are {special}; expected {(UNK_ID, BOS_ID, EOS_ID)}")
 
     @property
     def vocab_size(self) -> int:
@@ -85,23 +85,27 @@ def _instead(content: bytes) -> str:
     return ", or one that is cut short"
 
 
-def held_tokenizer(path: Path, sha256: str, holder: str) -> Tokenizer:
-    """The tokenizer that a run or a model folder holds; raises `Refusal` unless it is the one that it was made with."""
+def stored_tokenizer(path: Path, sha256: str, holder: str) -> Tokenizer:
+    """The tokenizer that a run or a model folder holds; raises `ConfigError` unless it is the one that it was made
+    with.
+    """
     tokenizer = Tokenizer(path)
     if tokenizer.sha256 != sha256:
-        raise Refusal(
+        raise ConfigError(
             f"{path}: is not the tokenizer of {holder}, its SHA-256 is {tokenizer.sha256[:16]}...; expected"
             f" {sha256[:16]}..."
         )
     return tokenizer
 
 
-def hold_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
-    """Keep the tokenizer with the tokens; raises `Refusal` where those of another are there already."""
+def store_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
+    """Keep the tokenizer with the tokens; raises `ConfigError` where those of another are there already."""
     held = output / TOKENIZER_FILE
     if held.exists():
         if Tokenizer(held).sha256 != tokenizer.sha256:
-            raise Refusal(f"{held}: differs from {tokenizer.path}; one data directory holds tokens of one tokenizer")
+            raise ConfigError(
+                f"{held}: differs from {tokenizer.path}; one data directory holds tokens of one tokenizer"
+            )
         return
     output.mkdir(parents=True, exist_ok=True)
     write_durably(held, tokenizer.content)
@@ -135,7 +139,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, max_byt
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise Refusal(f"training a tokenizer with {vocab_size} pieces failed: {error}") from error
+        raise ConfigError(f"training a tokenizer with {vocab_size} pieces failed: {error}") from error
     write_file(output, model.getvalue())
     return Tokenizer(output)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tinyllama_ds.data.tokenizer import SPACE, UNK_ID, Tokenizer
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -56,12 +56,12 @@ def first_difference(
     return next((text for text, found, expected in pairs if list(found) != expected), None)
 
 
-def refuse_inconvertible(tokenizer: Tokenizer) -> None:
-    """Raises `Refusal` for a vocabulary that no Hugging Face folder can have: what it trains has no way out."""
-    refuse_other_settings(tokenizer)
+def reject_inconvertible(tokenizer: Tokenizer) -> None:
+    """Raises `ConfigError` for a vocabulary that no Hugging Face folder can have: what it trains has no way out."""
+    reject_other_settings(tokenizer)
     text = difference_of(fast_tokenizer(tokenizer), tokenizer)
     if text is not None:
-        raise Refusal(
+        raise ConfigError(
             f"{tokenizer.path}: the tokenizers library gives other ids of {text[:40]!r} with it than sentencepiece, so"
             " that no model trained with it could be exported; expected a vocabulary that train-tokenizer makes"
         )
@@ -80,8 +80,10 @@ def difference_of(fast: "tokenizers.Tokenizer", tokenizer: Tokenizer) -> str | N
     )
 
 
-def refuse_other_settings(tokenizer: Tokenizer) -> None:
-    """Raises `Refusal` for a sentencepiece model of another kind than Llama's, which this toolkit cannot convert."""
+def reject_other_settings(tokenizer: Tokenizer) -> None:
+    """Raises `ConfigError` for a sentencepiece model of another kind than Llama's, which this toolkit cannot
+    convert.
+    """
     trainer, normalizer = tokenizer.proto.trainer_spec, tokenizer.proto.normalizer_spec
     kind = trainer.ModelType.Name(trainer.model_type).lower()
     unlike = {
@@ -94,7 +96,7 @@ def refuse_other_settings(tokenizer: Tokenizer) -> None:
     }
     found = [what for what, is_so in unlike.items() if is_so]
     if found:
-        raise Refusal(f"{tokenizer.path}: {' and '.join(found)}, which export cannot convert{_EXPECTED}")
+        raise ConfigError(f"{tokenizer.path}: {' and '.join(found)}, which export cannot convert{_EXPECTED}")
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 _SEED = 1234  # lm-eval's own default
 _DRAWS = 100_000  # resamples behind a standard error; lm-eval's own default
@@ -40,21 +40,21 @@ class _Agreed(Exception):
 def _failing_together(ranks: Ranks) -> Iterator[Ranks]:
     """Ranks none of which waits for one that has failed: with every exchange each says whether it has.
 
-    Raises on all ranks alike, after the first that failed, `Refusal` or `EvaluationFailed`. What breaks the exchange
-    itself is raised as it comes.
+    Raises on all ranks alike, after the first that failed, `ConfigError` or `EvaluationFailed`. What breaks the
+    exchange itself is raised as it comes.
     """
     is_exchanging = False
 
     def exchange(value: Any, failure: Exception | None = None) -> list[Any]:
         nonlocal is_exchanging
         is_exchanging = True
-        told = None if failure is None else [isinstance(failure, Refusal), _sentence(failure)]
+        told = None if failure is None else [isinstance(failure, ConfigError), _sentence(failure)]
         reports = ranks.gather([told, value])
         is_exchanging = False
         for rank, (told, _) in enumerate(reports):
             if told is not None:
                 is_refusal, sentence = told
-                raise _Agreed(Refusal(sentence) if is_refusal else EvaluationFailed(f"rank {rank}: {sentence}"))
+                raise _Agreed(ConfigError(sentence) if is_refusal else EvaluationFailed(f"rank {rank}: {sentence}"))
         return [value for _, value in reports]
 
     try:
@@ -72,7 +72,7 @@ def _failing_together(ranks: Ranks) -> Iterator[Ranks]:
 
 
 def _sentence(failure: Exception) -> str:
-    return str(failure) if isinstance(failure, Refusal) else f"{type(failure).__name__}: {failure}"
+    return str(failure) if isinstance(failure, ConfigError) else f"{type(failure).__name__}: {failure}"
 
 
 class Shared:
@@ -127,7 +127,7 @@ def evaluate(
     Collective. `build` makes the model, lm-eval's (`language_model`). `limit` takes the first documents of each task
     only. Where it may not fork, standard errors without a formula come from 1,000 resamples instead of 100,000.
 
-    Raises on all ranks alike `Refusal` for a task that asks for more tokens than the model has positions and for a
+    Raises on all ranks alike `ConfigError` for a task that asks for more tokens than the model has positions and for a
     batch that does not fit the GPU, `EvaluationFailed` for whatever else went wrong on any of them.
     """
     import torch
@@ -136,13 +136,13 @@ def evaluate(
     _quieten()
     with _failing_together(ranks) as together, _forking(may_fork):
         lm = build()
-        refuse_long_generations(tasks["tasks"], lm.max_length, lm.max_gen_toks)
+        reject_long_generations(tasks["tasks"], lm.max_length, lm.max_gen_toks)
         _seed(tasks["tasks"])
         draws = _DRAWS if may_fork else _DRAWS // 100
         try:
             return dict(lm_evaluate(Shared(lm, together), tasks, limit=limit, log_samples=False, bootstrap_iters=draws))
         except torch.OutOfMemoryError as error:
-            raise Refusal(
+            raise ConfigError(
                 f"--batch-size {lm.batch_size}: does not fit the GPU's memory; expected a smaller one"
             ) from error
 
@@ -177,10 +177,12 @@ def _quieten() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
-def refuse_long_generations(tasks: dict[str, Any], positions: int, default: int = 256) -> None:
-    """Raises `Refusal` where a task generates more than a model has positions; `default` is lm-eval's own."""
+def reject_long_generations(tasks: dict[str, Any], positions: int, default: int = 256) -> None:
+    """Raises `ConfigError` where a task generates more than a model has positions; `default` is lm-eval's own."""
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
             wanted = (task.config.generation_kwargs or {}).get("max_gen_toks", default)
             if wanted >= positions:
-                raise Refusal(f"task {name} generates up to {wanted} tokens, and the model has {positions} positions")
+                raise ConfigError(
+                    f"task {name} generates up to {wanted} tokens, and the model has {positions} positions"
+                )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama_ds.bars import progress
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.run_files import Description, Scores, Start, TaskScore, in_shape, is_number
 from tinyllama_ds.files import Kinds, parse_row, read_object_if_whole, whole_rows
 
@@ -108,7 +108,7 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 
 def read_history(run_dir: Path) -> History:
-    """Reads row by row, in memory that does not grow with the run. Raises `Refusal` where nothing was logged."""
+    """Reads row by row, in memory that does not grow with the run. Raises `ConfigError` where nothing was logged."""
     path = _metrics_of(run_dir)
     state = read_object_if_whole(run_dir / "status.json").get("state")
     history = History(
@@ -132,7 +132,7 @@ def read_history(run_dir: Path) -> History:
 def _metrics_of(run_dir: Path) -> Path:
     path = run_dir / METRICS_FILE
     if not path.is_file():
-        raise Refusal(f"{path}: is missing; expected the directory of a run that has logged a step")
+        raise ConfigError(f"{path}: is missing; expected the directory of a run that has logged a step")
     return path
 
 
@@ -165,7 +165,7 @@ def _reached(path: Path) -> tuple[int, int]:
     tail, size = _TAIL_BYTES, path.stat().st_size
     while not (rows := _rows_of_tail(path, tail)):
         if tail >= size:
-            raise Refusal(f"{path}: holds no row yet; expected the directory of a run that has logged a step")
+            raise ConfigError(f"{path}: holds no row yet; expected the directory of a run that has logged a step")
         tail *= 16  # past what is damaged
     return max(row["step"] for row in rows), max(row["tokens"] for row in rows)
 

@@ -17,7 +17,7 @@ _SCIENTIFIC = 1e-2  # what is smaller is written with an exponent
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """Where a run stands."""
 
     state: str  # finished, stopped, running or unfinished
@@ -57,7 +57,7 @@ class Standing:
                 return f"Not finished, and held by no supervisor: {place}; {figures}{left}"
 
 
-def standing(history: History, committed: int, is_held: bool) -> Standing:
+def run_status(history: History, committed: int, is_held: bool) -> RunStatus:
     """`committed` tokens are in a checkpoint; `is_held` says whether a supervisor is alive that holds the run."""
     state = history.state if history.state in ("finished", "stopped") else "running" if is_held else "unfinished"
     plan = history.description.get("plan", {})
@@ -65,7 +65,7 @@ def standing(history: History, committed: int, is_held: bool) -> Standing:
     possible = history.peak_rate * seconds
     inherited = history.starts[0]["tokens"] if history.starts else 0
     total = plan.get("tokens", history.tokens)
-    return Standing(
+    return RunStatus(
         state=state,
         step=history.last["step"],
         steps=plan.get("steps", history.last["step"]),
@@ -92,7 +92,7 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
-def summarise(history: History, now: Standing) -> dict[str, Any]:
+def summarise(history: History, now: RunStatus) -> dict[str, Any]:
     """For programs: the last value of every figure, and what the page says in words; None for what is not finite."""
     summary = history.last | {
         "Speed/MedianTokensPerSecond": now.tokens_per_second,
@@ -113,7 +113,7 @@ def summarise(history: History, now: Standing) -> dict[str, Any]:
     }
 
 
-def report_page(history: History, now: Standing, place: str) -> str:
+def report_page(history: History, now: RunStatus, place: str) -> str:
     """The whole page of a run that lies in a place."""
     name = history.description.get("recipe", {}).get("name", place)
     panels = [
@@ -154,7 +154,7 @@ def _mfu(last: dict[str, float]) -> str:
     return f"{last['Speed/MFU']:.1%}"
 
 
-def _figures(history: History, now: Standing) -> str:
+def _figures(history: History, now: RunStatus) -> str:
     last = history.last
     figures = [
         ("tokens", _short(now.tokens)),
@@ -215,7 +215,12 @@ def _spikes(history: History) -> str:
         for entry in history.ledger
     ]
     rows += [
-        ("applied", f"{row['step']:,}", f"{row['Guard/FirstSample']:,} to {row['Guard/LastSample']:,}", "spike")
+        (
+            "applied",
+            f"{row['step']:,}",
+            f"{row['Guard/FirstSample']:,} to {row['Guard/LastSample']:,}",
+            "spike",
+        )
         for row in history.spikes
         if "Guard/Spikes" in row
     ]

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation import confine
 
 _READABLE = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/dev/urandom")
@@ -95,11 +95,11 @@ def _python_paths() -> list[str]:
 def open_sandbox() -> Sandbox:
     """The strictest sandbox that this machine permits.
 
-    Raises `Refusal` where an honest program does not run in it, or where one that tries to get out succeeds.
+    Raises `ConfigError` where an honest program does not run in it, or where one that tries to get out succeeds.
     """
     sandbox = Sandbox(_namespaces())
     if not sandbox.passes("import math, re, collections"):
-        raise Refusal(
+        raise ConfigError(
             f"the sandbox for model-written code does not run on this machine: {sys.executable} cannot be confined; as"
             " root, it has to lie where the user nobody can read it"
         )
@@ -113,7 +113,7 @@ def open_sandbox() -> Sandbox:
             f"open('/proc/{os.getpid()}/environ', 'rb').read()",
         ):
             if sandbox.passes(attempt):
-                raise Refusal(
+                raise ConfigError(
                     "the sandbox for model-written code does not hold on this machine: it needs a kernel with Landlock"
                     f" (Linux 5.13) or to be started by root; what got out was {attempt}"
                 )

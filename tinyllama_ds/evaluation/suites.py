@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 HUMANEVAL = "humaneval"
 
@@ -48,5 +48,5 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {
 def suite_named(name: str) -> tuple[Benchmark, ...]:
     """The benchmarks of a suite, in the order of the published table."""
     if name not in SUITES:
-        raise Refusal(f"suite {name!r} is unknown; choose {', '.join(SUITES)}")
+        raise ConfigError(f"suite {name!r} is unknown; choose {', '.join(SUITES)}")
     return SUITES[name]

@@ -4,14 +4,17 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.config.recipe import Recipe
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.evaluation.harness import reject_long_generations
 from tinyllama_ds.evaluation.suites import HUMANEVAL, SUITES, Benchmark
+from tinyllama_ds.model.config import LlamaConfig
 
 _HUB = "https://huggingface.co"
 _OFFLINE = "HF_HUB_OFFLINE"  # what huggingface_hub and datasets read when they are imported
@@ -23,13 +26,15 @@ _FOLDERS = ("hellaswag", "openbookqa", "winogrande", "arc", "super_glue/boolq", 
 
 
 def require_lm_eval() -> None:
-    """Raises `Refusal` where lm-eval, an optional dependency, is absent."""
+    """Raises `ConfigError` where lm-eval, an optional dependency, is absent."""
     for module in ("lm_eval", "accelerate"):
         if find_spec(module) is None:
-            raise Refusal(f"scoring on tasks needs {module}, which is not installed; pip install tinyllama_ds[eval]")
+            raise ConfigError(
+                f"scoring on tasks needs {module}, which is not installed; pip install tinyllama_ds[eval]"
+            )
 
 
-def stay_off_the_hub_where_it_is_out_of_reach(seconds: float = 3.0) -> None:
+def set_offline_if_hub_unreachable(seconds: float = 3.0) -> None:
     """Without a network let datasets look into its cache at once, where it would retry for minutes otherwise.
 
     To be called before anything of Hugging Face is imported. A proxy is believed to lead to the hub.
@@ -54,6 +59,35 @@ def stay_off_the_hub_where_it_is_out_of_reach(seconds: float = 3.0) -> None:
         os.environ[_OFFLINE] = "1"
 
 
+def load_tasks(recipe: Recipe, model: LlamaConfig) -> dict[str, Any] | None:
+    """What the recipe wants the model to be scored on, with its data; None for nothing.
+
+    Raises `ConfigError` where lm-eval, a task or its data is missing, and for a task that this model cannot be scored
+    on.
+    """
+    wanted = recipe.evaluation
+    if not wanted.tasks:
+        return None
+    try:
+        require_lm_eval()
+        if wanted.data_dir is not None:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        set_offline_if_hub_unreachable()
+        with silence():
+            tasks = load_chosen(wanted.tasks, Path(wanted.data_dir) if wanted.data_dir else None)
+        reject_long_generations(tasks["tasks"], model.max_position_embeddings)
+    except ConfigError as error:
+        raise ConfigError(f"recipe {recipe.name!r}: evaluation: {error}") from error
+    return tasks
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """lm-eval prints, and draws progress bars over ours."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
 def load_suite(
     benchmarks: tuple[Benchmark, ...], data_dir: Path | None, humaneval_passes: Callable[[str], bool] | None
 ) -> dict[str, Any]:
@@ -69,7 +103,7 @@ def load_suite(
         group = loaded["groups"].get(benchmark.task)
         for task in group.get_all_tasks() if group else [loaded["tasks"][benchmark.task]]:
             if benchmark.metric not in task.aggregation():
-                raise Refusal(
+                raise ConfigError(
                     f"task {task.task_name} of this lm-eval has no {benchmark.metric}; expected lm-eval 0.4.13"
                 )
     return loaded
@@ -90,7 +124,7 @@ def load_chosen(names: Sequence[str], data_dir: Path | None) -> dict[str, Any]:
     suites = [SUITES[name] for name in names if name in SUITES]
     others = [name for name in names if name not in SUITES]
     if HUMANEVAL in [*others, *(benchmark.task for suite in suites for benchmark in suite)]:
-        raise Refusal(
+        raise ConfigError(
             f"{HUMANEVAL} runs code that the model has written; expected it on a checkpoint, with"
             " `tinyllama-ds evaluate --allow-code-execution`"
         )
@@ -109,10 +143,10 @@ def _load(
     specs: list[Any] = []
     for name in names:
         if name != HUMANEVAL:
-            _refuse_unknown_or_unsafe(name, manager)
+            _reject_unknown_or_unsafe(name, manager)
             specs.append(name)
         elif humaneval_passes is None:
-            raise Refusal("humaneval runs code that the model has written; expected --allow-code-execution with it")
+            raise ConfigError("humaneval runs code that the model has written; expected --allow-code-execution with it")
         else:
             specs.append(humaneval_config(humaneval_passes))
     tasks: dict[str, Any] = {}
@@ -141,26 +175,26 @@ def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def _refuse_unknown_or_unsafe(name: str, manager: Any) -> None:
+def _reject_unknown_or_unsafe(name: str, manager: Any) -> None:
     """Before anything is loaded: lm-eval's code tasks run programs as soon as their modules are imported."""
     if _is_file(name):
         if not Path(name).is_file():
             what = "is a directory" if Path(name).is_dir() else "is missing"
-            raise Refusal(f"{name}: {what}; expected a task file of lm-eval")
+            raise ConfigError(f"{name}: {what}; expected a task file of lm-eval")
         from lm_eval.tasks._yaml_loader import load_yaml
 
         try:
             config = load_yaml(Path(name), resolve_func=False)
         except Exception as error:
-            raise Refusal(f"{name}: is not a task file of lm-eval: {error}") from error
+            raise ConfigError(f"{name}: is not a task file of lm-eval: {error}") from error
         members = [config]
     elif name not in manager.task_index:
-        raise Refusal(f"task {name!r} is unknown to lm-eval; `lm-eval ls tasks` lists those that it has")
+        raise ConfigError(f"task {name!r} is unknown to lm-eval; `lm-eval ls tasks` lists those that it has")
     else:
         members = list(_configs_below(name, manager.task_index))
     for config in members:
         if config.get("unsafe_code"):
-            raise Refusal(
+            raise ConfigError(
                 f"task {config.get('task', name)} runs code that the model has written, outside of any sandbox;"
                 f" expected {HUMANEVAL}, which runs in ours"
             )
@@ -182,22 +216,26 @@ def _configs_below(name: str, index: Any) -> Iterator[dict]:
 def _load_one(manager: Any, name: str, spec: Any) -> dict[str, Any]:
     try:
         return manager.load([spec])
-    except Refusal:
+    except ConfigError:
         raise
     except Exception as error:  # whatever is wrong with a user's file, or with the columns of local data
-        raise Refusal(f"task {name} does not load: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"task {name} does not load: {type(error).__name__}: {error}") from error
 
 
 def _prepare(tasks: dict[str, Any], shots: int | None) -> None:
     """The number of examples in the prompt as lm-eval's `simple_evaluate` sets it; sampling refused."""
     for name, task in tasks.items():
         if (task.config.generation_kwargs or {}).get("do_sample"):
-            raise Refusal(f"task {name} samples; expected do_sample: false, for a score that is the same every time")
+            raise ConfigError(
+                f"task {name} samples; expected do_sample: false, for a score that is the same every time"
+            )
         if shots is not None and task.config.num_fewshot != 0:
             task.set_config(key="num_fewshot", value=shots)
             examples = len(list(task.fewshot_docs())) if shots else 0
             if examples < shots:
-                raise Refusal(f"task {name} has {examples} documents for examples; expected the {shots} of its shots")
+                raise ConfigError(
+                    f"task {name} has {examples} documents for examples; expected the {shots} of its shots"
+                )
         elif task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
 
@@ -222,7 +260,7 @@ def _datasets_from(data_dir: Path | None) -> Iterator[None]:
             what = path if name is None else f"{path} ({name})"
             names_files = "data_files" in options
             why = _first_line(error) if names_files else _why_absent(data_dir, folder, error)
-            raise Refusal(f"dataset {what}: {why}") from error
+            raise ConfigError(f"dataset {what}: {why}") from error
 
     datasets.load_dataset = load
     datasets.disable_progress_bars()
@@ -235,7 +273,7 @@ def _datasets_from(data_dir: Path | None) -> Iterator[None]:
 def _local_folder(data_dir: Path, path: str, name: str | None) -> Path | None:
     """`owner/dataset/config`, with or without the owner; without the config for a repository that knows its own."""
     if not data_dir.is_dir():
-        raise Refusal(f"--data-dir {data_dir}: is not a directory")
+        raise ConfigError(f"--data-dir {data_dir}: is not a directory")
     bases = [data_dir / path, data_dir / Path(path).name]
     candidates = bases if name is None else [base / name for base in bases]
     candidates += [base for base in bases if (base / _CARD).is_file()]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.loss import IGNORE_INDEX
 
 Score = Callable[..., Tensor]  # input ids, labels and perhaps segments, each (B, T), to the mean loss
@@ -30,7 +30,7 @@ class ValidationSet:
 
     def __post_init__(self) -> None:
         if self.stream.num_samples(self.sequence_length) < 1:
-            raise Refusal(
+            raise ConfigError(
                 f"{self.stream.directory}: {self.stream.tokens} tokens are less than one sample of"
                 f" {self.sequence_length} tokens and its last target"
             )
@@ -48,16 +48,16 @@ class ValidationSet:
             tokens = np.stack([self.stream.sample(index, self.sequence_length) for index in indices])  # (B, T + 1)
             tensor = torch.from_numpy(tokens.astype(np.int64))
             inputs, labels = tensor[:, :-1], tensor[:, 1:].clone()
-            if self.stream.has_answers:
-                is_target = np.stack([self.stream.is_target(index, self.sequence_length) for index in indices])
-                labels[~torch.from_numpy(is_target)] = IGNORE_INDEX
+            if self.stream.has_loss_mask:
+                loss_mask = np.stack([self.stream.loss_mask(index, self.sequence_length) for index in indices])
+                labels[~torch.from_numpy(loss_mask)] = IGNORE_INDEX
             labels[max(0, total - first) :] = IGNORE_INDEX
-            yield inputs, labels, *self._segments(indices)
+            yield inputs, labels, *self._document_ids(indices)
 
-    def _segments(self, indices: list[int]) -> list[Tensor]:
+    def _document_ids(self, indices: list[int]) -> list[Tensor]:
         if not self.document_mask:
             return []
-        rows = [self.stream.segments(index, self.sequence_length) for index in indices]
+        rows = [self.stream.document_ids(index, self.sequence_length) for index in indices]
         return [torch.from_numpy(np.stack(rows))]
 
 
@@ -74,9 +74,9 @@ def validation_losses(
     """Mean loss per target token of each source, over all ranks. Collective."""
     sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=device)  # (sources, [loss, targets])
     for number, held_out in enumerate(sets):
-        for inputs, labels, *segments in held_out.batches(rank, world_size, batch):
+        for inputs, labels, *document_ids in held_out.batches(rank, world_size, batch):
             count = int((labels != IGNORE_INDEX).sum())  # in host memory: no wait for the device
-            loss = score(inputs.to(device), labels.to(device), *segments)
+            loss = score(inputs.to(device), labels.to(device), *document_ids)
             sums[number, 0] += loss.double() * count
             sums[number, 1] += count
     losses, targets = sum_over_ranks(sums).unbind(1)

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyllama_ds.devices import VISIBLE
+from tinyllama_ds.distributed.network import is_loopback, local_address_towards
 from tinyllama_ds.launch.hostfile import Host, read_hostfile, write_filter
 from tinyllama_ds.launch.launcher import BY_COUNT, Placement, is_this_machine
 from tinyllama_ds.launch.probe import listen
-from tinyllama_ds.network import is_loopback, local_address_towards
 
 ANSWER_SECONDS = 30  # for one answer of one host; all hosts are asked at the same time
 _LEAVE_SECONDS = 30  # for all probes together to leave, each with its token
@@ -39,11 +39,11 @@ class Finding:
     host: str
     is_green: bool
     found: str
-    mend: str = ""
+    hint: str = ""
 
 
 @dataclass
-class Examined:
+class DoctorReport:
     """What came out; `reports` by host."""
 
     findings: list[Finding] = field(default_factory=list)
@@ -79,13 +79,13 @@ class Conversation:
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
         except OSError:
-            return self._last_words()
+            return self._stderr_tail()
         while b"\n" not in self._received:
             if not select.select([self._process.stdout], [], [], max(0, deadline - time.monotonic()))[0]:
                 return f"no answer in {ANSWER_SECONDS} s"
             received = os.read(self._process.stdout.fileno(), 1 << 16)
             if not received:
-                return self._last_words()
+                return self._stderr_tail()
             self._received += received
         line, _, self._received = self._received.partition(b"\n")
         try:
@@ -93,7 +93,7 @@ class Conversation:
         except ValueError:
             return f"answered {line[:80].decode(errors='replace')!r} instead of JSON"
 
-    def hang_up(self) -> None:
+    def close(self) -> None:
         """Close the probe's input, at which it takes its token away and leaves."""
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             if pipe is not None:
@@ -107,7 +107,7 @@ class Conversation:
             self._process.kill()
             self._process.wait()
 
-    def _last_words(self) -> str:
+    def _stderr_tail(self) -> str:
         assert self._process.stderr is not None
         text, deadline = b"", time.monotonic() + _LAST_WORDS_SECONDS
         while select.select([self._process.stderr], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -122,7 +122,7 @@ class Conversation:
 def end_all(talks: Sequence[Conversation]) -> None:
     """Let all probes leave at the same time."""
     for talk in talks:
-        talk.hang_up()
+        talk.close()
     deadline = time.monotonic() + _LEAVE_SECONDS
     for talk in talks:
         talk.end(deadline)
@@ -137,9 +137,9 @@ def ssh_command(host: str, command: Sequence[str], port: int | None = None) -> l
     return ["ssh", *options, "--", host, f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"]
 
 
-def examine(placement: Placement, data: Path | None, run_dir: Path | None) -> Examined:
+def examine(placement: Placement, data: Path | None, run_dir: Path | None) -> DoctorReport:
     """Ask all hosts of a placement, or this machine where it names none, and compare them with this machine."""
-    examined = Examined()
+    examined = DoctorReport()
     token = f".doctor-{secrets.token_hex(6)}"
     question = {"data": data and str(data.absolute()), "run_dir": run_dir and str(run_dir.absolute())}
     with ExitStack() as stack:
@@ -212,8 +212,8 @@ def _ssh(host: str, answer: dict | str) -> Finding:
 
 def _compare(host: str, report: dict, reference: dict) -> list[Finding]:
     """A host's own report against this machine's."""
-    mend = "use the same Python everywhere, best the same environment on shared storage"
-    findings = [_equal("python", host, report["python"], reference["python"], mend)]
+    hint = "use the same Python everywhere, best the same environment on shared storage"
+    findings = [_equal("python", host, report["python"], reference["python"], hint)]
     for name in dict.fromkeys((*reference["packages"], *report["packages"])):
         found, wanted = report["packages"].get(name), reference["packages"].get(name)
         if found != wanted:
@@ -222,19 +222,19 @@ def _compare(host: str, report: dict, reference: dict) -> list[Finding]:
     if not any(finding.check == "packages" for finding in findings):
         installed = ", ".join(f"{name} {number}" for name, number in report["packages"].items() if number)
         findings.append(Finding("packages", host, True, installed))
-    mend = f"bring the checkout there to the same state; git says {report['revision']}, here {reference['revision']}"
-    findings.append(_equal("code", host, report["code"], reference["code"], mend))
+    hint = f"bring the checkout there to the same state; git says {report['revision']}, here {reference['revision']}"
+    findings.append(_equal("code", host, report["code"], reference["code"], hint))
     findings += _space(host, report)
     if report["data"] is not None:
         findings.append(_data(host, report["data"], reference["data"]))
     if report["run_dir_error"]:
-        mend = "let this user write there, on storage that all hosts share"
-        findings.append(Finding("run directory", host, False, report["run_dir_error"], mend))
+        hint = "let this user write there, on storage that all hosts share"
+        findings.append(Finding("run directory", host, False, report["run_dir_error"], hint))
     return findings
 
 
-def _equal(check: str, host: str, found: str, wanted: str, mend: str) -> Finding:
-    return Finding(check, host, found == wanted, found if found == wanted else f"{found}, here {wanted}", mend)
+def _equal(check: str, host: str, found: str, wanted: str, hint: str) -> Finding:
+    return Finding(check, host, found == wanted, found if found == wanted else f"{found}, here {wanted}", hint)
 
 
 def _all_gpus(placement: Placement, reports: dict[str, dict]) -> list[Finding]:
@@ -260,16 +260,16 @@ def _no_gpus(host: str, report: dict) -> Finding:
 def _gpus(host: Host, gpus: list[dict], first: dict, placement: Placement) -> Finding:
     chosen = host.devices or range(host.slots)
     if max(chosen) >= len(gpus):
-        mend = "say as many slots in the hostfile as there are GPUs, or look at what nvidia-smi says there"
-        return Finding("GPUs", host.name, False, f"{len(gpus)} GPUs for {host.slots} slots", mend)
+        hint = "say as many slots in the hostfile as there are GPUs, or look at what nvidia-smi says there"
+        return Finding("GPUs", host.name, False, f"{len(gpus)} GPUs for {host.slots} slots", hint)
     what = f"{len(gpus)} x {gpus[0]['name']}, {int(gpus[0]['mib']) / 1024:.0f} GiB, driver {gpus[0]['driver']}"
     if any((gpu["name"], gpu["driver"]) != (first["name"], first["driver"]) for gpu in gpus):
-        mend = "use the same GPUs and driver everywhere: the slowest GPU sets the speed"
-        return Finding("GPUs", host.name, False, f"{what}, and others here or on other hosts", mend)
+        hint = "use the same GPUs and driver everywhere: the slowest GPU sets the speed"
+        return Finding("GPUs", host.name, False, f"{what}, and others here or on other hosts", hint)
     busy = [number for number in chosen if int(gpus[number]["used_mib"]) > _BUSY_MIB]
     if busy:
-        mend = f"end what runs there{_way_without(host, busy[0], placement)}"
-        return Finding("GPUs", host.name, False, f"GPU {busy[0]} already holds {gpus[busy[0]]['used_mib']} MiB", mend)
+        hint = f"end what runs there{_way_without(host, busy[0], placement)}"
+        return Finding("GPUs", host.name, False, f"GPU {busy[0]} already holds {gpus[busy[0]]['used_mib']} MiB", hint)
     return Finding("GPUs", host.name, True, what)
 
 
@@ -290,9 +290,9 @@ def _way_without(host: Host, gpu: int, placement: Placement) -> str:
 def _space(host: str, report: dict) -> list[Finding]:
     findings = []
     for path, size in report["free"].items():
-        mend = f"make room under {path}, for checkpoints or temporary files"
+        hint = f"make room under {path}, for checkpoints or temporary files"
         is_enough = size / 2**30 >= _LEAST_FREE_GIB
-        findings.append(Finding("free space", host, is_enough, f"{size / 2**30:.1f} GiB under {path}", mend))
+        findings.append(Finding("free space", host, is_enough, f"{size / 2**30:.1f} GiB under {path}", hint))
     return findings
 
 
@@ -300,27 +300,27 @@ def _data(host: str, found: dict, wanted: dict) -> Finding:
     if "error" in found:
         return Finding("data", host, False, found["error"], "make the data directory visible there at the same path")
     if found != wanted:
-        mend = "give all hosts the same prepared data, best on shared storage"
+        hint = "give all hosts the same prepared data, best on shared storage"
         other = wanted.get("digest") or wanted["error"]
-        return Finding("data", host, False, f"manifests {found['digest']}, here {other}", mend)
+        return Finding("data", host, False, f"manifests {found['digest']}, here {other}", hint)
     return Finding("data", host, True, f"{found['manifests']} manifests, {found['digest']}")
 
 
 def _shared(host: str, sight: dict, run_dir: Path | None) -> Finding:
     if not sight["unseen_tokens"]:
         return Finding("run directory", host, True, "shared and writable")
-    mend = "mount the same storage at the same path on all hosts"
-    return Finding("run directory", host, False, f"{run_dir} is another directory there", mend)
+    hint = "mount the same storage at the same path on all hosts"
+    return Finding("run directory", host, False, f"{run_dir} is another directory there", hint)
 
 
 def _interface(host: str, sight: dict, placement: Placement) -> Finding:
     address, interface, master = sight["address"], sight["interface"], placement.master_address
     if interface is None:
-        mend = f"let {host} resolve and reach {master}, in /etc/hosts or DNS and by a route"
-        return Finding("network", host, False, f"no way to {master}", mend)
+        hint = f"let {host} resolve and reach {master}, in /etc/hosts or DNS and by a route"
+        return Finding("network", host, False, f"no way to {master}", hint)
     if is_loopback(address) and host != placement.hosts[0].name:
-        mend = f"give {master} its own line with its real address in /etc/hosts of {host}"
-        return Finding("network", host, False, f"{master} is {address} to it", mend)
+        hint = f"give {master} its own line with its real address in /etc/hosts of {host}"
+        return Finding("network", host, False, f"{master} is {address} to it", hint)
     way = (
         f"{interface}; {master} is its own name"
         if is_loopback(address)
@@ -337,8 +337,8 @@ def _ports(hosts: list[str], unreached: list[tuple[str, str, str]]) -> list[Find
         host = max(counts, key=lambda name: (counts[name], sum(target == name for _, target, _ in unreached)))
         source, target, error = next(pair for pair in unreached if host in pair[:2])
         unreached = [pair for pair in unreached if host not in pair[:2]]
-        mend = f"open the ports between {source} and {target}, and look at {host}'s network"
-        findings[host] = Finding("ports", host, False, f"{source} cannot connect to {target}: {error}", mend)
+        hint = f"open the ports between {source} and {target}, and look at {host}'s network"
+        findings[host] = Finding("ports", host, False, f"{source} cannot connect to {target}: {error}", hint)
     green = [Finding("ports", host, True, "reached in both directions") for host in hosts if host not in findings]
     return [*findings.values(), *green]
 
@@ -351,11 +351,11 @@ def _clock(talk: Conversation) -> Finding:
         return _ssh(talk.name, answer)
     difference = answer["time"] - (before + after) / 2
     is_green = abs(difference) - (after - before) / 2 <= _CLOCK_SECONDS
-    mend = "start a time service there (chrony, systemd-timesyncd)"
-    return Finding("clock", talk.name, is_green, f"{difference:+.3f} s", mend)
+    hint = "start a time service there (chrony, systemd-timesyncd)"
+    return Finding("clock", talk.name, is_green, f"{difference:+.3f} s", hint)
 
 
-def table(examined: Examined, in_color: bool) -> str:
+def table(examined: DoctorReport, in_color: bool) -> str:
     """One line per check where all hosts agree, else one per host; below each red one its mend."""
     lines = []
     for check in dict.fromkeys(finding.check for finding in examined.findings):
@@ -369,7 +369,7 @@ def table(examined: Examined, in_color: bool) -> str:
         for finding in rows:
             if not finding.is_green:
                 lines.append(_line(_paint("RED", 31, in_color), check, finding.host, finding.found))
-                lines.append(f"{'':4}{'':15}mend: {finding.mend}")
+                lines.append(f"{'':4}{'':15}mend: {finding.hint}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import remove, write_secret
 
 USER_FILE = ".deepspeed_env"
@@ -38,11 +38,12 @@ def forwarded(environment: Mapping[str, str], named: Iterable[str], launcher: st
 
     Without a name what is set for this machine's processors is not among them either.
 
-    Raises `Refusal` for a named variable that is not set, a bad line of the file, and a value that cannot be handed on.
+    Raises `ConfigError` for a named variable that is not set, a bad line of the file, and a value that cannot be
+    handed on.
     """
     missing = [name for name in named if name not in environment]
     if missing:
-        raise Refusal(f"--forward-env {missing[0]}: is not set in this environment")
+        raise ConfigError(f"--forward-env {missing[0]}: is not set in this environment")
     chosen = {
         name: value
         for name, value in environment.items()
@@ -65,7 +66,7 @@ def named_secrets(environment: Mapping[str, str], named: Iterable[str]) -> dict[
 
 
 def hand_on_secrets(path: Path, secrets: dict[str, str]) -> None:
-    """Leave them for the ranks, or nothing. Raises `Refusal` where the storage would show them to others."""
+    """Leave them for the ranks, or nothing. Raises `ConfigError` where the storage would show them to others."""
     try:
         if secrets:
             write_secret(path, json.dumps(secrets).encode())
@@ -73,7 +74,7 @@ def hand_on_secrets(path: Path, secrets: dict[str, str]) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         remove(path)
-        raise Refusal(f"{path}: cannot be kept from others ({error}); expected storage with permissions") from error
+        raise ConfigError(f"{path}: cannot be kept from others ({error}); expected storage with permissions") from error
 
 
 def for_runner(environment: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
@@ -104,7 +105,7 @@ def read_user_files() -> dict[str, str]:
                 continue
             key, separator, value = content.partition("=")
             if not separator or not _KEY.fullmatch(key):
-                raise Refusal(f"{path}:{number}: {key!r} is not the start of a line 'KEY=VALUE'")
+                raise ConfigError(f"{path}:{number}: {key!r} is not the start of a line 'KEY=VALUE'")
             found[key] = value
     return found
 
@@ -119,12 +120,14 @@ def check_argument(argument: str, launcher: str) -> None:
     """Refuse an argument that pdsh and the remote shell would change on its way to the script."""
     fits = _QUOTABLE if " " in argument else _PLAIN  # DeepSpeed quotes for the sake of blanks alone
     if launcher == "pdsh" and not fits.fullmatch(argument):
-        raise Refusal(f"{argument!r}: a remote shell would change it; expected letters, digits, blanks and @+=:,./-")
+        raise ConfigError(
+            f"{argument!r}: a remote shell would change it; expected letters, digits, blanks and @+=:,./-"
+        )
 
 
 def _check_value(name: str, value: str, launcher: str) -> None:
     if not _arrives(value, launcher):
-        raise Refusal(
+        raise ConfigError(
             f"{name}: its value {value!r} does not reach other hosts unchanged through {launcher}; expected letters,"
             f" digits and @+=:./-, or the variable unset"
         )

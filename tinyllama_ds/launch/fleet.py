@@ -10,14 +10,14 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.distributed.network import free_port
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import SECRETS_FILE, remove
-from tinyllama_ds.launch.doctor import Examined, examine, ssh_command, table
+from tinyllama_ds.launch.doctor import DoctorReport, examine, ssh_command, table
 from tinyllama_ds.launch.environment import hand_on_secrets, named_secrets
 from tinyllama_ds.launch.hostfile import Host, write_filter
 from tinyllama_ds.launch.launcher import Placement, start_launcher
 from tinyllama_ds.launch.supervisor import Started
-from tinyllama_ds.network import free_port
 
 _WAIT_SECONDS = 600  # for a host to come back
 _KILL_SECONDS = 15
@@ -37,7 +37,9 @@ class Fleet:
         may_shrink: bool,
         check: Callable[[Placement], object],
     ) -> None:
-        """`look_first`: ask the doctor before the first start; `check` raises `Refusal` for hosts that do not fit."""
+        """`look_first`: ask the doctor before the first start; `check` raises `ConfigError` for hosts that do not
+        fit.
+        """
         self._placement = placement
         self._arguments = arguments
         self._data, self._run_dir = data, run_dir
@@ -47,7 +49,8 @@ class Fleet:
         self._waiting_since: float | None = None
 
     def start(self, variables: dict[str, str], directory: Path) -> Started | None:
-        """Start the launcher, or None where hosts are missing that may come back; raises `Refusal` where they may not.
+        """Start the launcher, or None where hosts are missing that may come back; raises `ConfigError` where they may
+        not.
 
         Without ssh, and through Slurm, the hosts are taken as they are.
         """
@@ -86,16 +89,16 @@ class Fleet:
         with suppress(subprocess.TimeoutExpired):
             subprocess.run(command, capture_output=True, timeout=_KILL_SECONDS, check=False)
 
-    def _choose(self, examined: Examined) -> list[Host] | None:
+    def _choose(self, examined: DoctorReport) -> list[Host] | None:
         """The hosts to start on; None to wait for those that are ill."""
         if examined.is_green:
             self._waiting_since = None
             return self._placement.hosts
-        red = Examined([finding for finding in examined.findings if not finding.is_green])
+        red = DoctorReport([finding for finding in examined.findings if not finding.is_green])
         _say(f"not all hosts are ready:\n{table(red, sys.stderr.isatty())}")
         left = examined.healthy(self._placement.hosts)
         if self._is_first:
-            raise Refusal(
+            raise ConfigError(
                 "the hosts named above are not ready; mend them, or leave them out, by --exclude or of --include"
             )
         if self._may_shrink and left:
@@ -103,7 +106,7 @@ class Fleet:
             return left
         self._waiting_since = self._waiting_since or time.monotonic()
         if time.monotonic() - self._waiting_since > _WAIT_SECONDS:
-            raise Refusal(
+            raise ConfigError(
                 f"the hosts named above have been away for {_WAIT_SECONDS} s; start again without them,"
                 " by --exclude or in --include, or with --allow-shrink"
             )
@@ -113,17 +116,17 @@ class Fleet:
         names = ", ".join(host.name for host in left)
         try:
             self._check(replace(self._placement, hosts=left))
-        except Refusal as refusal:
+        except ConfigError as error:
             works = self._largest_part(left)
             way = f"these would do: --include {write_filter(works)}" if works else "no part of them would do either"
-            raise Refusal(f"only {names} are left, and {refusal}; {way}") from refusal
+            raise ConfigError(f"only {names} are left, and {error}; {way}") from error
         _say(f"going on with {names}")
 
     def _largest_part(self, left: list[Host]) -> list[Host] | None:
         for count in range(len(left) - 1, 0, -1):
             try:
                 self._check(replace(self._placement, hosts=left[:count]))
-            except Refusal:
+            except ConfigError:
                 continue
             return left[:count]
         return None

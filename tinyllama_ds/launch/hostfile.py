@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
-from tinyllama_ds.errors import Refusal, refuse_all, shown
+from tinyllama_ds.errors import ConfigError, raise_problems, shown
 from tinyllama_ds.inputs import read_text
 
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -40,12 +40,12 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """All hosts in the order of the file; raises `Refusal` with every line that is not a host, and its number."""
+    """All hosts in the order of the file; raises `ConfigError` with every line that is not a host, and its number."""
     hosts: dict[str, Host] = {}
     problems = []
     text = read_text(path, "the hostfile", keep_mark=True)
     if text.startswith("\ufeff"):  # which DeepSpeed's launcher takes for a part of the first host's name
-        raise Refusal(f"{path}:1: begins with a byte order mark; expected UTF-8 without one")
+        raise ConfigError(f"{path}:1: begins with a byte order mark; expected UTF-8 without one")
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):  # lines as DeepSpeed counts them
         content = line.strip()
         if not content or content.startswith("#"):
@@ -56,10 +56,10 @@ def read_hostfile(path: Path) -> list[Host]:
         else:
             problems.append((number, host))
     if len(problems) == 1:
-        raise Refusal(f"{path}:{problems[0][0]}: {problems[0][1]}")
-    refuse_all(path, [f"line {number}: {problem}" for number, problem in problems])
+        raise ConfigError(f"{path}:{problems[0][0]}: {problems[0][1]}")
+    raise_problems(path, [f"line {number}: {problem}" for number, problem in problems])
     if not hosts:
-        raise Refusal(f"{path}: names no host; expected lines such as 'node1 slots=8'")
+        raise ConfigError(f"{path}: names no host; expected lines such as 'node1 slots=8'")
     return list(hosts.values())
 
 
@@ -82,10 +82,10 @@ def _read_line(content: str, before: Collection[str]) -> Host | str:
 def filter_hosts(hosts: list[Host], include: str | None, exclude: str | None) -> list[Host]:
     """What `--include` or `--exclude` leaves, in DeepSpeed's grammar: `host1@host2:0,2`, a host alone being all of it.
 
-    Raises `Refusal` for a host or slot that is not in the hostfile, and where nothing is left.
+    Raises `ConfigError` for a host or slot that is not in the hostfile, and where nothing is left.
     """
     if include and exclude:
-        raise Refusal("--include and --exclude were both given; expected one of them")
+        raise ConfigError("--include and --exclude were both given; expected one of them")
     text, option = (include, "--include") if include else (exclude, "--exclude")
     if not text:
         return hosts
@@ -98,7 +98,7 @@ def filter_hosts(hosts: list[Host], include: str | None, exclude: str | None) ->
             whole = len(left) == host.slots
             chosen.append(Host(host.name, host.slots, None if whole else tuple(sorted(left))))
     if not chosen:
-        raise Refusal(f"{option} {text}: leaves no GPU of any host")
+        raise ConfigError(f"{option} {text}: leaves no GPU of any host")
     return chosen
 
 
@@ -114,14 +114,14 @@ def _read_filter(text: str, option: str, hosts: dict[str, Host]) -> dict[str, se
     for part in text.split("@"):
         match = _FILTER.fullmatch(part)
         if match is None:
-            raise Refusal(f"{option} {text}: {part!r} is not of the form 'host' or 'host:0,2'; '@' separates hosts")
+            raise ConfigError(f"{option} {text}: {part!r} is not of the form 'host' or 'host:0,2'; '@' separates hosts")
         name = match[1]
         if name not in hosts:
-            raise Refusal(f"{option} {text}: {name} is not in the hostfile; expected one of {', '.join(hosts)}")
+            raise ConfigError(f"{option} {text}: {name} is not in the hostfile; expected one of {', '.join(hosts)}")
         slots = set(range(hosts[name].slots)) if match[2] is None else {int(slot) for slot in match[2].split(",")}
         beyond = sorted(slots - set(range(hosts[name].slots)))
         if beyond:
-            raise Refusal(f"{option} {text}: {name} has no slot {beyond[0]}; expected 0 to {hosts[name].slots - 1}")
+            raise ConfigError(f"{option} {text}: {name} has no slot {beyond[0]}; expected 0 to {hosts[name].slots - 1}")
         named.setdefault(name, set()).update(slots)
     return named
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 
 from tinyllama_ds.devices import VISIBLE, VISIBLE_HERE_VARIABLE, Machine
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.distributed.network import free_port
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.launch.environment import check_argument, for_runner, forwarded, write_file
 from tinyllama_ds.launch.hostfile import Host, write_filter
-from tinyllama_ds.network import free_port
 
 PRETRAIN_SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
 MEASURE_SCRIPT = PRETRAIN_SCRIPT.with_name("measure.py")
@@ -86,15 +86,19 @@ class Placement:
 
 
 def check_placement(placement: Placement, arguments: list[str]) -> None:
-    """Raises `Refusal` for what DeepSpeed's runner would get wrong or only notice on the other hosts."""
+    """Raises `ConfigError` for what DeepSpeed's runner would get wrong or only notice on the other hosts."""
     if not placement.is_remote:
         return
     launcher = placement.launcher
     if launcher in BY_COUNT and not all(host.takes_first for host in placement.hosts):
-        raise Refusal(f"--include, --exclude: {launcher} cannot choose GPUs by number; name whole hosts, or use pdsh")
+        raise ConfigError(
+            f"--include, --exclude: {launcher} cannot choose GPUs by number; name whole hosts, or use pdsh"
+        )
     if launcher in ("mpich", "slurm") and len({host.ranks for host in placement.hosts}) > 1:
         counts = ", ".join(f"{host.name} {host.ranks}" for host in placement.hosts)
-        raise Refusal(f"{placement.hostfile}: {launcher} needs the same slots on every host, and these have {counts}")
+        raise ConfigError(
+            f"{placement.hostfile}: {launcher} needs the same slots on every host, and these have {counts}"
+        )
     for argument in arguments:
         check_argument(argument, launcher)
     check_argument(os.getcwd(), launcher)
@@ -105,7 +109,7 @@ def check_partition(placement: Placement, partition: int, config: Path) -> None:
     ranks = {host.name: host.ranks for host in placement.hosts} or {"this machine": placement.num_local}
     for name, count in ranks.items():
         if count % partition:
-            raise Refusal(
+            raise ConfigError(
                 f"{config}: zero_hpz_partition_size {partition} does not divide the {count} ranks of {name};"
                 " expected the number of ranks per host"
             )
@@ -119,7 +123,7 @@ def launcher_command(
     `directory` is where a hostfile of our own lies, for those launchers that know no other way to leave hosts out.
     """
     if not script.is_file():
-        raise Refusal(f"{script}: is missing; several ranks need the checkout, install with pip install -e")
+        raise ConfigError(f"{script}: is missing; several ranks need the checkout, install with pip install -e")
     where = _on_hosts(placement, directory) if placement.hosts else ["--num_gpus", str(placement.num_local)]
     where += ["--master_addr", placement.master_address]
     where += ["--master_port", str(placement.master_port or free_port())]

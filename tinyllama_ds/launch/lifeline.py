@@ -18,9 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART, EXIT_ROLLBACK, Refusal
+from tinyllama_ds.distributed.network import is_proof, proof
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_NUMERICS, EXIT_RESTART, EXIT_ROLLBACK, ConfigError
 from tinyllama_ds.files import parse_row, write_secret
-from tinyllama_ds.network import is_proof, proof
 
 SILENCE_SECONDS = 30
 _PING_SECONDS = 2
@@ -31,7 +31,7 @@ _LONGEST_MESSAGE, _LONGEST_GREETING = 1 << 20, 1 << 12  # bytes
 _GREETING_SECONDS = 30  # for a stranger to say who it is
 _MOST_STRANGERS = 256  # at a time, after which the oldest has to go: a process may have so many files open
 _LARGEST_GROUP = 2**22  # of process numbers
-_FAREWELLS = (EXIT_FINISHED, EXIT_RESTART, EXIT_ROLLBACK, EXIT_REFUSED, EXIT_NUMERICS)
+_FAREWELLS = (EXIT_FINISHED, EXIT_RESTART, EXIT_ROLLBACK, EXIT_CONFIG, EXIT_NUMERICS)
 
 
 @dataclass(eq=False)
@@ -183,7 +183,7 @@ class Lifeline:
             case {"error": str(error)}:
                 rank.has_left = True
                 self._error = self._error or f"{_name(rank)}: {error}"
-            case {"farewell": int(code)} if code in _FAREWELLS:
+            case {"report_exit": int(code)} if code in _FAREWELLS:
                 rank.has_left = True
                 self.code = code if self.code is None else self.code
 
@@ -245,7 +245,7 @@ def _write_key(path: Path, key: bytes) -> None:
         write_secret(path, key)
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise Refusal(f"{path}: cannot be kept from others ({error}); expected storage with permissions") from error
+        raise ConfigError(f"{path}: cannot be kept from others ({error}); expected storage with permissions") from error
 
 
 def _name(rank: _Rank) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import parse_row, sync
 
 LOCK_FILE = "lock.json"
@@ -25,7 +25,9 @@ class RunLock:
         self._refreshed_at = time.monotonic()
 
     def refresh(self) -> None:
-        """Touch the file now and then. Raises `Refusal` where somebody took the directory over, who thought us dead."""
+        """Touch the file now and then. Raises `ConfigError` where somebody took the directory over, who thought us
+        dead.
+        """
         if time.monotonic() - self._refreshed_at < _REFRESH_SECONDS:
             return
         self._refreshed_at = time.monotonic()
@@ -37,14 +39,14 @@ class RunLock:
             return
         if held != self._ours:
             by = "nobody, who removed the lock," if held is None else _name(self._path, held)
-            raise Refusal(f"{self._path.parent}: was taken over by {by} while this process held it")
+            raise ConfigError(f"{self._path.parent}: was taken over by {by} while this process held it")
         with suppress(OSError):
             os.utime(self._path)
 
 
 @contextmanager
 def hold_run(run_dir: Path) -> Iterator[RunLock]:
-    """Hold a run directory, making it if need be. Raises `Refusal`, naming the owner, where somebody else does.
+    """Hold a run directory, making it if need be. Raises `ConfigError`, naming the owner, where somebody else does.
 
     The lock of a dead owner is taken over: on this host one whose process is gone, on another host one who has not
     touched the file while this process watched it for 30 s; so is a lock that a power loss has damaged, whose owner,
@@ -59,7 +61,7 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
         with suppress(FileNotFoundError):  # its owner lets go of it in this moment
             held = path.read_bytes()
             if not _is_dead(path, _owner_of(held)):
-                raise Refusal(f"{run_dir}: is in use by {_name(path, held)}")
+                raise ConfigError(f"{run_dir}: is in use by {_name(path, held)}")
             path.unlink()
     try:
         yield RunLock(path, ours)

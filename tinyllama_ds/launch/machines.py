@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 from tinyllama_ds.devices import Machine, common_machine, machine_of
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.launch.doctor import ANSWER_SECONDS, Conversation, ask_all, end_all, starts_here
 from tinyllama_ds.launch.environment import named_value
 from tinyllama_ds.launch.launcher import Placement
@@ -19,7 +19,7 @@ def ask_hosts(placement: Placement) -> Placement | None:
     """The placement with what its hosts have; None where none of them answers.
 
     Hosts are reached as the ranks will be: through srun, or by ssh. Those that do not answer are the doctor's business.
-    Raises `Refusal` where some hosts have GPUs and others have none.
+    Raises `ConfigError` where some hosts have GPUs and others have none.
     """
     reports = _ask_by_srun(placement) if placement.launcher == "slurm" else _ask_by_ssh(placement)
     if not reports:
@@ -28,8 +28,8 @@ def ask_hosts(placement: Placement) -> Placement | None:
         reports = {host: report | {"gpus": []} for host, report in reports.items()}
     try:
         machine = common_machine({host: machine_of(report) for host, report in reports.items()})
-    except Refusal as refusal:
-        raise Refusal(f"{placement.hostfile}: {refusal}") from refusal
+    except ConfigError as error:
+        raise ConfigError(f"{placement.hostfile}: {error}") from error
     return replace(placement, on_cpu=machine.device_type == "cpu", machine=machine)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Thread
 
 from tinyllama_ds.devices import cpu_has_bf16, list_gpus
-from tinyllama_ds.network import free_port, interface_towards, local_address_towards
+from tinyllama_ds.distributed.network import free_port, interface_towards, local_address_towards
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "sentencepiece", "flash-attn")
 _PACKAGE = Path(__file__).parents[1]

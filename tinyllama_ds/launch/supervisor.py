@@ -13,13 +13,13 @@ from pathlib import Path
 
 import psutil
 
-from tinyllama_ds.errors import EXIT_FINISHED, EXIT_NUMERICS, EXIT_REFUSED, EXIT_RESTART, EXIT_ROLLBACK
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_NUMERICS, EXIT_RESTART, EXIT_ROLLBACK
 from tinyllama_ds.files import read_object_if_whole
 from tinyllama_ds.launch.lifeline import Lifeline
 from tinyllama_ds.launch.lock import RunLock
 from tinyllama_ds.launch.out_of_memory import count_kills
 
-_FINAL_CODES = (EXIT_FINISHED, EXIT_RESTART, EXIT_REFUSED, EXIT_NUMERICS)
+_FINAL_CODES = (EXIT_FINISHED, EXIT_RESTART, EXIT_CONFIG, EXIT_NUMERICS)
 _CODES_OF_STATES = {"finished": EXIT_FINISHED, "stopped": EXIT_RESTART, "rolled back": EXIT_ROLLBACK}
 _MAX_FAILURES = 3  # in a row without a new checkpoint
 _STOP_SECONDS = 25  # from the wish to stop to the end of all processes; a scheduler often kills after 30
@@ -106,7 +106,7 @@ def supervise(launch: Launch, watch: Watch, lock: RunLock | None, ranks: RankSid
         last_step, (step, tokens) = step, _committed(watch, (step, tokens))
         if code not in (*_FINAL_CODES, EXIT_ROLLBACK) and count_kills() > kills:
             _say(_OUT_OF_MEMORY)
-            code = code if step > last_step else EXIT_REFUSED  # what does not fit once does not fit again
+            code = code if step > last_step else EXIT_CONFIG  # what does not fit once does not fit again
         if code == EXIT_ROLLBACK:  # no failure; the run itself counts how often it does this
             _say(f"going back to checkpoint {step:,}, without the samples of the spike")
         else:
@@ -240,7 +240,7 @@ def _wait(
     failed = watchdog.failed_rank()  # its last words
     if failed is not None:
         return watchdog.code_of_failure(failed, status_file)
-    return _exit_code(watchdog.farewell() or process.returncode, status_file)
+    return _exit_code(watchdog.report_exit() or process.returncode, status_file)
 
 
 def _exit_code(code: int, status_file: Path) -> int:
@@ -278,7 +278,7 @@ class _Watchdog:
         """A sentence about the first rank on any host that said why it ends, died, or fell silent."""
         return None if self._lifeline is None else self._lifeline.look()
 
-    def farewell(self) -> int:
+    def report_exit(self) -> int:
         """The code other than 0 with which a rank has said that it ends; 0 where none has.
 
         The launcher's own may be that of a rank which only lost this one: it looks once a second.

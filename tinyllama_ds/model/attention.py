@@ -17,18 +17,19 @@ from torch import Tensor
 from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.blocked_attention import blocked_attention
 
-# q (B, T, H, E), k and v (B, T, K, E), and where attention stays inside documents, what `documents_for` tells of them
+# q (B, T, H, E), k and v (B, T, K, E), and where attention stays inside documents, what `attention_metadata` tells of
+# them
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> Tensor:
     """The reference: scores and softmax written out, in fp32.
 
-    q is (B, T, H, E); k and v are (B, T, K, E); the result is (B, T, H, E) in the dtype of q. With `segments` (B, T),
-    the number of the document that each token belongs to, a token sees its own document only.
+    q is (B, T, H, E); k and v are (B, T, K, E); the result is (B, T, H, E) in the dtype of q. With `document_ids` (B,
+    T), the number of the document that each token belongs to, a token sees its own document only.
     """
     _, T, H, E = q.shape
     groups = H // k.shape[2]
@@ -36,19 +37,21 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = N
     keys = k.repeat_interleave(groups, dim=2).transpose(1, 2).float()  # (B, H, T, E)
     values = v.repeat_interleave(groups, dim=2).transpose(1, 2).float()  # (B, H, T, E)
     scores = queries @ keys.transpose(-2, -1) * E**-0.5  # (B, H, T, T)
-    weights = scores.masked_fill(~_visible(T, segments, q.device), float("-inf")).softmax(dim=-1)
+    weights = scores.masked_fill(~_visible(T, document_ids, q.device), float("-inf")).softmax(dim=-1)
     return (weights @ values).transpose(1, 2).to(q.dtype)  # (B, T, H, E)
 
 
-def _visible(length: int, segments: Tensor | None, device: torch.device) -> Tensor:
+def _visible(length: int, document_ids: Tensor | None, device: torch.device) -> Tensor:
     """Which keys each query sees: (T, T), or (B, 1, T, T) with segments."""
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return causal if segments is None else causal & (segments[:, None, :, None] == segments[:, None, None, :])
+    return (
+        causal if document_ids is None else causal & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    )
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> Tensor:
     """PyTorch's own choice of kernel. As `eager_attention`."""
-    mask = None if segments is None else _visible(q.shape[1], segments, q.device)
+    mask = None if document_ids is None else _visible(q.shape[1], document_ids, q.device)
     shares_heads = q.shape[2] != k.shape[2]
     if shares_heads and q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # The flash kernel takes neither a mask nor fp32, and not every torch has another kernel for shared heads:
@@ -69,9 +72,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = No
 def _sdpa_with(kernel: SDPBackend) -> AttentionFunction:
     """PyTorch's attention held to one of its kernels; an input that the kernel cannot take is an error."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> Tensor:
         with sdpa_kernel(kernel):
-            return sdpa_attention(q, k, v, segments)
+            return sdpa_attention(q, k, v, document_ids)
 
     return attend
 
@@ -132,7 +135,7 @@ def _flash_implementation(name: str, version: str, module: str) -> AttentionFunc
     return _varlen()
 
 
-class MissingKernel(Refusal):
+class MissingKernel(ConfigError):
     """A backend whose package or feature is absent here, or does not work; `what` is the reason by itself."""
 
     def __init__(self, name: str, what: str, remedy: str) -> None:
@@ -158,26 +161,26 @@ def _gist(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def document_starts(segments: Tensor) -> Tensor:
+def document_starts(document_ids: Tensor) -> Tensor:
     """Which tokens begin a document (B, T), given the documents' numbers (B, T); the first of a row always does."""
-    is_start = torch.ones_like(segments, dtype=torch.bool)
-    is_start[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    is_start = torch.ones_like(document_ids, dtype=torch.bool)
+    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return is_start
 
 
-def documents_for(backend: str, segments: Tensor) -> Tensor:
-    """What a backend wants to know of the documents whose numbers are `segments` (B, T), the same for all blocks.
+def attention_metadata(backend: str, document_ids: Tensor) -> Tensor:
+    """What a backend wants to know of the documents whose numbers are `document_ids` (B, T), the same for all blocks.
 
     For flash kernels the borders, (documents + 1,); for the others the numbers themselves. How many borders there are
     depends on the data: on a GPU this waits for it, in host memory for nothing.
     """
-    return _document_borders(segments) if ATTENTION_BACKENDS[backend].documents == BORDERS else segments
+    return _cu_seqlens(document_ids) if ATTENTION_BACKENDS[backend].documents == BORDERS else document_ids
 
 
-def _document_borders(segments: Tensor) -> Tensor:
+def _cu_seqlens(document_ids: Tensor) -> Tensor:
     """Where documents start in the rows laid end to end, and the end of the last: int32, as flash kernels want them."""
-    first = document_starts(segments).flatten().nonzero().flatten()
-    return torch.cat((first, first.new_tensor([segments.numel()]))).int()
+    first = document_starts(document_ids).flatten().nonzero().flatten()
+    return torch.cat((first, first.new_tensor([document_ids.numel()]))).int()
 
 
 NUMBERS, BORDERS = "numbers", "borders"  # how a backend is told of documents
@@ -260,18 +263,18 @@ def resolve_attention_backend(name: str, device: Device, demands: Demands) -> At
     FlashAttention 2, then PyTorch's flash kernel: `varlen` with a document mask, else inside `sdpa`, which has others
     for fp32 and old GPUs. Where the device is not known the name stays as it is, for the ranks to resolve.
 
-    Raises `Refusal` for a name that is unknown, a package that is absent or does not import, and a backend that cannot
-    meet the demands on the device.
+    Raises `ConfigError` for a name that is unknown, a package that is absent or does not import, and a backend that
+    cannot meet the demands on the device.
     """
     if name != "auto" and name not in ATTENTION_BACKENDS:
-        raise Refusal(f"attention backend {name!r} is unknown; choose auto, {', '.join(ATTENTION_BACKENDS)}")
+        raise ConfigError(f"attention backend {name!r} is unknown; choose auto, {', '.join(ATTENTION_BACKENDS)}")
     if not device.is_known:
         return AttentionChoice(name)
     if name == "auto":
         return AttentionChoice("blocked") if device.type == "cpu" else _fastest_on_gpu(device, demands)
     obstacle = _obstacle(name, device, demands)
     if obstacle:
-        raise Refusal(f"attention backend {name!r} {obstacle}; choose auto or sdpa")
+        raise ConfigError(f"attention backend {name!r} {obstacle}; choose auto or sdpa")
     attention_function(name)  # an absent package is refused now
     return AttentionChoice(name)
 

@@ -15,12 +15,12 @@ from torch import Tensor
 BLOCK = 64  # queries; measured best of 16 to 128 from 128 to 2,048 tokens
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> Tensor:
     """q is (B, T, H, E); k and v are (B, T, K, E); the result is (B, T, H, E).
 
-    With `segments` (B, T), the number of the document of each token, a token sees its own document only.
+    With `document_ids` (B, T), the number of the document of each token, a token sees its own document only.
     """
-    return _BlockedAttention.apply(q, k, v, segments)
+    return _BlockedAttention.apply(q, k, v, document_ids)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -29,7 +29,7 @@ class _BlockedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None) -> Tensor:
         B, T, H, E = q.shape
         K = k.shape[2]
         G = H // K
@@ -42,8 +42,8 @@ class _BlockedAttention(torch.autograd.Function):
             rows = slice(start * G, end * G)
             scores = torch.bmm(queries[:, rows], keys[:, :end].transpose(1, 2)).float()  # (N, q * G, S)
             scores[:, :, start:].masked_fill_(_future(end - start, G, q.device), float("-inf"))
-            if segments is not None:
-                scores.masked_fill_(_other_documents(segments, start, end, K, G), float("-inf"))
+            if document_ids is not None:
+                scores.masked_fill_(_other_documents(document_ids, start, end, K, G), float("-inf"))
             probabilities = scores.softmax(dim=-1).to(q.dtype)
             out[:, rows] = torch.bmm(probabilities, values[:, :end])
             kept.append(probabilities)
@@ -93,9 +93,9 @@ def _future(block: int, groups: int, device: torch.device) -> Tensor:
     return token > token.repeat_interleave(groups)[:, None]
 
 
-def _other_documents(segments: Tensor, start: int, end: int, K: int, G: int) -> Tensor:
+def _other_documents(document_ids: Tensor, start: int, end: int, K: int, G: int) -> Tensor:
     """Which keys lie in another document than each query row: (N, q * G, S)."""
-    other = segments[:, start:end, None] != segments[:, None, :end]  # (B, q, S)
+    other = document_ids[:, start:end, None] != document_ids[:, None, :end]  # (B, q, S)
     return other.repeat_interleave(K, dim=0).repeat_interleave(G, dim=1)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 
 _LARGEST = 2**31 - 1
 _MOST_LAYERS = 1000  # each takes time before anything else can be found wrong
@@ -27,20 +27,20 @@ class LlamaConfig:
         for key, value in asdict(self).items():
             most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
             if not 0 < value <= most:
-                raise Refusal(f"{key} {value:.12g} is not above 0 and up to {most:,}")
+                raise ConfigError(f"{key} {value:.12g} is not above 0 and up to {most:,}")
         if self.hidden_size % self.num_attention_heads:
-            raise Refusal(
+            raise ConfigError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise Refusal(
+            raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of"
                 f" num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise Refusal(f"head size {self.head_dim} must be even, because RoPE rotates pairs")
+            raise ConfigError(f"head size {self.head_dim} must be even, because RoPE rotates pairs")
         if not 1 <= self.rope_scaling_factor < float("inf"):
-            raise Refusal(f"rope_scaling_factor {self.rope_scaling_factor} must be 1 or more")
+            raise ConfigError(f"rope_scaling_factor {self.rope_scaling_factor} must be 1 or more")
 
     @property
     def head_dim(self) -> int:
@@ -89,7 +89,7 @@ MODEL_SIZES: dict[str, LlamaConfig] = {
 
 
 def model_config(name: str) -> LlamaConfig:
-    """The shapes of a named size; raises `Refusal` for a name that is not in `MODEL_SIZES`."""
+    """The shapes of a named size; raises `ConfigError` for a name that is not in `MODEL_SIZES`."""
     if name not in MODEL_SIZES:
-        raise Refusal(f"model {name!r} is unknown; the known sizes are {', '.join(MODEL_SIZES)}")
+        raise ConfigError(f"model {name!r} is unknown; the known sizes are {', '.join(MODEL_SIZES)}")
     return MODEL_SIZES[name]

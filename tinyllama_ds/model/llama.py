@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyllama_ds.model.attention import attention_function, document_starts, documents_for
+from tinyllama_ds.model.attention import attention_function, attention_metadata, document_starts
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.loss import LMHeadLoss
 
@@ -43,10 +43,10 @@ def rope_tables(config: LlamaConfig, num_positions: int, device: torch.device) -
     return angles.cos(), angles.sin()
 
 
-def positions_in_documents(segments: Tensor) -> Tensor:
+def positions_in_documents(document_ids: Tensor) -> Tensor:
     """How far each token is from the start of its document (B, T), given the documents' numbers (B, T)."""
-    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    return index - index.where(document_starts(segments), 0).cummax(dim=1).values
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    return index - index.where(document_starts(document_ids), 0).cummax(dim=1).values
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -120,13 +120,13 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, backend) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, D)
+    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, D)
         device, documents = input_ids.device, None
         cos, sin = rope_tables(self.config, input_ids.shape[1], device)
-        if segments is not None:
-            positions = positions_in_documents(segments.to(device, non_blocking=True))
+        if document_ids is not None:
+            positions = positions_in_documents(document_ids.to(device, non_blocking=True))
             cos, sin = cos[positions], sin[positions]  # (B, T, E)
-            documents = documents_for(self.backend, segments).to(device, non_blocking=True)
+            documents = attention_metadata(self.backend, document_ids).to(device, non_blocking=True)
         x = self.embed_tokens(input_ids)
         for number, layer in enumerate(self.layers):
             if self.recompute_every and number % self.recompute_every == 0 and torch.is_grad_enabled():
@@ -139,7 +139,7 @@ class LlamaModel(nn.Module):
 class LlamaForCausalLM(nn.Module):
     """The whole decoder: token ids (B, T) to logits (B, T, V), or with labels (B, T) to their mean loss in fp32.
 
-    With `segments` (B, T), the number of the document that each token of a row belongs to, attention stays inside
+    With `document_ids` (B, T), the number of the document that each token of a row belongs to, attention stays inside
     documents and positions start again with each; without, documents packed into a row see those before them, as in
     TinyLlama. They are best left in host memory: FlashAttention's borders are found there without waiting for the GPU.
 
@@ -154,8 +154,8 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = LMHeadLoss(config.hidden_size, config.vocab_size)
         self.is_compiled = False  # said by whoever compiles its blocks
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        return self.lm_head(self.model(input_ids, segments), labels)
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+        return self.lm_head(self.model(input_ids, document_ids), labels)
 
 
 def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:

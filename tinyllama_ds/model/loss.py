@@ -43,9 +43,9 @@ def loss_and_grad(logits: Tensor, labels: Tensor, num_targets: Tensor) -> tuple[
 
     Both are computed in fp32; the gradient is returned in the logits' dtype.
     """
-    is_target = labels != IGNORE_INDEX  # (C,)
+    loss_mask = labels != IGNORE_INDEX  # (C,)
     targets = labels.clamp(min=0)[:, None]  # (C, 1)
-    scale = is_target / num_targets
+    scale = loss_mask / num_targets
     log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     loss = -(log_probs.gather(1, targets)[:, 0] * scale).sum()
     grad = log_probs.exp_()

@@ -16,22 +16,24 @@ class Probe:
     """What is stored with weights, to know them again."""
 
     tokens: list[int]  # T + 1
-    segments: list[int] | None  # T, which document each input token belongs to; with a document mask
+    document_ids: list[int] | None  # T, which document each input token belongs to; with a document mask
     loss: float
     dtype: str  # of the weights in the forward pass
-    circumstances: dict  # under equal ones the loss is the same to the last bit
+    numerics_environment: dict  # under equal ones the loss is the same to the last bit
 
 
 @torch.no_grad()
 def probe_loss(
-    score: Callable[..., Tensor], tokens: list[int], segments: list[int] | None, rows: int, device: torch.device
+    score: Callable[..., Tensor], tokens: list[int], document_ids: list[int] | None, rows: int, device: torch.device
 ) -> float:
     """The mean loss that `score`, a decoder, has on the probe's sample, repeated to fill a batch of `rows`.
 
     So a probe has the shape of a training batch, and compiled blocks and kernels need no second one.
     """
     batch = torch.tensor([tokens], device=device).repeat(rows, 1)  # (B, T + 1)
-    parts = [] if segments is None else [torch.tensor([segments], device=device, dtype=torch.int32).repeat(rows, 1)]
+    parts = (
+        [] if document_ids is None else [torch.tensor([document_ids], device=device, dtype=torch.int32).repeat(rows, 1)]
+    )
     return score(batch[:, :-1], batch[:, 1:], *parts).item()
 
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from math import sqrt
 
+from tinyllama_ds.config.recipe import Intervals
+from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.model.config import LlamaConfig
-from tinyllama_ds.plan import RunPlan
-from tinyllama_ds.recipe import Intervals
 
 # Interruptions per 1,000 node-days. Good: Llama 3 on 16,384 H100 (3.8), BLOOM (3.0). Bad: OPT-175B (16).
 GOOD_FLEET, BAD_FLEET = 4.0, 16.0

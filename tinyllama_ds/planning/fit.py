@@ -1,12 +1,12 @@
 """What `plan` says of the memory of a run that has started, and what would need less."""
 
+from tinyllama_ds.config.run_plan import micro_batches_of
 from tinyllama_ds.gpus import GIB
-from tinyllama_ds.plan import micro_batches_of
 from tinyllama_ds.planning.layout import read_layout
 from tinyllama_ds.planning.memory import Work, attention_memory, memory_of
 from tinyllama_ds.planning.search import RECOMPUTE
-from tinyllama_ds.training.dry_run import MemoryEstimate
-from tinyllama_ds.training.run import Run
+from tinyllama_ds.run.resolve import Run
+from tinyllama_ds.train.dry_run import MemoryEstimate
 
 _NAMED = 3  # alternatives
 

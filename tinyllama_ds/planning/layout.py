@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.config import LlamaConfig
 
 
@@ -42,7 +42,7 @@ class Layout:
 def read_layout(resolved: dict, name: str, world_size: int) -> Layout:
     """The layout of a resolved DeepSpeed config. Defaults are those of DeepSpeed 0.19.8 (runtime/zero/config.py).
 
-    Raises `Refusal` for an hpZ partition that does not divide the ranks.
+    Raises `ConfigError` for an hpZ partition that does not divide the ranks.
     """
     zero = resolved.get("zero_optimization", {})
     stage = zero.get("stage", 0)
@@ -52,7 +52,7 @@ def read_layout(resolved: dict, name: str, world_size: int) -> Layout:
     in_bf16 = resolved.get("bf16", {}).get("bf16_optimizer_states", False)  # and so are masters, which belong to it
     hpz = zero.get("zero_hpz_partition_size", 1)
     if stage == 3 and world_size % hpz:
-        raise Refusal(
+        raise ConfigError(
             f"{name}: zero_hpz_partition_size {hpz} does not divide {world_size} ranks; expected the GPUs of one host"
         )
     return Layout(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import ceil
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.gpus import GIB
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persistent_elements
@@ -179,10 +179,10 @@ def _step_buffers(model: LlamaConfig, layout: Layout, world_size: int) -> Memory
 def attention_memory(backend: str, document_mask: bool, weight_bytes: int) -> str:
     """What a backend keeps on a GPU since Ampere: that of flash, or of sdpa's other kernels, of `blocked` or `eager`.
 
-    Raises `Refusal` for a backend that is unknown.
+    Raises `ConfigError` for a backend that is unknown.
     """
     if backend not in BACKENDS:
-        raise Refusal(f"--attention {backend!r} is unknown; expected {', '.join(BACKENDS)}")
+        raise ConfigError(f"--attention {backend!r} is unknown; expected {', '.join(BACKENDS)}")
     if backend in ("blocked", "eager"):
         return backend
     if document_mask and (backend in ("sdpa", "sdpa_cudnn") or weight_bytes == 4):

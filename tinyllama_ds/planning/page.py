@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tinyllama_ds.gpus import GIB
 from tinyllama_ds.page import page, section, table
-from tinyllama_ds.planning.answer import Answer
+from tinyllama_ds.planning.plan import Plan
 from tinyllama_ds.planning.search import Ranking, reason
 
 _TOKENS_300B = 300e9  # what published tables of GPU-hours count
@@ -24,7 +24,7 @@ class Table:
     ends_in_words: bool = False  # the last column, which is then aligned to the left
 
 
-def headline(found: Answer) -> str:
+def headline(found: Plan) -> str:
     """The plan in one sentence."""
     machines, work = found.question.machines, found.work
     ranks, days = machines.hosts.ranks, found.duration.days
@@ -38,7 +38,7 @@ def headline(found: Answer) -> str:
     )
 
 
-def tables_of(found: Answer) -> list[Table]:
+def tables_of(found: Plan) -> list[Table]:
     """All tables of a plan, the most asked first."""
     return [
         _cost(found),
@@ -52,7 +52,7 @@ def tables_of(found: Answer) -> list[Table]:
     ]
 
 
-def _cost(found: Answer) -> Table:
+def _cost(found: Plan) -> Table:
     duration = found.duration
     per_gpu = duration.tokens_per_second / duration.ranks
     is_published = (found.inputs.recipe.model, found.question.machines.gpu.name) == ("tinyllama-1.1b", "a100-40g")
@@ -76,7 +76,7 @@ def _cost(found: Answer) -> Table:
     return Table("Time and money", ("", ""), rows, f"Speed: {source}.")
 
 
-def _memory(found: Answer) -> Table:
+def _memory(found: Plan) -> Table:
     rows = [
         (row.name, f"{row.bytes / GIB:.2f}", row.phase, row.how)
         for row in (*found.memory.rows, *found.memory.overhead_rows)
@@ -89,7 +89,7 @@ def _memory(found: Answer) -> Table:
     return Table("Memory per GPU, GiB", ("", "GiB", "held", "how"), rows, note, ends_in_words=True)
 
 
-def _step(found: Answer) -> Table:
+def _step(found: Plan) -> Table:
     rows = []
     for stage, accumulation, step in zip(found.inputs.plan.stages, found.accumulations, found.steps, strict=True):
         figures = (step.compute, step.communication, step.exposed, step.optimizer, step.seconds)
@@ -98,7 +98,7 @@ def _step(found: Answer) -> Table:
     return Table("One optimizer step, seconds", head, rows, found.question.machines.compute_from + ".")
 
 
-def _communication(found: Answer) -> Table:
+def _communication(found: Plan) -> Table:
     rows = [
         (
             part.collective.name,
@@ -116,7 +116,7 @@ def _communication(found: Answer) -> Table:
     return Table("Communication per step", head, rows, note)
 
 
-def _course(found: Answer) -> Table:
+def _course(found: Plan) -> Table:
     rows = [
         (
             border.name,
@@ -133,7 +133,7 @@ def _course(found: Answer) -> Table:
     )
 
 
-def _sources(found: Answer) -> Table:
+def _sources(found: Plan) -> Table:
     rows = [
         (name, f"{tokens:,}", f"{found.course.epochs[name]:.3f}" if name in found.course.epochs else "size not known")
         for name, tokens in found.course.tokens_by_source.items()
@@ -141,7 +141,7 @@ def _sources(found: Answer) -> Table:
     return Table("Sources", ("", "tokens drawn", "epochs"), rows)
 
 
-def _reliability(found: Answer) -> Table:
+def _reliability(found: Plan) -> Table:
     good, bad = found.failures
     storage = found.storage
     rows = [
@@ -167,7 +167,7 @@ def _reliability(found: Answer) -> Table:
     return Table("Failures and storage", ("", "good fleet", "bad fleet"), rows, note)
 
 
-def _values(found: Answer) -> Table:
+def _values(found: Plan) -> Table:
     """The resolved values and who owns each."""
     params, recipe = found.resolved["optimizer"]["params"], found.inputs.recipe
     json_name = str(found.question.deepspeed_config)

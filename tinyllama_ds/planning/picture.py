@@ -3,9 +3,9 @@
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.plan import PlannedStage
-from tinyllama_ds.planning.answer import Answer
-from tinyllama_ds.planning.course import Border, border_at
+from tinyllama_ds.config.run_plan import PlannedStage
+from tinyllama_ds.planning.plan import Plan
+from tinyllama_ds.planning.timeline import Milestone, milestone_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,14 +17,14 @@ _NAMED_SHARE = 0.02  # of the picture's width; no words fit into a narrower stag
 _GRAY = "#555555"
 
 
-def picture_of(found: Answer) -> "Figure":
+def picture_of(found: Plan) -> "Figure":
     """Three curves with the stages, their borders and what holds there."""
     from matplotlib.figure import Figure
 
     inputs = found.inputs
     peak = found.resolved["optimizer"]["params"].get("lr", 1e-3)
     points = [
-        border_at(inputs.plan, inputs.schedule, peak, number)
+        milestone_at(inputs.plan, inputs.schedule, peak, number)
         for number in _step_numbers(inputs.plan.total_steps, [border.step for border in found.course.borders])
     ]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
@@ -43,7 +43,7 @@ def picture_of(found: Answer) -> "Figure":
     return figure
 
 
-def _draw_curves(points: list[Border], sources: list[str], rate: "Axes", batch: "Axes", mixture: "Axes") -> None:
+def _draw_curves(points: list[Milestone], sources: list[str], rate: "Axes", batch: "Axes", mixture: "Axes") -> None:
     tokens = [point.tokens for point in points]
     rate.plot(tokens, [point.learning_rate for point in points])
     rate.set(ylabel="learning rate", ylim=(0, 1.35 * max(point.learning_rate for point in points)))
@@ -77,7 +77,7 @@ def _name_stage(
         below += share
 
 
-def _name_rates(borders: list[Border], rate: "Axes") -> None:
+def _name_rates(borders: list[Milestone], rate: "Axes") -> None:
     """The learning rate at the end of the warm-up and of every stage."""
     for border in borders:
         if border.name.startswith("end of") and "ramp" not in border.name:

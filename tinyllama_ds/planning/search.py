@@ -4,12 +4,12 @@ import json
 from dataclasses import dataclass
 from itertools import product
 
-from tinyllama_ds.errors import Refusal
+from tinyllama_ds.config.run_plan import micro_batches_of
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.gpus import GIB
-from tinyllama_ds.plan import micro_batches_of
-from tinyllama_ds.planning.answer import Inputs, Question, resolve, work_of
 from tinyllama_ds.planning.layout import Layout, read_layout
 from tinyllama_ds.planning.memory import Memory, Work, memory_of
+from tinyllama_ds.planning.plan import Inputs, PlanRequest, resolve, work_of
 from tinyllama_ds.planning.timing import StepTime, step_time
 
 _OVERLAP = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 100_000_000}
@@ -55,8 +55,8 @@ class Ranking:
     tried: int
 
 
-def search(question: Question, inputs: Inputs) -> Ranking:
-    """Try everything that divides. Raises `Refusal` where no micro batch divides, or nothing fits."""
+def search(question: PlanRequest, inputs: Inputs) -> Ranking:
+    """Try everything that divides. Raises `ConfigError` where no micro batch divides, or nothing fits."""
     ranks, gpu = question.machines.hosts.ranks, question.machines.gpu
     micro_batches = _micro_batches(inputs, ranks)
     combinations = list(product(_configs(question, inputs).items(), micro_batches, RECOMPUTE))
@@ -67,7 +67,7 @@ def search(question: Question, inputs: Inputs) -> Ranking:
     fitting = [candidate for candidate in found if candidate.memory.total <= gpu.memory_bytes]
     if not fitting:
         least = min(found, key=lambda candidate: candidate.memory.total)
-        raise Refusal(
+        raise ConfigError(
             f"nothing fits the {gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name}: the least of {len(found)} layouts is"
             f" {least.name} at {least.memory.total / GIB:.1f} GiB; take more or larger"
             " GPUs, or a DeepSpeed config with offload_optimizer or bf16_optimizer_states, which need less"
@@ -94,14 +94,14 @@ def reason(candidate: Candidate, memory_bytes: int) -> str:
 def _micro_batches(inputs: Inputs, ranks: int) -> list[int]:
     if any(stage.batch % ranks for stage in inputs.plan.stages):
         works = [n for n in range(1, ranks) if all(stage.batch % n == 0 for stage in inputs.plan.stages)]
-        raise Refusal(
+        raise ConfigError(
             f"the global batches of recipe {inputs.recipe.name!r} do not divide over {ranks} GPUs; the next numbers"
             f" below that do: {', '.join(map(str, works[-4:]))}"
         )
     return micro_batches_of(inputs.plan, ranks)
 
 
-def _configs(question: Question, inputs: Inputs) -> dict[str, dict]:
+def _configs(question: PlanRequest, inputs: Inputs) -> dict[str, dict]:
     """The user's JSON with each layout's zero_optimization in the place of its own."""
     configs = {}
     hosts = question.machines.hosts
@@ -118,7 +118,7 @@ def _configs(question: Question, inputs: Inputs) -> dict[str, dict]:
 
 
 def _candidate(
-    question: Question, inputs: Inputs, name: str, raw: dict, micro_batch: int, recompute_every: int
+    question: PlanRequest, inputs: Inputs, name: str, raw: dict, micro_batch: int, recompute_every: int
 ) -> Candidate:
     ranks = question.machines.hosts.ranks
     config = raw | {"train_micro_batch_size_per_gpu": micro_batch}

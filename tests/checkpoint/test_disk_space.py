@@ -1,0 +1,65 @@
+"""Room for checkpoints, on real file systems that are too small."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_checkpoint import commit
+
+from tinyllama_ds.checkpoint.disk_space import Need, check_disk_space, check_free_space, checkpoint_need
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.model.config import model_config
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("stage", "bf16", "bytes_per_parameter"),
+    [(0, False, 12), (0, True, 14), (1, False, 16), (1, True, 14), (2, True, 14), (3, False, 12), (3, True, 12)],
+)
+def test_the_size_of_a_checkpoint_is_arithmetic(stage: int, bf16: bool, bytes_per_parameter: int) -> None:
+    """15.4 GB for TinyLlama with bf16 weights in it, 13.2 GB without."""
+    parameters = model_config("tinyllama-1.1b").num_parameters
+    assert checkpoint_need(parameters, stage, bf16, 16).size == pytest.approx(
+        bytes_per_parameter * parameters, rel=1e-3
+    )
+
+
+def test_what_is_there_already_needs_no_more_room(tmp_path: Path, small_disk: Callable[..., Path]) -> None:
+    """Four checkpoints with keep_last = 3; committed ones have their place, leftovers give theirs back."""
+    disk, need = small_disk(size=7 * MIB), Need(2 * MIB, 6)
+    sentence = rf"{disk}: 4 checkpoints need 8\.00 MiB, and [67]\.\d\d MiB are free there"
+    with pytest.raises(ConfigError, match=sentence):
+        check_free_space(disk / "run", need, keep_last=3)
+    assert list(disk.iterdir()) == []
+    commit(disk / "run", "step_00000002")
+    check_free_space(disk / "run", need, keep_last=3)
+    leftover = commit(disk / "run", ".step_00000004.partial")
+    (leftover / "shard.pt").write_bytes(bytes(3 * MIB))
+    check_free_space(disk / "run", need, keep_last=3)
+    (leftover / "shard_of_a_run_at_work.pt").symlink_to("committed_in_this_moment.pt")
+    with pytest.raises(ConfigError, match="3 checkpoints need"):
+        check_free_space(disk / "run", need, keep_last=3)
+    leftover.rename(leftover.with_name("mine"))
+    with pytest.raises(ConfigError, match="3 checkpoints need"):
+        check_free_space(disk / "run", need, keep_last=3)
+
+
+def test_inodes_run_out_too(small_disk: Callable[..., Path]) -> None:
+    disk = small_disk(size=64 * MIB, inodes=20)
+    with pytest.raises(ConfigError, match="4 checkpoints need 24 files, and the file system has 19 inodes left"):
+        check_free_space(disk / "run", Need(2 * MIB, 6), keep_last=3)
+    check_disk_space(disk, Need(2 * MIB, 6))
+    for number in range(15):
+        (disk / str(number)).touch()
+    with pytest.raises(OSError, match="a checkpoint needs 6 files, and 4 inodes are left"):
+        check_disk_space(disk, Need(2 * MIB, 6))
+
+
+def test_a_save_asks_before_it_writes(small_disk: Callable[..., Path]) -> None:
+    disk = small_disk(size=4 * MIB)
+    check_disk_space(disk, Need(2 * MIB, 6))
+    (disk / "others").write_bytes(os.urandom(3 * MIB))
+    with pytest.raises(OSError, match=r"a checkpoint needs 2\.00 MiB, and [01]\.\d\d MiB are free there"):
+        check_disk_space(disk, Need(2 * MIB, 6))

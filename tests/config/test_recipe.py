@@ -1,0 +1,389 @@
+"""Recipes: the shipped ones load, and what is wrong is named with its place."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from tinyllama_ds.config.deepspeed import load_deepspeed_config
+from tinyllama_ds.config.recipe import _KEYS, RECIPE_DIRECTORY, Evaluation, GuardSettings, Samples, load_recipe
+from tinyllama_ds.config.run_plan import RunPlan
+from tinyllama_ds.config.schedule import make_schedule
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.model.config import MODEL_SIZES
+
+SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
+VALID = """
+name = "mine"
+model = "test"
+sequence_length = 32
+seed = 1
+validation_samples = 4
+[[stages]]
+name = "only"
+tokens = 6400
+global_batch_tokens = 320
+weights = { slimpajama = 1 }
+[intervals]
+log_steps = 1
+evaluate_tokens = 640
+save_tokens = 640
+"""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_load_and_fit_their_model(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.sequence_length <= MODEL_SIZES[recipe.model].max_position_embeddings
+    assert RunPlan(recipe).total_tokens >= sum(stage.tokens for stage in recipe.stages)
+
+
+PUBLISHED = sorted(name for name in SHIPPED if name.startswith("tinyllama-v1"))
+VARIANTS = {
+    "tinyllama-v1.1": {"slimpajama": 1.0},
+    "tinyllama-v1.1-math-code": {"slimpajama": 0.75, "starcoderdata": 0.15, "proof-pile-2": 0.1},
+    "tinyllama-v1.1-chinese": {"slimpajama": 0.5, "skypile": 0.5},
+}
+ZERO3 = RECIPE_DIRECTORY.parents[1] / "ds_configs" / "zero3.json"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_share_model_context_and_seed(name: str) -> None:
+    recipe = load_recipe(name)
+    assert MODEL_SIZES[recipe.model].num_parameters == 1_100_048_384
+    assert (recipe.sequence_length, recipe.seed, recipe.document_mask) == (2048, 3407, False)
+
+
+def test_tinyllama_v1_has_the_published_numbers() -> None:
+    """pretrain/tinyllama.py of TinyLlama's repository, and its README."""
+    recipe = load_recipe("tinyllama-v1")
+    plan = RunPlan(recipe)
+    assert plan.first_batch_tokens == 2_097_152
+    assert plan.stages[0].batch == 1024
+    assert plan.total_steps == 1_430_512 == 2 * 715_256
+    assert plan.total_tokens == 3_000_001_101_824
+    assert recipe.stages[0].weights == {"slimpajama": 0.693584, "starcoderdata": 0.306416}
+
+
+@pytest.mark.parametrize(("name", "shares"), VARIANTS.items())
+def test_tinyllama_v1_1_has_the_published_stages(name: str, shares: dict[str, float]) -> None:
+    """The paper's section 2.5 and appendix; 896 sequences are our reading of "about 1.8M tokens"."""
+    recipe = load_recipe(name)
+    plan = RunPlan(recipe)
+    assert [stage.tokens for stage in recipe.stages] == [1_500 * 10**9, 350 * 10**9, 150 * 10**9]
+    assert [stage.global_batch_tokens for stage in recipe.stages] == [1_835_008, 1_835_008, 7_340_032]
+    assert [stage.ramp_tokens for stage in recipe.stages] == [0, 0 if name == "tinyllama-v1.1" else 6 * 10**9, 0]
+    assert [stage.weights for stage in recipe.stages] == [{"slimpajama": 1.0}, shares, shares]
+    assert [stage.steps for stage in plan.stages] == [817_436, 190_735, 20_436]
+    assert all(stage.batch % 64 == 0 for stage in plan.stages), "16 nodes of 4 GPUs"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_learning_rate_is_one_cosine_over_all_tokens(name: str) -> None:
+    plan = RunPlan(load_recipe(name))
+    config = load_deepspeed_config(ZERO3)
+    schedule, params = make_schedule(config, ZERO3, plan), config["optimizer"]["params"]
+    peak = params["lr"]
+    assert (peak, params["betas"], params["weight_decay"], config["gradient_clipping"]) == (4e-4, [0.9, 0.95], 0.1, 1.0)
+    assert peak * schedule.ratio(2000 * plan.first_batch_tokens) == pytest.approx(4e-4, rel=1e-12)
+    assert peak * schedule.ratio(1000 * plan.first_batch_tokens) == pytest.approx(2e-4, rel=1e-12)
+    assert peak * schedule.ratio(plan.total_tokens) == pytest.approx(4e-5, rel=1e-12)
+    if name != "tinyllama-v1":
+        assert peak * schedule.ratio(1_500 * 10**9) == pytest.approx(9.27e-5, rel=0.01)
+        assert peak * schedule.ratio(1_850 * 10**9) == pytest.approx(4.50e-5, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "shares"), VARIANTS.items())
+def test_the_rehearsal_has_the_stages_of_v1_1_in_proportion(name: str, shares: dict[str, float]) -> None:
+    small, large = (load_recipe(which) for which in (name.replace("tinyllama", "demo"), name))
+    total = sum(stage.tokens for stage in small.stages)
+    for ours, published in zip(small.stages, large.stages, strict=True):
+        assert ours.name == published.name
+        assert ours.tokens / total == published.tokens / 2e12
+        assert ours.global_batch_tokens / 2048 == published.global_batch_tokens / 1_835_008
+        assert ours.weights == published.weights
+        assert bool(ours.ramp_tokens) == bool(published.ramp_tokens)
+
+
+def test_the_code_model_has_the_published_numbers() -> None:
+    recipe = load_recipe("tinyllama-python-8k")
+    plan = RunPlan(recipe)
+    assert (plan.stages[0].batch, recipe.sequence_length) == (360, 8192)
+    assert plan.total_tokens == pytest.approx(7e9, rel=1e-3)
+    assert MODEL_SIZES[recipe.model].rope_scaling_factor == 4
+    assert MODEL_SIZES[recipe.model].num_parameters == MODEL_SIZES["tinyllama-1.1b"].num_parameters
+
+
+RAMP = """
+[[stages]]
+name = "second"
+tokens = 6400
+global_batch_tokens = 320
+weights = { slimpajama = 1, starcoderdata = 1 }
+ramp_tokens = 3201
+[intervals]"""
+
+
+def test_a_ramp_reaches_the_plan_in_whole_samples(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID.replace("[intervals]", RAMP))
+    assert [stage.ramp_samples for stage in RunPlan(load_recipe(str(path))).stages] == [0, 101]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("ramp_tokens = 3201", "ramp_tokens = 6401"), "'second': ramp_tokens 6401 exceed its 6400 tokens"),
+        (("ramp_tokens = 3201", "ramp_tokens = -1"), r"stages\[1\]: ramp_tokens is -1; expected 1 or more"),
+        (("tokens = 6400", "tokens = 6400\nramp_tokens = 5"), "'only': ramp_tokens, but there is no stage before it"),
+    ],
+)
+def test_an_impossible_ramp_is_refused(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID.replace("[intervals]", RAMP).replace(*change, 1))
+    with pytest.raises(ConfigError, match=sentence):
+        load_recipe(str(path))
+
+
+def test_a_path_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert load_recipe(str(path)).sources == ["slimpajama"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("seed = 1", "sed = 1"), r"the key 'seed' is missing \('sed' is not a key\)"),
+        (("seed = 1", "seed = 1\nshuffle = true"), "unknown key 'shuffle'; the keys are name, "),
+        (("seed = 1", 'seed = "one"'), "seed is 'one'; expected a whole number"),
+        (("tokens = 6400", "tokens = 0"), r"stages\[0\]: tokens is 0; expected 1 or more"),
+        (("= 320", "= 330"), "global_batch_tokens 330 is not a multiple of sequence_length 32"),
+        (("slimpajama = 1", "slimpajama = -1"), "the weight of 'slimpajama' is -1; expected a positive number"),
+        (("slimpajama = 1", '"../x" = 1'), "'../x' is not the name of a source"),
+        (("{ slimpajama = 1 }", "{}"), "weights name no source"),
+        (("log_steps", "log_step"), r"intervals: the key 'log_steps' is missing \('log_step' is not a key\)"),
+        (("log_steps = 1", "log_steps = 1\nkeep_last = 1"), "intervals: keep_last is 1; expected 2 or more"),
+        (("log_steps = 1", "log_steps = 1\nsave_minutes = 0"), "intervals: save_minutes is 0; expected 1 or more"),
+        (("[[stages]]", "[stages]"), "stages is .*; expected an array of tables"),
+        (("seed = 1", "seed = = 1"), "not valid TOML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID.replace(*change))
+    with pytest.raises(ConfigError, match=sentence) as error:
+        load_recipe(str(path))
+    assert str(path) in str(error.value)
+
+
+def test_unknown_name_lists_the_shipped_ones() -> None:
+    with pytest.raises(ConfigError, match="'tinylama-v1' is unknown; the shipped ones are demo, "):
+        load_recipe("tinylama-v1")
+
+
+GUARD = '\n[guard]\nspike_policy = "rollback"\nspike_window = 64\nspike_sigmas = 8\nmax_rollbacks = 1\n'
+
+
+def test_the_guard_is_the_recipes(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert load_recipe(str(path)).guard == GuardSettings("log", 128, 6.0, 3)
+    path.write_text(VALID + GUARD)
+    assert load_recipe(str(path)).guard == GuardSettings("rollback", 64, 8.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('"rollback"', '"roll back"', r"mine.toml: guard: spike_policy is 'roll back'; expected log, skip, rollback"),
+        ("spike_sigmas = 8", "spike_sigmas = 0", "guard: spike_sigmas is 0; expected a positive number"),
+        ("spike_sigmas = 8", 'spike_sigmas = "8"', "guard: spike_sigmas is '8'; expected a number"),
+        ("spike_window", "spike_windows", "guard: unknown key 'spike_windows'; did you mean 'spike_window'"),
+    ],
+)
+def test_a_wrong_guard_is_refused(old: str, new: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID + GUARD.replace(old, new))
+    with pytest.raises(ConfigError, match=sentence):
+        load_recipe(str(path))
+
+
+SAMPLES = '\n[samples]\nprompts = ["Once", "def"]\nevery_tokens = 640\nnew_tokens = 5\n'
+
+
+def test_samples_are_off_unless_the_recipe_has_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert load_recipe(str(path)).samples == Samples()
+    path.write_text(VALID + SAMPLES)
+    assert load_recipe(str(path)).samples == Samples(("Once", "def"), 640, 5)
+    assert [name for name in SHIPPED if load_recipe(name).samples.prompts] == ["demo"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (
+            '["Once", "def"]',
+            "[]",
+            r"mine.toml: samples: prompts is \[\]; expected an array of texts, none of them empty",
+        ),
+        ('["Once", "def"]', '["Once", ""]', "expected an array of texts, none of them empty"),
+        ('["Once", "def"]', '"Once"', "samples: prompts is 'Once'; expected an array of texts"),
+        ("every_tokens = 640", "every_tokens = 0", "samples: every_tokens is 0; expected 1 or more"),
+        ("new_tokens = 5", "", "samples: the key 'new_tokens' is missing"),
+    ],
+)
+def test_wrong_samples_are_refused(old: str, new: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID + SAMPLES.replace(old, new))
+    with pytest.raises(ConfigError, match=sentence):
+        load_recipe(str(path))
+
+
+EVALUATION = '\n[evaluation]\ntasks = ["commonsense", "mine.yaml", "/a/b.yml"]\nevery_tokens = 640\n'
+
+
+def test_nothing_is_scored_unless_the_recipe_has_tasks(tmp_path: Path) -> None:
+    """Files are beside the recipe, wherever the ranks are started."""
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert load_recipe(str(path)).evaluation == Evaluation()
+    path.write_text(VALID + EVALUATION)
+    tasks = ("commonsense", str(tmp_path / "mine.yaml"), "/a/b.yml")
+    assert load_recipe(str(path)).evaluation == Evaluation(tasks, 640, None, 32, None)
+    path.write_text(VALID + EVALUATION + 'limit = 9\nbatch_size = 4\ndata_dir = "sets"\n')
+    assert load_recipe(str(path)).evaluation == Evaluation(tasks, 640, 9, 4, str(tmp_path / "sets"))
+    assert [name for name in SHIPPED if load_recipe(name).evaluation.tasks] == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (
+            '["commonsense", "mine.yaml", "/a/b.yml"]',
+            "[]",
+            r"mine.toml: evaluation: tasks is \[\]; expected an array of",
+        ),
+        ("every_tokens = 640", "", "evaluation: the key 'every_tokens' is missing"),
+        ("every_tokens", "limit = 0\nevery_tokens", "evaluation: limit is 0; expected 1 or more"),
+        ("every_tokens", "shots = 5\nevery_tokens", "evaluation: unknown key 'shots'; the keys are tasks, "),
+    ],
+)
+def test_a_wrong_evaluation_is_refused(old: str, new: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID + EVALUATION.replace(old, new))
+    with pytest.raises(ConfigError, match=sentence):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            ("tokens = 6400", f"tokens = {10**30}"),
+            "stages[0]: tokens is 1000000000000000000000000000000; expected 1,000,0",
+        ),
+        (("tokens = 6400", "tokens = 1e9"), "stages[0]: tokens is 1000000000.0; expected a whole number"),
+        (("tokens = 6400", "tokens = true"), "stages[0]: tokens is True; expected a whole number"),
+        (
+            ("tokens = 6400", "tokens = 0x1" + 5000 * "0"),
+            "stages[0]: tokens is a value with a number of too many digits",
+        ),
+        (("tokens = 6400", "tokens = 1" + 5000 * "0"), "not valid TOML (Exceeds the limit"),
+        (
+            ("seed = 1", "seed = " + 3000 * "[" + 3000 * "]"),
+            "not valid TOML (its arrays or tables are nested too deeply)",
+        ),
+        (("seed = 1", "seed = -1"), "seed is -1; expected 0 or more"),
+        (("seed = 1", f"seed = {2**64}"), "seed is 18446744073709551616; expected 9,223,372,036,854,775,807 or less"),
+        (("seed = 1", "seed = 1979-05-27"), "seed is datetime.date(1979, 5, 27); expected a whole number"),
+        (
+            ("sequence_length = 32", "sequence_length = 1_000_000_000"),
+            "sequence_length is 1000000000; expected 10,000,0",
+        ),
+        (
+            ("= 320", "= 32_000_000_000_000"),
+            "stages[0]: global_batch_tokens is 32000000000000; expected 2,147,483,648 or",
+        ),
+        (("slimpajama = 1", "slimpajama = nan"), "stages[0]: the weight of 'slimpajama' is nan; expected a positive"),
+        (
+            ("slimpajama = 1", "slimpajama = inf"),
+            "stages[0]: the weight of 'slimpajama' is inf; expected 1,000,000,000.0",
+        ),
+        (
+            ("slimpajama = 1", "slimpajama = 0"),
+            "stages[0]: the weight of 'slimpajama' is 0; expected a positive number",
+        ),
+        (("slimpajama = 1", "slimpajama = true"), "stages[0]: the weight of 'slimpajama' is True; expected a number"),
+        (("slimpajama = 1", f"slimpajama = {10**400}"), "stages[0]: the weight of 'slimpajama' is 1000"),
+        (("{ slimpajama = 1 }", "5"), "stages[0]: weights is 5; expected a table of sources with their weights"),
+        (("log_steps = 1", "log_steps = 0"), "intervals: log_steps is 0; expected 1 or more"),
+        (('name = "mine"', 'name = ""'), "name is ''; expected a text"),
+        (('name = "mine"', 'name = "a\\u0000b"'), r"name is 'a\x00b'; expected a text"),
+        (("seed = 1", "seed = 1\ndocument_mask = 1"), "document_mask is 1; expected true or false"),
+        (("seed = 1", "seed = 1\nguard = 1"), "guard is 1; expected a table"),
+    ],
+)
+def test_values_have_type_and_range(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:
+    path = tmp_path / "mine.toml"
+    assert change[0] in VALID
+    path.write_text(VALID.replace(*change))
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(path))
+    assert str(error.value).startswith(f"{path}: {sentence}")
+    assert len(str(error.value)) < 400
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    text = (
+        VALID.replace("seed = 1", 'seed = "one"').replace("tokens = 6400", "tokens = 0").replace("save_tok", "safe_tok")
+    )
+    path.write_text(text + "\n[guard]\nspike_windw = 3\n")
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(path))
+    assert str(error.value) == (
+        f"{path}: 4 problems: (1) seed is 'one'; expected a whole number;"
+        " (2) stages[0]: tokens is 0; expected 1 or more;"
+        " (3) intervals: the key 'save_tokens' is missing ('safe_tokens' is not a key);"
+        " (4) guard: unknown key 'spike_windw'; did you mean 'spike_window'?"
+    )
+
+
+def test_a_hint_calls_no_valid_key_invalid(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID.replace("evaluate_tokens = 640\n", ""))
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(path))
+    assert str(error.value) == f"{path}: intervals: the key 'evaluate_tokens' is missing"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "is a directory; expected the recipe, which is a file"),
+        (b"# caf\xe9\n", "byte 0xe9 is not UTF-8; expected the recipe in UTF-8"),
+        (VALID.encode("utf-16"), "byte 0xff is not UTF-8"),
+        (bytes(100), "not valid TOML"),
+        (b"", "the key 'name' is missing"),
+    ],
+)
+def test_other_files_are_refused(content: bytes | None, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=sentence):
+        load_recipe(str(path))
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + VALID.replace("\n", "\r\n").encode())
+    assert load_recipe(str(path)).name == "mine"
+
+
+def test_every_field_has_a_rule() -> None:
+    for kind, rules in _KEYS.items():
+        assert {field.name for field in fields(kind)} == rules.keys(), kind

@@ -1,0 +1,343 @@
+"""Hugging Face folders become model folders with the same logits, or are refused with the file and the key."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tinyllama_ds.cli import main
+from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
+from tinyllama_ds.hf.convert import export, hf_config, hf_tokenizer
+from tinyllama_ds.hf.import_model import import_hf_folder, read_config
+from tinyllama_ds.hf.model_folder import ModelFolder, open_model_folder, verify_model_folder
+from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
+from tinyllama_ds.model.llama import build_model, empty_model
+
+GROUPED = MODEL_SIZES["test"]
+SHAPES = {
+    "grouped": GROUPED,
+    "multi-head": LlamaConfig(512, 48, 100, 3, 4, 4, 64),
+    "one key head": LlamaConfig(512, 96, 64, 1, 6, 1, 64, rms_norm_eps=1e-6, rope_theta=500.0),
+    "interpolated": replace(GROUPED, rope_scaling_factor=4.0),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMATS = ["safetensors", "safetensors shards", "pickle", "pickle shards"]
+
+
+def write_hf_folder(
+    folder: Path, shape: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer, form: str = "safetensors"
+) -> Path:
+    """A randomly initialised model as transformers itself writes it, or wrote it before there was safetensors."""
+    transformers.set_seed(1)
+    model = transformers.LlamaForCausalLM(hf_config(shape, dtype)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # larger than transformers' initialisation
+    model.save_pretrained(folder, max_shard_size="100KB" if "shards" in form else "5GB")
+    if "pickle" in form:
+        pickle_weights(folder)
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    return folder
+
+
+def pickle_weights(folder: Path) -> None:
+    for path in sorted(folder.glob("*.safetensors")):
+        name = path.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+        torch.save(load_file(path), path.with_name(name))
+        path.unlink()
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        text = index.read_text().replace("model-0", "pytorch_model-0").replace(".safetensors", ".bin")
+        (folder / "pytorch_model.bin.index.json").write_text(text)
+        index.unlink()
+
+
+def as_transformers_4_wrote_it(folder: Path) -> None:
+    """The rope at the top level, the dtype under its old name, without key heads where there are as many as heads."""
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    rope = raw.pop("rope_parameters")
+    raw["rope_theta"] = rope["rope_theta"]
+    raw["rope_scaling"] = {"type": "linear", "factor": rope["factor"]} if rope["rope_type"] == "linear" else None
+    raw["torch_dtype"] = raw.pop("dtype")
+    if raw["num_key_value_heads"] == raw["num_attention_heads"]:
+        del raw["num_key_value_heads"]
+    path.write_text(json.dumps(raw))
+
+
+def logits_of(folder: ModelFolder, ids: torch.Tensor) -> torch.Tensor:
+    model = empty_model(folder.model, "eager")
+    model.load_state_dict(dict(folder.tensors()), strict=True)
+    with torch.no_grad():
+        return model(ids)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "form"),
+    [
+        *((shape, torch.float32, "safetensors") for shape in SHAPES),
+        *(("grouped", dtype, form) for dtype, form in zip(DTYPES, FORMATS[1:], strict=True)),
+    ],
+)
+def test_imported_logits_equal_transformers(
+    shape: str, dtype: torch.dtype, form: str, version: int, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    folder = write_hf_folder(tmp_path / "hf", SHAPES[shape], dtype, tokenizer, form)
+    if version == 4:
+        as_transformers_4_wrote_it(folder)
+    imported = import_hf_folder(folder, tmp_path / "ours")
+    opened = open_model_folder(tmp_path / "ours")
+    verify_model_folder(opened)
+    assert (imported.model, imported.dtype) == (opened.model, opened.dtype) == (SHAPES[shape], dtype)
+    ids = torch.randint(512, (2, 60), generator=torch.Generator().manual_seed(3))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(logits_of(opened, ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", ["50GB", "100KB"])
+def test_export_and_import_are_inverse(dtype: torch.dtype, size: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Ours to theirs to ours, and theirs to ours to theirs: the same bits, shapes and tokenizer."""
+    shape = SHAPES["interpolated"]
+    weights = {name: tensor.to(dtype) for name, tensor in build_model(shape, "eager", seed=1).state_dict().items()}
+    export(weights.items(), shape, tokenizer, tmp_path / "hf", max_shard_size=size)
+    import_hf_folder(tmp_path / "hf", tmp_path / "ours")
+    ours = open_model_folder(tmp_path / "ours")
+    assert (ours.model, ours.dtype, ours.tokenizer.sha256) == (shape, dtype, tokenizer.sha256)
+    found = dict(ours.tensors())
+    assert found.keys() == weights.keys()
+    assert all(found[name].dtype == dtype and torch.equal(found[name], weights[name]) for name in weights)
+
+    export(ours.tensors(), ours.model, ours.tokenizer, tmp_path / "again", max_shard_size=size)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+
+
+# As it lies beside TinyLlama's released weights, written by transformers 4.31.
+RELEASED = """{"architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+"hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5632, "max_position_embeddings": 2048,
+"model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4,
+"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null, "tie_word_embeddings": false,
+"torch_dtype": "float32", "transformers_version": "4.31.0.dev0", "use_cache": true, "vocab_size": 32000}"""
+
+
+def test_the_released_description_is_tinyllama(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(RELEASED)
+    assert read_config(path) == MODEL_SIZES["tinyllama-1.1b"]
+    path.write_text(RELEASED.replace('"rope_scaling": null', '"rope_scaling": {"type": "linear", "factor": 4}')
+                    .replace('embeddings": 2048', 'embeddings": 8192'))  # fmt: skip
+    assert read_config(path) == MODEL_SIZES["tinyllama-1.1b-8k"]
+
+
+def test_buffers_that_old_versions_stored_are_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer)
+    edit_tensors(folder, lambda held: held.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    import_hf_folder(folder, tmp_path / "ours")
+    assert len(dict(open_model_folder(tmp_path / "ours").tensors())) == 21
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict], object]) -> None:
+    held = load_file(folder / "model.safetensors")
+    edit(held)
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit_json(path: Path, *absent: str, **changes: object) -> None:
+    raw = {key: value for key, value in json.loads(path.read_text()).items() if key not in absent}
+    path.write_text(json.dumps(raw | changes))
+
+
+def edit_index(folder: Path, file: str) -> None:
+    """The index says that the first tensor is in another file."""
+    path = folder / "model.safetensors.index.json"
+    raw = json.loads(path.read_text())
+    raw["weight_map"][min(raw["weight_map"])] = file
+    path.write_text(json.dumps(raw))
+
+
+def spoil_tokenizer_json(folder: Path, edit: Callable[[dict], object]) -> None:
+    hf_tokenizer(Tokenizer(folder / "tokenizer.model"), 128).save_pretrained(folder)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    edit(raw)
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
+class Trap:
+    """What a pickle can do to whoever loads it as one."""
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("trapped"),)
+
+
+def trap(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
+
+
+NORM = "model.norm.weight"
+ADDED = {"id": 512, "content": "<|im_end|>"}
+CONFIG_CASES: dict[str, tuple[dict, str]] = {
+    "architecture": (
+        {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+        'config.json: model_type is "mistral"; expected "llama"',
+    ),
+    "head": (
+        {"architectures": ["LlamaForSequenceClassification"]},
+        'config.json: architectures is ["LlamaForSequenceClassification"]; expected ["LlamaForCausalLM"]',
+    ),
+    "tied": ({"tie_word_embeddings": True}, "config.json: tie_word_embeddings is true; expected false"),
+    "attention bias": ({"attention_bias": True}, "config.json: attention_bias is true; expected false"),
+    "mlp bias": ({"mlp_bias": True}, "config.json: mlp_bias is true; expected false"),
+    "activation": ({"hidden_act": "gelu"}, 'config.json: hidden_act is "gelu"; expected "silu"'),
+    "code": ({"auto_map": {"AutoModel": "m.M"}}, 'config.json: auto_map is {"AutoModel": "m.M"}; expected null'),
+    "quantized": ({"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}; expected null'),
+    "end of text": ({"eos_token_id": 0}, "config.json: eos_token_id is 0; expected 2"),
+    "head size": ({"head_dim": 32}, "head_dim is 32; expected hidden_size / num_attention_heads, 16"),
+    "rope": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+        'config.json: rope_parameters has the type "yarn"; expected default or linear',
+    ),
+    "old rope": (
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        'config.json: rope_scaling has the type "dynamic"; expected default or linear',
+    ),
+    "rope factor": (
+        {"rope_scaling": {"type": "linear", "factor": 0.5}},
+        "config.json: rope_scaling_factor 0.5 must be 1 or more",
+    ),
+    "no size": ({"hidden_size": None}, "config.json: hidden_size is null; expected a whole number above 0"),
+    "no epsilon": ({"rms_norm_eps": "1e-5"}, 'config.json: rms_norm_eps is "1e-5"; expected a number above 0'),
+    "heads": ({"num_attention_heads": 3}, "config.json: hidden_size 64 must be a multiple of num_attention_heads 3"),
+    "vocabulary": ({"vocab_size": 520}, "tokenizer.model: has 512 pieces; expected vocab_size 520 of config.json"),
+}
+FOLDER_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: is missing; expected a Hugging Face folder"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "hf: holds no weights; expected one of model.saf"),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model: is missing; expected the sentence"),
+    "damaged tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"?"), "tokenizer.model: not a sentencepiece"),
+    "other pieces": (
+        lambda f: spoil_tokenizer_json(f, lambda raw: raw["added_tokens"].append(raw["added_tokens"][0] | ADDED)),
+        "tokenizer.json: its pieces are not those of",
+    ),
+    "other merges": (
+        lambda f: spoil_tokenizer_json(f, lambda raw: raw["model"]["merges"].reverse()),
+        "tokenizer.json: its ids of ",
+    ),
+    "missing tensor": (
+        lambda f: edit_tensors(f, lambda held: held.pop(NORM)),
+        f"model.safetensors: the tensor {NORM} is missing; expected the 21 of a Llama decoder",
+    ),
+    "biases": (
+        lambda f: edit_tensors(f, lambda held: held.update({"model.layers.0.mlp.up_proj.bias": torch.ones(176)})),
+        "model.safetensors: the tensor model.layers.0.mlp.up_proj.bias is not of ours",
+    ),
+    "wrong shape": (
+        lambda f: edit_tensors(f, lambda held: held.update({NORM: torch.ones(65)})),
+        f"model.safetensors: {NORM} has the shape [65]; expected [64]",
+    ),
+    "wrong dtype": (
+        lambda f: edit_tensors(f, lambda held: held.update({NORM: torch.ones(64).half()})),
+        f"model.safetensors: {NORM} is float16; expected float32",
+    ),
+    "not finite": (
+        lambda f: edit_tensors(f, lambda held: held[NORM].fill_(float("nan"))),
+        f"model.safetensors: {NORM} holds values that are not finite",
+    ),
+    "cut short": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
+        "model.safetensors: not a whole safetensors file",
+    ),
+    "code in a pickle": (trap, "pytorch_model.bin: not a state dict that torch's weights_only loader can map"),
+}  # fmt: skip
+SHARD_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing shard": (
+        lambda f: max(f.glob("model-*")).unlink(),
+        "-of-00006.safetensors: this shard is missing, model.safetensors.index.json names it",
+    ),
+    "elsewhere": (
+        lambda f: edit_index(f, "../secret.safetensors"),
+        "weight_map names '../secret.safetensors'; expected the plain name of a file beside it",
+    ),
+    "another shard": (
+        lambda f: edit_index(f, "model-00003-of-00006.safetensors"),
+        "model-00003-of-00006.safetensors: does not hold lm_head.weight, which",
+    ),
+    "no index": (
+        lambda f: (f / "model.safetensors.index.json").write_text("[]"),
+        "model.safetensors.index.json: not an index of shards with a weight_map",
+    ),
+}
+
+
+def refuse(folder: Path, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused with the sentence, and nothing is there that was not."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError) as error:
+        import_hf_folder(folder, tmp_path / "ours")
+    assert sentence in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("case", CONFIG_CASES)
+def test_other_models_are_refused(
+    case: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer)
+    changes, sentence = CONFIG_CASES[case]
+    edit_json(folder / "config.json", **changes)
+    refuse(folder, sentence, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("case", FOLDER_CASES)
+def test_damaged_folders_are_refused(
+    case: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer)
+    spoil, sentence = FOLDER_CASES[case]
+    spoil(folder)
+    refuse(folder, sentence, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("case", SHARD_CASES)
+def test_damaged_shards_are_refused(
+    case: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer, "safetensors shards")
+    spoil, sentence = SHARD_CASES[case]
+    spoil(folder)
+    refuse(folder, sentence, tmp_path, monkeypatch)
+
+
+def test_the_command_imports_once_and_refuses_with_78(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder lacks the tokenizer that the weights were trained with, until it is given."""
+    folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.bfloat16, tokenizer)
+    (folder / "tokenizer.model").rename(tmp_path / "right.model")
+    arguments = ["import", str(folder), str(tmp_path / "ours"), "--json"]
+    capsys.readouterr()  # transformers' bar
+    assert main(arguments) == EXIT_CONFIG
+    said = capsys.readouterr().err.splitlines()
+    assert [f"{folder}/tokenizer.model: is missing; expected" in line for line in said] == [True]
+    arguments += ["--tokenizer", str(tmp_path / "right.model")]
+    assert main(arguments) == EXIT_FINISHED
+    result = json.loads(capsys.readouterr().out)
+    assert (result["dtype"], result["model"]) == ("bfloat16", GROUPED.to_dict())
+    assert result["largest_logit_difference"] < 1e-5
+    assert main(arguments) == EXIT_CONFIG
+    assert "ours: already exists; expected a new folder" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "ours"), "the small", "--max-new-tokens", "3"]) == EXIT_FINISHED
+    assert capsys.readouterr().out.startswith("the small")

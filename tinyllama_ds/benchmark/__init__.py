@@ -1,0 +1,1 @@
+"""Measures the real training step and the all-reduce."""

@@ -1,0 +1,160 @@
+"""One measurement of the training step: random tokens, the real engine, the real step, no data and no run directory."""
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from tinyllama_ds.benchmark.kernels import break_down
+from tinyllama_ds.config.deepspeed import (
+    computes_in_16_bit,
+    load_deepspeed_config,
+    resolve_deepspeed_config,
+    split_off_our_sections,
+    weights_dtype,
+)
+from tinyllama_ds.config.run_plan import Step
+from tinyllama_ds.distributed.world import DistributedInfo, read_world
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
+from tinyllama_ds.model.attention import Demands, Device, capability_of, resolve_attention_backend
+from tinyllama_ds.model.config import LlamaConfig, model_config
+from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.run.metrics import PhaseClock, measured_together, memory_bytes, peak_flops, utilisation
+from tinyllama_ds.train.batches import Batch
+from tinyllama_ds.train.compile import compile_blocks
+from tinyllama_ds.train.engine import start_process_group, supports_fast_bf16, wrap
+from tinyllama_ds.train.step import train_step
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_WARMUP_STEPS = 2  # compilation, and ZeRO-3's recording of the order of modules
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: a ZeRO file, a micro batch, an attention backend, compiled or not."""
+
+    deepspeed_config: Path
+    micro_batch: int
+    attention: str
+    compile: bool
+    activation_checkpointing: int
+
+
+def measure(setting: Setting, model: str, sequence_length: int, accumulation: int, steps: int) -> dict:
+    """Run the step under the deepspeed launcher; returns rank 0's figures. Collective.
+
+    Rates are over all ranks; `mfu` is against the data sheet where there is one, `measured_mfu` against a matrix
+    product in the same processes, each null where the step was faster than what was measured; seconds are per optimizer
+    step, and so is `kernels` (`kernels.summarize`).
+    """
+    world = read_world()
+    config = model_config(model)
+    bf16 = supports_fast_bf16(world.device)
+    raw = load_deepspeed_config(setting.deepspeed_config)
+    batch = setting.micro_batch * accumulation * world.size
+    resolved = resolve_deepspeed_config(
+        raw, setting.deepspeed_config, micro_batch=setting.micro_batch, batch=batch, world_size=world.size,
+        total_steps=1000, hidden_size=config.hidden_size, bf16=bf16,
+    )  # fmt: skip
+    start_process_group(world)
+    device, demands = Device(world.device.type, capability_of(world.device)), Demands(computes_in_16_bit(resolved))
+    attention = resolve_attention_backend(setting.attention, device, demands)
+    dtype = getattr(torch, weights_dtype(resolved))
+    recompute_every = setting.activation_checkpointing
+    decoder = build_model(config, attention.backend, 1, recompute_every, world.device, dtype)
+    if setting.compile:
+        compile_blocks(decoder)
+    engine_config, _ = split_off_our_sections(resolved)
+    engine = wrap(decoder, {"timers": {"throughput": {"enabled": False}}} | engine_config, 1.0)
+    micro = Batch(torch.randint(config.vocab_size, (setting.micro_batch, sequence_length + 1)))
+    step = Step(0, "bench", 0, batch, 0, batch * sequence_length)
+    timed = _time_steps(engine, step, micro, setting.micro_batch, world, steps)
+    figures = _figures(engine, config, world, sequence_length, step.tokens_after, timed)
+    profiled = _profile_step(engine, step, micro, setting.micro_batch, world)
+    communication = profiled["kinds"]["collectives"]["seconds"]
+    return figures | {"attention": attention.backend, "seconds_communication": communication, "kernels": profiled}
+
+
+def _time_steps(
+    engine: "DeepSpeedEngine", step: Step, batch: Batch, micro_batch: int, world: DistributedInfo, steps: int
+) -> dict[str, float]:
+    """Seconds of one step as a whole and by phase, averaged over `steps` after the warm-up."""
+    clock = PhaseClock(world.device)
+    for _ in range(_WARMUP_STEPS):
+        train_step(engine, step, repeat(batch), micro_batch, world, clock)
+    _wait(world)
+    clock.read()
+    started = perf_counter()
+    for _ in range(steps):
+        train_step(engine, step, repeat(batch), micro_batch, world, clock)
+    _wait(world)
+    whole = (perf_counter() - started) / steps
+    phases = {f"seconds_{name}": seconds / steps for name, seconds in clock.read().items()}
+    return {"seconds": whole} | phases
+
+
+def _figures(
+    engine: "DeepSpeedEngine",
+    config: LlamaConfig,
+    world: DistributedInfo,
+    sequence_length: int,
+    tokens: int,
+    timed: dict[str, float],
+) -> dict:
+    memory = memory_bytes(world.device)  # before the matrix products below take some, too
+    dtype = next(engine.module.parameters()).dtype
+    peak, origin = peak_flops(world.device, dtype, world.size)
+    measured = measured_together(world.device, dtype, world.size)
+    if world.device.type == "cpu":  # where that is the peak: the better one
+        peak = measured = max(peak, measured)
+    rate = tokens / timed["seconds"]
+    flops = config.flops_per_token(sequence_length) * rate / world.size
+    return timed | {
+        "tokens_per_second": rate,
+        "mfu": utilisation(flops, peak),
+        "peak_from": origin,
+        "measured_mfu": utilisation(flops, measured),
+        "measured_peak_tflops": measured / 1e12,
+        "peak_gib": memory / 2**30,
+        "ranks": world.size,
+    }
+
+
+def _profile_step(
+    engine: "DeepSpeedEngine", step: Step, batch: Batch, micro_batch: int, world: DistributedInfo
+) -> dict:
+    """One more step by kinds of kernels, overlapped or not, as PyTorch's profiler saw them on rank 0."""
+    on_gpu = world.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        train_step(engine, step, repeat(batch), micro_batch, world, PhaseClock(world.device))
+        if on_gpu:
+            torch.cuda.synchronize()
+    _wait(world)
+    return break_down(profiler)
+
+
+def _wait(world: DistributedInfo) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    torch.distributed.barrier()
+
+
+def main(setting: Setting, model: str, sequence_length: int, accumulation: int, steps: int, output: Path) -> int:
+    """Measure, and let rank 0 write the figures to a file; returns the exit code."""
+    try:
+        figures = measure(setting, model, sequence_length, accumulation, steps)
+    except ConfigError as error:
+        print(f"tinyllama-ds: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    if torch.distributed.get_rank() == 0:
+        output.write_text(json.dumps(figures) + "\n")
+    torch.distributed.destroy_process_group()
+    return EXIT_FINISHED

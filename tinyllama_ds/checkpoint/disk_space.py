@@ -1,0 +1,87 @@
+"""Room on the disk for checkpoints: what they need is known by arithmetic, before the first one is written."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllama_ds.checkpoint.format import find_checkpoints
+from tinyllama_ds.checkpoint.retention import find_leftovers
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.layout import CHECKPOINTS
+
+_MOMENTS = 8  # bytes per parameter: AdamW's two, in fp32
+_MASTER = 4
+_PICKLED = 2**16  # bytes of each file that are not tensors, ample
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one checkpoint takes."""
+
+    size: int  # bytes
+    files: int
+
+    def __mul__(self, times: int) -> "Need":
+        return Need(self.size * times, self.files * times)
+
+
+def checkpoint_need(parameters: int, zero_stage: int, bf16: bool, ranks: int) -> Need:
+    """What one checkpoint takes at most, over all ranks.
+
+    ZeRO-3 writes master weights and both moments of AdamW, 12 bytes per parameter. The other stages write the weights
+    too, 2 bytes in bf16 and 4 in fp32, where those of stage 0 in fp32 are the master weights themselves.
+    """
+    weights = 0 if zero_stage == 3 else 2 if bf16 else 4
+    master = 0 if zero_stage == 0 and not bf16 else _MASTER
+    files = {0: 1, 3: 2 * ranks}.get(zero_stage, 1 + ranks)
+    return Need(parameters * (weights + master + _MOMENTS) + files * _PICKLED, files + 2)  # manifest and folder
+
+
+def check_free_space(run_dir: Path, need: Need, keep_last: int) -> None:
+    """Raise `ConfigError` where the checkpoints that a run keeps, and the one it writes meanwhile, do not fit.
+
+    Checkpoints that are there already have their place, and leftovers of a killed process are going to be swept.
+    """
+    times = max(1, keep_last + 1 - len(find_checkpoints(run_dir)))
+    wanted, place = need * times, _existing(run_dir / CHECKPOINTS)
+    found = _free(place)
+    swept = sum(map(_bytes_in, find_leftovers(run_dir)))
+    what = f"{times} checkpoint{'s' if times > 1 else ''}"
+    if found.size + swept < wanted.size:
+        raise ConfigError(
+            f"{place}: {what} need {_bytes(wanted.size)}, and {_bytes(found.size + swept)} are free there"
+        )
+    if found.files < wanted.files:
+        raise ConfigError(
+            f"{place}: {what} need {wanted.files} files, and the file system has {found.files} inodes left"
+        )
+
+
+def _bytes_in(leftover: Path) -> int:
+    try:
+        return sum(file.stat().st_size for file in leftover.rglob("*"))
+    except OSError:  # the run is at work, and has committed it in this moment, or it cannot be read
+        return 0
+
+
+def check_disk_space(folder: Path, need: Need) -> None:
+    """Raise OSError where one more checkpoint does not fit."""
+    found = _free(folder)
+    if found.size < need.size:
+        raise OSError(f"{folder}: a checkpoint needs {_bytes(need.size)}, and {_bytes(found.size)} are free there")
+    if found.files < need.files:
+        raise OSError(f"{folder}: a checkpoint needs {need.files} files, and {found.files} inodes are left")
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def _free(folder: Path) -> Need:
+    status = os.statvfs(folder)
+    counts_inodes = status.f_files > 0  # btrfs and some network file systems make them as they go
+    return Need(status.f_bavail * status.f_frsize, status.f_favail if counts_inodes else 2**62)
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.2f} MiB"

@@ -1,0 +1,103 @@
+"""Weights that a run starts from in place of random ones (`pretrain --init-from`): a model folder's or another run's.
+
+They go in twice. Every rank fills its model with them before DeepSpeed divides it, tensor by tensor from mapped files,
+which the ranks of a host share in memory: a rank holds no more than with random weights. Under bf16 DeepSpeed then
+makes its fp32 masters from weights that are already rounded, so the masters are filled again, each rank its part.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tinyllama_ds.checkpoint.consolidate import whole_tensors
+from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
+from tinyllama_ds.checkpoint.format import manifest_sha256, read_manifest, resolve_checkpoint, verify_checkpoint
+from tinyllama_ds.checkpoint.reshape import stage_0_masters
+from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
+from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.model.llama import LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_POSITIONS = ("max_position_embeddings", "rope_scaling_factor")  # may differ: that is what interpolation changes
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """A model folder, or a checkpoint of another run. Nothing of it is verified yet."""
+
+    path: Path
+    sha256: str  # of the weights; of a checkpoint's manifest, which has that of every file
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]  # one after another, as exact as they are stored
+    verify: Callable[[], None]  # raises `ConfigError` where a file is damaged
+
+    def to_dict(self) -> dict:
+        """What run.json remembers."""
+        return {"path": str(self.path), "sha256": self.sha256}
+
+
+def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Tokenizer) -> InitialWeights:
+    """What a path means: a model folder, a checkpoint, or the newest checkpoint of a run.
+
+    Raises `ConfigError` unless its shapes and its tokenizer are this run's.
+    """
+    if is_model_folder(path):
+        folder = open_model_folder(path)
+        found = InitialWeights(path, folder.weights_sha256, folder.tensors, partial(verify_model_folder, folder))
+        there, held = folder.model, folder.tokenizer
+    elif path.is_dir():
+        checkpoint = resolve_checkpoint(path)
+        manifest = read_manifest(checkpoint)
+        tensors = lambda: whole_tensors(checkpoint, manifest.zero_stage)  # noqa: E731
+        found = InitialWeights(checkpoint, manifest_sha256(checkpoint), tensors, partial(_verify, checkpoint))
+        there, made_with = LlamaConfig(**manifest.model), tokenizer_sha256_of(manifest.run)
+        held = stored_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, made_with, "this run")
+    else:
+        raise ConfigError(f"--init-from {path}: is no folder; expected what import wrote, a run or a checkpoint")
+    for key, value in vars(model).items():
+        if key not in _POSITIONS and getattr(there, key) != value:
+            raise ConfigError(f"{found.path}: its model has {key} {getattr(there, key)}; the recipe's has {value}")
+    if held.sha256 != tokenizer.sha256:
+        raise ConfigError(
+            f"{held.path}: is the tokenizer of the weights, and not {tokenizer.path}; prepare the data with it"
+        )
+    return found
+
+
+def _verify(checkpoint: Path) -> None:
+    verify_checkpoint(checkpoint)
+
+
+def fill_model(model: LlamaForCausalLM, initial: InitialWeights) -> None:
+    """Copy every tensor into a model that DeepSpeed does not have yet."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in initial.tensors():
+            parameters[name].copy_(tensor)
+
+
+def fill_masters(engine: "DeepSpeedEngine", initial: InitialWeights) -> None:
+    """Give the fp32 masters the stored bits, which DeepSpeed has rounded to bf16. Without bf16 it has not."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    if not engine.bfloat16_enabled():
+        return
+    parameters = dict(engine.module.named_parameters())
+    if engine.zero_optimization():
+        for name, tensor in initial.tensors():
+            safe_set_full_fp32_param(parameters[name], tensor.float())
+        return
+    masters = stage_0_masters(engine)
+    if len(masters) == 1:
+        masters = list(masters[0].split([parameter.numel() for parameter in parameters.values()]))
+    places = dict(zip(parameters, masters, strict=True))
+    for name, tensor in initial.tensors():
+        places[name].data.copy_(tensor.float().reshape(places[name].shape))

@@ -1,0 +1,1 @@
+"""The recipe, DeepSpeed's JSON, and every optimizer step that follows from them."""

@@ -1,0 +1,132 @@
+"""What a run will do, step by step, derived from the recipe and the machines before anything starts.
+
+The global batch comes from the recipe; the number of ranks only decides how it is cut up.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from math import isqrt
+
+from tinyllama_ds.config.recipe import Recipe
+from tinyllama_ds.errors import ConfigError
+
+_AUTO_MICRO_BATCH_TOKENS = 16_384  # TinyLlama's 8 sequences of 2,048 tokens per A100-40G
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of the plan. Positions are global sample numbers, tokens count from the start of the run."""
+
+    number: int
+    stage: str
+    first_position: int
+    batch: int  # sequences, over all ranks
+    tokens_before: int
+    tokens_after: int
+
+    def crosses(self, interval_tokens: int) -> bool:
+        """Whether this step completes a multiple of an interval in tokens."""
+        return self.tokens_after // interval_tokens > self.tokens_before // interval_tokens
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of the recipe in steps and sequences."""
+
+    name: str
+    steps: int
+    batch: int  # sequences
+    weights: dict[str, float]
+    ramp_samples: int
+
+    @property
+    def samples(self) -> int:
+        return self.steps * self.batch
+
+
+class RunPlan:
+    """All optimizer steps of a recipe. A stage ends with the step that reaches its tokens."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.sequence_length = recipe.sequence_length
+        self.stages = [
+            PlannedStage(
+                stage.name,
+                -(-stage.tokens // stage.global_batch_tokens),
+                stage.global_batch_tokens // recipe.sequence_length,
+                stage.weights,
+                -(-stage.ramp_tokens // recipe.sequence_length),
+            )
+            for stage in recipe.stages
+        ]
+        self.stage_ends = frozenset(accumulate(stage.steps for stage in self.stages))  # steps
+        self.total_steps = sum(stage.steps for stage in self.stages)
+        self.total_tokens = sum(stage.samples for stage in self.stages) * recipe.sequence_length
+
+    @property
+    def first_batch_tokens(self) -> int:
+        return self.stages[0].batch * self.sequence_length
+
+    def step(self, number: int) -> Step:
+        """The step of a number, from 0; raises IndexError past the end."""
+        first_step = first_position = 0
+        for stage in self.stages:
+            if number < first_step + stage.steps:
+                position = first_position + (number - first_step) * stage.batch
+                after = position + stage.batch
+                T = self.sequence_length
+                return Step(number, stage.name, position, stage.batch, position * T, after * T)
+            first_step += stage.steps
+            first_position += stage.samples
+        raise IndexError(f"step {number} of {self.total_steps}")
+
+    def end_of(self, steps: int) -> tuple[int, int]:
+        """Samples and tokens of the first so many steps."""
+        if steps == 0:
+            return 0, 0
+        last = self.step(min(steps, self.total_steps) - 1)
+        return last.first_position + last.batch, last.tokens_after
+
+    def steps(self, start: int) -> Iterator[Step]:
+        """All steps from a number on."""
+        return (self.step(number) for number in range(start, self.total_steps))
+
+
+def micro_batches_of(plan: RunPlan, world_size: int) -> list[int]:
+    """The micro batches, in sequences, that divide every stage's share of a rank; `world_size` divides the batches."""
+    shares = [stage.batch // world_size for stage in plan.stages]
+    return [size for size in _divisors(min(shares)) if all(share % size == 0 for share in shares)]
+
+
+def micro_batch_of(plan: RunPlan, micro_batch: int | None, world_size: int) -> int:
+    """The micro batch per rank in sequences, or the largest that fits where none is given.
+
+    Raises `ConfigError`, naming what would work, where a stage's global batch cannot be cut into whole micro batches.
+    """
+    for stage in plan.stages:
+        if stage.batch % world_size:
+            raise ConfigError(
+                f"stage {stage.name!r}: a global batch of {stage.batch} sequences does not divide over {world_size}"
+                f" ranks; numbers of ranks that work: {_join(_divisors(stage.batch))}"
+            )
+    works = micro_batches_of(plan, world_size)
+    if micro_batch is None:
+        limit = max(1, _AUTO_MICRO_BATCH_TOKENS // plan.sequence_length)
+        return max(size for size in works if size <= limit)
+    if micro_batch not in works:
+        raise ConfigError(
+            f"train_micro_batch_size_per_gpu {micro_batch} does not divide the"
+            f" {min(stage.batch for stage in plan.stages) // world_size} sequences per rank and"
+            f" step ({world_size} ranks); sizes that work: {_join(works)}"
+        )
+    return micro_batch
+
+
+def _divisors(number: int) -> list[int]:
+    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
+
+
+def _join(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

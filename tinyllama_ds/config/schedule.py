@@ -1,0 +1,62 @@
+"""The learning rate as a pure function of tokens. Nothing of it is stored, so nothing of it can be lost on resume."""
+
+from dataclasses import dataclass
+from math import cos, pi
+from pathlib import Path
+
+from tinyllama_ds.config.deepspeed import read_schedule
+from tinyllama_ds.config.run_plan import RunPlan
+from tinyllama_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """Linear warm-up from `warmup_min_ratio` to 1, then half a cosine from 1 to `min_ratio` (TinyLlama's get_lr).
+
+    An optimizer step trains at the ratio of the tokens seen once it is complete. So no step has learning rate 0, the
+    step that completes the warm-up has the peak, and the last step has the floor. TinyLlama's own loop reads its
+    function at the window's last micro batch, a fraction of a step earlier; DeepSpeed's WarmupCosineLR wastes two
+    steps at 0 and never reaches the peak.
+    """
+
+    warmup_tokens: int
+    total_tokens: int
+    warmup_min_ratio: float
+    min_ratio: float
+
+    def ratio(self, tokens: int) -> float:
+        """What every group's configured learning rate is multiplied with, after `tokens` tokens."""
+        if tokens < self.warmup_tokens:
+            return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * tokens / self.warmup_tokens
+        if tokens >= self.total_tokens:
+            return self.min_ratio
+        progress = (tokens - self.warmup_tokens) / (self.total_tokens - self.warmup_tokens)
+        return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + cos(pi * progress))
+
+
+@dataclass(frozen=True)
+class ConstantSchedule:
+    """No schedule: the configured learning rate throughout."""
+
+    def ratio(self, tokens: int) -> float:
+        return 1.0
+
+
+Schedule = CosineSchedule | ConstantSchedule
+
+
+def make_schedule(raw: dict, path: Path, plan: RunPlan) -> Schedule:
+    """The JSON's schedule over the plan's tokens: a warm-up step counts the tokens of the first stage's batch.
+
+    Raises `ConfigError` where the warm-up leaves nothing of the run.
+    """
+    params = read_schedule(raw, path)
+    if params is None:
+        return ConstantSchedule()
+    warmup_tokens = params.warmup_num_steps * plan.first_batch_tokens
+    if warmup_tokens >= plan.total_tokens:
+        raise ConfigError(
+            f"{path}: warmup_num_steps {params.warmup_num_steps} leaves nothing of the run's {plan.total_steps} steps;"
+            f" expected fewer than {plan.total_tokens // plan.first_batch_tokens}"
+        )
+    return CosineSchedule(warmup_tokens, plan.total_tokens, params.warmup_min_ratio, params.cos_min_ratio)

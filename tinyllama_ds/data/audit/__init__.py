@@ -1,0 +1,1 @@
+"""Whether prepared data is what its manifests say."""

@@ -1,0 +1,337 @@
+"""What is in a data directory, and whether a plan trains on it as it says: every claim is checked, none is believed."""
+
+import functools
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from tinyllama_ds.bars import progress
+from tinyllama_ds.data.chat import conversation_ids
+from tinyllama_ds.data.prepare.conversations import ChatFormat, format_from_dict
+from tinyllama_ds.data.prepare.duplicates import count_duplicates, hash_documents
+from tinyllama_ds.data.prepare.reading import read_records
+from tinyllama_ds.data.prepare.sources import SPLITS, Record, SourceFormat
+from tinyllama_ds.data.shards import ShardReader
+from tinyllama_ds.data.stream import TokenStream
+from tinyllama_ds.data.tokenizer import BOS_ID, END_OF_DOCUMENT, EOS_ID, TOKENIZER_FILE, UNK_ID, Tokenizer
+from tinyllama_ds.errors import ConfigError
+
+SUSPICIOUS_RUN = 256  # equal ids in a row; filler of TinyLlama's bug 83 came by the thousand
+SUSPICIOUS_DRIFT = 0.5  # total variation between the unigrams of a shard and of its source, from 0 to 1
+_CHUNK = 2**22  # tokens looked at together
+_LENGTH_BINS = 32  # documents of 2^n to 2^(n+1) - 1 tokens
+
+
+@dataclass(frozen=True)
+class ShardAudit:
+    """What one shard holds, counted from its tokens; `problems` are what contradicts its manifest or its policy."""
+
+    name: str
+    source: str
+    split: str
+    tokens: int
+    unigrams: np.ndarray  # occurrences of each id (vocab_size,)
+    document_lengths: np.ndarray  # documents by the power of two of their tokens (32,)
+    document_hashes: np.ndarray  # 64 bits of each document, sorted (documents,)
+    longest_run: tuple[int, int]  # how many equal ids in a row, and which id
+    compared_with_raw: int
+    inputs: list[str]  # the raw files in it; none for imported tokens
+    problems: list[str]
+
+
+@dataclass
+class DataAudit:
+    """All shards, and what only shows when they are seen together."""
+
+    shards: list[ShardAudit]
+    duplicates: dict[str, int] = field(default_factory=dict)  # "a/train" or "a/train and b/train" to documents
+    drift: dict[str, float] = field(default_factory=dict)  # shard to its distance from its source
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def compared_with_raw(self) -> int:
+        return sum(shard.compared_with_raw for shard in self.shards)
+
+
+def audit_data(data: Path, raw: Mapping[str, Path], samples: int, workers: int, seed: int = 0) -> DataAudit:
+    """Read every token of a data directory; of every shard, compare `samples` documents with the raw input.
+
+    `raw` names the input directory of the sources that are to be compared.
+    """
+    tokenizer = Tokenizer(data / TOKENIZER_FILE)
+    directories = [
+        directory for source in sorted(data.iterdir()) if source.is_dir() for directory in _splits_of(source)
+    ]
+    if not directories:
+        raise ConfigError(f"{data}: holds no prepared source; expected <source>/<split>/ with shards")
+    unknown = sorted(set(raw) - {directory.parent.name for directory in directories})
+    if unknown:
+        raise ConfigError(f"{data}: holds no source {unknown[0]!r}, whose raw input was named")
+    tasks = [
+        _ShardTask(shard.bin_path.with_suffix(""), tokenizer.path, raw.get(directory.parent.name), samples, seed)
+        for directory in directories
+        for shard in TokenStream(directory).shards
+    ]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        shards = list(progress(pool.map(_audit_shard, tasks), total=len(tasks), desc="audit", unit="shard"))
+    audit = DataAudit(shards, problems=[f"{shard.name}: {problem}" for shard in shards for problem in shard.problems])
+    _compare_shards(audit)
+    return audit
+
+
+def _splits_of(source: Path) -> list[Path]:
+    return [source / split for split in SPLITS if (source / split).is_dir()]
+
+
+# --- one shard --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ShardTask:
+    prefix: Path
+    tokenizer: Path
+    raw: Path | None
+    samples: int
+    seed: int
+
+
+def _audit_shard(task: _ShardTask) -> ShardAudit:
+    tokenizer = Tokenizer(task.tokenizer)
+    shard = ShardReader(task.prefix)
+    manifest = shard.manifest
+    tokens = shard.read(0, shard.tokens)
+    try:
+        starts = shard.document_starts
+    except ConfigError as error:
+        starts, problems = np.array([0, shard.tokens]), [str(error)]
+    else:
+        problems = []
+    unigrams = _count_ids(tokens, tokenizer.vocab_size)
+    problems += _contradictions(shard, tokens, starts, unigrams, tokenizer)
+    compared = 0
+    if task.raw is not None and not problems:
+        compared, differences = _compare_with_raw(task, shard, tokens, starts, tokenizer)
+        problems += differences
+    return ShardAudit(
+        name=f"{manifest.source}/{manifest.split}/{task.prefix.name}",
+        source=manifest.source,
+        split=manifest.split,
+        tokens=shard.tokens,
+        unigrams=unigrams[:-1].astype(np.min_scalar_type(unigrams.max())),
+        document_lengths=_count_lengths(np.diff(starts)),
+        document_hashes=np.sort(hash_documents(tokens, starts)),
+        longest_run=_longest_run(tokens),
+        compared_with_raw=compared,
+        inputs=[entry.path for entry in manifest.inputs if entry.encoder != "imported"],
+        problems=problems,
+    )
+
+
+def _count_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Occurrences of each id of the vocabulary, and of all ids beyond it together (vocab_size + 1,)."""
+    counts = np.zeros(vocab_size + 1, dtype=np.int64)
+    for start in range(0, len(tokens), _CHUNK):
+        chunk = tokens[start : start + _CHUNK].astype(np.int64)
+        chunk[(chunk < 0) | (chunk > vocab_size)] = vocab_size
+        counts += np.bincount(chunk, minlength=vocab_size + 1)
+    return counts
+
+
+def _contradictions(
+    shard: ShardReader, tokens: np.ndarray, starts: np.ndarray, unigrams: np.ndarray, tokenizer: Tokenizer
+) -> list[str]:
+    manifest = shard.manifest
+    documents = len(starts) - 1
+    smallest, largest = (int(tokens.min()), int(tokens.max())) if len(tokens) else (manifest.vocab_size, -1)
+    accounted = sum(entry.documents for entry in manifest.inputs)
+    claims = [
+        (_file_sha256(shard.bin_path) == manifest.bin_sha256, ".bin differs from the hash in its manifest"),
+        (_file_sha256(shard.index.path) == manifest.idx_sha256, ".idx differs from the hash in its manifest"),
+        (manifest.tokenizer_sha256 == tokenizer.sha256, "was made with another tokenizer"),
+        (documents == manifest.documents == accounted, f"{documents} documents, its inputs gave {accounted}"),
+        ((smallest, largest) == (manifest.smallest_id, manifest.largest_id), f"ids run from {smallest} to {largest}"),
+        (unigrams[-1] == 0, f"{unigrams[-1]} ids beyond the vocabulary of {tokenizer.vocab_size}"),
+        (unigrams[UNK_ID] == 0, f"{unigrams[UNK_ID]} unknown tokens (id {UNK_ID})"),
+    ]
+    if manifest.mask_sha256 is not None:
+        claims += _claims_about_mask(shard, tokens, starts, unigrams)
+    if manifest.end_of_document == END_OF_DOCUMENT:
+        ends_with_eos = bool((tokens[starts[1:] - 1] == EOS_ID).all())
+        claims += [
+            (ends_with_eos, "a document does not end with EOS"),
+            (unigrams[EOS_ID] == documents, f"{unigrams[EOS_ID]} EOS tokens for {documents} documents"),
+            (unigrams[BOS_ID] == 0, f"{unigrams[BOS_ID]} BOS tokens (id {BOS_ID}), which prepare never writes"),
+        ]
+    return [problem for holds, problem in claims if not holds]
+
+
+def _claims_about_mask(
+    shard: ShardReader, tokens: np.ndarray, starts: np.ndarray, unigrams: np.ndarray
+) -> list[tuple[bool, str]]:
+    """Every conversation begins with a question, and has an answer whose last token, EOS, is a target too."""
+    mask = shard.read_mask(0, shard.tokens)
+    answers = np.add.reduceat(mask, starts[:-1], dtype=np.int64) if len(starts) > 1 else np.ones(1)
+    return [
+        (_file_sha256(shard.mask_path) == shard.manifest.mask_sha256, ".mask differs from the hash in its manifest"),
+        (int(mask.max(initial=0)) <= 1, ".mask holds other values than 0 and 1"),
+        (bool((answers > 0).all()), "a conversation has no answer"),
+        (bool((mask[starts[:-1]] == 0).all()), "a conversation begins with an answer"),
+        (bool((tokens[starts[1:] - 1] == EOS_ID).all()), "a conversation does not end with EOS"),
+        (bool((mask[starts[1:] - 1] == 1).all()), "a conversation does not end with an answer"),
+        (unigrams[BOS_ID] == 0, f"{unigrams[BOS_ID]} BOS tokens (id {BOS_ID}), which prepare never writes"),
+    ]
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _count_lengths(lengths: np.ndarray) -> np.ndarray:
+    exponents = np.frexp(np.maximum(lengths, 1).astype(np.float64))[1] - 1
+    return np.bincount(exponents, minlength=_LENGTH_BINS)[:_LENGTH_BINS]
+
+
+def _longest_run(tokens: np.ndarray) -> tuple[int, int]:
+    """How many equal ids stand in a row at most, and which id it is."""
+    longest, token = 0, -1
+    open_length, open_token = 0, -1  # the run that reaches the border of a chunk
+    for start in range(0, len(tokens), _CHUNK):
+        chunk = tokens[start : start + _CHUNK]
+        borders = np.flatnonzero(chunk[1:] != chunk[:-1]) + 1
+        edges = np.concatenate(([0], borders, [len(chunk)]))
+        lengths = np.diff(edges)
+        if chunk[0] == open_token:
+            lengths[0] += open_length
+        best = int(lengths.argmax())
+        if lengths[best] > longest:
+            longest, token = int(lengths[best]), int(chunk[edges[best]])
+        open_length, open_token = int(lengths[-1]), int(chunk[-1])
+    return longest, token
+
+
+def _compare_with_raw(
+    task: _ShardTask, shard: ShardReader, tokens: np.ndarray, starts: np.ndarray, tokenizer: Tokenizer
+) -> tuple[int, list[str]]:
+    """Random documents of one random input file: encoded again and decoded, against what the shard holds."""
+    assert task.raw is not None
+    rng = random.Random(f"{task.seed}/{task.prefix.name}")
+    inputs = shard.manifest.inputs
+    firsts = np.cumsum([0] + [entry.documents for entry in inputs])
+    candidates = [number for number, entry in enumerate(inputs) if entry.documents]
+    if not candidates:
+        return 0, []
+    number = rng.choice(candidates)
+    chosen = set(rng.sample(range(inputs[number].documents), min(task.samples, inputs[number].documents)))
+    path = task.raw / inputs[number].path if task.raw.is_dir() else task.raw
+    if not path.is_file():
+        return 0, [f"its input {path} is missing"]
+    try:
+        fmt = format_from_dict(shard.manifest.source_format)
+    except ConfigError as error:
+        return 0, [str(error)]
+    differences = []
+    for index, record in enumerate(islice(_kept_records(path, fmt, tokenizer), max(chosen) + 1)):
+        document = int(firsts[number]) + index
+        start, end = int(starts[document]), int(starts[document + 1])
+        if index not in chosen:
+            continue
+        if isinstance(fmt, ChatFormat):
+            is_same = _is_conversation(tokens[start:end], shard.read_mask(start, end - start), record, fmt, tokenizer)
+        else:
+            is_same = _is_text(tokens[start : end - 1].tolist(), record.text, tokenizer)
+        if not is_same:
+            differences.append(f"document {document} differs from document {index} of {path}")
+    return len(chosen), differences
+
+
+def _kept_records(path: Path, fmt: SourceFormat, tokenizer: Tokenizer) -> Iterator[Record]:
+    """The records of a raw file that became documents."""
+    for record in read_records(path, fmt):
+        if record.text or (isinstance(fmt, ChatFormat) and _kept_turns(record, fmt, tokenizer)):
+            yield record
+
+
+def _is_text(ids: list[int], text: str, tokenizer: Tokenizer) -> bool:
+    # Sentencepiece writes a space as U+2581, so that character comes back as a space.
+    return ids == tokenizer.encode(text) and tokenizer.decode(ids) == text.replace("\u2581", " ")
+
+
+def _is_conversation(ids: np.ndarray, mask: np.ndarray, record: Record, fmt: ChatFormat, tokenizer: Tokenizer) -> bool:
+    """Encoded again turn by turn, another way than `prepare` takes."""
+    expected = conversation_ids(tokenizer, record.messages[: _kept_turns(record, fmt, tokenizer)])
+    return (ids.tolist(), mask.tolist()) == expected
+
+
+def _kept_turns(record: Record, fmt: ChatFormat, tokenizer: Tokenizer) -> int:
+    """How many turns of a conversation fit, up to the last answer that does; 0 where none does."""
+    answers = [number for number, message in enumerate(record.messages, start=1) if message.role == "assistant"]
+    sizes = (len(conversation_ids(tokenizer, record.messages[:turns])[0]) for turns in answers)
+    return max((turns for turns, size in zip(answers, sizes, strict=True) if size <= fmt.max_tokens), default=0)
+
+
+# --- all shards together ----------------------------------------------------------------------------------------------
+
+
+def _compare_shards(audit: DataAudit) -> None:
+    groups: dict[str, list[ShardAudit]] = {}
+    for shard in audit.shards:
+        groups.setdefault(f"{shard.source}/{shard.split}", []).append(shard)
+    _find_duplicates(audit, groups)
+    _check_listing(audit, groups)
+    for shards in groups.values():
+        total = total_unigrams(shards)
+        for shard in shards:
+            audit.drift[shard.name] = _total_variation(shard.unigrams, total)
+    for shard in audit.shards:
+        length, token = shard.longest_run
+        if length >= SUSPICIOUS_RUN:
+            audit.warnings.append(f"{shard.name}: {length} times the id {token} in a row; is it filler?")
+        if audit.drift[shard.name] > SUSPICIOUS_DRIFT:
+            audit.warnings.append(
+                f"{shard.name}: its words differ from its source's by {audit.drift[shard.name]:.2f} of 1"
+            )
+
+
+def _find_duplicates(audit: DataAudit, groups: Mapping[str, list[ShardAudit]]) -> None:
+    audit.duplicates = count_duplicates(
+        {name: [shard.document_hashes for shard in shards] for name, shards in groups.items()}
+    )
+    for name, shards in groups.items():
+        if audit.duplicates[name]:
+            documents = sum(len(shard.document_hashes) for shard in shards)
+            audit.warnings.append(f"{name}: {audit.duplicates[name]} of {documents} documents are there before")
+    for name, shared in audit.duplicates.items():
+        if shared and name not in groups:
+            audit.warnings.append(f"{name}: {shared} documents are in both")
+
+
+def _check_listing(audit: DataAudit, groups: Mapping[str, list[ShardAudit]]) -> None:
+    """Inputs in sorted order, each once: a listing as the file system gives it differs from machine to machine."""
+    for name, shards in groups.items():
+        inputs = [Path(path) for shard in shards for path in shard.inputs]
+        for before, after in pairwise(inputs):
+            if after <= before:
+                audit.problems.append(
+                    f"{name}: the input {after} comes after {before}; expected them sorted, each once"
+                )
+
+
+def total_unigrams(shards: Sequence[ShardAudit]) -> np.ndarray:
+    """Occurrences of each id in all shards (vocab_size,) int64."""
+    return functools.reduce(np.add, (shard.unigrams for shard in shards), np.zeros(1, dtype=np.int64))
+
+
+def _total_variation(counts: np.ndarray, reference: np.ndarray) -> float:
+    """Half the sum of the differences of two distributions: 0 where they are equal, 1 where they share nothing."""
+    if not counts.sum():
+        return 0.0
+    return float(np.abs(counts / counts.sum() - reference / reference.sum()).sum() / 2)

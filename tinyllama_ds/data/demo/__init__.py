@@ -1,0 +1,1 @@
+"""Small corpora and tasks made from what is installed."""

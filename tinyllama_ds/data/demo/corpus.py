@@ -1,0 +1,234 @@
+"""A demo corpus made from the Python installation itself: nothing is downloaded, nothing of it is executed.
+
+Prose (pydoc's topics and docstrings) is written as SlimPajama is published, code (the standard library's sources) as
+StarCoderData is, mathematics (docstrings and sources of sympy and mpmath, on which torch depends) as Proof-Pile-2 is,
+and the sentences of a small Chinese grammar (`demo_chinese.py`) as SkyPile is. A module is held out whole, its
+docstrings and its source together, so that no validation text was seen in training under another name.
+"""
+
+import ast
+import hashlib
+import json
+import multiprocessing
+import os
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from tinyllama_ds.bars import progress
+from tinyllama_ds.data.demo.chinese import chinese_pages
+from tinyllama_ds.outputs import new_folder
+
+PROSE_PACKAGES = ("numpy", "torch", "transformers")
+MATHEMATICS_PACKAGES = ("sympy", "mpmath")
+DEMO_SOURCES = ("slimpajama", "starcoderdata", "proof-pile-2", "skypile")
+FILES_PER_SPLIT = {"train": 4, "validation": 1}
+MAX_BYTES_PER_SOURCE = 8_000_000
+_HELD_OUT_PERCENT = 4
+_MIN_DOCSTRING = 200  # characters; shorter ones are one-liners, not prose
+
+
+@dataclass(frozen=True)
+class Document:
+    module: str  # decides the split
+    path: str
+    text: str
+    subset: str = ""  # the folder that it lies in
+
+
+_Writer = Callable[[Path, str, int, list[Document]], None]
+
+
+def make_demo_corpus(
+    output: Path,
+    code_root: Path | None = None,
+    max_bytes: int = MAX_BYTES_PER_SOURCE,
+    sources: Sequence[str] = DEMO_SOURCES[:2],
+) -> dict[str, dict[str, int]]:
+    """Write `output/<source>` for each of some `DEMO_SOURCES`; returns documents and bytes by source and split.
+
+    All but the Chinese come from the Python sources below `code_root` (default: the standard library, for prose also
+    `PROSE_PACKAGES`, for mathematics `MATHEMATICS_PACKAGES`), each up to `max_bytes`. A source that is already there is
+    left alone.
+    """
+    stdlib = code_root or Path(sysconfig.get_paths()["stdlib"])
+    # Packages come first, because their docstrings are the longest.
+    prose = [stdlib] if code_root else [*_package_roots(PROSE_PACKAGES), stdlib]
+    mathematics = [stdlib] if code_root else list(_package_roots(MATHEMATICS_PACKAGES))
+    collectors = {
+        "slimpajama": (lambda: _prose(prose), _write_slimpajama),
+        "starcoderdata": (lambda: _code(stdlib), _write_starcoderdata),
+        "proof-pile-2": (lambda: _mathematics(mathematics), _write_proof_pile),
+        "skypile": (_chinese, _write_skypile),
+    }
+    return {
+        name: _write_source(output / name, collect(), write, max_bytes)
+        for name, (collect, write) in collectors.items()
+        if name in sources and not (output / name).exists()
+    }
+
+
+def _package_roots(packages: Sequence[str]) -> Iterator[Path]:
+    for package in packages:
+        spec = find_spec(package)
+        if spec is not None and spec.origin is not None:
+            yield Path(spec.origin).parent
+
+
+def python_files(root: Path) -> list[Path]:
+    """Python files, without third-party packages, deliberately broken files, and pydoc's topics, which are prose."""
+    excluded = {"site-packages", "lib2to3", "pydoc_data", "__pycache__"}
+    return [path for path in sorted(root.rglob("*.py")) if not excluded & set(path.relative_to(root).parts)]
+
+
+def _code(root: Path) -> Iterator[Document]:
+    for path in python_files(root):
+        text = read_source(path)
+        if text.strip():
+            yield Document(_module(root, path), str(path.relative_to(root)), text)
+
+
+def _prose(roots: list[Path]) -> Iterator[Document]:
+    yield from _pydoc_topics()
+    files = [(root, path) for root in roots for path in python_files(root)]
+    for root, path, text in _with_docstrings(files):
+        if text:
+            yield Document(_module(root, path), f"{root.name}/{path.relative_to(root)}", text)
+
+
+def _mathematics(roots: list[Path]) -> Iterator[Document]:
+    """What a module says as a page of the web, what it does as code of the algebraic stack."""
+    files = [(root, path) for root in roots for path in python_files(root) if "tests" not in path.parts]
+    for root, path, text in _with_docstrings(files):
+        module, place = _module(root, path), f"{root.name}/{path.relative_to(root)}"
+        if text:
+            yield Document(module, place, text, "open-web-math")
+        if source := read_source(path):
+            yield Document(module, place, source, "algebraic-stack")
+
+
+def _chinese() -> Iterator[Document]:
+    for number, page in enumerate(chinese_pages()):
+        yield Document(f"skypile/{number}", f"page {number}", page)
+
+
+def _with_docstrings(files: list[tuple[Path, Path]]) -> Iterator[tuple[Path, Path, str]]:
+    """Each (root, file) with its long docstrings, without those that were in a file before."""
+    seen: set[bytes] = set()
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        docstrings_of = pool.imap(_docstrings, [path for _, path in files], chunksize=32)
+        for (root, path), docstrings in zip(files, docstrings_of, strict=True):
+            yield root, path, "\n\n".join(docstring for docstring in docstrings if _is_new(docstring, seen))
+
+
+def _pydoc_topics() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield Document(f"pydoc/{name}", f"pydoc/{name}", topics[name])
+
+
+def _docstrings(path: Path) -> list[str]:
+    """The long docstrings of a file, in its order; none where it is not valid Python."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about escapes in other people's strings
+            tree = ast.parse(read_source(path))
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [text for text in found if text and len(text) >= _MIN_DOCSTRING]
+
+
+def read_source(path: Path) -> str:
+    """The text of a source file; none where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        return ""
+
+
+def _module(root: Path, path: Path) -> str:
+    """The top-level folder of a package and the file's stem: twins such as `x.py` and `test_x.py` share a split."""
+    relative = path.relative_to(root)
+    return f"{relative.parts[0]}/{relative.stem.removeprefix('test_')}"
+
+
+def _is_new(text: str, seen: set[bytes]) -> bool:
+    key = hashlib.sha256(" ".join(text.split()).encode()).digest()
+    is_new = key not in seen
+    seen.add(key)
+    return is_new
+
+
+def is_held_out(module: str) -> bool:
+    """Whether what is made of a module goes to the validation split."""
+    return int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "little") % 100 < _HELD_OUT_PERCENT
+
+
+def _write_source(root: Path, documents: Iterable[Document], write: _Writer, max_bytes: int) -> dict[str, int]:
+    splits: dict[str, list[Document]] = {"train": [], "validation": []}
+    seen: set[bytes] = set()
+    total = 0
+    with progress(total=max_bytes, desc=f"demo {root.name}", unit="B", unit_scale=True, leave=False) as bar:
+        for document in documents:
+            size = len(document.text.encode())
+            if total + size > max_bytes:
+                break
+            if _is_new(document.text, seen):
+                splits["validation" if is_held_out(document.module) else "train"].append(document)
+                total += size
+                bar.update(size)
+    with new_folder(root) as folder:
+        for split, held in splits.items():
+            for number in range(FILES_PER_SPLIT[split]):
+                write(folder, split, number, held[number :: FILES_PER_SPLIT[split]])
+    return {"bytes": total} | {f"{split} documents": len(held) for split, held in splits.items()}
+
+
+def _write_slimpajama(root: Path, split: str, number: int, documents: list[Document]) -> None:
+    meta = {"meta": {"redpajama_set_name": "RedPajamaCommonCrawl"}}
+    records = [{"text": document.text} | meta for document in documents]
+    _write_lines(root / split / f"chunk{number + 1}" / f"example_{split}_0.jsonl.zst", records)
+
+
+def _write_proof_pile(root: Path, split: str, number: int, documents: list[Document]) -> None:
+    for subset in ("open-web-math", "algebraic-stack"):
+        records = [
+            {"text": document.text, "meta": {"path": document.path}}
+            for document in documents
+            if document.subset == subset
+        ]
+        _write_lines(root / subset / split / f"part{number:04d}.jsonl.zst", records)
+
+
+def _write_skypile(root: Path, split: str, number: int, documents: list[Document]) -> None:
+    folder = "data" if split == "train" else split  # the published one has no held-out part
+    _write_lines(root / folder / f"part_{number:04d}.jsonl", [{"text": document.text} for document in documents])
+
+
+def _write_lines(path: Path, records: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    path.write_bytes(zstandard.compress(text) if path.suffix == ".zst" else text)
+
+
+def _write_starcoderdata(root: Path, split: str, number: int, documents: list[Document]) -> None:
+    folder = root / split / "python"
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = {
+        "max_stars_repo_path": [document.path for document in documents],
+        "max_stars_repo_name": ["python/cpython"] * len(documents),
+        "max_stars_count": [0] * len(documents),
+        "id": [str(index) for index in range(len(documents))],
+        "content": [document.text for document in documents],
+    }
+    name = f"train-{number:05d}-of-{FILES_PER_SPLIT[split]:05d}.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / name)

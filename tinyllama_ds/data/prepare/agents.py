@@ -1,0 +1,63 @@
+"""One preparing agent per host, started over ssh; what an agent leaves undone is done by whoever comes next.
+
+Every agent sees the same files and makes its share of the shards. Nothing else passes between them: a shard is there
+or it is not, so an agent that dies costs the shard that it was making.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import IO
+
+from tinyllama_ds.data.prepare.prepare import Preparation, plan_shards, watch_shards
+from tinyllama_ds.data.tokenizer import Tokenizer
+
+_POLL_SECONDS = 0.5
+
+
+def prepare_on_hosts(job: Preparation, hosts: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Run `tinyllama-ds prepare ARGUMENTS --share RANK/SIZE` on every host; returns a sentence for each that failed.
+
+    The hosts must see the same directories, and this Python under the same path.
+    """
+    open_tasks = [task for task in plan_shards(job) if not task.manifest.exists()]
+    vocab_size = Tokenizer(job.tokenizer).vocab_size
+    with ExitStack() as files:
+        logs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in hosts]
+        agents = [
+            _start(host, [*arguments, "--share", f"{rank}/{len(hosts)}"], log)
+            for rank, (host, log) in enumerate(zip(hosts, logs, strict=True))
+        ]
+        try:
+            with watch_shards(f"prepare {job.source} on {len(hosts)} hosts", open_tasks, vocab_size).watching():
+                while any(agent.poll() is None for agent in agents):
+                    time.sleep(_POLL_SECONDS)
+        finally:
+            for agent in agents:
+                agent.terminate()
+        return [
+            f"{host}: exit code {agent.returncode}: {_last_line(log)}"
+            for host, agent, log in zip(hosts, agents, logs, strict=True)
+            if agent.returncode
+        ]
+
+
+def _start(host: str, arguments: list[str], log: IO[str]) -> subprocess.Popen:
+    """`host` has been read from a hostfile, which accepts no name that ssh could take for an option."""
+    path = os.environ.get("PYTHONPATH")
+    command = [*(["env", f"PYTHONPATH={path}"] if path else []), sys.executable, "-m", "tinyllama_ds.cli", *arguments]
+    remote = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}"
+    options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))  # as for pdsh
+    ssh = ["ssh", *options, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", host, remote]
+    return subprocess.Popen(ssh, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, text=True)
+
+
+def _last_line(log: IO[str]) -> str:
+    log.seek(0)
+    lines = [line for line in log.read().replace("\r", "\n").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"

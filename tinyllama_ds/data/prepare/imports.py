@@ -1,0 +1,225 @@
+"""Tokens that others prepared: Megatron's shards as they are, and TinyLlama's own LITPKDS chunks."""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from tinyllama_ds import __version__
+from tinyllama_ds.bars import progress
+from tinyllama_ds.data.shards import (
+    IndexHeader,
+    InputFile,
+    Manifest,
+    ShardName,
+    ShardWriter,
+)
+from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, Tokenizer, store_tokenizer
+from tinyllama_ds.data.vocabulary import reject_inconvertible
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.files import temporary_name, write_durably
+
+_READ_TOKENS = 2**22
+
+
+@dataclass(frozen=True)
+class Import:
+    """Where foreign tokens come from and where they go; `tokenizer` is the one they were made with."""
+
+    source: str
+    split: str
+    tokenizer: Path
+    output: Path
+
+
+# --- Megatron ---------------------------------------------------------------------------------------------------------
+
+
+def import_megatron(job: Import, inputs: list[Path]) -> list[Manifest]:
+    """Link .bin/.idx pairs into the data directory, in the order given, and write their manifests.
+
+    `inputs` are the .idx files. Raises `ConfigError` for a pair that is damaged or holds ids beyond the vocabulary.
+    """
+    tokenizer = Tokenizer(job.tokenizer)
+    reject_inconvertible(tokenizer)
+    for index in inputs:
+        IndexHeader.read(index)  # before anything is made
+    store_tokenizer(tokenizer, job.output)
+    manifests = []
+    for number, index in enumerate(progress(inputs, desc=f"import {job.source}", unit="shard")):
+        name = ShardName(job.output, job.source, job.split, number, len(inputs))
+        manifest = _describe_megatron(index, name, tokenizer)
+        name.prefix.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".bin", ".idx"):
+            _link(index.with_suffix(suffix), name.prefix.with_suffix(suffix))
+        write_durably(name.prefix.with_suffix(".json"), manifest.to_json().encode())
+        manifests.append(manifest)
+    return manifests
+
+
+def _describe_megatron(index: Path, name: ShardName, tokenizer: Tokenizer) -> Manifest:
+    header = IndexHeader.read(index)
+    starts = header.document_starts()
+    path = index.with_suffix(".bin")
+    if not path.is_file() or path.stat().st_size != int(starts[-1]) * header.dtype.itemsize:
+        raise ConfigError(f"{path}: does not hold the {starts[-1]} tokens of {header.dtype.name} that its index counts")
+    smallest, largest, digest = tokenizer.vocab_size, -1, hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_TOKENS * header.dtype.itemsize):
+            ids = np.frombuffer(block, header.dtype)
+            smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
+            digest.update(block)
+    if largest >= tokenizer.vocab_size or (smallest < 0 <= largest):
+        raise ConfigError(
+            f"{path}: ids from {smallest} to {largest} do not fit the {tokenizer.vocab_size} of the tokenizer"
+        )
+    return Manifest(
+        source=name.source,
+        split=name.split,
+        number=name.number,
+        shards=name.shards,
+        tokens=int(starts[-1]),
+        documents=header.documents,
+        smallest_id=smallest,
+        largest_id=largest,
+        bin_sha256=digest.hexdigest(),
+        idx_sha256=hashlib.sha256(index.read_bytes()).hexdigest(),
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        end_of_document="as in the imported shard",
+        source_format={"imported_from": "MMIDIDX"},
+        inputs=[_imported_file(path, header.documents)],
+        tool_version=__version__,
+    )
+
+
+def _link(target: Path, link: Path) -> None:
+    """A symbolic link: corpora are too large to copy, and hard links do not cross file systems."""
+    partial = temporary_name(link)
+    partial.symlink_to(target.resolve())
+    partial.replace(link)
+
+
+def _imported_file(path: Path, documents: int) -> InputFile:
+    return InputFile(
+        path=path.name,
+        bytes=path.stat().st_size,
+        records=documents,
+        documents=documents,
+        rejected={},
+        faults=[],
+        text_bytes=0,
+        encoder="imported",
+    )
+
+
+# --- LITPKDS ----------------------------------------------------------------------------------------------------------
+
+# lit_gpt/packed_dataset.py of TinyLlama's repository: magic, version, dtype code, tokens per chunk, then the tokens.
+_LITPKDS_HEADER = struct.Struct("<7sQBQ")
+_LITPKDS_MAGIC = b"LITPKDS"
+_LITPKDS_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+def import_litpkds(job: Import, inputs: list[Path], shard_bytes: int = 256 * 2**20) -> list[Manifest]:
+    """Turn TinyLlama's chunks, in the order given, into shards of about `shard_bytes`.
+
+    Documents are cut after EOS, or before BOS where a file knows no EOS; one that runs on in the next chunk of the same
+    process stays whole. Filler, a run of BOS at the end of a chunk, is left out and counted (TinyLlama's issue 83).
+    """
+    tokenizer = Tokenizer(job.tokenizer)
+    reject_inconvertible(tokenizer)
+    for path in inputs:
+        _chunk_of(path)  # before anything is made
+    store_tokenizer(tokenizer, job.output)
+    groups = list(_fill(inputs, shard_bytes))
+    manifests = []
+    with progress(total=len(inputs), desc=f"import {job.source}", unit="chunk") as bar:
+        open_document = np.empty(0, dtype=np.int64)
+        for number, group in enumerate(groups):
+            following = groups[number + 1][0] if number + 1 < len(groups) else None
+            writer = ShardWriter(
+                ShardName(job.output, job.source, job.split, number, len(groups)), tokenizer.vocab_size
+            )
+            try:
+                manifest, open_document = _import_group(writer, tokenizer, group, following, open_document)
+            finally:
+                writer.abandon()
+            manifests.append(manifest)
+            bar.update(len(group))
+    return manifests
+
+
+def _fill(inputs: list[Path], shard_bytes: int) -> Iterator[list[Path]]:
+    size = 0
+    numbers = []
+    for path in inputs:
+        numbers.append(size // shard_bytes)
+        size += path.stat().st_size
+    for _, members in groupby(zip(numbers, inputs, strict=True), key=lambda member: member[0]):
+        yield [path for _, path in members]
+
+
+def _import_group(
+    writer: ShardWriter, tokenizer: Tokenizer, group: list[Path], following: Path | None, open_document: np.ndarray
+) -> tuple[Manifest, np.ndarray]:
+    """Write the chunks of one shard; returns its manifest and the document that runs on in the next shard."""
+    inputs, filler = [], 0
+    for path, after in zip(group, [*group[1:], following], strict=True):
+        ids = read_litpkds(path)
+        text = _without_filler(ids)
+        filler += len(ids) - len(text)
+        documents = _cut(np.concatenate((open_document, text)))
+        runs_on = after is not None and _process_of(after) == _process_of(path) and len(documents) > 0
+        open_document = documents.pop() if runs_on and documents[-1][-1] != EOS_ID else np.empty(0, dtype=np.int64)
+        if documents:
+            try:
+                writer.add(np.concatenate(documents), np.array([len(document) for document in documents]))
+            except ValueError as error:
+                raise ConfigError(f"{path}: {error}") from error
+        inputs.append(_imported_file(path, len(documents)))
+    origin = {"imported_from": "LITPKDS", "filler_tokens_left_out": filler}
+    return writer.commit(tokenizer.sha256, "as in the imported chunks", origin, inputs), open_document
+
+
+def read_litpkds(path: Path) -> np.ndarray:
+    """All ids of a chunk (n,) int64; raises `ConfigError` for anything but a whole LITPKDS file of integers."""
+    return np.fromfile(path, dtype=_chunk_of(path), offset=_LITPKDS_HEADER.size).astype(np.int64)
+
+
+def _chunk_of(path: Path) -> np.dtype:
+    """The type of a chunk's ids, proven to fit the size of the file."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: the chunk is missing")
+    with path.open("rb") as file:
+        head = file.read(_LITPKDS_HEADER.size)
+    size = path.stat().st_size - _LITPKDS_HEADER.size
+    if len(head) < _LITPKDS_HEADER.size or head[:7] != _LITPKDS_MAGIC:
+        raise ConfigError(f"{path}: not a LITPKDS chunk")
+    _, version, code, tokens = _LITPKDS_HEADER.unpack(head)
+    if version != 1 or code not in _LITPKDS_DTYPES:
+        raise ConfigError(f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype")
+    dtype = np.dtype(_LITPKDS_DTYPES[code])
+    if size != tokens * dtype.itemsize:
+        raise ConfigError(f"{path}: {size} bytes do not hold {tokens} tokens of {dtype.name}")
+    return dtype
+
+
+def _without_filler(ids: np.ndarray) -> np.ndarray:
+    others = np.flatnonzero(ids != BOS_ID)
+    end = int(others[-1]) + 1 if len(others) else 0
+    return ids[:end] if len(ids) - end > 1 else ids
+
+
+def _cut(ids: np.ndarray) -> list[np.ndarray]:
+    ends = np.flatnonzero(ids == EOS_ID) + 1 if (ids == EOS_ID).any() else np.flatnonzero(ids == BOS_ID)
+    return [document for document in np.split(ids, ends) if len(document)]
+
+
+def _process_of(path: Path) -> str:
+    """Chunks are named PREFIX_PROCESS_COUNTER.bin; those of one process follow each other without a gap."""
+    return path.stem.rpartition("_")[0]

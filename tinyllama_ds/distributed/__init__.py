@@ -1,0 +1,1 @@
+"""This process among all ranks, and collectives."""

@@ -1,0 +1,1 @@
+"""Whether a run is healthy: guard, spikes, stragglers, probe, heartbeat."""

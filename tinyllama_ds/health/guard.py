@@ -1,0 +1,174 @@
+"""Bad numbers never reach weights or checkpoints, and what all ranks do next is agreed in one small sum per step.
+
+A step is bad when its loss or gradient is not finite on any rank, and suspicious when one of them spikes (`spikes.py`).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+from tinyllama_ds.config.recipe import GuardSettings
+from tinyllama_ds.distributed.collectives import gather_from_ranks, sum_over_ranks
+from tinyllama_ds.errors import NumericsError
+from tinyllama_ds.health.spikes import SpikeWindow
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+MAX_SKIPS_IN_A_ROW = 5
+_NOT_FINITE = "loss or gradient is not finite"
+_FIGURE_UNITS = 2**32  # in which loss and norm are summed
+_LARGEST_FIGURE = 1e5  # of ten thousand ranks they add up without leaving int64
+_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # to read the bits of a parameter
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """What the ranks know of a step together, the same on all of them to the last bit."""
+
+    stop: bool
+    save: bool
+    busy: bool  # some rank still writes
+    is_finite: bool  # loss and gradient, on every rank
+    digest: int  # of all samples that were trained on, whoever had them
+    loss: float  # mean over the ranks; means something where all are finite
+    grad_norm: float  # global, before clipping
+
+
+def all_reduce_step_status(
+    stop: bool, save: bool, busy: bool, digest: int, loss: torch.Tensor, grad_norm: torch.Tensor | float
+) -> StepStatus:
+    """Collective. One sum over the ranks, read once: the only wait for the device that a step adds to DeepSpeed's.
+
+    Loss and norm travel as whole numbers of 2^-32, whose sum does not depend on the order of the ranks.
+    """
+    device = loss.device
+    figures = torch.stack((loss.double(), torch.as_tensor(grad_norm, device=device).double()))
+    is_bad = ~torch.isfinite(figures).all() | (figures[1] < 0)  # DeepSpeed marks a norm that is not finite by -1
+    fixed = (figures.nan_to_num(0, 0, 0).clamp(max=_LARGEST_FIGURE) * _FIGURE_UNITS).round().long()
+    ours = torch.tensor([1, stop, save, busy, digest], dtype=torch.int64, device=device)
+    together = sum_over_ranks(torch.cat((ours, is_bad.long().reshape(1), fixed)))
+    ranks, stops, saves, busy_ranks, digests, bad, *sums = together.tolist()
+    mean_loss, mean_norm = (value / ranks / _FIGURE_UNITS for value in sums)
+    return StepStatus(stops > 0, saves > 0, busy_ranks > 0, bad == 0, digests, mean_loss, mean_norm)
+
+
+@dataclass(frozen=True)
+class StepDecision:
+    """What the guard thinks of a step."""
+
+    is_applied: bool  # or is to be applied, where the guard is asked before the optimizer
+    reason: str | None = None  # why it was skipped, or is remarkable
+
+
+class Rollback(Exception):
+    """A spike under the policy `rollback`, on all ranks alike.
+
+    The run is to go on from its last checkpoint, and to leave these samples out.
+    """
+
+    def __init__(self, step: int, samples: range, reason: str) -> None:
+        super().__init__(f"step {step}: {reason} (samples {samples[0]} to {samples[-1]})")
+        self.step = step
+        self.samples = samples
+        self.reason = reason
+
+
+class AnomalyGuard:
+    """Judges every step, and counts those whose gradient was thrown away. All ranks come to the same judgement."""
+
+    def __init__(self, settings: GuardSettings, state: dict, rollbacks: int = 0) -> None:
+        """`state` is that of the guard before a restart, or empty; `rollbacks` is how many the run has had."""
+        self.skipped = state.get("skipped", 0)
+        self.spikes = state.get("spikes", 0)  # that were applied all the same
+        self._in_a_row = state.get("in_a_row", 0)
+        self._window = SpikeWindow(settings.spike_window, settings.spike_sigmas, **state.get("window", {}))
+        self._settings = settings
+        self._rollbacks = rollbacks
+
+    @property
+    def checks_before_step(self) -> bool:
+        """Whether it is to be asked before the optimizer, and not after."""
+        return self._settings.spike_policy == "skip"
+
+    def check(self, engine: "DeepSpeedEngine", step: int, samples: range, agreement: StepStatus) -> StepDecision:
+        """What to do about a step.
+
+        Raises, on all ranks alike, `NumericsError` where bad numbers reached the weights or do not end, and `Rollback`.
+        """
+        if not agreement.is_finite:
+            if not self.checks_before_step and engine.zero_optimization() and engine.was_step_applied():
+                raise NumericsError(f"{_place(step, samples)}: {_NOT_FINITE}, and DeepSpeed applied it to the weights")
+            return self._skip(step, samples, _NOT_FINITE)
+        spike = self._window.find(agreement.loss, agreement.grad_norm)
+        if spike and self._settings.spike_policy == "skip":
+            return self._skip(step, samples, f"spike of the {spike}")
+        if spike and self._settings.spike_policy == "rollback":
+            self._roll_back(step, samples, f"spike of the {spike}")
+        self._in_a_row = 0
+        self.spikes += spike is not None
+        self._window.add(agreement.loss, agreement.grad_norm)
+        return StepDecision(True, f"spike of the {spike}" if spike else None)
+
+    def state(self) -> dict:
+        """What a later process needs to judge as this one would; survives JSON to the last bit."""
+        return {
+            "skipped": self.skipped,
+            "spikes": self.spikes,
+            "in_a_row": self._in_a_row,
+            "window": self._window.state(),
+        }
+
+    def _skip(self, step: int, samples: range, reason: str) -> StepDecision:
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row == MAX_SKIPS_IN_A_ROW:
+            raise NumericsError(f"{_place(step, samples)}: {reason} for the {self._in_a_row}th step in a row")
+        return StepDecision(False, reason)
+
+    def _roll_back(self, step: int, samples: range, reason: str) -> NoReturn:
+        allowed = self._settings.max_rollbacks
+        if self._rollbacks >= allowed:
+            raise NumericsError(f"{_place(step, samples)}: {reason}, and the run has used up its {allowed} rollbacks")
+        raise Rollback(step, samples, reason)
+
+
+def _place(step: int, samples: range) -> str:
+    return f"step {step} (samples {samples[0]} to {samples[-1]})"
+
+
+def check_parameters(engine: "DeepSpeedEngine") -> None:
+    """Collective. Every weight is finite, and what all ranks hold a copy of is equal on all, bit for bit.
+
+    Raises `NumericsError` on all ranks, naming the parameter and the ranks.
+    """
+    parameters = dict(engine.module.named_parameters())
+    copies = {name for name, p in parameters.items() if p.numel() > 0}  # under ZeRO-3 a partitioned one is empty
+    held = [(p if name in copies else p.ds_tensor).detach() for name, p in parameters.items()]
+    finite = [torch.isfinite(values).all() for values in held]
+    sums = [values.view(_WORD[values.element_size()]).sum(dtype=torch.int64) for values in held]
+    bad = [name for name, is_finite in zip(parameters, _read(finite, engine.device), strict=True) if not is_finite]
+    checksums = dict(zip(parameters, _read(sums, engine.device), strict=True))
+    checksums = {name: value for name, value in checksums.items() if name in copies}
+    reports = gather_from_ranks([bad, checksums])
+    for rank, (names, found) in enumerate(reports):
+        if names:
+            raise NumericsError(f"parameter {names[0]!r} is not finite on rank {rank}")
+        for name, checksum in found.items():
+            if checksum != reports[0][1][name]:
+                raise NumericsError(
+                    f"parameter {name!r} differs between rank 0 and rank {rank}, which ought to be copies"
+                )
+
+
+def _read(values: list[torch.Tensor], device: torch.device) -> list:
+    """Scalars of the device, some perhaps offloaded, read at once: each by itself would wait for the device."""
+    return torch.stack([value.to(device) for value in values]).tolist()
+
+
+def extend_chain(chain: str, step: int, digest: int) -> str:
+    """The hash chain over the samples of all steps: equal chains mean equal samples in every step so far."""
+    return hashlib.sha256(f"{chain}/{step}/{digest}".encode()).hexdigest()

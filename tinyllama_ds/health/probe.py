@@ -1,0 +1,75 @@
+"""The probe of a run: its loss is stored with every checkpoint, and has to come out again after every load."""
+
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tinyllama_ds.distributed.collectives import gather_from_ranks
+from tinyllama_ds.distributed.world import DistributedInfo
+from tinyllama_ds.errors import ConfigError, NumericsError
+from tinyllama_ds.model.determinism import gives_same_bits
+from tinyllama_ds.model.probe import TOLERANCE, Probe, loss_difference, probe_loss
+from tinyllama_ds.run.resolve import Run
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def take_probe(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo) -> Probe:
+    """The loss of the run's first sample now. Collective: one forward pass of a micro batch, the same on every rank.
+
+    Raises `NumericsError` on all ranks where it is not finite on any: such weights are not to be saved.
+    """
+    first = np.zeros(1, dtype=np.int64)
+    tokens = run.reader.read(first)[0].tolist()
+    document_ids = run.reader.read_document_ids(first)[0].tolist() if run.recipe.document_mask else None
+    losses = gather_from_ranks(probe_loss(engine, tokens, document_ids, run.micro_batch, world.device))
+    for rank, loss in enumerate(losses):
+        if not np.isfinite(loss):
+            raise NumericsError(f"the probe's loss is {loss} on rank {rank}: the weights are not fit to be saved")
+    dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+    return Probe(tokens, document_ids, losses[0], dtype, numerics_environment(engine, run, world))
+
+
+def numerics_environment(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo) -> dict:
+    """What a loss depends on in its last bits, beside weights and sample."""
+    return {
+        "world_size": world.size,
+        "zero_optimization": run.description["deepspeed_config"]["zero_optimization"],
+        "micro_batch": run.micro_batch,
+        "attention": run.attention,
+        "deterministic": run.description["deterministic"],
+        "compiled": engine.module.is_compiled,
+        "versions": {name: run.description["versions"].get(name) for name in ("torch", "deepspeed", "device")},
+        "cpu": [_cpu_model(), torch.get_num_threads()],
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith("model name")), platform.processor())
+
+
+def check_probe(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo, probe: Probe, checkpoint: str) -> None:
+    """After a load: the loss is what it was at the save, to the last bit where that can be expected. Collective.
+
+    Raises `ConfigError` on all ranks where it is not: the weights in the engine are not those that were saved.
+    """
+    dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+    is_same_way = (dtype, numerics_environment(engine, run, world)) == (probe.dtype, probe.numerics_environment)
+    is_same_way &= gives_same_bits(world.device, run.description["deterministic"])
+    loss = probe_loss(engine, probe.tokens, probe.document_ids, run.micro_batch, world.device)
+    found = gather_from_ranks([loss, is_same_way])
+    allowed = 0.0 if all(same for _, same in found) else max(TOLERANCE[dtype], TOLERANCE[probe.dtype])
+    for rank, (loss, _) in enumerate(found):
+        relative = loss_difference(probe, loss)
+        if relative > allowed:
+            raise ConfigError(
+                f"{checkpoint}: the probe's loss is {loss!r} on rank {rank} after loading and was {probe.loss!r} at the"
+                f" save, a relative difference of {relative:.1e} where {allowed:g} is allowed; what was loaded is not"
+                " what was saved"
+            )

@@ -1,0 +1,253 @@
+"""Our weights to a Hugging Face folder, proven equal before it appears."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllama_ds.data.chat import CHAT_TEMPLATE, Message, conversation_ids, prompt_ids
+from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, UNK_ID, Tokenizer
+from tinyllama_ds.data.vocabulary import PROBE_TEXTS, difference_of, fast_tokenizer, reject_other_settings
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.hf.weights import MAX_SHARD_SIZE, Written, digest, parameter_shapes, write_weights
+from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.model.llama import LlamaForCausalLM
+from tinyllama_ds.model.probe import TOLERANCE, Probe, loss_difference, probe_loss
+from tinyllama_ds.outputs import new_folder
+
+LOGIT_TOLERANCE = 1e-4  # largest difference in fp32, relative to the largest logit
+
+
+def export(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: LlamaConfig,
+    tokenizer: Tokenizer,
+    output: Path,
+    probe: Probe | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    is_chat_model: bool = False,
+) -> float:
+    """Write config.json, safetensors and the tokenizer to a new folder; returns the largest relative logit difference.
+
+    The tensors are taken one by one. The tokenizer of a model that `is_chat_model` brings the chat template.
+
+    Raises `ConfigError`, leaving nothing behind, unless transformers loads the folder and has the same bits, the
+    logits of our model, the token ids of sentencepiece, and on the checkpoint's probe the loss that training had on it.
+    """
+    reject_other_settings(tokenizer)
+    with new_folder(output) as folder:
+        written = write_weights(folder, tensors, parameter_shapes(config), max_shard_size)
+        hf_config(config, written.dtype).save_pretrained(folder)
+        _generation_config().save_pretrained(folder)
+        _write_tokenizer(folder, tokenizer, config.max_position_embeddings, CHAT_TEMPLATE if is_chat_model else None)
+        _prove_ids(folder, tokenizer)
+        ours, theirs = load_reference_pair(folder, written, config)
+        difference = logit_difference(ours, theirs, tokenizer)
+        if probe is not None:
+            # A mask within documents is no part of a Hugging Face folder; our model has it, and equal logits without.
+            _prove_loss(probe, ours if probe.document_ids else lambda ids, labels: _loss(theirs(ids).logits, labels))
+    return difference
+
+
+def load_hf_folder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """transformers' model, to evaluate, and tokenizer of a folder that a user names.
+
+    Raises `ConfigError` where it cannot be loaded, for which transformers has errors of many classes: a file that is
+    missing, cut short, of another JSON type, of another architecture. A parameter that is missing is no error to it.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
+    options |= {} if dtype is None else {"dtype": dtype}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"{folder}: transformers cannot load it: {lines[0]}") from error
+    if found["missing_keys"]:
+        raise ConfigError(
+            f"{folder}: its weights lack {sorted(found['missing_keys'])[0]}; expected all that config.json says"
+        )
+    return model.eval(), tokenizer
+
+
+def hf_config(config: LlamaConfig, dtype: torch.dtype) -> Any:
+    """transformers' LlamaConfig of the same model."""
+    import transformers
+
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling_factor != 1:
+        rope |= {"rope_type": "linear", "factor": config.rope_scaling_factor}
+    shapes = {key: value for key, value in config.to_dict().items() if not key.startswith("rope_")}
+    return transformers.LlamaConfig(
+        **shapes,
+        rope_parameters=rope,
+        architectures=["LlamaForCausalLM"],
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        tie_word_embeddings=False,
+        dtype=dtype,
+    )
+
+
+def hf_model(weights: Mapping[str, Tensor], config: LlamaConfig) -> Any:
+    """transformers' LlamaForCausalLM around the same tensors: the parameter names are the same, nothing is permuted."""
+    import transformers
+
+    described = hf_config(config, next(iter(weights.values())).dtype)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(described)
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(described)  # its buffers are computed, not stored
+    model.generation_config = _generation_config()
+    return model.eval()
+
+
+def _generation_config() -> Any:
+    import transformers
+
+    return transformers.GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, do_sample=False)
+
+
+def hf_tokenizer(tokenizer: Tokenizer, max_length: int, chat_template: str | None = None) -> Any:
+    """The sentencepiece model as transformers' tokenizer, with the same ids."""
+    import transformers
+
+    pieces = tokenizer.pieces
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast_tokenizer(tokenizer),
+        unk_token=pieces[UNK_ID],
+        bos_token=pieces[BOS_ID],
+        eos_token=pieces[EOS_ID],
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        chat_template=chat_template,
+    )
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_template: str | None) -> None:
+    hf_tokenizer(tokenizer, max_length, chat_template).save_pretrained(folder)
+    shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
+    # That a text gets no BOS goes without saying in transformers; llama.cpp would add one.
+    path = folder / "tokenizer_config.json"
+    said = json.loads(path.read_text(encoding="utf-8")) | {"add_bos_token": False, "add_eos_token": False}
+    path.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _prove_ids(folder: Path, tokenizer: Tokenizer) -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # it reports that texts are longer than the model's positions
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    differing = [
+        text for text in PROBE_TEXTS if loaded.encode(text, split_special_tokens=True) != tokenizer.encode(text)
+    ]
+    differing += filter(None, [difference_of(loaded.backend_tokenizer, tokenizer)])
+    if differing:
+        raise ConfigError(f"export: transformers' token ids of {differing[0]!r} differ from sentencepiece's")
+    if loaded.chat_template is not None:
+        _prove_chat(loaded, tokenizer)
+
+
+def load_reference_pair(folder: Path, written: Written, config: LlamaConfig) -> tuple[LlamaForCausalLM, Any]:
+    """Our decoder and transformers' over the tensors that transformers loads from a folder, both computing in fp32.
+
+    Raises `ConfigError` unless every parameter has the bits that were written, so that one copy serves both.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # it reports buffers that older versions stored
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        folder, dtype=written.dtype, attn_implementation="sdpa", local_files_only=True
+    )
+    loaded = theirs.state_dict()
+    if loaded.keys() != written.digests.keys():
+        raise ConfigError(
+            f"{folder}: transformers' parameters are not ours: {sorted(loaded.keys() ^ written.digests.keys())}"
+        )
+    for name, tensor in loaded.items():
+        if digest(tensor) != written.digests[name]:
+            raise ConfigError(f"{folder}: transformers loads other bits of {name} than ours")
+    with torch.device("meta"):
+        ours = LlamaForCausalLM(config)
+    ours.load_state_dict(loaded, strict=True, assign=True)
+    for model in (ours, theirs):
+        _compute_in_fp32(model)
+    return ours, theirs
+
+
+def _compute_in_fp32(model: Any) -> None:
+    """Widen each layer for its own forward pass only: that is exact, and the whole is never there in fp32."""
+    stored: dict[torch.nn.Parameter, Tensor] = {}
+
+    def widen(layer: torch.nn.Module, inputs: Any) -> None:
+        for parameter in layer.parameters():
+            stored[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def narrow(layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+        for parameter in layer.parameters():
+            parameter.data = stored.pop(parameter)
+
+    for layer in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head):
+        layer.register_forward_pre_hook(widen)
+        layer.register_forward_hook(narrow)
+
+
+def logit_difference(ours: LlamaForCausalLM, theirs: Any, tokenizer: Tokenizer) -> float:
+    """The largest difference of their logits on the probe texts, relative to the largest logit.
+
+    Raises `ConfigError` where it is beyond `LOGIT_TOLERANCE`.
+    """
+    length = min(64, ours.config.max_position_embeddings)
+    ids = torch.tensor([(tokenizer.encode(" ".join(PROBE_TEXTS)) * length)[:length]])
+    with torch.no_grad():
+        expected, found = ours(ids), theirs(ids).logits
+    difference = ((expected - found).abs().max() / expected.abs().max()).item()
+    if not difference <= LOGIT_TOLERANCE:
+        raise ConfigError(f"transformers' logits differ from ours by {difference:.1e} of the largest logit")
+    return difference
+
+
+def _prove_chat(loaded: Any, tokenizer: Tokenizer) -> None:
+    """transformers' ids of whole conversations and of prompts are ours, and so are their answers.
+
+    Of control tokens in a text it makes other ids, but none of control tokens.
+    """
+    for text in PROBE_TEXTS:
+        if not text.strip():
+            continue
+        roles = ("system", "user", "assistant", "user", "assistant")
+        messages = [Message(role, text) for role in roles]
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        whole = loaded.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        theirs = whole["input_ids"], list(whole["assistant_masks"])
+        prompt = loaded.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
+        if any(control in text for control in tokenizer.pieces[: EOS_ID + 1]):
+            is_proven = [theirs[0].count(control) for control in (UNK_ID, BOS_ID, EOS_ID)] == [0, 0, len(turns)]
+        else:
+            ours = conversation_ids(tokenizer, messages)
+            is_proven = theirs == ours and prompt == prompt_ids(tokenizer, messages[:-1])
+        if not is_proven:
+            raise ConfigError(f"export: transformers' chat template gives other ids than ours with {text!r}")
+
+
+def _prove_loss(probe: Probe, score: Callable[..., Tensor]) -> None:
+    loss = probe_loss(score, probe.tokens, probe.document_ids, 1, torch.device("cpu"))
+    allowed = TOLERANCE[probe.dtype]
+    if loss_difference(probe, loss) > allowed:
+        raise ConfigError(
+            f"export: the loss on the checkpoint's probe is {loss:.6f} and was {probe.loss:.6f} in training, more than"
+            f" {allowed:g} of it apart; the weights are not those that were saved"
+        )
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())

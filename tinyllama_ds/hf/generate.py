@@ -1,0 +1,116 @@
+"""Text from a checkpoint or a Hugging Face folder, through transformers' generation with its key/value cache."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllama_ds.data.chat import Message, prompt_ids
+from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.hf.convert import hf_model, load_hf_folder
+from tinyllama_ds.model.config import LlamaConfig
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can generate, and how its text becomes ids and back."""
+
+    model: Any
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    encode_chat: Callable[[Sequence[Message]], list[int]] | None = None  # the prompt for an answer; of a chat model
+    end_of_turn: int = EOS_ID
+
+    @property
+    def positions(self) -> int:
+        return self.model.config.max_position_embeddings
+
+
+@dataclass(frozen=True)
+class Sampling:
+    max_new_tokens: int
+    temperature: float  # 0 is greedy
+    top_p: float
+    seed: int
+
+
+def serve_hf_folder(folder: Path) -> LoadedModel:
+    """A Hugging Face folder, as any user of transformers loads it."""
+    model, tokenizer = load_hf_folder(folder)
+
+    def encode_chat(messages: Sequence[Message]) -> list[int]:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+
+    return LoadedModel(
+        model,
+        lambda text: tokenizer.encode(text, split_special_tokens=True),
+        lambda ids: tokenizer.decode(ids),
+        encode_chat if tokenizer.chat_template else None,
+        tokenizer.eos_token_id,
+    )
+
+
+def serve_weights(
+    weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer, is_chat_model: bool = False
+) -> LoadedModel:
+    """The weights of a checkpoint; `is_chat_model` says that they were trained on conversations."""
+    encode_chat = partial(prompt_ids, tokenizer) if is_chat_model else None
+    return LoadedModel(hf_model(weights, config), tokenizer.encode, tokenizer.decode, encode_chat)
+
+
+def generate(served: LoadedModel, prompt: str, sampling: Sampling) -> str:
+    """The prompt and its continuation, up to the end of the document or `max_new_tokens`."""
+    ids = served.encode(prompt) or [EOS_ID]
+    torch.manual_seed(sampling.seed)
+    continuation = continue_ids(served, ids, sampling)
+    return served.decode([token for token in [*ids, *continuation] if token != EOS_ID])
+
+
+def continue_ids(
+    served: LoadedModel, ids: list[int], sampling: Sampling, on_token: Callable[[int], None] | None = None
+) -> list[int]:
+    """What the model writes after some ids, its EOS included; `on_token` gets each id as it comes.
+
+    Raises `ConfigError` where the ids leave no position free.
+    """
+    room = served.positions - len(ids)
+    if room < 1:
+        raise ConfigError(f"the prompt's {len(ids)} tokens fill the model's {served.positions} positions")
+    options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    if on_token is not None:
+        options["streamer"] = _Streamer(on_token)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = served.model.to(device)
+    inputs = torch.tensor([ids], device=device)
+    output = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=min(sampling.max_new_tokens, room),
+        pad_token_id=EOS_ID,
+        **options,
+    )
+    return output[0, len(ids) :].tolist()
+
+
+class _Streamer:
+    """transformers' streamer protocol: the prompt comes first, then each token."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self._on_token = on_token
+        self._is_prompt = True
+
+    def put(self, ids: Tensor) -> None:
+        for token in [] if self._is_prompt else ids.flatten().tolist():
+            self._on_token(token)
+        self._is_prompt = False
+
+    def end(self) -> None:
+        pass

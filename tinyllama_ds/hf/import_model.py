@@ -1,0 +1,259 @@
+"""A Hugging Face folder to a model folder of ours: everything that differs from our decoder is refused by its name.
+
+Nothing of the folder is executed: tensors come from safetensors, or from pickles through torch's `weights_only` loader.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, Tokenizer
+from tinyllama_ds.data.vocabulary import difference_of, reject_inconvertible
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.hf.convert import load_reference_pair, logit_difference
+from tinyllama_ds.hf.model_folder import write_model_folder
+from tinyllama_ds.hf.weights import DTYPES, parameter_shapes, read_tensor, tensor_names
+from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.outputs import new_folder
+
+CONFIG_FILE = "config.json"
+FAST_TOKENIZER_FILE = "tokenizer.json"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# What transformers' LlamaForCausalLM can be and our decoder is not: the key, and the value that ours has. It is also
+# transformers' default, where the key is absent.
+OURS = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "auto_map": None,
+    "quantization_config": None,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+}
+_COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that transformers stored until 4.31
+_SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import says when it is done."""
+
+    model: LlamaConfig
+    dtype: torch.dtype
+    largest_logit_difference: float
+
+
+def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) -> Imported:
+    """Write a model folder with the weights and the tokenizer of a Hugging Face folder.
+
+    `tokenizer` is a sentencepiece model to take in place of the folder's own. Raises `ConfigError`, leaving nothing
+    behind, where the folder holds another model than our decoder, is damaged, or its tokenizer does not fit; and
+    unless transformers loads the same bits from it and has the logits of our decoder.
+    """
+    config = read_config(folder / CONFIG_FILE)
+    sentencepiece = _tokenizer_of(folder, config, tokenizer)
+    files = find_tensors(folder, parameter_shapes(config))
+    with new_folder(output) as partial:
+        written = write_model_folder(partial, _read_all(files, config), config, sentencepiece.path)
+        difference = logit_difference(*load_reference_pair(folder, written, config), sentencepiece)
+    return Imported(config, written.dtype, difference)
+
+
+def read_config(path: Path) -> LlamaConfig:
+    """The shapes in a `config.json` of transformers 4 or 5; raises `ConfigError` for what our decoder is not."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: is missing; expected a Hugging Face folder with config.json and weights") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected an object in braces")
+    for key, ours in OURS.items():
+        if raw.get(key, ours) not in (ours, [ours]):
+            raise ConfigError(f"{path}: {key} is {_short(raw[key])}; expected {_short(ours)}, as in TinyLlama")
+    heads = _positive(raw, "num_attention_heads", path)
+    key_heads = raw.get("num_key_value_heads") is not None  # before transformers 4.31 there were none
+    try:
+        config = LlamaConfig(
+            vocab_size=_positive(raw, "vocab_size", path),
+            hidden_size=_positive(raw, "hidden_size", path),
+            intermediate_size=_positive(raw, "intermediate_size", path),
+            num_hidden_layers=_positive(raw, "num_hidden_layers", path),
+            num_attention_heads=heads,
+            num_key_value_heads=_positive(raw, "num_key_value_heads", path) if key_heads else heads,
+            max_position_embeddings=_positive(raw, "max_position_embeddings", path),
+            rms_norm_eps=_number(raw, "rms_norm_eps", path),
+            **_rope(raw, path),
+        )
+    except ConfigError as config_error:
+        raise (
+            config_error if str(path) in str(config_error) else ConfigError(f"{path}: {config_error}")
+        ) from config_error
+    if raw.get("head_dim") not in (None, config.head_dim):
+        raise ConfigError(
+            f"{path}: head_dim is {raw['head_dim']}; expected hidden_size / num_attention_heads, {config.head_dim}"
+        )
+    return config
+
+
+def _rope(raw: dict, path: Path) -> dict[str, float]:
+    """Base and scaling: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` of transformers 4."""
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    said = raw.get(key) or {}
+    if not isinstance(said, dict):
+        raise ConfigError(f"{path}: {key} is {_short(said)}; expected an object in braces")
+    kind = said.get("rope_type", said.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise ConfigError(f"{path}: {key} has the type {_short(kind)}; expected default or linear")
+    if said.get("partial_rotary_factor", 1.0) != 1:
+        raise ConfigError(
+            f"{path}: {key}.partial_rotary_factor is {_short(said['partial_rotary_factor'])}; expected 1.0"
+        )
+    theta = {"rope_theta": 10_000.0} | raw | said
+    return {
+        "rope_theta": _number(theta, "rope_theta", path),
+        "rope_scaling_factor": _number(said, "factor", path) if kind == "linear" else 1.0,
+    }
+
+
+def _positive(raw: dict, key: str, path: Path) -> int:
+    value = raw.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{path}: {key} is {_short(value)}; expected a whole number above 0")
+    return value
+
+
+def _number(raw: dict, key: str, path: Path) -> float:
+    value = raw.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < sys.float_info.max:
+        raise ConfigError(f"{path}: {key} is {_short(value)}; expected a number above 0")
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _tokenizer_of(folder: Path, config: LlamaConfig, instead: Path | None) -> Tokenizer:
+    path = instead or folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: is missing; expected the sentencepiece model that gives the ids (or --tokenizer FILE)"
+        )
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ConfigError(
+            f"{path}: has {tokenizer.vocab_size} pieces; expected vocab_size {config.vocab_size} of {CONFIG_FILE}"
+        )
+    reject_inconvertible(tokenizer)
+    fast = folder / FAST_TOKENIZER_FILE
+    if instead is None and fast.is_file():
+        _reject_other_ids(fast, tokenizer)
+    return tokenizer
+
+
+def _reject_other_ids(path: Path, tokenizer: Tokenizer) -> None:
+    """The model was trained on what one of the two gives; which one, nobody here can know."""
+    import tokenizers
+
+    try:
+        fast = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more exact
+        raise ConfigError(f"{path}: not a tokenizer ({error})") from error
+    expected = "; give the sentencepiece model that the weights were trained with by --tokenizer"
+    if fast.get_vocab(with_added_tokens=True) != {piece: number for number, piece in enumerate(tokenizer.pieces)}:
+        raise ConfigError(f"{path}: its pieces are not those of {tokenizer.path}{expected}")
+    text = difference_of(fast, tokenizer)
+    if text is not None:
+        raise ConfigError(f"{path}: its ids of {text!r} are not those of {tokenizer.path}{expected}")
+
+
+def find_tensors(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:
+    """In which file of the folder each parameter is; raises `ConfigError` unless exactly those of `shapes` are
+    there.
+    """
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise ConfigError(f"{folder}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
+    found = _read_index(path) if path.suffix == ".json" else dict.fromkeys(_names_in(path), path)
+    found = {name: file for name, file in found.items() if not _COMPUTED.fullmatch(name)}
+    for names, what in ((shapes.keys() - found.keys(), "is missing"), (found.keys() - shapes.keys(), "is not of ours")):
+        if names:
+            more = f" and so are {len(names) - 1} more" if len(names) > 1 else ""
+            raise ConfigError(
+                f"{path}: the tensor {min(names)} {what}{more}; expected the {len(shapes)} of a Llama decoder"
+                f" with the shapes of {CONFIG_FILE}"
+            )
+    return found
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    """The file of each tensor, after all files were found to be there and to hold what the index says."""
+    try:
+        places: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(places.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not an index of shards with a weight_map ({_short(repr(error))})") from error
+    for name in names:
+        if not isinstance(name, str) or not _SAFE_FILE_NAME.fullmatch(name):
+            raise ConfigError(f"{path}: weight_map names {name!r:.200}; expected the plain name of a file beside it")
+        if not (path.parent / name).is_file():
+            raise ConfigError(f"{path.parent / name}: this shard is missing, {path.name} names it")
+        lacking = {tensor for tensor, file in places.items() if file == name} - set(_names_in(path.parent / name))
+        if lacking:
+            raise ConfigError(f"{path.parent / name}: does not hold {min(lacking)}, which {path.name} says is in it")
+    return {tensor: path.parent / name for tensor, name in places.items()}
+
+
+def _names_in(path: Path) -> list[str]:
+    return tensor_names(path) if path.suffix == ".safetensors" else list(_load_pickle(path))
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """Mapped, not read; only tensors and plain values come out of it, and no code runs."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, UnpicklingError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{path}: not a state dict that torch's weights_only loader can map ({reason})") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise ConfigError(f"{path}: holds something else than tensors by their names; expected a state dict")
+    return state
+
+
+def _read_all(files: dict[str, Path], config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    """All parameters in the order of the model, checked one by one; no file stays mapped from one to the next."""
+    dtype = None
+    for name, shape in parameter_shapes(config).items():
+        path = files[name]
+        tensor = read_tensor(path, name) if path.suffix == ".safetensors" else _load_pickle(path)[name].detach()
+        dtype = dtype or tensor.dtype
+        if tensor.shape != shape:
+            raise ConfigError(f"{path}: {name} has the shape {list(tensor.shape)}; expected {list(shape)}")
+        if tensor.dtype != dtype or dtype not in DTYPES:
+            expected = dtype if dtype in DTYPES else "float32, bfloat16 or float16"
+            raise ConfigError(f"{path}: {name} is {tensor.dtype}; expected {expected}".replace("torch.", ""))
+        if not tensor.isfinite().all():
+            raise ConfigError(f"{path}: {name} holds values that are not finite; expected weights of a trained model")
+        yield name, tensor

@@ -1,0 +1,1 @@
+"""One run: resolved, its directory, identity, ledger and metrics."""

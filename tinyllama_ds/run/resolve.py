@@ -1,0 +1,325 @@
+"""One run, resolved: recipe, DeepSpeed config, data and machines put together and checked before anything starts.
+
+Nothing here writes, and nothing here imports deepspeed.
+"""
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyllama_ds import __version__
+from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
+from tinyllama_ds.checkpoint.initial_weights import InitialWeights, open_initial_weights
+from tinyllama_ds.config.deepspeed import (
+    computes_in_16_bit,
+    load_deepspeed_config,
+    requested_micro_batch,
+    resolve_deepspeed_config,
+    split_off_our_sections,
+)
+from tinyllama_ds.config.recipe import Recipe, load_recipe
+from tinyllama_ds.config.run_plan import RunPlan, micro_batch_of
+from tinyllama_ds.config.schedule import Schedule, make_schedule
+from tinyllama_ds.data.loader import SampleReader, open_streams
+from tinyllama_ds.data.order import ORDER_VERSION, MixtureStage, SampleOrder
+from tinyllama_ds.data.stream import TokenStream
+from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.evaluation.tasks import load_tasks
+from tinyllama_ds.evaluation.validation import ValidationSet
+from tinyllama_ds.layout import RUN_FILE, reject_unusable_directory
+from tinyllama_ds.model.attention import AttentionChoice, Demands, Device, resolve_attention_backend
+from tinyllama_ds.model.config import LlamaConfig, model_config
+from tinyllama_ds.run.branch import Parent, find_parent, inherited_ledger, recorded_parent
+from tinyllama_ds.run.ledger import Entry, left_out, read_ledger
+from tinyllama_ds.run.run_file import read_run_file
+
+_MASKS = "mask_sha256"  # in run.json: of a source of conversations
+_PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "flash-attn", "lm-eval")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line of `pretrain` says."""
+
+    recipe: str
+    deepspeed_config: Path
+    data: Path
+    run_dir: Path
+    resume: str = "auto"  # auto, must, never
+    attention: str = "auto"
+    compile: str = "auto"
+    activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
+    deterministic: bool = False  # the same bits every time on GPUs too
+    allow_change: tuple[str, ...] = ()  # keys of what may differ from the run that the directory holds
+    branch_from: Path | None = None  # a run or checkpoint to begin with
+    init_from: Path | None = None  # model folder, run or checkpoint with the weights to start from
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a rank needs to train."""
+
+    recipe: Recipe
+    plan: RunPlan
+    engine_config: dict
+    monitors: dict
+    model: LlamaConfig
+    attention: str
+    attention_reason: str  # why `auto` took no faster one
+    compile: str  # auto, on or off
+    activation_checkpointing: int
+    micro_batch: int
+    schedule: Schedule
+    order: SampleOrder
+    rollbacks: int  # so far
+    reader: SampleReader
+    validation: list[ValidationSet]
+    tokenizer: Tokenizer
+    prompts: list[list[int]]  # to sample from, as ids
+    tasks: dict[str, Any] | None  # of lm-eval, to be scored on along the way
+    run_dir: Path
+    resume: str
+    allow_change: tuple[str, ...]
+    parent: Parent | None  # of a branch
+    init_from: InitialWeights | None
+    description: dict  # what run.json holds, but for its history
+
+    @property
+    def kernels(self) -> str:
+        """Which attention, why `auto` took no faster one, and whether kernels are deterministic: for the console."""
+        reason = f" ({self.attention_reason})" if self.attention_reason else ""
+        return f"attention {self.attention}{reason}{', deterministic' if self.description['deterministic'] else ''}"
+
+
+def resolve_run(
+    options: Options, world_size: int, device_type: str, bf16: bool, capability: tuple[int, int] | None = None
+) -> Run:
+    """Check and derive everything, attention on GPUs if their compute capability is known. Raises `ConfigError`."""
+    reject_unusable_directory(options.run_dir)
+    recipe = load_recipe(options.recipe)
+    raw = load_deepspeed_config(options.deepspeed_config)
+    model = _model_of(recipe)
+    plan = RunPlan(recipe)
+    micro_batch = micro_batch_of(plan, requested_micro_batch(raw), world_size)
+    resolved = resolve_deepspeed_config(
+        raw,
+        options.deepspeed_config,
+        micro_batch=micro_batch,
+        batch=plan.stages[0].batch,
+        world_size=world_size,
+        total_steps=plan.total_steps,
+        hidden_size=model.hidden_size,
+        bf16=bf16,
+    )
+    engine_config, monitors = split_off_our_sections(resolved)
+    _reject_absent_monitors(monitors, options.deepspeed_config)
+    attention = _resolve_attention(options, recipe, Device(device_type, capability), computes_in_16_bit(resolved))
+    streams, validation = _open_data(options.data, recipe, model)
+    description = _settings(options, recipe, plan, model, world_size) | {
+        "deepspeed_config": resolved,
+        "micro_batch": micro_batch,
+        "attention": attention.backend,
+        "data": _fingerprints(streams, validation),
+    }
+    tokenizer = _tokenizer_of(options.data, description)
+    parent, init_from = _beginning_of(options, model, tokenizer, description)
+    gaps = left_out(_ledger_of(options.run_dir, parent))
+    order = _order_of(recipe, plan, streams, gaps)
+    return Run(
+        recipe=recipe,
+        plan=plan,
+        engine_config=_without_engine_noise(engine_config),
+        monitors=monitors,
+        model=model,
+        attention=attention.backend,
+        attention_reason=attention.reason,
+        compile=options.compile,
+        activation_checkpointing=options.activation_checkpointing,
+        micro_batch=micro_batch,
+        schedule=make_schedule(raw, options.deepspeed_config, plan),
+        order=order,
+        rollbacks=len(gaps),
+        reader=SampleReader(streams, order, recipe.sequence_length, model.vocab_size),
+        validation=validation,
+        tokenizer=tokenizer,
+        prompts=_encode_prompts(recipe, tokenizer),
+        tasks=load_tasks(recipe, model),
+        run_dir=options.run_dir,
+        resume=options.resume,
+        allow_change=options.allow_change,
+        parent=parent,
+        init_from=init_from,
+        description=description,
+    )
+
+
+def _order_of(recipe: Recipe, plan: RunPlan, streams: dict[str, TokenStream], gaps: list[range]) -> SampleOrder:
+    return SampleOrder(
+        recipe.seed,
+        {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
+        [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
+        gaps,
+    )
+
+
+def _beginning_of(
+    options: Options, model: LlamaConfig, tokenizer: Tokenizer, description: dict
+) -> tuple[Parent | None, InitialWeights | None]:
+    """Where the weights come from, added to the description: another run's state, stored weights, or neither."""
+    if options.branch_from is not None and options.init_from is not None:
+        raise ConfigError("--branch-from and --init-from: both say where the weights come from; expected one of them")
+    parent = _parent_of(options, description)
+    if parent is not None:
+        description["parent"] = asdict(parent)
+    if options.init_from is None:
+        return parent, None
+    weights = open_initial_weights(options.init_from, model, tokenizer)
+    description["init_from"] = weights.to_dict()
+    return parent, weights
+
+
+def _parent_of(options: Options, description: dict) -> Parent | None:
+    """What a run that is there began with, else what it is to begin with."""
+    held = read_run_file(options.run_dir)
+    if held is not None:
+        return recorded_parent(options.run_dir / RUN_FILE, held.description, options.branch_from)
+    if options.branch_from is None:
+        return None
+    return find_parent(options.branch_from, description, options.allow_change)
+
+
+def _ledger_of(run_dir: Path, parent: Parent | None) -> list[Entry]:
+    """The run's own ledger, or before it has begun its parent's."""
+    if parent is not None and not (run_dir / RUN_FILE).exists():
+        return inherited_ledger(parent)
+    return read_ledger(run_dir)
+
+
+def _model_of(recipe: Recipe) -> LlamaConfig:
+    model = model_config(recipe.model)
+    if recipe.sequence_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"recipe {recipe.name!r}: sequence_length {recipe.sequence_length} is beyond the"
+            f" {model.max_position_embeddings} positions of model {recipe.model!r}"
+        )
+    return model
+
+
+def _reject_conversations_without_mask(recipe: Recipe, streams: dict[str, TokenStream]) -> None:
+    for name, stream in streams.items():
+        if stream.has_loss_mask and not recipe.document_mask:
+            raise ConfigError(
+                f"recipe {recipe.name!r}: the source {name!r} holds conversations, which must not see the others of"
+                " their row; expected document_mask = true"
+            )
+
+
+def _encode_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[list[int]]:
+    prompts = [tokenizer.encode(prompt) for prompt in recipe.samples.prompts]
+    for text, ids in zip(recipe.samples.prompts, prompts, strict=True):
+        if len(ids) + recipe.samples.new_tokens > recipe.sequence_length:
+            raise ConfigError(
+                f"recipe {recipe.name!r}: samples: the prompt {text[:40]!r} has {len(ids)} tokens, and new_tokens"
+                f" {recipe.samples.new_tokens} more are beyond the sequence_length {recipe.sequence_length}"
+            )
+    return prompts
+
+
+def _resolve_attention(options: Options, recipe: Recipe, device: Device, sixteen_bit: bool) -> AttentionChoice:
+    if options.activation_checkpointing < 0:
+        raise ConfigError(
+            f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
+        )
+    demands = Demands(sixteen_bit, recipe.document_mask, options.deterministic)
+    return resolve_attention_backend(options.attention, device, demands)
+
+
+def _settings(options: Options, recipe: Recipe, plan: RunPlan, model: LlamaConfig, world_size: int) -> dict:
+    """The part of run.json that is known before the data is opened."""
+    return {
+        "recipe": recipe.to_dict(),
+        "model": model.to_dict(),
+        "order_version": ORDER_VERSION,
+        "world_size": world_size,
+        "compile": options.compile,
+        "activation_checkpointing": options.activation_checkpointing,
+        "deterministic": options.deterministic,
+        "plan": {"steps": plan.total_steps, "tokens": plan.total_tokens},
+        "versions": _versions(),
+    }
+
+
+def _fingerprints(streams: dict[str, TokenStream], validation: list[ValidationSet]) -> dict:
+    """What identifies the tokens of every source, by split."""
+    held_out = {held.source: held.stream for held in validation}
+    return {
+        split: {name: _fingerprint(stream) for name, stream in opened.items()}
+        for split, opened in (("train", streams), ("validation", held_out))
+    }
+
+
+def _reject_absent_monitors(monitors: dict, path: Path) -> None:
+    for section, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        if monitors.get(section, {}).get("enabled") and find_spec(package) is None:
+            raise ConfigError(f"{path}: {section}.enabled is true, but the package {package} is not installed")
+
+
+def _open_data(data: Path, recipe: Recipe, model: LlamaConfig) -> tuple[dict[str, TokenStream], list[ValidationSet]]:
+    if not data.is_dir():
+        raise ConfigError(f"{data}: the data directory is missing")
+    streams = open_streams(data, recipe.sources, "train", model.vocab_size)
+    for name, stream in streams.items():
+        if stream.num_samples(recipe.sequence_length) < 1:
+            raise ConfigError(f"{stream.directory}: {stream.tokens} tokens of {name!r} are less than one sample")
+    _reject_conversations_without_mask(recipe, streams)
+    held_out = [name for name in recipe.sources if (data / name / "validation").is_dir()]
+    validation = open_streams(data, held_out, "validation", model.vocab_size)
+    return streams, [
+        ValidationSet(name, stream, recipe.sequence_length, recipe.validation_samples, recipe.document_mask)
+        for name, stream in validation.items()
+    ]
+
+
+def _tokenizer_of(data: Path, description: dict) -> Tokenizer:
+    return stored_tokenizer(data / TOKENIZER_FILE, tokenizer_sha256_of(description), "the tokens beside it")
+
+
+def _fingerprint(stream: TokenStream) -> dict:
+    """What identifies a source's tokens, in their order."""
+    found = {
+        "tokens": stream.tokens,
+        "documents": sum(manifest.documents for manifest in stream.manifests),
+        "tokenizer_sha256": stream.manifests[0].tokenizer_sha256,
+        "bin_sha256": [manifest.bin_sha256 for manifest in stream.manifests],
+    }
+    if stream.has_loss_mask:
+        found[_MASKS] = [manifest.mask_sha256 for manifest in stream.manifests]
+    return found
+
+
+def is_chat_run(description: dict) -> bool:
+    """Whether a run was trained on conversations, given what its run.json or a checkpoint's manifest says of it."""
+    return any(_MASKS in source for source in description.get("data", {}).get("train", {}).values())
+
+
+def _without_engine_noise(engine_config: dict) -> dict:
+    """DeepSpeed's throughput timer is on by default and waits for the device at every micro batch."""
+    return {"timers": {"throughput": {"enabled": False}}} | engine_config
+
+
+def _versions() -> dict[str, str]:
+    found = {"tinyllama_ds": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    return found

@@ -1,0 +1,175 @@
+"""Where figures are written. A sink that cannot be written waits for room; it never stops the training."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from math import isfinite
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from tinyllama_ds.files import whole_rows, write_durably
+
+_FLUSH_SECONDS = 30.0
+_RETRY_SECONDS = 30.0
+_PROBE_BYTES = 2**16
+
+Figures = Mapping[str, float]
+_Row = tuple[int, Mapping[str, float | str | dict]]
+
+
+def warn(what: object, error: Exception) -> None:
+    """Say that something cannot be written; not even this may fail."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    with suppress(OSError):
+        print(
+            f"tinyllama-ds: {what}: cannot be written ({reason}); training goes on, and it is tried again",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+
+class JsonlWriter:
+    """A file of JSON lines, each written at once. What finds no room is kept and written with a later row."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Lines of steps after `last_step` are dropped: a resumed run will do them again."""
+        self._path = path
+        self._pending = b""
+        self._is_failing = False
+        self._descriptor: int | None = None
+        self.last: dict = {}  # row that was there before
+        self.reached = 0  # the largest step there
+        try:
+            self.last, self.reached = _forget_after(path, last_step)
+        except OSError as error:
+            warn(path, error)
+
+    def write(self, row: dict) -> None:
+        """Append a row; a figure that is not finite is null, because JSON has no other word for it."""
+        bad = [key for key, value in row.items() if isinstance(value, float) and not isfinite(value)]
+        self._pending += json.dumps(row | dict.fromkeys(bad), allow_nan=False).encode() + b"\n"
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+            while self._pending:
+                self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                warn(self._path, error)
+            self._is_failing = True
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+def _forget_after(path: Path, step: int) -> tuple[dict, int]:
+    """Drop the rows of later steps and what is damaged.
+
+    Returns the last row that was there, and the largest step, which may be another.
+    """
+    if not path.exists():
+        return {}, 0
+    with path.open("rb") as file:
+        lines = list(file)
+    rows = list(whole_rows(lines, path, step=int))
+    kept = [line for line, row in rows if row["step"] <= step]
+    if kept != lines:
+        write_durably(path, b"".join(kept))
+    return (rows[-1][1], max(row["step"] for _, row in rows)) if rows else ({}, 0)
+
+
+class TensorBoardWriter:
+    """TensorBoard's event files in one folder, with one kind of x.
+
+    An event file that failed has a torn end, after which nothing would be read: the rows since its last flush go into
+    a new one, which begins with the order to forget what the old one has from there on.
+    """
+
+    def __init__(self, directory: Path, last_x: int) -> None:
+        """What is there of an x after `last_x` is forgotten: a resumed run will do it again."""
+        self._directory = directory
+        self._flushed_x = last_x
+        self._rows: list[_Row] = []  # not known to be on the disk
+        self._is_failing = False
+        self._flush_at = self._retry_at = 0.0
+        self._writer: SummaryWriter | None = None
+        self._add(None)
+
+    def write(self, x: int, figures: Figures) -> None:
+        """Write figures at x."""
+        self._add((x, figures))
+
+    def write_text(self, name: str, text: str, x: int) -> None:
+        """Write a text at x."""
+        self._add((x, {name: text}))
+
+    def write_layout(self, layout: dict, x: int) -> None:
+        """Write how TensorBoard's custom scalars group the figures: charts by category, patterns of names by chart."""
+        self._add((x, {"layout": layout}))
+
+    def close(self) -> None:
+        """Make one last attempt for what is not on the disk yet, and close."""
+        self._flush_at = self._retry_at = 0.0
+        self._add(None)
+        if self._writer is not None:
+            with suppress(Exception):  # it was flushed
+                self._writer.close()
+
+    def _add(self, row: _Row | None) -> None:
+        if row is not None:
+            self._rows.append(row)
+        if self._writer is None and time.monotonic() < self._retry_at:
+            return
+        try:
+            if self._writer is None:
+                _require_room(self._directory)
+                self._writer = SummaryWriter(str(self._directory), purge_step=self._flushed_x + 1)
+                for waiting in self._rows:
+                    _write(self._writer, waiting)
+            elif row is not None:
+                _write(self._writer, row)
+            if time.monotonic() >= self._flush_at:
+                self._flush(self._writer)
+        except Exception as error:  # its thread hands on whatever it met
+            self._give_up(error)
+
+    def _flush(self, writer: SummaryWriter) -> None:
+        writer.flush()
+        self._flushed_x = max([self._flushed_x, *(x for x, _ in self._rows)])
+        self._rows.clear()
+        self._flush_at = time.monotonic() + _FLUSH_SECONDS
+        self._is_failing = False
+
+    def _give_up(self, error: Exception) -> None:
+        if not self._is_failing:
+            warn(self._directory, error)
+        self._is_failing = True
+        self._retry_at = time.monotonic() + _RETRY_SECONDS
+        self._writer = None
+
+
+def _require_room(directory: Path) -> None:
+    """Raise OSError where nothing can be written: TensorBoard would leave an empty file and a traceback each time."""
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / ".probe"
+    try:
+        probe.write_bytes(bytes(_PROBE_BYTES))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _write(writer: SummaryWriter, row: _Row) -> None:
+    x, values = row
+    for name, value in values.items():
+        if isinstance(value, str):
+            writer.add_text(name, value, x)
+        elif isinstance(value, dict):
+            writer.add_custom_scalars(value)
+        else:
+            writer.add_scalar(name, value, x)

@@ -1,0 +1,1 @@
+"""The training loop and the DeepSpeed engine that it drives: the only package that imports deepspeed."""

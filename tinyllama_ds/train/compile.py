@@ -1,0 +1,63 @@
+"""Compiling the decoder block by block, where the machine has what that needs."""
+
+import torch
+
+from tinyllama_ds.distributed.collectives import gather_from_ranks
+from tinyllama_ds.distributed.world import DistributedInfo
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.model.llama import LlamaForCausalLM
+
+
+def compile_blocks(model: LlamaForCausalLM) -> None:
+    """Compile each decoder block by itself, one graph for all of them, and the softmax of the loss.
+
+    The unit is the block because ZeRO-3's hooks run between blocks, where a graph would break anyway.
+    """
+    for layer in model.model.layers:
+        layer.forward = torch.compile(layer.forward)
+    model.lm_head.loss_and_grad = torch.compile(model.lm_head.loss_and_grad)
+    model.is_compiled = True
+
+
+def decide_compilation(choice: str, world: DistributedInfo) -> tuple[bool, str]:
+    """Whether blocks are compiled, the same on every rank, and how to say so. Collective.
+
+    `auto` is on with GPUs, and off on CPUs, where half a minute of compilation wins a tenth. It falls back where a rank
+    cannot compile; `on` raises `ConfigError` then.
+    """
+    if choice == "off":
+        return False, "not compiled"
+    if choice == "auto" and world.device.type == "cpu":
+        return False, "not compiled (--compile on is a tenth faster on CPUs, after half a minute)"
+    failures = _failures_of_all(world)
+    if not failures:
+        return True, "compiled"
+    if choice == "on":
+        raise ConfigError(f"--compile on: {failures[0]}; install what is missing, or choose --compile off")
+    return False, f"NOT compiled, which is slower: {failures[0]}"
+
+
+def _failures_of_all(world: DistributedInfo) -> list[str]:
+    return [f"rank {rank}: {text}" for rank, text in enumerate(gather_from_ranks(why_not(world.device))) if text]
+
+
+def why_not(device: torch.device) -> str | None:
+    """What PyTorch's compiler lacks here (a C compiler, Python's headers, Triton), found by compiling one line."""
+    try:
+        torch.compile(_one_line)(torch.ones(8, device=device))
+    except Exception as error:  # a compiler fails in as many ways as there are machines
+        return f"torch.compile does not work ({summarize_exception(error)})"
+    return None
+
+
+def _one_line(x: torch.Tensor) -> torch.Tensor:
+    return x.square() + 1
+
+
+def summarize_exception(error: Exception) -> str:
+    """Type and first line of the exception at the bottom of a chain of causes."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0][:160]}" if lines else type(cause).__name__

@@ -1,0 +1,142 @@
+"""The dry-run batch: every part of training once before step 1, so that what cannot work fails in the first minute.
+
+One micro batch goes forward and backward, one is validated, the probe is taken, one prompt is sampled and one scored if
+the recipe does so, and the state is copied to host memory as for a save. Nothing of it stays: weights and optimizer are
+only read, and the gradient is thrown away, so training is the same bit for bit as without (OLMo-core does the same).
+"""
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tinyllama_ds.checkpoint.format import Progress
+from tinyllama_ds.checkpoint.save import Saver
+from tinyllama_ds.data.order import rank_positions
+from tinyllama_ds.distributed.collectives import sum_over_ranks
+from tinyllama_ds.distributed.world import DistributedInfo
+from tinyllama_ds.errors import ConfigError, NumericsError, OutOfMemory
+from tinyllama_ds.evaluation.validation import validation_losses
+from tinyllama_ds.gpus import GIB
+from tinyllama_ds.health.probe import take_probe
+from tinyllama_ds.run.metrics import memory_bytes, peak_memory
+from tinyllama_ds.run.resolve import Run
+from tinyllama_ds.train.batches import read_batch
+from tinyllama_ds.train.compile import summarize_exception
+from tinyllama_ds.train.engine import drop_gradients
+from tinyllama_ds.train.reports import continue_prompts
+from tinyllama_ds.train.scoring import score_one_prompt
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What `plan` says of the memory of one GPU."""
+
+    bytes: int
+    alternatives: str  # what needs less, in words
+
+    def __str__(self) -> str:
+        return f"plan estimates {self.bytes / GIB:.1f} GiB"
+
+
+# (run, ranks, whether blocks are compiled, bytes that the GPU has) to an estimate
+EstimateMemory = Callable[[Run, int, bool, int], MemoryEstimate]
+
+
+class DryRunFailed(RuntimeError):
+    """In which part, and why: a crash, which may pass at the next start."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """How the dry-run batch went."""
+
+    seconds: float
+    peak_bytes: int  # of a GPU, else of this process in host memory
+    estimate: MemoryEstimate | None  # for GPUs
+
+    def __str__(self) -> str:
+        beside = f" ({self.estimate})" if self.estimate else " of host memory"
+        return f"dry-run batch passed in {self.seconds:.1f} s: peak {self.peak_bytes / GIB:.2f} GiB{beside}"
+
+
+def dry_run_batch(
+    engine: "DeepSpeedEngine",
+    run: Run,
+    world: DistributedInfo,
+    start: Progress,
+    saver: Saver,
+    estimate_memory: EstimateMemory,
+) -> DryRun:
+    """Collective. Raises `OutOfMemory` where memory does not suffice, `NumericsError` where the probe is not finite,
+    and `DryRunFailed` for whatever else a part fails of; each names the part.
+    """
+    started = perf_counter()
+    estimate = None
+    if world.device.type == "cuda":
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        estimate = estimate_memory(run, world.size, engine.module.is_compiled, total)
+    for name, part in _parts(engine, run, world, start, saver):
+        with _named(name, run, world, estimate):
+            part()
+    return DryRun(perf_counter() - started, memory_bytes(world.device), estimate)
+
+
+def _parts(
+    engine: "DeepSpeedEngine", run: Run, world: DistributedInfo, start: Progress, saver: Saver
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and action of each part, in the order in which a run comes to them."""
+    step = run.plan.step(start.step)
+    share = rank_positions(step.first_position, step.batch, world.rank, world.size)
+    batch = read_batch(run, np.array(share[: run.micro_batch]), world.device)
+    losses: list[torch.Tensor] = []
+    engine.set_gradient_accumulation_boundary(True)
+    yield "forward", lambda: losses.append(engine(*batch.model_inputs(world.device)))
+    yield "backward", lambda: _backward(engine, losses.pop())
+    if run.validation:
+        one_batch = replace(run.validation[0], samples=run.micro_batch * world.size)
+        where = (world.rank, world.size, run.micro_batch, world.device)
+        yield "validation", lambda: validation_losses([one_batch], engine, sum_over_ranks, *where)
+    yield "probe", lambda: take_probe(engine, run, world)
+    if run.prompts:
+        yield "sampling", lambda: continue_prompts(engine, run, world, new_tokens=1)
+    if run.tasks is not None:
+        yield "scoring", lambda: score_one_prompt(engine, run, world)
+    yield "snapshot", lambda: saver.copy_state(engine, start)
+
+
+def _backward(engine: "DeepSpeedEngine", loss: torch.Tensor) -> None:
+    """As in the last micro batch of a step, so that gradients are reduced too; then they are thrown away."""
+    engine.backward(loss, scale_wrt_gas=False)
+    drop_gradients(engine)
+
+
+@contextmanager
+def _named(part: str, run: Run, world: DistributedInfo, estimate: MemoryEstimate | None) -> Iterator[None]:
+    """Whatever goes wrong inside says in which part; waits for the device, which reports errors late."""
+    try:
+        yield
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(_out_of_memory(part, run, world, estimate)) from error
+    except (NumericsError, ConfigError):
+        raise
+    except Exception as error:
+        raise DryRunFailed(f"the dry-run batch failed in its {part}: {summarize_exception(error)}") from error
+
+
+def _out_of_memory(part: str, run: Run, world: DistributedInfo, estimate: MemoryEstimate | None) -> str:
+    beside = f"; {estimate}, and would use {estimate.alternatives}" if estimate else ""
+    return (
+        f"rank {world.rank} on {socket.gethostname()} ran out of memory in the {part} of the dry-run batch, with micro"
+        f" batch {run.micro_batch} and {peak_memory(world.device)} at the peak{beside}"
+    )

@@ -1,0 +1,206 @@
+"""The DeepSpeed engine around the model: process group, device, blocks, wrapping."""
+
+import logging
+import os
+import sys
+import warnings
+from contextlib import redirect_stdout
+from datetime import timedelta
+from io import StringIO
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from tinyllama_ds.distributed.collectives import gather_from_ranks
+from tinyllama_ds.distributed.world import DistributedInfo, choose_interface
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.model.llama import Block, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+# For runs without a supervisor, which alone notices earlier that a host has vanished. At the start the ranks may wait
+# long for rank 0, which verifies and converts checkpoints alone.
+_START_TIMEOUT = timedelta(minutes=30)
+_STEP_TIMEOUT = timedelta(minutes=10)
+_ALL_PARAMETERS = 2**40  # elements: beyond every parameter
+
+
+def supports_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products have hardware: GPUs since Ampere, CPUs with AMX or AVX-512 BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def start_process_group(world: DistributedInfo, timeout: timedelta = _START_TIMEOUT) -> None:
+    """Join the other ranks: NCCL on GPUs, gloo elsewhere. A collective waits for `timeout`, see `expect_steps`."""
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_interface(world)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old names
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its own import has set it to warnings
+    if world.device.type == "cpu":
+        # Without a list of ops DeepSpeed compiles a shared-memory all-reduce that only inference uses.
+        deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.init_distributed("gloo", verbose=False, timeout=timeout)
+    else:
+        torch.cuda.set_device(world.device)
+        deepspeed.init_distributed("nccl", verbose=False, timeout=timeout)
+
+
+def expect_steps(world: DistributedInfo) -> None:
+    """From now on a collective waits no longer than a step can take. Collective."""
+    gather_from_ranks(None)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()  # all that was started with the long timeout has ended
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    everyone.set_timeout(_STEP_TIMEOUT)
+
+
+def check_with_deepspeed(config: dict, path: str) -> None:
+    """Let DeepSpeed's own parser see the config; its complaints become one sentence."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedConfig(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {place}: {first['msg']}") from error
+    except (DeepSpeedConfigError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "DeepSpeedEngine":
+    """The DeepSpeed engine. Under ZeRO-3 a block is a leaf: gathered as a whole, one collective instead of nine."""
+    import deepspeed
+
+    if config["zero_optimization"].get("stage", 0) == 3:
+        if "leaf_module" not in config["zero_optimization"]:
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
+        if dist.get_world_size() == 1:
+            config = _without_release(config)
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):  # it prints how much memory each of its parts takes
+        warnings.simplefilter("ignore")
+        engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    _undo_dummy_step(engine)
+    for group in engine.optimizer.param_groups:
+        group["configured_lr"] = group["lr"]
+    set_learning_rate(engine, learning_rate_ratio)
+    return engine
+
+
+def _without_release(config: dict) -> dict:
+    """ZeRO-3 on one rank: its partition is the whole weight, so releasing it frees nothing.
+
+    Yet DeepSpeed waits for the GPU whenever it takes a released weight back, before every block. Persistent weights are
+    not released. Weights that are offloaded lie elsewhere, and go on as they are configured.
+    """
+    zero = config["zero_optimization"]
+    if zero.get("offload_param", {}).get("device", "none") != "none":
+        return config
+    return config | {"zero_optimization": zero | {"stage3_param_persistence_threshold": _ALL_PARAMETERS}}
+
+
+def _undo_dummy_step(engine: "DeepSpeedEngine") -> None:
+    """Stage 0 in bf16: DeepSpeed steps on zero gradients to allocate the optimizer's state.
+
+    That decays the masters once and counts as Adam's first step, which makes the real first step a quarter too small.
+    """
+    if engine.zero_optimization() or not engine.bfloat16_enabled():
+        return
+    wrapper = engine.optimizer
+    wrapper.optimizer.state.clear()
+    is_flat = hasattr(wrapper, "fp32_groups_flat")
+    for number, weights in enumerate(wrapper.fp16_groups):
+        masters = [wrapper.fp32_groups_flat[number]] if is_flat else wrapper.fp32_groups[number]
+        values = [torch.cat([weight.detach().flatten() for weight in weights])] if is_flat else weights
+        for master, value in zip(masters, values, strict=True):
+            master.data.copy_(value)
+
+
+def set_learning_rate(engine: "DeepSpeedEngine", ratio: float) -> float:
+    """Multiply every group's configured learning rate; returns the first group's, which is what gets logged."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["configured_lr"] * ratio
+    return engine.optimizer.param_groups[0]["lr"]
+
+
+def gradient_norm(engine: "DeepSpeedEngine") -> torch.Tensor:
+    """The global norm before clipping of the gradients that the next `engine.step()` would apply. Collective.
+
+    DeepSpeed computes it inside its step only; these are the functions it calls for that. Not finite, or -1, where a
+    gradient is not finite.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+
+    optimizer = engine.optimizer
+    if not engine.zero_optimization():
+        return local_gradient_norm(engine)
+    if engine.zero_optimization_stage() == 3:
+        return combine_grad_norm_groups(optimizer._get_norm_groups())
+    if hasattr(optimizer, "scaled_global_norm"):
+        return optimizer.scaled_global_norm()
+    gradients, _ = optimizer.get_grads_for_norm()  # stage 1 in bf16 that accumulates in fp32
+    return get_global_norm_of_tensors(gradients)
+
+
+def local_gradient_norm(engine: "DeepSpeedEngine") -> torch.Tensor:
+    """The same at stage 0, where the gradients of every rank are whole and averaged before the step."""
+    return torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+
+
+def drop_gradients(engine: "DeepSpeedEngine") -> None:
+    """Forget what was accumulated since the last step, as DeepSpeed itself does where a norm is not finite."""
+    optimizer = engine.optimizer
+    if not engine.zero_optimization():
+        engine.zero_grad()
+    elif engine.zero_optimization_stage() == 3:
+        optimizer._pre_step()
+        optimizer._partition_all_parameters()
+        optimizer._overflow_clean_up(optimizer.loss_scale)
+    elif hasattr(optimizer, "scaled_global_norm"):
+        optimizer.micro_step_id = -1  # as a step sets it
+        optimizer.zero_grad(set_to_none=True)
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+            optimizer._offload_accumulated_param_ids = set()
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+    else:
+        optimizer.zero_grad()
+
+
+def hard_exit(code: int) -> NoReturn:
+    """End this process. Everything is written by now; the interpreter's own end can abort in gloo's threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def gather_full_params(engine: "DeepSpeedEngine") -> dict[str, torch.Tensor]:
+    """Every parameter on this rank's device: copies where it is partitioned, else the model's own. Collective.
+
+    Raises torch.OutOfMemoryError on the ranks that have no room for the copies, after the last collective.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    weights: dict[str, torch.Tensor] = {}
+    failure = None
+    for name, parameter in engine.module.named_parameters():
+        is_partitioned = parameter.numel() == 0  # under ZeRO-3, but for small ones
+        with GatheredParameters([parameter], enabled=is_partitioned):
+            try:
+                weights[name] = parameter.detach().clone() if is_partitioned else parameter.detach()
+            except torch.OutOfMemoryError as error:
+                failure = error
+                weights.clear()
+    if failure is not None:
+        raise failure
+    return weights

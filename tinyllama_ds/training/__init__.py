@@ -1,1 +1,0 @@
-"""Engine, schedule, loop, checkpoint and metrics: the only room that imports deepspeed."""
