@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllama_ds.config.deepspeed_keys import ACCEPTED, AUTO, OPTIMIZER_PARAMS, REJECTED, SECTIONS, WARNED, is_off
+from tinyllama_ds.config.run_plan import accumulation_steps
 from tinyllama_ds.errors import ConfigError, raise_problems, shown
 from tinyllama_ds.inputs import read_text
 
@@ -201,7 +202,7 @@ def resolve_deepspeed_config(
     """
     resolved = _normalize(raw, "")
     resolved["train_batch_size"] = batch
-    resolved["gradient_accumulation_steps"] = batch // micro_batch // world_size
+    resolved["gradient_accumulation_steps"] = accumulation_steps(batch, world_size, micro_batch)
     resolved["train_micro_batch_size_per_gpu"] = micro_batch
     params = resolved["optimizer"].setdefault("params", {})
     _fill(params, _AUTO_OPTIMIZER)
