@@ -215,7 +215,7 @@ RELEASED = {  # every weight of ZeRO-3 after its use, which on one GPU frees not
     "stage3_max_reuse_distance": 1,
 }
 AGREE = "tinyllama_ds/health/guard.py:all_reduce_step_status"
-BACKWARD, STEP = (f"tinyllama_ds/train/step.py:{name}" for name in ("accumulate_gradients", "apply_gradients"))
+BACKWARD, STEP = (f"tinyllama_ds/train/step.py:{name}" for name in ("backward", "apply_gradients"))
 WAITS = {
     "zero1": {AGREE: 1, STEP: 2},
     "zero2": {AGREE: 1, STEP: 3, BACKWARD: 2},
