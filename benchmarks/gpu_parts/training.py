@@ -31,7 +31,7 @@ def measured(part: Part) -> Iterator[Row]:
 
 
 def report(part: Part, name: str, row: Row, flops: float) -> None:
-    """Store a row's figures and say them in three lines."""
+    """Store a row's figures and print them in three lines."""
     put = part.figures.put
     if "error" in row:
         part.figures.check(f"{name}.ran", False, f"{name}: {row['error']}")
