@@ -15,11 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # The layers of the package, from the bottom: a module imports packages of lower layers and its own, never upwards.
 LAYERS = [
     {"errors"},
-    {"bars", "files", "inputs", "page", "text_table", "devices", "gpus", "fault_injection"},
-    {"outputs"},
-    {"config", "distributed", "model"},
+    {"bars", "files", "inputs", "page", "text_table", "devices", "gpus"},
+    {"outputs", "layout"},
+    {"config", "distributed", "model", "fault_injection"},
     {"data"},
-    {"layout", "evaluation", "hf"},
+    {"evaluation", "hf"},
     {"checkpoint", "launch"},
     {"run"},
     {"health"},

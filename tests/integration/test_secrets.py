@@ -10,8 +10,8 @@ import pytest
 from launching import pretrain_command, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.files import SECRETS_FILE
-from tinyllama_ds.health.heartbeat import LIFELINE_VARIABLE
 from tinyllama_ds.launch.environment import hand_on_secrets
+from tinyllama_ds.layout import LIFELINE_VARIABLE
 from tinyllama_ds.train.pretrain import take_over_secrets
 
 NAMES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "NCCL_SECRET", "PYTHON_PASSWORD", "DATABASE_URL")

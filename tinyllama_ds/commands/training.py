@@ -121,12 +121,11 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 def _pretrain(options: argparse.Namespace) -> int:
     """Train under the deepspeed launcher; restarts and resumes by itself."""
-    from tinyllama_ds import fault_injection as faults
-    from tinyllama_ds.health import heartbeat
     from tinyllama_ds.launch.fleet import Fleet
     from tinyllama_ds.launch.launcher import check_placement
     from tinyllama_ds.launch.lock import hold_run
-    from tinyllama_ds.launch.supervisor import RankSide, supervise
+    from tinyllama_ds.launch.supervisor import supervise
+    from tinyllama_ds.layout import LIFELINE_VARIABLE
 
     placement, arguments = read_placement(options), _run_arguments(options)
     check_placement(placement, arguments)
@@ -145,21 +144,13 @@ def _pretrain(options: argparse.Namespace) -> int:
         may_shrink=options.allow_shrink,
         check=lambda smaller: _check_run(options, smaller),
     )
-    ranks = RankSide(
-        heartbeat.SUPERVISOR_VARIABLE,
-        heartbeat.HEARTBEAT_VARIABLE,
-        faults.RESTART_VARIABLE,
-        heartbeat.LIFELINE_VARIABLE,
-        heartbeat.STACKS_SIGNAL,
-        slow_phases=(heartbeat.STARTING, heartbeat.FIRST_STEP),
-    )
     watch = _watch(options, placement, begun=(run.parent.step, run.parent.tokens) if run.parent else (0, 0))
     if placement.node_rank:  # the first host's supervisor holds the run, and the line to all ranks
-        line = {heartbeat.LIFELINE_VARIABLE: lifeline_to_first(placement)}
-        return supervise(lambda own, directory: fleet.start(own | line, directory), watch, None, ranks).code
+        line = {LIFELINE_VARIABLE: lifeline_to_first(placement)}
+        return supervise(lambda own, directory: fleet.start(own | line, directory), watch, None).code
     with hold_run(options.run_dir) as lock:
         try:
-            supervised = supervise(fleet.start, watch, lock, ranks)
+            supervised = supervise(fleet.start, watch, lock)
         finally:
             fleet.forget_secrets()
     return _end(options.run_dir, supervised)
