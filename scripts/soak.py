@@ -155,7 +155,7 @@ class Soak:
 
     def a_rank(self) -> psutil.Process:
         """One of the ranks."""
-        ranks = [process for process in self.processes("scripts/pretrain.py") if "-u" in command_line(process)
+        ranks = [process for process in self.processes("tinyllama_ds.rank.pretrain") if "-u" in command_line(process)
                  and "deepspeed.launcher.launch" not in command_line(process)]  # fmt: skip
         return self._rng.choice(ranks)
 

@@ -15,9 +15,9 @@ from functools import cache, partial
 import torch
 
 from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.layout import RESTART_VARIABLE
 
 FAULT_VARIABLE = "TINYLLAMA_DS_FAULT"
-RESTART_VARIABLE = "TINYLLAMA_DS_RESTART"  # how often the supervisor has restarted the run
 _FOR_EVER = 2**63
 _WAKING_SECONDS = 1  # after a stop, so that stacks asked for meanwhile show where it was
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}

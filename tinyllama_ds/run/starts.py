@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tinyllama_ds.checkpoint.format import Progress
-from tinyllama_ds.fault_injection import RESTART_VARIABLE
-from tinyllama_ds.layout import STARTS_FILE
+from tinyllama_ds.layout import RESTART_VARIABLE, STARTS_FILE
 from tinyllama_ds.run.directory import date_for_people
 from tinyllama_ds.run.resolve import Run
 from tinyllama_ds.run.sinks import warn
