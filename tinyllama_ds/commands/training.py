@@ -315,7 +315,7 @@ def _bench(options: argparse.Namespace) -> int:
     from tinyllama_ds.config.deepspeed import load_deepspeed_config
     from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
     from tinyllama_ds.model.config import model_config
-    from tinyllama_ds.outputs import check_folder, refusing, write_figure, write_file
+    from tinyllama_ds.outputs import check_folder, reporting_write_errors, write_figure, write_file
 
     check_folder(options.output)
     positions = model_config(options.model).max_position_embeddings
@@ -340,7 +340,7 @@ def _bench(options: argparse.Namespace) -> int:
     title = f"{options.model}, {options.sequence_length} tokens, {placement.world_size} ranks"
     text = f"{bench.table(rows)}\n\n{bench.advice(rows)}\n{options.output / 'bench.png'}"
     code = print_result(options, {"rows": rows}, text)
-    with refusing(options.output):
+    with reporting_write_errors(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
     write_file(options.output / "bench.json", json.dumps(rows, indent=1) + "\n")
     write_figure(bench.picture_of(rows, title), options.output / "bench.png")
