@@ -95,8 +95,8 @@ def problems_of(error: ValidationError, kind: Any = None, raw: object = None, li
             sentence = f"the key {key_path(path)!r} is missing{hint}"
         else:
             sentence = f"{key_path(path) or 'it'} is {shown_as_json(found['input'])}; expected {_expected(found)}"
-        problems.append(_with_line(path, sentence, lines))
-    return problems + [_with_line(path, _unknown_key(path, kind, raw), lines) for path in unknown]
+        problems.append(with_line(path, sentence, lines))
+    return problems + [with_line(path, _unknown_key(path, kind, raw), lines) for path in unknown]
 
 
 def _follows_from_others(found: ErrorDetails, errors: Sequence[ErrorDetails]) -> bool:
@@ -141,7 +141,7 @@ def _nearest(key: object, known: Sequence[object]) -> str | None:
     return next(iter(difflib.get_close_matches(str(key), map(str, known), n=1)), None)
 
 
-def _with_line(path: KeyPath, sentence: str, lines: Lines) -> str:
+def with_line(path: KeyPath, sentence: str, lines: Lines) -> str:
     """The line of a key, or of the table or array that it is in."""
     line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), None)
     return f"line {line}: {sentence}" if line else sentence
