@@ -12,6 +12,7 @@ import torch
 
 from tinyllama_ds.benchmark.kernels import break_down
 from tinyllama_ds.config.deepspeed import (
+    AutoValues,
     computes_in_16_bit,
     load_deepspeed_config,
     resolve_deepspeed_config,
@@ -63,10 +64,8 @@ def measure(setting: Setting) -> dict:
     bf16 = supports_fast_bf16(world.device)
     raw = load_deepspeed_config(setting.deepspeed_config)
     batch = setting.micro_batch * setting.accumulation * world.size
-    resolved = resolve_deepspeed_config(
-        raw, setting.deepspeed_config, micro_batch=setting.micro_batch, batch=batch, world_size=world.size,
-        total_steps=1000, hidden_size=config.hidden_size, bf16=bf16,
-    )  # fmt: skip
+    values = AutoValues(setting.micro_batch, batch, world.size, 1000, config.hidden_size, bf16)
+    resolved = resolve_deepspeed_config(raw, setting.deepspeed_config, values)
     start_process_group(world)
     device, demands = Device(world.device.type, capability_of(world.device)), Demands(computes_in_16_bit(resolved))
     attention = resolve_attention_backend(setting.attention, device, demands)

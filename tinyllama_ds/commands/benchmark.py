@@ -69,7 +69,7 @@ def _bench(options: argparse.Namespace) -> int:
     from tinyllama_ds.bars import progress
     from tinyllama_ds.benchmark import grid as bench
     from tinyllama_ds.launch.launcher import MEASURE, launcher_command, launcher_environment
-    from tinyllama_ds.outputs import refusing, write_figure, write_file
+    from tinyllama_ds.outputs import reporting_write_errors, write_figure, write_file
 
     _check(options)
     placement = local_placement(options.num_gpus)
@@ -85,7 +85,7 @@ def _bench(options: argparse.Namespace) -> int:
     title = f"{options.model}, {options.sequence_length} tokens, {placement.world_size} ranks"
     text = f"{bench.table(rows)}\n\n{bench.advice(rows)}\n{options.output / 'bench.png'}"
     code = print_result(options, {"rows": rows}, text)
-    with refusing(options.output):
+    with reporting_write_errors(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
     write_file(options.output / "bench.json", json.dumps(rows, indent=1) + "\n")
     write_figure(bench.picture_of(rows, title), options.output / "bench.png")

@@ -245,13 +245,13 @@ def _write(
 ) -> int:
     """Print the scores, whatever becomes of the files."""
     from tinyllama_ds.evaluation.scores import as_json, as_markdown, picture_of
-    from tinyllama_ds.outputs import refusing, write_figure, write_file
+    from tinyllama_ds.outputs import reporting_write_errors, write_figure, write_file
 
     stem = options.suite or "tasks"
     text, found = as_markdown(measured, benchmarks), as_json(measured, benchmarks, results)
     sys.stderr.flush()
     code = print_result(options, found, f"{text}\n{where / stem}.md, .json and .png")
-    with refusing(where):
+    with reporting_write_errors(where):
         where.mkdir(parents=True, exist_ok=True)
     write_file(where / f"{stem}.md", text)
     write_file(where / f"{stem}.json", json.dumps(found, indent=1, default=str) + "\n")

@@ -29,7 +29,7 @@ class Start:
 def record_start(run: Run, start: Progress, reached: int, hosts: list[str]) -> None:
     """Add a line; `hosts` is that of each rank. Called by one rank. A full disk is told and does not stop the run."""
     restart = int(os.environ.get(RESTART_VARIABLE, "0"))
-    left_out = sum(map(len, run.order.left_out))
+    left_out = sum(map(len, run.order.excluded_samples))
     line = Start(date_for_people(), start.step, start.tokens, reached, dict(Counter(hosts)), restart, left_out)
     path = run.run_dir / STARTS_FILE
     try:

@@ -162,5 +162,5 @@ def disable_automatic_gc() -> None:
 
 def take_health(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo, guard: AnomalyGuard) -> Health:
     """What a checkpoint remembers of the numbers that led to it. Collective. Raises `NumericsError` on all ranks."""
-    left_out = [[gap[0], gap[-1]] for gap in run.order.left_out]
+    left_out = [[gap[0], gap[-1]] for gap in run.order.excluded_samples]
     return Health(guard.state(), left_out, take_probe(engine, run, world))

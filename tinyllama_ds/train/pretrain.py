@@ -285,7 +285,7 @@ def roll_back(run: Run, world: DistributedInfo, rollback: Rollback) -> int:
 def agree_on_checkpoint(run: Run, world: DistributedInfo) -> Path | None:
     """The newest checkpoint that verifies, else the parent's, found by rank 0; None for a fresh start. Collective."""
     name = broadcast_from_rank0(partial(_choose, run), world)
-    gaps = [[gap.start, gap.stop] for gap in run.order.left_out]
+    gaps = [[gap.start, gap.stop] for gap in run.order.excluded_samples]
     ledgers = gather_from_ranks([run.description.get("parent"), run.rollbacks, gaps])
     if any(ledger != ledgers[0] for ledger in ledgers):
         raise OSError(f"{run.run_dir / LEDGER_FILE}: the ranks read different ledgers; expected storage that all share")
@@ -354,7 +354,7 @@ def _open_metrics(
     if metrics.reached > start.step and start.step == (run.parent.step if run.parent else 0):
         metrics.log_line(f"no checkpoint was saved: steps {start.step + 1:,} to {metrics.reached:,} are done again")
     write_status(run.run_dir, "running", start)
-    for gap in run.order.left_out:
+    for gap in run.order.excluded_samples:
         metrics.log_line(f"samples {gap[0]} to {gap[-1]} are left out ({LEDGER_FILE})")
     return metrics
 
