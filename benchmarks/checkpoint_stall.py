@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, and what the writing behind it costs the steps.
+"""The training stall of a checkpoint save, and what the background write costs the steps.
 
     python benchmarks/checkpoint_stall.py --json benchmarks/results/checkpoint_stall.json
 

@@ -91,7 +91,7 @@ def transformers_deepspeed(size: Size) -> OneStep:
 
 
 def deepspeed_step(size: Size, engine, loss_of: Callable) -> OneStep:  # type: ignore[no-untyped-def]
-    """All micro batches of a step, and DeepSpeed's step."""
+    """All micro-batches of a step, and DeepSpeed's step."""
 
     def step() -> None:
         for number in range(size.accumulation):
@@ -152,7 +152,7 @@ def litgpt(size: Size) -> OneStep:
 
 
 def plain_loop(size: Size, model: torch.nn.Module, loss_of: Callable) -> OneStep:
-    """One process and all threads: bf16 weights with fp32 masters, all micro batches of the step."""
+    """One process and all threads: bf16 weights with fp32 masters, all micro-batches of the step."""
     masters = copy.deepcopy(model)
     model.bfloat16()
     optimizer = torch.optim.AdamW(masters.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

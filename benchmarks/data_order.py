@@ -25,7 +25,7 @@ WEIGHTS = {"slimpajama": 0.75, "starcoderdata": 0.15, "proof-pile-2": 0.1}
 
 
 def order_of(samples: int) -> SampleOrder:
-    """Three sources, and a ramp in the second stage, at which everything is measured that says so."""
+    """Three sources, and a ramp in the second stage, where every figure marked so is measured."""
     stages = [MixtureStage(FAR, {"slimpajama": 1.0}), MixtureStage(10**12, WEIGHTS, ramp_samples=3_000_000)]
     return SampleOrder(3407, dict.fromkeys(WEIGHTS, samples), stages)
 

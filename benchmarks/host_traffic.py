@@ -53,7 +53,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument(
-        "--steps", type=WholeNumber(6, 100_000), default=200, help="more than the warm-up's 5 (default: %(default)s)"
+        "--steps", type=WholeNumber(6, 100_000), default=200, help="more than the warmup's 5 (default: %(default)s)"
     )
     parser.add_argument("--json", type=output_file)
     options = parser.parse_args()

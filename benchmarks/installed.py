@@ -16,7 +16,7 @@ def of_installed(needs: Mapping[str, str | None]) -> list[str]:
             if package is not None:
                 import_module(package)
         except ImportError as error:
-            print(f"{name}: left out, {package} is not installed here ({error})", file=sys.stderr, flush=True)
+            print(f"{name}: skipped, {package} is not installed ({error})", file=sys.stderr, flush=True)
         else:
             left.append(name)
     if not left:

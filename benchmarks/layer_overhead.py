@@ -2,7 +2,7 @@
 
     python benchmarks/layer_overhead.py
 
-A model of TinyLlama's 22 blocks, so narrow that all of its time is the host's, makes micro batches under each ZeRO file
+A model of TinyLlama's 22 blocks, so narrow that all of its time is the host's, makes micro-batches under each ZeRO file
 of `ds_configs/` and as a plain module, in turn, on one CPU rank. What a file costs per block, forward and backward
 together, is its processor time over the plain module's, divided by the blocks.
 """
@@ -28,7 +28,7 @@ from tinyllama_ds.train.engine import start_process_group, wrap
 NARROW = LlamaConfig(64, 32, 64, 22, 2, 1, 16)
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
 FILES = ("zero1", "zero2", "zero3", "zero3_keep")
-WARMUP = 5  # micro batches
+WARMUP = 5  # micro-batches
 _context = multiprocessing.get_context("fork")  # each measurement in a process that no other has used
 
 
@@ -64,7 +64,7 @@ def tokens() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def measure(name: str, micro_batches: int) -> float:
-    """Milliseconds of processor time of a micro batch: the median of so many."""
+    """Milliseconds of processor time of a micro-batch: the median of so many."""
     torch.set_num_threads(1)
     micro_batch = plain() if name == "plain" else under_deepspeed(name)
     seconds = []
@@ -111,7 +111,7 @@ def main() -> None:
     for name, found in rounds.items():
         whole = statistics.median(found)
         beyond = 1000 * (whole - alone) / NARROW.num_hidden_layers
-        print(f"{name:12} {whole:7.2f} ms a micro batch, {beyond:5.0f} us a block beyond the plain module's")
+        print(f"{name:12} {whole:7.2f} ms a micro-batch, {beyond:5.0f} us a block beyond the plain module's")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def environment(rehearse: bool, work: Path, flash_attn: Path | None) -> dict[str
 
 
 def status_of(code: int | None, seconds: float, log: Path) -> str:
-    """In words, with the first thing that a failed part says of itself."""
+    """In words, with the first error of a failed part."""
     if code is None:
         return f"cut at {seconds:.0f} s"
     return "done" if code == 0 else f"failed: {error_line(log.read_text(errors='replace'), code)}"
@@ -158,13 +158,13 @@ def error_line(text: str, code: int) -> str:
     """The line that names an error, else the last one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith("Error: ")] or [line for line in lines if "Error" in line][-1:]
-    return (telling or lines[-1:] or [f"exit code {code}"])[0].removeprefix("Error: ").removeprefix("FAILED ")[:100]
+    return (telling or lines[-1:] or [f"exit code {code}"])[0].removeprefix("Error: ").removeprefix("FAIL ")[:100]
 
 
 def shorten(outcomes: dict[str, Outcome], most: int) -> Iterator[str]:
     """A heading and lines for every part, the longest parts cut until all fit."""
     shown = {name: len(outcome.lines) for name, outcome in outcomes.items()}
-    # A part that is cut has a line more, which says so.
+    # A part that is cut has one line more to mark the cut.
     while sum(1 + count + (count < len(outcomes[name].lines)) for name, count in shown.items()) > most:
         shown[max(shown, key=lambda name: shown[name])] -= 1
     for name, outcome in outcomes.items():
@@ -193,7 +193,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run what was asked for, and say what came of it; returns the exit code: 1 where a part failed."""
+    """Run the chosen parts and print the table; returns the exit code: 1 where a part failed."""
     options = parse()
     (options.out / "parts").mkdir(parents=True, exist_ok=True)
     for stale in (options.out / "parts").iterdir():

@@ -17,7 +17,7 @@ _NETWORK, _INTERFACE = "10.79.0", "e0"
 
 
 def deepspeed_config(name: str, micro_batch: int, accumulation: int, **zero: int) -> dict:
-    """A file of ds_configs/ with small buckets, what `zero` says of the values that it has, and the comms logger."""
+    """A file of ds_configs/ with small buckets, the values of `zero`, and the comms logger."""
     config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
     section = config["zero_optimization"]
     section |= {key: 500_000 for key in _BUCKETS if key in section}

@@ -3,7 +3,7 @@
     python benchmarks/plan_memory.py --ranks 1 2 4 --json benchmarks/results/plan_memory.json
 
 States are compared before the optimizer's step, when gradients are there; the peak with what PyTorch's CPU allocator
-held at most. CPU ranks have no CUDA context and no caching allocator, so those rows are left out.
+held at most. CPU ranks have no CUDA context and no caching allocator, so those rows are skipped.
 """
 
 import json

@@ -76,7 +76,7 @@ def sent_bytes(interface: str | None) -> int:
 
 
 def peak_bytes(profiler: torch.profiler.profile, trace: Path) -> dict[str, int]:
-    """The most that PyTorch's CPU allocator held in measured micro batches, and in measured optimizer steps."""
+    """The most that PyTorch's CPU allocator held in measured micro-batches, and in measured optimizer steps."""
     profiler.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
     trace.unlink()

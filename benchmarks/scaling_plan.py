@@ -74,7 +74,7 @@ def main() -> None:
     rows = [best(size, gbit, times) for times in BATCHES for gbit in NETWORKS for size in options.gpus]
     for row in rows:
         print(f"{row['batch_tokens']:>10,} {row['gbit']:>4} Gbit/s {row['gpus']:>5} GPUs  {row['layout']:<11}"
-              f" micro batch {row['micro_batch']:>2}  {row['tokens_per_second_per_gpu']:>7,.0f}"
+              f" micro-batch {row['micro_batch']:>2}  {row['tokens_per_second_per_gpu']:>7,.0f}"
               f"  {row['efficiency']:.1%}")  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -2,12 +2,12 @@
 
     python benchmarks/training_peers.py --json benchmarks/results/training_peers_cpu.json
 
-With a GPU it is TinyLlama-1.1B on one rank, 16k tokens per micro batch, without activation checkpointing: one contender
-after the other, because each wants the memory (`gpu_parts/peers.py` takes two in turn). Else it is 26.7M parameters on
+With a GPU it is TinyLlama-1.1B on one rank, 16k tokens per micro-batch, without activation checkpointing: one contender
+after the other, because each needs the memory (`gpu_parts/peers.py` takes two in turn). Else it is 26.7M parameters on
 two ranks of one thread each (`plain` is one process with two threads, about 1.2 GB per process): every contender starts
 once and warms up, then each in turn trains a step while the rest wait, round after round, so that a drift of the
 machine hits all. Ours run in the environment that `tinyllama-ds pretrain` gives its ranks. litgpt is not among our
-dependencies: install it (`pip install litgpt`), else its row is left out, as that of one that fails. Nothing is
+dependencies: install it (`pip install litgpt`), else its row is skipped, as that of a contender that fails. Nothing is
 downloaded.
 """
 
@@ -38,10 +38,10 @@ from tinyllama_ds.train.utilization import measured_peak, memory_bytes
 
 
 def serve(name: str, size: Size) -> None:
-    """Run inside the ranks: after the warm-up, as many steps as a line of stdin says, and on stdout their mean seconds
+    """Run inside the ranks: after the warmup, as many steps as a line of stdin asks for; prints their mean seconds
     and the peak bytes so far.
 
-    On a GPU one more goes before, and the memory of activations is given back after: another contender may want it.
+    On a GPU one more goes before, and the memory of activations is given back after: another contender may need it.
     """
     on_gpu = size.device == "cuda"
     if not on_gpu:
@@ -91,7 +91,7 @@ class Contender:
         """
         for process in self._ranks:
             assert process.stdin is not None
-            with suppress(BrokenPipeError):  # the reading says it
+            with suppress(BrokenPipeError):  # reported by the read
                 process.stdin.write(f"{steps}\n")
                 process.stdin.flush()
         seconds, peaks = zip(*(self._read(process) for process in self._ranks), strict=True)
@@ -134,7 +134,7 @@ class Result:
 
 
 def measure(names: list[str], size_name: str, rounds: int) -> dict[str, Result]:
-    """All contenders in turn; on a GPU one after the other. One that fails (out of memory, say) leaves no row."""
+    """All contenders in turn; on a GPU one after the other. One that fails (for example out of memory) has no row."""
     results: dict[str, Result] = {}
     for group in [names] if SIZES[size_name].device == "cpu" else [[name] for name in names]:
         contenders: list[Contender] = []
@@ -158,7 +158,7 @@ def _each(
         try:
             do(contender)
         except RuntimeError as failure:
-            print(f"{failure}; it is left out", flush=True)
+            print(f"{failure}; skipped", flush=True)
             contender.end()
             contenders.remove(contender)
             results.pop(contender.name, None)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # TinyLlama v1.1: the basic stage that all variants share, and the general variant to its end. Start it again to resume.
-# DATA and RUNS say where things lie, HOSTFILE which GPUs there are; arguments go to pretrain.
+# DATA and RUNS are directories, HOSTFILE names the GPUs; arguments go to pretrain.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
 exec tinyllama-ds pretrain --recipe tinyllama-v1.1 --deepspeed-config "$root/ds_configs/zero3_v1.1.json" \

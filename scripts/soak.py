@@ -155,7 +155,7 @@ class Soak:
 
     def a_rank(self) -> psutil.Process:
         """One of the ranks."""
-        ranks = [process for process in self.processes("scripts/pretrain.py") if "-u" in command_line(process)
+        ranks = [process for process in self.processes("tinyllama_ds.rank.pretrain") if "-u" in command_line(process)
                  and "deepspeed.launcher.launch" not in command_line(process)]  # fmt: skip
         return self._rng.choice(ranks)
 
@@ -187,7 +187,7 @@ class Soak:
         self.kill_rank()
 
     def fill_disk(self) -> None:
-        """For some seconds there is no room at all."""
+        """For some seconds the disk is full."""
         filler = self.run_dir.parent / "filler"
         with filler.open("wb", buffering=0) as file, suppress(OSError):
             while True:
@@ -225,7 +225,7 @@ def prepare(directory: Path) -> Path:
 
 
 def run(command: list[str]) -> None:
-    """A command whose progress bars nobody wants to see."""
+    """A command without progress bars."""
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

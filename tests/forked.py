@@ -25,7 +25,7 @@ from unittest import mock
 from launching import TIMEOUT, Finished
 
 from tinyllama_ds.distributed.network import free_port
-from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
+from tinyllama_ds.launch.launcher import PRETRAIN
 
 _ON_CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _context = multiprocessing.get_context("forkserver")
@@ -69,9 +69,9 @@ class Processes:
 def pretrain(
     recipe: Path, config: Path, data: Path, run_dir: Path, ranks: int, *more: str, **environment: str
 ) -> Finished:
-    """`scripts/pretrain.py` on so many ranks, once: a rollback asks for another start by its exit code."""
+    """Ranks of `tinyllama_ds.rank.pretrain`: once, a rollback asks for another start by its exit code."""
     arguments = ["--recipe", recipe, "--deepspeed-config", config, "--data", data, "--run-dir", run_dir, *more]
-    return on_ranks(run_script, PRETRAIN_SCRIPT, *arguments, ranks=ranks, **environment)
+    return on_ranks(run_module, PRETRAIN, *arguments, ranks=ranks, **environment)
 
 
 def tinyllama_ds(*arguments: object, **environment: str) -> Finished:
@@ -108,6 +108,12 @@ def run_script(script: Path, *arguments: object) -> None:
     """As `python SCRIPT ARGUMENTS`."""
     sys.argv = [str(script), *map(str, arguments)]
     runpy.run_path(str(script), run_name="__main__")
+
+
+def run_module(name: str, *arguments: object) -> None:
+    """As `python -m NAME ARGUMENTS`."""
+    sys.argv = [name, *map(str, arguments)]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def run_command(*arguments: object) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
+from tinyllama_ds.launch.launcher import PRETRAIN
 
 SEQUENCE_LENGTH = 32
 BATCH = 8  # sequences per optimizer step
@@ -122,9 +122,9 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = TIME
 
 
 def is_rank(command_line: list[str]) -> bool:
-    """Of training, and not the launcher or its runner, which name the same script and may have a variable RANK too."""
+    """Of training, and not the launcher or its runner, which name the same module and may have a variable RANK too."""
     is_launcher = any(part in command_line for part in ("deepspeed.launcher.launch", "deepspeed.launcher.runner"))
-    return "-u" in command_line and str(PRETRAIN_SCRIPT) in command_line and not is_launcher
+    return "-u" in command_line and PRETRAIN in command_line and not is_launcher
 
 
 def rank_process(supervisor: subprocess.Popen, rank: int) -> psutil.Process | None:

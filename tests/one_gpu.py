@@ -10,9 +10,7 @@ from typing import Any
 from unittest import mock
 
 from fake_cuda import MEMORY_BYTES, FakeCuda, Wait
-from forked import on_ranks, run_command, run_script
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+from forked import on_ranks, run_command, run_module
 
 
 @dataclass(frozen=True)
@@ -28,12 +26,12 @@ class Ran:
 def script(
     name: str, *arguments: object, dry_run: bool = True, memory_bytes: int = MEMORY_BYTES, **environment: str
 ) -> Ran:
-    """`scripts/<name>.py`, which a launcher would start on a rank; with or without the dry-run batch."""
-    return _run(run_script, (SCRIPTS / f"{name}.py", *arguments), dry_run, memory_bytes, environment)
+    """`tinyllama_ds.rank.<name>`, which a launcher would start; with or without the dry-run batch."""
+    return _run(run_module, (f"tinyllama_ds.rank.{name}", *arguments), dry_run, memory_bytes, environment)
 
 
 def pretrain(recipe: Path, config: Path, data: Path, run_dir: Path, *more: str, **others: Any) -> Ran:
-    """`scripts/pretrain.py`, not compiled, and with PyTorch's attention unless another is asked for."""
+    """`tinyllama_ds.rank.pretrain`, not compiled, and with PyTorch's attention unless another is asked for."""
     attention = [] if "--attention" in more else ["--attention", "sdpa"]
     return script(
         "pretrain", "--recipe", recipe, "--deepspeed-config", config, "--data", data, "--run-dir", run_dir,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.outputs import check_file, check_folder, check_picture, refusing, write_file
+from tinyllama_ds.outputs import check_file, check_folder, check_picture, reporting_write_errors, write_file
 
 
 @pytest.fixture
@@ -106,7 +106,10 @@ def test_a_full_disk_leaves_the_old_file(small_disk) -> None:  # type: ignore[no
 
 
 def test_errors_of_rust_are_the_systems() -> None:
-    with pytest.raises(ConfigError, match="hf: cannot be written: No space left on device"), refusing(Path("hf")):
+    with (
+        pytest.raises(ConfigError, match="hf: cannot be written: No space left on device"),
+        reporting_write_errors(Path("hf")),
+    ):
         raise Exception("Error while serializing: No space left on device (os error 28)")  # noqa: TRY002
-    with pytest.raises(KeyError), refusing(Path("hf")):
+    with pytest.raises(KeyError), reporting_write_errors(Path("hf")):
         raise KeyError("mine")

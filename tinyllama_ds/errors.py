@@ -1,5 +1,8 @@
 """The exit codes that other programs rely on, and the exceptions that a user should have to read."""
 
+import json
+from collections.abc import Callable
+
 EXIT_FINISHED = 0
 EXIT_RESTART = 75  # saved, please restart
 EXIT_ROLLBACK = 76  # inside: the supervisor starts the run again, without the samples before a spike
@@ -53,9 +56,18 @@ def raise_problems(place: object, problems: list[str]) -> None:
 
 
 def shown(value: object) -> str:
-    """A wrong value as a message shows it, on one line and not longer than that."""
+    """A wrong value as a message shows it, on one line of limited length."""
+    return _shorten(repr, value)
+
+
+def shown_as_json(value: object) -> str:
+    """A wrong value of a JSON or TOML file as the file has it, on one line of limited length."""
+    return _shorten(lambda value: json.dumps(value, default=repr), value)
+
+
+def _shorten(write: Callable[[object], str], value: object) -> str:
     try:
-        text = repr(value)
+        text = write(value)
     except ValueError:  # Python writes no integer of more than 4,300 digits
         return f"a value with a number of too many digits ({type(value).__name__})"
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."

@@ -17,9 +17,9 @@ from functools import partial, wraps
 from typing import Any, Literal
 
 from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.layout import RESTART_VARIABLE
 
 FAULT_VARIABLE = "TINYLLAMA_DS_FAULT"
-RESTART_VARIABLE = "TINYLLAMA_DS_RESTART"  # how often the supervisor has restarted the run
 _UNLIMITED = 2**63
 _CONTINUE_SECONDS = 1  # after SIGSTOP, so that stacks requested meanwhile show the point
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}

@@ -104,7 +104,7 @@ def whole_rows(lines: Iterable[bytes], path: Path, **kinds: Kinds) -> Iterator[t
         else:
             yield line, row
     if damaged:
-        _say_damaged(path, damaged)
+        _report_damaged(path, damaged)
 
 
 def parse_row(line: bytes, **kinds: Kinds) -> dict | None:
@@ -155,7 +155,7 @@ def without_wildcards(folder: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _say_damaged(path: Path, numbers: list[int]) -> None:
+def _report_damaged(path: Path, numbers: list[int]) -> None:
     more = len(numbers) - 1
     end = f", as {more} line{'s' if more > 1 else ''} more of the file; they are left out" if more else ""
     with suppress(OSError):  # a log file on a full disk ends no run

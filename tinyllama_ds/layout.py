@@ -1,9 +1,9 @@
-"""What a run directory is made of, and whether this user can use one as it lies there."""
+"""Names that the processes of a run share, and whether this user can use a run directory as it is."""
 
 import os
+import signal
 from pathlib import Path
 
-from tinyllama_ds.data.tokenizer import TOKENIZER_FILE
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import SECRETS_FILE
 
@@ -13,10 +13,20 @@ LEDGER_FILE = "ledger.jsonl"
 STOP_FILE = "stop"
 METRICS_FILE = "metrics.jsonl"
 STARTS_FILE = "starts.jsonl"
+TOKENIZER_FILE = "tokenizer.model"
+LOCK_FILE = "lock.json"
 LIFELINE_KEY_FILE = "lifeline.key"  # of ranks on other hosts and their supervisor
 CHECKPOINTS, QUARANTINE, LOGS = "checkpoints", "quarantine", "logs"
 _FOLDERS = (CHECKPOINTS, QUARANTINE, LOGS)
-_FILES = (RUN_FILE, STATUS_FILE, LEDGER_FILE, STOP_FILE, LIFELINE_KEY_FILE, SECRETS_FILE, TOKENIZER_FILE, "lock.json")
+_FILES = (RUN_FILE, STATUS_FILE, LEDGER_FILE, STOP_FILE, LIFELINE_KEY_FILE, SECRETS_FILE, TOKENIZER_FILE, LOCK_FILE)
+
+# Of the environment, from the supervisor to its ranks.
+SUPERVISOR_VARIABLE = "TINYLLAMA_DS_SUPERVISOR"  # its process id
+HEARTBEAT_VARIABLE = "TINYLLAMA_DS_HEARTBEATS"  # its private directory
+LIFELINE_VARIABLE = "TINYLLAMA_DS_LIFELINE"  # for ranks on other hosts: its address, and timeouts
+RESTART_VARIABLE = "TINYLLAMA_DS_RESTART"  # how often the supervisor has restarted the run
+STACKS_SIGNAL = signal.SIGUSR2  # asks a rank for the stacks of its threads
+STARTING, FIRST_STEP = "starting", "in its first step"  # the phases of a rank that take long
 
 
 def reject_unusable_directory(run_dir: Path) -> None:

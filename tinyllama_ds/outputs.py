@@ -22,7 +22,7 @@ _DPI = 110
 
 def check_file(path: Path) -> None:
     """Raise `ConfigError` unless a file of that name can be made or replaced. Leaves everything as it was."""
-    with refusing(path):
+    with reporting_write_errors(path):
         target = Path(os.path.realpath(path))
         if target.is_dir():
             raise ConfigError(f"{path}: is a directory; expected the name of a file to write")
@@ -44,7 +44,7 @@ def check_picture(path: Path) -> None:
 
 def check_folder(path: Path) -> None:
     """Raise `ConfigError` unless files can be made in a folder, which may have to be made with those above it."""
-    with refusing(path):
+    with reporting_write_errors(path):
         place = Path(os.path.realpath(path))
         while not place.exists():
             place = place.parent
@@ -54,7 +54,7 @@ def check_folder(path: Path) -> None:
 def write_file(path: Path, content: str | bytes) -> None:
     """Replace a file as a whole, or leave it as it was and raise `ConfigError` with the reason, a full disk say."""
     raw = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    with refusing(path):
+    with reporting_write_errors(path):
         target = Path(os.path.realpath(path))
         if _is_special(target):
             target.write_bytes(raw)
@@ -79,7 +79,7 @@ def drawn(figure: "Figure", kind: str = "png") -> bytes:
 
 
 @contextmanager
-def refusing(path: Path) -> Iterator[None]:
+def reporting_write_errors(path: Path) -> Iterator[None]:
     """Turn what the system says against a file, through Python or a library in Rust, into a `ConfigError` that names
     it.
     """
@@ -102,7 +102,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with refusing(output):
+        with reporting_write_errors(output):
             partial.mkdir(parents=True)
             yield partial
             partial.rename(output)

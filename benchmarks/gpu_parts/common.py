@@ -39,7 +39,7 @@ class Part:
         return read_figures(self.out / f"{name}.json")["figures"]
 
     def matmul_flops(self) -> float:
-        """FLOP/s of the matrix product that part `machine` measured; measured now where it was left out."""
+        """FLOP/s of the matrix product that part `machine` measured; measured now where it was skipped."""
         measured = self.of_part("machine").get("matmul_flops")
         if measured is None:
             import torch
@@ -62,7 +62,7 @@ def part_of_arguments(name: str) -> Part:
 
 
 def tinyllama_ds(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command of the toolkit as a user starts it; what it says goes to this part's log, too."""
+    """A command of the toolkit as a user starts it; its output goes to this part's log, too."""
     words = [str(argument) for argument in arguments]
     print(f"$ tinyllama-ds {' '.join(words)}", flush=True)
     started = time.perf_counter()
@@ -145,7 +145,7 @@ keep_last = 10
 
 
 def own_config(part: Part, name: str, micro_batch: int) -> Path:
-    """A shipped ZeRO file, with the warm-up of a run of some steps."""
+    """A shipped ZeRO file, with the warmup of a run of some steps."""
     config = json.loads((CONFIGS / f"{name}.json").read_text())
     config["scheduler"]["params"]["warmup_num_steps"] = 4
     config["train_micro_batch_size_per_gpu"] = micro_batch

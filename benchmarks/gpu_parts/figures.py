@@ -18,18 +18,18 @@ class Figures:
         self._lines: dict[str, str] = content["lines"]
 
     def put(self, name: str, value: Any, line: str | None = None) -> None:
-        """Store a value under a name, and a line of the table if there is one to be said."""
+        """Store a value under a name, and perhaps a line of the table."""
         self.values[name] = value
         if line is not None:
             self._lines[name] = line[:WIDTH]
         self._write()
 
     def check(self, name: str, is_good: bool, line: str) -> None:
-        """Store a verdict, and the line that says what was found."""
-        self.put(name, is_good, f"{'ok    ' if is_good else 'FAILED'} {line}")
+        """Store PASS or FAIL, and a line with the finding."""
+        self.put(name, is_good, f"{'PASS' if is_good else 'FAIL'} {line}")
 
     def end(self) -> int:
-        """The part's exit code: 1 where a verdict is bad."""
+        """The part's exit code: 1 where a check failed."""
         failed = [self._lines[name] for name, value in self.values.items() if value is False]
         for line in failed:
             print(f"Error: {line}", flush=True)

@@ -48,7 +48,7 @@ def report_run(part: Part, seconds: float) -> None:
     saves = [row for row in rows(run_dir) if "Checkpoint/StallSeconds" in row]
     stalls = [row["Checkpoint/StallSeconds"] for row in saves]
     put("save_seconds", [row["Checkpoint/Seconds"] for row in saves])
-    put("stall_seconds", stalls, f"save of {saves[0]['Checkpoint/GiB']:.2f} GiB: stall"
+    put("stall_seconds", stalls, f"save of {saves[0]['Checkpoint/GiB']:.2f} GiB: training stall"
         f" {stalls[0]:.2f} s, the last save was waited for {stalls[-1]:.2f} s")  # fmt: skip
 
 

@@ -14,7 +14,7 @@ WORKERS = 8
 ONE_FOR_CPUS = "tests/integration/test_gpu.py::test_curve_equals_plain_pytorch_on_the_cpu[3-eager]"
 _RESULT = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 _TEST = re.compile(r"tests/\S+")
-_END = re.compile(r"=+ (FAILURES|ERRORS|warnings summary|short test summary info) =+")  # what follows says it again
+_END = re.compile(r"=+ (FAILURES|ERRORS|warnings summary|short test summary info) =+")  # what follows repeats it
 _SHOWN = 5  # failures named in the table
 _COLLECTED = re.compile(r"(\d+)(?:/\d+)? tests? collected")
 
@@ -46,9 +46,9 @@ def run_tests(part: Part, *arguments: str) -> int:
         print(process.stdout.read(), flush=True)
     part.figures.put("failed", failed)
     for number, test in enumerate(failed[:_SHOWN]):
-        part.figures.put(f"failed.{number}", test, f"FAILED {test}"[:130])
+        part.figures.put(f"failed.{number}", test, f"FAIL {test}"[:130])
     if len(failed) > _SHOWN:
-        part.figures.put("failed.more", len(failed) - _SHOWN, f"FAILED {len(failed) - _SHOWN} more")
+        part.figures.put("failed.more", len(failed) - _SHOWN, f"FAIL {len(failed) - _SHOWN} more")
     return process.returncode
 
 

@@ -12,7 +12,7 @@ from training_peers import Contender, Result, run_in_turn
 OURS = "ours, ZeRO-3"
 TRANSFORMERS = "transformers + DeepSpeed ZeRO-3"
 PEERS = (TRANSFORMERS, "plain loop, compiled, our attention", "FSDP2, compiled, our attention")
-# One step of transformers without recomputation wants some 70 GiB, and ours keep 20 GiB while they wait.
+# One step of transformers without recomputation needs some 70 GiB, and ours keep 20 GiB while they wait.
 ROOM_FOR_BOTH = 100 * 2**30
 ROUNDS, STEPS = 3, 3  # of each contender, and of each round
 

@@ -14,7 +14,7 @@ import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_SECONDS = 0.2
-_KILL_SECONDS = 5.0  # a process in the kernel, at the driver say, may take that long to go
+_KILL_SECONDS = 5.0  # a process inside a system call of the driver may take that long to exit
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Share:
-    """What a part wants of the time, in seconds."""
+    """The seconds that a part asks for."""
 
     name: str
     module: str
     on_gpu: float  # to be complete on an H100 with 16 cores, as estimated
     rehearsed: float  # the same on two cores of a CPU
-    least: float  # under which it has nothing to tell, and is left out
+    least: float  # below which it measures nothing and is skipped
     has_head_size_64: bool = True  # and no other
 
 
@@ -30,7 +30,7 @@ PARTS = (
 def limit(wanted: Sequence[float], left: float) -> float:
     """Seconds of the first of some parts, of those that are left for all.
 
-    Where there is enough for all, what is over is shared in proportion; else the first ones get what they want.
+    Where there is enough for all, the surplus is shared in proportion; else the first ones get what they ask for.
     """
     total = sum(wanted)
     return left * wanted[0] / total if left >= total else min(wanted[0], left)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from gpu_parts.common import CONFIGS, Part, part_of_arguments
 from tinyllama_ds.benchmark.grid import Row, grid, measure_all
 from tinyllama_ds.distributed.network import free_port
-from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, Placement, launcher_environment
+from tinyllama_ds.launch.launcher import MEASURE, Placement, launcher_environment
 from tinyllama_ds.model.config import model_config
 
 CONFIG_NAMES = ("zero3_keep", "zero3", "zero1")
@@ -25,13 +25,11 @@ def measured(part: Part) -> Iterator[Row]:
         environment = launcher_environment(Placement(None, [], 1, on_cpu=part.rehearse))
         environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         environment["MASTER_PORT"] = str(free_port())
-        yield from measure_all(
-            [setting | shape], lambda words: [sys.executable, str(MEASURE_SCRIPT), *words], environment
-        )
+        yield from measure_all([setting | shape], lambda words: [sys.executable, "-m", MEASURE, *words], environment)
 
 
 def report(part: Part, name: str, row: Row, flops: float) -> None:
-    """Store a row's figures and say them in three lines."""
+    """Store a row's figures and print them in three lines."""
     put = part.figures.put
     if "error" in row:
         part.figures.check(f"{name}.ran", False, f"{name}: {row['error']}")

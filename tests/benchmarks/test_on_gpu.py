@@ -96,7 +96,7 @@ def test_a_part_that_crashes_or_finds_no_end_keeps_its_figures_and_harms_no_othe
     assert all(part["figures"]["before"] == 1 for part in parts.values())
     assert "as ordered" in (tmp_path / "parts" / "crashing.log").read_text()
     assert not any(map(is_alive, parts["endless"]["figures"]["pids"]))
-    for line in ("crashing has begun", "endless has begun", "ok     good is good", "FAILED failing is good"):
+    for line in ("crashing has begun", "endless has begun", "PASS good is good", "FAIL failing is good"):
         assert f"   {line}" in finished.stdout.splitlines()
 
 
@@ -147,7 +147,7 @@ def test_figures_are_on_the_disk_at_once_and_go_on_in_a_new_process(tmp_path: Pa
     figures.check("verdict", False, "it is wrong")
     again = Figures(path)
     again.put("other", [3])
-    assert read_figures(path)["lines"] == {"rate": "fast", "verdict": "FAILED it is wrong"}
+    assert read_figures(path)["lines"] == {"rate": "fast", "verdict": "FAIL it is wrong"}
     assert again.end() == 1
 
 

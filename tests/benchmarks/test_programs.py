@@ -144,7 +144,7 @@ def test_a_contender_that_is_not_installed_is_said_at_the_start(tmp_path: Path) 
     output = tmp_path / "peers.json"
     arguments = ["--size", "tiny", "--rounds", 1, "--only", LITGPT, PLAIN, "--json", output]
     finished = benchmark("training_peers", *arguments, PYTHONPATH=path)
-    assert f"{LITGPT}: left out, litgpt is not installed here" in finished.stderr
+    assert f"{LITGPT}: skipped, litgpt is not installed" in finished.stderr
     assert list(json.loads(output.read_text())["results"]) == [PLAIN]
 
 
@@ -155,7 +155,7 @@ def test_a_contender_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, cap
     results = training_peers.measure(["cold", "well", "later"], "tiny", 2)
     assert list(results) == ["well"]
     assert len(results["well"].rates) == 2
-    assert "cold ended with code 1; it is left out" in capsys.readouterr().out
+    assert "cold ended with code 1; skipped" in capsys.readouterr().out
 
 
 class OneThatMayFail:

@@ -65,7 +65,7 @@ def test_the_tokens_of_a_branchs_parent_are_not_its_own(tmp_path: Path) -> None:
     """Before its first checkpoint a branch is where its parent was: what a call commits is counted from there."""
     parser = argparse.ArgumentParser()
     add_run_arguments(parser)
-    arguments = ["--recipe", "r", "--deepspeed-config", "c", "--data", "d", "--run-dir", str(tmp_path)]
+    arguments = ["--recipe", "r", "--deepspeed-config", "c.json", "--data", "d", "--run-dir", str(tmp_path)]
     options = parser.parse_args(arguments, argparse.Namespace(step_timeout=600.0, max_wall_time=None))
     here = Placement(None, [], 1, on_cpu=True)
     assert _watch(options, here, begun=(4, 1024)).committed() == (4, 1024)

@@ -9,6 +9,7 @@ from hypothesis import given
 from mutating import mutations, returns_or_refuses
 
 from tinyllama_ds.config.deepspeed import (
+    AutoValues,
     load_deepspeed_config,
     read_schedule,
     requested_micro_batch,
@@ -33,9 +34,7 @@ def write(path: Path, config: dict) -> Path:
 
 
 def resolve(config: dict, path: Path = Path("ds.json")) -> dict:
-    return resolve_deepspeed_config(
-        config, path, micro_batch=4, batch=16, world_size=2, total_steps=100, hidden_size=64, bf16=False
-    )
+    return resolve_deepspeed_config(config, path, AutoValues(4, 16, 2, 100, 64, bf16=False))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -46,9 +45,7 @@ def test_shipped_configs_resolve_and_pass_deepspeeds_own_parser(path: Path, monk
 
     raw = load_deepspeed_config(path)
     micro_batch = requested_micro_batch(raw) or 4
-    resolved = resolve_deepspeed_config(
-        raw, path, micro_batch=micro_batch, batch=64, world_size=2, total_steps=100, hidden_size=64, bf16=False
-    )
+    resolved = resolve_deepspeed_config(raw, path, AutoValues(micro_batch, 64, 2, 100, 64, bf16=False))
     engine_config, monitors = split_off_our_sections(resolved)
     parsed = DeepSpeedConfig(
         engine_config | {"train_batch_size": 64 // 2, "gradient_accumulation_steps": 32 // micro_batch}
@@ -112,6 +109,10 @@ def test_shipped_configs_resolve_and_pass_deepspeeds_own_parser(path: Path, monk
         ({"gradient_predivide_factor": 2.0}, "makes gradients too small at zero_optimization.stage 3"),
         ({"gradient_clipping": -1}, "gradient_clipping is -1; expected a number of 0 or more"),
         ({"train_batch_size": 16}, 'train_batch_size is 16; expected "auto" or nothing, because the recipe decides'),
+        (
+            {"zero_optimization.stage": 3},
+            """unknown key '"zero_optimization.stage"'""",
+        ),
         ({"stage": 3}, "unknown key 'stage'; did you mean 'zero_optimization.stage'?"),
         ({"activation_checkpointing": {}}, "activation_checkpointing would be ignored"),
         ({"scheduler": {"type": "OneCycle"}}, 'scheduler.type is "OneCycle"; expected WarmupCosineLR'),
@@ -190,7 +191,15 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert [problem.split()[1] for problem in problems] == ["unknown", "bf16.enabled", "amp"]
 
 
-def test_what_is_off_is_left_out(tmp_path: Path) -> None:
+def test_a_problem_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(BASE | {"zero_optimization": {"stage": 3, "overlap_com": True}}, indent=2))
+    line = path.read_text()[: path.read_text().index('"overlap_com"')].count("\n") + 1
+    with pytest.raises(ConfigError, match=f"ds.json: line {line}: unknown key 'zero_optimization.overlap_com'; did"):
+        load_deepspeed_config(path)
+
+
+def test_what_is_off_is_dropped(tmp_path: Path) -> None:
     """As files for Hugging Face's Trainer have it."""
     elsewhere = {"fp16": {"enabled": False, "loss_scale": 0}, "wall_clock_breakdown": False, "dump_state": False}
     raw = load_deepspeed_config(write(tmp_path / "ds.json", BASE | elsewhere))
@@ -253,10 +262,7 @@ def test_engine_gets_neither_schedule_nor_monitors() -> None:
 def load_and_resolve(path: Path) -> None:
     raw = load_deepspeed_config(path)
     warnings_of(raw)
-    resolve_deepspeed_config(
-        raw, path, micro_batch=requested_micro_batch(raw) or 1, batch=64, world_size=2, total_steps=100,
-        hidden_size=64, bf16=True,
-    )  # fmt: skip
+    resolve_deepspeed_config(raw, path, AutoValues(requested_micro_batch(raw) or 1, 64, 2, 100, 64, bf16=True))
 
 
 @given(content=mutations(SHIPPED[0].read_bytes()))

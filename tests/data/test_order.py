@@ -323,7 +323,7 @@ def test_what_is_left_out_is_passed_over_and_nothing_else_changes():
     gaps = [range(95, 103), range(16, 24), range(24, 40)]  # over a stage's border, and two that touch
     whole = SampleOrder(7, {"a": 1000, "b": 500}, stages)
     order = SampleOrder(7, {"a": 1000, "b": 500}, stages, gaps)
-    kept = np.array([ordinal for ordinal in range(160) if not any(ordinal in gap for gap in gaps)])
+    kept = np.array([ordinal for ordinal in range(160) if not any(ordinal in excluded for excluded in gaps)])
     positions = np.arange(len(kept))
     assert np.array_equal(order.global_sample_index(positions), kept)
     found, expected = order.locate(positions), whole.locate(kept)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import on_ranks, pretrain, run_script
+from forked import on_ranks, pretrain, run_module
 from launching import STEP_TOKENS, run, write_deepspeed_config, write_recipe
 from local_tasks import write_tasks
 
 from tinyllama_ds.cli import main
-from tinyllama_ds.launch.launcher import EVALUATE_SCRIPT
+from tinyllama_ds.launch.launcher import SCORE
 
 DOCUMENTS = 17  # no multiple of two ranks or of the batch
 
@@ -60,7 +60,7 @@ def reference(exported: Path, tasks: list[Path]) -> dict[str, Any]:
 
 def evaluate(model: Path, tasks: list[Path], output: Path, ranks: int) -> dict[str, Any]:
     arguments = [model, "--task-file", *tasks, "--batch-size", 4, "--output", output, "--device", "cpu"]
-    finished = on_ranks(run_script, EVALUATE_SCRIPT, *arguments, ranks=ranks)
+    finished = on_ranks(run_module, SCORE, *arguments, ranks=ranks)
     assert finished.returncode == 0, finished.stderr
     return json.loads((output / "tasks.json").read_text())
 
@@ -113,8 +113,7 @@ def test_a_refusal_is_heard_although_rank_0_is_late(exported: Path, tmp_path: Pa
 
 @pytest.mark.all_faults
 def test_the_exported_folder_under_torchrun(exported: Path, tasks: list[Path], reference: dict, tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "scripts" / "evaluate.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", SCORE]
     arguments = [exported, "--task-file", tasks[0], "--output", tmp_path, "--device", "cpu", "--batch-size", 4]
     finished = run([*command, *map(str, arguments)])
     assert finished.returncode == 0, finished.stderr

@@ -14,7 +14,7 @@ from test_secrets import read_command_lines
 
 from tinyllama_ds.fault_injection import FAULT_VARIABLE
 from tinyllama_ds.files import SECRETS_FILE, read_secret
-from tinyllama_ds.health.heartbeat import LIFELINE_VARIABLE
+from tinyllama_ds.layout import LIFELINE_VARIABLE
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")

@@ -19,7 +19,7 @@ from tinyllama_ds.data.tokenizer import train_tokenizer
 from tinyllama_ds.distributed.network import free_port
 from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.fault_injection import FAULT_VARIABLE
-from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
+from tinyllama_ds.launch.launcher import PRETRAIN
 
 
 @dataclass
@@ -193,7 +193,7 @@ def test_gpus_are_not_left_idle(command: str, case: str, inputs: Inputs, monkeyp
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     before = snapshot(inputs.run_dir.parent)
     if command == "the script alone":
-        finished = run([sys.executable, str(PRETRAIN_SCRIPT), *arguments_of(inputs)[:-2]])
+        finished = run([sys.executable, "-m", PRETRAIN, *arguments_of(inputs)[:-2]])
     elif command == "bench":
         finished = tinyllama_ds("bench", "--deepspeed-config", inputs.config, "--output", inputs.run_dir)
     else:
@@ -229,7 +229,13 @@ def test_the_script_refuses_under_the_bare_launcher(inputs: Inputs) -> None:
     edit_json(inputs.config, gradient_cliping=0.5)
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
     arguments = ["--deepspeed_config", inputs.config, "--recipe", inputs.recipe, "--data", inputs.data]
-    command = [*launcher, PRETRAIN_SCRIPT, *arguments, "--run-dir", inputs.run_dir]
+    command = [
+        *launcher,
+        Path(__file__).parents[2] / "scripts" / "pretrain.py",
+        *arguments,
+        "--run-dir",
+        inputs.run_dir,
+    ]
     variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", FAULT_VARIABLE: "start:0:0:pause"}
     finished = run(list(map(str, command)), **variables)
     assert finished.returncode == EXIT_CONFIG, finished.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from chats import conversations, prepare_chat, write_chat_recipe, write_records
-from forked import on_ranks, plain_curves, pretrain, run_script, tinyllama_ds
+from forked import on_ranks, plain_curves, pretrain, run_module, tinyllama_ds
 from launching import BATCH, read_series, write_deepspeed_config
 from test_docs import commands_of
 
@@ -20,7 +20,7 @@ from tinyllama_ds.checkpoint.initial_weights import fill_model, open_initial_wei
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
+from tinyllama_ds.launch.launcher import PRETRAIN
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
 
@@ -114,7 +114,7 @@ def test_the_page_about_it_works_from_its_first_command_to_its_last(
     for command in commands_of(DOCS / "chat.md"):
         arguments = [toy.get(argument, argument) for argument in command[1:]]
         if arguments[0] == "pretrain":
-            finished = on_ranks(run_script, PRETRAIN_SCRIPT, *arguments[1:], ranks=2)
+            finished = on_ranks(run_module, PRETRAIN, *arguments[1:], ranks=2)
             assert finished.returncode == 0, finished.stderr
         else:
             assert main(arguments) == 0, arguments

@@ -34,6 +34,7 @@ from tinyllama_ds.checkpoint.format import Progress, find_checkpoints, read_mani
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.fault_injection import FAULT_VARIABLE
+from tinyllama_ds.launch.launcher import PRETRAIN
 
 STEPS, SAVE_EVERY = 6, 2
 COLLECTIVE_SECONDS = 600  # after which a collective gives up by itself
@@ -331,7 +332,7 @@ def test_srun_tasks_find_their_ranks(own_name: str, setup: Setup, hosts: list[Ho
         hosts[0].name_is_loopback(hosts[1])
     processes = [
         host.start(
-            *(sys.executable, "scripts/pretrain.py", *setup.arguments(tmp_path / "run")[1:]),
+            *(sys.executable, "-m", PRETRAIN, *setup.arguments(tmp_path / "run")[1:]),
             SLURM_PROCID=str(rank),
             SLURM_LOCALID="0",
             SLURM_STEP_NUM_TASKS="2",

@@ -147,7 +147,7 @@ def test_commands_on_what_was_trained(tokenizer: Tokenizer, recipe: Path, data_d
         passed(one_gpu.command("generate", tmp_path / model, "the small llama", "--max-new-tokens", 4))
     (tmp_path / "tasks").mkdir()
     tasks = write_tasks(tmp_path / "tasks", 4)
-    passed(one_gpu.script("evaluate", tmp_path / "run", "--task-file", *tasks, "--output", tmp_path / "scores"))
+    passed(one_gpu.script("score", tmp_path / "run", "--task-file", *tasks, "--output", tmp_path / "scores"))
     passed(
         one_gpu.script(
             "measure", "--deepspeed-config", config, "--attention", "sdpa", "--model", "test", "--micro-batch", 2,

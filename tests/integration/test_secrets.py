@@ -10,8 +10,8 @@ import pytest
 from launching import pretrain_command, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.files import SECRETS_FILE
-from tinyllama_ds.health.heartbeat import LIFELINE_VARIABLE
 from tinyllama_ds.launch.environment import hand_on_secrets
+from tinyllama_ds.layout import LIFELINE_VARIABLE
 from tinyllama_ds.train.pretrain import read_secrets
 
 NAMES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "NCCL_SECRET", "PYTHON_PASSWORD", "DATABASE_URL")
@@ -33,7 +33,7 @@ def test_secrets_in_the_environment_stay_there(data_dir: Path, tmp_path: Path) -
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.1)  # between two looks: its processors are wanted
     assert process.returncode == 0, (tmp_path / "output").read_text()
-    assert sum(b"scripts/pretrain.py" in line for line in command_lines) >= 3, "launcher and ranks were seen"
+    assert sum(b"tinyllama_ds.rank.pretrain" in line for line in command_lines) >= 3, "launcher and ranks were seen"
     assert [line for line in command_lines if canary.encode() in line] == []
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     names = {path.name for path in written}

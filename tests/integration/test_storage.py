@@ -5,14 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from forked import run_script, started, tinyllama_ds
+from forked import run_module, started, tinyllama_ds
 from launching import read_series, wait_until, write_deepspeed_config, write_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tinyllama_ds.checkpoint.format import find_checkpoints, verify_checkpoint
 from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.fault_injection import FAULT_VARIABLE
-from tinyllama_ds.launch.launcher import PRETRAIN_SCRIPT
+from tinyllama_ds.launch.launcher import PRETRAIN
 
 MIB = 2**20
 STEPS, SAVES = 100, 5  # metrics between two saves want more room than is left in their last page
@@ -31,7 +31,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(
     arguments = ("--recipe", recipe, "--deepspeed-config", config, "--data", data_dir, "--run-dir", run_dir)
     others = run_dir.parent / "others"
     stops = {FAULT_VARIABLE: "save.ended:0:1+:stop"}
-    with started(run_script, PRETRAIN_SCRIPT, *arguments, ranks=2, **stops) as ranks:
+    with started(run_module, PRETRAIN, *arguments, ranks=2, **stops) as ranks:
         rank_0 = psutil.Process(ranks.processes[0].pid)
         for number in range(SAVES):
             wait_until(lambda: rank_0.status() == psutil.STATUS_STOPPED, "rank 0 does not stop")

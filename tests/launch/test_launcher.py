@@ -133,15 +133,15 @@ def words_of(call: str) -> set[str]:
 
 def test_the_gpus_that_this_shell_chose_are_those_of_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed's runner forgets the choice where it is told the number of ranks, and takes the first GPUs."""
-    script = tmp_path / "say.py"
-    script.write_text(
+    (tmp_path / "say.py").write_text(
         "import os\nfrom tinyllama_ds.distributed.world import read_world\n"
         "print(read_world().rank, os.environ['CUDA_VISIBLE_DEVICES'])\n"
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8932f937,1")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     placement = Placement(None, [], 2, on_cpu=True)
     with (tmp_path / "said").open("w") as said:
-        process = start_launcher(placement, [], {}, tmp_path, script, output=said.fileno())
+        process = start_launcher(placement, [], {"PYTHONPATH": path}, tmp_path, "say", output=said.fileno())
         assert process.wait(TIMEOUT) == 0
     lines = (tmp_path / "said").read_text().splitlines()
     assert {"0 3,GPU-8932f937,1", "1 3,GPU-8932f937,1"} <= set(lines)

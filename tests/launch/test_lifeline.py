@@ -17,10 +17,9 @@ from launching import TIMEOUT, wait_until
 from tinyllama_ds.distributed.network import free_port, proof
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import read_secret
-from tinyllama_ds.health.heartbeat import LIFELINE_VARIABLE
 from tinyllama_ds.launch import lifeline as module
 from tinyllama_ds.launch.lifeline import Lifeline
-from tinyllama_ds.layout import LIFELINE_KEY_FILE
+from tinyllama_ds.layout import LIFELINE_KEY_FILE, LIFELINE_VARIABLE
 
 LIFE_SECONDS = 600  # of a rank and its child, where nobody ends them
 RANK = """

@@ -9,11 +9,9 @@ import pytest
 from forked import on_ranks
 from launching import Finished
 
-from tinyllama_ds import fault_injection as faults
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_NUMERICS, EXIT_RESTART
-from tinyllama_ds.health import heartbeat
 from tinyllama_ds.launch import out_of_memory
-from tinyllama_ds.launch.supervisor import RankSide, Started, Watch, supervise
+from tinyllama_ds.launch.supervisor import Started, Watch, supervise
 
 # Of two ranks, which ends with the code of the one that only lost its peer, as DeepSpeed's may.
 LAUNCHER_OF_ONE_THAT_SAYS_WHY = """
@@ -60,10 +58,8 @@ def supervise_here(launcher: str, folder: Path, max_seconds: float | None) -> No
         process = subprocess.Popen(command, env=os.environ | variables, start_new_session=True)
         return Started(process, ["here", "here"], lambda host, group: None)
 
-    names = (heartbeat.SUPERVISOR_VARIABLE, heartbeat.HEARTBEAT_VARIABLE, faults.RESTART_VARIABLE)
-    ranks = RankSide(*names, heartbeat.LIFELINE_VARIABLE, heartbeat.STACKS_SIGNAL, (heartbeat.STARTING,))
     watch = Watch(Path("status.json"), Path("stop"), lambda: (0, 0), 600, 600, max_seconds)
-    ended = supervise(launch, watch, None, ranks)
+    ended = supervise(launch, watch, None)
     print(ended.code, ended.restarts)
 
 

@@ -216,25 +216,25 @@ def flash_attn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 
 # The operators under PyTorch's varlen_attn, which have no kernel for CPUs: those of FlashAttention 2, written out.
 def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, keys: Tensor, longest_q: int, longest_k: int,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: Tensor, longest_q: int, longest_k: int,
     dropout: float, is_causal: bool, return_debug_mask: bool, *, scale: float | None = None,
     window_size_left: int | None = None, window_size_right: int | None = None, **unused: object,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    assert borders.dtype == torch.int32
-    assert torch.equal(borders, keys)
-    assert borders.diff().max() <= longest_q == longest_k
+    assert cu_seqlens.dtype == torch.int32
+    assert torch.equal(cu_seqlens, keys)
+    assert cu_seqlens.diff().max() <= longest_q == longest_k
     assert (is_causal, dropout, scale, window_size_left in (None, -1)) == (True, 0.0, None, True)
-    weights, sums = _weights(q, k, borders)
+    weights, sums = _weights(q, k, cu_seqlens)
     out = torch.einsum("hqk,khe->qhe", weights, _wide(v, q)).to(q.dtype)
     state = torch.zeros(2, dtype=torch.uint64)
     return out, sums, state, state, torch.empty(0)
 
 
 def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, borders: Tensor, *others: object,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, cu_seqlens: Tensor, *others: object,
     **options: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    weights, expected_sums = _weights(q, k, borders)
+    weights, expected_sums = _weights(q, k, cu_seqlens)
     torch.testing.assert_close(sums, expected_sums)
     torch.testing.assert_close(out, torch.einsum("hqk,khe->qhe", weights, _wide(v, q)).to(q.dtype))
     wide_grad, wide_out = grad.float(), out.float()
@@ -251,9 +251,9 @@ def _wide(keys: Tensor, q: Tensor) -> Tensor:
     return keys.float().repeat_interleave(q.shape[1] // keys.shape[1], dim=1)
 
 
-def _weights(q: Tensor, k: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
+def _weights(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax (H, tokens, tokens) inside documents, and the logarithms of its sums (H, tokens)."""
-    numbers = torch.bucketize(torch.arange(len(q)), borders.long(), right=True)
+    numbers = torch.bucketize(torch.arange(len(q)), cu_seqlens.long(), right=True)
     visible = (numbers[:, None] == numbers[None, :]).tril()
     scores = torch.einsum("qhe,khe->hqk", q.float(), _wide(k, q)) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~visible, float("-inf"))
@@ -274,10 +274,10 @@ def flash_operators() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["varlen", "flash_attention_2"])
 def test_documents_by_their_borders_are_attended_alone(name: str, heads: tuple[int, int]) -> None:
     q, k, v, upstream = random_tensors(*((2, 20, n, 16) for n in (heads[0], heads[1], heads[1], heads[0])))
-    borders = attention_metadata(name, SEGMENTS)
-    assert borders.tolist() == [0, 7, 8, 20, 40]
+    cu_seqlens = attention_metadata(name, SEGMENTS)
+    assert cu_seqlens.tolist() == [0, 7, 8, 20, 40]
     attend = attention_function(name)
-    found = gradients(attend, [q, k, v], upstream, borders)
+    found = gradients(attend, [q, k, v], upstream, cu_seqlens)
     torch.testing.assert_close(found, gradients(eager_attention, [q, k, v], upstream, SEGMENTS))
     found = gradients(attend, [q, k, v], upstream)
     torch.testing.assert_close(found, gradients(eager_attention, [q, k, v], upstream))

@@ -124,7 +124,7 @@ def test_stage_of_zero_tokens_is_refused(tmp_path: Path) -> None:
     recipe.write_text(text.replace("tokens = 3_000_000_000_000", "tokens = 0", 1))
     finished = plan(recipe=recipe)
     assert finished.returncode == 78
-    assert re.search(r"stages\[0\]: tokens is 0; expected 1 or more", finished.stderr)
+    assert re.search(r"stages\[0\].tokens is 0; expected 1 or more", finished.stderr)
 
 
 def small_recipe(tmp_path: Path) -> Path:

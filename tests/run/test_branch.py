@@ -219,11 +219,11 @@ def test_what_the_parent_passed_over_stays_passed_over(options: Options) -> None
         record(parent_dir, entry)
     commit_parent(options, BASIC, left_out=[[16, 31]])
     run = resolve(options)
-    assert run.order.left_out == [range(16, 32)]
+    assert run.order.excluded_samples == [range(16, 32)]
     open_run_directory(run)
     assert read_ledger(options.run_dir) == mine
     assert resolve(options).rollbacks == run.rollbacks
     record(options.run_dir, Entry(ROLLED_BACK, 8, 72, 79, "its own"))
     assert resolve(options).rollbacks == run.rollbacks + 1
-    assert resolve(options).order.left_out == [range(16, 32), range(72, 80)]
+    assert resolve(options).order.excluded_samples == [range(16, 32), range(72, 80)]
     assert run.order.counts(BATCH)["slimpajama"] * SEQUENCE_LENGTH == STEP_TOKENS

@@ -13,15 +13,16 @@ from tinyllama_ds.health.heartbeat import Heartbeat
 from tinyllama_ds.train.engine import start_process_group
 
 ANSWER = "all-reduce: "  # what rank 0's line begins with
+_BYTES = 64 * 2**20
 _TIMES = 5
 
 
-def main(mebibytes: int) -> int:
+def main() -> int:
     """Measure over all ranks; rank 0 prints the result. Collective."""
     world = read_world()
     heartbeat = Heartbeat(world.rank)
     start_process_group(world)
-    tensor = torch.ones(mebibytes * 2**20 // 4, device=world.device)
+    tensor = torch.ones(_BYTES // 4, device=world.device)
     dist.all_reduce(tensor)  # connects
     seconds = []
     for _ in range(_TIMES):
@@ -32,7 +33,7 @@ def main(mebibytes: int) -> int:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     if world.is_rank0:
-        rate = mebibytes * 2**20 / statistics.median(seconds)
+        rate = _BYTES / statistics.median(seconds)
         # Each rank sends and receives 2 (n - 1) / n of the tensor: what NCCL's tests call bus bandwidth.
         result = {"ranks": world.size, "bytes_per_second": rate * 2 * (world.size - 1) / world.size}
         print(f"{ANSWER}{json.dumps(result)}", flush=True)

@@ -12,6 +12,7 @@ import torch
 
 from tinyllama_ds.benchmark.kernels import break_down
 from tinyllama_ds.config.deepspeed import (
+    AutoValues,
     computes_in_16_bit,
     load_deepspeed_config,
     resolve_deepspeed_config,
@@ -39,16 +40,20 @@ _WARMUP_STEPS = 2  # compilation, and ZeRO-3's recording of the order of modules
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: a ZeRO file, a micro batch, an attention backend, compiled or not."""
+    """What is measured: a model under a DeepSpeed config, a micro-batch, an attention backend, compiled or not."""
 
     deepspeed_config: Path
     micro_batch: int
     attention: str
     compile: bool
     activation_checkpointing: int
+    model: str
+    sequence_length: int
+    accumulation: int  # micro-batches per step
+    steps: int  # that are measured
 
 
-def measure(setting: Setting, model: str, sequence_length: int, accumulation: int, steps: int) -> dict:
+def measure(setting: Setting) -> dict:
     """Run the step under the deepspeed launcher; returns rank 0's figures. Collective.
 
     Rates are over all ranks; `mfu` is against the data sheet where there is one, `measured_mfu` against a matrix
@@ -56,14 +61,12 @@ def measure(setting: Setting, model: str, sequence_length: int, accumulation: in
     step, and so is `kernels` (`kernels.summarize`).
     """
     world = read_world()
-    config = model_config(model)
+    config, sequence_length = model_config(setting.model), setting.sequence_length
     bf16 = supports_fast_bf16(world.device)
     raw = load_deepspeed_config(setting.deepspeed_config)
-    batch = setting.micro_batch * accumulation * world.size
-    resolved = resolve_deepspeed_config(
-        raw, setting.deepspeed_config, micro_batch=setting.micro_batch, batch=batch, world_size=world.size,
-        total_steps=1000, hidden_size=config.hidden_size, bf16=bf16,
-    )  # fmt: skip
+    batch = setting.micro_batch * setting.accumulation * world.size
+    values = AutoValues(setting.micro_batch, batch, world.size, 1000, config.hidden_size, bf16)
+    resolved = resolve_deepspeed_config(raw, setting.deepspeed_config, values)
     start_process_group(world)
     device, demands = Device(world.device.type, capability_of(world.device)), Demands(computes_in_16_bit(resolved))
     attention = resolve_attention_backend(setting.attention, device, demands)
@@ -76,7 +79,7 @@ def measure(setting: Setting, model: str, sequence_length: int, accumulation: in
     engine = wrap(decoder, {"timers": {"throughput": {"enabled": False}}} | engine_config, 1.0)
     micro = Batch(torch.randint(config.vocab_size, (setting.micro_batch, sequence_length + 1)))
     step = Step(0, "bench", 0, batch, 0, batch * sequence_length)
-    timed = _time_steps(engine, step, micro, setting.micro_batch, world, steps)
+    timed = _time_steps(engine, step, micro, setting.micro_batch, world, setting.steps)
     figures = _figures(engine, config, world, sequence_length, step.tokens_after, timed)
     profiled = _profile_step(engine, step, micro, setting.micro_batch, world)
     communication = profiled["kinds"]["collectives"]["seconds"]
@@ -148,10 +151,10 @@ def _wait(world: DistributedInfo) -> None:
     torch.distributed.barrier()
 
 
-def main(setting: Setting, model: str, sequence_length: int, accumulation: int, steps: int, output: Path) -> int:
+def main(setting: Setting, output: Path) -> int:
     """Measure, and let rank 0 write the figures to a file; returns the exit code."""
     try:
-        figures = measure(setting, model, sequence_length, accumulation, steps)
+        figures = measure(setting)
     except ConfigError as error:
         print(f"tinyllama-ds: {error}", file=sys.stderr)
         return EXIT_CONFIG

@@ -4,12 +4,15 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from tinyllama_ds.errors import EXIT_CONFIG, ConfigError, shown
 from tinyllama_ds.outputs import check_file, check_folder, check_picture
+from tinyllama_ds.shipped import shipped_config, shipped_hostfile
+
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,6 +93,23 @@ class Size:
         return text.strip()
 
 
+def deepspeed_config(text: str) -> Path:
+    """An argument type: a DeepSpeed JSON by its path, or a shipped one by its name."""
+    return _found(text, shipped_config)
+
+
+def hostfile(text: str) -> Path:
+    """An argument type: the same for a hostfile."""
+    return _found(text, shipped_hostfile)
+
+
+def _found(text: str, find: Callable[[str], Path]) -> Path:
+    try:
+        return find(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def output_file(text: str) -> Path:
     """An argument type: a file that can be written, or replaced."""
     return _checked(text, check_file)
@@ -106,11 +126,62 @@ def output_folder(text: str) -> Path:
 
 
 def _checked(text: str, check: Callable[[Path], None]) -> Path:
-    try:
-        check(Path(text))
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return Path(text)
+    def find(given: str) -> Path:
+        check(Path(given))
+        return Path(given)
+
+    return _found(text, find)
+
+
+def words_of(add_arguments: Callable[[argparse.ArgumentParser], None], options: argparse.Namespace) -> list[str]:
+    """The command line by which a parser of these arguments comes to the same values, without those by default.
+
+    So a rank gets all that the user has given of the arguments that its parser has, too.
+    """
+    parser = Parser()
+    add_arguments(parser)
+    positional, optional = [], []
+    for action in parser._actions:  # argparse has no other list of them
+        value = getattr(options, action.dest, action.default)
+        if value in (action.default, None):
+            continue
+        words = [str(each) for each in (value if isinstance(value, list) else [value])]
+        if not action.option_strings:
+            positional += words
+        elif action.nargs == 0:
+            optional.append(action.option_strings[0])
+        elif action.nargs is None:  # one value, as often as it was given
+            optional += [part for word in words for part in (action.option_strings[0], word)]
+        else:
+            optional += [action.option_strings[0], *words]
+    return positional + optional
+
+
+def with_absolute_paths(options: argparse.Namespace) -> argparse.Namespace:
+    """The same options for ranks that a launcher may start in another directory."""
+
+    def absolute(value: Any) -> Any:
+        is_path = isinstance(value, Path) or (isinstance(value, str) and value.endswith(".toml"))
+        return type(value)(Path(value).absolute()) if is_path else value
+
+    return argparse.Namespace(**{name: absolute(value) for name, value in vars(options).items()})
+
+
+def as_dataclass(kind: type[T], options: argparse.Namespace) -> T:
+    """A dataclass of the options that have the names of its fields."""
+    values = {field.name: getattr(options, field.name) for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def parse_rank_arguments(
+    description: str | None, *add_arguments: Callable[[argparse.ArgumentParser], None]
+) -> argparse.Namespace:
+    """What a launcher has given to this rank."""
+    parser = Parser(description=description)
+    for add in add_arguments:
+        add(parser)
+    parser.add_argument("--local_rank", type=COUNT, help="appended by the launcher; the environment is what counts")
+    return parser.parse_args()
 
 
 POSITIVE = WholeNumber()

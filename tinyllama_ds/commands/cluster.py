@@ -61,18 +61,18 @@ def _as_found(placement: "Placement", reports: dict[str, dict]) -> "Placement":
 
 def _bandwidth(placement: "Placement") -> "Finding":
     """A small job over all ranks, started as a run would be."""
-    from tinyllama_ds.health.heartbeat import LIFELINE_VARIABLE
     from tinyllama_ds.launch.doctor import HERE, Finding
-    from tinyllama_ds.launch.launcher import ALL_REDUCE_SCRIPT, start_launcher
+    from tinyllama_ds.launch.launcher import ALL_REDUCE, start_launcher
     from tinyllama_ds.launch.supervisor import end_group
+    from tinyllama_ds.layout import LIFELINE_VARIABLE
 
     host = f"{len(placement.hosts)} hosts" if placement.hosts else HERE
-    hint = "start it by hand to see why: the line is what pretrain --dry-run prints, with scripts/all_reduce.py"
+    hint = f"start it by hand to see why: the line is what pretrain --dry-run prints, with {ALL_REDUCE}"
     open_lifeline = lifeline_opener(placement, run_dir=None)
     with tempfile.TemporaryDirectory(prefix="tinyllama-ds-") as name, tempfile.TemporaryFile("w+") as log:
         lifeline = open_lifeline(Path(name)) if open_lifeline else None
         variables = {LIFELINE_VARIABLE: lifeline.value} if lifeline else {}
-        process = start_launcher(placement, [], variables, Path(name), ALL_REDUCE_SCRIPT, output=log.fileno())
+        process = start_launcher(placement, [], variables, Path(name), ALL_REDUCE, output=log.fileno())
         try:
             failed = _wait(process, lifeline)
         finally:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.commands.arguments import COUNT, POSITIVE, RANKS, WholeNumber, output_file, output_folder
+from tinyllama_ds.commands.arguments import COUNT, POSITIVE, RANKS, WholeNumber, hostfile, output_file, output_folder
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_RESTART, ConfigError
 
@@ -142,7 +142,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="about this many per shard (default: 256 MiB)",
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--hostfile", type=Path, metavar="H", help="work on all these hosts, through ssh")
+    where.add_argument("--hostfile", type=hostfile, metavar="H", help="work on all these hosts, through ssh")
     where.add_argument("--mpi", action="store_true", help="work on the ranks of mpirun ... python -m mpi4py.futures")
     where.add_argument(
         "--share",

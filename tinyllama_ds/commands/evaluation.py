@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama_ds.commands.arguments import POSITIVE, RANKS, WholeNumber, output_folder
+from tinyllama_ds.commands.arguments import POSITIVE, RANKS, WholeNumber, output_folder, words_of
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
 
@@ -27,7 +27,7 @@ _COLLECTIVE_TIMEOUT = timedelta(days=1)  # a rank with shorter texts waits for t
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, which tasks, and how; for `scripts/evaluate.py` too."""
+    """Which model, which tasks, and how; the ranks are started with the same arguments."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", help="commonsense, instruct or chinese: TinyLlama's published ones")
@@ -102,33 +102,11 @@ def _wanted_ranks(options: argparse.Namespace) -> int:
 def _start_ranks(ranks: int, options: argparse.Namespace) -> int:
     """This command again on every rank, under the deepspeed launcher."""
     from tinyllama_ds.commands.placement import local_placement
-    from tinyllama_ds.launch.launcher import EVALUATE_SCRIPT, launcher_command, launcher_environment
+    from tinyllama_ds.launch.launcher import SCORE, launcher_command, launcher_environment
 
     placement = local_placement(ranks)
-    command = launcher_command(placement, arguments_of(options), EVALUATE_SCRIPT)
+    command = launcher_command(placement, words_of(add_evaluate_arguments, options), SCORE)
     return subprocess.run(command, env=launcher_environment(placement), check=False).returncode
-
-
-def arguments_of(options: argparse.Namespace) -> list[str]:
-    """The command line of these options, for `scripts/evaluate.py`."""
-    arguments = [str(options.model)]
-    for name in (
-        "suite",
-        "tasks",
-        "task_file",
-        "shots",
-        "limit",
-        "data_dir",
-        "batch_size",
-        "dtype",
-        "device",
-        "output",
-    ):
-        value = getattr(options, name)
-        if value is not None:
-            arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    flags = {"--allow-code-execution": options.allow_code_execution, "--json": options.json}
-    return arguments + [flag for flag, is_set in flags.items() if is_set]
 
 
 def evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> int:
@@ -267,13 +245,13 @@ def _write(
 ) -> int:
     """Print the scores, whatever becomes of the files."""
     from tinyllama_ds.evaluation.scores import as_json, as_markdown, picture_of
-    from tinyllama_ds.outputs import refusing, write_figure, write_file
+    from tinyllama_ds.outputs import reporting_write_errors, write_figure, write_file
 
     stem = options.suite or "tasks"
     text, found = as_markdown(measured, benchmarks), as_json(measured, benchmarks, results)
     sys.stderr.flush()
     code = print_result(options, found, f"{text}\n{where / stem}.md, .json and .png")
-    with refusing(where):
+    with reporting_write_errors(where):
         where.mkdir(parents=True, exist_ok=True)
     write_file(where / f"{stem}.md", text)
     write_file(where / f"{stem}.json", json.dumps(found, indent=1, default=str) + "\n")

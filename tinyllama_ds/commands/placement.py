@@ -8,27 +8,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.commands.arguments import COUNT, PORT, RANKS
+from tinyllama_ds.commands.arguments import COUNT, PORT, RANKS, hostfile
 from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.launch.launcher import LAUNCHERS
 
 if TYPE_CHECKING:
     from tinyllama_ds.launch.launcher import Placement
     from tinyllama_ds.launch.lifeline import Lifeline
 
-_LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm")
-
 
 def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     """This machine, or a hostfile and the way to its hosts."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--hostfile", type=Path, metavar="H", help="machines, lines of 'host slots=N'")
+    where.add_argument(
+        "--hostfile", type=hostfile, metavar="H", help="machines, lines of 'host slots=N'; or a shipped one by name"
+    )
     where.add_argument("--num-gpus", type=RANKS, metavar="N", help="ranks on this machine (default: its GPUs, else 2)")
     hosts = parser.add_argument_group("with a hostfile")
     some = hosts.add_mutually_exclusive_group()
     some.add_argument("--include", metavar="HOSTS", help="only these, as 'node1@node2:0,2' (node2: slots 0 and 2)")
     some.add_argument("--exclude", metavar="HOSTS", help="all but these")
     hosts.add_argument(
-        "--launcher", choices=_LAUNCHERS, default="pdsh", help="how DeepSpeed reaches the hosts (default: %(default)s)"
+        "--launcher", choices=LAUNCHERS, default="pdsh", help="how DeepSpeed reaches the hosts (default: %(default)s)"
     )
     hosts.add_argument("--launcher-args", default="", metavar="ARGS", help="further arguments of pdsh, mpirun or srun")
     hosts.add_argument(

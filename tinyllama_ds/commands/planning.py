@@ -12,6 +12,8 @@ from tinyllama_ds.commands.arguments import (
     RANKS,
     SHARE,
     Number,
+    deepspeed_config,
+    hostfile,
     output_file,
     output_picture,
 )
@@ -28,10 +30,12 @@ if TYPE_CHECKING:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or a TOML file")
-    parser.add_argument("--deepspeed-config", type=Path, required=True, metavar="JSON", help="DeepSpeed config")
+    parser.add_argument(
+        "--deepspeed-config", type=deepspeed_config, required=True, metavar="JSON", help="DeepSpeed config"
+    )
     where = parser.add_argument_group("where")
     hosts = where.add_mutually_exclusive_group()
-    hosts.add_argument("--hostfile", type=Path, metavar="H", help="machines, lines of 'host slots=N'")
+    hosts.add_argument("--hostfile", type=hostfile, metavar="H", help="machines, lines of 'host slots=N'")
     hosts.add_argument("--num-gpus", type=RANKS, default=8, metavar="N", help="of one host, without a hostfile (8)")
     where.add_argument("--gpu", default="a100-40g", help="by name: a100-40g, h100, rtx-4090 ... (default: %(default)s)")
     where.add_argument("--gpu-memory", type=MEMORY_SIZE, metavar="SIZE", help="of any other GPU, such as 40GiB")
@@ -161,7 +165,7 @@ def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str
     from tinyllama_ds.benchmark import grid as bench
     from tinyllama_ds.commands.placement import local_placement
     from tinyllama_ds.config.deepspeed import requested_micro_batch
-    from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
+    from tinyllama_ds.launch.launcher import MEASURE, launcher_command, launcher_environment
 
     here = local_placement(None)
     placement = replace(here, num_local=1) if here.on_cpu else here
@@ -177,7 +181,7 @@ def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str
     }
     (row,) = bench.measure_all(
         [setting | shared for setting in settings],
-        lambda arguments: launcher_command(placement, arguments, MEASURE_SCRIPT),
+        lambda arguments: launcher_command(placement, arguments, MEASURE),
         launcher_environment(placement),
     )
     if "error" in row:

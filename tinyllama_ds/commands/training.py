@@ -1,7 +1,6 @@
-"""Commands that train and measure training."""
+"""The command that trains."""
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -9,18 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.commands.arguments import CHECKPOINTED_BLOCKS, MINUTES, RANKS, SECONDS, WholeNumber, output_folder
+from tinyllama_ds.commands.arguments import (
+    CHECKPOINTED_BLOCKS,
+    MINUTES,
+    SECONDS,
+    as_dataclass,
+    deepspeed_config,
+    with_absolute_paths,
+    words_of,
+)
 from tinyllama_ds.commands.placement import (
     add_placement_arguments,
     know_machines,
     lifeline_opener,
     lifeline_to_first,
-    local_placement,
     read_placement,
     say_hidden_gpus,
 )
-from tinyllama_ds.commands.printing import add_json, print_result, write_no_more
-from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
+from tinyllama_ds.commands.printing import write_no_more
+from tinyllama_ds.errors import EXIT_FINISHED
 
 if TYPE_CHECKING:
     from tinyllama_ds.devices import Machine
@@ -31,10 +37,15 @@ _START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `tinyllama-ds pretrain` and `scripts/pretrain.py` share."""
+    """What a run is; the ranks are started with the same arguments."""
     parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or a TOML file")
     parser.add_argument(
-        "--deepspeed-config", "--deepspeed_config", type=Path, required=True, metavar="JSON", help="DeepSpeed config"
+        "--deepspeed-config",
+        "--deepspeed_config",
+        type=deepspeed_config,
+        required=True,
+        metavar="JSON",
+        help="DeepSpeed config, or the name of a shipped one",
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data directory made by prepare")
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="where the run lives")
@@ -89,20 +100,7 @@ def run_options(namespace: argparse.Namespace) -> "Options":
     """The typed form of `add_run_arguments`."""
     from tinyllama_ds.run.resolve import Options
 
-    return Options(
-        recipe=namespace.recipe,
-        deepspeed_config=namespace.deepspeed_config,
-        data=namespace.data,
-        run_dir=namespace.run_dir,
-        resume=namespace.resume,
-        attention=namespace.attention,
-        compile=namespace.compile,
-        activation_checkpointing=namespace.activation_checkpointing,
-        deterministic=namespace.deterministic,
-        allow_change=tuple(namespace.allow_change),
-        branch_from=namespace.branch_from,
-        init_from=namespace.init_from,
-    )
+    return as_dataclass(Options, namespace)
 
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
@@ -121,14 +119,13 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 def _pretrain(options: argparse.Namespace) -> int:
     """Train under the deepspeed launcher; restarts and resumes by itself."""
-    from tinyllama_ds import fault_injection as faults
-    from tinyllama_ds.health import heartbeat
     from tinyllama_ds.launch.fleet import Fleet
     from tinyllama_ds.launch.launcher import check_placement
     from tinyllama_ds.launch.lock import hold_run
-    from tinyllama_ds.launch.supervisor import RankSide, supervise
+    from tinyllama_ds.launch.supervisor import supervise
+    from tinyllama_ds.layout import LIFELINE_VARIABLE
 
-    placement, arguments = read_placement(options), _run_arguments(options)
+    placement, arguments = read_placement(options), words_of(add_run_arguments, with_absolute_paths(options))
     check_placement(placement, arguments)
     placement = know_machines(placement)
     run = _check_run(options, placement)
@@ -145,21 +142,13 @@ def _pretrain(options: argparse.Namespace) -> int:
         may_shrink=options.allow_shrink,
         check=lambda smaller: _check_run(options, smaller),
     )
-    ranks = RankSide(
-        heartbeat.SUPERVISOR_VARIABLE,
-        heartbeat.HEARTBEAT_VARIABLE,
-        faults.RESTART_VARIABLE,
-        heartbeat.LIFELINE_VARIABLE,
-        heartbeat.STACKS_SIGNAL,
-        slow_phases=(heartbeat.STARTING, heartbeat.FIRST_STEP),
-    )
     watch = _watch(options, placement, begun=(run.parent.step, run.parent.tokens) if run.parent else (0, 0))
     if placement.node_rank:  # the first host's supervisor holds the run, and the line to all ranks
-        line = {heartbeat.LIFELINE_VARIABLE: lifeline_to_first(placement)}
-        return supervise(lambda own, directory: fleet.start(own | line, directory), watch, None, ranks).code
+        line = {LIFELINE_VARIABLE: lifeline_to_first(placement)}
+        return supervise(lambda own, directory: fleet.start(own | line, directory), watch, None).code
     with hold_run(options.run_dir) as lock:
         try:
-            supervised = supervise(fleet.start, watch, lock, ranks)
+            supervised = supervise(fleet.start, watch, lock)
         finally:
             fleet.forget_secrets()
     return _end(options.run_dir, supervised)
@@ -267,87 +256,4 @@ def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
     )
 
 
-def _run_arguments(options: argparse.Namespace) -> list[str]:
-    """The same run arguments for scripts/pretrain.py, paths made absolute for launchers that change directory."""
-    recipe = options.recipe if not options.recipe.endswith(".toml") else str(Path(options.recipe).absolute())
-    arguments = ["--deepspeed_config", str(options.deepspeed_config.absolute()), "--recipe", recipe]
-    arguments += ["--data", str(options.data.absolute()), "--run-dir", str(options.run_dir.absolute())]
-    arguments += ["--resume", options.resume, "--attention", options.attention]
-    arguments += ["--init-from", str(options.init_from.absolute())] if options.init_from else []
-    arguments += ["--activation-checkpointing", str(options.activation_checkpointing)]
-    arguments += ["--deterministic"] if options.deterministic else []
-    arguments += ["--branch-from", str(options.branch_from.absolute())] if options.branch_from else []
-    arguments += [part for key in options.allow_change for part in ("--allow-change", key)]
-    return [*arguments, "--compile", options.compile]
-
-
-def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tinyllama-1.1b", help="named size (default: %(default)s)")
-    parser.add_argument(
-        "--sequence-length", type=WholeNumber(1, 10_000_000), default=2048, metavar="T", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--deepspeed-config", type=Path, nargs="+", required=True, metavar="JSON", help="ZeRO files to compare"
-    )
-    parser.add_argument(
-        "--micro-batch", type=WholeNumber(1, 100_000), nargs="+", default=[8], metavar="B", help="default: 8"
-    )
-    parser.add_argument("--attention", nargs="+", default=["auto"], help="backends (default: auto)")
-    parser.add_argument("--compile", choices=("on", "off", "both"), default="both", help="default: %(default)s")
-    parser.add_argument(
-        "--activation-checkpointing", type=CHECKPOINTED_BLOCKS, default=0, metavar="K", help="as in pretrain"
-    )
-    parser.add_argument(
-        "--accumulation", type=WholeNumber(1, 10_000), default=4, help="micro batches per step (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=WholeNumber(1, 10_000), default=3, help="measured steps (default: %(default)s)")
-    parser.add_argument("--num-gpus", type=RANKS, metavar="N", help="ranks (default: this machine's GPUs, else 2)")
-    parser.add_argument(
-        "--output", type=output_folder, default=Path("bench"), help="for bench.json and bench.png (%(default)s)"
-    )
-    add_json(parser)
-
-
-def _bench(options: argparse.Namespace) -> int:
-    """Measure tokens/s, MFU, memory and the split of a step over a grid of settings."""
-    from tinyllama_ds.bars import progress
-    from tinyllama_ds.benchmark import grid as bench
-    from tinyllama_ds.config.deepspeed import load_deepspeed_config
-    from tinyllama_ds.launch.launcher import MEASURE_SCRIPT, launcher_command, launcher_environment
-    from tinyllama_ds.model.config import model_config
-    from tinyllama_ds.outputs import check_folder, refusing, write_figure, write_file
-
-    check_folder(options.output)
-    positions = model_config(options.model).max_position_embeddings
-    if options.sequence_length > positions:
-        raise ConfigError(f"--sequence-length {options.sequence_length}: {options.model} has {positions} positions")
-    placement = local_placement(options.num_gpus)
-    for config in options.deepspeed_config:
-        load_deepspeed_config(config)
-    compiled = {"on": [True], "off": [False], "both": [False, True]}[options.compile]
-    settings = bench.grid(options.deepspeed_config, options.micro_batch, options.attention, compiled)
-    say_hidden_gpus(placement)
-    shared = {
-        key: getattr(options, key)
-        for key in ("model", "sequence_length", "activation_checkpointing", "accumulation", "steps")
-    }
-    measured = bench.measure_all(
-        [setting | shared for setting in settings],
-        lambda arguments: launcher_command(placement, arguments, MEASURE_SCRIPT),
-        launcher_environment(placement),
-    )
-    rows = list(progress(measured, total=len(settings), desc="bench", unit="setting"))
-    title = f"{options.model}, {options.sequence_length} tokens, {placement.world_size} ranks"
-    text = f"{bench.table(rows)}\n\n{bench.advice(rows)}\n{options.output / 'bench.png'}"
-    code = print_result(options, {"rows": rows}, text)
-    with refusing(options.output):
-        options.output.mkdir(parents=True, exist_ok=True)
-    write_file(options.output / "bench.json", json.dumps(rows, indent=1) + "\n")
-    write_figure(bench.picture_of(rows, title), options.output / "bench.png")
-    return code
-
-
-COMMANDS = (
-    ("pretrain", _add_pretrain, _pretrain),
-    ("bench", _add_bench, _bench),
-)
+COMMANDS = (("pretrain", _add_pretrain, _pretrain),)

@@ -10,10 +10,22 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tinyllama_ds.config.deepspeed_keys import ACCEPTED, AUTO, OPTIMIZER_PARAMS, REJECTED, SECTIONS, WARNED, is_off
+from tinyllama_ds.config.deepspeed_keys import (
+    ACCEPTED,
+    AUTO,
+    KNOWN,
+    OPTIMIZER_PARAMS,
+    REJECTED,
+    SECTIONS,
+    WARNED,
+    is_off,
+)
+from tinyllama_ds.config.key_lines import json_lines
 from tinyllama_ds.config.run_plan import accumulation_steps
-from tinyllama_ds.errors import ConfigError, raise_problems, shown
+from tinyllama_ds.config.validation import with_line
+from tinyllama_ds.errors import ConfigError, raise_problems, shown, shown_as_json
 from tinyllama_ds.inputs import read_text
 
 # TinyLlama's optimizer (paper section 2.4), for values left "auto".
@@ -45,9 +57,23 @@ def load_deepspeed_config(path: Path) -> dict:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object at the top level")
-    raise_problems(path, _problems(raw, "") or _problems_together(raw))
+    flat, lines = flatten(raw), json_lines(text)
+    problems = [with_line(tuple(full.split(".")), sentence, lines) for full, sentence in _problems(flat)]
+    raise_problems(path, problems or _problems_together(flat))
     read_schedule(raw, path)
     return raw
+
+
+def flatten(section: dict, name: str = "") -> dict[str, Any]:
+    """Every value by its key in full, such as `optimizer.params.lr`; empty sections and rejected ones as they are."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        full = f"{name}{json.dumps(key) if '.' in key else key}"
+        if full in SECTIONS and isinstance(value, dict) and value:
+            flat |= flatten(value, f"{full}.")
+        else:
+            flat[full] = value
+    return flat
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, object]], path: Path) -> dict:
@@ -58,92 +84,75 @@ def _reject_duplicate_keys(pairs: list[tuple[str, object]], path: Path) -> dict:
     return dict(pairs)
 
 
-def _problems(section: dict, name: str) -> list[str]:
-    """What is wrong with keys and values, each for itself."""
-    found = []
-    for key, value in section.items():
-        full = f"{name}.{key}" if name else key
+def _problems(flat: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with single keys and values: each key in full, and a sentence."""
+    for full, value in flat.items():
         if full in REJECTED:
-            found += [] if is_off(full, value) else [f"{full} {REJECTED[full]}"]
+            if not is_off(full, value):
+                yield full, f"{full} {REJECTED[full]}"
         elif full in SECTIONS:
-            found += (
-                _problems(value, full) if isinstance(value, dict) else [_expected(full, value, "a section in braces")]
-            )
+            if not isinstance(value, dict):
+                yield full, _expected(full, value, "a section in braces")
         elif full not in ACCEPTED:
-            found.append(f"unknown key {shown(full)}{_hint(key, name)}")
+            yield full, f"unknown key {shown(full)}{_hint(full)}"
         elif not ACCEPTED[full].accepts(value):
-            found.append(_expected(full, value, ACCEPTED[full].expectation))
-    return found
+            yield full, _expected(full, value, ACCEPTED[full].expectation)
 
 
 def _expected(full: str, value: object, expectation: str) -> str:
-    return f"{full} is {_in_json(value)}; expected {expectation}"
+    return f"{full} is {shown_as_json(value)}; expected {expectation}"
 
 
-def _in_json(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _hint(key: str, section: str) -> str:
-    """The key of the section that is spelt nearly so, or the section that has the key."""
-    known = {full for full in (*ACCEPTED, *SECTIONS) if full.rpartition(".")[0] == section}
-    names = {full.rpartition(".")[2]: full for full in known}
+def _hint(full: str) -> str:
+    """The key of the section with the nearest spelling, or the section that has the key."""
+    section, _, key = full.rpartition(".")
+    names = {known.rpartition(".")[2]: known for known in KNOWN if known.rpartition(".")[0] == section}
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
-    elsewhere = sorted(full for full in ACCEPTED if full.rpartition(".")[2] == key)
+    elsewhere = sorted(known for known in ACCEPTED if known.rpartition(".")[2] == key)
     if close:
         return f"; did you mean {names[close[0]]!r}?"
     return f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else ""
 
 
-def _problems_together(raw: dict) -> list[str]:
-    """What is wrong with keys that are right each for itself: DeepSpeed would stop later, or train something else."""
-    zero, bf16 = raw.get("zero_optimization", {}), raw.get("bf16", {})
-    stage = zero.get("stage", 0)
-    found = _problems_of_optimizer(raw)
-    if bf16.get("bf16_master_weights_and_grads", False) != bf16.get("bf16_optimizer_states", False):
+def _problems_together(flat: dict[str, Any]) -> list[str]:
+    """What is wrong with keys that are valid by themselves: DeepSpeed would stop later, or train differently."""
+    stage = flat.get("zero_optimization.stage", 0)
+    states_in_bf16 = flat.get("bf16.bf16_optimizer_states", False)
+    found = _problems_of_optimizer(flat, stage)
+    if flat.get("bf16.bf16_master_weights_and_grads", False) != states_in_bf16:
         found.append(
             "bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states differ; expected both or neither"
         )
-    elif bf16.get("bf16_optimizer_states") and stage == 0:
+    elif states_in_bf16 and stage == 0:
         found.append("bf16.bf16_optimizer_states has no effect at zero_optimization.stage 0; expected 1, 2 or 3")
-    for part in ("offload_optimizer", "offload_param"):
-        section = zero.get(part, {})
-        if section.get("device") == "nvme" and not section.get("nvme_path"):
-            found.append(f"zero_optimization.{part}.nvme_path is missing; expected a directory of a local disk")
-    if stage == 3 and raw.get("gradient_predivide_factor", 1.0) != 1.0:
-        found.append("gradient_predivide_factor makes gradients too small at zero_optimization.stage 3; leave it out")
+    for part in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
+        if flat.get(f"{part}.device") == "nvme" and not flat.get(f"{part}.nvme_path"):
+            found.append(f"{part}.nvme_path is missing; expected a directory of a local disk")
+    if stage == 3 and flat.get("gradient_predivide_factor", 1.0) != 1.0:
+        found.append("gradient_predivide_factor makes gradients too small at zero_optimization.stage 3; remove it")
     return found
 
 
-def _problems_of_optimizer(raw: dict) -> list[str]:
-    optimizer, zero = raw.get("optimizer", {}), raw.get("zero_optimization", {})
-    if "type" not in optimizer:
+def _problems_of_optimizer(flat: dict[str, Any], stage: int) -> list[str]:
+    if "optimizer.type" not in flat:
         return ["optimizer.type is missing; expected AdamW, Adam or Muon"]
-    kind, stage = optimizer["type"].lower(), zero.get("stage", 0)
+    kind = flat["optimizer.type"].lower()
     found = [
-        f"optimizer.params.{key} has no effect with {optimizer['type']}; leave it out"
-        for key in optimizer.get("params", {})
-        if kind not in OPTIMIZER_PARAMS.get(key, (kind,))
+        f"{full} has no effect with {flat['optimizer.type']}; remove it"
+        for full in flat
+        if full.startswith("optimizer.params.") and kind not in OPTIMIZER_PARAMS.get(full.rpartition(".")[2], (kind,))
     ]
-    if kind == "muon" and stage == 3 and zero.get("reduce_scatter", True):
+    if kind == "muon" and stage == 3 and flat.get("zero_optimization.reduce_scatter", True):
         found.append("optimizer.type Muon at stage 3 needs zero_optimization.reduce_scatter: false")
     return found
 
 
 def warnings_of(raw: dict) -> list[str]:
     """What a checked config asks for that may have no effect, a sentence for each key."""
-    stage = raw.get("zero_optimization", {}).get("stage", 0)
-    return [sentence for full, value in _leaves(raw, "") if (sentence := _warning_of(full, value, stage))]
-
-
-def _leaves(section: dict, name: str) -> Iterator[tuple[str, object]]:
-    for key, value in section.items():
-        full = f"{name}.{key}" if name else key
-        if full in SECTIONS:
-            yield from _leaves(value, full)
-        elif full in ACCEPTED:
-            yield full, value
+    flat = flatten(raw)
+    stage = flat.get("zero_optimization.stage", 0)
+    known = {full: value for full, value in flat.items() if full in ACCEPTED}
+    return [sentence for full, value in known.items() if (sentence := _warning_of(full, value, stage))]
 
 
 def _warning_of(full: str, value: object, stage: int) -> str | None:
@@ -184,56 +193,59 @@ def read_schedule(raw: dict, path: Path) -> ScheduleParams | None:
     )
 
 
-def resolve_deepspeed_config(
-    raw: dict,
-    path: Path,
-    *,
-    micro_batch: int,
-    batch: int,
-    world_size: int,
-    total_steps: int,
-    hidden_size: int,
-    bf16: bool,
-) -> dict:
+@dataclass(frozen=True)
+class AutoValues:
+    """What recipe and machines decide, for the keys that are "auto"."""
+
+    micro_batch: int  # sequences per rank
+    batch: int  # global, in sequences
+    world_size: int
+    total_steps: int
+    hidden_size: int
+    bf16: bool
+
+
+def resolve_deepspeed_config(raw: dict, path: Path, values: AutoValues) -> dict:
     """The config with every "auto" filled, as users of Hugging Face's DeepSpeed integration expect.
 
-    `batch` is the recipe's global batch in sequences. What is rejected and off is left out, and a whole number is an
-    int however it was written. Raises `ConfigError` for what DeepSpeed cannot do with these values.
+    Keys that are rejected and off are dropped, and a whole number is an int however it was written. Raises
+    `ConfigError` for what DeepSpeed cannot do with these values.
     """
-    resolved = _normalize(raw, "")
-    resolved["train_batch_size"] = batch
-    resolved["gradient_accumulation_steps"] = accumulation_steps(batch, world_size, micro_batch)
-    resolved["train_micro_batch_size_per_gpu"] = micro_batch
+    resolved = _normalize(raw)
+    resolved["train_batch_size"] = values.batch
+    resolved["gradient_accumulation_steps"] = accumulation_steps(values.batch, values.world_size, values.micro_batch)
+    resolved["train_micro_batch_size_per_gpu"] = values.micro_batch
     params = resolved["optimizer"].setdefault("params", {})
     _fill(params, _AUTO_OPTIMIZER)
     _fill(resolved, {"gradient_clipping": 1.0})
     if "bf16" in resolved:
-        _fill(resolved["bf16"], {"enabled": bf16})
+        _fill(resolved["bf16"], {"enabled": values.bf16})
     if resolved.get("scheduler", {}).get("type") == "WarmupCosineLR":
-        resolved["scheduler"]["params"]["total_num_steps"] = total_steps
+        resolved["scheduler"]["params"]["total_num_steps"] = values.total_steps
     zero = resolved.setdefault("zero_optimization", {})
     _fill(
         zero,
         {
-            "reduce_bucket_size": hidden_size * hidden_size,
-            "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-            "stage3_param_persistence_threshold": 10 * hidden_size,
+            "reduce_bucket_size": values.hidden_size**2,
+            "stage3_prefetch_bucket_size": int(0.9 * values.hidden_size**2),
+            "stage3_param_persistence_threshold": 10 * values.hidden_size,
         },
     )
     raise_problems(path, _problems_of_precision(resolved))
     return resolved
 
 
-def _normalize(section: dict, name: str) -> dict:
-    found: dict = {}
-    for key, value in section.items():
-        full = f"{name}.{key}" if name else key
-        if full in SECTIONS:
-            found[key] = _normalize(value, full)
-        elif full in ACCEPTED:
-            is_whole = isinstance(value, float) and ACCEPTED[full].is_whole
-            found[key] = int(value) if is_whole else copy.deepcopy(value)
-    return found
+def _normalize(raw: dict) -> dict:
+    resolved: dict = {}
+    for full, value in flatten(raw).items():
+        if full in ACCEPTED or full in SECTIONS:
+            *sections, key = full.split(".")
+            section = resolved
+            for name in sections:
+                section = section.setdefault(name, {})
+            is_whole = full in ACCEPTED and ACCEPTED[full].is_whole and isinstance(value, float)
+            section[key] = int(value) if is_whole else copy.deepcopy(value)
+    return resolved
 
 
 def _problems_of_precision(resolved: dict) -> list[str]:
@@ -273,7 +285,7 @@ def computes_in_16_bit(resolved: dict) -> bool:
 
 def weights_dtype(resolved: dict) -> str:
     """PyTorch's name of the dtype in which DeepSpeed keeps the weights that forward and backward use."""
-    return "bfloat16" if resolved.get("bf16", {}).get("enabled") is True else "float32"
+    return "bfloat16" if computes_in_16_bit(resolved) else "float32"
 
 
 def split_off_our_sections(resolved: dict) -> tuple[dict, dict]:

@@ -326,3 +326,4 @@ def is_off(full: str, value: Any) -> bool:
 
 ACCEPTED = SUPPORTED | WARNED
 SECTIONS = frozenset(full[:place] for full in ACCEPTED for place, sign in enumerate(full) if sign == ".")
+KNOWN = (*ACCEPTED, *SECTIONS)

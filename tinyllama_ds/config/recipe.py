@@ -1,90 +1,101 @@
 """A recipe: what is trained on what, for how many tokens. Read from TOML, checked, measured in tokens throughout."""
 
-import difflib
 import tomllib
-from collections.abc import Callable
-from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar, Literal, get_args
 
+from pydantic import ConfigDict, Field, StrictBool
+
+from tinyllama_ds.config.key_lines import toml_lines
+from tinyllama_ds.config.validation import PositiveNumber, Text, validate, whole_number
 from tinyllama_ds.errors import ConfigError, raise_problems, shown
 from tinyllama_ds.inputs import read_text
 
 RECIPE_DIRECTORY = Path(__file__).parents[1] / "recipes"
 TASK_FILES = (".yaml", ".yml")  # of lm-eval
 
+_Tokens = Annotated[int, whole_number(1, 10**15)]  # more than all text there is; such counts are exact in floats
+_Steps = Annotated[int, whole_number(1, 10**12)]
+_Count = Annotated[int, whole_number(1, 10**6)]
+_Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
+_Policy = Literal["log", "skip", "rollback"]
+SPIKE_POLICIES = get_args(_Policy)
+# The defaults of an optional table are checked as well, so that a table that is there has all keys that it needs.
+_OPTIONAL_TABLE = ConfigDict(extra="forbid", validate_default=True)
+
 
 @dataclass(frozen=True)
 class Stage:
     """A stretch of the run with one batch size and one mixture."""
 
-    name: str
-    tokens: int
-    global_batch_tokens: int
-    weights: dict[str, float]
-    ramp_tokens: int = 0  # over which the mixture goes linearly from the stage before to this one
+    name: Text
+    tokens: _Tokens
+    global_batch_tokens: Annotated[int, whole_number(1, 2**31)]
+    weights: Annotated[dict[str, PositiveNumber], Field(min_length=1)]
+    ramp_tokens: _Tokens = 0  # over which the mixture changes linearly from the previous stage's to this one
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """How often a run speaks, measures itself and saves, and which checkpoints stay."""
+    """How often a run logs, evaluates and saves, and which checkpoints it keeps."""
 
-    log_steps: int
-    evaluate_tokens: int
-    save_tokens: int
-    save_minutes: int = 30  # of wall clock, after which a save is due whatever the tokens say
-    check_steps: int = 1000  # between two comparisons of the weights over the ranks; every save makes one too
-    keep_last: int = 3  # checkpoints
-    keep_tokens: int = 100_000_000_000  # one checkpoint for every so many tokens stays for ever
-
-
-SPIKE_POLICIES = ("log", "skip", "rollback")
+    log_steps: _Steps
+    evaluate_tokens: _Tokens
+    save_tokens: _Tokens
+    save_minutes: _Count = 30  # of wall clock, after which a save is due whatever the tokens say
+    check_steps: _Steps = 1000  # between two comparisons of the weights over the ranks; every save makes one too
+    keep_last: Annotated[int, whole_number(2, 10**6)] = 3  # checkpoints; two, in case one is damaged
+    keep_tokens: _Tokens = 100_000_000_000  # one checkpoint for every so many tokens is kept permanently
 
 
 @dataclass(frozen=True)
 class GuardSettings:
     """When a loss or a gradient norm counts as a spike, and what is done about it."""
 
-    spike_policy: str = "log"  # or "skip" the step, or "rollback" to the last checkpoint and leave its samples out
-    spike_window: int = 128  # steps that a new one is compared with; none is judged before the window is full
-    spike_sigmas: float = (
+    spike_policy: _Policy = "log"  # or "skip" the step, or "rollback" to the last checkpoint and exclude its samples
+    spike_window: _Count = 128  # steps that a new one is compared with; none is checked before the window is full
+    spike_sigmas: PositiveNumber = (
         6.0  # above the window's median, in standard deviations estimated from its absolute deviations
     )
-    max_rollbacks: int = 3  # of a whole run, then it ends for a human to look
+    max_rollbacks: _Count = 3  # of a whole run; then it ends for manual inspection
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Texts that the run continues now and then, greedily, for people to see how it learns; none without prompts."""
+    """Texts that the run continues greedily at intervals, for people to see how it learns; none without prompts."""
 
-    prompts: tuple[str, ...] = ()
-    every_tokens: int = 0
-    new_tokens: int = 0  # that each prompt is continued by
+    __pydantic_config__: ClassVar[ConfigDict] = _OPTIONAL_TABLE
+    prompts: _Texts = ()
+    every_tokens: _Tokens = 0
+    new_tokens: _Count = 0  # that each prompt is continued by
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What lm-eval scores the model on, now and then while it is trained; nothing without tasks."""
+    """What lm-eval scores the model on at intervals during training; nothing without tasks."""
 
-    tasks: tuple[str, ...] = ()  # suites, tasks or groups of lm-eval, and YAML files of tasks
-    every_tokens: int = 0
-    limit: int | None = None  # of documents, the first of each task
-    batch_size: int = 32  # per rank
-    data_dir: str | None = None  # with datasets on disk; the hub is left alone
+    __pydantic_config__: ClassVar[ConfigDict] = _OPTIONAL_TABLE
+    tasks: _Texts = ()  # suites, tasks or groups of lm-eval, and YAML files of tasks
+    every_tokens: _Tokens = 0
+    limit: Annotated[int, whole_number(1, 10**9)] | None = None  # of documents, the first of each task
+    batch_size: Annotated[int, whole_number(1, 100_000)] = 32  # per rank
+    data_dir: Text | None = None  # with datasets on disk, so that the hub is not used
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything about a run that does not depend on the machines it runs on."""
 
-    name: str
-    model: str
-    sequence_length: int
-    seed: int
-    stages: tuple[Stage, ...]
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    name: Text
+    model: Text
+    sequence_length: Annotated[int, whole_number(1, 10_000_000)]
+    seed: Annotated[int, whole_number()]
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     intervals: Intervals
-    validation_samples: int  # per source
-    document_mask: bool = False  # attention inside documents only; TinyLlama's sees all of a packed row
+    validation_samples: Annotated[int, whole_number(1, 10**9)]  # per source
+    document_mask: StrictBool = False  # attention inside documents only; TinyLlama's sees all of a packed row
     guard: GuardSettings = GuardSettings()
     samples: Samples = Samples()
     evaluation: Evaluation = Evaluation()
@@ -108,19 +119,14 @@ def load_recipe(name_or_path: str) -> Recipe:
             raise ConfigError(
                 f"recipe {shown(name_or_path)} is unknown; the shipped ones are {shipped}, or give a .toml file"
             )
+    text = read_text(path, "the recipe")
     try:
-        raw = tomllib.loads(read_text(path, "the recipe"))
+        raw = tomllib.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not valid TOML ({error})") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: not valid TOML (its arrays or tables are nested too deeply)") from error
-    return _parse(raw, path)
-
-
-def _parse(raw: dict, path: Path) -> Recipe:
-    problems: list[str] = []
-    recipe = _read(Recipe, raw, "", problems)
-    raise_problems(path, problems)
+    recipe = validate(Recipe, raw, path, toml_lines(text))
     raise_problems(path, _contradictions(recipe))
     return replace(recipe, evaluation=_beside(path, recipe.evaluation))
 
@@ -130,169 +136,6 @@ def _beside(path: Path, evaluation: Evaluation) -> Evaluation:
     here = path.absolute().parent
     tasks = tuple(str(here / name) if name.endswith(TASK_FILES) else name for name in evaluation.tasks)
     return replace(evaluation, tasks=tasks, data_dir=evaluation.data_dir and str(here / evaluation.data_dir))
-
-
-_Rule = Callable[[str, Any], list[str]]  # of a key and its value: what is wrong with them
-
-
-def _expect(name: str, value: Any, expected: str) -> list[str]:
-    return [f"{name} is {shown(value)}; expected {expected}"]
-
-
-def _whole(least: int, most: int) -> _Rule:
-    def rule(name: str, value: Any) -> list[str]:
-        if type(value) is not int:
-            return _expect(name, value, "a whole number")
-        return _expect(name, value, f"{least} or more") if value < least else _at_most(name, value, most)
-
-    return rule
-
-
-def _at_most(name: str, value: float, most: float) -> list[str]:
-    return [] if value <= most else _expect(name, value, f"{most:,} or less")
-
-
-def _positive(name: str, value: Any) -> list[str]:
-    """A number that can be divided by and into others of its kind."""
-    if type(value) not in (int, float):
-        return _expect(name, value, "a number")
-    return _at_most(name, value, 1e9) if value >= 1e-9 else _expect(name, value, "a positive number")
-
-
-def _text(name: str, value: Any) -> list[str]:
-    return [] if _is_text(value) else _expect(name, value, "a text")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
-
-
-def _texts(name: str, value: Any) -> list[str]:
-    if isinstance(value, list) and value and all(map(_is_text, value)):
-        return []
-    return _expect(name, value, "an array of texts, none of them empty")
-
-
-def _switch(name: str, value: Any) -> list[str]:
-    return [] if isinstance(value, bool) else _expect(name, value, "true or false")
-
-
-def _policy(name: str, value: Any) -> list[str]:
-    return [] if value in SPIKE_POLICIES else _expect(name, value, ", ".join(SPIKE_POLICIES))
-
-
-def _weights(name: str, value: Any) -> list[str]:
-    if not isinstance(value, dict):
-        return _expect(name, value, "a table of sources with their weights")
-    if not value:
-        return [f"{name} name no source"]
-    return [
-        problem for source, weight in value.items() for problem in _positive(f"the weight of {shown(source)}", weight)
-    ]
-
-
-_TOKENS = _whole(1, 10**15)  # more than all text there is; and counts of tokens stay exact in floats
-_STEPS = _whole(1, 10**12)
-
-# What the keys of each table hold: a rule, a table of its own, or an array of tables. Those without a default in the
-# dataclass have to be there.
-_KEYS: dict[type, dict[str, "_Rule | type | list[type]"]] = {
-    Recipe: {
-        "name": _text,
-        "model": _text,
-        "sequence_length": _whole(1, 10_000_000),
-        "seed": _whole(0, 2**63 - 1),
-        "validation_samples": _whole(1, 10**9),
-        "document_mask": _switch,
-        "stages": [Stage],
-        "intervals": Intervals,
-        "guard": GuardSettings,
-        "samples": Samples,
-        "evaluation": Evaluation,
-    },
-    Stage: {
-        "name": _text,
-        "tokens": _TOKENS,
-        "global_batch_tokens": _whole(1, 2**31),
-        "weights": _weights,
-        "ramp_tokens": _TOKENS,
-    },
-    Intervals: {
-        "log_steps": _STEPS,
-        "evaluate_tokens": _TOKENS,
-        "save_tokens": _TOKENS,
-        "save_minutes": _whole(1, 10**6),
-        "check_steps": _STEPS,
-        "keep_last": _whole(2, 10**6),  # in case one is damaged
-        "keep_tokens": _TOKENS,
-    },
-    GuardSettings: {
-        "spike_policy": _policy,
-        "spike_window": _whole(1, 10**6),
-        "spike_sigmas": _positive,
-        "max_rollbacks": _whole(1, 10**6),
-    },
-    Samples: {"prompts": _texts, "every_tokens": _TOKENS, "new_tokens": _whole(1, 10**6)},
-    Evaluation: {
-        "tasks": _texts,
-        "every_tokens": _TOKENS,
-        "limit": _whole(1, 10**9),
-        "batch_size": _whole(1, 100_000),
-        "data_dir": _text,
-    },
-}
-_REQUIRED = {
-    Samples: ("prompts", "every_tokens", "new_tokens"),
-    Evaluation: ("tasks", "every_tokens"),
-}  # once it is there
-
-
-def _read(kind: type, raw: dict, place: str, problems: list[str]) -> Any:
-    """The object of a table, or None where its problems were added to those of the file."""
-    before, rules = len(problems), _KEYS[kind]
-    where = f"{place}: " if place else ""
-    found = {}
-    for name in [name for name in rules if name in raw]:
-        found[name], wrong = _value(rules[name], name, raw[name], f"{place}." if place else "", problems)
-        problems += [f"{where}{problem}" for problem in wrong]
-    required = _REQUIRED.get(kind) or [field.name for field in fields(kind) if _has_no_default(field)]
-    missing = [name for name in required if name not in raw]
-    problems += [f"{where}{problem}" for problem in _wrong_names(list(raw), list(rules), missing)]
-    return kind(**found) if len(problems) == before else None
-
-
-def _has_no_default(field: Field) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
-
-
-def _value(
-    rule: "_Rule | type | list[type]", name: str, value: Any, prefix: str, problems: list[str]
-) -> tuple[Any, list[str]]:
-    """What a key holds, and what is wrong with it; of tables below it that goes to `problems`, with their places."""
-    if isinstance(rule, type):
-        if isinstance(value, dict):
-            return _read(rule, value, f"{prefix}{name}", problems), []
-        return None, _expect(name, value, "a table")
-    if isinstance(rule, list):
-        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-            entries = enumerate(value)
-            return tuple(_read(rule[0], entry, f"{prefix}{name}[{n}]", problems) for n, entry in entries), []
-        return None, _expect(name, value, "an array of tables")
-    return tuple(value) if isinstance(value, list) else value, rule(name, value)
-
-
-def _wrong_names(given: list[str], known: list[str], missing: list[str]) -> list[str]:
-    """Keys that are missing, each with what may stand in its place, and those that are none."""
-    problems, unknown = [], [name for name in given if name not in known]
-    for name in missing:
-        close = difflib.get_close_matches(name, unknown, n=1)
-        problems.append(f"the key {name!r} is missing{f' ({close[0]!r} is not a key)' if close else ''}")
-        unknown = [other for other in unknown if other not in close]
-    for name in unknown:
-        close = difflib.get_close_matches(name, [key for key in known if key not in given], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}"
-        problems.append(f"unknown key {shown(name)}; {hint}")
-    return problems
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
@@ -309,6 +152,6 @@ def _contradictions(recipe: Recipe) -> list[str]:
         if stage.ramp_tokens > stage.tokens:
             problems.append(f"stage {stage.name!r}: ramp_tokens {stage.ramp_tokens} exceed its {stage.tokens} tokens")
     for source in recipe.sources:
-        if source != Path(source).name or source.startswith(".") or not _is_text(source):
+        if source != Path(source).name or source.startswith(".") or "\0" in source or not source.strip():
             problems.append(f"{shown(source)} is not the name of a source, which is a folder of the data directory")
     return problems

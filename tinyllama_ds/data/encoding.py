@@ -14,8 +14,8 @@ from tinyllama_ds.errors import ConfigError
 
 ENCODERS = ("auto", "gigatoken", "sentencepiece")
 # Every how many documents of a batch one is compared, and how much of it: about 1 % of the text of a usual corpus.
-_PROOF_STRIDE = 64
-_PROOF_CHARACTERS = 2048
+_CHECK_STRIDE = 64
+_CHECK_CHARACTERS = 2048
 
 Encoded = tuple[np.ndarray, np.ndarray]  # the ids of all documents one after the other, and the length of each
 
@@ -123,16 +123,16 @@ class FileEncoder:
 
         Text such as `</s>` stays text.
         """
-        if self._fast is not None and not self._proves_equal(texts):
+        if self._fast is not None and not self._matches_sentencepiece(texts):
             self._fast = None
             self.name = f"gigatoken, but sentencepiece from document {self._documents}, where they differ"
         self._documents += len(texts)
         ids, lengths = self._fast(texts) if self._fast else encode_with_sentencepiece(self.tokenizer, texts)
         return _append_eos(ids, lengths)
 
-    def _proves_equal(self, texts: list[str]) -> bool:
+    def _matches_sentencepiece(self, texts: list[str]) -> bool:
         assert self._fast is not None
-        sample = [text[:_PROOF_CHARACTERS] for text in texts[::_PROOF_STRIDE]]
+        sample = [text[:_CHECK_CHARACTERS] for text in texts[::_CHECK_STRIDE]]
         return _is_same(self._fast(sample), encode_with_sentencepiece(self.tokenizer, sample))
 
 

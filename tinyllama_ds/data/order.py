@@ -48,9 +48,9 @@ class SampleOrder:
         seed: int,
         num_samples: Mapping[str, int],
         stages: Sequence[MixtureStage],
-        left_out: Sequence[range] = (),
+        excluded_samples: Sequence[range] = (),
     ) -> None:
-        """`num_samples` is the size of each source; its key order numbers the sources. `left_out` are ordinals.
+        """`num_samples` is the size of each source; its key order numbers the sources. `excluded_samples` are ordinals.
 
         Raises `ConfigError` for a source of which there is not one sample.
         """
@@ -60,7 +60,7 @@ class SampleOrder:
         self.sources = list(num_samples)
         self.num_samples = dict(num_samples)
         self.stages = list(stages)
-        self.left_out = _merged(left_out)
+        self.excluded_samples = _merge_ranges(excluded_samples)
         self._seed = seed
         self._sizes = np.array(list(num_samples.values()), dtype=np.int64)
         mixtures = [_Mixture([stage.weights.get(name, 0.0) for name in self.sources]) for stage in stages]
@@ -75,8 +75,8 @@ class SampleOrder:
 
     def global_sample_index(self, positions: np.ndarray) -> np.ndarray:
         """The ordinal of each position (int64, any shape (n,)): later by what was left out before it."""
-        starts = np.array([gap.start for gap in self.left_out], dtype=np.int64)
-        shifts = np.cumsum([0] + [len(gap) for gap in self.left_out], dtype=np.int64)
+        starts = np.array([excluded.start for excluded in self.excluded_samples], dtype=np.int64)
+        shifts = np.cumsum([0] + [len(excluded) for excluded in self.excluded_samples], dtype=np.int64)
         return positions + shifts[np.searchsorted(starts - shifts[:-1], positions, side="right")]
 
     def span(self, position: int, samples: int) -> range:
@@ -88,9 +88,9 @@ class SampleOrder:
         """How many samples of each source lie before a position; what was left out does not count."""
         end = int(self.global_sample_index(np.array([position]))[0])
         counts = self._counts_before(end)
-        for gap in self.left_out:
-            if gap.stop <= end:
-                counts = counts - (self._counts_before(gap.stop) - self._counts_before(gap.start))
+        for excluded in self.excluded_samples:
+            if excluded.stop <= end:
+                counts = counts - (self._counts_before(excluded.stop) - self._counts_before(excluded.start))
         return dict(zip(self.sources, counts.tolist(), strict=True))
 
     def _counts_before(self, ordinal: int) -> np.ndarray:
@@ -132,14 +132,14 @@ def rank_positions(first: int, batch: int, rank: int, world_size: int) -> range:
     return range(first + rank * share, first + (rank + 1) * share)
 
 
-def _merged(ranges: Sequence[range]) -> list[range]:
+def _merge_ranges(ranges: Sequence[range]) -> list[range]:
     """The same numbers in ranges that rise and do not touch."""
     merged: list[range] = []
-    for gap in sorted(ranges, key=lambda gap: gap.start):
-        if merged and gap.start <= merged[-1].stop:
-            merged[-1] = range(merged[-1].start, max(merged[-1].stop, gap.stop))
+    for excluded in sorted(ranges, key=lambda excluded: excluded.start):
+        if merged and excluded.start <= merged[-1].stop:
+            merged[-1] = range(merged[-1].start, max(merged[-1].stop, excluded.stop))
         else:
-            merged.append(gap)
+            merged.append(excluded)
     return merged
 
 
@@ -150,15 +150,15 @@ def _groups(values: np.ndarray) -> list[np.ndarray]:
 
 
 @dataclass(frozen=True)
-class _Fork:
+class _MixtureNode:
     """Of all samples that reach it, round(share * total) go left and the others right."""
 
-    left: "_Tree"
-    right: "_Tree"
+    left: "_MixtureTree"
+    right: "_MixtureTree"
     share: Fraction
 
 
-_Tree = int | _Fork  # a leaf is the number of a source
+_MixtureTree = int | _MixtureNode  # a leaf is the number of a source
 
 
 class _Mixture:
@@ -202,7 +202,7 @@ class _Ramp:
         return self._before.counts(positions - from_after) + self._after.counts(from_after)
 
 
-def _mixture_tree(weights: dict[int, Fraction]) -> _Tree:
+def _mixture_tree(weights: dict[int, Fraction]) -> _MixtureTree:
     members = sorted(weights, key=lambda number: (-weights[number], number))
     if len(members) == 1:
         return members[0]
@@ -210,14 +210,14 @@ def _mixture_tree(weights: dict[int, Fraction]) -> _Tree:
     shares = [sum(weights[number] for number in members[:cut]) / total for cut in range(1, len(members))]
     share = min(shares, key=lambda share: abs(Fraction(share) - Fraction(1, 2)))
     left, right = members[: shares.index(share) + 1], members[shares.index(share) + 1 :]
-    return _Fork(
+    return _MixtureNode(
         _mixture_tree({number: weights[number] for number in left}),
         _mixture_tree({number: weights[number] for number in right}),
         Fraction(share).limit_denominator(_MAX_DENOMINATOR),
     )
 
 
-def _distribute(tree: _Tree, total: np.ndarray, counts: np.ndarray) -> None:
+def _distribute(tree: _MixtureTree, total: np.ndarray, counts: np.ndarray) -> None:
     if isinstance(tree, int):
         counts[:, tree] = total
         return

@@ -98,23 +98,23 @@ def _count_answers(shard: ShardReader) -> np.ndarray:
     return np.add.reduceat(mask, starts, dtype=np.int64) if len(starts) else np.zeros(0, dtype=np.int64)
 
 
-def best_fit_decreasing(lengths: np.ndarray, room: int) -> list[list[int]]:
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Items into bins of some room: the longest first, each where it leaves the least room, or in a new bin.
 
     Needs at most 11/9 of the fewest bins, plus one (Johnson 1973). Equal lengths stay in their order.
     """
     packs: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # room and pack, sorted, of the packs that something still fits into
-    shortest = int(lengths.min(initial=room))
+    open_bins: list[tuple[int, int]] = []  # room and pack, sorted, of the packs that something still fits into
+    shortest = int(lengths.min(initial=capacity))
     for item in np.argsort(-lengths, kind="stable").tolist():
-        place = bisect_left(rooms, (int(lengths[item]), -1))
-        if place == len(rooms):
-            left, pack = room, len(packs)
+        place = bisect_left(open_bins, (int(lengths[item]), -1))
+        if place == len(open_bins):
+            left, pack = capacity, len(packs)
             packs.append([])
         else:
-            left, pack = rooms.pop(place)
+            left, pack = open_bins.pop(place)
         packs[pack].append(item)
         left -= int(lengths[item])
         if left >= shortest:
-            insort(rooms, (left, pack))
+            insort(open_bins, (left, pack))
     return packs

@@ -11,11 +11,11 @@ import sentencepiece
 
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import write_durably
+from tinyllama_ds.layout import TOKENIZER_FILE
 from tinyllama_ds.outputs import write_file
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPACE = "▁"  # as sentencepiece writes it
-TOKENIZER_FILE = "tokenizer.model"
 END_OF_DOCUMENT = f"one EOS (id {EOS_ID}) after each document, no BOS"
 
 

@@ -16,13 +16,16 @@ from threading import Lock, Thread
 
 from tinyllama_ds.distributed.network import is_proof, proof
 from tinyllama_ds.files import parse_row, read_secret
-from tinyllama_ds.layout import LIFELINE_KEY_FILE
+from tinyllama_ds.layout import (
+    FIRST_STEP,
+    HEARTBEAT_VARIABLE,
+    LIFELINE_KEY_FILE,
+    LIFELINE_VARIABLE,
+    STACKS_SIGNAL,
+    STARTING,
+    SUPERVISOR_VARIABLE,
+)
 
-SUPERVISOR_VARIABLE = "TINYLLAMA_DS_SUPERVISOR"  # its process id
-HEARTBEAT_VARIABLE = "TINYLLAMA_DS_HEARTBEATS"  # its private directory
-LIFELINE_VARIABLE = "TINYLLAMA_DS_LIFELINE"  # for ranks on other hosts: where it listens, time-outs
-STACKS_SIGNAL = signal.SIGUSR2
-STARTING, FIRST_STEP = "starting", "in its first step"  # which take long
 _BEAT_BYTES = 128
 _PING_SECONDS = 2
 _ANSWER_SECONDS = 30

@@ -13,7 +13,7 @@ from tinyllama_ds.data.chat import CHAT_TEMPLATE, Message, conversation_ids, pro
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, UNK_ID, Tokenizer
 from tinyllama_ds.data.vocabulary import PROBE_TEXTS, difference_of, fast_tokenizer, reject_other_settings
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.hf.weights import MAX_SHARD_SIZE, Written, digest, parameter_shapes, write_weights
+from tinyllama_ds.hf.weights import MAX_SHARD_SIZE, WeightsInfo, digest, parameter_shapes, write_weights
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM
 from tinyllama_ds.model.probe import TOLERANCE, Probe, loss_difference, probe_loss
@@ -44,12 +44,12 @@ def export(
         hf_config(config, written.dtype).save_pretrained(folder)
         _generation_config().save_pretrained(folder)
         _write_tokenizer(folder, tokenizer, config.max_position_embeddings, CHAT_TEMPLATE if is_chat_model else None)
-        _prove_ids(folder, tokenizer)
+        _verify_ids(folder, tokenizer)
         ours, theirs = load_reference_pair(folder, written, config)
         difference = logit_difference(ours, theirs, tokenizer)
         if probe is not None:
             # A mask within documents is no part of a Hugging Face folder; our model has it, and equal logits without.
-            _prove_loss(probe, ours if probe.document_ids else lambda ids, labels: _loss(theirs(ids).logits, labels))
+            _verify_loss(probe, ours if probe.document_ids else lambda ids, labels: _loss(theirs(ids).logits, labels))
     return difference
 
 
@@ -140,7 +140,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_t
     path.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _prove_ids(folder: Path, tokenizer: Tokenizer) -> None:
+def _verify_ids(folder: Path, tokenizer: Tokenizer) -> None:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # it reports that texts are longer than the model's positions
@@ -152,10 +152,10 @@ def _prove_ids(folder: Path, tokenizer: Tokenizer) -> None:
     if differing:
         raise ConfigError(f"export: transformers' token ids of {differing[0]!r} differ from sentencepiece's")
     if loaded.chat_template is not None:
-        _prove_chat(loaded, tokenizer)
+        _verify_chat_template(loaded, tokenizer)
 
 
-def load_reference_pair(folder: Path, written: Written, config: LlamaConfig) -> tuple[LlamaForCausalLM, Any]:
+def load_reference_pair(folder: Path, written: WeightsInfo, config: LlamaConfig) -> tuple[LlamaForCausalLM, Any]:
     """Our decoder and transformers' over the tensors that transformers loads from a folder, both computing in fp32.
 
     Raises `ConfigError` unless every parameter has the bits that were written, so that one copy serves both.
@@ -216,7 +216,7 @@ def logit_difference(ours: LlamaForCausalLM, theirs: Any, tokenizer: Tokenizer) 
     return difference
 
 
-def _prove_chat(loaded: Any, tokenizer: Tokenizer) -> None:
+def _verify_chat_template(loaded: Any, tokenizer: Tokenizer) -> None:
     """transformers' ids of whole conversations and of prompts are ours, and so are their answers.
 
     Of control tokens in a text it makes other ids, but none of control tokens.
@@ -231,15 +231,15 @@ def _prove_chat(loaded: Any, tokenizer: Tokenizer) -> None:
         theirs = whole["input_ids"], list(whole["assistant_masks"])
         prompt = loaded.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
         if any(control in text for control in tokenizer.pieces[: EOS_ID + 1]):
-            is_proven = [theirs[0].count(control) for control in (UNK_ID, BOS_ID, EOS_ID)] == [0, 0, len(turns)]
+            is_same = [theirs[0].count(control) for control in (UNK_ID, BOS_ID, EOS_ID)] == [0, 0, len(turns)]
         else:
             ours = conversation_ids(tokenizer, messages)
-            is_proven = theirs == ours and prompt == prompt_ids(tokenizer, messages[:-1])
-        if not is_proven:
+            is_same = theirs == ours and prompt == prompt_ids(tokenizer, messages[:-1])
+        if not is_same:
             raise ConfigError(f"export: transformers' chat template gives other ids than ours with {text!r}")
 
 
-def _prove_loss(probe: Probe, score: Callable[..., Tensor]) -> None:
+def _verify_loss(probe: Probe, score: Callable[..., Tensor]) -> None:
     loss = probe_loss(score, probe.tokens, probe.document_ids, 1, torch.device("cpu"))
     allowed = TOLERANCE[probe.dtype]
     if loss_difference(probe, loss) > allowed:

@@ -52,7 +52,7 @@ _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportResult:
     """What an import says when it is done."""
 
     model: LlamaConfig
@@ -60,7 +60,7 @@ class Imported:
     largest_logit_difference: float
 
 
-def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) -> Imported:
+def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) -> ImportResult:
     """Write a model folder with the weights and the tokenizer of a Hugging Face folder.
 
     `tokenizer` is a sentencepiece model to take in place of the folder's own. Raises `ConfigError`, leaving nothing
@@ -73,7 +73,7 @@ def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) 
     with new_folder(output) as partial:
         written = write_model_folder(partial, _read_all(files, config), config, sentencepiece.path)
         difference = logit_difference(*load_reference_pair(folder, written, config), sentencepiece)
-    return Imported(config, written.dtype, difference)
+    return ImportResult(config, written.dtype, difference)
 
 
 def read_config(path: Path) -> LlamaConfig:

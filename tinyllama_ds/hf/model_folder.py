@@ -19,7 +19,7 @@ from torch import Tensor
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
 from tinyllama_ds.data.typed import from_json
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.hf.weights import DTYPES, Written, parameter_shapes, read_tensor, tensor_names, write_weights
+from tinyllama_ds.hf.weights import DTYPES, WeightsInfo, parameter_shapes, read_tensor, tensor_names, write_weights
 from tinyllama_ds.model.config import LlamaConfig
 
 MODEL_FILE = "model.json"
@@ -65,7 +65,7 @@ def is_model_folder(path: Path) -> bool:
 
 def write_model_folder(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], model: LlamaConfig, tokenizer: Path
-) -> Written:
+) -> WeightsInfo:
     """Fill an empty folder; the tensors come one by one, in one dtype."""
     written = write_weights(folder, tensors, parameter_shapes(model), max_shard_size=sys.maxsize)
     shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)

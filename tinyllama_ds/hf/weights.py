@@ -28,7 +28,7 @@ Shapes = dict[str, torch.Size]
 
 
 @dataclass(frozen=True)
-class Written:
+class WeightsInfo:
     """What `write_weights` has seen."""
 
     dtype: torch.dtype
@@ -44,7 +44,7 @@ def parameter_shapes(config: LlamaConfig) -> Shapes:
 
 def write_weights(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, max_shard_size: int | str
-) -> Written:
+) -> WeightsInfo:
     """Write `model.safetensors`, or numbered shards and their index, as transformers names them.
 
     The tensors come in any order and in one dtype. `max_shard_size` is bytes or a text such as "5GB".
@@ -83,7 +83,7 @@ def write_weights(
         metadata = plan.metadata | {"total_parameters": sum(shape.numel() for shape in shapes.values())}
         index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return Written(dtype, digests)
+    return WeightsInfo(dtype, digests)
 
 
 def _write_header(file: BinaryIO, tensors: Mapping[str, Tensor]) -> dict[str, tuple[BinaryIO, int]]:

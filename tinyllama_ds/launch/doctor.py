@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import select
-import shlex
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from tinyllama_ds.devices import VISIBLE
 from tinyllama_ds.distributed.network import is_loopback, local_address_towards
+from tinyllama_ds.distributed.ssh import ssh_command
 from tinyllama_ds.launch.hostfile import Host, read_hostfile, write_filter
 from tinyllama_ds.launch.launcher import BY_COUNT, Placement, is_this_machine
 from tinyllama_ds.launch.probe import listen
@@ -126,15 +126,6 @@ def end_all(talks: Sequence[Conversation]) -> None:
     deadline = time.monotonic() + _LEAVE_SECONDS
     for talk in talks:
         talk.end(deadline)
-
-
-def ssh_command(host: str, command: Sequence[str], port: int | None = None) -> list[str]:
-    """A command on a host that was read from a hostfile, with pdsh's options, this directory and this PYTHONPATH."""
-    path = os.environ.get("PYTHONPATH")
-    words = [*(["env", f"PYTHONPATH={path}"] if path else []), *command]
-    options = [*shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")), *(["-p", str(port)] if port else [])]
-    options += ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
-    return ["ssh", *options, "--", host, f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"]
 
 
 def examine(placement: Placement, data: Path | None, run_dir: Path | None) -> DoctorReport:

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from tinyllama_ds.distributed.network import free_port
+from tinyllama_ds.distributed.ssh import ssh_command
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import SECRETS_FILE, remove
-from tinyllama_ds.launch.doctor import DoctorReport, examine, ssh_command, table
+from tinyllama_ds.launch.doctor import DoctorReport, examine, table
 from tinyllama_ds.launch.environment import hand_on_secrets, named_secrets
 from tinyllama_ds.launch.hostfile import Host, write_filter
 from tinyllama_ds.launch.launcher import Placement, start_launcher

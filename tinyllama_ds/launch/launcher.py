@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -17,17 +18,17 @@ from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.launch.environment import check_argument, for_runner, forwarded, write_file
 from tinyllama_ds.launch.hostfile import Host, write_filter
 
-PRETRAIN_SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
-MEASURE_SCRIPT = PRETRAIN_SCRIPT.with_name("measure.py")
-EVALUATE_SCRIPT = PRETRAIN_SCRIPT.with_name("evaluate.py")
-ALL_REDUCE_SCRIPT = PRETRAIN_SCRIPT.with_name("all_reduce.py")
+# The modules that run on every rank.
+PRETRAIN = "tinyllama_ds.rank.pretrain"
+MEASURE = "tinyllama_ds.rank.measure"
+SCORE = "tinyllama_ds.rank.score"
+ALL_REDUCE = "tinyllama_ds.rank.all_reduce"
 DEFAULT_PORT = 29500  # torch's own
 _ENVIRONMENT_FILE = "deepspeed_env"
 _HOSTFILE = "hostfile"
 _MPI = ("openmpi", "mpich")  # cannot leave hosts out, so they get a hostfile of our own
 BY_COUNT = (*_MPI, "slurm")  # cannot be told which GPUs
-_PROGRAMS = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "slurm": "srun"}
-LAUNCHERS = tuple(_PROGRAMS)
+LAUNCHERS = ("pdsh", *BY_COUNT)
 
 
 @dataclass(frozen=True)
@@ -116,18 +117,27 @@ def check_partition(placement: Placement, partition: int, config: Path) -> None:
 
 
 def launcher_command(
-    placement: Placement, arguments: list[str], script: Path = PRETRAIN_SCRIPT, directory: Path | None = None
+    placement: Placement, arguments: list[str], module: str = PRETRAIN, directory: Path | None = None
 ) -> list[str]:
-    """The ordinary deepspeed command line that starts a script of ours on every rank.
+    """The ordinary deepspeed command line that starts a module of ours on every rank.
 
     `directory` is where a hostfile of our own lies, for those launchers that know no other way to leave hosts out.
     """
-    if not script.is_file():
-        raise ConfigError(f"{script}: is missing; several ranks need the checkout, install with pip install -e")
     where = _on_hosts(placement, directory) if placement.hosts else ["--num_gpus", str(placement.num_local)]
     where += ["--master_addr", placement.master_address]
     where += ["--master_port", str(placement.master_port or free_port())]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", *where, str(script), *arguments]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    return [*launcher, *where, *_program(placement, module), *arguments]
+
+
+def _program(placement: Placement, module: str) -> list[str]:
+    if placement.launcher == "mpich" and placement.is_remote:
+        # DeepSpeed 0.19.8 would start its own helper for MPICH, a file, by `python -m` as well.
+        spec = find_spec(module)
+        assert spec is not None
+        assert spec.origin is not None
+        return [spec.origin]
+    return ["--module", module]
 
 
 def _on_hosts(placement: Placement, directory: Path | None) -> list[str]:
@@ -172,7 +182,7 @@ def start_launcher(
     arguments: list[str],
     variables: dict[str, str],
     directory: Path,
-    script: Path = PRETRAIN_SCRIPT,
+    module: str = PRETRAIN,
     output: int | None = None,
 ) -> subprocess.Popen:
     """Start the launcher in a session of its own: a SIGTERM to the deepspeed command alone would orphan its ranks.
@@ -184,7 +194,7 @@ def start_launcher(
         for name, content in launch_files(placement, environment).items():
             write_file(directory / name, content)
         environment = for_runner(environment, placement.forward) | _for_runner(placement, directory)
-    command = launcher_command(placement, arguments, script, directory)
+    command = launcher_command(placement, arguments, module, directory)
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import parse_row, sync
+from tinyllama_ds.layout import LOCK_FILE
 
-LOCK_FILE = "lock.json"
 _REFRESH_SECONDS = 10
 _SILENCE_SECONDS = 3 * _REFRESH_SECONDS  # after which an owner on another host counts as dead
 

@@ -69,10 +69,9 @@ def see_others(peers: dict[str, list], run_dir: str | None, tokens: list[str], m
 
 
 def code_digest() -> str:
-    """SHA-256 over the package and its scripts, which a git revision of a changed checkout would not show."""
+    """SHA-256 over the package, which a git revision of a changed checkout would not show."""
     digest = hashlib.sha256()
-    files = [*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.toml"), *(_PACKAGE.parent / "scripts").glob("*.py")]
-    for path in sorted(files):
+    for path in sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.toml")]):
         digest.update(str(path.relative_to(_PACKAGE.parent)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

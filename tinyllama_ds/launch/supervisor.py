@@ -18,6 +18,15 @@ from tinyllama_ds.files import read_object_if_whole
 from tinyllama_ds.launch.lifeline import Lifeline
 from tinyllama_ds.launch.lock import RunLock
 from tinyllama_ds.launch.out_of_memory import count_kills
+from tinyllama_ds.layout import (
+    FIRST_STEP,
+    HEARTBEAT_VARIABLE,
+    LIFELINE_VARIABLE,
+    RESTART_VARIABLE,
+    STACKS_SIGNAL,
+    STARTING,
+    SUPERVISOR_VARIABLE,
+)
 
 _FINAL_CODES = (EXIT_FINISHED, EXIT_RESTART, EXIT_CONFIG, EXIT_NUMERICS)
 _CODES_OF_STATES = {"finished": EXIT_FINISHED, "stopped": EXIT_RESTART, "rolled back": EXIT_ROLLBACK}
@@ -73,22 +82,7 @@ class Supervised:
     tokens: int  # committed by this call
 
 
-@dataclass(frozen=True)
-class RankSide:
-    """How the ranks know their supervisor: names of environment variables, and the signal that asks for stacks.
-
-    In its slow phases, as it calls them, a rank imports, loads or compiles.
-    """
-
-    supervisor_variable: str
-    heartbeat_variable: str
-    restart_variable: str
-    lifeline_variable: str
-    stacks_signal: int
-    slow_phases: tuple[str, ...]
-
-
-def supervise(launch: Launch, watch: Watch, lock: RunLock | None, ranks: RankSide) -> Supervised:
+def supervise(launch: Launch, watch: Watch, lock: RunLock | None) -> Supervised:
     """Run until it has finished, was stopped, was refused, or failed three times in a row without a new checkpoint."""
     started = time.monotonic()
     stop = _Stop(watch)
@@ -97,7 +91,7 @@ def supervise(launch: Launch, watch: Watch, lock: RunLock | None, ranks: RankSid
     restarts = failures = 0
     while True:
         kills = count_kills()
-        code = _try_once(launch, watch, stop, lock, ranks, restarts)
+        code = _try_once(launch, watch, stop, lock, restarts)
         if code is None:
             stop.wait(_HOSTS_SECONDS)
             if stop.wanted_at is None:
@@ -133,32 +127,28 @@ def _committed(watch: Watch, before: tuple[int, int]) -> tuple[int, int]:
         return before
 
 
-def _try_once(
-    launch: Launch, watch: Watch, stop: "_Stop", lock: RunLock | None, ranks: RankSide, restarts: int
-) -> int | None:
+def _try_once(launch: Launch, watch: Watch, stop: "_Stop", lock: RunLock | None, restarts: int) -> int | None:
     """As `_run_once`; a start that this machine cannot make, because a disk is full, say, is one that has failed."""
     try:
-        return _run_once(launch, watch, stop, lock, ranks, restarts)
+        return _run_once(launch, watch, stop, lock, restarts)
     except OSError as error:
         _say(f"the run cannot be started or watched: {error}")
         return _CRASHED
 
 
-def _run_once(
-    launch: Launch, watch: Watch, stop: "_Stop", lock: RunLock | None, ranks: RankSide, restarts: int
-) -> int | None:
+def _run_once(launch: Launch, watch: Watch, stop: "_Stop", lock: RunLock | None, restarts: int) -> int | None:
     """From the start of the launcher to the end of its last process; None where it could not start yet."""
     if watch.is_first:
         watch.status_file.unlink(missing_ok=True)
     place = os.environ.get("XDG_RUNTIME_DIR")
     with tempfile.TemporaryDirectory(prefix="tinyllama-ds-", dir=place, ignore_cleanup_errors=True) as name:
         directory = Path(name)
-        variables = {ranks.restart_variable: str(restarts)}
+        variables = {RESTART_VARIABLE: str(restarts)}
         lifeline = None if watch.open_lifeline is None else watch.open_lifeline(directory)
         if lifeline is None:
-            variables |= {ranks.supervisor_variable: str(os.getpid()), ranks.heartbeat_variable: name}
+            variables |= {SUPERVISOR_VARIABLE: str(os.getpid()), HEARTBEAT_VARIABLE: name}
         else:
-            variables[ranks.lifeline_variable] = lifeline.value
+            variables[LIFELINE_VARIABLE] = lifeline.value
         started = None
         try:
             started = launch(variables, directory)
@@ -166,7 +156,7 @@ def _run_once(
                 return None
             if lifeline is not None:
                 lifeline.expect(started.hosts)
-            watchdog = _Watchdog(directory, watch, ranks, lifeline)
+            watchdog = _Watchdog(directory, watch, lifeline)
             return _wait(started.process, watchdog, stop, lock, watch.status_file)
         finally:
             left = lifeline.close() if lifeline is not None else []
@@ -266,11 +256,10 @@ def _read_state(status_file: Path) -> str | None:
 class _Watchdog:
     """Sees that every rank goes on. Clocks of other processes are not read, only changes seen here."""
 
-    def __init__(self, directory: Path, watch: Watch, ranks: RankSide, lifeline: Lifeline | None) -> None:
+    def __init__(self, directory: Path, watch: Watch, lifeline: Lifeline | None) -> None:
         self._lifeline = lifeline
         self._directory = directory
         self._watch = watch
-        self._ranks = ranks
         self._started = time.monotonic()
         self._seen: dict[Path, tuple[int, float]] = {}  # change time of the file, and when it was first seen
 
@@ -307,9 +296,8 @@ class _Watchdog:
             return f"no rank has come to life for {self._watch.start_seconds:g} s"
         for file, (_, since) in self._seen.items():
             beat = _read_beat(file)
-            limit = (
-                self._watch.start_seconds if beat.get("doing") in self._ranks.slow_phases else self._watch.step_seconds
-            )
+            is_slow = beat.get("doing") in (STARTING, FIRST_STEP)
+            limit = self._watch.start_seconds if is_slow else self._watch.step_seconds
             if now - since > limit:
                 return f"{file.name} has been {beat.get('doing')} at step {beat.get('step')} for {limit:g} s"
         return None
@@ -320,7 +308,7 @@ class _Watchdog:
             self._lifeline.stacks()
         for file in self._seen:
             with suppress(ProcessLookupError, KeyError):
-                os.kill(_read_beat(file)["pid"], self._ranks.stacks_signal)
+                os.kill(_read_beat(file)["pid"], STACKS_SIGNAL)
                 os.kill(_read_beat(file)["pid"], signal.SIGCONT)
         stacks = self._settled_stacks()
         return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in stacks)

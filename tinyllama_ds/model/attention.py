@@ -91,12 +91,12 @@ def _varlen() -> AttentionFunction:
     attend_documents = cast(Callable[..., Tensor], varlen_attn)
     attend_rows = _sdpa_with(SDPBackend.FLASH_ATTENTION)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None) -> Tensor:
-        if borders is None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        if cu_seqlens is None:
             return attend_rows(q, k, v, None)
         T, shape = q.shape[1], q.shape
         q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))  # (B * T, heads, E)
-        return attend_documents(q, k, v, borders, borders, T, T, **options).view(shape)
+        return attend_documents(q, k, v, cu_seqlens, cu_seqlens, T, T, **options).view(shape)
 
     return attend
 
@@ -106,13 +106,13 @@ def _flash_attention_2() -> AttentionFunction:
     name, remedy = "flash_attention_2", "install tinyllama_ds[flash] for this torch, or choose auto"
     dense, varlen = _package(name, "flash_attn", ("flash_attn_func", "flash_attn_varlen_func"), remedy)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         options = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
-        if borders is None:
+        if cu_seqlens is None:
             return dense(q, k, v, **options)
         T = q.shape[1]
         rows = (tensor.flatten(0, 1) for tensor in (q, k, v))  # (B * T, heads, E)
-        lengths = {"cu_seqlens_q": borders, "cu_seqlens_k": borders, "max_seqlen_q": T, "max_seqlen_k": T}
+        lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": T, "max_seqlen_k": T}
         return varlen(*rows, **lengths, **options).view(q.shape)  # from (B * T, H, E)
 
     return attend
@@ -131,7 +131,7 @@ def _flash_implementation(name: str, version: str, module: str) -> AttentionFunc
         try:
             torch_attention.activate_flash_attention_impl(version)
         except Exception as error:  # torch looks for the package's operators
-            raise MissingKernel(name, f"{module} cannot be used ({_gist(error)})", remedy) from error
+            raise MissingKernel(name, f"{module} cannot be used ({_summarize_exception(error)})", remedy) from error
     return _varlen()
 
 
@@ -151,11 +151,13 @@ def _package(name: str, module: str, functions: tuple[str, ...], remedy: str) ->
     except Exception as error:
         # Built for another torch a package ends in ImportError, OSError, AttributeError, RuntimeError ...
         is_absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-        what = f"{module} is not installed" if is_absent else f"{module} does not import ({_gist(error)})"
+        what = (
+            f"{module} is not installed" if is_absent else f"{module} does not import ({_summarize_exception(error)})"
+        )
         raise MissingKernel(name, what, remedy) from error
 
 
-def _gist(error: Exception) -> str:
+def _summarize_exception(error: Exception) -> str:
     """The error on one line of bearable length."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
@@ -174,7 +176,7 @@ def attention_metadata(backend: str, document_ids: Tensor) -> Tensor:
     For flash kernels the borders, (documents + 1,); for the others the numbers themselves. How many borders there are
     depends on the data: on a GPU this waits for it, in host memory for nothing.
     """
-    return _cu_seqlens(document_ids) if ATTENTION_BACKENDS[backend].documents == BORDERS else document_ids
+    return _cu_seqlens(document_ids) if ATTENTION_BACKENDS[backend].documents == CU_SEQLENS else document_ids
 
 
 def _cu_seqlens(document_ids: Tensor) -> Tensor:
@@ -183,7 +185,7 @@ def _cu_seqlens(document_ids: Tensor) -> Tensor:
     return torch.cat((first, first.new_tensor([document_ids.numel()]))).int()
 
 
-NUMBERS, BORDERS = "numbers", "borders"  # how a backend is told of documents
+DOCUMENT_IDS, CU_SEQLENS = "document_ids", "cu_seqlens"  # the form in which a backend takes document boundaries
 
 
 @dataclass(frozen=True)
@@ -194,11 +196,11 @@ class Backend:
     generations: range = range(100)  # of GPUs that have the kernel, by their major compute capability
     on_cpu: bool = True
     is_16_bit: bool = False  # on GPUs for bf16 and fp16 alone
-    documents: str | None = NUMBERS  # None: attends to whole rows alone
+    documents: str | None = DOCUMENT_IDS  # None: attends to whole rows alone
     is_deterministic: bool = True  # gradients are, once torch.use_deterministic_algorithms is on
 
 
-_flash = partial(Backend, generations=range(8, 100), on_cpu=False, is_16_bit=True, documents=BORDERS)
+_flash = partial(Backend, generations=range(8, 100), on_cpu=False, is_16_bit=True, documents=CU_SEQLENS)
 ATTENTION_BACKENDS: dict[str, Backend] = {
     "flash_attention_4": _flash(
         lambda: _flash_implementation("flash_attention_4", "FA4", "flash_attn.cute.interface"),
@@ -211,7 +213,9 @@ ATTENTION_BACKENDS: dict[str, Backend] = {
     "varlen": _flash(_varlen),
     "sdpa": Backend(lambda: sdpa_attention),
     "sdpa_flash": _flash(lambda: _sdpa_with(SDPBackend.FLASH_ATTENTION), on_cpu=True, documents=None),
-    "sdpa_cudnn": _flash(lambda: _sdpa_with(SDPBackend.CUDNN_ATTENTION), documents=NUMBERS, is_deterministic=False),
+    "sdpa_cudnn": _flash(
+        lambda: _sdpa_with(SDPBackend.CUDNN_ATTENTION), documents=DOCUMENT_IDS, is_deterministic=False
+    ),
     "blocked": Backend(lambda: blocked_attention),
     "eager": Backend(lambda: eager_attention),
 }
@@ -280,13 +284,13 @@ def resolve_attention_backend(name: str, device: Device, demands: Demands) -> At
 
 
 def _fastest_on_gpu(device: Device, demands: Demands) -> AttentionChoice:
-    passed_over: dict[str, str] = {}  # by reason, the first backend that it kept away
+    skipped: dict[str, str] = {}  # by reason, the first backend that it kept away
     for name in _fastest_first(device, demands):
-        reason = _why_not(name, device, demands)
+        reason = _unavailable_reason(name, device, demands)
         if reason is None:
             break
-        passed_over.setdefault(reason, name)
-    notes = [f"{other}: {reason}" for reason, other in passed_over.items()]
+        skipped.setdefault(reason, name)
+    notes = [f"{other}: {reason}" for reason, other in skipped.items()]
     if name == "sdpa" and demands.document_mask:
         notes.append("every block keeps a mask of tokens x tokens")
     return AttentionChoice(name, "; ".join(notes))
@@ -318,7 +322,7 @@ def _obstacle(name: str, device: Device, demands: Demands) -> str | None:
     return None
 
 
-def _why_not(name: str, device: Device, demands: Demands) -> str | None:
+def _unavailable_reason(name: str, device: Device, demands: Demands) -> str | None:
     """The same, and whether its package works here."""
     obstacle = _obstacle(name, device, demands)
     if obstacle is not None:

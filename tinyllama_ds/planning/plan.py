@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinyllama_ds.config.deepspeed import (
+    AutoValues,
     load_deepspeed_config,
     requested_micro_batch,
     resolve_deepspeed_config,
@@ -108,10 +109,9 @@ def read_inputs(recipe_name: str, deepspeed_config: Path) -> Inputs:
 
 def resolve(inputs: Inputs, path: Path, raw: dict, micro_batch: int, ranks: int) -> dict:
     """A DeepSpeed JSON as the run would use it on GPUs, where bf16 "auto" is true."""
-    return resolve_deepspeed_config(
-        raw, path, micro_batch=micro_batch, batch=inputs.plan.stages[0].batch, world_size=ranks,
-        total_steps=inputs.plan.total_steps, hidden_size=inputs.model.hidden_size, bf16=True,
-    )  # fmt: skip
+    plan = inputs.plan
+    values = AutoValues(micro_batch, plan.stages[0].batch, ranks, plan.total_steps, inputs.model.hidden_size, True)
+    return resolve_deepspeed_config(raw, path, values)
 
 
 def work_of(question: PlanRequest, inputs: Inputs, layout: Layout, micro_batch: int, recompute_every: int) -> Work:

@@ -61,7 +61,7 @@ def reject_different_history(run: Run, start: Progress, health: Health) -> None:
             f" checkpoint has behind it {start.position} samples of {start.tokens}; choose another --run-dir"
         )
     end = run.order.span(0, start.position).stop if start.position else 0
-    now = [[gap[0], gap[-1]] for gap in run.order.left_out if gap.start < end]
+    now = [[gap[0], gap[-1]] for gap in run.order.excluded_samples if gap.start < end]
     then = [gap for gap in health.left_out if gap[0] < end]
     if now != then:
         raise ConfigError(

@@ -16,6 +16,7 @@ from tinyllama_ds import __version__
 from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
 from tinyllama_ds.checkpoint.initial_weights import InitialWeights, open_initial_weights
 from tinyllama_ds.config.deepspeed import (
+    AutoValues,
     computes_in_16_bit,
     load_deepspeed_config,
     requested_micro_batch,
@@ -112,16 +113,8 @@ def resolve_run(
     model = _model_of(recipe)
     plan = RunPlan(recipe)
     micro_batch = micro_batch_of(plan, requested_micro_batch(raw), world_size)
-    resolved = resolve_deepspeed_config(
-        raw,
-        options.deepspeed_config,
-        micro_batch=micro_batch,
-        batch=plan.stages[0].batch,
-        world_size=world_size,
-        total_steps=plan.total_steps,
-        hidden_size=model.hidden_size,
-        bf16=bf16,
-    )
+    values = AutoValues(micro_batch, plan.stages[0].batch, world_size, plan.total_steps, model.hidden_size, bf16)
+    resolved = resolve_deepspeed_config(raw, options.deepspeed_config, values)
     engine_config, monitors = split_off_our_sections(resolved)
     _reject_absent_monitors(monitors, options.deepspeed_config)
     attention = _resolve_attention(options, recipe, Device(device_type, capability), computes_in_16_bit(resolved))

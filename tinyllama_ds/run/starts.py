@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tinyllama_ds.checkpoint.format import Progress
-from tinyllama_ds.fault_injection import RESTART_VARIABLE
-from tinyllama_ds.layout import STARTS_FILE
+from tinyllama_ds.layout import RESTART_VARIABLE, STARTS_FILE
 from tinyllama_ds.run.directory import date_for_people
 from tinyllama_ds.run.resolve import Run
 from tinyllama_ds.run.sinks import warn
@@ -30,7 +29,7 @@ class Start:
 def record_start(run: Run, start: Progress, reached: int, hosts: list[str]) -> None:
     """Add a line; `hosts` is that of each rank. Called by one rank. A full disk is told and does not stop the run."""
     restart = int(os.environ.get(RESTART_VARIABLE, "0"))
-    left_out = sum(map(len, run.order.left_out))
+    left_out = sum(map(len, run.order.excluded_samples))
     line = Start(date_for_people(), start.step, start.tokens, reached, dict(Counter(hosts)), restart, left_out)
     path = run.run_dir / STARTS_FILE
     try:

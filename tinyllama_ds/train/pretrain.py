@@ -28,7 +28,8 @@ from tinyllama_ds.errors import (
 )
 from tinyllama_ds.files import SECRETS_FILE, parse_row, read_secret
 from tinyllama_ds.health.guard import Rollback
-from tinyllama_ds.health.heartbeat import FIRST_STEP, LIFELINE_VARIABLE, STARTING, Heartbeat
+from tinyllama_ds.health.heartbeat import Heartbeat
+from tinyllama_ds.layout import FIRST_STEP, LIFELINE_VARIABLE, STARTING
 from tinyllama_ds.model.attention import capability_of
 from tinyllama_ds.model.determinism import use_deterministic_kernels
 from tinyllama_ds.run.directory import check_run_directory

@@ -81,7 +81,7 @@ def build_trainer(run: Run, world: DistributedInfo, heartbeat: Heartbeat, termin
 def find_resume_point(run: Run, world: DistributedInfo) -> ResumePoint:
     """The newest checkpoint that verifies, else the parent's, found by rank 0; else step 0. Collective."""
     name = broadcast_from_rank0(partial(_choose, run), world)
-    gaps = [[gap.start, gap.stop] for gap in run.order.left_out]
+    gaps = [[gap.start, gap.stop] for gap in run.order.excluded_samples]
     ledgers = gather_from_ranks([run.description.get("parent"), run.rollbacks, gaps])
     if any(ledger != ledgers[0] for ledger in ledgers):
         raise OSError(f"{run.run_dir / LEDGER_FILE}: the ranks read different ledgers; expected storage that all share")
@@ -183,5 +183,5 @@ def describe_start(run: Run, start: Progress, last_logged_step: int) -> list[str
         lines.append(f"started from {run.init_from.path} (SHA-256 {run.init_from.sha256[:16]})")
     if last_logged_step > start.step and start.step == run.first_step:
         lines.append(f"no checkpoint was saved: steps {start.step + 1:,} to {last_logged_step:,} are repeated")
-    excluded = [f"samples {gap[0]} to {gap[-1]} are excluded ({LEDGER_FILE})" for gap in run.order.left_out]
+    excluded = [f"samples {gap[0]} to {gap[-1]} are excluded ({LEDGER_FILE})" for gap in run.order.excluded_samples]
     return lines + excluded

@@ -224,8 +224,8 @@ def tail_dropped(first: int, batch: int, rank: int, world_size: int) -> range:
 
 
 @pytest.mark.parametrize("deal", [shuffled_by_rank, same_for_all, tail_dropped])
-def test_a_wrong_deal_is_caught(deal: Callable):
-    coverage = check_coverage(SampleOrder(1, SIZES, STAGES), [24, 48], 4, deal)
+def test_a_wrong_deal_is_caught(assign: Callable):
+    coverage = check_coverage(SampleOrder(1, SIZES, STAGES), [24, 48], 4, assign)
     assert any("no rank trains on" in problem for problem in coverage.problems)
 
 

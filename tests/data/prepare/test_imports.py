@@ -92,15 +92,15 @@ def test_a_megatron_shard_without_its_tokens_is_refused(tmp_path: Path, tokenize
 
 def test_chunks_of_tinyllama_come_back_as_documents(tmp_path: Path, tokenizer: Tokenizer):
     """Two processes; documents run on from chunk to chunk; each process's last chunk is filled up with BOS."""
-    expected, chunks, fillers = [], [], 0
+    expected, chunks, paddings = [], [], 0
     for process in range(2):
         texts = documents(60, process)
         expected += texts
         flat = sum(texts, [])
         pieces = [flat[start : start + 200] for start in range(0, len(flat), 200)]
-        filler = 200 - len(pieces[-1])
-        fillers += filler
-        pieces[-1] += [BOS_ID] * filler
+        padding = 200 - len(pieces[-1])
+        paddings += padding
+        pieces[-1] += [BOS_ID] * padding
         chunks += [
             write_chunk(tmp_path / f"train_slim_{process}_{number:010d}.bin", piece)
             for number, piece in enumerate(pieces)
@@ -111,7 +111,7 @@ def test_chunks_of_tinyllama_come_back_as_documents(tmp_path: Path, tokenizer: T
     assert stream.read(0, stream.tokens).tolist() == sum(expected, [])
     lengths = np.concatenate([np.diff(shard.document_starts) for shard in stream.shards])
     assert lengths.tolist() == [len(text) for text in expected]
-    assert sum(manifest.source_format["filler_tokens_left_out"] for manifest in manifests) == fillers
+    assert sum(manifest.source_format["filler_tokens_left_out"] for manifest in manifests) == paddings
     assert audit_data(tmp_path / "data", {}, samples=0, workers=1).problems == []
 
 

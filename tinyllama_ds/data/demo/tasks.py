@@ -12,7 +12,7 @@ from tinyllama_ds.data.prepare.inputs import find_inputs
 from tinyllama_ds.data.prepare.reading import read_texts
 from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.outputs import refusing, write_file
+from tinyllama_ds.outputs import reporting_write_errors, write_file
 
 SOURCE = "slimpajama"
 TASK_FILE = "demo_endings.yaml"
@@ -56,7 +56,7 @@ def make_demo_task(corpora: Path) -> Path:
         )
     rng = random.Random(0)
     rng.shuffle(passages)
-    with refusing(output):
+    with reporting_write_errors(output):
         output.mkdir(exist_ok=True)
     data = output / "demo_endings.jsonl"
     write_file(data, "".join(json.dumps(question) + "\n" for question in _questions(passages, rng)))

@@ -4,8 +4,6 @@ Every agent sees the same files and makes its share of the shards. Nothing else 
 or it is not, so an agent that dies costs the shard that it was making.
 """
 
-import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -16,6 +14,7 @@ from typing import IO
 
 from tinyllama_ds.data.prepare.prepare import Preparation, plan_shards, watch_shards
 from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.distributed.ssh import ssh_command
 
 _POLL_SECONDS = 0.5
 
@@ -48,12 +47,7 @@ def prepare_on_hosts(job: Preparation, hosts: Sequence[str], arguments: Sequence
 
 
 def _start(host: str, arguments: list[str], log: IO[str]) -> subprocess.Popen:
-    """`host` has been read from a hostfile, which accepts no name that ssh could take for an option."""
-    path = os.environ.get("PYTHONPATH")
-    command = [*(["env", f"PYTHONPATH={path}"] if path else []), sys.executable, "-m", "tinyllama_ds.cli", *arguments]
-    remote = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}"
-    options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))  # as for pdsh
-    ssh = ["ssh", *options, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", host, remote]
+    ssh = ssh_command(host, [sys.executable, "-m", "tinyllama_ds.cli", *arguments])
     return subprocess.Popen(ssh, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, text=True)
 
 

@@ -11,7 +11,9 @@ EXHAUSTIVE_SAMPLES = 5_000_000  # up to here every position of the run is checke
 _WINDOWS = 8
 _WINDOW_SAMPLES = 200_000
 
-Deal = Callable[[int, int, int, int], Sequence[int]]  # first position, batch, rank and world size to positions
+RankAssignment = Callable[
+    [int, int, int, int], Sequence[int]
+]  # first position, batch, rank and world size to positions
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Coverage:
 
 
 def check_coverage(
-    order: SampleOrder, batches: Sequence[int], world_size: int, deal: Deal = rank_positions
+    order: SampleOrder, batches: Sequence[int], world_size: int, assign: RankAssignment = rank_positions
 ) -> Coverage:
     """Deal every global batch to all ranks, as training does, and look at what they get together.
 
@@ -39,13 +41,15 @@ def check_coverage(
     is_exhaustive = coverage.total_samples <= EXHAUSTIVE_SAMPLES
     seen = {name: np.zeros(size if is_exhaustive else 0, dtype=np.int64) for name, size in order.num_samples.items()}
     for steps in _windows(order, batches, is_exhaustive):
-        dealt = [
-            np.concatenate([np.asarray(deal(first, batch, rank, world_size), dtype=np.int64) for first, batch in steps])
+        assigned = [
+            np.concatenate(
+                [np.asarray(assign(first, batch, rank, world_size), dtype=np.int64) for first, batch in steps]
+            )
             for rank in range(world_size)
         ]
-        _check_window(coverage, order, steps, dealt)
+        _check_window(coverage, order, steps, assigned)
         if is_exhaustive:
-            located = order.locate(np.concatenate(dealt))
+            located = order.locate(np.concatenate(assigned))
             for number, name in enumerate(order.sources):
                 seen[name] += np.bincount(located.sample[located.source == number], minlength=len(seen[name]))
     if is_exhaustive:
@@ -71,11 +75,11 @@ def _windows(order: SampleOrder, batches: Sequence[int], is_exhaustive: bool) ->
 
 
 def _check_window(
-    coverage: Coverage, order: SampleOrder, steps: list[tuple[int, int]], dealt: list[np.ndarray]
+    coverage: Coverage, order: SampleOrder, steps: list[tuple[int, int]], assigned: list[np.ndarray]
 ) -> None:
     first, end = steps[0][0], steps[-1][0] + steps[-1][1]
     coverage.checked_samples += end - first
-    together = np.concatenate(dealt)
+    together = np.concatenate(assigned)
     missing = np.setdiff1d(np.arange(first, end), together)
     if len(missing):
         coverage.problems.append(f"positions {first} to {end}: no rank trains on {len(missing)} of them")

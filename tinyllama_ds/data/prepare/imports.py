@@ -168,11 +168,11 @@ def _import_group(
     writer: ShardWriter, tokenizer: Tokenizer, group: list[Path], following: Path | None, open_document: np.ndarray
 ) -> tuple[Manifest, np.ndarray]:
     """Write the chunks of one shard; returns its manifest and the document that runs on in the next shard."""
-    inputs, filler = [], 0
+    inputs, padding = [], 0
     for path, after in zip(group, [*group[1:], following], strict=True):
         ids = read_litpkds(path)
-        text = _without_filler(ids)
-        filler += len(ids) - len(text)
+        text = _without_padding(ids)
+        padding += len(ids) - len(text)
         documents = _cut(np.concatenate((open_document, text)))
         runs_on = after is not None and _process_of(after) == _process_of(path) and len(documents) > 0
         open_document = documents.pop() if runs_on and documents[-1][-1] != EOS_ID else np.empty(0, dtype=np.int64)
@@ -182,7 +182,7 @@ def _import_group(
             except ValueError as error:
                 raise ConfigError(f"{path}: {error}") from error
         inputs.append(_imported_file(path, len(documents)))
-    origin = {"imported_from": "LITPKDS", "filler_tokens_left_out": filler}
+    origin = {"imported_from": "LITPKDS", "filler_tokens_left_out": padding}
     return writer.commit(tokenizer.sha256, "as in the imported chunks", origin, inputs), open_document
 
 
@@ -209,7 +209,7 @@ def _chunk_of(path: Path) -> np.dtype:
     return dtype
 
 
-def _without_filler(ids: np.ndarray) -> np.ndarray:
+def _without_padding(ids: np.ndarray) -> np.ndarray:
     others = np.flatnonzero(ids != BOS_ID)
     end = int(others[-1]) + 1 if len(others) else 0
     return ids[:end] if len(ids) - end > 1 else ids

@@ -1,19 +1,15 @@
-#!/usr/bin/env python
-"""What `tinyllama-ds evaluate` starts on every rank; torchrun can start it too."""
+"""Score a model on tasks on this rank: `tinyllama-ds evaluate` starts it, and torchrun can."""
 
 import sys
 
-from tinyllama_ds.commands.arguments import COUNT, Parser
+from tinyllama_ds.commands.arguments import parse_rank_arguments
 from tinyllama_ds.commands.evaluation import add_evaluate_arguments, evaluate_on_rank, prepare
 from tinyllama_ds.distributed.world import read_world
 from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
 from tinyllama_ds.train.engine import hard_exit
 
 if __name__ == "__main__":
-    parser = Parser(description=__doc__)
-    add_evaluate_arguments(parser)
-    parser.add_argument("--local_rank", type=COUNT, help="appended by the launcher; the environment is what counts")
-    options = parser.parse_args()
+    options = parse_rank_arguments(__doc__, add_evaluate_arguments)
     try:
         prepare(options)
         hard_exit(evaluate_on_rank(options, read_world()))
