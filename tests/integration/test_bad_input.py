@@ -118,7 +118,7 @@ CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
         lambda i: os.truncate(i.data / "slimpajama/train/shard_00000.bin", 100),
         "shard_00000.bin: 100 bytes of uint16, but its manifest says",
     ),
-    "another run": (another_run, "run.json: holds another run: "),
+    "another run": (another_run, "run.json: holds a different run: "),
     "checkpoints of an unknown run": (checkpoints_of_nobody, "holds checkpoints but no run.json"),
     "nothing to resume": (lambda i: i.more.extend(["--resume", "must"]), "holds no checkpoint to resume from"),
     "kernel of a GPU": (

@@ -120,7 +120,7 @@ def test_a_rotten_token_is_named_by_the_rank_that_reads_it(setup: Setup, tmp_pat
     data = tmp_path / "data"
     shutil.copytree(setup.data, data)
     config = setup.config(3, micro_batch=4)
-    order = resolve_run(Options(str(setup.recipe), config, data, tmp_path / "run"), 2, "cpu", bf16=False).order
+    order = resolve_run(Options(str(setup.recipe), config, data, tmp_path / "run"), 2, "cpu", bf16=False).data.order
     located = order.locate(np.array(rank_positions(8, 8, 1, 2))[:1])
     shard = data / order.sources[located.source[0]] / "train" / "shard_00000.bin"
     place = int(located.sample[0]) * SEQUENCE_LENGTH + 5

@@ -239,7 +239,7 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_begin_again(lost: str, who
         start(options)
     (options.run_dir / "metrics.jsonl").unlink()
     (options.run_dir / "run.json").unlink()
-    with pytest.raises(ConfigError, match=r"but no run\.json, so what made them is unknown; restore .*run\.json, or"):
+    with pytest.raises(ConfigError, match=r"but no run\.json, so the run is unknown; restore .*run\.json, or"):
         start(options)
 
 

@@ -158,7 +158,7 @@ def test_continual_pretraining_starts_at_the_imported_loss(folder: Path, data_di
     shutil.rmtree(find_checkpoints(tmp_path / "run")[-1])
     forgotten = pretrain(*arguments)
     assert forgotten.returncode == EXIT_CONFIG
-    assert "run.json: holds another run: init_from is " in forgotten.stderr
+    assert "run.json: holds a different run: init_from is " in forgotten.stderr
     resumed = pretrain(*arguments, "--init-from", str(folder), "--resume", "must")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert read_series(tmp_path / "run", "Train/Loss") == losses

@@ -206,4 +206,4 @@ def test_a_checkpoint_without_its_ledger_is_refused(setup: Setup, monkeypatch: p
     (setup.root / "run" / LEDGER_FILE).unlink()
     finished = setup.start("run", "rollback")
     assert finished.returncode == EXIT_CONFIG
-    assert "leaves out the samples [] of the first 96, but the checkpoint of step 12" in finished.stderr
+    assert "excludes the samples [] of the first 96, but the checkpoint of step 12" in finished.stderr

@@ -8,6 +8,7 @@ from launching import write_recipe
 
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.gpus import GIB, GPUS
+from tinyllama_ds.model.attention import AttentionChoice
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.planning.fit import estimate_memory
 from tinyllama_ds.run.resolve import Options, Run, resolve_run
@@ -21,7 +22,7 @@ def run(data_dir: Path, tmp_path: Path) -> Run:
     recipe = write_recipe(tmp_path / "r.toml", 2001, save_every=1000)
     small = resolve_run(Options(str(recipe), CONFIG, data_dir, tmp_path / "run"), 1, "cuda", bf16=True)
     larger = replace(small.recipe, sequence_length=2048)
-    return replace(small, model=model_config("tinyllama-1.1b"), recipe=larger, attention="sdpa")
+    return replace(small, model=model_config("tinyllama-1.1b"), recipe=larger, attention=AttentionChoice("sdpa"))
 
 
 def test_it_is_what_plan_counts(run: Run) -> None:

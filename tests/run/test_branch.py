@@ -9,8 +9,8 @@ from launching import BATCH, SEQUENCE_LENGTH, STEP_TOKENS, write_deepspeed_confi
 
 from tinyllama_ds.checkpoint.format import CheckpointManifest, Health, Progress, checkpoint_name
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.run.branch import verify_parent
 from tinyllama_ds.run.directory import open_run_directory
+from tinyllama_ds.run.identity import verify_parent
 from tinyllama_ds.run.ledger import ROLLED_BACK, SKIPPED, Entry, read_ledger, record
 from tinyllama_ds.run.resolve import Options, Run, resolve_run
 
@@ -99,7 +99,7 @@ def test_the_newest_checkpoint_with_the_same_past_is_taken(options: Options) -> 
         ),
         (
             {"first": "slimpajama = 1, starcoderdata = 1"},
-            "recipe.stages.0.weights.starcoderdata is absent there and 1 now",
+            "recipe.stages.0.weights.starcoderdata is absent there and 1.0 now",
         ),
         ({"later": 5 * STEP_TOKENS}, "plan.tokens is 2560 there and 2816 now"),
     ],
@@ -108,7 +108,7 @@ def test_another_past_is_refused_with_what_differs(options: Options, change: dic
     (folder,) = commit_parent(options, BASIC)
     write_recipe(Path(options.recipe), **change)
     with pytest.raises(
-        ConfigError, match=f"^{folder}: has another past than this run: .*{difference}.*; branch from another"
+        ConfigError, match=f"^{folder}: history differs from this run: .*{difference}.*; branch from another"
     ):
         resolve(options)
     assert not options.run_dir.exists()
@@ -169,7 +169,7 @@ def test_equal_weights_in_another_order_are_another_past(options: Options) -> No
 
 def test_a_run_that_is_complete_leaves_nothing_to_train(options: Options) -> None:
     folders = commit_parent(options, BASIC, STEPS)
-    with pytest.raises(ConfigError, match=f"{folders[1]}: is the end of a run of {STEPS} steps"):
+    with pytest.raises(ConfigError, match=f"{folders[1]}: is the last of {STEPS} steps"):
         resolve(replace(options, branch_from=folders[1]))
     parent = resolve(options).parent
     assert parent is not None
@@ -201,7 +201,7 @@ def test_a_run_that_is_there_does_not_become_a_branch(options: Options) -> None:
     commit_parent(options, BASIC)
     open_run_directory(resolve(replace(options, branch_from=None)))
     with pytest.raises(
-        ConfigError, match=r"run.json: holds a run that is no branch, not with .*parent; choose another"
+        ConfigError, match=r"run.json: holds a run that is not a branch, not with .*parent; choose another"
     ):
         resolve(options)
 
@@ -219,11 +219,11 @@ def test_what_the_parent_passed_over_stays_passed_over(options: Options) -> None
         record(parent_dir, entry)
     commit_parent(options, BASIC, left_out=[[16, 31]])
     run = resolve(options)
-    assert run.order.excluded_samples == [range(16, 32)]
+    assert run.data.order.excluded_samples == [range(16, 32)]
     open_run_directory(run)
     assert read_ledger(options.run_dir) == mine
     assert resolve(options).rollbacks == run.rollbacks
     record(options.run_dir, Entry(ROLLED_BACK, 8, 72, 79, "its own"))
     assert resolve(options).rollbacks == run.rollbacks + 1
-    assert resolve(options).order.excluded_samples == [range(16, 32), range(72, 80)]
-    assert run.order.counts(BATCH)["slimpajama"] * SEQUENCE_LENGTH == STEP_TOKENS
+    assert resolve(options).data.order.excluded_samples == [range(16, 32), range(72, 80)]
+    assert run.data.order.counts(BATCH)["slimpajama"] * SEQUENCE_LENGTH == STEP_TOKENS

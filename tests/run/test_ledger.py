@@ -10,8 +10,8 @@ from tinyllama_ds.run.ledger import (
     ROLLED_BACK,
     SKIPPED,
     Entry,
+    excluded_samples,
     forget_skips_after,
-    left_out,
     read_ledger,
     record,
 )
@@ -28,7 +28,7 @@ def test_entries_are_read_back_in_their_order(tmp_path: Path) -> None:
     for entry in ENTRIES:
         record(tmp_path, entry)
     assert read_ledger(tmp_path) == ENTRIES
-    assert left_out(read_ledger(tmp_path)) == [range(64, 72)]
+    assert excluded_samples(read_ledger(tmp_path)) == [range(64, 72)]
     assert [path.name for path in tmp_path.iterdir()] == [LEDGER_FILE]
 
 

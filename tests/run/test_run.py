@@ -39,7 +39,7 @@ def test_global_batch_order_and_schedule_do_not_depend_on_ranks(options: Options
     assert run.engine_config["gradient_accumulation_steps"] == BATCH // 2 // world_size
     assert run.schedule == alone.schedule
     assert list(run.plan.steps(0)) == list(alone.plan.steps(0))
-    assert run.order.counts(37) == alone.order.counts(37)
+    assert run.data.order.counts(37) == alone.data.order.counts(37)
 
 
 def test_schedule_counts_tokens(options: Options) -> None:
@@ -70,7 +70,7 @@ def test_attention_of_a_gpu_is_resolved_and_said_by_its_ranks(
     config = write_deepspeed_config(options.deepspeed_config, 3, micro_batch=2, bf16={"enabled": True})
     options = replace(options, recipe=str(recipe), deepspeed_config=config)
     run = resolve_run(options, 2, "cuda", bf16=True, capability=capability)
-    assert run.attention == run.description["attention"] == attention
+    assert run.attention.backend == run.description["attention"] == attention
     assert run.kernels == f"attention {attention}{reason}"
     assert resolve_run(replace(options, deterministic=True), 2, "cuda", True).kernels == "attention auto, deterministic"
 
@@ -100,7 +100,7 @@ def change_config(options: Options, section: str, **params: object) -> None:
 def test_another_recipe_is_another_run(options: Options, tmp_path: Path, change: dict, difference: str) -> None:
     open_run_directory(resolve(options))
     write_recipe(tmp_path / "small.toml", 10, save_every=5, **change)
-    with pytest.raises(ConfigError, match="holds another run: ") as error:
+    with pytest.raises(ConfigError, match="holds a different run: ") as error:
         check_run_directory(resolve(options))
     assert difference in str(error.value)
 
@@ -188,7 +188,7 @@ def test_another_model_cannot_be_allowed(options: Options) -> None:
     held = json.loads((options.run_dir / RUN_FILE).read_text())
     held["model"]["hidden_size"] = 1
     (options.run_dir / RUN_FILE).write_text(json.dumps(held))
-    with pytest.raises(ConfigError, match="model.hidden_size is 1 there and .*; no run can change that"):
+    with pytest.raises(ConfigError, match="model.hidden_size is 1 there and .*; cannot be changed on resume"):
         check_run_directory(resolve(replace(options, allow_change=("model",))))
 
 
@@ -199,11 +199,9 @@ def test_a_checkpoint_must_fit_the_plan_and_the_ledger(options: Options) -> None
     at = {step: Progress(step, step * BATCH, step * BATCH * SEQUENCE_LENGTH) for step in (0, 2, 3, 10)}
     for step, known in {0: [], 2: [], 3: [[16, 23]], 10: [[16, 23]]}.items():
         reject_different_history(run, at[step], Health(left_out=known))
-    with pytest.raises(
-        ConfigError, match=r"leaves out the samples \[\[16, 23\]\] of the first 32, but .* without \[\]"
-    ):
+    with pytest.raises(ConfigError, match=r"excludes the samples \[\[16, 23\]\] of the first 32, but .* excludes \[\]"):
         reject_different_history(run, at[3], Health())
-    with pytest.raises(ConfigError, match=r"leaves out the samples \[\] of the first 16, but .* without \[\[8, 15\]\]"):
+    with pytest.raises(ConfigError, match=r"excludes the samples \[\] of the first 16, but .* excludes \[\[8, 15\]\]"):
         reject_different_history(run, at[2], Health(left_out=[[8, 15]]))
     with pytest.raises(ConfigError, match="the first 3 steps are 24 samples of 768 tokens now, but the checkpoint has"):
         reject_different_history(run, replace(at[3], position=48), Health(left_out=[[16, 23]]))
@@ -224,7 +222,7 @@ def test_intervals_may_change(options: Options, tmp_path: Path) -> None:
 
 def test_samples_may_begin_later_and_must_fit_a_row(options: Options, tmp_path: Path) -> None:
     run = resolve_run(options, 2, "cpu", False)
-    assert run.prompts == []
+    assert run.evaluation.prompts == []
     open_run_directory(run)
     table = '[samples]\nprompts = ["the small llama"]\nevery_tokens = 640\nnew_tokens = {}\n'
     recipe = Path(options.recipe)

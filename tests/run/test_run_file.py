@@ -71,7 +71,7 @@ def test_another_run_is_refused_all_the_same(damage: bytes, options: Options, tm
     commit(run, 2)
     (run.run_dir / RUN_FILE).write_bytes(damage)
     write_recipe(tmp_path / "small.toml", 10, save_every=5, seed=2)
-    with pytest.raises(ConfigError, match="run.json: holds another run: recipe.seed is 1 there and 2 now"):
+    with pytest.raises(ConfigError, match="run.json: holds a different run: recipe.seed is 1 there and 2 now"):
         check_run_directory(resolve(options))
 
 

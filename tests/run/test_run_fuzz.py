@@ -23,12 +23,12 @@ from tinyllama_ds.launch.lock import _owner_of
 from tinyllama_ds.launch.supervisor import _read_state
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.probe import Probe
-from tinyllama_ds.run.changes import changes_between, identity_of
+from tinyllama_ds.run.identity import changes_between, identity_of
 from tinyllama_ds.run.ledger import ROLLED_BACK, SKIPPED, Entry, read_ledger
-from tinyllama_ds.run.past import reject_lost_checkpoints
 from tinyllama_ds.run.resolve import is_chat_run
 from tinyllama_ds.run.run_file import read_run_file
 from tinyllama_ds.run.sinks import JsonlWriter
+from tinyllama_ds.run.starts import reject_lost_checkpoints
 
 STAGE = {"name": "only", "tokens": 800, "global_batch_tokens": 100, "weights": {"a": 0.7, "b": 0.3}, "ramp_tokens": 10}
 DESCRIPTION = {
@@ -89,7 +89,7 @@ def resume(path: Path) -> None:
         rows.close()
         assert json.loads(Path(folder, path.name).read_bytes().splitlines()[-1]) == {"step": 2}
         assert rows.last_step >= 0
-        reject_lost_checkpoints(path.parent, begun=2**60)
+        reject_lost_checkpoints(path.parent, first_step=2**60)
 
 
 @given(content=mutations(METRICS))

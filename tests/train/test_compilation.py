@@ -41,7 +41,7 @@ def test_a_compiled_model_is_known_after_its_blocks_are_timed() -> None:
     model, world = build_model(_SIZE, "blocked", seed=1), DistributedInfo(0, 0, 2, torch.device("cpu"))
     engine = SimpleNamespace(module=model)
     config = {"deepspeed_config": {"zero_optimization": {}}, "versions": {}, "deterministic": False}
-    run = SimpleNamespace(description=config, micro_batch=2, attention="blocked")
+    run = SimpleNamespace(description=config, micro_batch=2, attention=SimpleNamespace(backend="blocked"))
     assert not numerics_environment(engine, run, world)["compiled"]
     compile_blocks(model)
     at_load = numerics_environment(engine, run, world)

@@ -343,20 +343,19 @@ def _raw_inputs(pairs: list[str]) -> dict[str, Path]:
 
 
 def _planned_order(
-    recipe_name: str, data: Path, left_out: Sequence[range] = ()
+    recipe_name: str, data: Path, excluded: Sequence[range] = ()
 ) -> "tuple[RunPlan, SampleOrder, dict[str, TokenStream]]":
     """What a recipe makes of a data directory."""
     from tinyllama_ds.config.recipe import load_recipe
     from tinyllama_ds.config.run_plan import RunPlan
-    from tinyllama_ds.data.order import MixtureStage, SampleOrder
+    from tinyllama_ds.data.order import planned_order
     from tinyllama_ds.data.packing import open_stream
 
     recipe = load_recipe(recipe_name)
     plan = RunPlan(recipe)
     streams = {name: open_stream(data / name / "train") for name in recipe.sources}
     sizes = {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()}
-    mixtures = [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages]
-    return plan, SampleOrder(recipe.seed, sizes, mixtures, left_out), streams
+    return plan, planned_order(recipe, plan, sizes, excluded), streams
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -375,12 +374,12 @@ def _data(options: argparse.Namespace) -> int:
     from tinyllama_ds.data.audit.show import show_samples
     from tinyllama_ds.data.loader import reject_different_tokenizer
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
-    from tinyllama_ds.run.ledger import left_out, read_ledger
+    from tinyllama_ds.run.ledger import excluded_samples, read_ledger
 
     if options.run_dir is not None and not options.run_dir.is_dir():
         raise ConfigError(f"--run-dir {options.run_dir}: is missing; expected the directory of a run")
-    passed_over = left_out(read_ledger(options.run_dir)) if options.run_dir else []
-    plan, order, streams = _planned_order(options.recipe, options.data, passed_over)
+    excluded = excluded_samples(read_ledger(options.run_dir)) if options.run_dir else []
+    plan, order, streams = _planned_order(options.recipe, options.data, excluded)
     if not 0 <= options.step < plan.total_steps:
         raise ConfigError(f"step {options.step}: the recipe {options.recipe!r} has steps 0 to {plan.total_steps - 1}")
     step = plan.step(options.step)

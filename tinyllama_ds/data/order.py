@@ -14,6 +14,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from tinyllama_ds.config.recipe import Recipe
+from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.errors import ConfigError
 
 ORDER_VERSION = 1  # a run remembers it; any change of the functions below must raise it
@@ -121,6 +123,14 @@ class SampleOrder:
     def _stage_of(self, global_sample_index: np.ndarray) -> np.ndarray:
         stage = np.searchsorted(self._stage_starts, global_sample_index, side="right") - 1
         return np.minimum(stage, len(self._mixtures) - 1)
+
+
+def planned_order(
+    recipe: Recipe, plan: RunPlan, num_samples: Mapping[str, int], excluded_samples: Sequence[range] = ()
+) -> SampleOrder:
+    """The order of a recipe's run, given the size of each source in samples."""
+    stages = [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages]
+    return SampleOrder(recipe.seed, num_samples, stages, excluded_samples)
 
 
 def rank_positions(first: int, batch: int, rank: int, world_size: int) -> range:

@@ -24,8 +24,8 @@ def take_probe(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo) -> P
     Raises `NumericsError` on all ranks where it is not finite on any: such weights are not to be saved.
     """
     first = np.zeros(1, dtype=np.int64)
-    tokens = run.reader.read(first)[0].tolist()
-    document_ids = run.reader.read_document_ids(first)[0].tolist() if run.recipe.document_mask else None
+    tokens = run.data.reader.read(first)[0].tolist()
+    document_ids = run.data.reader.read_document_ids(first)[0].tolist() if run.recipe.document_mask else None
     losses = gather_from_ranks(probe_loss(engine, tokens, document_ids, run.micro_batch, world.device))
     for rank, loss in enumerate(losses):
         if not np.isfinite(loss):
@@ -40,7 +40,7 @@ def numerics_environment(engine: "DeepSpeedEngine", run: Run, world: Distributed
         "world_size": world.size,
         "zero_optimization": run.description["deepspeed_config"]["zero_optimization"],
         "micro_batch": run.micro_batch,
-        "attention": run.attention,
+        "attention": run.attention.backend,
         "deterministic": run.description["deterministic"],
         "compiled": engine.module.is_compiled,
         "versions": {name: run.description["versions"].get(name) for name in ("torch", "deepspeed", "device")},

@@ -14,13 +14,13 @@ _NAMED = 3  # alternatives
 def estimate_memory(run: Run, ranks: int, is_compiled: bool, gpu_bytes: int) -> MemoryEstimate:
     """Of one GPU with `gpu_bytes` among `ranks`; the alternatives keep the ZeRO file, the largest micro batch first."""
     layout = read_layout(run.description["deepspeed_config"], "the DeepSpeed config", ranks)
-    attention = attention_memory(run.attention, run.recipe.document_mask, layout.weight_bytes)
+    attention = attention_memory(run.attention.backend, run.recipe.document_mask, layout.weight_bytes)
 
     def estimate(micro_batch: int, recompute_every: int) -> int:
         work = Work(micro_batch, run.recipe.sequence_length, attention, recompute_every, is_compiled)
         return memory_of(run.model, layout, work, ranks).total
 
-    now = estimate(run.micro_batch, run.activation_checkpointing)
+    now = estimate(run.micro_batch, run.options.activation_checkpointing)
     not_larger = [size for size in reversed(micro_batches_of(run.plan, ranks)) if size <= run.micro_batch]
     found = [
         f"micro batch {size}{', --activation-checkpointing ' + str(every) if every else ''} ({total / GIB:.1f} GiB)"

@@ -7,7 +7,7 @@ from itertools import pairwise
 from tinyllama_ds.config.recipe import Recipe
 from tinyllama_ds.config.run_plan import PlannedStage, RunPlan
 from tinyllama_ds.config.schedule import ConstantSchedule, CosineSchedule, Schedule
-from tinyllama_ds.data.order import MixtureStage, SampleOrder
+from tinyllama_ds.data.order import SampleOrder, planned_order
 
 # Tokens with Llama's tokenizer, of whole sources: TinyLlama's sampling weights over 950 billion tokens (SlimPajama
 # without GitHub, StarCoderData), and the cards of Proof-Pile-2 and SkyPile (their own tokenizers).
@@ -63,8 +63,7 @@ def sample_order(recipe: Recipe, plan: RunPlan, sizes: Mapping[str, int]) -> Sam
     samples = {
         name: sizes[name] // recipe.sequence_length if name in sizes else plan.total_tokens for name in recipe.sources
     }
-    stages = [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages]
-    return SampleOrder(recipe.seed, samples, stages)
+    return planned_order(recipe, plan, samples)
 
 
 def _borders(plan: RunPlan, schedule: Schedule, peak_rate: float) -> list[Milestone]:

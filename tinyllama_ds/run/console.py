@@ -1,9 +1,14 @@
-"""The console of a run: lines above a progress bar. Rank 0 writes to it, the other ranks have a silent one."""
+"""The console of a run, and its copy in `logs/`. Rank 0 prints lines above a progress bar."""
 
+import os
+import subprocess
+import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 from tinyllama_ds.bars import progress
+from tinyllama_ds.layout import LOGS
 
 
 class SilentConsole:
@@ -42,3 +47,24 @@ class Console(SilentConsole):
     def close(self) -> None:
         with suppress(OSError):
             self._bar.close()
+
+
+def log_to(run_dir: Path, rank: int) -> TextIO | None:
+    """Copy stdout and stderr to `logs/rank_N.log` from now on, with the output of native libraries and of a crash.
+
+    Returns the original stderr if it is a terminal: what is written to it, a progress bar, is not copied. `tee` is a
+    process of its own, so that the last output of a rank that was killed is copied too.
+    """
+    terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1) if sys.stderr.isatty() else None
+    directory = run_dir / LOGS
+    directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+    tees = [
+        subprocess.Popen(["tee", "-a", "-i", directory / f"rank_{rank}.log"], stdin=subprocess.PIPE, stdout=stream)
+        for stream in (1, 2)
+    ]
+    for stream, tee in zip((sys.stdout, sys.stderr), tees, strict=True):
+        assert tee.stdin is not None
+        stream.flush()
+        os.dup2(tee.stdin.fileno(), stream.fileno())
+        tee.stdin.close()
+    return terminal

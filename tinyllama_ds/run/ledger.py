@@ -60,7 +60,7 @@ def _entry(line: bytes, place: str) -> Entry:
     return Entry(**row)
 
 
-def left_out(entries: list[Entry]) -> list[range]:
+def excluded_samples(entries: list[Entry]) -> list[range]:
     """The samples that the run never trains on."""
     return [entry.samples for entry in entries if entry.event == ROLLED_BACK]
 

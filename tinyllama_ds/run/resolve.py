@@ -27,7 +27,7 @@ from tinyllama_ds.config.recipe import Recipe, load_recipe
 from tinyllama_ds.config.run_plan import RunPlan, micro_batch_of
 from tinyllama_ds.config.schedule import Schedule, make_schedule
 from tinyllama_ds.data.loader import SampleReader, open_streams
-from tinyllama_ds.data.order import ORDER_VERSION, MixtureStage, SampleOrder
+from tinyllama_ds.data.order import ORDER_VERSION, SampleOrder, planned_order
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
 from tinyllama_ds.errors import ConfigError
@@ -36,8 +36,8 @@ from tinyllama_ds.evaluation.validation import ValidationSet
 from tinyllama_ds.layout import RUN_FILE, reject_unusable_directory
 from tinyllama_ds.model.attention import AttentionChoice, Demands, Device, resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
-from tinyllama_ds.run.branch import Parent, find_parent, inherited_ledger, recorded_parent
-from tinyllama_ds.run.ledger import Entry, left_out, read_ledger
+from tinyllama_ds.run.identity import Parent, find_parent, inherited_ledger, recorded_parent
+from tinyllama_ds.run.ledger import Entry, excluded_samples, read_ledger
 from tinyllama_ds.run.run_file import read_run_file
 
 _MASKS = "mask_sha256"  # in run.json: of a source of conversations
@@ -63,33 +63,46 @@ class Options:
 
 
 @dataclass(frozen=True)
+class TrainingData:
+    """The samples of a run in their order."""
+
+    order: SampleOrder
+    reader: SampleReader
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated while a run trains."""
+
+    validation: list[ValidationSet]
+    prompts: list[list[int]]  # to continue, as ids
+    tasks: dict[str, Any] | None  # of lm-eval
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything a rank needs to train."""
 
+    options: Options
     recipe: Recipe
     plan: RunPlan
+    schedule: Schedule
+    model: LlamaConfig
+    attention: AttentionChoice
     engine_config: dict
     monitors: dict
-    model: LlamaConfig
-    attention: str
-    attention_reason: str  # why `auto` took no faster one
-    compile: str  # auto, on or off
-    activation_checkpointing: int
     micro_batch: int
-    schedule: Schedule
-    order: SampleOrder
+    data: TrainingData
+    evaluation: Evaluation
     rollbacks: int  # so far
-    reader: SampleReader
-    validation: list[ValidationSet]
-    tokenizer: Tokenizer
-    prompts: list[list[int]]  # to sample from, as ids
-    tasks: dict[str, Any] | None  # of lm-eval, to be scored on along the way
-    run_dir: Path
-    resume: str
-    allow_change: tuple[str, ...]
     parent: Parent | None  # of a branch
     init_from: InitialWeights | None
-    description: dict  # what run.json holds, but for its history
+    description: dict  # the content of run.json without its history
+
+    @property
+    def run_dir(self) -> Path:
+        return self.options.run_dir
 
     @property
     def first_step(self) -> int:
@@ -98,9 +111,9 @@ class Run:
 
     @property
     def kernels(self) -> str:
-        """Which attention, why `auto` took no faster one, and whether kernels are deterministic: for the console."""
-        reason = f" ({self.attention_reason})" if self.attention_reason else ""
-        return f"attention {self.attention}{reason}{', deterministic' if self.description['deterministic'] else ''}"
+        """The attention backend, why `auto` took no faster one, and whether kernels are deterministic: for the log."""
+        reason = f" ({self.attention.reason})" if self.attention.reason else ""
+        return f"attention {self.attention.backend}{reason}{', deterministic' if self.options.deterministic else ''}"
 
 
 def resolve_run(
@@ -110,8 +123,7 @@ def resolve_run(
     reject_unusable_directory(options.run_dir)
     recipe = load_recipe(options.recipe)
     raw = load_deepspeed_config(options.deepspeed_config)
-    model = _model_of(recipe)
-    plan = RunPlan(recipe)
+    model, plan = _model_of(recipe), RunPlan(recipe)
     micro_batch = micro_batch_of(plan, requested_micro_batch(raw), world_size)
     values = AutoValues(micro_batch, plan.stages[0].batch, world_size, plan.total_steps, model.hidden_size, bf16)
     resolved = resolve_deepspeed_config(raw, options.deepspeed_config, values)
@@ -126,47 +138,20 @@ def resolve_run(
         "data": _fingerprints(streams, validation),
     }
     tokenizer = _tokenizer_of(options.data, description)
-    parent, init_from = _beginning_of(options, model, tokenizer, description)
-    gaps = left_out(_ledger_of(options.run_dir, parent))
-    order = _order_of(recipe, plan, streams, gaps)
+    parent, init_from = _origin_of(options, model, tokenizer, description)
+    excluded = excluded_samples(_ledger_of(options.run_dir, parent))
+    sizes = {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()}
+    order = planned_order(recipe, plan, sizes, excluded)
+    reader = SampleReader(streams, order, recipe.sequence_length, model.vocab_size)
     return Run(
-        recipe=recipe,
-        plan=plan,
-        engine_config=_without_engine_noise(engine_config),
-        monitors=monitors,
-        model=model,
-        attention=attention.backend,
-        attention_reason=attention.reason,
-        compile=options.compile,
-        activation_checkpointing=options.activation_checkpointing,
-        micro_batch=micro_batch,
-        schedule=make_schedule(raw, options.deepspeed_config, plan),
-        order=order,
-        rollbacks=len(gaps),
-        reader=SampleReader(streams, order, recipe.sequence_length, model.vocab_size),
-        validation=validation,
-        tokenizer=tokenizer,
-        prompts=_encode_prompts(recipe, tokenizer),
-        tasks=load_tasks(recipe, model),
-        run_dir=options.run_dir,
-        resume=options.resume,
-        allow_change=options.allow_change,
-        parent=parent,
-        init_from=init_from,
-        description=description,
-    )
+        options, recipe, plan, make_schedule(raw, options.deepspeed_config, plan), model, attention,
+        _without_throughput_timer(engine_config), monitors, micro_batch, TrainingData(order, reader, tokenizer),
+        Evaluation(validation, _encode_prompts(recipe, tokenizer), load_tasks(recipe, model)),
+        len(excluded), parent, init_from, description,
+    )  # fmt: skip
 
 
-def _order_of(recipe: Recipe, plan: RunPlan, streams: dict[str, TokenStream], gaps: list[range]) -> SampleOrder:
-    return SampleOrder(
-        recipe.seed,
-        {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()},
-        [MixtureStage(stage.samples, stage.weights, stage.ramp_samples) for stage in plan.stages],
-        gaps,
-    )
-
-
-def _beginning_of(
+def _origin_of(
     options: Options, model: LlamaConfig, tokenizer: Tokenizer, description: dict
 ) -> tuple[Parent | None, InitialWeights | None]:
     """Where the weights come from, added to the description: another run's state, stored weights, or neither."""
@@ -306,7 +291,7 @@ def is_chat_run(description: dict) -> bool:
     return any(_MASKS in source for source in description.get("data", {}).get("train", {}).values())
 
 
-def _without_engine_noise(engine_config: dict) -> dict:
+def _without_throughput_timer(engine_config: dict) -> dict:
     """DeepSpeed's throughput timer is on by default and waits for the device at every micro batch."""
     return {"timers": {"throughput": {"enabled": False}}} | engine_config
 

@@ -1,52 +1,73 @@
-"""`run.json`: what a run is, for its next start and for people, with every change from start to start."""
+"""`run.json`: the description of a run and the history of its changes; `status.json`: its state."""
 
+import json
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from tinyllama_ds.checkpoint.description import why_no_description
-from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
+from tinyllama_ds.checkpoint.format import Progress, find_checkpoints, read_manifest
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import read_object, write_object
-from tinyllama_ds.layout import RUN_FILE
+from tinyllama_ds.layout import RUN_FILE, STATUS_FILE
+from tinyllama_ds.run.sinks import warn
 
 _HISTORY = "history"
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a run directory says of its run."""
+class RunFile:
+    """The content of run.json."""
 
-    description: dict  # as the run last started
+    description: dict  # at the last start
     history: list[dict]  # changes
-    restored_from: Path | None = None  # the checkpoint, where the file is damaged
+    restored_from: Path | None = None  # a checkpoint, if the file is damaged
 
 
-def read_run_file(run_dir: Path) -> Held | None:
-    """None where there is no such file; of one that is damaged the description is that of the newest checkpoint.
+def read_run_file(run_dir: Path) -> RunFile | None:
+    """None where there is no such file; that of the newest checkpoint where the file is damaged.
 
-    Raises `ConfigError` where there is no checkpoint either: a run that has logged something does not begin again
-    unasked.
+    Raises `ConfigError` where there is no checkpoint either: a run never begins again at step 0 by itself.
     """
     path = run_dir / RUN_FILE
     try:
-        held = read_object(path)
+        content = read_object(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    if held and why_no_description(held) is None:
-        history = held.pop(_HISTORY, [])
-        return Held(held, history if isinstance(history, list) else [])
+    if content and why_no_description(content) is None:
+        history = content.pop(_HISTORY, [])
+        return RunFile(content, history if isinstance(history, list) else [])
     for checkpoint in reversed(find_checkpoints(run_dir)):
         with suppress(ConfigError):
-            return Held(read_manifest(checkpoint).run, [], checkpoint)
+            return RunFile(read_manifest(checkpoint).run, [], checkpoint)
     raise ConfigError(
         f"{path}: is damaged, expected one JSON object, and there is no checkpoint to restore it from; restore the"
         " file, or choose another --run-dir to begin again at step 0"
     )
 
 
-def write_run_file(run_dir: Path, held: Held) -> None:
-    """It is on the disk when this returns. Called by one rank."""
-    write_object(run_dir / RUN_FILE, held.description | {_HISTORY: held.history})
+def write_run_file(run_dir: Path, content: RunFile) -> None:
+    """Durable when this returns. Called by one rank."""
+    write_object(run_dir / RUN_FILE, content.description | {_HISTORY: content.history})
+
+
+def write_status(run_dir: Path, state: str, progress: Progress) -> None:
+    """Called by one rank. On a full disk the new status is written over the old one in place."""
+    path, status = run_dir / STATUS_FILE, {"state": state, "step": progress.step, "tokens": progress.tokens}
+    try:
+        write_object(path, status)
+    except OSError as error:
+        try:
+            with path.open("r+") as file:
+                file.write(json.dumps(status))
+                file.truncate()
+        except OSError:
+            warn(path, error)
+
+
+def utc_date() -> str:
+    """Now, for people. Nothing is computed from it: clocks jump, and differ between hosts."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

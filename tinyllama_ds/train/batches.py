@@ -97,17 +97,17 @@ def read_batch(run: Run, positions: np.ndarray, device: torch.device) -> Batch:
         return torch.from_numpy(array).pin_memory() if device.type == "cuda" else torch.from_numpy(array)
 
     return Batch(
-        tensor(run.reader.read(positions)),
-        tensor(run.reader.read_document_ids(positions)) if run.recipe.document_mask else None,
-        tensor(run.reader.read_loss_mask(positions)) if run.reader.has_loss_mask else None,
+        tensor(run.data.reader.read(positions)),
+        tensor(run.data.reader.read_document_ids(positions)) if run.recipe.document_mask else None,
+        tensor(run.data.reader.read_loss_mask(positions)) if run.data.reader.has_loss_mask else None,
     )
 
 
 def count_targets(run: Run, step: Step) -> int:
     """Labels in the loss of the global batch of a step. Every rank knows the number without communication."""
-    if not run.reader.has_loss_mask:
+    if not run.data.reader.has_loss_mask:
         return step.batch * run.recipe.sequence_length
-    return run.reader.count_targets(np.arange(step.first_position, step.first_position + step.batch))
+    return run.data.reader.count_targets(np.arange(step.first_position, step.first_position + step.batch))
 
 
 class HashingLoader:

@@ -91,14 +91,14 @@ def _parts(trainer: Trainer) -> Iterator[tuple[str, Callable[[], object]]]:
     engine.set_gradient_accumulation_boundary(True)
     yield "forward", lambda: losses.append(engine(*batch.model_inputs(world.device)))
     yield "backward", lambda: _backward(engine, losses.pop())
-    if run.validation:
-        one_batch = replace(run.validation[0], samples=run.micro_batch * world.size)
+    if run.evaluation.validation:
+        one_batch = replace(run.evaluation.validation[0], samples=run.micro_batch * world.size)
         where = (world.rank, world.size, run.micro_batch, world.device)
         yield "validation", lambda: validation_losses([one_batch], engine, sum_over_ranks, *where)
     yield "probe", lambda: take_probe(engine, run, world)
-    if run.prompts:
+    if run.evaluation.prompts:
         yield "sampling", lambda: continue_prompts(trainer, new_tokens=1)
-    if run.tasks is not None:
+    if run.evaluation.tasks is not None:
         yield "scoring", lambda: score_one_prompt(engine, run, world)
     yield "snapshot", lambda: trainer.saver.copy_state(engine, trainer.start)
 

@@ -32,11 +32,11 @@ from tinyllama_ds.health.heartbeat import Heartbeat
 from tinyllama_ds.layout import FIRST_STEP, LIFELINE_VARIABLE, STARTING
 from tinyllama_ds.model.attention import capability_of
 from tinyllama_ds.model.determinism import use_deterministic_kernels
+from tinyllama_ds.run.console import log_to
 from tinyllama_ds.run.directory import check_run_directory
 from tinyllama_ds.run.ledger import ROLLED_BACK, Entry, record
-from tinyllama_ds.run.logs import log_to
 from tinyllama_ds.run.resolve import Options, Run, resolve_run
-from tinyllama_ds.run.status import write_status
+from tinyllama_ds.run.run_file import write_status
 from tinyllama_ds.train.dry_run import EstimateMemory, dry_run_batch
 from tinyllama_ds.train.engine import check_with_deepspeed, expect_steps, start_process_group, supports_fast_bf16
 from tinyllama_ds.train.setup import build_trainer

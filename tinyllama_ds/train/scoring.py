@@ -57,11 +57,11 @@ def score_on_tasks(
         barrier_with_callback(world.device, beat)  # those with longer texts
         return gather_from_ranks(value)
 
-    assert run.tasks is not None
+    assert run.evaluation.tasks is not None
     try:
         with _randomness_put_back(world.device), silence():
             ranks = Ranks(world.rank, world.size, gather)
-            results = evaluate(build, run.tasks, ranks, run.recipe.evaluation.limit, may_fork=False)
+            results = evaluate(build, run.evaluation.tasks, ranks, run.recipe.evaluation.limit, may_fork=False)
     finally:
         _free_memory()
     return read_scores(results, outermost(results))
@@ -82,7 +82,7 @@ def score_one_prompt(engine: "DeepSpeedEngine", run: "Run", world: DistributedIn
 def _whole_model(engine: "DeepSpeedEngine", run: "Run") -> Any:
     """lm-eval's model around the weights as they are, on this rank's device. Collective."""
     model = hf_model(gather_full_params(engine), run.model)
-    tokenizer = hf_tokenizer(run.tokenizer, run.model.max_position_embeddings)
+    tokenizer = hf_tokenizer(run.data.tokenizer, run.model.max_position_embeddings)
     return language_model(model, tokenizer, run.recipe.evaluation.batch_size)
 
 

@@ -21,15 +21,14 @@ from tinyllama_ds.health.heartbeat import Heartbeat
 from tinyllama_ds.health.probe import check_probe
 from tinyllama_ds.layout import CHECKPOINTS, LEDGER_FILE, QUARANTINE
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, empty_model
-from tinyllama_ds.run.branch import verify_parent
-from tinyllama_ds.run.changes import Change
 from tinyllama_ds.run.console import Console, SilentConsole
 from tinyllama_ds.run.directory import open_run_directory, reject_different_history
+from tinyllama_ds.run.identity import Change, verify_parent
 from tinyllama_ds.run.ledger import forget_skips_after
 from tinyllama_ds.run.metrics import MetricsLogger, NoMetrics
 from tinyllama_ds.run.resolve import Run
+from tinyllama_ds.run.run_file import write_status
 from tinyllama_ds.run.starts import record_start
-from tinyllama_ds.run.status import write_status
 from tinyllama_ds.train.callbacks.registry import register_callbacks
 from tinyllama_ds.train.compile import compile_blocks, decide_compilation
 from tinyllama_ds.train.engine import wrap
@@ -57,7 +56,7 @@ def build_trainer(run: Run, world: DistributedInfo, heartbeat: Heartbeat, termin
         sweep_leftovers(run.run_dir)
     engine, compilation = start_engine(run, world, point)
     if world.is_rank0:
-        print_changes(open_run_directory(run, point.progress.step), run.allow_change)
+        print_changes(open_run_directory(run, point.progress.step), run.options.allow_change)
         forget_skips_after(run.run_dir, point.progress.step)
     hosts = gather_from_ranks(socket.gethostname())
     # Measured by all ranks together the first time, and cached.
@@ -81,7 +80,7 @@ def build_trainer(run: Run, world: DistributedInfo, heartbeat: Heartbeat, termin
 def find_resume_point(run: Run, world: DistributedInfo) -> ResumePoint:
     """The newest checkpoint that verifies, else the parent's, found by rank 0; else step 0. Collective."""
     name = broadcast_from_rank0(partial(_choose, run), world)
-    gaps = [[gap.start, gap.stop] for gap in run.order.excluded_samples]
+    gaps = [[gap.start, gap.stop] for gap in run.data.order.excluded_samples]
     ledgers = gather_from_ranks([run.description.get("parent"), run.rollbacks, gaps])
     if any(ledger != ledgers[0] for ledger in ledgers):
         raise OSError(f"{run.run_dir / LEDGER_FILE}: the ranks read different ledgers; expected storage that all share")
@@ -111,7 +110,7 @@ def start_engine(run: Run, world: DistributedInfo, point: ResumePoint) -> "tuple
     """The engine with the state that training begins with or resumes from, and how it is compiled. Collective."""
     initial = run.init_from if point.checkpoint is None else None
     model = build_initial_model(run, world, initial)
-    is_compiled, compilation = decide_compilation(run.compile, world)
+    is_compiled, compilation = decide_compilation(run.options.compile, world)
     if is_compiled:
         compile_blocks(model)
     engine = wrap(model, run.engine_config, run.schedule.ratio(0))
@@ -132,10 +131,11 @@ def build_initial_model(run: Run, world: DistributedInfo, initial: InitialWeight
     each hold a model in fp32 in its memory.
     """
     place = {"device": world.device, "dtype": getattr(torch, weights_dtype(run.engine_config))}
+    attention, recompute_every = run.attention.backend, run.options.activation_checkpointing
     if initial is None:
-        return build_model(run.model, run.attention, run.recipe.seed, run.activation_checkpointing, **place)
+        return build_model(run.model, attention, run.recipe.seed, recompute_every, **place)
     broadcast_from_rank0(initial.verify, world)
-    model = empty_model(run.model, run.attention, run.activation_checkpointing, **place)
+    model = empty_model(run.model, attention, recompute_every, **place)
     fill_model(model, initial)
     return model
 
@@ -183,5 +183,7 @@ def describe_start(run: Run, start: Progress, last_logged_step: int) -> list[str
         lines.append(f"started from {run.init_from.path} (SHA-256 {run.init_from.sha256[:16]})")
     if last_logged_step > start.step and start.step == run.first_step:
         lines.append(f"no checkpoint was saved: steps {start.step + 1:,} to {last_logged_step:,} are repeated")
-    excluded = [f"samples {gap[0]} to {gap[-1]} are excluded ({LEDGER_FILE})" for gap in run.order.excluded_samples]
+    excluded = [
+        f"samples {gap[0]} to {gap[-1]} are excluded ({LEDGER_FILE})" for gap in run.data.order.excluded_samples
+    ]
     return lines + excluded

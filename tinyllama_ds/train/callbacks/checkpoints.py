@@ -21,7 +21,7 @@ class Checkpoints(Callback):
     def _health(self) -> Health:
         """What a checkpoint keeps of the guard and the numerics. Collective. Raises `NumericsError` on all ranks."""
         trainer = self.trainer
-        left_out = [[gap[0], gap[-1]] for gap in trainer.run.order.excluded_samples]
+        left_out = [[gap[0], gap[-1]] for gap in trainer.run.data.order.excluded_samples]
         return Health(trainer.guard.state(), left_out, take_probe(trainer.engine, trainer.run, trainer.world))
 
     def after_save(self, save: Save) -> None:

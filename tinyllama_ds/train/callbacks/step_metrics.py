@@ -41,6 +41,6 @@ class StepMetrics(Callback):
         mfu = utilisation(flops, self._peak)
         metrics |= {} if mfu is None else {"Speed/MFU": mfu}
         metrics |= {f"Seconds/{name}": seconds for name, seconds in self.trainer.clock.read().items()}
-        for source, samples in run.order.counts(result.progress.position).items():
+        for source, samples in run.data.order.counts(result.progress.position).items():
             metrics[f"Tokens/{source}"] = samples * run.recipe.sequence_length
         return metrics

@@ -14,7 +14,7 @@ class TaskScores(Callback):
 
     def after_step(self, result: StepResult) -> None:
         run = self.trainer.run
-        if not run.tasks or result.status.stop:
+        if not run.evaluation.tasks or result.status.stop:
             return
         if result.is_final or result.step.crosses(run.recipe.evaluation.every_tokens):
             self.trainer.saver.finish()  # scoring may take long

@@ -11,19 +11,19 @@ class Validation(Callback):
 
     def at_start(self) -> None:
         run, start = self.trainer.run, self.trainer.start
-        if run.validation and start.step == run.first_step:
+        if run.evaluation.validation and start.step == run.first_step:
             self._validate(start)  # where the curves begin: at step 0 about ln(vocabulary)
 
     def after_step(self, result: StepResult) -> None:
         run = self.trainer.run
-        if run.validation and (result.is_final or result.step.crosses(run.recipe.intervals.evaluate_tokens)):
+        if run.evaluation.validation and (result.is_final or result.step.crosses(run.recipe.intervals.evaluate_tokens)):
             self.trainer.heartbeat.beat(result.progress.step, "validating")
             self._validate(result.progress)
 
     def _validate(self, progress: Progress) -> None:
         trainer, world = self.trainer, self.trainer.world
         where = (world.rank, world.size, trainer.run.micro_batch, world.device)
-        losses = validation_losses(trainer.run.validation, trainer.engine, sum_over_ranks, *where)
+        losses = validation_losses(trainer.run.evaluation.validation, trainer.engine, sum_over_ranks, *where)
         metrics = {f"Validation/Loss/{source}": loss for source, loss in losses.items()}
         metrics |= {f"Validation/Perplexity/{source}": perplexity(loss) for source, loss in losses.items()}
         trainer.metrics.log(progress.step, progress.tokens, metrics)

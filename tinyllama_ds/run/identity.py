@@ -1,0 +1,210 @@
+"""What decides the result of a run: the identity of a run directory, and that of a branch with its parent's history.
+
+A branch begins with a checkpoint of another run, its parent, which is only read. Both have the same history up to that
+checkpoint: model, seed, optimizer, and the stages that were begun, with their batches, mixtures and tokens. Stages that
+begin later are the branch's own.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllama_ds.checkpoint.format import (
+    MANIFEST_FILE,
+    CheckpointManifest,
+    find_checkpoints,
+    manifest_sha256,
+    read_manifest,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.run.ledger import ROLLED_BACK, Entry, read_ledger
+
+ABSENT = "absent"
+# The keys of run.json that decide the result of a run.
+_IDENTITY = ("recipe", "deepspeed_config", "model", "data", "order_version", "init_from")
+_FREE = {  # may differ between starts
+    "recipe": ("intervals", "validation_samples", "samples", "evaluation"),
+    "deepspeed_config": (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "zero_optimization",
+        "tensorboard",
+    ),
+    "init_from": ("path",),
+}
+_FIXED = ("model", "order_version")  # cannot be changed on resume
+_MAX_WIDTH = 80  # of a printed value
+_MAX_CHANGES = 20  # printed
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value that differs. The key is the argument of `--allow-change`."""
+
+    key: str
+    there: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} is {_short(self.there)} there and {_short(self.now)} now"
+
+    def is_below(self, key: str) -> bool:
+        """Whether a key names this value or a table that contains it."""
+        return f"{self.key}.".startswith(f"{key}.")
+
+
+def identity_of(description: dict) -> dict:
+    """The part of a run's description (`run.json`) that decides its result."""
+    identity = {key: description.get(key, ABSENT) for key in _IDENTITY}
+    for key, free in _FREE.items():
+        if isinstance(identity[key], dict):
+            identity[key] = {name: value for name, value in identity[key].items() if name not in free}
+    stages = description.get("recipe", {}).get("stages", [])
+    names = (name for stage in stages for name in stage.get("weights", {}))
+    identity["sources"] = list(dict.fromkeys(names))  # their order decides ties
+    return identity
+
+
+def _short(value: Any) -> str:
+    text = ABSENT if value == ABSENT else json.dumps(value)
+    return text if len(text) <= _MAX_WIDTH else f"{text[: _MAX_WIDTH - 3]}..."
+
+
+def changes_between(there: Any, now: Any, key: str = "") -> Iterator[Change]:
+    """All leaves of two JSON values that differ, each under its dotted key; entries of lists are keyed by number."""
+    if isinstance(there, list) and isinstance(now, list) and len(there) == len(now):
+        there, now = ({str(number): entry for number, entry in enumerate(entries)} for entries in (there, now))
+    if isinstance(there, dict) and isinstance(now, dict):
+        for name in sorted(there.keys() | now.keys()):
+            inner = f"{key}.{name}" if key else name
+            yield from changes_between(there.get(name, ABSENT), now.get(name, ABSENT), inner)
+    elif there != now:
+        yield Change(key, there, now)
+
+
+def reject_changes(changes: Sequence[Change], allowed: Sequence[str], what: str, instead: str) -> None:
+    """Raises `ConfigError` with every change that is not allowed by its name or by the name of a table around it.
+
+    `what` begins the message, and `instead` is the way out of it.
+    """
+    fixed = [change for change in changes if any(change.is_below(key) for key in _FIXED)]
+    if fixed:
+        raise ConfigError(f"{what}: {_list(fixed)}; cannot be changed on resume, {instead}")
+    refused = [change for change in changes if not any(change.is_below(key) for key in allowed)]
+    if refused:
+        names = dict.fromkeys("data" if change.is_below("data") else change.key for change in refused)
+        raise ConfigError(
+            f"{what}: {_list(refused)}; {instead}, or override with"
+            f" {' '.join(f'--allow-change {name}' for name in names)}"
+        )
+
+
+def _list(changes: Sequence[Change]) -> str:
+    more = len(changes) - _MAX_CHANGES
+    return "; ".join(map(str, changes[:_MAX_CHANGES])) + (f"; and {more} more" if more > 0 else "")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The checkpoint that a branch begins with, as in its run.json."""
+
+    checkpoint: str  # absolute path
+    step: int
+    tokens: int
+    manifest_sha256: str
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.checkpoint).parents[1]
+
+
+def find_parent(branch_from: Path, description: dict, allowed: Sequence[str]) -> Parent:
+    """The newest checkpoint of a run, or the one named, whose history is that of the run described.
+
+    Raises `ConfigError` where there is none, with what differs, but for `allowed` keys; of several checkpoints, with
+    what differs from the oldest, which has the fewest differences.
+    """
+    resolve_checkpoint(branch_from)  # raises where there is none
+    is_one = (branch_from / MANIFEST_FILE).is_file()
+    for checkpoint in [branch_from] if is_one else reversed(find_checkpoints(branch_from)):
+        manifest = read_manifest(checkpoint)
+        try:
+            _reject_different_history(checkpoint, manifest, description, allowed)
+        except ConfigError as error:
+            reason = error
+            continue
+        progress = manifest.progress
+        return Parent(str(checkpoint.absolute()), progress.step, progress.tokens, manifest_sha256(checkpoint))
+    raise reason
+
+
+def _reject_different_history(
+    checkpoint: Path, manifest: CheckpointManifest, description: dict, allowed: Sequence[str]
+) -> None:
+    step, steps = manifest.progress.step, description["plan"]["steps"]
+    try:
+        there, now = _history_of(manifest.run, step), _history_of(json.loads(json.dumps(description)), step)
+    except KeyError as error:
+        raise ConfigError(
+            f"{checkpoint / MANIFEST_FILE}: has no {error}; expected a checkpoint of pretraining"
+        ) from error
+    changes = list(changes_between(there, now))
+    reject_changes(changes, allowed, f"{checkpoint}: history differs from this run", "branch from another checkpoint")
+    if step >= steps:
+        raise ConfigError(f"{checkpoint}: is the last of {steps} steps; expected a checkpoint with steps left to train")
+
+
+def _history_of(description: dict, step: int) -> dict:
+    """The part of a run's description (`run.json`) that decides its first `step` steps."""
+    history = identity_of(description)
+    del history["init_from"]  # has no effect any more
+    stages, first = [], 0
+    for stage in description["recipe"]["stages"]:
+        if first < step:
+            stages.append(stage)
+        first += -(-stage["tokens"] // stage["global_batch_tokens"])
+    history["sources"] = list(dict.fromkeys(name for stage in stages for name in stage["weights"]))
+    history["recipe"] = {key: value for key, value in history["recipe"].items() if key != "name"} | {"stages": stages}
+    history["data"] = {"train": {name: history["data"]["train"].get(name) for name in history["sources"]}}
+    scheduler = history["deepspeed_config"].get("scheduler")
+    if scheduler:  # in steps it may be longer or shorter, over the same tokens
+        params = {key: value for key, value in scheduler.get("params", {}).items() if key != "total_num_steps"}
+        history["deepspeed_config"]["scheduler"] = scheduler | {"params": params}
+        history["plan"] = {"tokens": description["plan"]["tokens"]}
+    return history
+
+
+def recorded_parent(run_file: Path, description: dict, branch_from: Path | None) -> Parent | None:
+    """The parent in an existing run.json. Raises `ConfigError` where `--branch-from` names a different one."""
+    raw = description.get("parent")
+    parent = Parent(**raw) if raw else None
+    places = [Path(parent.checkpoint), parent.run_dir] if parent else []
+    if branch_from is None or branch_from.resolve() in [place.resolve() for place in places]:
+        return parent
+    began = f"that began with {parent.checkpoint}" if parent else "that is not a branch"
+    raise ConfigError(f"{run_file}: holds a run {began}, not with {branch_from}; choose another --run-dir")
+
+
+def verify_parent(parent: Parent) -> Path:
+    """The parent's checkpoint, verified as on resume. Raises `ConfigError` where it is no longer the one chosen."""
+    checkpoint = Path(parent.checkpoint)
+    verify_checkpoint(checkpoint)
+    if manifest_sha256(checkpoint) != parent.manifest_sha256:
+        raise ConfigError(f"{checkpoint / MANIFEST_FILE}: has changed since this run was branched off; restore it")
+    return checkpoint
+
+
+def inherited_ledger(parent: Parent) -> list[Entry]:
+    """The entries of the parent's ledger before its checkpoint."""
+    excluded = read_manifest(Path(parent.checkpoint)).health.left_out
+
+    def is_before(entry: Entry) -> bool:
+        if entry.event == ROLLED_BACK:
+            return any(first <= entry.first_sample and entry.last_sample <= last for first, last in excluded)
+        return entry.step <= parent.step
+
+    return [entry for entry in read_ledger(parent.run_dir) if is_before(entry)]
