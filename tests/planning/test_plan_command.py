@@ -65,18 +65,18 @@ def test_borders_of_v1_1() -> None:
     assert failed.returncode == 78  # micro batch 8 does not divide 14 sequences
     assert "sizes that work: 1, 2, 7, 14" in failed.stderr
     found = planned(*arguments, "--search", recipe="tinyllama-v1.1-math-code", config=config)
-    borders = {border["name"]: border for border in found["borders"]}
-    ends = [borders[f"end of {stage}"]["step"] for stage in ("basic", "domain", "cooldown")]
+    milestones = {milestone["name"]: milestone for milestone in found["borders"]}
+    ends = [milestones[f"end of {stage}"]["step"] for stage in ("basic", "domain", "cooldown")]
     assert ends == pytest.approx([817_435, 817_435 + 190_735, 817_435 + 190_735 + 20_436], abs=2)
-    assert borders["end of basic"]["tokens"] == pytest.approx(1.5e12, rel=1e-5)
-    rates = [borders[f"end of {stage}"]["learning_rate"] for stage in ("basic", "domain", "cooldown")]
+    assert milestones["end of basic"]["tokens"] == pytest.approx(1.5e12, rel=1e-5)
+    rates = [milestones[f"end of {stage}"]["learning_rate"] for stage in ("basic", "domain", "cooldown")]
     assert rates == pytest.approx([9.27e-5, 4.50e-5, 4.0e-5], rel=0.01)
-    assert borders["first step of domain"]["mixture"]["slimpajama"] > 0.99  # the ramp starts where it was
-    assert borders["end of the ramp of domain"]["mixture"]["starcoderdata"] == pytest.approx(0.15, abs=0.005)
-    assert borders["end of cooldown"]["mixture"] == pytest.approx(
+    assert milestones["first step of domain"]["mixture"]["slimpajama"] > 0.99  # the ramp starts where it was
+    assert milestones["end of the ramp of domain"]["mixture"]["starcoderdata"] == pytest.approx(0.15, abs=0.005)
+    assert milestones["end of cooldown"]["mixture"] == pytest.approx(
         {"slimpajama": 0.75, "starcoderdata": 0.15, "proof-pile-2": 0.1}, abs=1e-3
     )
-    assert borders["first step of cooldown"]["batch_tokens"] == 4 * borders["end of domain"]["batch_tokens"]
+    assert milestones["first step of cooldown"]["batch_tokens"] == 4 * milestones["end of domain"]["batch_tokens"]
 
 
 def test_needs_neither_torch_nor_deepspeed() -> None:

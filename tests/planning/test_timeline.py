@@ -5,7 +5,7 @@ import pytest
 from tinyllama_ds.config.recipe import load_recipe
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.config.schedule import ConstantSchedule
-from tinyllama_ds.planning.picture import short_tokens
+from tinyllama_ds.planning.charts import short_tokens
 from tinyllama_ds.planning.timeline import milestone_at, sample_order
 
 

@@ -72,7 +72,7 @@ def show(run_dir: Path) -> None:
     history = read_history(run_dir)
     now = run_status(history, 200, is_held=False)
     json.dumps(summarise(history, now), allow_nan=False)
-    assert report._figures(history, now)
+    assert report._metrics(history, now)
     for section in (report._starts, report._spikes, report._samples, report._scores, report._machine):
         section(history)
     report._configuration(history)

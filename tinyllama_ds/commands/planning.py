@@ -88,27 +88,27 @@ def _plan(options: argparse.Namespace) -> int:
     """Say what a run needs, costs and will do, before it starts."""
     from tinyllama_ds.outputs import write_file
     from tinyllama_ds.planning import page
-    from tinyllama_ds.planning.plan import answer, read_inputs, reject_layout_that_does_not_fit, with_config
+    from tinyllama_ds.planning.plan import make_plan, read_inputs, reject_layout_that_does_not_fit, with_config
     from tinyllama_ds.planning.search import reason, search
 
     _check_arguments(options)
     inputs = read_inputs(options.recipe, options.deepspeed_config)
-    question = _question(options, _machines(options, inputs))
+    request = _request(options, _machines(options, inputs))
     sizes = _source_sizes(options.data, inputs)
-    memory = question.machines.gpu.memory_bytes
+    memory = request.machines.gpu.memory_bytes
     ranking = None
     if options.search:
-        ranking = search(question, inputs)
+        ranking = search(request, inputs)
         best = ranking.candidates[0]
-        question = replace(
-            question, deepspeed_config=Path(f"{best.name}.json"), recompute_every=best.work.recompute_every
+        request = replace(
+            request, deepspeed_config=Path(f"{best.name}.json"), recompute_every=best.work.recompute_every
         )
         inputs = with_config(inputs, best.config)
         if options.write_config:
             write_file(options.write_config, json.dumps(best.config, indent=2) + "\n")
-    found = answer(question, inputs, sizes)
+    found = make_plan(request, inputs, sizes)
     if not found.fits:
-        reject_layout_that_does_not_fit(found, [reason(c, memory) for c in search(question, inputs).candidates[:3]])
+        reject_layout_that_does_not_fit(found, [reason(c, memory) for c in search(request, inputs).candidates[:3]])
     tables = page.tables_of(found)
     if ranking:
         tables = [page.ranking_table(ranking, memory), *tables]
@@ -187,7 +187,7 @@ def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str
     return flops, f"measured here: {rate:,.0f} tokens/s per rank on {row['ranks']} ranks, {flops / 1e12:.2f} TFLOP/s"
 
 
-def _question(options: argparse.Namespace, machines: "Machines") -> "PlanRequest":
+def _request(options: argparse.Namespace, machines: "Machines") -> "PlanRequest":
     from tinyllama_ds.planning.plan import PlanRequest
 
     return PlanRequest(
@@ -230,10 +230,10 @@ def _write_pictures(options: argparse.Namespace, found: "Plan", tables: list) ->
     if not (options.picture or options.html):
         return
     from tinyllama_ds.outputs import drawn, write_figure, write_file
+    from tinyllama_ds.planning.charts import plan_figure
     from tinyllama_ds.planning.page import as_html, headline
-    from tinyllama_ds.planning.picture import picture_of
 
-    picture = picture_of(found)
+    picture = plan_figure(found)
     if options.picture:
         write_figure(picture, options.picture)
     if options.html:
@@ -255,7 +255,7 @@ def _result(found: "Plan", ranking: "Ranking | None") -> dict:
         "layout": asdict(found.layout),
         "micro_batch": found.work.micro_batch,
         "accumulation": list(found.accumulations),
-        "gpus": found.question.machines.hosts.ranks,
+        "gpus": found.request.machines.hosts.ranks,
         "steps": found.inputs.plan.total_steps,
         "tokens": found.duration.tokens,
         "days": found.duration.days,
@@ -266,7 +266,7 @@ def _result(found: "Plan", ranking: "Ranking | None") -> dict:
         "memory": {
             "rows": [asdict(row) for row in (*found.memory.rows, *found.memory.overhead_rows)],
             "total": found.memory.total,
-            "capacity": found.question.machines.gpu.memory_bytes,
+            "capacity": found.request.machines.gpu.memory_bytes,
             "fits": found.fits,
         },
         "step_seconds": [
@@ -274,9 +274,9 @@ def _result(found: "Plan", ranking: "Ranking | None") -> dict:
             for s in found.steps
         ],
         "communication": [asdict(part) for part in found.steps[0].traffic],
-        "borders": [asdict(border) for border in found.course.borders],
-        "tokens_by_source": found.course.tokens_by_source,
-        "epochs": found.course.epochs,
+        "borders": [asdict(milestone) for milestone in found.timeline.milestones],
+        "tokens_by_source": found.timeline.tokens_by_source,
+        "epochs": found.timeline.epochs,
         "failures": [asdict(expectation) for expectation in found.failures],
         "storage": asdict(found.storage) | {"total": found.storage.total},
         "deepspeed_config": found.resolved,

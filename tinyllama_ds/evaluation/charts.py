@@ -220,7 +220,7 @@ PANELS: tuple[tuple[str, str, Callable[[Any, History], None]], ...] = (  # what 
 )
 
 
-def picture_of(history: History, title: str) -> "Figure":
+def run_figure(history: History, title: str) -> "Figure":
     """Losses, learning rate, gradient norm and speed as one figure."""
     from matplotlib.figure import Figure
 

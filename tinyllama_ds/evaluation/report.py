@@ -129,7 +129,7 @@ def report_page(history: History, now: RunStatus, place: str) -> str:
     body = "".join(
         [
             f"<p class=note>{html.escape(f'{name}, in {place}')}</p>",
-            _figures(history, now),
+            _metrics(history, now),
             losses,
             f"<div class=grid>{''.join(panels)}</div>",
             mixture,
@@ -154,7 +154,7 @@ def _mfu(last: dict[str, float]) -> str:
     return f"{last['Speed/MFU']:.1%}"
 
 
-def _figures(history: History, now: RunStatus) -> str:
+def _metrics(history: History, now: RunStatus) -> str:
     last = history.last
     figures = [
         ("tokens", _short(now.tokens)),

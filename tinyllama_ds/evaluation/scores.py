@@ -32,7 +32,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Evaluation:
     """All that an evaluation found, and how."""
 
     model: str
@@ -83,7 +83,7 @@ def _shots(task: str, results: dict[str, Any]) -> int | None:
     return below.pop() if len(below) == 1 else None
 
 
-def of_benchmarks(scores: tuple[Score, ...], benchmarks: tuple[Benchmark, ...]) -> list[Score]:
+def benchmark_scores(scores: tuple[Score, ...], benchmarks: tuple[Benchmark, ...]) -> list[Score]:
     """The score of each benchmark by its published metric, in percent, in the published order."""
     by_key = {(score.task, score.metric): score for score in scores}
     chosen = [by_key[benchmark.task, benchmark.metric] for benchmark in benchmarks]
@@ -101,7 +101,7 @@ def average(scores: list[Score]) -> tuple[float, float | None]:
     return mean, sqrt(sum(error**2 for error in known)) / len(scores) if len(known) == len(errors) else None
 
 
-def as_markdown(measured: Measured, benchmarks: tuple[Benchmark, ...]) -> str:
+def as_markdown(measured: Evaluation, benchmarks: tuple[Benchmark, ...]) -> str:
     """The table, what is misprinted in the sources, and how it was measured."""
     body = _suite_table(measured, benchmarks) if measured.suite else _task_table(measured.scores)
     settings = ", ".join(f"{name} {value}" for name, value in measured.settings.items())
@@ -118,7 +118,7 @@ def _task_table(scores: tuple[Score, ...]) -> str:
     return "\n".join(lines)
 
 
-def _suite_table(measured: Measured, benchmarks: tuple[Benchmark, ...]) -> str:
+def _suite_table(measured: Evaluation, benchmarks: tuple[Benchmark, ...]) -> str:
     assert measured.suite is not None
     rows = PUBLISHED[measured.suite]
     near = nearest_checkpoint(measured.suite, measured.tokens) if measured.tokens else None
@@ -135,7 +135,7 @@ def _suite_table(measured: Measured, benchmarks: tuple[Benchmark, ...]) -> str:
         name = f"**{row.model}**, as many tokens" if row is near else row.model
         cells = " | ".join(f"{score:.2f}" for score in row.scores)
         lines.append(f"| {name}{mark} | {_tokens(row.tokens)} | {cells} | {row.average:.2f} |")
-    ours = of_benchmarks(measured.scores, benchmarks)
+    ours = benchmark_scores(measured.scores, benchmarks)
     cells = " | ".join(f"**{_with_error(score.value, score.stderr)}**" for score in ours)
     mean = _with_error(*average(ours))
     lines.append(f"| **this model** | {_tokens(measured.tokens)} | {cells} | **{mean}** |")
@@ -164,11 +164,11 @@ def _tokens(count: float | None) -> str:
     return f"{count:.0f}"
 
 
-def as_json(measured: Measured, benchmarks: tuple[Benchmark, ...], results: dict[str, Any]) -> dict[str, Any]:
+def as_json(measured: Evaluation, benchmarks: tuple[Benchmark, ...], results: dict[str, Any]) -> dict[str, Any]:
     """Everything: the scores in percent where they stand beside published ones, and lm-eval's own results."""
     found: dict[str, Any] = asdict(measured) | {"lm_eval": json.loads(json.dumps(results["results"], default=str))}
     if measured.suite:
-        ours = of_benchmarks(measured.scores, benchmarks)
+        ours = benchmark_scores(measured.scores, benchmarks)
         mean, stderr = average(ours)
         found |= {
             "percent": [{"benchmark": b.title} | asdict(s) for b, s in zip(benchmarks, ours, strict=True)],
@@ -178,7 +178,7 @@ def as_json(measured: Measured, benchmarks: tuple[Benchmark, ...], results: dict
     return found
 
 
-def picture_of(measured: Measured, benchmarks: tuple[Benchmark, ...]) -> "Figure":
+def scores_figure(measured: Evaluation, benchmarks: tuple[Benchmark, ...]) -> "Figure":
     """One panel for each benchmark: published scores as dots, ours with its standard error."""
     import matplotlib
 
@@ -195,9 +195,9 @@ def picture_of(measured: Measured, benchmarks: tuple[Benchmark, ...]) -> "Figure
     return figure
 
 
-def _draw_suite(plt: Any, measured: Measured, suite: str, benchmarks: tuple[Benchmark, ...]) -> Any:
+def _draw_suite(plt: Any, measured: Evaluation, suite: str, benchmarks: tuple[Benchmark, ...]) -> Any:
     rows = PUBLISHED[suite]
-    ours = of_benchmarks(measured.scores, benchmarks)
+    ours = benchmark_scores(measured.scores, benchmarks)
     near = nearest_checkpoint(suite, measured.tokens) if measured.tokens else None
     names = [*(_label(row.model, row.tokens) for row in rows), _label("this model", measured.tokens)]
     panels = len(benchmarks) + 1

@@ -36,9 +36,9 @@ class Collective:
     bytes: int  # per step, all calls together
     calls: int  # per step
     is_in_node: bool = False  # among the GPUs of one host (hpZ)
-    hides_behind: str = ""  # forward or backward, of the same micro batch; "" stops the computation
+    overlaps_with: str = ""  # forward or backward, of the same micro batch; "" stops the computation
 
-    def passes(self, algorithm: str = "ring") -> int:
+    def ring_passes(self, algorithm: str = "ring") -> int:
         """How often the tensor goes round: a ring's all-reduce is a reduce-scatter and an all-gather."""
         halves = 2 if self.kind == "all-reduce" else 1
         if algorithm == "gloo" and self.kind == "reduce-scatter":
@@ -47,7 +47,7 @@ class Collective:
 
     def sent_per_rank(self, ranks: int, algorithm: str = "ring") -> float:
         """Bytes that each of `ranks` sends: (ranks - 1) / ranks of the tensor for each pass of a ring."""
-        return self.passes(algorithm) * self.bytes * (ranks - 1) / ranks
+        return self.ring_passes(algorithm) * self.bytes * (ranks - 1) / ranks
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def collectives_of(
     if layout.stage == 2:
         behind = "backward" if layout.overlap else ""
         calls = accumulation * max(1, ceil(P / layout.reduce_bucket))
-        reduced = Collective("gradients", "all-reduce", accumulation * gradients, calls, hides_behind=behind)
+        reduced = Collective("gradients", "all-reduce", accumulation * gradients, calls, overlaps_with=behind)
     else:
         is_whole = layout.stage == 0 or layout.is_bf16_stage_1
         bucket = _WHOLE_BUCKET if is_whole else layout.reduce_bucket
@@ -120,8 +120,8 @@ def traffic_of(
     slower = _GLOO_PAIR_GATHER if (algorithm, collective.kind, ranks) == ("gloo", "all-gather", 2) else 1.0
     inside = sent / network.link_bandwidth if hosts.gpus > 1 else 0.0
     between = sent / network.node_bandwidth if crosses else 0.0
-    hops = collective.passes(algorithm) * (ranks - 1)
-    node_hops = collective.passes(algorithm) * (hosts.nodes - 1) if crosses else 0
+    hops = collective.ring_passes(algorithm) * (ranks - 1)
+    node_hops = collective.ring_passes(algorithm) * (hosts.nodes - 1) if crosses else 0
     latency = node_hops * network.node_latency + (hops - node_hops) * network.link_latency
     if collective.kind == "all-reduce":
         latency = min(

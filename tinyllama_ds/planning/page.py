@@ -26,7 +26,7 @@ class Table:
 
 def headline(found: Plan) -> str:
     """The plan in one sentence."""
-    machines, work = found.question.machines, found.work
+    machines, work = found.request.machines, found.work
     ranks, days = machines.hosts.ranks, found.duration.days
     money = f", {found.dollars:,.0f} USD" if found.dollars is not None else ""
     room = f"{found.memory.total / GIB:.1f} of {machines.gpu.memory_bytes / GIB:.1f} GiB"
@@ -45,7 +45,7 @@ def tables_of(found: Plan) -> list[Table]:
         _memory(found),
         _step(found),
         _communication(found),
-        _course(found),
+        _timeline(found),
         _sources(found),
         _reliability(found),
         _values(found),
@@ -55,7 +55,7 @@ def tables_of(found: Plan) -> list[Table]:
 def _cost(found: Plan) -> Table:
     duration = found.duration
     per_gpu = duration.tokens_per_second / duration.ranks
-    is_published = (found.inputs.recipe.model, found.question.machines.gpu.name) == ("tinyllama-1.1b", "a100-40g")
+    is_published = (found.inputs.recipe.model, found.request.machines.gpu.name) == ("tinyllama-1.1b", "a100-40g")
     paper = " (TinyLlama's paper: 3,456)" if is_published else ""
     rows = [
         ("tokens", f"{duration.tokens:,}"),
@@ -67,11 +67,11 @@ def _cost(found: Plan) -> Table:
         ("GPU-hours per 300 billion tokens", f"{duration.gpu_hours_for(_TOKENS_300B):,.0f}{paper}"),
     ]
     if found.dollars is not None:
-        rows.append(("cost", f"{found.dollars:,.0f} USD at {found.question.price_per_hour:.2f} per GPU-hour"))
+        rows.append(("cost", f"{found.dollars:,.0f} USD at {found.request.price_per_hour:.2f} per GPU-hour"))
     source = (
-        f"{found.question.tokens_per_second:,.0f} tokens/s per GPU, as given"
-        if found.question.tokens_per_second is not None
-        else found.question.machines.compute_from
+        f"{found.request.tokens_per_second:,.0f} tokens/s per GPU, as given"
+        if found.request.tokens_per_second is not None
+        else found.request.machines.compute_from
     )
     return Table("Time and money", ("", ""), rows, f"Speed: {source}.")
 
@@ -81,7 +81,7 @@ def _memory(found: Plan) -> Table:
         (row.name, f"{row.bytes / GIB:.2f}", row.phase, row.how)
         for row in (*found.memory.rows, *found.memory.overhead_rows)
     ]
-    capacity = found.question.machines.gpu.memory_bytes
+    capacity = found.request.machines.gpu.memory_bytes
     rows.append(
         ("total at the peak", f"{found.memory.total / GIB:.2f}", found.memory.peak_phase, f"of {capacity / GIB:.1f}")
     )
@@ -95,7 +95,7 @@ def _step(found: Plan) -> Table:
         figures = (step.compute, step.communication, step.exposed, step.optimizer, step.seconds)
         rows.append((stage.name, f"{accumulation}", *(f"{value:.3f}" for value in figures), f"{step.efficiency:.1%}"))
     head = ("stage", "accumulation", "compute", "communication", "of it waited for", "optimizer", "step", "efficiency")
-    return Table("One optimizer step, seconds", head, rows, found.question.machines.compute_from + ".")
+    return Table("One optimizer step, seconds", head, rows, found.request.machines.compute_from + ".")
 
 
 def _communication(found: Plan) -> Table:
@@ -107,26 +107,26 @@ def _communication(found: Plan) -> Table:
             f"{part.per_gpu / 1e9:.3f}",
             f"{part.per_node / 1e9:.3f}",
             f"{part.seconds:.3f}",
-            part.collective.hides_behind or "nothing",
+            part.collective.overlaps_with or "nothing",
         )
         for part in found.steps[0].traffic
     ]
     head = ("", "collective", "GB in all", "GB per GPU", "GB out of a host", "seconds", "hides behind")
-    note = f"Rings over {found.question.machines.network.description}; first stage."
+    note = f"Rings over {found.request.machines.network.description}; first stage."
     return Table("Communication per step", head, rows, note)
 
 
-def _course(found: Plan) -> Table:
+def _timeline(found: Plan) -> Table:
     rows = [
         (
-            border.name,
-            f"{border.step:,}",
-            f"{border.tokens:,}",
-            f"{border.learning_rate:.3e}",
-            f"{border.batch_tokens:,}",
-            ", ".join(f"{name} {share:.1%}" for name, share in border.mixture.items() if share),
+            milestone.name,
+            f"{milestone.step:,}",
+            f"{milestone.tokens:,}",
+            f"{milestone.learning_rate:.3e}",
+            f"{milestone.batch_tokens:,}",
+            ", ".join(f"{name} {share:.1%}" for name, share in milestone.mixture.items() if share),
         )
-        for border in found.course.borders
+        for milestone in found.timeline.milestones
     ]
     return Table(
         "What the run will do", ("", "step", "tokens", "learning rate", "batch", "mixture"), rows, ends_in_words=True
@@ -135,8 +135,12 @@ def _course(found: Plan) -> Table:
 
 def _sources(found: Plan) -> Table:
     rows = [
-        (name, f"{tokens:,}", f"{found.course.epochs[name]:.3f}" if name in found.course.epochs else "size not known")
-        for name, tokens in found.course.tokens_by_source.items()
+        (
+            name,
+            f"{tokens:,}",
+            f"{found.timeline.epochs[name]:.3f}" if name in found.timeline.epochs else "size not known",
+        )
+        for name, tokens in found.timeline.tokens_by_source.items()
     ]
     return Table("Sources", ("", "tokens drawn", "epochs"), rows)
 
@@ -156,12 +160,12 @@ def _reliability(found: Plan) -> Table:
         ("checkpoints that stay", f"{storage.checkpoints}", ""),
         ("tokens on disk, GB", f"{storage.tokens / 1e9:,.0f}", ""),
         ("storage in all, GB", f"{storage.total / 1e9:,.0f}", ""),
-        ("tokens between saves at most", f"{found.course.tokens_between_saves:,}", ""),
+        ("tokens between saves at most", f"{found.timeline.tokens_between_saves:,}", ""),
     ]
     intervals = found.inputs.recipe.intervals
     note = (
         f"A good fleet: {good.per_thousand_node_days:.0f} interruptions per 1,000 node-days, a bad one"
-        f" {bad.per_thousand_node_days:.0f}. A save of {found.question.save_seconds:g} s every {intervals.save_minutes}"
+        f" {bad.per_thousand_node_days:.0f}. A save of {found.request.save_seconds:g} s every {intervals.save_minutes}"
         " minutes, 15 minutes lost to detection and restart."
     )
     return Table("Failures and storage", ("", "good fleet", "bad fleet"), rows, note)
@@ -170,7 +174,7 @@ def _reliability(found: Plan) -> Table:
 def _values(found: Plan) -> Table:
     """The resolved values and who owns each."""
     params, recipe = found.resolved["optimizer"]["params"], found.inputs.recipe
-    json_name = str(found.question.deepspeed_config)
+    json_name = str(found.request.deepspeed_config)
     rows = [
         ("model", f"{recipe.model}, {found.inputs.model.num_parameters:,} parameters", "recipe"),
         ("sequence length", f"{recipe.sequence_length}", "recipe"),
@@ -181,7 +185,7 @@ def _values(found: Plan) -> Table:
         ("learning rate, peak", f"{params.get('lr', 'default')}", json_name),
         ("optimizer", f"{found.resolved['optimizer']['type']}", json_name),
         ("gradient clipping", f"{found.resolved.get('gradient_clipping', 'default')}", json_name),
-        ("GPUs", f"{found.question.machines.hosts.nodes} x {found.question.machines.hosts.gpus}", "hostfile"),
+        ("GPUs", f"{found.request.machines.hosts.nodes} x {found.request.machines.hosts.gpus}", "hostfile"),
         ("gradient accumulation", ", ".join(map(str, found.accumulations)), "derived"),
     ]
     return Table("Values and their owners", ("", "value", "owner"), rows, ends_in_words=True)

@@ -68,7 +68,7 @@ class Inputs:
 class Plan:
     """The plan of one run on one layout."""
 
-    question: PlanRequest
+    request: PlanRequest
     inputs: Inputs
     resolved: dict
     layout: Layout
@@ -79,16 +79,16 @@ class Plan:
     duration: Duration
     failures: tuple[Failures, Failures]  # in a good fleet and in a bad one
     storage: Storage
-    course: Timeline
+    timeline: Timeline
     warnings: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.question.machines.gpu.memory_bytes
+        return self.memory.total <= self.request.machines.gpu.memory_bytes
 
     @property
     def dollars(self) -> float | None:
-        price = self.question.price_per_hour
+        price = self.request.price_per_hour
         return None if price is None else price * self.duration.gpu_hours
 
 
@@ -114,40 +114,40 @@ def resolve(inputs: Inputs, path: Path, raw: dict, micro_batch: int, ranks: int)
     )  # fmt: skip
 
 
-def work_of(question: PlanRequest, inputs: Inputs, layout: Layout, micro_batch: int, recompute_every: int) -> Work:
+def work_of(request: PlanRequest, inputs: Inputs, layout: Layout, micro_batch: int, recompute_every: int) -> Work:
     """One micro batch of the run on a layout."""
     recipe = inputs.recipe
-    attention = attention_memory(question.attention, recipe.document_mask, layout.weight_bytes)
-    return Work(micro_batch, recipe.sequence_length, attention, recompute_every, question.is_compiled)
+    attention = attention_memory(request.attention, recipe.document_mask, layout.weight_bytes)
+    return Work(micro_batch, recipe.sequence_length, attention, recompute_every, request.is_compiled)
 
 
-def answer(question: PlanRequest, inputs: Inputs, sizes: dict[str, int]) -> Plan:
+def make_plan(request: PlanRequest, inputs: Inputs, sizes: dict[str, int]) -> Plan:
     """Everything about the run; raises `ConfigError` where it cannot be cut up. Whether it fits is in the answer."""
-    machines, path = question.machines, question.deepspeed_config
+    machines, path = request.machines, request.deepspeed_config
     ranks = machines.hosts.ranks
     micro_batch = micro_batch_of(inputs.plan, requested_micro_batch(inputs.raw), ranks)
     resolved = resolve(inputs, path, inputs.raw, micro_batch, ranks)
     layout = read_layout(resolved, path.stem, ranks)
-    work = work_of(question, inputs, layout, micro_batch, question.recompute_every)
+    work = work_of(request, inputs, layout, micro_batch, request.recompute_every)
     accumulations = tuple(stage.batch // ranks // micro_batch for stage in inputs.plan.stages)
     steps = tuple(step_time(inputs.model, layout, work, count, machines) for count in accumulations)
-    duration = _duration(inputs.plan, steps, ranks, question.tokens_per_second)
+    duration = _duration(inputs.plan, steps, ranks, request.tokens_per_second)
     intervals = inputs.recipe.intervals
     good, bad = (
-        failures_of(duration.days, machines.hosts.nodes, question.save_seconds, intervals.save_minutes, rate)
+        failures_of(duration.days, machines.hosts.nodes, request.save_seconds, intervals.save_minutes, rate)
         for rate in (GOOD_FLEET, BAD_FLEET)
     )
     peak_rate = resolved["optimizer"]["params"].get("lr", 1e-3)
-    course = timeline_of(inputs.recipe, inputs.plan, inputs.schedule, peak_rate, sizes)
+    timeline = timeline_of(inputs.recipe, inputs.plan, inputs.schedule, peak_rate, sizes)
     corpus = sum(sizes.get(name, 0) for name in inputs.recipe.sources)
     return Plan(
-        question, inputs, resolved, layout, work, accumulations,
+        request, inputs, resolved, layout, work, accumulations,
         memory_of(inputs.model, layout, work, ranks), steps, duration, (good, bad),
         storage_of(inputs.model, layout.stage, layout.weight_bytes, intervals, inputs.plan, corpus),
-        course,
+        timeline,
         (
             *schedule_warnings(inputs.plan, inputs.schedule),
-            *data_warnings(course),
+            *data_warnings(timeline),
             *_machine_warnings(inputs, layout, work, accumulations, machines.hosts),
         ),
     )  # fmt: skip
@@ -198,10 +198,10 @@ def reject_layout_that_does_not_fit(found: Plan, candidates: list[str]) -> None:
     """Raise `ConfigError` for a plan beyond the GPU's memory, with what would fit."""
     if found.fits:
         return
-    gpu = found.question.machines.gpu
+    gpu = found.request.machines.gpu
     ways = "; what fits: " + "; ".join(candidates) if candidates else "; nothing fits on these GPUs, take larger ones"
     raise ConfigError(
-        f"{found.question.deepspeed_config}: micro batch {found.work.micro_batch} needs"
+        f"{found.request.deepspeed_config}: micro batch {found.work.micro_batch} needs"
         f" {found.memory.total / GIB:.1f} of the {gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name}{ways}"
     )
 

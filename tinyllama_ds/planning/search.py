@@ -55,13 +55,13 @@ class Ranking:
     tried: int
 
 
-def search(question: PlanRequest, inputs: Inputs) -> Ranking:
+def search(request: PlanRequest, inputs: Inputs) -> Ranking:
     """Try everything that divides. Raises `ConfigError` where no micro batch divides, or nothing fits."""
-    ranks, gpu = question.machines.hosts.ranks, question.machines.gpu
+    ranks, gpu = request.machines.hosts.ranks, request.machines.gpu
     micro_batches = _micro_batches(inputs, ranks)
-    combinations = list(product(_configs(question, inputs).items(), micro_batches, RECOMPUTE))
+    combinations = list(product(_configs(request, inputs).items(), micro_batches, RECOMPUTE))
     found = [
-        _candidate(question, inputs, name, raw, micro_batch, recompute)
+        _candidate(request, inputs, name, raw, micro_batch, recompute)
         for (name, raw), micro_batch, recompute in combinations
     ]
     fitting = [candidate for candidate in found if candidate.memory.total <= gpu.memory_bytes]
@@ -101,10 +101,10 @@ def _micro_batches(inputs: Inputs, ranks: int) -> list[int]:
     return micro_batches_of(inputs.plan, ranks)
 
 
-def _configs(question: PlanRequest, inputs: Inputs) -> dict[str, dict]:
+def _configs(request: PlanRequest, inputs: Inputs) -> dict[str, dict]:
     """The user's JSON with each layout's zero_optimization in the place of its own."""
     configs = {}
-    hosts = question.machines.hosts
+    hosts = request.machines.hosts
     for name, zero in LAYOUTS.items():
         raw = json.loads(json.dumps(inputs.raw)) | {"zero_optimization": dict(zero)}
         if name == "zero0":
@@ -118,13 +118,13 @@ def _configs(question: PlanRequest, inputs: Inputs) -> dict[str, dict]:
 
 
 def _candidate(
-    question: PlanRequest, inputs: Inputs, name: str, raw: dict, micro_batch: int, recompute_every: int
+    request: PlanRequest, inputs: Inputs, name: str, raw: dict, micro_batch: int, recompute_every: int
 ) -> Candidate:
-    ranks = question.machines.hosts.ranks
+    ranks = request.machines.hosts.ranks
     config = raw | {"train_micro_batch_size_per_gpu": micro_batch}
-    layout = read_layout(resolve(inputs, question.deepspeed_config, config, micro_batch, ranks), name, ranks)
-    work = work_of(question, inputs, layout, micro_batch, recompute_every)
+    layout = read_layout(resolve(inputs, request.deepspeed_config, config, micro_batch, ranks), name, ranks)
+    work = work_of(request, inputs, layout, micro_batch, recompute_every)
     longest = max(inputs.plan.stages, key=lambda stage: stage.samples)
     accumulation = longest.batch // ranks // micro_batch
-    step = step_time(inputs.model, layout, work, accumulation, question.machines)
+    step = step_time(inputs.model, layout, work, accumulation, request.machines)
     return Candidate(name, config, layout, work, memory_of(inputs.model, layout, work, ranks), step)

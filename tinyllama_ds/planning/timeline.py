@@ -36,7 +36,7 @@ class Milestone:
 class Timeline:
     """Everything about a run that does not depend on machines."""
 
-    borders: list[Milestone]
+    milestones: list[Milestone]
     tokens_by_source: dict[str, int]
     epochs: dict[str, float]  # of the sources whose size is known
     tokens_between_saves: int
@@ -51,7 +51,7 @@ def timeline_of(
     T = recipe.sequence_length
     tokens = {name: count * T for name, count in end.items()}
     return Timeline(
-        _borders(plan, schedule, peak_rate),
+        _milestones(plan, schedule, peak_rate),
         tokens,
         {name: count / (sizes[name] // T) for name, count in end.items() if name in sizes},
         _tokens_between_saves(recipe, plan),
@@ -67,7 +67,7 @@ def sample_order(recipe: Recipe, plan: RunPlan, sizes: Mapping[str, int]) -> Sam
     return SampleOrder(recipe.seed, samples, stages)
 
 
-def _borders(plan: RunPlan, schedule: Schedule, peak_rate: float) -> list[Milestone]:
+def _milestones(plan: RunPlan, schedule: Schedule, peak_rate: float) -> list[Milestone]:
     at = {1: "first step"}
     if isinstance(schedule, CosineSchedule) and schedule.warmup_tokens:
         at[_steps_to(plan, schedule.warmup_tokens)] = "end of the warm-up"
@@ -147,11 +147,11 @@ def schedule_warnings(plan: RunPlan, schedule: Schedule) -> list[str]:
     return found
 
 
-def data_warnings(course: Timeline) -> list[str]:
+def data_warnings(timeline: Timeline) -> list[str]:
     """Which sources repeat, and which are not known."""
     found = []
-    for name, tokens in course.tokens_by_source.items():
-        epochs = course.epochs.get(name)
+    for name, tokens in timeline.tokens_by_source.items():
+        epochs = timeline.epochs.get(name)
         if epochs is None:
             found.append(f"source {name!r}: its size is not known, so whether it repeats is not either; give --data")
         elif epochs > MANY_EPOCHS:

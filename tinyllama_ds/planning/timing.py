@@ -11,10 +11,10 @@ from tinyllama_ds.planning.memory import Work
 
 # Of the seconds that a forward or backward pass computes, the share behind which communication can hide: the first
 # gather and the last reduction of a pass have nothing to hide behind. An assumption.
-HIDEABLE = 0.8
+OVERLAPPABLE = 0.8
 # Of the seconds that do hide, the share that is lost all the same: NCCL's kernels take multiprocessors and memory
 # bandwidth from the computation. An assumption too.
-HIDING_COSTS = 0.1
+OVERLAP_COST = 0.1
 _FORWARD = 1 / 3  # of a training step's operations; the backward pass is twice the forward
 _OPTIMIZER_BYTES = 42  # read and written per parameter: norm 4, clip 8, AdamW on fp32 states 28, weights 2
 _HOST_LINK = 25e9  # bytes/s over PCIe 4 x16, as copies from pinned memory reach it
@@ -83,9 +83,9 @@ def exposed_seconds(traffic: tuple[Traffic, ...], passes: dict[str, float]) -> f
     """What communication adds to a step: all that does not hide behind its pass, and what hiding the rest costs."""
     total = 0.0
     for behind in ("", *passes):
-        waiting = sum(part.seconds for part in traffic if part.collective.hides_behind == behind)
-        hidden = min(waiting, HIDEABLE * passes.get(behind, 0.0))
-        total += waiting - hidden + HIDING_COSTS * hidden
+        waiting = sum(part.seconds for part in traffic if part.collective.overlaps_with == behind)
+        hidden = min(waiting, OVERLAPPABLE * passes.get(behind, 0.0))
+        total += waiting - hidden + OVERLAP_COST * hidden
     return total
 
 

@@ -17,7 +17,7 @@ _NAMED_SHARE = 0.02  # of the picture's width; no words fit into a narrower stag
 _GRAY = "#555555"
 
 
-def picture_of(found: Plan) -> "Figure":
+def plan_figure(found: Plan) -> "Figure":
     """Three curves with the stages, their borders and what holds there."""
     from matplotlib.figure import Figure
 
@@ -25,7 +25,9 @@ def picture_of(found: Plan) -> "Figure":
     peak = found.resolved["optimizer"]["params"].get("lr", 1e-3)
     points = [
         milestone_at(inputs.plan, inputs.schedule, peak, number)
-        for number in _step_numbers(inputs.plan.total_steps, [border.step for border in found.course.borders])
+        for number in _step_numbers(
+            inputs.plan.total_steps, [milestone.step for milestone in found.timeline.milestones]
+        )
     ]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     rate, batch, mixture = figure.subplots(3, 1, sharex=True)
@@ -38,7 +40,7 @@ def picture_of(found: Plan) -> "Figure":
             axis.axvline(start, color=_GRAY, linewidth=0.8, linestyle=":")
         if end - start >= _NAMED_SHARE * starts[-1]:
             _name_stage(stage, start, end, inputs.plan.sequence_length, (rate, batch, mixture))
-    _name_rates(found.course.borders, rate)
+    _name_rates(found.timeline.milestones, rate)
     figure.suptitle(f"{inputs.recipe.name}: {inputs.plan.total_steps:,} steps, {inputs.plan.total_tokens:,} tokens")
     return figure
 
@@ -77,14 +79,14 @@ def _name_stage(
         below += share
 
 
-def _name_rates(borders: list[Milestone], rate: "Axes") -> None:
+def _name_rates(milestones: list[Milestone], rate: "Axes") -> None:
     """The learning rate at the end of the warm-up and of every stage."""
-    for border in borders:
-        if border.name.startswith("end of") and "ramp" not in border.name:
-            is_early = border.tokens < borders[-1].tokens / 9
-            rate.plot(border.tokens, border.learning_rate, "o", color=_GRAY, markersize=3)
+    for milestone in milestones:
+        if milestone.name.startswith("end of") and "ramp" not in milestone.name:
+            is_early = milestone.tokens < milestones[-1].tokens / 9
+            rate.plot(milestone.tokens, milestone.learning_rate, "o", color=_GRAY, markersize=3)
             rate.annotate(
-                f"{border.learning_rate:.3g}", (border.tokens, border.learning_rate), xytext=(-3, 7),
+                f"{milestone.learning_rate:.3g}", (milestone.tokens, milestone.learning_rate), xytext=(-3, 7),
                 textcoords="offset points", ha="left" if is_early else "right", color=_GRAY, fontsize=8,
             )  # fmt: skip
 
@@ -95,6 +97,6 @@ def short_tokens(tokens: float) -> str:
     return f"{tokens / size:.4g}{unit}"
 
 
-def _step_numbers(total: int, borders: list[int]) -> list[int]:
+def _step_numbers(total: int, milestones: list[int]) -> list[int]:
     even = {max(1, round(total * point / _POINTS)) for point in range(_POINTS + 1)}
-    return sorted(even | {number for border in borders for number in (border, min(total, border + 1))})
+    return sorted(even | {number for milestone in milestones for number in (milestone, min(total, milestone + 1))})
