@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The layers of the package, from the bottom: a module imports packages of lower layers and its own, never upwards.
 LAYERS = [
-    {"errors"},
-    {"bars", "files", "inputs", "page", "text_table", "devices", "gpus", "fault_injection"},
+    {"errors", "numbers", "text_table"},
+    {"bars", "files", "inputs", "page", "devices", "gpus", "fault_injection"},
     {"outputs"},
     {"config", "distributed", "model"},
     {"data"},

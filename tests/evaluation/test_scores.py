@@ -57,7 +57,7 @@ def test_the_table_has_our_row_errors_published_rows_and_marked_misprints(measur
     ours = next(line for line in lines if "**this model**" in line)
     assert ours.count("**50.00 ± 1.00**") == 7
     assert "503B" in ours
-    assert "| **TinyLlama, 240k steps**, as many tokens | 503B | 49.56 |" in text
+    assert "| **TinyLlama, 240k steps**, same number of tokens | 503B | 49.56 |" in text
     assert "| TinyLlama v1.0 [3] | 3T | 59.20 | 36.00 | 59.12 | 30.12 | 55.25 | 57.83 | 73.29 | 52.97 |" in lines
     assert "[3] all sources print 52.99" in text
     assert "[1] the paper prints 57.83 for BoolQ" in text
