@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["tinyllama_ds", "tinyllama_ds.*"]),
-    package_data={"tinyllama_ds": ["recipes/*.toml"]},
+    package_data={"tinyllama_ds": ["recipes/*.toml", "templates/*.html"]},
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19.8,<0.20",
@@ -28,6 +28,7 @@ setup(
         "sentencepiece>=0.2.1",
         "numpy>=1.26",
         "pydantic>=2.7",
+        "jinja2>=3.1",
         "typing-extensions>=4.12",
         "psutil>=5.9",
         "pyarrow>=17.0",

@@ -16,20 +16,20 @@ _BAR = re.compile(r"\|[^|]*\| ?")  # between percentage and numbers
 def progress(iterable: Iterable | None = None, *, file: TextIO | None = None, **options: Any) -> tqdm:
     """tqdm with its arguments, on stderr or another file."""
     file = file or sys.stderr
-    return tqdm(iterable, file=file if file.isatty() else Lines(file), **options)
+    return tqdm(iterable, file=file if file.isatty() else ProgressLines(file), **options)
 
 
 @contextmanager
-def lines_for_bars() -> Iterator[None]:
+def bars_as_lines() -> Iterator[None]:
     """The same for the bars of libraries, on stderr."""
     if sys.stderr.isatty():
         yield
         return
-    with redirect_stderr(Lines(sys.stderr)):
+    with redirect_stderr(ProgressLines(sys.stderr)):
         yield
 
 
-class Lines:
+class ProgressLines:
     """A text file that gets the frames of a progress bar as lines, few of them, and all else as it is."""
 
     def __init__(self, file: TextIO, clock: Callable[[], float] = time.monotonic) -> None:

@@ -123,8 +123,8 @@ def test_a_mask_costs_what_it_holds() -> None:
 def test_rings() -> None:
     """Each of n ranks sends (n - 1) / n of the tensor for a gather or a reduce-scatter, an all-reduce is both."""
     kinds = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
-    for kind, passes in kinds.items():
-        assert Collective("x", kind, 1000, 1).sent_per_rank(4) == passes * 750
+    for kind, ring_passes in kinds.items():
+        assert Collective("x", kind, 1000, 1).sent_per_rank(4) == ring_passes * 750
     assert Collective("x", "reduce-scatter", 1000, 1).sent_per_rank(4, "gloo") == 1500
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tinyllama_ds.errors import ConfigError
 
 _SEED = 1234  # lm-eval's own default
-_DRAWS = 100_000  # resamples behind a standard error; lm-eval's own default
+_RESAMPLES = 100_000  # resamples behind a standard error; lm-eval's own default
 _NO_FORKS = "DISABLE_MULTIPROC"  # what lm-eval reads before it resamples
 
 
@@ -28,7 +28,7 @@ class EvaluationFailed(Exception):
     """On which rank, and why; raised on all ranks alike."""
 
 
-class _Agreed(Exception):
+class _FailureOnAllRanks(Exception):
     """All ranks know that one has failed; holds what all of them are to raise."""
 
     def __init__(self, failure: Exception) -> None:
@@ -37,7 +37,7 @@ class _Agreed(Exception):
 
 
 @contextmanager
-def _failing_together(ranks: Ranks) -> Iterator[Ranks]:
+def _raising_on_all_ranks(ranks: Ranks) -> Iterator[Ranks]:
     """Ranks none of which waits for one that has failed: with every exchange each says whether it has.
 
     Raises on all ranks alike, after the first that failed, `ConfigError` or `EvaluationFailed`. What breaks the
@@ -48,34 +48,36 @@ def _failing_together(ranks: Ranks) -> Iterator[Ranks]:
     def exchange(value: Any, failure: Exception | None = None) -> list[Any]:
         nonlocal is_exchanging
         is_exchanging = True
-        told = None if failure is None else [isinstance(failure, ConfigError), _sentence(failure)]
+        told = None if failure is None else [isinstance(failure, ConfigError), _message(failure)]
         reports = ranks.gather([told, value])
         is_exchanging = False
         for rank, (told, _) in enumerate(reports):
             if told is not None:
                 is_refusal, sentence = told
-                raise _Agreed(ConfigError(sentence) if is_refusal else EvaluationFailed(f"rank {rank}: {sentence}"))
+                raise _FailureOnAllRanks(
+                    ConfigError(sentence) if is_refusal else EvaluationFailed(f"rank {rank}: {sentence}")
+                )
         return [value for _, value in reports]
 
     try:
         try:
             yield replace(ranks, gather=exchange)
             exchange(None)  # a rank that is done leaves when none can fail any more
-        except _Agreed:
+        except _FailureOnAllRanks:
             raise
         except Exception as error:
             if is_exchanging:
                 raise
             exchange(None, error)
-    except _Agreed as agreed:
+    except _FailureOnAllRanks as agreed:
         raise agreed.failure from agreed.__context__
 
 
-def _sentence(failure: Exception) -> str:
+def _message(failure: Exception) -> str:
     return str(failure) if isinstance(failure, ConfigError) else f"{type(failure).__name__}: {failure}"
 
 
-class Shared:
+class ShardedLM:
     """lm-eval's model on every rank, each answering its share of the requests; then all have all answers.
 
     To lm-eval every rank is the only one. Its own way deals documents, breaks off where a rank gets none, and
@@ -134,13 +136,15 @@ def evaluate(
     from lm_eval.evaluator import evaluate as lm_evaluate
 
     _quieten()
-    with _failing_together(ranks) as together, _forking(may_fork):
+    with _raising_on_all_ranks(ranks) as together, _multiprocessing(may_fork):
         lm = build()
         reject_long_generations(tasks["tasks"], lm.max_length, lm.max_gen_toks)
         _seed(tasks["tasks"])
-        draws = _DRAWS if may_fork else _DRAWS // 100
+        draws = _RESAMPLES if may_fork else _RESAMPLES // 100
         try:
-            return dict(lm_evaluate(Shared(lm, together), tasks, limit=limit, log_samples=False, bootstrap_iters=draws))
+            return dict(
+                lm_evaluate(ShardedLM(lm, together), tasks, limit=limit, log_samples=False, bootstrap_iters=draws)
+            )
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"--batch-size {lm.batch_size}: does not fit the GPU's memory; expected a smaller one"
@@ -160,7 +164,7 @@ def _seed(tasks: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _forking(may_fork: bool) -> Iterator[None]:
+def _multiprocessing(may_fork: bool) -> Iterator[None]:
     """While it may not, lm-eval resamples in this process."""
     if may_fork or _NO_FORKS in os.environ:
         yield

@@ -45,17 +45,17 @@ class Series:
             self._tokens.append(tokens)
             self._values.append(value)
             if len(self._tokens) == _MOST_POINTS:
-                self._thin_out()
+                self._downsample()
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, ascending, and values, each (N,); N is four times the number of columns at most."""
-        self._thin_out()
+        self._downsample()
         return np.array(self._tokens), np.array(self._values)
 
-    def _thin_out(self) -> None:
+    def _downsample(self) -> None:
         tokens, values = np.array(self._tokens), np.array(self._values)
         by_tokens = np.argsort(tokens, kind="stable")
         tokens, values = tokens[by_tokens], values[by_tokens]
@@ -125,7 +125,7 @@ def read_history(run_dir: Path) -> History:
             if (content := in_shape(read_object_if_whole(file), Scores))
         ],
     )
-    _read_figures(path, history)
+    _read_metrics(path, history)
     return history
 
 
@@ -136,7 +136,7 @@ def _metrics_of(run_dir: Path) -> Path:
     return path
 
 
-def _read_figures(path: Path, history: History) -> None:
+def _read_metrics(path: Path, history: History) -> None:
     step, end = _reached(path)
     rates = array("d")
     drawn: dict[str, Series | None] = {}  # by the name of a figure; None for one that is not
@@ -182,12 +182,12 @@ def _rows(path: Path) -> Iterator[dict]:
         total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=2, leave=False
     ) as bar:  # fmt: skip
         for number, (_, row) in enumerate(whole_rows(file, path, **_STEPS)):
-            yield {name: value for name, value in map(_figure, row.items()) if value is not None}
+            yield {name: value for name, value in map(_metric, row.items()) if value is not None}
             if number % 4096 == 0:
                 bar.update(file.tell() - bar.n)
 
 
-def _figure(item: tuple[str, Any]) -> tuple[str, float | None]:
+def _metric(item: tuple[str, Any]) -> tuple[str, float | None]:
     """NaN is written as null, and was written as what is no JSON; of anything else than a number nothing is left."""
     name, value = item
     if is_number(value):

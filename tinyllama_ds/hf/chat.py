@@ -20,10 +20,10 @@ class Conversation:
     The oldest exchanges are forgotten when the model's positions would not hold them.
     """
 
-    def __init__(self, served: LoadedModel, sampling: Sampling, system: str | None = None) -> None:
-        assert served.encode_chat is not None
-        self._encode = served.encode_chat
-        self._served = served
+    def __init__(self, loaded: LoadedModel, sampling: Sampling, system: str | None = None) -> None:
+        assert loaded.encode_chat is not None
+        self._encode = loaded.encode_chat
+        self._loaded = loaded
         self._sampling = sampling
         self._system = [Message("system", system)] if system else []
         self.messages: list[Message] = []  # user and assistant by turns
@@ -39,9 +39,9 @@ class Conversation:
         Ctrl-C ends the answer, and what was written of it counts. Raises `ConfigError` for a question that is too long.
         """
         ids = self._fit(Message("user", question))
-        writing = _Writing(self._served, on_text)
+        writing = _TextStreamer(self._loaded, on_text)
         with suppress(KeyboardInterrupt):
-            continue_ids(self._served, ids, self._sampling, writing.add)
+            continue_ids(self._loaded, ids, self._sampling, writing.add)
         answer = writing.finish()
         if answer.strip():
             self.messages.append(Message("assistant", answer))
@@ -51,7 +51,7 @@ class Conversation:
 
     def _fit(self, question: Message) -> list[int]:
         """Append the question; returns the prompt's ids, after as many oldest exchanges were forgotten as it takes."""
-        positions = self._served.positions
+        positions = self._loaded.positions
         room = positions - min(self._sampling.max_new_tokens, positions // 2)
         kept = self.messages
         while len(ids := self._encode([*self._system, *kept, question])) > room and kept:
@@ -62,22 +62,22 @@ class Conversation:
         return ids
 
 
-class _Writing:
+class _TextStreamer:
     """Token ids to pieces of text, each handed on once it is whole: a character may take several tokens."""
 
-    def __init__(self, served: LoadedModel, on_text: Callable[[str], None]) -> None:
-        self._served = served
+    def __init__(self, loaded: LoadedModel, on_text: Callable[[str], None]) -> None:
+        self._loaded = loaded
         self._on_text = on_text
         self._ids: list[int] = []
         self._written = 0
 
     def add(self, token: int) -> None:
-        if token != self._served.end_of_turn:
+        if token != self._loaded.end_of_turn:
             self._ids.append(token)
-            self._write(self._served.decode(self._ids).rstrip("\ufffd"))
+            self._write(self._loaded.decode(self._ids).rstrip("\ufffd"))
 
     def finish(self) -> str:
-        text = self._served.decode(self._ids)
+        text = self._loaded.decode(self._ids)
         self._write(text)
         return text
 
@@ -87,7 +87,7 @@ class _Writing:
             self._written = len(text)
 
 
-def talk(conversation: Conversation) -> None:
+def chat_loop(conversation: Conversation) -> None:
     """Questions from standard input, a line each, and answers to standard output, until it ends or `/exit`."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 does not end the conversation

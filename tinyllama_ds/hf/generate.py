@@ -39,7 +39,7 @@ class Sampling:
     seed: int
 
 
-def serve_hf_folder(folder: Path) -> LoadedModel:
+def load_from_hf_folder(folder: Path) -> LoadedModel:
     """A Hugging Face folder, as any user of transformers loads it."""
     model, tokenizer = load_hf_folder(folder)
 
@@ -56,7 +56,7 @@ def serve_hf_folder(folder: Path) -> LoadedModel:
     )
 
 
-def serve_weights(
+def load_from_weights(
     weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer, is_chat_model: bool = False
 ) -> LoadedModel:
     """The weights of a checkpoint; `is_chat_model` says that they were trained on conversations."""
@@ -64,31 +64,31 @@ def serve_weights(
     return LoadedModel(hf_model(weights, config), tokenizer.encode, tokenizer.decode, encode_chat)
 
 
-def generate(served: LoadedModel, prompt: str, sampling: Sampling) -> str:
+def generate(loaded: LoadedModel, prompt: str, sampling: Sampling) -> str:
     """The prompt and its continuation, up to the end of the document or `max_new_tokens`."""
-    ids = served.encode(prompt) or [EOS_ID]
+    ids = loaded.encode(prompt) or [EOS_ID]
     torch.manual_seed(sampling.seed)
-    continuation = continue_ids(served, ids, sampling)
-    return served.decode([token for token in [*ids, *continuation] if token != EOS_ID])
+    continuation = continue_ids(loaded, ids, sampling)
+    return loaded.decode([token for token in [*ids, *continuation] if token != EOS_ID])
 
 
 def continue_ids(
-    served: LoadedModel, ids: list[int], sampling: Sampling, on_token: Callable[[int], None] | None = None
+    loaded: LoadedModel, ids: list[int], sampling: Sampling, on_token: Callable[[int], None] | None = None
 ) -> list[int]:
     """What the model writes after some ids, its EOS included; `on_token` gets each id as it comes.
 
     Raises `ConfigError` where the ids leave no position free.
     """
-    room = served.positions - len(ids)
+    room = loaded.positions - len(ids)
     if room < 1:
-        raise ConfigError(f"the prompt's {len(ids)} tokens fill the model's {served.positions} positions")
+        raise ConfigError(f"the prompt's {len(ids)} tokens fill the model's {loaded.positions} positions")
     options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
     if sampling.temperature > 0:
         options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     if on_token is not None:
-        options["streamer"] = _Streamer(on_token)
+        options["streamer"] = _TokenStreamer(on_token)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = served.model.to(device)
+    model = loaded.model.to(device)
     inputs = torch.tensor([ids], device=device)
     output = model.generate(
         inputs,
@@ -100,7 +100,7 @@ def continue_ids(
     return output[0, len(ids) :].tolist()
 
 
-class _Streamer:
+class _TokenStreamer:
     """transformers' streamer protocol: the prompt comes first, then each token."""
 
     def __init__(self, on_token: Callable[[int], None]) -> None:
