@@ -34,9 +34,9 @@ from tinyllama_ds.distributed.world import read_world
 from tinyllama_ds.health.guard import check_parameters
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.run.metrics import PhaseClock
 from tinyllama_ds.train.batches import Batch
 from tinyllama_ds.train.engine import start_process_group, wrap
+from tinyllama_ds.train.phase_clock import PhaseClock
 from tinyllama_ds.train.step import train_step
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def copy_seconds(trainer: Trainer, folder: Path) -> list[float]:
     for _ in range(6):
         dist.barrier()
         started = perf_counter()
-        snapshots.take(trainer.engine, folder, 0)
+        snapshots.take(trainer.engine, folder)
         found.append(perf_counter() - started)
     return found
 

@@ -24,10 +24,10 @@ from tinyllama_ds.config.run_plan import Step
 from tinyllama_ds.distributed.world import read_world
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.run.metrics import PhaseClock
 from tinyllama_ds.train.batches import Batch
 from tinyllama_ds.train.compile import compile_blocks
 from tinyllama_ds.train.engine import hard_exit, start_process_group, wrap
+from tinyllama_ds.train.phase_clock import PhaseClock
 from tinyllama_ds.train.step import train_step
 
 WARMUP_STEPS = 2  # the optimizer's state, and ZeRO-3's recording of the order of modules

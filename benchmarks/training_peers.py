@@ -34,7 +34,7 @@ from installed import of_installed
 from tinyllama_ds.commands.arguments import Parser, WholeNumber, output_file
 from tinyllama_ds.distributed.network import free_port
 from tinyllama_ds.launch.launcher import Placement, launcher_environment
-from tinyllama_ds.run.metrics import measured_peak, memory_bytes
+from tinyllama_ds.train.utilization import measured_peak, memory_bytes
 
 
 def serve(name: str, size: Size) -> None:

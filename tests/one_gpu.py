@@ -71,8 +71,7 @@ def _on_gpu(how: Any, arguments: tuple, dry_run: bool, memory_bytes: int, seen: 
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
     from tinyllama_ds.benchmark import measure
-    from tinyllama_ds.run import metrics
-    from tinyllama_ds.train import engine, pretrain
+    from tinyllama_ds.train import engine, pretrain, utilization
 
     # A fake device has no speed, and nothing for PyTorch's profiler.
     kinds = {"kinds": {"collectives": {"seconds": 0.0}}}
@@ -81,7 +80,7 @@ def _on_gpu(how: Any, arguments: tuple, dry_run: bool, memory_bytes: int, seen: 
         set_accelerator(CUDA_Accelerator())
         gpu.memory_bytes = memory_bytes
         patches.enter_context(mock.patch.object(engine, "hard_exit", _leave))
-        patches.enter_context(mock.patch.object(metrics, "measured_peak", return_value=1e12))
+        patches.enter_context(mock.patch.object(utilization, "measured_peak", return_value=1e12))
         patches.enter_context(mock.patch.object(measure, "_profile_step", return_value=kinds))
         if not dry_run:
             patches.enter_context(mock.patch.object(pretrain, "dry_run_batch", return_value="left out"))

@@ -44,7 +44,7 @@ class Part:
         if measured is None:
             import torch
 
-            from tinyllama_ds.run.metrics import measured_peak
+            from tinyllama_ds.train.utilization import measured_peak
 
             measured = measured_peak(torch.device(self.device), torch.bfloat16)
             torch.cuda.empty_cache()

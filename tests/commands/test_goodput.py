@@ -19,7 +19,7 @@ STOPPED = Supervised(code=75, restarts=1, seconds=50.0, tokens=512)
 
 
 def log(run_dir: Path, *rows: dict[str, float]) -> None:
-    metrics = MetricsLogger(run_dir, {"tensorboard": {"enabled": False}}, 10, Progress(0, 0, 0), "{}")
+    metrics = MetricsLogger(run_dir, {"tensorboard": {"enabled": False}}, Progress(0, 0, 0), "{}")
     for number, figures in enumerate(rows):
         metrics.log(number, 256 * number, figures)
     metrics.close()

@@ -1,14 +1,12 @@
-"""Batches: the right tokens at the right position, made ahead without losing one, an exception or a thread."""
+"""Samples: the right tokens at the right position."""
 
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from corpora import made_up_text, write_jsonl
-from launching import TIMEOUT, wait_until
 
-from tinyllama_ds.data.loader import SampleReader, open_streams, prefetch
+from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import source_format
@@ -119,66 +117,3 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, data: Path, token
     train_tokenizer([made_up_text(99, 3000)], 512, other / TOKENIZER_FILE)
     with pytest.raises(ConfigError, match="was made with another tokenizer"):
         open_streams(other, ["first"], "train", 512)
-
-
-# --- prefetch ---------------------------------------------------------------------------------------------------------
-
-
-def prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
-def test_prefetch_gives_the_same_items_and_ends():
-    assert list(prefetch(iter(range(100)), 3)) == list(range(100))
-    assert prefetch_threads() == []
-
-
-def test_prefetch_works_ahead_but_no_further_than_its_depth():
-    taken, lead = 0, []
-
-    def items():
-        for number in range(50):
-            lead.append(number + 1 - taken)
-            yield number
-
-    ahead = prefetch(items(), 4)
-    for number in range(40):
-        assert next(ahead) == number
-        taken = number + 1
-        wait_until(lambda made=number + 6: len(lead) == made, "four in the queue, and one in the thread's hand")
-    assert max(lead) <= 6, "before what was taken is counted"
-    ahead.close()
-    assert prefetch_threads() == []
-
-
-def test_prefetch_hands_over_the_exception_after_the_items_before_it():
-    def items():
-        yield 1
-        yield 2
-        raise ConfigError("shard: cut short")
-
-    ahead = prefetch(items(), 1)
-    assert [next(ahead), next(ahead)] == [1, 2]
-    with pytest.raises(ConfigError, match="cut short"):
-        next(ahead)
-    assert prefetch_threads() == []
-
-
-def test_prefetch_hides_the_reading_behind_the_work():
-    """Each item is read between two questions for items, and never while the consumer waits."""
-    working, read = threading.Semaphore(0), []
-
-    def slow():
-        for number in range(10):
-            assert working.acquire(timeout=TIMEOUT)
-            read.append(number)
-            yield number
-
-    ahead = prefetch(slow(), 4)
-    working.release()
-    assert next(ahead) == 0
-    for number in range(1, 10):
-        working.release()  # the training step
-        wait_until(lambda last=number: read[-1] == last, "an item that is read meanwhile")
-        assert next(ahead) == number
-    ahead.close()

@@ -129,7 +129,7 @@ def test_what_goes_wrong_ends_no_run_and_a_stop_is_heeded(data_dir: Path, tmp_pa
     recipe = write_scored_recipe(tmp_path / "recipe.toml", 12, 12, [str(task)], every=2)
     finished = pretrain(recipe, write_deepspeed_config(tmp_path / "ds.json", 1, micro_batch=2), data_dir, run, 2)
     assert finished.returncode == EXIT_RESTART, finished.stderr
-    assert re.findall(r"step (\d).*: NOT scored on tasks, training goes on: (.*)", finished.stdout) == [
+    assert re.findall(r"step (\d).*: scoring on tasks failed, continuing: (.*)", finished.stdout) == [
         ("2", "rank 0: OSError: no judgement"),
         ("4", "rank 1: OSError: no question"),
         ("8", "rank 0: StopWanted: the run is asked to stop"),

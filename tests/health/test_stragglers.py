@@ -30,8 +30,8 @@ def train_beside_a_slow_rank(config: str, folder: Path) -> None:
     from tinyllama_ds.health.stragglers import StragglerDetector
     from tinyllama_ds.model.config import model_config
     from tinyllama_ds.model.llama import build_model
-    from tinyllama_ds.run.metrics import PhaseClock
     from tinyllama_ds.train.engine import start_process_group, wrap
+    from tinyllama_ds.train.phase_clock import PhaseClock
     from tinyllama_ds.train.step import train_step
 
     world = read_world()
@@ -101,7 +101,7 @@ def test_a_slow_rank_is_named_and_those_that_wait_for_it_are_not(phase: str, row
             assert figures["Ranks/Max"] >= DELAY
             assert figures["Ranks/Max"] > SLOW * figures["Ranks/Min"]
         assert [len(row["said"]) for row in told] == [0, 0, 1], "after three logged steps in a row"
-        assert told[-1]["said"][0].startswith(f"rank {SLOW_RANK} on ")
+        assert told[-1]["said"][0].startswith(f"straggler: rank {SLOW_RANK} (")
 
 
 def test_waiting_in_a_collective_is_not_a_ranks_own_work(rows: list[dict]) -> None:

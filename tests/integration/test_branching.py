@@ -96,7 +96,7 @@ def chain_of_a_run_of_its_own(family: Family, recipe: Path) -> str:
     for step in resolved.plan.steps(0):
         for _ in range(step.batch // resolved.micro_batch):
             next(batches)
-        chain = extend_chain(chain, step.number, batches.take())
+        chain = extend_chain(chain, step.number, batches.take_digest())
     return chain
 
 

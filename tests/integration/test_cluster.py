@@ -246,7 +246,7 @@ def test_a_slow_host_is_named(setup: Setup, hosts: list[Host], tmp_path: Path) -
             time.sleep(0.02)
     finished = finish(process)
     assert finished.returncode == 0, explain(finished)
-    assert "rank 1 on node2 is slow: its own work takes" in finished.stdout
+    assert "straggler: rank 1 (node2) is " in finished.stdout
     assert max(read_series(tmp_path / "run", "Ranks/Max")) > 0
 
 

@@ -50,7 +50,7 @@ def test_a_deterministic_run_is_the_same_run_on_a_cpu(data_dir: Path, tmp_path: 
         assert finished.returncode == 0, finished.stderr
         description = json.loads((run_dir / "run.json").read_text())
         assert description["deterministic"] == bool(more)
-        assert (", deterministic, blocks" in finished.stdout + finished.stderr) == bool(more)
+        assert (", deterministic, torch.compile" in finished.stdout + finished.stderr) == bool(more)
     for name in ("Train/Loss", "Train/GradNorm", "Validation/Loss/slimpajama"):
         assert read_series(plain, name) == read_series(deterministic, name), name
     expected, found = (tensors_of(find_checkpoints(run_dir)[-1]) for run_dir in (plain, deterministic))

@@ -294,7 +294,7 @@ def test_a_stop_waits_for_the_save_that_is_under_way(
     steps = [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")]
     assert steps[0] == 20
     assert steps[-1] == max(read_series(tmp_path / "run", "step"))
-    assert said.count(f"step {steps[-1]}: saved") == 1
+    assert said.count(f"step {steps[-1]}: checkpoint saved") == 1
     assert list((tmp_path / "run" / "checkpoints").glob(".*")) == []
 
 
@@ -309,7 +309,7 @@ def test_a_stop_during_the_first_step_is_kept_for_its_end(
     said, errors = supervisor.communicate(timeout=TIMEOUT)
     assert supervisor.returncode == EXIT_RESTART, errors
     assert [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")] == [1]
-    assert said.count("step 1: saved") == 1
+    assert said.count("step 1: checkpoint saved") == 1
 
 
 @slow

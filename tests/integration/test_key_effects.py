@@ -214,7 +214,7 @@ def _log_to_csv(folder: Path) -> None:
     section = {"enabled": True, "output_path": str(folder / "logs"), "job_name": "llama"}
     for name, csv in (("run", section), ("other", {"enabled": True}), ("off", {"enabled": False})):
         monitors = {"csv_monitor": csv, "tensorboard": {"enabled": False}}
-        metrics = MetricsLogger(folder / name, monitors, 1, Progress(0, 0, 0), "{}")
+        metrics = MetricsLogger(folder / name, monitors, Progress(0, 0, 0), "{}")
         metrics.log(1, 10, {"Train/Loss": 1.5})
         metrics.close()
 
@@ -238,8 +238,8 @@ def _train(config: dict, world: object) -> tuple:
     from tinyllama_ds.config.deepspeed import weights_dtype
     from tinyllama_ds.config.run_plan import Step
     from tinyllama_ds.distributed.collectives import sum_over_ranks
-    from tinyllama_ds.run.metrics import PhaseClock
     from tinyllama_ds.train.engine import wrap
+    from tinyllama_ds.train.phase_clock import PhaseClock
     from tinyllama_ds.train.step import train_step
 
     engine = wrap(_model(getattr(torch, weights_dtype(config))), config, 1.0)

@@ -29,7 +29,7 @@ def test_the_loss_comes_out_again_to_the_last_bit(data_dir: Path, tmp_path: Path
 
     finished = start()
     assert finished.returncode == 0, finished.stderr
-    assert "blocks compiled" in finished.stdout
+    assert "torch.compile: on" in finished.stdout
     [checkpoint] = find_checkpoints(tmp_path / "run")
     assert json.loads((checkpoint / "manifest.json").read_text())["health"]["probe"]["numerics_environment"]["compiled"]
     finished = start()

@@ -23,7 +23,7 @@ def test_a_failing_rank_makes_all_abandon_the_save(
     finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2)
     assert finished.returncode == 0, finished.stderr
     point, rank, *_ = fault.split(":")
-    assert f"NOT saved, training goes on: rank {rank}: OSError: injected at {point} of step 4" in finished.stdout
+    assert f"checkpoint save failed, continuing: rank {rank}: OSError: injected at {point} of step 4" in finished.stdout
     assert [verify_checkpoint(path).progress.step for path in find_checkpoints(tmp_path / "run")] == [2, 6]
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2, "nothing is left of the abandoned save"
     assert read_series(tmp_path / "run", "Checkpoint/Failures") == [0, 1, 1]

@@ -12,7 +12,7 @@ from launching import pretrain_command, write_deepspeed_config, write_recipe
 from tinyllama_ds.files import SECRETS_FILE
 from tinyllama_ds.launch.environment import hand_on_secrets
 from tinyllama_ds.layout import LIFELINE_VARIABLE
-from tinyllama_ds.train.pretrain import take_over_secrets
+from tinyllama_ds.train.pretrain import read_secrets
 
 NAMES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "NCCL_SECRET", "PYTHON_PASSWORD", "DATABASE_URL")
 
@@ -49,13 +49,13 @@ def test_ranks_of_a_supervisor_on_another_host_take_secrets_from_a_file(
 ) -> None:
     hand_on_secrets(tmp_path / SECRETS_FILE, {"WANDB_API_KEY": "x"})
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    take_over_secrets(tmp_path)
+    read_secrets(tmp_path)
     assert "WANDB_API_KEY" not in os.environ
     monkeypatch.setenv(LIFELINE_VARIABLE, "node1:1:30:120")
-    take_over_secrets(tmp_path)
+    read_secrets(tmp_path)
     assert os.environ["WANDB_API_KEY"] == "x"
     hand_on_secrets(tmp_path / SECRETS_FILE, {})
-    take_over_secrets(tmp_path)
+    read_secrets(tmp_path)
 
 
 def assert_closed_to_others(run_dir: Path) -> None:

@@ -9,10 +9,10 @@ from launching import write_deepspeed_config, write_recipe
 
 from tinyllama_ds.distributed.world import read_world
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.run.metrics import PhaseClock
 from tinyllama_ds.run.resolve import Options, resolve_run
 from tinyllama_ds.train.batches import micro_batches
 from tinyllama_ds.train.engine import hard_exit, set_learning_rate, start_process_group, wrap
+from tinyllama_ds.train.phase_clock import PhaseClock
 from tinyllama_ds.train.step import train_step
 
 POISONED = 3

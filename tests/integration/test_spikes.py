@@ -14,15 +14,17 @@ from launching import Finished, read_series, write_deepspeed_config, write_recip
 from test_resume import tensors_of
 
 from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
+from tinyllama_ds.config.run_plan import accumulation_steps
 from tinyllama_ds.distributed.world import read_world
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_NUMERICS, EXIT_ROLLBACK
 from tinyllama_ds.fault_injection import FAULT_VARIABLE, RESTART_VARIABLE
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.run.ledger import LEDGER_FILE
-from tinyllama_ds.run.metrics import PhaseClock
 from tinyllama_ds.run.resolve import Options, resolve_run
 from tinyllama_ds.train.batches import count_targets, micro_batches
-from tinyllama_ds.train.engine import drop_gradients, gradient_norm, hard_exit, start_process_group, wrap
+from tinyllama_ds.train.engine import hard_exit, start_process_group, wrap
+from tinyllama_ds.train.gradients import drop_gradients, gradient_norm
+from tinyllama_ds.train.phase_clock import PhaseClock
 from tinyllama_ds.train.step import accumulate_gradients, apply_gradients
 
 DROPPED = 2  # the step whose gradient is thrown away
@@ -117,12 +119,13 @@ def print_norms(recipe: Path, config: Path, data: Path, run_dir: Path) -> None:
     batches, clock = micro_batches(run, world, 0), PhaseClock(world.device)
     norms = []
     for step in run.plan.steps(0):
-        accumulate_gradients(engine, step, batches, run.micro_batch, count_targets(run, step), world, clock)
+        accumulation = accumulation_steps(step.batch, world.size, run.micro_batch)
+        accumulate_gradients(engine, batches, accumulation, count_targets(run, step), world, clock)
         before = float(gradient_norm(engine))
         if step.number == DROPPED:
             drop_gradients(engine)
         else:
-            norms.append([before, float(apply_gradients(engine, step))])
+            norms.append([before, float(apply_gradients(engine))])
     print(json.dumps(norms))
     hard_exit(0)
 
@@ -145,7 +148,7 @@ def test_a_rollback_leaves_out_exactly_the_samples_of_the_spike(setup: Setup, mo
     finished = setup.start("run", "rollback", how=start_until_it_stays)
     assert finished.returncode == 0, finished.stderr
     assert "resumed at step 8" in finished.stdout
-    assert "samples 72 to 79 are left out" in finished.stdout
+    assert "samples 72 to 79 are excluded" in finished.stdout
     (entry,) = setup.ledger("run")
     assert (entry["event"], entry["step"], entry["first_sample"], entry["last_sample"]) == ("rolled back", 10, 72, 79)
     starts = [json.loads(line) for line in (setup.root / "run" / "starts.jsonl").read_text().splitlines()]
@@ -174,7 +177,7 @@ def test_two_rollbacks_and_then_a_resume_from_before_them(setup: Setup, monkeypa
     finished = setup.start("run", "rollback", how=start_until_it_stays)
     assert finished.returncode == 0, finished.stderr
     assert [(entry["first_sample"], entry["last_sample"]) for entry in setup.ledger("run")] == [(72, 79), (80, 87)]
-    assert "samples 72 to 87 are left out" in finished.stdout
+    assert "samples 72 to 87 are excluded" in finished.stdout
     monkeypatch.delenv(FAULT_VARIABLE)
     shutil.copytree(setup.root / "run", setup.root / "again")
     for checkpoint in find_checkpoints(setup.root / "again")[1:]:

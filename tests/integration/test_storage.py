@@ -43,10 +43,10 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(
             wait_until(lambda: rank_0.status() != psutil.STATUS_STOPPED, "rank 0 does not go on")
         finished = ranks.finish()
     assert finished.returncode == 0, finished.stderr
-    (line,) = [line for line in finished.stdout.splitlines() if "NOT saved" in line]
-    assert f"step {2 * STEPS // SAVES}: NOT saved" in line
+    (line,) = [line for line in finished.stdout.splitlines() if "checkpoint save failed" in line]
+    assert f"step {2 * STEPS // SAVES}: checkpoint save failed" in line
     assert "a checkpoint needs 2.06 MiB, and 0.00 MiB are free there" in line
-    assert f"step {STEPS}: saved" in finished.stdout
+    assert f"step {STEPS}: checkpoint saved" in finished.stdout
     assert verify_checkpoint(find_checkpoints(run_dir)[-1]).progress.step == STEPS
     assert_every_step_once(run_dir)
     assert read_series(run_dir, "Checkpoint/Failures") == [0, 1, 1, 1, 1]

@@ -29,7 +29,7 @@ damaged = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 
 
 def log_steps(run_dir: Path, first: int, last: int) -> None:
-    metrics = MetricsLogger(run_dir, {"tensorboard": {"enabled": False}}, 10, Progress(first, 0, first * 100), "{}")
+    metrics = MetricsLogger(run_dir, {"tensorboard": {"enabled": False}}, Progress(first, 0, first * 100), "{}")
     for step in range(first + 1, last + 1):
         metrics.log(step, step * 100, {"Train/Loss": step})
         metrics.log_samples(step, step * 100, [("prompt", f"after {step}")])

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import on_ranks
 from launching import wait_until
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,14 +20,11 @@ from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalar
 from tensorboard.summary.writer import event_file_writer
 
 from tinyllama_ds.checkpoint.format import Progress
-from tinyllama_ds.distributed.world import read_world
 from tinyllama_ds.evaluation.history import read_history, read_metrics
 from tinyllama_ds.evaluation.scores import Score
-from tinyllama_ds.run import metrics as metrics_module
 from tinyllama_ds.run import sinks
-from tinyllama_ds.run.metrics import MetricsLogger, PhaseClock, peak_flops, tensorboard_directory, utilisation
+from tinyllama_ds.run.metrics import MetricsLogger, tensorboard_directory
 from tinyllama_ds.run.sinks import JsonlWriter
-from tinyllama_ds.train.engine import start_process_group
 
 CPU = torch.device("cpu")
 
@@ -42,7 +36,7 @@ def fresh_file_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def log_steps(run_dir: Path, first: int, last: int, offset: float = 0.0) -> None:
-    metrics = MetricsLogger(run_dir, {}, 10, Progress(first, first * 8, first * 100), "{}")
+    metrics = MetricsLogger(run_dir, {}, Progress(first, first * 8, first * 100), "{}")
     for step in range(first + 1, last + 1):
         metrics.log(step, step * 100, {"Train/Loss": step + offset, "Speed/MFU": 0.5})
     metrics.close()
@@ -82,7 +76,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_disk_loses_no_row(small_disk: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     """Rows that found no room follow when there is some again, in both sinks, in order, each once."""
     run_dir = small_disk(size=2**20) / "run"
-    metrics = MetricsLogger(run_dir, {}, 10, Progress(0, 0, 0), "{}")
+    metrics = MetricsLogger(run_dir, {}, Progress(0, 0, 0), "{}")
     row = {"Train/Loss": 1.0} | {f"Tokens/{'source' * 30}{number}": 0.0 for number in range(20)}
     for step in range(1, 10):
         if step == 4:
@@ -114,7 +108,7 @@ def fill(path: Path) -> None:
 @pytest.mark.usefixtures("impatient")
 def test_a_folder_that_cannot_be_made_is_tried_again(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
-    metrics = MetricsLogger(tmp_path, {}, 10, Progress(0, 0, 0), "{}")
+    metrics = MetricsLogger(tmp_path, {}, Progress(0, 0, 0), "{}")
     metrics.log(1, 100, {"Train/Loss": 1.0})
     (tmp_path / "tensorboard").unlink()
     metrics.log(2, 200, {"Train/Loss": 2.0})
@@ -130,7 +124,7 @@ def test_tensorboard_opens_with_the_figures_in_groups(tmp_path: Path) -> None:
     names += ["Speed/TokensPerSecond", "Speed/MFU", "Seconds/data", "Ranks/Median", "Memory/PeakGiB"]
     names += ["Guard/SkippedSteps", "Guard/Spikes", "Checkpoint/Seconds", "Checkpoint/StallSeconds", "Tasks/piqa/acc"]
     for first in (0, 4):
-        metrics = MetricsLogger(tmp_path, {}, 10, Progress(first, first * 8, first * 100), "{}")
+        metrics = MetricsLogger(tmp_path, {}, Progress(first, first * 8, first * 100), "{}")
         metrics.log(first + 1, 100 * first + 100, dict.fromkeys(names, 1.0))
         metrics.close()
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tensorboard")).Reload()
@@ -153,7 +147,7 @@ def test_scores_have_rows_with_their_errors_and_are_forgotten_with_the_steps_tha
     tmp_path: Path,
 ) -> None:
     for first, value in ((0, 0.25), (2, 0.5)):
-        metrics = MetricsLogger(tmp_path, {}, 10, Progress(first, first * 8, first * 100), "{}")
+        metrics = MetricsLogger(tmp_path, {}, Progress(first, first * 8, first * 100), "{}")
         for step in range(first + 1, first + 4):
             metrics.log_scores(step, step * 100, [Score("piqa", "acc", value, 0.125, 9, 0, "1.0")])
         metrics.close()
@@ -169,7 +163,7 @@ def test_scores_have_rows_with_their_errors_and_are_forgotten_with_the_steps_tha
 
 def test_samples_are_forgotten_with_the_steps_that_are_done_again(tmp_path: Path) -> None:
     for first, text in ((0, "before"), (2, "after")):
-        metrics = MetricsLogger(tmp_path, {}, 10, Progress(first, first * 8, first * 100), "{}")
+        metrics = MetricsLogger(tmp_path, {}, Progress(first, first * 8, first * 100), "{}")
         for step in range(first + 1, first + 4):
             metrics.log_samples(step, step * 100, [("two\nlines", text)])
         metrics.close()
@@ -188,21 +182,21 @@ def test_the_time_that_a_run_was_up_goes_on_after_a_resume(tmp_path: Path) -> No
     seconds = [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert seconds == sorted(seconds)
     began = time.perf_counter() - 60
-    metrics = MetricsLogger(tmp_path, {}, 10, Progress(8, 64, 800), "{}", began=began)
+    metrics = MetricsLogger(tmp_path, {}, Progress(8, 64, 800), "{}", began=began)
     metrics.log(9, 900, {})
     metrics.close()
-    assert metrics.reached == 8
+    assert metrics.last_logged_step == 8
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
     assert seconds[-1] + 60 <= last <= seconds[-1] + time.perf_counter() - began + 0.001  # rounded
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "tokens": 700, "seconds": 99.0}\n')  # of a save, which comes late
-    assert JsonlWriter(tmp_path / "metrics.jsonl", 8).reached == 9
+    assert JsonlWriter(tmp_path / "metrics.jsonl", 8).last_step == 9
 
 
 def test_what_a_run_logged_before_its_first_save_is_done_again(tmp_path: Path) -> None:
     """It starts over at step 0, whose validation was logged too."""
     for _ in range(2):
-        metrics = MetricsLogger(tmp_path, {}, 10, Progress(0, 0, 0), "{}")
+        metrics = MetricsLogger(tmp_path, {}, Progress(0, 0, 0), "{}")
         metrics.log(0, 0, {"Validation/Loss/a": 6.0})
         metrics.log(1, 100, {"Train/Loss": 1.0})
         metrics.close()
@@ -213,7 +207,7 @@ def test_what_a_run_logged_before_its_first_save_is_done_again(tmp_path: Path) -
 
 
 def test_tensorboard_can_be_off(tmp_path: Path) -> None:
-    metrics = MetricsLogger(tmp_path, {"tensorboard": {"enabled": False}}, 1, Progress(0, 0, 0), "{}")
+    metrics = MetricsLogger(tmp_path, {"tensorboard": {"enabled": False}}, Progress(0, 0, 0), "{}")
     metrics.log(1, 10, {"Train/Loss": 1.0})
     metrics.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -231,59 +225,10 @@ def test_tensorboard_goes_where_the_json_says(section: dict, expected: str) -> N
     assert tensorboard_directory(section, Path("run")) == Path(expected)
 
 
-def test_clock_adds_up_phases_and_starts_again() -> None:
-    clock, started = PhaseClock(CPU), time.perf_counter()
-    for _ in range(3):
-        with clock.phase("forward"):
-            time.sleep(0.01)
-    assert 0.03 <= clock.read()["forward"] <= time.perf_counter() - started
-    assert clock.read() == {}
-
-
-def test_no_share_of_a_peak_is_above_it() -> None:
-    assert utilisation(1e12, 2e12) == 0.5
-    assert utilisation(2e12, 2e12) == 1
-    assert utilisation(2.04e12, 2e12) is None
-
-
-def print_peak() -> None:
-    """On every rank, the second later than the first."""
-    rank = int(os.environ["RANK"])
-    start_process_group(read_world())
-    measured: list[float] = []
-    whole = metrics_module.measured_peak
-
-    def measure(*arguments: object) -> float:
-        measured.append(whole(*arguments))
-        return measured[-1]
-
-    metrics_module.measured_peak = measure
-    peak, _ = peak_flops(CPU, torch.float32, 2)
-    again, _ = peak_flops(CPU, torch.float32, 2)
-    row = json.dumps({"rank": rank, "peak": peak, "again": again, "measured": measured})
-    os.write(sys.stdout.fileno(), f"{row}\n".encode())  # at once, beside the other rank's
-    os._exit(0)  # gloo's threads can abort at the interpreter's end
-
-
-def test_ranks_measure_once_together_and_keep_the_best() -> None:
-    finished = on_ranks(print_peak, ranks=2)
-    found = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == 2, finished.stderr
-    best = max(row["measured"][0] for row in found)
-    assert [len(row["measured"]) for row in found] == [1, 1]
-    assert {row["peak"] for row in found} | {row["again"] for row in found} == {best}
-
-
-def test_unknown_device_is_measured_and_says_so() -> None:
-    peak, origin = peak_flops(CPU, torch.float32)
-    assert 1e9 < peak < 1e14
-    assert origin == "a measured 2048 x 2048 x 2048 float32 matrix product"
-
-
 def test_figures_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
     """jq, pandas and browsers read no NaN and no Infinity; the report takes null for what those were in older runs."""
     figures = {"Train/Loss": float("nan"), "Train/GradNorm": float("inf"), "Speed/MFU": float("-inf"), "Train/A": 1.5}
-    metrics = MetricsLogger(tmp_path, {"tensorboard": {"enabled": False}}, 10, Progress(0, 0, 0), "{}")
+    metrics = MetricsLogger(tmp_path, {"tensorboard": {"enabled": False}}, Progress(0, 0, 0), "{}")
     metrics.log(1, 100, figures)
     metrics.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -18,7 +18,7 @@ from tinyllama_ds.layout import RUN_FILE
 from tinyllama_ds.run.directory import check_run_directory, open_run_directory, reject_different_history
 from tinyllama_ds.run.ledger import ROLLED_BACK, Entry, record
 from tinyllama_ds.run.resolve import Options, Run, resolve_run
-from tinyllama_ds.train.pretrain import tell_changes
+from tinyllama_ds.train.setup import print_changes
 
 
 @pytest.fixture
@@ -165,9 +165,10 @@ def test_other_packages_are_a_change_that_is_no_reason_to_refuse(
     (options.run_dir / RUN_FILE).write_text(json.dumps(held))
     run = resolve(options)
     assert check_run_directory(run) is None
-    tell_changes(open_run_directory(run), ())
+    print_changes(open_run_directory(run), ())
     told = capsys.readouterr().err
-    assert f"warning: other packages than at the last start: flash-attn 1.0 -> absent, torch 2.0.0 -> {now}\n" in told
+    differ = f"flash-attn 1.0 -> absent, torch 2.0.0 -> {now}"
+    assert f"warning: package versions differ from the last start: {differ}\n" in told
 
 
 def test_other_data_is_refused_unless_it_is_allowed_by_name(options: Options, data_dir: Path) -> None:

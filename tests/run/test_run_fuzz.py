@@ -88,7 +88,7 @@ def resume(path: Path) -> None:
         rows.write({"step": 2})
         rows.close()
         assert json.loads(Path(folder, path.name).read_bytes().splitlines()[-1]) == {"step": 2}
-        assert rows.reached >= 0
+        assert rows.last_step >= 0
         reject_lost_checkpoints(path.parent, begun=2**60)
 
 

@@ -12,7 +12,7 @@ from tinyllama_ds.health.probe import numerics_environment
 from tinyllama_ds.health.stragglers import StragglerDetector
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.train.compile import compile_blocks, why_not
+from tinyllama_ds.train.compile import compile_blocks, compile_unavailable_reason
 
 _SIZE = LlamaConfig(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -51,11 +51,14 @@ def test_a_compiled_model_is_known_after_its_blocks_are_timed() -> None:
 
 
 def test_this_machine_compiles() -> None:
-    assert why_not(torch.device("cpu")) is None
+    assert compile_unavailable_reason(torch.device("cpu")) is None
 
 
 def test_a_machine_without_a_compiler_says_so(tmp_path: os.PathLike) -> None:
-    program = "import torch; from tinyllama_ds.train.compile import why_not; print(why_not(torch.device('cpu')))"
+    program = (
+        "import torch; from tinyllama_ds.train.compile import compile_unavailable_reason;"
+        "print(compile_unavailable_reason(torch.device('cpu')))"
+    )
     environment = os.environ | {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", program]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -25,11 +25,12 @@ from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
 from tinyllama_ds.model.attention import Demands, Device, capability_of, resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig, model_config
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.run.metrics import PhaseClock, measured_together, memory_bytes, peak_flops, utilisation
 from tinyllama_ds.train.batches import Batch
 from tinyllama_ds.train.compile import compile_blocks
 from tinyllama_ds.train.engine import start_process_group, supports_fast_bf16, wrap
+from tinyllama_ds.train.phase_clock import PhaseClock
 from tinyllama_ds.train.step import train_step
+from tinyllama_ds.train.utilization import measured_together, memory_bytes, peak_flops, utilisation
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

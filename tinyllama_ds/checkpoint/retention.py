@@ -7,7 +7,6 @@ from pathlib import Path
 
 from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.fault_injection import maybe_inject_fault
 from tinyllama_ds.files import remove
 from tinyllama_ds.layout import CHECKPOINTS
 
@@ -37,16 +36,15 @@ def remove_old_checkpoints(run_dir: Path, retention: Retention) -> None:
         if multiple > 0 and multiple not in kept_multiples:
             kept_multiples.add(multiple)  # the first one past each multiple
             continue
-        _remove(checkpoint, progress.step)
+        with suppress(OSError):
+            remove(_move_to_trash(checkpoint))
 
 
-def _remove(checkpoint: Path, step: int) -> None:
+def _move_to_trash(checkpoint: Path) -> Path:
     trash = checkpoint.with_name(f".trash-{checkpoint.name}")
     remove(trash)
-    with suppress(OSError):
-        checkpoint.rename(trash)
-        maybe_inject_fault("purge.mid", step)
-    remove(trash)
+    checkpoint.rename(trash)
+    return trash
 
 
 def find_leftovers(run_dir: Path) -> list[Path]:

@@ -38,7 +38,6 @@ from tinyllama_ds.checkpoint.format import (
 from tinyllama_ds.checkpoint.retention import Retention, remove_old_checkpoints
 from tinyllama_ds.checkpoint.staging import HostStateBuffer
 from tinyllama_ds.distributed.collectives import gather_from_ranks
-from tinyllama_ds.fault_injection import maybe_inject_fault
 from tinyllama_ds.files import remove, sync
 from tinyllama_ds.layout import CHECKPOINTS
 from tinyllama_ds.model.config import LlamaConfig
@@ -115,8 +114,8 @@ class Saver:
         if save.failures:
             self._end(save)
             return
-        states, failure = self._snapshots.take(engine, partial, progress.step)
-        work = _Background(lambda: _write_files(states, partial, progress.step), failure)
+        states, failure = self._snapshots.take(engine, partial)
+        work = _Background(lambda: _write_files(states, partial), failure)
         self._pending_save = _PendingSave(save, partial, final, manifest, work, self._commit_or_abandon)
         save.stall += perf_counter() - started
 
@@ -124,7 +123,7 @@ class Saver:
         """Collective. Only the copy into host memory, whose buffers stay for the saves to come."""
         folder = self._settings.run_dir / CHECKPOINTS / f".{checkpoint_name(progress.step)}.dry_run"
         try:
-            _, failure = self._snapshots.take(engine, folder, progress.step)
+            _, failure = self._snapshots.take(engine, folder)
         finally:
             remove(folder)
         if failure is not None:
@@ -179,10 +178,15 @@ class Saver:
     def _commit_or_abandon(self, pending_save: "_PendingSave") -> None:
         """Collective. Every rank has written its files, or failed to."""
         reports = gather_from_ranks([pending_save.work.failure, pending_save.work.result])
-        maybe_inject_fault("save.agreed", pending_save.save.progress.step)
-        pending_save.save.failures = _name_ranks([failure for failure, _ in reports])
+        self._conclude_or_abandon(pending_save.save, reports)
+
+    def _conclude_or_abandon(self, save: Save, reports: list) -> None:
+        """Let rank 0 commit what all have written, behind the training, or remove it."""
+        pending_save = self._pending_save
+        assert pending_save is not None
+        save.failures = _name_ranks([failure for failure, _ in reports])
         files = {name: File(**file) for _, written in reports for name, file in (written or {}).items()}
-        pending_save.save.size = sum(file.size for file in files.values())
+        save.size = sum(file.size for file in files.values())
         manifest = replace(pending_save.manifest, files=files)
         pending_save.work = _Background(lambda: self._conclude(pending_save, manifest), wanted=self._world.is_rank0)
         pending_save.next = self._agree_on_end
@@ -202,7 +206,6 @@ class Saver:
         self._pending_save = None
 
     def _end(self, save: Save) -> None:
-        maybe_inject_fault("save.ended", save.progress.step)
         save.seconds = perf_counter() - save.started
         self._last_failures = save.failures
         self._failures += bool(save.failures)
@@ -246,22 +249,25 @@ class _Background(Thread):
         self.result = self._action()
 
 
-def _write_files(states: dict[str, Any], folder: Path, step: int) -> dict[str, dict]:
+def _write_files(states: dict[str, Any], folder: Path) -> dict[str, dict]:
     """Write this rank's files, synced; returns what the manifest says of each."""
     # Every file has its SHA-256; PyTorch's own CRC-32 would cost more time than all the rest.
     torch.serialization.set_crc32_options(False)
-    files = {}
-    for name, state in states.items():
-        maybe_inject_fault("save.begin", step)
-        with (folder / name).open("wb") as file:
-            hashing = _HashingFile(file)
-            torch.save(state, cast(BinaryIO, hashing))
-            maybe_inject_fault("save.mid_shard", step)
-            file.flush()
-            os.fsync(file.fileno())
-        files[name] = asdict(File(hashing.size, hashing.digest()))
-        maybe_inject_fault("save.after_shard", step)
-    return files
+    return {name: asdict(_write_file(folder / name, state)) for name, state in states.items()}
+
+
+def _write_file(path: Path, state: Any) -> File:
+    with path.open("wb") as file:
+        hashing = _serialize(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return File(hashing.size, hashing.digest())
+
+
+def _serialize(state: Any, file: BinaryIO) -> "_HashingFile":
+    hashing = _HashingFile(file)
+    torch.save(state, cast(BinaryIO, hashing))
+    return hashing
 
 
 class _HashingFile:
@@ -304,14 +310,14 @@ def _name_ranks(failures: list[str | None]) -> list[str]:
 
 
 def _commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
-    step = manifest.progress.step
-    maybe_inject_fault("save.before_manifest", step)
     (partial / MANIFEST_FILE).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
     sync(partial / MANIFEST_FILE)
     sync(partial)
-    maybe_inject_fault("save.before_rename", step)
+    _rename(partial, final)
+    sync(final.parent)
+
+
+def _rename(partial: Path, final: Path) -> None:
     if os.path.lexists(final):  # what is left of a copy, say: were it a checkpoint, the run would have gone on from it
         put_aside(final, final.parents[1])
     partial.rename(final)
-    maybe_inject_fault("save.after_rename", step)
-    sync(final.parent)

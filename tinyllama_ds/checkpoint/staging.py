@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tinyllama_ds.fault_injection import maybe_inject_fault
-
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -23,7 +21,7 @@ class HostStateBuffer:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
 
-    def take(self, engine: "DeepSpeedEngine", folder: Path, step: int) -> tuple[dict[str, Any], str | None]:
+    def take(self, engine: "DeepSpeedEngine", folder: Path) -> tuple[dict[str, Any], str | None]:
         """Collective. (state by the name of the file that it belongs into, what went wrong on this rank).
 
         Never raises for the copy: an exception inside DeepSpeed's save would leave the other ranks in a barrier.
@@ -34,8 +32,7 @@ class HostStateBuffer:
 
         def take_one(state_dict: dict, path: str) -> None:
             try:
-                maybe_inject_fault("save.copy", step)
-                states[Path(path).name] = self._copy(state_dict, Path(path).name)
+                states[Path(path).name] = self._copy(state_dict, Path(path))
             except Exception as error:
                 failures.append(f"{type(error).__name__}: {error}")
 
@@ -50,12 +47,12 @@ class HostStateBuffer:
             torch.cuda.synchronize()  # the copies from the device are under way
         return states, failures[0] if failures else None
 
-    def _copy(self, state: dict, name: str) -> dict:
+    def _copy(self, state: dict, path: Path) -> dict:
         """The state with every tensor in host memory. A tensor that stands in two places is one tensor in the copy."""
         copies: dict[int, Any] = {}
         for number, tensor in enumerate(_tensors_in(state)):
             if id(tensor) not in copies:
-                copies[id(tensor)] = self._copy_tensor((name, number), tensor)
+                copies[id(tensor)] = self._copy_tensor((path.name, number), tensor)
         return copy.deepcopy(state, copies)
 
     def _copy_tensor(self, place: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:

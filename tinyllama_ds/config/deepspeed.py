@@ -23,6 +23,7 @@ from tinyllama_ds.config.deepspeed_keys import (
     is_off,
 )
 from tinyllama_ds.config.key_lines import json_lines
+from tinyllama_ds.config.run_plan import accumulation_steps
 from tinyllama_ds.config.validation import with_line
 from tinyllama_ds.errors import ConfigError, raise_problems, shown, shown_as_json
 from tinyllama_ds.inputs import read_text
@@ -212,7 +213,7 @@ def resolve_deepspeed_config(raw: dict, path: Path, values: AutoValues) -> dict:
     """
     resolved = _normalize(raw)
     resolved["train_batch_size"] = values.batch
-    resolved["gradient_accumulation_steps"] = values.batch // values.micro_batch // values.world_size
+    resolved["gradient_accumulation_steps"] = accumulation_steps(values.batch, values.world_size, values.micro_batch)
     resolved["train_micro_batch_size_per_gpu"] = values.micro_batch
     params = resolved["optimizer"].setdefault("params", {})
     _fill(params, _AUTO_OPTIMIZER)

@@ -93,6 +93,11 @@ class RunPlan:
         return (self.step(number) for number in range(start, self.total_steps))
 
 
+def accumulation_steps(batch: int, world_size: int, micro_batch: int) -> int:
+    """Micro-batches of a rank per optimizer step, given a global batch that divides; all in sequences."""
+    return batch // world_size // micro_batch
+
+
 def micro_batches_of(plan: RunPlan, world_size: int) -> list[int]:
     """The micro batches, in sequences, that divide every stage's share of a rank; `world_size` divides the batches."""
     shares = [stage.batch // world_size for stage in plan.stages]

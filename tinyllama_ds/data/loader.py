@@ -1,10 +1,7 @@
-"""Batches for a rank: positions to token arrays, prepared ahead by one thread."""
+"""Samples by position in the order of a run, as token arrays."""
 
-import queue
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -13,8 +10,6 @@ from tinyllama_ds.data.packing import open_stream
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.errors import ConfigError, DataError
-
-Item = TypeVar("Item")
 
 
 def open_streams(data: Path, sources: Iterable[str], split: str, vocab_size: int) -> dict[str, TokenStream]:
@@ -101,42 +96,3 @@ class SampleReader:
             place = stream.place_in_sample(sample, offset, self._sequence_length)
             raise DataError(f"{place}: token id {tokens[offset]} is beyond the vocabulary of {self._vocab_size}")
         return tokens
-
-
-def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
-    """The same items, made up to `depth` ahead by a thread that ends with its consumer and hands over its exception."""
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    abandoned = threading.Event()
-    finished = object()
-
-    def put(entry: object) -> None:
-        while not abandoned.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for item in items:
-                put((item, None))
-                if abandoned.is_set():
-                    return
-            put((finished, None))
-        except BaseException as error:  # handed to the consumer, who raises it
-            put((finished, error))
-
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is finished:
-                return
-            yield item
-    finally:
-        abandoned.set()
-        thread.join()

@@ -37,6 +37,7 @@ class Heartbeat:
 
     def __init__(self, rank: int, run_dir: Path | None = None) -> None:
         """`run_dir` is where the key of a supervisor on another host lies; without one it has none."""
+        self.began = time.perf_counter()
         directory = os.environ.get(HEARTBEAT_VARIABLE)
         self._file = None if directory is None else (Path(directory) / f"rank_{rank}").open("w")
         if directory is not None:

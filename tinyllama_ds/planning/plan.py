@@ -11,7 +11,7 @@ from tinyllama_ds.config.deepspeed import (
     resolve_deepspeed_config,
 )
 from tinyllama_ds.config.recipe import Recipe, load_recipe
-from tinyllama_ds.config.run_plan import RunPlan, micro_batch_of
+from tinyllama_ds.config.run_plan import RunPlan, accumulation_steps, micro_batch_of
 from tinyllama_ds.config.schedule import Schedule, make_schedule
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.gpus import GIB
@@ -133,7 +133,7 @@ def make_plan(request: PlanRequest, inputs: Inputs, sizes: dict[str, int]) -> Pl
     resolved = resolve(inputs, path, inputs.raw, micro_batch, ranks)
     layout = read_layout(resolved, path.stem, ranks)
     work = work_of(request, inputs, layout, micro_batch, request.recompute_every)
-    accumulations = tuple(stage.batch // ranks // micro_batch for stage in inputs.plan.stages)
+    accumulations = tuple(accumulation_steps(stage.batch, ranks, micro_batch) for stage in inputs.plan.stages)
     steps = tuple(step_time(inputs.model, layout, work, count, machines) for count in accumulations)
     duration = _duration(inputs.plan, steps, ranks, request.tokens_per_second)
     intervals = inputs.recipe.intervals

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from itertools import product
 
-from tinyllama_ds.config.run_plan import micro_batches_of
+from tinyllama_ds.config.run_plan import accumulation_steps, micro_batches_of
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.gpus import GIB
 from tinyllama_ds.planning.layout import Layout, read_layout
@@ -124,6 +124,6 @@ def _candidate(
     layout = read_layout(resolve(inputs, request.deepspeed_config, config, micro_batch, ranks), name, ranks)
     work = work_of(request, inputs, layout, micro_batch, recompute_every)
     longest = max(inputs.plan.stages, key=lambda stage: stage.samples)
-    accumulation = longest.batch // ranks // micro_batch
+    accumulation = accumulation_steps(longest.batch, ranks, micro_batch)
     step = step_time(inputs.model, layout, work, accumulation, request.machines)
     return Candidate(name, config, layout, work, memory_of(inputs.model, layout, work, ranks), step)

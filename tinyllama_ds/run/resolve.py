@@ -92,6 +92,11 @@ class Run:
     description: dict  # what run.json holds, but for its history
 
     @property
+    def first_step(self) -> int:
+        """The step that a branch begins with, else 0."""
+        return self.parent.step if self.parent else 0
+
+    @property
     def kernels(self) -> str:
         """Which attention, why `auto` took no faster one, and whether kernels are deterministic: for the console."""
         reason = f" ({self.attention_reason})" if self.attention_reason else ""

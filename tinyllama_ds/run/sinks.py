@@ -41,9 +41,9 @@ class JsonlWriter:
         self._is_failing = False
         self._descriptor: int | None = None
         self.last: dict = {}  # row that was there before
-        self.reached = 0  # the largest step there
+        self.last_step = 0  # the largest in the file
         try:
-            self.last, self.reached = _forget_after(path, last_step)
+            self.last, self.last_step = _forget_after(path, last_step)
         except OSError as error:
             warn(path, error)
 

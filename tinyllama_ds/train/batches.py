@@ -1,9 +1,11 @@
-"""The micro batches of a rank: samples of the order, with what the model needs beside them."""
+"""The micro-batches of a rank: read ahead by a thread, copied to the GPU on a stream of their own, and hashed."""
 
 import hashlib
+import queue
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +14,12 @@ from torch import Tensor
 from tinyllama_ds.config.run_plan import Step
 from tinyllama_ds.data.order import rank_positions
 from tinyllama_ds.distributed.world import DistributedInfo
-from tinyllama_ds.fault_injection import maybe_inject_fault
 from tinyllama_ds.model.loss import IGNORE_INDEX
 from tinyllama_ds.run.resolve import Run
 
-_DIGEST_BYTES = 5  # of a sample; a million of them add up without leaving int64
+_DIGEST_BYTES = 5  # of a sample; the sum of a million of them fits into int64
+_PREFETCHED = 4  # micro-batches
+Item = TypeVar("Item")
 
 
 class Batch(NamedTuple):
@@ -24,15 +27,15 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # (B, T + 1)
     document_ids: Tensor | None = None  # (B, T) with a document mask: the document of each input token
-    loss_mask: Tensor | None = None  # (B, T) with conversations: which labels count; else all do
-    ready: "Copied | None" = None  # the model's inputs, where they are under way to a GPU
+    loss_mask: Tensor | None = None  # (B, T) of conversations: which labels are in the loss; without it all are
+    ready: "InputCopy | None" = None  # the model's inputs on their way to a GPU
 
     @property
     def num_targets(self) -> int:
         return self.tokens[:, 1:].numel() if self.loss_mask is None else int(self.loss_mask.sum())
 
     def model_inputs(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Input ids and labels on the device of the model, and perhaps segments in host memory; each (B, T)."""
+        """Input ids and labels on the device, and with a document mask document ids in host memory; each (B, T)."""
         if self.ready is not None:
             return self.ready.wait()
         tokens = self.tokens.to(device, non_blocking=True)
@@ -43,33 +46,37 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Copied:
-    """The model's inputs, copied to a GPU on a stream that is not the one which computes."""
+class InputCopy:
+    """The model's inputs, copied to a GPU on a stream of their own."""
 
     inputs: tuple[Tensor, ...]
     end: torch.cuda.Event
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The inputs, for what is computed from now on; the host does not wait."""
+        """The inputs, once the GPU has copied them; the host does not wait."""
         current = torch.cuda.current_stream()
         current.wait_event(self.end)
         for tensor in self.inputs:
             if tensor.is_cuda:
-                tensor.record_stream(current)  # its memory is not given away before the computation is done with it
+                tensor.record_stream(current)  # its memory is not reused before the computation has ended
         return self.inputs
 
 
+def open_loader(run: Run, world: DistributedInfo, first_step: int) -> "HashingLoader":
+    """This rank's micro-batches of all steps from `first_step` on, prefetched and hashed."""
+    return HashingLoader(prefetch(micro_batches(run, world, first_step), _PREFETCHED))
+
+
 def micro_batches(run: Run, world: DistributedInfo, first_step: int) -> Iterator[Batch]:
-    """This rank's micro batches of all steps from a number on, beside a GPU with their inputs on the way there."""
-    return _copied_ahead(_in_host_memory(run, world, first_step), world.device)
+    """This rank's micro-batches of all steps from `first_step` on; for a GPU their inputs are being copied to it."""
+    steps = run.plan.steps(first_step)
+    return _copied_ahead((batch for step in steps for batch in _read_step(run, world, step)), world.device)
 
 
-def _in_host_memory(run: Run, world: DistributedInfo, first_step: int) -> Iterator[Batch]:
-    for step in run.plan.steps(first_step):
-        maybe_inject_fault("data.read", step.number)
-        share = rank_positions(step.first_position, step.batch, world.rank, world.size)
-        for start in share[:: run.micro_batch]:
-            yield read_batch(run, np.arange(start, start + run.micro_batch), world.device)
+def _read_step(run: Run, world: DistributedInfo, step: Step) -> Iterator[Batch]:
+    share = rank_positions(step.first_position, step.batch, world.rank, world.size)
+    for start in share[:: run.micro_batch]:
+        yield read_batch(run, np.arange(start, start + run.micro_batch), world.device)
 
 
 def _copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -80,7 +87,7 @@ def _copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Ba
     for batch in batches:
         with torch.cuda.stream(stream):
             inputs = batch.model_inputs(device)
-        yield batch._replace(ready=Copied(inputs, stream.record_event()))
+        yield batch._replace(ready=InputCopy(inputs, stream.record_event()))
 
 
 def read_batch(run: Run, positions: np.ndarray, device: torch.device) -> Batch:
@@ -97,14 +104,14 @@ def read_batch(run: Run, positions: np.ndarray, device: torch.device) -> Batch:
 
 
 def count_targets(run: Run, step: Step) -> int:
-    """The labels that count in the global batch of a step. Every rank knows it without asking the others."""
+    """Labels in the loss of the global batch of a step. Every rank knows the number without communication."""
     if not run.reader.has_loss_mask:
         return step.batch * run.recipe.sequence_length
     return run.reader.count_targets(np.arange(step.first_position, step.first_position + step.batch))
 
 
 class HashingLoader:
-    """Hands on the micro batches of a rank, and adds up a digest of every sample in them."""
+    """Iterates over the micro-batches of a rank, and sums up a digest of every sample in them."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = iter(batches)
@@ -113,14 +120,53 @@ class HashingLoader:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> "Batch":
+    def __next__(self) -> Batch:
         batch = next(self._batches)
         for sample in batch.tokens.numpy():
             digest = hashlib.blake2b(sample.tobytes(), digest_size=_DIGEST_BYTES).digest()
             self._sum += int.from_bytes(digest, "little")
         return batch
 
-    def take(self) -> int:
-        """The sum since the last call. Sums do not depend on the order, so neither ranks nor micro batches matter."""
-        taken, self._sum = self._sum, 0
-        return taken
+    def take_digest(self) -> int:
+        """The sum since the last call. It does not depend on the order of samples, so on no layout of ranks either."""
+        digest, self._sum = self._sum, 0
+        return digest
+
+
+def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    """The same items, produced up to `depth` ahead by a thread; its exception is raised in the consumer."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    abandoned = threading.Event()
+    finished = object()
+
+    def put(entry: object) -> None:
+        while not abandoned.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if abandoned.is_set():
+                    return
+            put((finished, None))
+        except BaseException as error:  # raised in the consumer
+            put((finished, error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is finished:
+                return
+            yield item
+    finally:
+        abandoned.set()
+        thread.join()

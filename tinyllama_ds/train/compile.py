@@ -1,4 +1,4 @@
-"""Compiling the decoder block by block, where the machine has what that needs."""
+"""torch.compile of the decoder, block by block, where the machine can."""
 
 import torch
 
@@ -20,32 +20,33 @@ def compile_blocks(model: LlamaForCausalLM) -> None:
 
 
 def decide_compilation(choice: str, world: DistributedInfo) -> tuple[bool, str]:
-    """Whether blocks are compiled, the same on every rank, and how to say so. Collective.
+    """Whether blocks are compiled, the same on every rank, and a description for the log. Collective.
 
-    `auto` is on with GPUs, and off on CPUs, where half a minute of compilation wins a tenth. It falls back where a rank
+    `auto` is on with GPUs, and off on CPUs, where half a minute of compilation gains 10 %. It is off where a rank
     cannot compile; `on` raises `ConfigError` then.
     """
     if choice == "off":
-        return False, "not compiled"
+        return False, "off"
     if choice == "auto" and world.device.type == "cpu":
-        return False, "not compiled (--compile on is a tenth faster on CPUs, after half a minute)"
+        return False, "off (on CPUs --compile on is 10 % faster, after half a minute)"
     failures = _failures_of_all(world)
     if not failures:
-        return True, "compiled"
+        return True, "on"
     if choice == "on":
         raise ConfigError(f"--compile on: {failures[0]}; install what is missing, or choose --compile off")
-    return False, f"NOT compiled, which is slower: {failures[0]}"
+    return False, f"off, which is slower ({failures[0]})"
 
 
 def _failures_of_all(world: DistributedInfo) -> list[str]:
-    return [f"rank {rank}: {text}" for rank, text in enumerate(gather_from_ranks(why_not(world.device))) if text]
+    reasons = gather_from_ranks(compile_unavailable_reason(world.device))
+    return [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
 
 
-def why_not(device: torch.device) -> str | None:
+def compile_unavailable_reason(device: torch.device) -> str | None:
     """What PyTorch's compiler lacks here (a C compiler, Python's headers, Triton), found by compiling one line."""
     try:
         torch.compile(_one_line)(torch.ones(8, device=device))
-    except Exception as error:  # a compiler fails in as many ways as there are machines
+    except Exception as error:  # whatever a compiler raises
         return f"torch.compile does not work ({summarize_exception(error)})"
     return None
 

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tinyllama_ds.checkpoint.format import Progress
-from tinyllama_ds.checkpoint.save import Saver
 from tinyllama_ds.data.order import rank_positions
 from tinyllama_ds.distributed.collectives import sum_over_ranks
 from tinyllama_ds.distributed.world import DistributedInfo
@@ -24,13 +22,14 @@ from tinyllama_ds.errors import ConfigError, NumericsError, OutOfMemory
 from tinyllama_ds.evaluation.validation import validation_losses
 from tinyllama_ds.gpus import GIB
 from tinyllama_ds.health.probe import take_probe
-from tinyllama_ds.run.metrics import memory_bytes, peak_memory
 from tinyllama_ds.run.resolve import Run
 from tinyllama_ds.train.batches import read_batch
+from tinyllama_ds.train.callbacks.samples import continue_prompts
 from tinyllama_ds.train.compile import summarize_exception
-from tinyllama_ds.train.engine import drop_gradients
-from tinyllama_ds.train.reports import continue_prompts
+from tinyllama_ds.train.gradients import drop_gradients
 from tinyllama_ds.train.scoring import score_one_prompt
+from tinyllama_ds.train.trainer import Trainer
+from tinyllama_ds.train.utilization import memory_bytes, peak_memory
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -68,33 +67,24 @@ class DryRun:
         return f"dry-run batch passed in {self.seconds:.1f} s: peak {self.peak_bytes / GIB:.2f} GiB{beside}"
 
 
-def dry_run_batch(
-    engine: "DeepSpeedEngine",
-    run: Run,
-    world: DistributedInfo,
-    start: Progress,
-    saver: Saver,
-    estimate_memory: EstimateMemory,
-) -> DryRun:
+def dry_run_batch(trainer: Trainer, estimate_memory: EstimateMemory) -> DryRun:
     """Collective. Raises `OutOfMemory` where memory does not suffice, `NumericsError` where the probe is not finite,
-    and `DryRunFailed` for whatever else a part fails of; each names the part.
+    and `DryRunFailed` for any other failure; each names the part.
     """
-    started = perf_counter()
-    estimate = None
-    if world.device.type == "cuda":
-        total = torch.cuda.get_device_properties(world.device).total_memory
-        estimate = estimate_memory(run, world.size, engine.module.is_compiled, total)
-    for name, part in _parts(engine, run, world, start, saver):
-        with _named(name, run, world, estimate):
+    started, device, estimate = perf_counter(), trainer.world.device, None
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        estimate = estimate_memory(trainer.run, trainer.world.size, trainer.engine.module.is_compiled, total)
+    for name, part in _parts(trainer):
+        with _named(name, trainer.run, trainer.world, estimate):
             part()
-    return DryRun(perf_counter() - started, memory_bytes(world.device), estimate)
+    return DryRun(perf_counter() - started, memory_bytes(device), estimate)
 
 
-def _parts(
-    engine: "DeepSpeedEngine", run: Run, world: DistributedInfo, start: Progress, saver: Saver
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and action of each part, in the order in which a run comes to them."""
-    step = run.plan.step(start.step)
+def _parts(trainer: Trainer) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and action of each part, in the order in which training executes them."""
+    engine, run, world = trainer.engine, trainer.run, trainer.world
+    step = run.plan.step(trainer.start.step)
     share = rank_positions(step.first_position, step.batch, world.rank, world.size)
     batch = read_batch(run, np.array(share[: run.micro_batch]), world.device)
     losses: list[torch.Tensor] = []
@@ -107,14 +97,14 @@ def _parts(
         yield "validation", lambda: validation_losses([one_batch], engine, sum_over_ranks, *where)
     yield "probe", lambda: take_probe(engine, run, world)
     if run.prompts:
-        yield "sampling", lambda: continue_prompts(engine, run, world, new_tokens=1)
+        yield "sampling", lambda: continue_prompts(trainer, new_tokens=1)
     if run.tasks is not None:
         yield "scoring", lambda: score_one_prompt(engine, run, world)
-    yield "snapshot", lambda: saver.copy_state(engine, start)
+    yield "snapshot", lambda: trainer.saver.copy_state(engine, trainer.start)
 
 
 def _backward(engine: "DeepSpeedEngine", loss: torch.Tensor) -> None:
-    """As in the last micro batch of a step, so that gradients are reduced too; then they are thrown away."""
+    """As in the last micro-batch of a step, with the reduction of gradients, which are dropped then."""
     engine.backward(loss, scale_wrt_gas=False)
     drop_gradients(engine)
 

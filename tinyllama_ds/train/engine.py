@@ -4,13 +4,20 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from tinyllama_ds.distributed.collectives import gather_from_ranks
 from tinyllama_ds.distributed.world import DistributedInfo, choose_interface
@@ -31,7 +38,10 @@ def supports_fast_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products have hardware: GPUs since Ampere, CPUs with AMX or AVX-512 BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return not {"amx_tile", "avx512_bf16"}.isdisjoint(flags.split())
 
 
 def start_process_group(world: DistributedInfo, timeout: timedelta = _START_TIMEOUT) -> None:
@@ -44,7 +54,7 @@ def start_process_group(world: DistributedInfo, timeout: timedelta = _START_TIME
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its own import has set it to warnings
     if world.device.type == "cpu":
-        # Without a list of ops DeepSpeed compiles a shared-memory all-reduce that only inference uses.
+        # Else DeepSpeed compiles a shared-memory all-reduce that only inference uses; no option turns it off.
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed("gloo", verbose=False, timeout=timeout)
     else:
@@ -86,10 +96,10 @@ def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         if dist.get_world_size() == 1:
             config = _without_release(config)
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):  # it prints how much memory each of its parts takes
+    silent = redirect_stdout(StringIO())
+    with warnings.catch_warnings(), silent, _without_dummy_step(config):  # print()s its memory
         warnings.simplefilter("ignore")
         engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    _undo_dummy_step(engine)
     for group in engine.optimizer.param_groups:
         group["configured_lr"] = group["lr"]
     set_learning_rate(engine, learning_rate_ratio)
@@ -108,21 +118,34 @@ def _without_release(config: dict) -> dict:
     return config | {"zero_optimization": zero | {"stage3_param_persistence_threshold": _ALL_PARAMETERS}}
 
 
-def _undo_dummy_step(engine: "DeepSpeedEngine") -> None:
-    """Stage 0 in bf16: DeepSpeed steps on zero gradients to allocate the optimizer's state.
+@contextmanager
+def _without_dummy_step(config: dict) -> Iterator[None]:
+    """At stage 0 in bf16 DeepSpeed steps on zero gradients, to allocate the optimizer's state while it initializes.
 
-    That decays the masters once and counts as Adam's first step, which makes the real first step a quarter too small.
+    That decays the master weights once and counts as Adam's first step, which makes the real first step a quarter too
+    small. Inside, a step has learning rate 0, and leaves no state.
     """
-    if engine.zero_optimization() or not engine.bfloat16_enabled():
+    if config["zero_optimization"].get("stage", 0) or not config.get("bf16", {}).get("enabled"):
+        yield
         return
-    wrapper = engine.optimizer
-    wrapper.optimizer.state.clear()
-    is_flat = hasattr(wrapper, "fp32_groups_flat")
-    for number, weights in enumerate(wrapper.fp16_groups):
-        masters = [wrapper.fp32_groups_flat[number]] if is_flat else wrapper.fp32_groups[number]
-        values = [torch.cat([weight.detach().flatten() for weight in weights])] if is_flat else weights
-        for master, value in zip(masters, values, strict=True):
-            master.data.copy_(value)
+    rates: list[float] = []
+
+    def before(optimizer: Optimizer, *_: object) -> None:
+        rates[:] = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+    def after(optimizer: Optimizer, *_: object) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        optimizer.state.clear()
+
+    hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def set_learning_rate(engine: "DeepSpeedEngine", ratio: float) -> float:
@@ -130,51 +153,6 @@ def set_learning_rate(engine: "DeepSpeedEngine", ratio: float) -> float:
     for group in engine.optimizer.param_groups:
         group["lr"] = group["configured_lr"] * ratio
     return engine.optimizer.param_groups[0]["lr"]
-
-
-def gradient_norm(engine: "DeepSpeedEngine") -> torch.Tensor:
-    """The global norm before clipping of the gradients that the next `engine.step()` would apply. Collective.
-
-    DeepSpeed computes it inside its step only; these are the functions it calls for that. Not finite, or -1, where a
-    gradient is not finite.
-    """
-    from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
-
-    optimizer = engine.optimizer
-    if not engine.zero_optimization():
-        return local_gradient_norm(engine)
-    if engine.zero_optimization_stage() == 3:
-        return combine_grad_norm_groups(optimizer._get_norm_groups())
-    if hasattr(optimizer, "scaled_global_norm"):
-        return optimizer.scaled_global_norm()
-    gradients, _ = optimizer.get_grads_for_norm()  # stage 1 in bf16 that accumulates in fp32
-    return get_global_norm_of_tensors(gradients)
-
-
-def local_gradient_norm(engine: "DeepSpeedEngine") -> torch.Tensor:
-    """The same at stage 0, where the gradients of every rank are whole and averaged before the step."""
-    return torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
-
-
-def drop_gradients(engine: "DeepSpeedEngine") -> None:
-    """Forget what was accumulated since the last step, as DeepSpeed itself does where a norm is not finite."""
-    optimizer = engine.optimizer
-    if not engine.zero_optimization():
-        engine.zero_grad()
-    elif engine.zero_optimization_stage() == 3:
-        optimizer._pre_step()
-        optimizer._partition_all_parameters()
-        optimizer._overflow_clean_up(optimizer.loss_scale)
-    elif hasattr(optimizer, "scaled_global_norm"):
-        optimizer.micro_step_id = -1  # as a step sets it
-        optimizer.zero_grad(set_to_none=True)
-        if optimizer.cpu_offload:
-            optimizer.reset_cpu_buffers()
-            optimizer._offload_accumulated_param_ids = set()
-        for group in optimizer.averaged_gradients:
-            optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
-    else:
-        optimizer.zero_grad()
 
 
 def hard_exit(code: int) -> NoReturn:

@@ -1,17 +1,15 @@
-"""One optimizer step: the gradients of its micro batches, and the step that the guard lets through."""
+"""One optimizer step: the gradients of its micro-batches, then the optimizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
-from tinyllama_ds.config.run_plan import Step
+from tinyllama_ds.config.run_plan import Step, accumulation_steps
 from tinyllama_ds.distributed.world import DistributedInfo
-from tinyllama_ds.fault_injection import maybe_inject_fault
-from tinyllama_ds.health.guard import AnomalyGuard, StepDecision, StepStatus
-from tinyllama_ds.run.metrics import PhaseClock
 from tinyllama_ds.train.batches import Batch
-from tinyllama_ds.train.engine import drop_gradients, gradient_norm, local_gradient_norm
+from tinyllama_ds.train.gradients import drop_gradients, local_gradient_norm
+from tinyllama_ds.train.phase_clock import PhaseClock
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -25,31 +23,31 @@ def train_step(
     world: DistributedInfo,
     clock: PhaseClock,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step; returns this rank's part of the loss and the global gradient norm before clipping, on the
-    device. All labels are targets.
+    """One optimizer step on batches in which all labels are targets.
+
+    Returns this rank's part of the loss and the global gradient norm before clipping, on the device.
     """
+    accumulation = accumulation_steps(step.batch, world.size, micro_batch)
     targets = step.tokens_after - step.tokens_before
-    loss = accumulate_gradients(engine, step, batches, micro_batch, targets, world, clock)
+    loss = accumulate_gradients(engine, batches, accumulation, targets, world, clock)
     with clock.phase("step"):
-        return loss, apply_gradients(engine, step)
+        return loss, apply_gradients(engine)
 
 
 def accumulate_gradients(
     engine: "DeepSpeedEngine",
-    step: Step,
     batches: Iterator[Batch],
-    micro_batch: int,
+    accumulation: int,
     targets: int,
     world: DistributedInfo,
     clock: PhaseClock,
 ) -> torch.Tensor:
-    """Forward and backward of all micro batches of a step; returns this rank's part of the loss, on the device.
+    """Forward and backward of all micro-batches of a step; returns this rank's part of the loss, on the device.
 
-    A micro batch's mean loss weighs as many of the global batch's `targets` as it has, times the ranks, over which
-    gradients and losses are averaged: so their mean is the sum of all token losses / targets, however unequal the
-    shares are. Where all are equal the weight is 1 / accumulation.
+    `targets` is the number of labels in the global batch. The mean loss of a micro-batch is weighted by its share of
+    them times the ranks, because gradients and losses are averaged over ranks: so their mean is the sum of all token
+    losses / targets, however unequal the shares are. Where all are equal the weight is 1 / accumulation.
     """
-    accumulation = step.batch // world.size // micro_batch
     total = torch.zeros((), device=world.device)
     for number in range(accumulation):
         engine.set_gradient_accumulation_boundary(number == accumulation - 1)
@@ -58,50 +56,31 @@ def accumulate_gradients(
             inputs = batch.model_inputs(world.device)
         weight = batch.num_targets * world.size / targets
         with clock.phase("forward"):
-            loss = engine(*inputs)
-            fault = maybe_inject_fault("step.forward", step.number)
-            if fault != 1.0:
-                loss = loss * fault
+            loss = forward(engine, inputs)
         with clock.phase("backward"):
-            fault = maybe_inject_fault("step.backward", step.number)
-            engine.backward(loss * (fault * weight), scale_wrt_gas=False)
+            backward(engine, loss * weight)
         total += loss.detach() * weight
     return total
 
 
-def apply_gradients(engine: "DeepSpeedEngine", step: Step) -> torch.Tensor:
-    """The optimizer's step, unless the gradient is not finite; returns the global gradient norm before clipping."""
-    maybe_inject_fault("step.before_optimizer", step.number)
+def forward(engine: "DeepSpeedEngine", inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The mean loss of a micro-batch."""
+    return engine(*inputs)
+
+
+def backward(engine: "DeepSpeedEngine", loss: torch.Tensor) -> None:
+    """Add the gradient of a weighted loss to what was accumulated."""
+    engine.backward(loss, scale_wrt_gas=False)
+
+
+def apply_gradients(engine: "DeepSpeedEngine") -> torch.Tensor:
+    """Step the optimizer, unless the gradient is not finite; returns the global gradient norm before clipping."""
     if engine.zero_optimization() or engine.bfloat16_enabled():
         engine.step()
         return engine.get_global_grad_norm()
-    grad_norm = local_gradient_norm(engine)  # stage 0 in fp32, where DeepSpeed keeps none and looks at none
+    grad_norm = local_gradient_norm(engine)  # stage 0 in fp32, where DeepSpeed neither computes nor checks it
     if torch.isfinite(grad_norm):
         engine.step()
     else:
         drop_gradients(engine)
     return grad_norm
-
-
-def take_step(
-    engine: "DeepSpeedEngine",
-    step: Step,
-    samples: range,
-    guard: AnomalyGuard,
-    agree_on: Callable[[torch.Tensor], StepStatus],
-    clock: PhaseClock,
-) -> tuple[StepStatus, StepDecision]:
-    """Let the optimizer make its step if the guard does not mind. Collective; `agree_on` takes the gradient norm."""
-    if not guard.checks_before_step:
-        with clock.phase("step"):
-            grad_norm = apply_gradients(engine, step)
-        agreed = agree_on(grad_norm)
-        return agreed, guard.check(engine, step.number + 1, samples, agreed)
-    with clock.phase("step"):
-        agreed = agree_on(gradient_norm(engine))
-        verdict = guard.check(engine, step.number + 1, samples, agreed)
-        if verdict.is_applied:
-            apply_gradients(engine, step)
-        else:
-            drop_gradients(engine)
-    return agreed, verdict

@@ -1,0 +1,1 @@
+"""What happens around a training step, one callback per module; `registry` lists them in execution order."""

@@ -1,0 +1,46 @@
+"""The metrics of a logged step: loss, learning rate, speed, memory, tokens by source."""
+
+from time import perf_counter
+
+from tinyllama_ds.config.run_plan import Step
+from tinyllama_ds.train.trainer import Callback, StepResult, Trainer
+from tinyllama_ds.train.utilization import memory_bytes, peak_flops, utilisation
+
+
+class StepMetrics(Callback):
+    """Measures the time in steps since the last logged one, without that of validation, saving and scoring."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        dtype = next(trainer.engine.module.parameters()).dtype
+        self._peak = peak_flops(trainer.world.device, dtype, trainer.world.size)[0] * trainer.world.size
+        self._tokens, self._seconds, self._began = 0, 0.0, 0.0
+
+    def before_step(self, step: Step) -> None:
+        self._began = perf_counter()
+
+    def after_step(self, result: StepResult) -> None:
+        self._seconds += perf_counter() - self._began
+        self._tokens += result.step.tokens_after - result.step.tokens_before
+        if result.is_logged:
+            result.metrics.update(self._metrics_of(result))
+            self._tokens, self._seconds = 0, 0.0
+
+    def _metrics_of(self, result: StepResult) -> dict[str, float]:
+        run, status = self.trainer.run, result.status
+        tokens_per_second = self._tokens / self._seconds
+        metrics = {
+            "Train/Loss": status.loss if status.is_finite else float("nan"),
+            "Train/LearningRate": result.learning_rate,
+            "Train/BatchTokens": result.step.batch * run.recipe.sequence_length,
+            "Train/GradNorm": status.grad_norm if status.is_finite else float("inf"),
+            "Speed/TokensPerSecond": tokens_per_second,
+            "Memory/PeakGiB": memory_bytes(self.trainer.world.device) / 2**30,
+        }
+        flops = run.model.flops_per_token(run.recipe.sequence_length) * tokens_per_second
+        mfu = utilisation(flops, self._peak)
+        metrics |= {} if mfu is None else {"Speed/MFU": mfu}
+        metrics |= {f"Seconds/{name}": seconds for name, seconds in self.trainer.clock.read().items()}
+        for source, samples in run.order.counts(result.progress.position).items():
+            metrics[f"Tokens/{source}"] = samples * run.recipe.sequence_length
+        return metrics
