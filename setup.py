@@ -9,6 +9,8 @@ VERSION = next(
     for line in Path(__file__).with_name("tinyllama_ds").joinpath("__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
+# Folders at the top of the repository that an installed package has inside; `tinyllama_ds.shipped` finds both.
+SHIPPED = ["tinyllama_ds.ds_configs", "tinyllama_ds.hostfiles"]
 
 setup(
     name="tinyllama_ds",
@@ -16,8 +18,9 @@ setup(
     description="Raw text to a TinyLlama-class language model, trained by DeepSpeed",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["tinyllama_ds", "tinyllama_ds.*"]),
-    package_data={"tinyllama_ds": ["recipes/*.toml", "templates/*.html"]},
+    packages=[*find_packages(include=["tinyllama_ds", "tinyllama_ds.*"]), *SHIPPED],
+    package_dir={package: package.rpartition(".")[2] for package in SHIPPED},
+    package_data={"tinyllama_ds": ["recipes/*.toml", "templates/*"]} | dict.fromkeys(SHIPPED, ["*"]),
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19.8,<0.20",

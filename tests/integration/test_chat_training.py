@@ -109,7 +109,7 @@ def test_the_page_about_it_works_from_its_first_command_to_its_last(
     config = write_deepspeed_config(tmp_path / "toy.json", 3, micro_batch=2)
     shutil.copytree(finished_run, tmp_path / "demo" / "run")
     shutil.copyfile(tokenizer.path, tmp_path / "demo" / "tokenizer.model")
-    toy = {"demo-chat": str(recipe), "ds_configs/demo_zero3.json": str(config), "256": "96"}
+    toy = {"demo-chat": str(recipe), "demo_zero3": str(config), "256": "96"}
     monkeypatch.setattr("sys.stdin", io.StringIO("What does os.getcwd do?\nWhere is it defined?\n"))
     for command in commands_of(DOCS / "chat.md"):
         arguments = [toy.get(argument, argument) for argument in command[1:]]
