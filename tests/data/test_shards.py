@@ -133,7 +133,7 @@ def test_a_manifest_that_does_not_match_is_refused(tmp_path: Path):
     for change, message in (
         ({"tokens": 18}, "but its manifest says 18 tokens"),
         ({"documents": 5}, "but its manifest says 5"),
-        ({"manifest_version": 9}, "has version 9; expected 1"),
+        ({"manifest_version": 9}, "manifest_version is 9; expected 1"),
         ({"unknown": 1}, "not a shard manifest"),
         ({"inputs": [{}]}, "not a shard manifest"),
     ):

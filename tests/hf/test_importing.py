@@ -188,11 +188,11 @@ ADDED = {"id": 512, "content": "<|im_end|>"}
 CONFIG_CASES: dict[str, tuple[dict, str]] = {
     "architecture": (
         {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
-        'config.json: model_type is "mistral"; expected "llama"',
+        'config.json: 2 problems: (1) model_type is "mistral"; expected "llama"',
     ),
     "head": (
         {"architectures": ["LlamaForSequenceClassification"]},
-        'config.json: architectures is ["LlamaForSequenceClassification"]; expected ["LlamaForCausalLM"]',
+        'config.json: architectures is ["LlamaForSequenceClassification"]; expected "LlamaForCausalLM"',
     ),
     "tied": ({"tie_word_embeddings": True}, "config.json: tie_word_embeddings is true; expected false"),
     "attention bias": ({"attention_bias": True}, "config.json: attention_bias is true; expected false"),
@@ -204,18 +204,18 @@ CONFIG_CASES: dict[str, tuple[dict, str]] = {
     "head size": ({"head_dim": 32}, "head_dim is 32; expected hidden_size / num_attention_heads, 16"),
     "rope": (
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
-        'config.json: rope_parameters has the type "yarn"; expected default or linear',
+        """config.json: rope_parameters.rope_type is "yarn"; expected 'default' or 'linear'""",
     ),
     "old rope": (
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        'config.json: rope_scaling has the type "dynamic"; expected default or linear',
+        """config.json: rope_scaling.type is "dynamic"; expected 'default' or 'linear'""",
     ),
     "rope factor": (
         {"rope_scaling": {"type": "linear", "factor": 0.5}},
         "config.json: rope_scaling_factor 0.5 must be 1 or more",
     ),
-    "no size": ({"hidden_size": None}, "config.json: hidden_size is null; expected a whole number above 0"),
-    "no epsilon": ({"rms_norm_eps": "1e-5"}, 'config.json: rms_norm_eps is "1e-5"; expected a number above 0'),
+    "no size": ({"hidden_size": None}, "config.json: hidden_size is null; expected a whole number"),
+    "no epsilon": ({"rms_norm_eps": "1e-5"}, 'config.json: rms_norm_eps is "1e-5"; expected a number'),
     "heads": ({"num_attention_heads": 3}, "config.json: hidden_size 64 must be a multiple of num_attention_heads 3"),
     "vocabulary": ({"vocab_size": 520}, "tokenizer.model: has 512 pieces; expected vocab_size 520 of config.json"),
 }

@@ -12,6 +12,7 @@ _MOST_LAYERS = 1000  # each takes time before anything else can be found wrong
 class LlamaConfig:
     """Shapes of a Llama-2-architecture decoder, under the names that Hugging Face's `config.json` uses."""
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  where a description of a model is read
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -75,6 +76,11 @@ class LlamaConfig:
         if self.rope_scaling_factor == 1:
             del values["rope_scaling_factor"]
         return values
+
+
+def dtype_name(dtype: object) -> str:
+    """A torch dtype as files and messages have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 # TinyLlama's three published shapes (lit_gpt/config.py of its repository; the second is `code_tiny_LLaMA_1b`), then

@@ -223,8 +223,8 @@ def tail_dropped(first: int, batch: int, rank: int, world_size: int) -> range:
     return range(first + rank * share, first + (rank + 1) * share - 1)
 
 
-@pytest.mark.parametrize("deal", [shuffled_by_rank, same_for_all, tail_dropped])
-def test_a_wrong_deal_is_caught(assign: Callable):
+@pytest.mark.parametrize("assign", [shuffled_by_rank, same_for_all, tail_dropped])
+def test_a_wrong_assignment_is_caught(assign: Callable):
     coverage = check_coverage(SampleOrder(1, SIZES, STAGES), [24, 48], 4, assign)
     assert any("no rank trains on" in problem for problem in coverage.problems)
 
