@@ -35,7 +35,6 @@ setup(
         "typing-extensions>=4.12",
         "psutil>=5.9",
         "pyarrow>=17.0",
-        "zstandard>=0.22",
         "tensorboard>=2.17",
         "matplotlib>=3.8",
         "tqdm>=4.66",
@@ -47,7 +46,7 @@ setup(
         "eval": ["lm-eval>=0.4.13", "accelerate>=1.0", "datasets>=4.0"],
         "dev": [
             *("pytest>=8.0", "pytest-xdist>=3.6", "pytest-randomly>=4.0", "coverage>=7.10", "pre-commit>=4.0"),
-            "hypothesis>=6.100",
+            *("hypothesis>=6.100", "zstandard>=0.22"),
             *("ruff>=0.12", "mypy>=1.15", "mpi4py>=4.0", "gigatoken>=0.10"),
             *("lm-eval>=0.4.13", "accelerate>=1.0", "datasets>=4.0"),
         ],

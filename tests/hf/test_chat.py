@@ -26,7 +26,7 @@ from tinyllama_ds.data.chat import CHAT_TEMPLATE, Message, conversation_ids, pro
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.chat import Conversation, chat_loop
-from tinyllama_ds.hf.convert import PROBE_TEXTS, export, hf_tokenizer
+from tinyllama_ds.hf.convert import PROBE_TEXTS, ExportOptions, export, hf_tokenizer
 from tinyllama_ds.hf.generate import LoadedModel, Sampling, continue_ids, load_from_hf_folder, load_from_weights
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
@@ -87,7 +87,7 @@ def test_an_export_brings_the_template_only_where_the_model_chats(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    export(weights.items(), CONFIG, tokenizer, tmp_path / "chats", is_chat_model=True)
+    export(weights.items(), CONFIG, tokenizer, tmp_path / "chats", ExportOptions(is_chat_model=True))
     assert (tmp_path / "chats" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
     assert json.loads((tmp_path / "chats" / "generation_config.json").read_text())["eos_token_id"] == EOS_ID
     folder = load_from_hf_folder(tmp_path / "chats")
@@ -108,7 +108,7 @@ def test_a_template_that_gives_other_ids_is_refused(
 ) -> None:
     monkeypatch.setattr("tinyllama_ds.hf.convert.CHAT_TEMPLATE", CHAT_TEMPLATE.replace("|>\\n", "|> "))
     with pytest.raises(ConfigError, match="chat template gives other ids than ours"):
-        export(weights.items(), CONFIG, tokenizer, tmp_path / "out", is_chat_model=True)
+        export(weights.items(), CONFIG, tokenizer, tmp_path / "out", ExportOptions(is_chat_model=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,7 +243,7 @@ def test_a_line_that_is_not_utf_8_does_not_end_the_conversation(
 def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(
     weights: dict[str, torch.Tensor], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    export(weights.items(), CONFIG, tokenizer, tmp_path / "model", is_chat_model=True)
+    export(weights.items(), CONFIG, tokenizer, tmp_path / "model", ExportOptions(is_chat_model=True))
     ours, theirs = pty.openpty()
     chat = subprocess.Popen(
         [sys.executable, "-m", "tinyllama_ds.cli", "chat", str(tmp_path / "model"), "--max-new-tokens", "10"],

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
-from tinyllama_ds.hf.convert import export, hf_config, hf_tokenizer
+from tinyllama_ds.hf.convert import ExportOptions, export, hf_config, hf_tokenizer
 from tinyllama_ds.hf.import_model import import_hf_folder, read_config
 from tinyllama_ds.hf.model_folder import ModelFolder, open_model_folder, verify_model_folder
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
@@ -108,7 +108,7 @@ def test_export_and_import_are_inverse(dtype: torch.dtype, size: str, tokenizer:
     """Ours to theirs to ours, and theirs to ours to theirs: the same bits, shapes and tokenizer."""
     shape = SHAPES["interpolated"]
     weights = {name: tensor.to(dtype) for name, tensor in build_model(shape, "eager", seed=1).state_dict().items()}
-    export(weights.items(), shape, tokenizer, tmp_path / "hf", max_shard_size=size)
+    export(weights.items(), shape, tokenizer, tmp_path / "hf", ExportOptions(max_shard_size=size))
     import_hf_folder(tmp_path / "hf", tmp_path / "ours")
     ours = open_model_folder(tmp_path / "ours")
     assert (ours.model, ours.dtype, ours.tokenizer.sha256) == (shape, dtype, tokenizer.sha256)
@@ -116,7 +116,7 @@ def test_export_and_import_are_inverse(dtype: torch.dtype, size: str, tokenizer:
     assert found.keys() == weights.keys()
     assert all(found[name].dtype == dtype and torch.equal(found[name], weights[name]) for name in weights)
 
-    export(ours.tensors(), ours.model, ours.tokenizer, tmp_path / "again", max_shard_size=size)
+    export(ours.tensors(), ours.model, ours.tokenizer, tmp_path / "again", ExportOptions(max_shard_size=size))
     files = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
 

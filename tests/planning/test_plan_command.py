@@ -152,7 +152,7 @@ def test_a_source_of_less_than_a_sample_is_refused(data_dir: Path, tokenizer: To
     shutil.copytree(data_dir / "starcoderdata", data / "starcoderdata")
     finished = plan("--data", data, "--num-gpus", 2, recipe=small_recipe(tmp_path), config=DEMO)
     assert finished.returncode == 78
-    assert re.search(r"tokens of 'slimpajama' are less than one sample of 129 tokens; prepare more", finished.stderr)
+    assert re.search(r"slimpajama/train: \d+ tokens are less than one sample of 129 tokens", finished.stderr)
 
 
 def test_the_winner_of_the_search_loads(tmp_path: Path) -> None:

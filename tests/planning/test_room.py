@@ -17,16 +17,11 @@ from tinyllama_ds.model.attention import (
 )
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
 from tinyllama_ds.model.llama import build_model, rope_tables
-from tinyllama_ds.model.loss import MAX_CHUNK_LOGITS
 from tinyllama_ds.planning.communication import Collective
 from tinyllama_ds.planning.layout import gathers_of, modules_of, read_layout
-from tinyllama_ds.planning.memory import BACKENDS, CHUNK_LOGITS, Work, attention_memory, block_bytes_per_token
+from tinyllama_ds.planning.memory import BACKENDS, Work, attention_memory, block_bytes_per_token
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
-
-
-def test_the_chunk_of_the_loss_is_the_models() -> None:
-    assert MAX_CHUNK_LOGITS["cuda"] == CHUNK_LOGITS
 
 
 @pytest.mark.parametrize("name", MODEL_SIZES)

@@ -82,18 +82,11 @@ def open_stored(path: Path) -> ModelSource:
 
 def _export(options: argparse.Namespace) -> int:
     """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
-    from tinyllama_ds.hf.convert import export
+    from tinyllama_ds.hf.convert import ExportOptions, export
 
     stored = open_stored(options.checkpoint)
-    difference = export(
-        stored.tensors,
-        stored.config,
-        stored.tokenizer,
-        options.output,
-        stored.probe,
-        options.max_shard_size,
-        stored.is_chat_model,
-    )
+    choices = ExportOptions(stored.probe, options.max_shard_size, stored.is_chat_model)
+    difference = export(stored.tensors, stored.config, stored.tokenizer, options.output, choices)
     result = {"output": str(options.output), "largest_logit_difference": difference}
     symbols = len(stored.tokenizer.user_defined)
     but = f" (but of a text that is nothing but one of its {symbols} user-defined symbols)" if symbols else ""
@@ -115,9 +108,10 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 def _import(options: argparse.Namespace) -> int:
     """Read a Hugging Face folder into a model folder, after proving that transformers has our bits and logits."""
     from tinyllama_ds.hf.import_model import import_hf_folder
+    from tinyllama_ds.model.config import dtype_name
 
     imported = import_hf_folder(options.folder, options.output, options.tokenizer)
-    dtype = str(imported.dtype).removeprefix("torch.")
+    dtype = dtype_name(imported.dtype)
     result = {
         "output": str(options.output),
         "model": imported.model.to_dict(),

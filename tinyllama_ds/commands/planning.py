@@ -196,16 +196,9 @@ def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
     if not data.is_dir():
         raise ConfigError(f"{data}: the data directory is missing")
     streams = open_streams(data, inputs.recipe.sources, "train", inputs.model.vocab_size)
-    for name, stream in streams.items():
-        if stream.num_samples(inputs.recipe.sequence_length) < 1:
-            raise ConfigError(
-                f"{stream.directory}: {stream.tokens} tokens of {name!r} are less than one sample of"
-                f" {inputs.recipe.sequence_length + 1} tokens; prepare more, or drop the source from the recipe"
-            )
     T = inputs.recipe.sequence_length
-    return {
-        name: stream.num_samples(T) * T if stream.has_loss_mask else stream.tokens for name, stream in streams.items()
-    }
+    samples = {name: stream.num_samples(T) for name, stream in streams.items()}
+    return {name: samples[name] * T if stream.has_loss_mask else stream.tokens for name, stream in streams.items()}
 
 
 def _write_files(options: argparse.Namespace, plan: "Plan", tables: list) -> None:

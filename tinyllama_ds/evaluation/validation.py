@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.loss import IGNORE_INDEX
 
 Score = Callable[..., Tensor]  # input ids, labels and perhaps segments, each (B, T), to the mean loss
@@ -29,11 +28,7 @@ class ValidationSet:
     document_mask: bool = False  # as the training is
 
     def __post_init__(self) -> None:
-        if self.stream.num_samples(self.sequence_length) < 1:
-            raise ConfigError(
-                f"{self.stream.directory}: {self.stream.tokens} tokens are less than one sample of"
-                f" {self.sequence_length} tokens and its last target"
-            )
+        self.stream.num_samples(self.sequence_length)  # raises where there is less than one
 
     def batches(self, rank: int, world_size: int, batch: int) -> Iterator[tuple[Tensor, ...]]:
         """This rank's share: input ids, labels, and with a document mask segments, each (B, T).

@@ -5,10 +5,9 @@ from math import ceil
 
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.gpus import GIB
-from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.model.config import MAX_CHUNK_LOGITS, LlamaConfig
 from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persistent_elements
 
-CHUNK_LOGITS = 64 * 2**20  # fp32 logits alive at once on a GPU: model/loss.py
 BACKENDS = (
     *("auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen"),
     *("sdpa", "sdpa_flash", "sdpa_cudnn", "blocked", "eager"),
@@ -27,7 +26,7 @@ class Work:
     attention: str = "flash"  # kind of its saved tensors, from `attention_memory`
     recompute_every: int = 0
     is_compiled: bool = False
-    chunk_logits: int = CHUNK_LOGITS  # fp32 logits alive at once
+    chunk_logits: int = MAX_CHUNK_LOGITS["cuda"]  # fp32 logits alive at once
 
     @property
     def tokens(self) -> int:

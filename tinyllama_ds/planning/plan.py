@@ -101,12 +101,7 @@ def read_inputs(recipe_name: str, deepspeed_config: Path) -> Inputs:
     """Recipe, JSON and model; raises `ConfigError` for whatever training would reject."""
     recipe = load_recipe(recipe_name)
     raw = load_deepspeed_config(deepspeed_config)
-    model = model_config(recipe.model)
-    if recipe.sequence_length > model.max_position_embeddings:
-        raise ConfigError(
-            f"recipe {recipe.name!r}: sequence_length {recipe.sequence_length} exceeds the"
-            f" {model.max_position_embeddings} positions of model {recipe.model!r}"
-        )
+    model = model_config(recipe.model, recipe.sequence_length)
     plan = RunPlan(recipe)
     return Inputs(recipe, plan, model, raw, make_schedule(raw, deepspeed_config, plan))
 
