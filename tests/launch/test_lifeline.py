@@ -181,11 +181,11 @@ def test_a_stopped_rank_is_silent(line: Lifeline, tmp_path: Path, monkeypatch: p
 )
 def test_strangers_are_hung_up_on(line: Lifeline, words: bytes, tmp_path: Path) -> None:
     _, port, *_ = line.value.split(":")
-    with socket.create_connection(("127.0.0.1", int(port))) as stranger:
+    with socket.create_connection(("127.0.0.1", int(port))) as rank:
         with suppress(ConnectionError):
-            stranger.sendall(words)
-        stranger.settimeout(0.1)
-        wait_until(lambda: line.look() or is_hung_up(stranger), "the line is still open")
+            rank.sendall(words)
+        rank.settimeout(0.1)
+        wait_until(lambda: line.look() or is_hung_up(rank), "the line is still open")
     assert line.look() is None
     assert list(tmp_path.iterdir()) == []
 
@@ -291,9 +291,9 @@ def test_a_crowd_of_strangers_keeps_no_rank_out(line: Lifeline) -> None:
     crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(600)]
     process = start_rank(line)
     assert look_until(line, line._directory / "rank_3") is None
-    assert len(line._ranks) <= module._MOST_STRANGERS + 1
-    for stranger in crowd:
-        stranger.close()
+    assert len(line._ranks) <= module._MAX_UNAUTHENTICATED + 1
+    for rank in crowd:
+        rank.close()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

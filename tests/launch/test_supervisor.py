@@ -11,7 +11,7 @@ from launching import Finished
 
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_NUMERICS, EXIT_RESTART
 from tinyllama_ds.launch import out_of_memory
-from tinyllama_ds.launch.supervisor import Started, Watch, supervise
+from tinyllama_ds.launch.supervisor import Job, SupervisorConfig, supervise
 
 # Of two ranks, which ends with the code of the one that only lost its peer, as DeepSpeed's may.
 LAUNCHER_OF_ONE_THAT_SAYS_WHY = """
@@ -53,12 +53,12 @@ def supervise_here(launcher: str, folder: Path, max_seconds: float | None) -> No
     os.chdir(folder)
     out_of_memory._CGROUPS, out_of_memory._MOUNT = Path("cgroup"), folder  # counters of which a test may dispose
 
-    def launch(variables: dict[str, str], _directory: Path) -> Started:
+    def launch(variables: dict[str, str], _directory: Path) -> Job:
         command = [sys.executable, "-c", launcher]
         process = subprocess.Popen(command, env=os.environ | variables, start_new_session=True)
-        return Started(process, ["here", "here"], lambda host, group: None)
+        return Job(process, ["here", "here"], lambda host, group: None)
 
-    watch = Watch(Path("status.json"), Path("stop"), lambda: (0, 0), 600, 600, max_seconds)
+    watch = SupervisorConfig(Path("status.json"), Path("stop"), lambda: (0, 0), 600, 600, max_seconds)
     ended = supervise(launch, watch, None)
     print(ended.code, ended.restarts)
 

@@ -31,19 +31,19 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     """Is this machine, are these hosts, ready for a run; each red answer says what to do."""
-    from tinyllama_ds.launch.doctor import examine, table
+    from tinyllama_ds.launch.doctor import check_hosts, table
 
     placement = read_placement(options)
-    examined = examine(placement, options.data, options.run_dir)
-    if examined.is_green and not options.quick and placement.world_size > 1:
-        examined.findings.append(_bandwidth(_as_found(placement, examined.reports)))
+    report = check_hosts(placement, options.data, options.run_dir)
+    if report.passed and not options.quick and placement.world_size > 1:
+        report.findings.append(_bandwidth(_as_found(placement, report.reports)))
     if options.json:
-        # "mend" is what the key has been called since the first version.
-        findings = [asdict(finding) | {"mend": finding.hint} for finding in examined.findings]
-        print(json.dumps({"green": examined.is_green, "findings": findings, "hosts": examined.reports}))
+        # Other programs read these keys: "is_green" and "mend" are what they have been called since the first version.
+        findings = [asdict(found) | {"is_green": found.passed, "mend": found.hint} for found in report.findings]
+        print(json.dumps({"green": report.passed, "findings": findings, "hosts": report.reports}))
     else:
-        print(table(examined, sys.stdout.isatty()))
-    return EXIT_FINISHED if examined.is_green else EXIT_CONFIG
+        print(table(report, sys.stdout.isatty()))
+    return EXIT_FINISHED if report.passed else EXIT_CONFIG
 
 
 def _as_found(placement: "Placement", reports: dict[str, dict]) -> "Placement":

@@ -55,7 +55,7 @@ def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
 def read_placement(options: argparse.Namespace) -> "Placement":
     """Where the ranks run; raises `ConfigError` for hosts, slots or GPUs that are not there.
 
-    What hosts over the network have is still unknown: `know_machines` asks them.
+    What hosts over the network have is still unknown: `query_machines` asks them.
     """
     if options.hostfile is not None:
         return _on_hosts(options)
@@ -69,14 +69,14 @@ def local_placement(ranks: int | None) -> "Placement":
     """Ranks on this machine: as many as it has GPUs, two without, or the number given."""
     from tinyllama_ds.launch.launcher import Placement
 
-    on_cpu, available = _what_is_here()
+    on_cpu, available = _local_devices()
     wanted = available if ranks is None else ranks
     if wanted < 1 or (not on_cpu and wanted > available):
         raise ConfigError(f"--num-gpus {wanted}: this machine has {available}")
     return Placement(None, [], wanted, on_cpu)
 
 
-def _what_is_here() -> tuple[bool, int]:
+def _local_devices() -> tuple[bool, int]:
     """Whether ranks of this machine compute on the CPU, and how many there are without a wish."""
     from tinyllama_ds.devices import device_type_of, look, reject_unsupported_devices
 
@@ -87,7 +87,7 @@ def _what_is_here() -> tuple[bool, int]:
     return False, seen.count
 
 
-def say_hidden_gpus(placement: "Placement") -> None:
+def warn_of_hidden_gpus(placement: "Placement") -> None:
     """On stderr, where ranks of this machine compute on the CPU because the environment hides its GPUs."""
     from tinyllama_ds.devices import hidden_gpus, look
 
@@ -96,16 +96,16 @@ def say_hidden_gpus(placement: "Placement") -> None:
         print(f"tinyllama-ds: {sentence}", file=sys.stderr, flush=True)
 
 
-def know_machines(placement: "Placement") -> "Placement":
+def query_machines(placement: "Placement") -> "Placement":
     """The placement with what its hosts have, however this machine is made; unchanged where they are this machine."""
-    from tinyllama_ds.launch.machines import ask_hosts
+    from tinyllama_ds.launch.machines import query_hosts
 
     if not placement.is_remote:
         return placement
-    known = ask_hosts(placement)
+    known = query_hosts(placement)
     if known is not None:
         return known
-    on_cpu, _ = _what_is_here()
+    on_cpu, _ = _local_devices()
     kind = "the CPU" if on_cpu else "GPUs"
     print(f"tinyllama-ds: no host says what it has; expecting {kind}, as on this machine", file=sys.stderr, flush=True)
     return replace(placement, on_cpu=on_cpu)
@@ -142,7 +142,7 @@ def _on_this_host(placement: "Placement") -> "Placement":
     """With what this machine has, which is the only host, or the one whose command this is."""
     from tinyllama_ds.devices import VISIBLE
 
-    on_cpu, available = _what_is_here()
+    on_cpu, available = _local_devices()
     host = placement.hosts[placement.node_rank or 0]
     last = max(host.devices or range(host.slots))
     if not on_cpu and last >= available and VISIBLE not in os.environ:  # DeepSpeed counts slots without regard to it

@@ -19,11 +19,11 @@ from tinyllama_ds.commands.arguments import (
 )
 from tinyllama_ds.commands.placement import (
     add_placement_arguments,
-    know_machines,
     lifeline_opener,
     lifeline_to_first,
+    query_machines,
     read_placement,
-    say_hidden_gpus,
+    warn_of_hidden_gpus,
 )
 from tinyllama_ds.commands.printing import write_no_more
 from tinyllama_ds.errors import EXIT_FINISHED
@@ -31,7 +31,7 @@ from tinyllama_ds.errors import EXIT_FINISHED
 if TYPE_CHECKING:
     from tinyllama_ds.devices import Machine
     from tinyllama_ds.launch.launcher import Placement
-    from tinyllama_ds.launch.supervisor import Supervised, Watch
+    from tinyllama_ds.launch.supervisor import SupervisionResult, SupervisorConfig
     from tinyllama_ds.run.resolve import Options, Run
 _START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
@@ -127,9 +127,9 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     placement, arguments = read_placement(options), words_of(add_run_arguments, with_absolute_paths(options))
     check_placement(placement, arguments)
-    placement = know_machines(placement)
+    placement = query_machines(placement)
     run = _check_run(options, placement)
-    say_hidden_gpus(placement)
+    warn_of_hidden_gpus(placement)
     _check_engine(options, placement, run)
     if options.dry_run:
         return _describe(placement, arguments)
@@ -138,8 +138,8 @@ def _pretrain(options: argparse.Namespace) -> int:
         arguments,
         options.data,
         options.run_dir,
-        look_first=not options.skip_doctor,
-        may_shrink=options.allow_shrink,
+        check_first=not options.skip_doctor,
+        allow_shrink=options.allow_shrink,
         check=lambda smaller: _check_run(options, smaller),
     )
     watch = _watch(options, placement, begun=(run.parent.step, run.parent.tokens) if run.parent else (0, 0))
@@ -150,7 +150,7 @@ def _pretrain(options: argparse.Namespace) -> int:
         try:
             supervised = supervise(fleet.start, watch, lock)
         finally:
-            fleet.forget_secrets()
+            fleet.remove_secrets()
     return _end(options.run_dir, supervised)
 
 
@@ -165,13 +165,13 @@ def _describe(placement: "Placement", arguments: list[str]) -> int:
     return EXIT_FINISHED
 
 
-def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int, int]) -> "Watch":
+def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int, int]) -> "SupervisorConfig":
     """`begun` are the steps and tokens that a run without a checkpoint of its own has behind it."""
     from tinyllama_ds.checkpoint.format import newest_progress
-    from tinyllama_ds.launch.supervisor import Watch
+    from tinyllama_ds.launch.supervisor import SupervisorConfig
     from tinyllama_ds.layout import STATUS_FILE, STOP_FILE
 
-    return Watch(
+    return SupervisorConfig(
         status_file=options.run_dir / STATUS_FILE,
         stop_file=options.run_dir / STOP_FILE,
         committed=lambda: max(newest_progress(options.run_dir), begun),
@@ -229,16 +229,16 @@ def _this_machine(placement: "Placement") -> "Machine":
     return Machine(device_type, supports_fast_bf16(torch.device(device_type)), os.cpu_count() or 1)
 
 
-def _end(run_dir: Path, supervised: "Supervised") -> int:
+def _end(run_dir: Path, supervised: "SupervisionResult") -> int:
     try:
-        _say_goodput(run_dir, supervised)
+        _print_goodput(run_dir, supervised)
         sys.stdout.flush()
     except OSError:  # a console that is gone, or a file that cannot be read, changes no run's exit code
         write_no_more()
     return supervised.code
 
 
-def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
+def _print_goodput(run_dir: Path, supervised: "SupervisionResult") -> None:
     from tinyllama_ds.evaluation.history import read_metrics
 
     if not supervised.tokens:

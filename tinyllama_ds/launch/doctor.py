@@ -23,8 +23,8 @@ from tinyllama_ds.launch.launcher import BY_COUNT, Placement, is_this_machine
 from tinyllama_ds.launch.probe import listen
 
 ANSWER_SECONDS = 30  # for one answer of one host; all hosts are asked at the same time
-_LEAVE_SECONDS = 30  # for all probes together to leave, each with its token
-_LAST_WORDS_SECONDS = 2  # for all that a probe which has failed says about it
+_CLOSE_SECONDS = 30  # for all probes together to leave, each with its token
+_STDERR_SECONDS = 2  # for all that a probe which has failed says about it
 _CLOCK_SECONDS = 2.0  # tolerated difference
 _LEAST_FREE_GIB = 1.0
 _BUSY_MIB = 1024  # in use on a GPU before the run starts
@@ -37,7 +37,7 @@ class Finding:
 
     check: str
     host: str
-    is_green: bool
+    passed: bool
     found: str
     hint: str = ""
 
@@ -50,16 +50,16 @@ class DoctorReport:
     reports: dict[str, dict] = field(default_factory=dict)
 
     @property
-    def is_green(self) -> bool:
-        return all(finding.is_green for finding in self.findings)
+    def passed(self) -> bool:
+        return all(finding.passed for finding in self.findings)
 
     def healthy(self, hosts: Sequence[Host]) -> list[Host]:
         """The hosts without a red row."""
-        ill = {finding.host for finding in self.findings if not finding.is_green}
+        ill = {finding.host for finding in self.findings if not finding.passed}
         return [host for host in hosts if host.name not in ill]
 
 
-class Conversation:
+class ProbeClient:
     """The probe on one host, asked over ssh, or on this machine."""
 
     def __init__(self, name: str, *, is_here: bool, ssh_port: int | None = None) -> None:
@@ -71,7 +71,7 @@ class Conversation:
         )
         self._received = b""
 
-    def ask(self, question: dict) -> dict | str:
+    def query(self, question: dict) -> dict | str:
         """The answer, or a sentence about why there is none."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -109,7 +109,7 @@ class Conversation:
 
     def _stderr_tail(self) -> str:
         assert self._process.stderr is not None
-        text, deadline = b"", time.monotonic() + _LAST_WORDS_SECONDS
+        text, deadline = b"", time.monotonic() + _STDERR_SECONDS
         while select.select([self._process.stderr], [], [], max(0.0, deadline - time.monotonic()))[0]:
             received = os.read(self._process.stderr.fileno(), 1 << 16)
             if not received:
@@ -119,33 +119,35 @@ class Conversation:
         return lines[-1] if lines else "the connection was closed"
 
 
-def end_all(talks: Sequence[Conversation]) -> None:
+def close_all(clients: Sequence[ProbeClient]) -> None:
     """Let all probes leave at the same time."""
-    for talk in talks:
-        talk.close()
-    deadline = time.monotonic() + _LEAVE_SECONDS
-    for talk in talks:
-        talk.end(deadline)
+    for client in clients:
+        client.close()
+    deadline = time.monotonic() + _CLOSE_SECONDS
+    for client in clients:
+        client.end(deadline)
 
 
-def examine(placement: Placement, data: Path | None, run_dir: Path | None) -> DoctorReport:
+def check_hosts(placement: Placement, data: Path | None, run_dir: Path | None) -> DoctorReport:
     """Ask all hosts of a placement, or this machine where it names none, and compare them with this machine."""
     examined = DoctorReport()
     token = f".doctor-{secrets.token_hex(6)}"
     question = {"data": data and str(data.absolute()), "run_dir": run_dir and str(run_dir.absolute())}
     with ExitStack() as stack:
-        here = Conversation(HERE, is_here=True)
-        talks = [
-            Conversation(host.name, is_here=starts_here(host, placement), ssh_port=placement.ssh_port)
+        here = ProbeClient(HERE, is_here=True)
+        clients = [
+            ProbeClient(host.name, is_here=starts_without_ssh(host, placement), ssh_port=placement.ssh_port)
             for host in placement.hosts
         ]
-        stack.callback(end_all, [*talks, here])
-        answers = ask_all([*talks, here], [question | {"token": f"{token}-{n}"} for n in (*range(len(talks)), "here")])
+        stack.callback(close_all, [*clients, here])
+        answers = query_all(
+            [*clients, here], [question | {"token": f"{token}-{n}"} for n in (*range(len(clients)), "here")]
+        )
         reference = answers.pop()
         if not isinstance(reference, dict):
             raise RuntimeError(f"the probe failed on this machine: {reference}")
         examined.reports[HERE] = reference
-        if not talks or reference["run_dir_error"]:
+        if not clients or reference["run_dir_error"]:
             examined.findings += _compare(HERE, reference, reference)
         for host, answer in zip(placement.hosts, answers, strict=True):
             examined.findings.append(_ssh(host.name, answer))
@@ -153,44 +155,44 @@ def examine(placement: Placement, data: Path | None, run_dir: Path | None) -> Do
                 examined.reports[host.name] = answer
                 examined.findings += _compare(host.name, answer, reference)
         examined.findings += _all_gpus(placement, examined.reports)
-        there = [talk for talk in talks if talk.name in examined.reports]
+        there = [client for client in clients if client.name in examined.reports]
         shared = f"{token}-here" if run_dir and not reference["run_dir_error"] else None
-        examined.findings += _look_around(examined.reports, there, placement, run_dir, shared)
+        examined.findings += _check_connections(examined.reports, there, placement, run_dir, shared)
     return examined
 
 
-def starts_here(host: Host, placement: Placement) -> bool:
+def starts_without_ssh(host: Host, placement: Placement) -> bool:
     """Whether the launcher needs no ssh for this host: pdsh does even for this machine, mpirun does not."""
     return (placement.launcher != "pdsh" or not placement.is_remote) and is_this_machine(host.name)
 
 
-def ask_all(talks: Sequence[Conversation], questions: Sequence[dict]) -> list[dict | str]:
+def query_all(clients: Sequence[ProbeClient], questions: Sequence[dict]) -> list[dict | str]:
     """The answers to one question each, asked at the same time; a sentence where there is none."""
-    with ThreadPoolExecutor(max(1, len(talks))) as pool:
-        return list(pool.map(Conversation.ask, talks, questions))
+    with ThreadPoolExecutor(max(1, len(clients))) as pool:
+        return list(pool.map(ProbeClient.query, clients, questions))
 
 
-def _look_around(
-    reports: dict[str, dict], talks: list[Conversation], placement: Placement, run_dir: Path | None, token: str | None
+def _check_connections(
+    reports: dict[str, dict], clients: list[ProbeClient], placement: Placement, run_dir: Path | None, token: str | None
 ) -> list[Finding]:
     """What the hosts see of each other: ports, the run directory, the way to rank 0, the clock."""
     shared = run_dir and str(run_dir.absolute())
-    port, questions = listen() if talks else 0, []
-    for talk in talks:
-        peers = {other.name: [other.name, reports[other.name]["port"]] for other in talks if other is not talk}
-        peers[HERE] = [local_address_towards(talk.name) or socket.gethostname(), port]
+    port, questions = listen() if clients else 0, []
+    for client in clients:
+        peers = {other.name: [other.name, reports[other.name]["port"]] for other in clients if other is not client}
+        peers[HERE] = [local_address_towards(client.name) or socket.gethostname(), port]
         tokens = [token] if token else []
         questions.append({"peers": peers, "run_dir": shared, "tokens": tokens, "master": placement.master_address})
     findings, unreached = [], []
-    for talk, sight in zip(talks, ask_all(talks, questions), strict=True):
-        if not isinstance(sight, dict):
-            findings.append(_ssh(talk.name, sight))
+    for client, view in zip(clients, query_all(clients, questions), strict=True):
+        if not isinstance(view, dict):
+            findings.append(_ssh(client.name, view))
             continue
-        reports[talk.name] |= {"address": sight["address"], "interface": sight["interface"]}
-        findings.append(_interface(talk.name, sight, placement))
-        findings += [_clock(talk)] + ([_shared(talk.name, sight, run_dir)] if token else [])
-        unreached += [(talk.name, name, error) for name, error in sight["unreached"].items()]
-    return findings + _ports([talk.name for talk in talks], unreached)
+        reports[client.name] |= {"address": view["address"], "interface": view["interface"]}
+        findings.append(_interface(client.name, view, placement))
+        findings += [_clock(client)] + ([_shared(client.name, view, run_dir)] if token else [])
+        unreached += [(client.name, name, error) for name, error in view["unreached"].items()]
+    return findings + _ports([client.name for client in clients], unreached)
 
 
 def _ssh(host: str, answer: dict | str) -> Finding:
@@ -215,7 +217,7 @@ def _compare(host: str, report: dict, reference: dict) -> list[Finding]:
         findings.append(Finding("packages", host, True, installed))
     hint = f"bring the checkout there to the same state; git says {report['revision']}, here {reference['revision']}"
     findings.append(_equal("code", host, report["code"], reference["code"], hint))
-    findings += _space(host, report)
+    findings += _disk_space(host, report)
     if report["data"] is not None:
         findings.append(_data(host, report["data"], reference["data"]))
     if report["run_dir_error"]:
@@ -259,12 +261,12 @@ def _gpus(host: Host, gpus: list[dict], first: dict, placement: Placement) -> Fi
         return Finding("GPUs", host.name, False, f"{what}, and others here or on other hosts", hint)
     busy = [number for number in chosen if int(gpus[number]["used_mib"]) > _BUSY_MIB]
     if busy:
-        hint = f"end what runs there{_way_without(host, busy[0], placement)}"
+        hint = f"end what runs there{_hint_without_gpu(host, busy[0], placement)}"
         return Finding("GPUs", host.name, False, f"GPU {busy[0]} already holds {gpus[busy[0]]['used_mib']} MiB", hint)
     return Finding("GPUs", host.name, True, what)
 
 
-def _way_without(host: Host, gpu: int, placement: Placement) -> str:
+def _hint_without_gpu(host: Host, gpu: int, placement: Placement) -> str:
     """How the rest can be used, in options that may be given beside those of this placement; nothing without a rest."""
     if host.name == HERE:
         return f", or leave that GPU out by {VISIBLE}"
@@ -278,7 +280,7 @@ def _way_without(host: Host, gpu: int, placement: Placement) -> str:
     return f", or leave that GPU out with --exclude {host.name}{f':{gpu}' if smaller else ''}"
 
 
-def _space(host: str, report: dict) -> list[Finding]:
+def _disk_space(host: str, report: dict) -> list[Finding]:
     findings = []
     for path, size in report["free"].items():
         hint = f"make room under {path}, for checkpoints or temporary files"
@@ -297,15 +299,15 @@ def _data(host: str, found: dict, wanted: dict) -> Finding:
     return Finding("data", host, True, f"{found['manifests']} manifests, {found['digest']}")
 
 
-def _shared(host: str, sight: dict, run_dir: Path | None) -> Finding:
-    if not sight["unseen_tokens"]:
+def _shared(host: str, view: dict, run_dir: Path | None) -> Finding:
+    if not view["unseen_tokens"]:
         return Finding("run directory", host, True, "shared and writable")
     hint = "mount the same storage at the same path on all hosts"
     return Finding("run directory", host, False, f"{run_dir} is another directory there", hint)
 
 
-def _interface(host: str, sight: dict, placement: Placement) -> Finding:
-    address, interface, master = sight["address"], sight["interface"], placement.master_address
+def _interface(host: str, view: dict, placement: Placement) -> Finding:
+    address, interface, master = view["address"], view["interface"], placement.master_address
     if interface is None:
         hint = f"let {host} resolve and reach {master}, in /etc/hosts or DNS and by a route"
         return Finding("network", host, False, f"no way to {master}", hint)
@@ -334,16 +336,16 @@ def _ports(hosts: list[str], unreached: list[tuple[str, str, str]]) -> list[Find
     return [*findings.values(), *green]
 
 
-def _clock(talk: Conversation) -> Finding:
+def _clock(client: ProbeClient) -> Finding:
     before = time.time()
-    answer = talk.ask({"clock": True})
+    answer = client.query({"clock": True})
     after = time.time()
     if not isinstance(answer, dict):
-        return _ssh(talk.name, answer)
+        return _ssh(client.name, answer)
     difference = answer["time"] - (before + after) / 2
-    is_green = abs(difference) - (after - before) / 2 <= _CLOCK_SECONDS
+    passed = abs(difference) - (after - before) / 2 <= _CLOCK_SECONDS
     hint = "start a time service there (chrony, systemd-timesyncd)"
-    return Finding("clock", talk.name, is_green, f"{difference:+.3f} s", hint)
+    return Finding("clock", client.name, passed, f"{difference:+.3f} s", hint)
 
 
 def table(examined: DoctorReport, in_color: bool) -> str:
@@ -351,14 +353,14 @@ def table(examined: DoctorReport, in_color: bool) -> str:
     lines = []
     for check in dict.fromkeys(finding.check for finding in examined.findings):
         rows = [finding for finding in examined.findings if finding.check == check]
-        green = [finding for finding in rows if finding.is_green]
+        green = [finding for finding in rows if finding.passed]
         by_found: dict[str, list[str]] = {}
         for finding in green:
             by_found.setdefault(finding.found, []).append(finding.host)
         for found, hosts in by_found.items():
-            lines.append(_line(_paint("ok ", 32, in_color), check, _some(hosts), found))
+            lines.append(_line(_paint("ok ", 32, in_color), check, _join_names(hosts), found))
         for finding in rows:
-            if not finding.is_green:
+            if not finding.passed:
                 lines.append(_line(_paint("RED", 31, in_color), check, finding.host, finding.found))
                 lines.append(f"{'':4}{'':15}mend: {finding.hint}")
     return "\n".join(lines)
@@ -368,7 +370,7 @@ def _line(state: str, check: str, hosts: str, found: str) -> str:
     return f"{state} {check:15}{hosts}: {found}"
 
 
-def _some(hosts: list[str]) -> str:
+def _join_names(hosts: list[str]) -> str:
     return ", ".join(hosts) if len(hosts) <= 4 else f"{len(hosts)} hosts"
 
 

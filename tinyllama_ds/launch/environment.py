@@ -47,10 +47,10 @@ def forwarded(environment: Mapping[str, str], named: Iterable[str], launcher: st
     chosen = {
         name: value
         for name, value in environment.items()
-        if value and name not in _NEVER and name.startswith(_PREFIXES) and not _stays(name)
+        if value and name not in _NEVER and name.startswith(_PREFIXES) and not _is_local(name)
     }
     # The other hosts have paths of their own to fall back on, so these are left out where they do not fit.
-    chosen |= {name: environment[name] for name in _NAMES if _arrives(environment.get(name, ""), launcher)}
+    chosen |= {name: environment[name] for name in _NAMES if _survives_forwarding(environment.get(name, ""), launcher)}
     chosen |= read_user_files()
     chosen |= {name: environment[name] for name in named}
     shown = {name: value for name, value in chosen.items() if not is_secret(name)}
@@ -65,7 +65,7 @@ def named_secrets(environment: Mapping[str, str], named: Iterable[str]) -> dict[
     return {name: value for name, value in chosen.items() if is_secret(name)}
 
 
-def hand_on_secrets(path: Path, secrets: dict[str, str]) -> None:
+def forward_secrets(path: Path, secrets: dict[str, str]) -> None:
     """Leave them for the ranks, or nothing. Raises `ConfigError` where the storage would show them to others."""
     try:
         if secrets:
@@ -77,13 +77,13 @@ def hand_on_secrets(path: Path, secrets: dict[str, str]) -> None:
         raise ConfigError(f"{path}: cannot be kept from others ({error}); expected storage with permissions") from error
 
 
-def for_runner(environment: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
+def runner_environment(environment: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
     """The environment of a launcher over the network: srun and some mpiruns hand on all that they see."""
     shown = [name for name in named if not is_secret(name)]
-    return {name: value for name, value in environment.items() if name in shown or not _stays(name)}
+    return {name: value for name, value in environment.items() if name in shown or not _is_local(name)}
 
 
-def _stays(name: str) -> bool:
+def _is_local(name: str) -> bool:
     return is_secret(name) or name.startswith(_MACHINE)
 
 
@@ -110,7 +110,7 @@ def read_user_files() -> dict[str, str]:
     return found
 
 
-def write_file(path: Path, content: str) -> None:
+def write_private_file(path: Path, content: str) -> None:
     """A file that only this user can read: a named secret may be in it."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         file.write(content)
@@ -126,14 +126,14 @@ def check_argument(argument: str, launcher: str) -> None:
 
 
 def _check_value(name: str, value: str, launcher: str) -> None:
-    if not _arrives(value, launcher):
+    if not _survives_forwarding(value, launcher):
         raise ConfigError(
             f"{name}: its value {value!r} does not reach other hosts unchanged through {launcher}; expected letters,"
             f" digits and @+=:./-, or the variable unset"
         )
 
 
-def _arrives(value: str, launcher: str) -> bool:
+def _survives_forwarding(value: str, launcher: str) -> bool:
     if not value:
         return False  # an empty one is as good as none, and Slurm would take it for something else
     if launcher == "slurm" and "," in value:

@@ -15,7 +15,7 @@ import psutil
 from tinyllama_ds.devices import VISIBLE, VISIBLE_HERE_VARIABLE, Machine
 from tinyllama_ds.distributed.network import free_port
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.launch.environment import check_argument, for_runner, forwarded, write_file
+from tinyllama_ds.launch.environment import check_argument, forwarded, runner_environment, write_private_file
 from tinyllama_ds.launch.hostfile import Host, write_filter
 
 # The modules that run on every rank.
@@ -35,7 +35,7 @@ LAUNCHERS = ("pdsh", *BY_COUNT)
 class Placement:
     """Where the ranks run: on the hosts of a hostfile, or `num_local` of them here.
 
-    `machine` is what other hosts say of themselves (`machines.ask_hosts`), and None where this machine is meant.
+    `machine` is what other hosts say of themselves (`machines.query_hosts`), and None where this machine is meant.
     """
 
     hostfile: Path | None
@@ -192,15 +192,15 @@ def start_launcher(
     environment = launcher_environment(placement) | variables
     if placement.is_remote:
         for name, content in launch_files(placement, environment).items():
-            write_file(directory / name, content)
-        environment = for_runner(environment, placement.forward) | _for_runner(placement, directory)
+            write_private_file(directory / name, content)
+        environment = runner_environment(environment, placement.forward) | _runner_settings(placement, directory)
     command = launcher_command(placement, arguments, module, directory)
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)
 
 
 def launch_files(placement: Placement, environment: Mapping[str, str]) -> dict[str, str]:
     """Name and content of the files that DeepSpeed's runner reads at a start over the network."""
-    variables = _settings(placement) | forwarded(environment, placement.forward, placement.launcher)
+    variables = _cpu_settings(placement) | forwarded(environment, placement.forward, placement.launcher)
     # DeepSpeed leaves these to mpi4py.
     if placement.launcher in ("openmpi", "slurm"):
         variables["MASTER_PORT"] = str(placement.master_port)
@@ -212,7 +212,7 @@ def launch_files(placement: Placement, environment: Mapping[str, str]) -> dict[s
     return files
 
 
-def _for_runner(placement: Placement, directory: Path) -> dict[str, str]:
+def _runner_settings(placement: Placement, directory: Path) -> dict[str, str]:
     # The runner itself asks what there is: not on this machine, which may have no GPU.
     variables = {"DS_ENV_FILE": str(directory / _ENVIRONMENT_FILE)}
     variables["DS_ACCELERATOR"] = "cpu" if placement.on_cpu else "cuda"
@@ -231,10 +231,10 @@ def launcher_environment(placement: Placement) -> dict[str, str]:
         return environment
     if placement.hostfile is None and VISIBLE in environment:
         environment[VISIBLE_HERE_VARIABLE] = environment[VISIBLE]
-    return _settings(placement) | environment
+    return _cpu_settings(placement) | environment
 
 
-def _settings(placement: Placement) -> dict[str, str]:
+def _cpu_settings(placement: Placement) -> dict[str, str]:
     """What ranks on CPUs need in their environment: as many threads per rank as there are cores for it."""
     if not placement.on_cpu:
         return {}
@@ -261,11 +261,11 @@ def describe_launch(placement: Placement, arguments: list[str], directory: Path)
         return "\n".join(lines)
     runner: dict[str, str] = {}
     if placement.is_remote:
-        runner = _for_runner(placement, directory)
+        runner = _runner_settings(placement, directory)
         lines.append(f"mkdir -m 700 {shlex.quote(str(directory))}")
         for name, content in launch_files(placement, environment).items():
             lines += [f"cat >{shlex.quote(str(directory / name))} <<'END'", content.rstrip("\n"), "END"]
-    hidden = environment.keys() - for_runner(environment, placement.forward).keys() if runner else ()
+    hidden = environment.keys() - runner_environment(environment, placement.forward).keys() if runner else ()
     unset = ["env", *(part for name in sorted(hidden) for part in ("-u", name))] if hidden else []
     settings = [*unset, *(f"{name}={shlex.quote(value)}" for name, value in runner.items())]
     return "\n".join(

@@ -24,14 +24,14 @@ from tinyllama_ds.files import parse_row, write_secret
 
 SILENCE_SECONDS = 30
 _PING_SECONDS = 2
-_GATHER_SECONDS = 240  # from the first rank that comes to life to the last
+_JOIN_SECONDS = 240  # from the first rank that comes to life to the last
 _END_SECONDS = 3  # from the cut to the end of the ranks
 _STACKS_SECONDS = 10  # for the answers of those that can
-_LONGEST_MESSAGE, _LONGEST_GREETING = 1 << 20, 1 << 12  # bytes
-_GREETING_SECONDS = 30  # for a stranger to say who it is
-_MOST_STRANGERS = 256  # at a time, after which the oldest has to go: a process may have so many files open
+_MAX_MESSAGE, _MAX_HANDSHAKE = 1 << 20, 1 << 12  # bytes
+_HANDSHAKE_SECONDS = 30  # for a stranger to say who it is
+_MAX_UNAUTHENTICATED = 256  # at a time, after which the oldest has to go: a process may have so many files open
 _LARGEST_GROUP = 2**22  # of process numbers
-_FAREWELLS = (EXIT_FINISHED, EXIT_RESTART, EXIT_ROLLBACK, EXIT_CONFIG, EXIT_NUMERICS)
+_EXIT_REPORTS = (EXIT_FINISHED, EXIT_RESTART, EXIT_ROLLBACK, EXIT_CONFIG, EXIT_NUMERICS)
 
 
 @dataclass(eq=False)
@@ -39,12 +39,12 @@ class _Rank:
     """One connection; `number` is None until the rank has said who it is."""
 
     connection: socket.socket
-    heard_at: float
+    last_seen: float
     nonce: str = field(default_factory=lambda: secrets.token_hex(16))  # that the rank has to prove its key with
     number: int | None = None
     host: str = "?"
     group: int = 0
-    has_left: bool = False
+    has_reported_exit: bool = False
     has_shown_stacks: bool = False
     received: bytes = field(default=b"", repr=False)
 
@@ -98,16 +98,16 @@ class Lifeline:
             if key.fileobj is self._server:
                 self._accept_all(now)
             else:
-                self._hear(key.data, now)
-        self._drop_strangers(now)
+                self._receive_from(key.data, now)
+        self._drop_unauthenticated(now)
         if now - self._pinged_at > _PING_SECONDS:
             self._pinged_at = now
-            self._tell_all({})
+            self._broadcast({})
         return self._death or self._error or self._silent(now) or self._missing(now)
 
     def stacks(self) -> None:
         """Ask all ranks for their stacks, and wait for the answers of those that can."""
-        self._tell_all({"stacks": True})
+        self._broadcast({"stacks": True})
         end = time.monotonic() + _STACKS_SECONDS
         while any(rank.is_expected_to_answer for rank in self._ranks) and time.monotonic() < end:
             self.look()
@@ -122,7 +122,7 @@ class Lifeline:
         while self._ranks and time.monotonic() < deadline:
             for key, _ in self._selector.select(0.1):
                 if key.fileobj is not self._server:
-                    self._hear(key.data, time.monotonic())
+                    self._receive_from(key.data, time.monotonic())
         left = [(self._host_of(rank), rank.group) for rank in self._ranks if rank.number is not None]
         for rank in self._ranks:
             rank.connection.close()
@@ -141,37 +141,37 @@ class Lifeline:
 
     def _accept_all(self, now: float) -> None:
         with suppress(OSError):  # there are no more, or a process may have no more files open
-            for _ in range(_MOST_STRANGERS):
+            for _ in range(_MAX_UNAUTHENTICATED):
                 connection, _ = self._server.accept()
                 connection.setblocking(False)
                 rank = _Rank(connection, now)
                 self._ranks.append(rank)
                 self._selector.register(connection, selectors.EVENT_READ, rank)
-                self._tell(rank, {"nonce": rank.nonce})
+                self._send(rank, {"nonce": rank.nonce})
 
-    def _drop_strangers(self, now: float) -> None:
-        strangers = [rank for rank in self._ranks if rank.number is None]
-        too_many = len(strangers) - _MOST_STRANGERS
-        for place, stranger in enumerate(strangers):  # the oldest first
-            if place < too_many or now - stranger.heard_at > _GREETING_SECONDS:
-                self._drop(stranger)
+    def _drop_unauthenticated(self, now: float) -> None:
+        unauthenticated = [rank for rank in self._ranks if rank.number is None]
+        too_many = len(unauthenticated) - _MAX_UNAUTHENTICATED
+        for place, rank in enumerate(unauthenticated):  # the oldest first
+            if place < too_many or now - rank.last_seen > _HANDSHAKE_SECONDS:
+                self._drop(rank)
 
-    def _hear(self, rank: _Rank, now: float) -> None:
+    def _receive_from(self, rank: _Rank, now: float) -> None:
         """Take in all that has come, the end too: a death must not be heard after the errors that it causes."""
         while rank in self._ranks and (received := _receive(rank.connection)) is not None:
             if rank.number is not None:
-                rank.heard_at = now
+                rank.last_seen = now
             rank.received += received
             *lines, rank.received = rank.received.split(b"\n")
             for line in lines:
-                self._take(rank, line)
-            longest = _LONGEST_GREETING if rank.number is None else _LONGEST_MESSAGE
+                self._handle(rank, line)
+            longest = _MAX_HANDSHAKE if rank.number is None else _MAX_MESSAGE
             if not received or len(rank.received) > longest:
                 self._drop(rank)
 
-    def _take(self, rank: _Rank, line: bytes) -> None:
+    def _handle(self, rank: _Rank, line: bytes) -> None:
         message = parse_row(line)
-        if message is None or (rank.number is None and not self._greet(rank, message)):
+        if message is None or (rank.number is None and not self._authenticate(rank, message)):
             self._drop(rank)
             return
         match message:
@@ -181,13 +181,13 @@ class Lifeline:
                 (self._directory / f"stacks_{rank.number}").write_text(stacks)
                 rank.has_shown_stacks = True
             case {"error": str(error)}:
-                rank.has_left = True
-                self._error = self._error or f"{_name(rank)}: {error}"
-            case {"report_exit": int(code)} if code in _FAREWELLS:
-                rank.has_left = True
+                rank.has_reported_exit = True
+                self._error = self._error or f"{_describe(rank)}: {error}"
+            case {"report_exit": int(code)} if code in _EXIT_REPORTS:
+                rank.has_reported_exit = True
                 self.code = code if self.code is None else self.code
 
-    def _greet(self, rank: _Rank, message: dict) -> bool:
+    def _authenticate(self, rank: _Rank, message: dict) -> bool:
         """Whether it is a rank of this run that says who it is, and the first to say so."""
         names = ("rank", "host", "group", "nonce")
         if parse_row(json.dumps(message).encode(), rank=int, host=str, group=int, nonce=str) is None:
@@ -199,9 +199,9 @@ class Lifeline:
         if not (is_ours and is_known and is_new and 1 < group < _LARGEST_GROUP):  # kill -1 would mean all processes
             return False
         rank.number, rank.host, rank.group = number, host, group
-        rank.heard_at = time.monotonic()
-        self._first_at = self._first_at or rank.heard_at
-        self._tell(rank, {"proof": proof(self._key, "supervisor", nonce)})
+        rank.last_seen = time.monotonic()
+        self._first_at = self._first_at or rank.last_seen
+        self._send(rank, {"proof": proof(self._key, "supervisor", nonce)})
         return True
 
     def _drop(self, rank: _Rank) -> None:
@@ -210,32 +210,32 @@ class Lifeline:
         self._ranks.remove(rank)
         self._selector.unregister(rank.connection)
         rank.connection.close()
-        if rank.number is not None and not rank.has_left:
-            self._death = self._death or f"{_name(rank)} has died"
+        if rank.number is not None and not rank.has_reported_exit:
+            self._death = self._death or f"{_describe(rank)} has died"
 
     def _silent(self, now: float) -> str | None:
-        silent = [rank for rank in self._ranks if rank.number is not None and now - rank.heard_at > SILENCE_SECONDS]
+        silent = [rank for rank in self._ranks if rank.number is not None and now - rank.last_seen > SILENCE_SECONDS]
         if not silent:
             return None
         why = "it is stopped, or its host or the network to it is down"
-        return f"{_name(silent[0])} has been silent for {SILENCE_SECONDS} s: {why}"
+        return f"{_describe(silent[0])} has been silent for {SILENCE_SECONDS} s: {why}"
 
     def _missing(self, now: float) -> str | None:
-        if self._first_at is None or now - self._first_at < _GATHER_SECONDS:
+        if self._first_at is None or now - self._first_at < _JOIN_SECONDS:
             return None
         self._first_at = now + 365 * 86400  # asked once
         there = {rank.number for rank in self._ranks}
         missing = [number for number in range(len(self._hosts)) if number not in there]
         if not missing:
             return None
-        return f"rank {missing[0]} on {self._hosts[missing[0]]} has not come to life in {_GATHER_SECONDS} s"
+        return f"rank {missing[0]} on {self._hosts[missing[0]]} has not come to life in {_JOIN_SECONDS} s"
 
-    def _tell_all(self, message: dict) -> None:
+    def _broadcast(self, message: dict) -> None:
         for rank in self._ranks:
             if rank.number is not None:
-                self._tell(rank, message)
+                self._send(rank, message)
 
-    def _tell(self, rank: _Rank, message: dict) -> None:
+    def _send(self, rank: _Rank, message: dict) -> None:
         with suppress(OSError):  # a line that is broken is noticed where it is read
             rank.connection.send(json.dumps(message).encode() + b"\n")
 
@@ -248,7 +248,7 @@ def _write_key(path: Path, key: bytes) -> None:
         raise ConfigError(f"{path}: cannot be kept from others ({error}); expected storage with permissions") from error
 
 
-def _name(rank: _Rank) -> str:
+def _describe(rank: _Rank) -> str:
     return f"rank {rank.number} on {rank.host}"
 
 

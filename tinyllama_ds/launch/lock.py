@@ -38,7 +38,7 @@ class RunLock:
         except OSError:  # storage that is out of reach for a while, to be asked again
             return
         if held != self._ours:
-            by = "nobody, who removed the lock," if held is None else _name(self._path, held)
+            by = "nobody, who removed the lock," if held is None else _describe(self._path, held)
             raise ConfigError(f"{self._path.parent}: was taken over by {by} while this process held it")
         with suppress(OSError):
             os.utime(self._path)
@@ -61,7 +61,7 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
         with suppress(FileNotFoundError):  # its owner lets go of it in this moment
             held = path.read_bytes()
             if not _is_dead(path, _owner_of(held)):
-                raise ConfigError(f"{run_dir}: is in use by {_name(path, held)}")
+                raise ConfigError(f"{run_dir}: is in use by {_describe(path, held)}")
             path.unlink()
     try:
         yield RunLock(path, ours)
@@ -92,7 +92,7 @@ def _owner_of(held: bytes) -> dict | None:
     return parse_row(held, pid=int, host=str, boot=str, started=int)
 
 
-def _name(path: Path, held: bytes) -> str:
+def _describe(path: Path, held: bytes) -> str:
     owner = _owner_of(held)
     if owner is None:
         return f"a process that the damaged {path} does not name"

@@ -11,7 +11,7 @@ _MOUNT = Path("/sys/fs/cgroup")
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
-def count_kills() -> int:
+def count_oom_kills() -> int:
     """How many processes the out-of-memory killer has ended so far: of this control group, else of this machine."""
     for path in (*_own_counters(), _MACHINE):
         with suppress(OSError):

@@ -55,7 +55,7 @@ def nccl_packages(requirements: list[str]) -> list[str]:
     return [match[0] for text in requirements if (match := re.match(r"nvidia-nccl-\w+", text))]
 
 
-def see_others(peers: dict[str, list], run_dir: str | None, tokens: list[str], master: str) -> dict:
+def check_peers(peers: dict[str, list], run_dir: str | None, tokens: list[str], master: str) -> dict:
     """Which peers (name: [address, port]) can be reached, whose tokens are there, and the way to rank 0."""
     with ThreadPoolExecutor(64) as pool:
         errors = dict(zip(peers, pool.map(lambda peer: _connect(*peer), peers.values()), strict=True))
@@ -152,7 +152,7 @@ def main() -> None:
             elif "machine" in question:
                 answer = machine()
             elif "peers" in question:
-                answer = see_others(**question)
+                answer = check_peers(**question)
             else:
                 token = Path(question["run_dir"]) / question["token"] if question["run_dir"] else None
                 answer = report(**question) | {"port": port}

@@ -17,7 +17,7 @@ from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_NUMERICS, EXIT_
 from tinyllama_ds.files import read_object_if_whole
 from tinyllama_ds.launch.lifeline import Lifeline
 from tinyllama_ds.launch.lock import RunLock
-from tinyllama_ds.launch.out_of_memory import count_kills
+from tinyllama_ds.launch.out_of_memory import count_oom_kills
 from tinyllama_ds.layout import (
     FIRST_STEP,
     HEARTBEAT_VARIABLE,
@@ -46,7 +46,7 @@ _STATUS_SECONDS = 10  # for what rank 0 wrote to be seen on another host
 
 
 @dataclass(frozen=True)
-class Started:
+class Job:
     """A launcher in a session of its own, the host of every rank, by rank, and how a process group there is killed."""
 
     process: subprocess.Popen
@@ -55,11 +55,11 @@ class Started:
 
 
 # With these variables, and a private directory for its files; None where hosts are missing that may come back.
-Launch = Callable[[dict[str, str], Path], Started | None]
+Launch = Callable[[dict[str, str], Path], Job | None]
 
 
 @dataclass(frozen=True)
-class Watch:
+class SupervisorConfig:
     """What the supervisor looks at, and for how long it waits."""
 
     status_file: Path
@@ -73,7 +73,7 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Supervised:
+class SupervisionResult:
     """How it ended."""
 
     code: int
@@ -82,44 +82,44 @@ class Supervised:
     tokens: int  # committed by this call
 
 
-def supervise(launch: Launch, watch: Watch, lock: RunLock | None) -> Supervised:
+def supervise(launch: Launch, watch: SupervisorConfig, lock: RunLock | None) -> SupervisionResult:
     """Run until it has finished, was stopped, was refused, or failed three times in a row without a new checkpoint."""
     started = time.monotonic()
-    stop = _Stop(watch)
+    stop = _StopRequest(watch)
     step, tokens = _committed(watch, (0, 0))
     tokens_before = tokens
     restarts = failures = 0
     while True:
-        kills = count_kills()
+        kills = count_oom_kills()
         code = _try_once(launch, watch, stop, lock, restarts)
         if code is None:
             stop.wait(_HOSTS_SECONDS)
-            if stop.wanted_at is None:
+            if stop.requested_at is None:
                 continue
             code = EXIT_RESTART
         last_step, (step, tokens) = step, _committed(watch, (step, tokens))
-        if code not in (*_FINAL_CODES, EXIT_ROLLBACK) and count_kills() > kills:
-            _say(_OUT_OF_MEMORY)
+        if code not in (*_FINAL_CODES, EXIT_ROLLBACK) and count_oom_kills() > kills:
+            _log(_OUT_OF_MEMORY)
             code = code if step > last_step else EXIT_CONFIG  # what does not fit once does not fit again
         if code == EXIT_ROLLBACK:  # no failure; the run itself counts how often it does this
-            _say(f"going back to checkpoint {step:,}, without the samples of the spike")
+            _log(f"going back to checkpoint {step:,}, without the samples of the spike")
         else:
             failures = 0 if step > last_step else failures + 1
             if code in _FINAL_CODES or failures == _MAX_FAILURES:
                 break
-            _say(f"the run ended with code {code} at checkpoint {step:,}; starting it again in {2**failures} s")
+            _log(f"the run ended with code {code} at checkpoint {step:,}; starting it again in {2**failures} s")
             stop.wait(2**failures)
-        if stop.wanted_at is not None:
+        if stop.requested_at is not None:
             code = EXIT_RESTART
             break
         restarts += 1
     stop.forget()
     if code not in _FINAL_CODES:
-        _say(f"given up: {failures} failures in a row without a new checkpoint, the last with code {code}")
-    return Supervised(code, restarts, time.monotonic() - started, tokens - tokens_before)
+        _log(f"given up: {failures} failures in a row without a new checkpoint, the last with code {code}")
+    return SupervisionResult(code, restarts, time.monotonic() - started, tokens - tokens_before)
 
 
-def _committed(watch: Watch, before: tuple[int, int]) -> tuple[int, int]:
+def _committed(watch: SupervisorConfig, before: tuple[int, int]) -> tuple[int, int]:
     """What is committed now; storage that is out of reach does not change how a run ends."""
     try:
         return watch.committed()
@@ -127,16 +127,20 @@ def _committed(watch: Watch, before: tuple[int, int]) -> tuple[int, int]:
         return before
 
 
-def _try_once(launch: Launch, watch: Watch, stop: "_Stop", lock: RunLock | None, restarts: int) -> int | None:
+def _try_once(
+    launch: Launch, watch: SupervisorConfig, stop: "_StopRequest", lock: RunLock | None, restarts: int
+) -> int | None:
     """As `_run_once`; a start that this machine cannot make, because a disk is full, say, is one that has failed."""
     try:
         return _run_once(launch, watch, stop, lock, restarts)
     except OSError as error:
-        _say(f"the run cannot be started or watched: {error}")
+        _log(f"the run cannot be started or watched: {error}")
         return _CRASHED
 
 
-def _run_once(launch: Launch, watch: Watch, stop: "_Stop", lock: RunLock | None, restarts: int) -> int | None:
+def _run_once(
+    launch: Launch, watch: SupervisorConfig, stop: "_StopRequest", lock: RunLock | None, restarts: int
+) -> int | None:
     """From the start of the launcher to the end of its last process; None where it could not start yet."""
     if watch.is_first:
         watch.status_file.unlink(missing_ok=True)
@@ -167,13 +171,13 @@ def _run_once(launch: Launch, watch: Watch, stop: "_Stop", lock: RunLock | None,
                 end_group(started.process, gently=lifeline is None)
 
 
-class _Stop:
+class _StopRequest:
     """The wish to stop: a signal, or the end of the wall time. Passed on to the ranks through the stop file."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: SupervisorConfig) -> None:
         self.file = watch.stop_file
-        self.wanted_at: float | None = None
-        self.is_impatient = False
+        self.requested_at: float | None = None
+        self.is_forced = False
         self._deadline = None if watch.max_seconds is None else time.monotonic() + watch.max_seconds
         self.forget()  # it was meant for an earlier process
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -182,8 +186,8 @@ class _Stop:
     def look(self) -> None:
         """To be called often."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            self.wanted_at = self.wanted_at or time.monotonic()
-        if self.wanted_at is not None:
+            self.requested_at = self.requested_at or time.monotonic()
+        if self.requested_at is not None:
             with suppress(OSError):  # without an inode for it there is none for a checkpoint either
                 self.file.touch()
 
@@ -194,22 +198,22 @@ class _Stop:
 
     def is_overdue(self) -> bool:
         """Whether waiting for the ranks' own end is over."""
-        late = self.wanted_at is not None and time.monotonic() - self.wanted_at > _STOP_SECONDS
-        return self.is_impatient or late
+        late = self.requested_at is not None and time.monotonic() - self.requested_at > _STOP_SECONDS
+        return self.is_forced or late
 
     def wait(self, seconds: float) -> None:
         """Sleep, unless a stop is wanted."""
         end = time.monotonic() + seconds
-        while self.wanted_at is None and time.monotonic() < end:
+        while self.requested_at is None and time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
 
     def _note(self, _number: int, _frame: object) -> None:
-        self.is_impatient = self.wanted_at is not None
-        self.wanted_at = self.wanted_at or time.monotonic()
+        self.is_forced = self.requested_at is not None
+        self.requested_at = self.requested_at or time.monotonic()
 
 
 def _wait(
-    process: subprocess.Popen, watchdog: "_Watchdog", stop: _Stop, lock: RunLock | None, status_file: Path
+    process: subprocess.Popen, watchdog: "_Watchdog", stop: _StopRequest, lock: RunLock | None, status_file: Path
 ) -> int:
     """The exit code of the run; returns early, the launcher still alive, where it is stuck or stopping too long."""
     while process.poll() is None:
@@ -217,14 +221,14 @@ def _wait(
             lock.refresh()
         stop.look()
         if stop.is_overdue():
-            _say("the ranks did not stop by themselves; the last checkpoint stands")
+            _log("the ranks did not stop by themselves; the last checkpoint stands")
             return EXIT_RESTART
         failed = watchdog.failed_rank()
         if failed is not None:
             return watchdog.code_of_failure(failed, status_file)
         stuck = watchdog.stuck_rank()
         if stuck is not None:
-            _say(f"{stuck}; stacks of all ranks:\n{watchdog.stacks()}")
+            _log(f"{stuck}; stacks of all ranks:\n{watchdog.stacks()}")
             return _CRASHED
         time.sleep(_POLL_SECONDS)
     failed = watchdog.failed_rank()  # its last words
@@ -256,7 +260,7 @@ def _read_state(status_file: Path) -> str | None:
 class _Watchdog:
     """Sees that every rank goes on. Clocks of other processes are not read, only changes seen here."""
 
-    def __init__(self, directory: Path, watch: Watch, lifeline: Lifeline | None) -> None:
+    def __init__(self, directory: Path, watch: SupervisorConfig, lifeline: Lifeline | None) -> None:
         self._lifeline = lifeline
         self._directory = directory
         self._watch = watch
@@ -282,7 +286,7 @@ class _Watchdog:
         code = None if self._lifeline is None else self._lifeline.code
         code = _exit_code(code or _CRASHED, status_file)
         if code not in (*_FINAL_CODES, EXIT_ROLLBACK):
-            _say(failed)
+            _log(failed)
         return code
 
     def stuck_rank(self) -> str | None:
@@ -355,6 +359,6 @@ def _session(leader: int) -> list[psutil.Process]:
     return members
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     with suppress(OSError):  # a log file on a full disk ends no run
         print(f"tinyllama-ds: {text}", file=sys.stderr, flush=True)
