@@ -324,7 +324,7 @@ def test_a_second_signal_is_quick(setup: Setup, tmp_path: Path, monkeypatch: pyt
     supervisor.terminate()
     _, errors = supervisor.communicate(timeout=15)
     assert supervisor.returncode == EXIT_RESTART
-    assert "the ranks did not stop by themselves; the last checkpoint stands" in errors
+    assert "the ranks did not stop in time; the last checkpoint is kept" in errors
     assert psutil.wait_procs(family, timeout=ORPHAN_SECONDS)[1] == [], "orphans"
 
 

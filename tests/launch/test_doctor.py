@@ -1,4 +1,4 @@
-"""Broken hosts, each broken for real in its own namespaces: doctor names the host, the check and the mend."""
+"""Broken hosts, each broken for real in its own namespaces: doctor names the host, the check and the fix."""
 
 import json
 import os
@@ -71,8 +71,8 @@ def test_the_table_for_people(cluster: Cluster) -> None:
     finished = cluster.hosts[0].tinyllama_ds("doctor", "--quick", "--hostfile", cluster.hostfile)
     assert finished.returncode == EXIT_CONFIG
     assert "ok  ssh            node1: answers" in finished.stdout
-    assert "RED ssh            node2: ssh: connect to host node2 port 22: Connection refused" in finished.stdout
-    assert "mend: make 'ssh node2 true' work without a password" in finished.stdout
+    assert "FAIL  ssh            node2: ssh: connect to host node2 port 22: Connection refused" in finished.stdout
+    assert "fix: make 'ssh node2 true' work without a password" in finished.stdout
     assert "\033" not in finished.stdout
 
 
@@ -132,7 +132,7 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
     "other manifest": (lambda c: c.replace(c.data / SHARD / "shard.json", "{'a': 1}"), "data", "here"),
     "other tokens": (lambda c: c.replace(c.data / SHARD / "shard.bin", "cut"), "data", "here"),
     "run directory not shared": (
-        lambda c: c.hosts[1].mount("-t", "tmpfs", "none", c.run_dir), "run directory", "another directory"),
+        lambda c: c.hosts[1].mount("-t", "tmpfs", "none", c.run_dir), "run directory", "different directory"),
     "run directory read-only": (read_only, "run directory", "Read-only file system"),
     "no space": (
         lambda c: c.hosts[1].mount("-t", "tmpfs", "-o", "size=9m", "none", c.run_dir), "free space", "0.0 GiB"),

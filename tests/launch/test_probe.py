@@ -26,7 +26,7 @@ def test_this_machine_alone_is_green(tmp_path: Path) -> None:
 def test_a_missing_data_directory_is_red(tmp_path: Path) -> None:
     finished = tinyllama_ds("doctor", "--quick", "--data", tmp_path / "nothing")
     assert finished.returncode == EXIT_CONFIG
-    assert f"RED data           this machine: {tmp_path / 'nothing'} is missing" in finished.stdout
+    assert f"FAIL  data           this machine: {tmp_path / 'nothing'} is missing" in finished.stdout
 
 
 def test_the_hash_sees_every_manifest_and_size(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_busy_gpu_can_be_left_out_as_doctor_says(tmp_path: Path, monkeypatch: 
     assert gpus_of(replace(placement, hosts=filter_hosts(hosts, None, "localhost:0"))).passed
     others = gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:0,2", None)))
     assert others.found == "GPU 0 already holds 9000 MiB"
-    assert others.hint.endswith("or leave that GPU out with --include localhost:2 alone")
+    assert others.hint.endswith("or exclude that GPU with --include localhost:2 alone")
     assert gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:2", None))).passed
     alone = gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:0", None)))
     assert alone.hint == "end what runs there"

@@ -77,13 +77,13 @@ def test_it_gives_up_after_three_failures_without_a_new_checkpoint(tmp_path: Pat
     finished = supervised("raise SystemExit(5)", tmp_path)
     assert finished.stdout == "5 2\n", finished.stderr
     assert finished.stderr.count("at checkpoint 0; starting it again") == 2
-    assert "given up: 3 failures in a row without a new checkpoint, the last with code 5" in finished.stderr
+    assert "giving up after 3 consecutive failures without a new checkpoint, the last with code 5" in finished.stderr
 
 
 def test_a_rollback_is_no_failure_and_starts_at_once(tmp_path: Path) -> None:
     finished = supervised(LAUNCHER_OF_A_ROLLBACK, tmp_path)
     assert finished.stdout == "0 1\n", finished.stderr
-    assert "going back to checkpoint 0, without the samples of the spike" in finished.stderr
+    assert "rolling back to checkpoint 0, excluding the samples of the spike" in finished.stderr
     assert "starting it again" not in finished.stderr
 
 
@@ -105,7 +105,7 @@ def test_a_run_that_the_out_of_memory_killer_ends_is_told_so_and_not_started_aga
     (tmp_path / "memory.events").write_text("low 0\noom_kill 7\n")
     finished = supervised(LAUNCHER_OF_A_RANK_THAT_THE_KERNEL_ENDS.format(kills=8), tmp_path)
     assert finished.stdout == f"{EXIT_CONFIG} 0\n", finished.stderr
-    assert "the kernel has ended a process for want of memory on this machine" in finished.stderr
+    assert "the kernel's out-of-memory killer has ended a process on this machine" in finished.stderr
 
 
 def test_another_kill_is_a_failure_like_others(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the machines are that ranks will run on, before a start: asked there, for this one may be another kind."""
+"""The hardware of the hosts that ranks will run on, queried there, as this machine may differ."""
 
 import json
 import shlex
@@ -16,10 +16,10 @@ _QUESTION = {"machine": True}
 
 
 def query_hosts(placement: Placement) -> Placement | None:
-    """The placement with what its hosts have; None where none of them answers.
+    """The placement with the hardware of its hosts; None if no host answers.
 
-    Hosts are reached as the ranks will be: through srun, or by ssh. Those that do not answer are the doctor's business.
-    Raises `ConfigError` where some hosts have GPUs and others have none.
+    Hosts are queried by the way ranks will be started: srun or ssh. Missing answers are left to the doctor.
+    Raises `ConfigError` if some hosts have GPUs and others have none.
     """
     reports = _query_by_srun(placement) if placement.launcher == "slurm" else _query_by_ssh(placement)
     if not reports:
@@ -34,7 +34,7 @@ def query_hosts(placement: Placement) -> Placement | None:
 
 
 def common_machine_of(placement: Placement, reports: dict[str, dict]) -> Machine:
-    """What the hosts of a placement have in common, as the doctor has found them."""
+    """The common hardware of the hosts of a placement, by the doctor's reports."""
     return common_machine({host.name: machine_of(reports[host.name]) for host in placement.hosts})
 
 
@@ -51,7 +51,7 @@ def _query_by_ssh(placement: Placement) -> dict[str, dict]:
 
 
 def _query_by_srun(placement: Placement) -> dict[str, dict]:
-    """One task per host; srun hands the question to all of them."""
+    """One task per host; srun sends the question to all of them."""
     count = str(len(placement.hosts))
     where = ["--nodes", count, "--ntasks", count, "--nodelist", ",".join(host.name for host in placement.hosts)]
     command = ["srun", *shlex.split(placement.launcher_args), *where, sys.executable]
