@@ -137,7 +137,7 @@ def test_a_death_costs_steps_and_nothing_else(
     monkeypatch.setenv(FAULT_VARIABLE, fault)
     finished = setup.launch(tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
-    said = re.search(r"at checkpoint (\d+); starting it again", finished.stderr)
+    said = re.search(r"at checkpoint (\d+); restarting in", finished.stderr)
     assert said, finished.stderr
     assert int(said[1]) in committed_after(fault)
     assert f"resumed at step {said[1]}" in finished.stdout

@@ -77,7 +77,7 @@ def test_hosts_of_two_kinds_are_refused(cluster: Cluster, tmp_path: Path) -> Non
     assert finished.returncode == EXIT_CONFIG
     assert finished.stderr.splitlines() == [
         f"tinyllama-ds: {tmp_path / 'hostfile'}: node2 has GPUs and node3 has none that nvidia-smi lists; expected"
-        " hosts of one kind, or those without left out by --exclude node3, or of --include"
+        " GPUs on all hosts or none; exclude the others by --exclude node3 or --include"
     ]
     assert not (tmp_path / "run").exists()
     assert cluster.dry_run("--exclude", "node3").returncode == 0

@@ -76,7 +76,7 @@ def test_a_rank_that_says_why_it_ends_is_believed_before_the_launcher(code: int,
 def test_it_gives_up_after_three_failures_without_a_new_checkpoint(tmp_path: Path) -> None:
     finished = supervised("raise SystemExit(5)", tmp_path)
     assert finished.stdout == "5 2\n", finished.stderr
-    assert finished.stderr.count("at checkpoint 0; starting it again") == 2
+    assert finished.stderr.count("at checkpoint 0; restarting in") == 2
     assert "giving up after 3 consecutive failures without a new checkpoint, the last with code 5" in finished.stderr
 
 
@@ -84,7 +84,7 @@ def test_a_rollback_is_no_failure_and_starts_at_once(tmp_path: Path) -> None:
     finished = supervised(LAUNCHER_OF_A_ROLLBACK, tmp_path)
     assert finished.stdout == "0 1\n", finished.stderr
     assert "rolling back to checkpoint 0, excluding the samples of the spike" in finished.stderr
-    assert "starting it again" not in finished.stderr
+    assert "restarting in" not in finished.stderr
 
 
 def test_wall_time_asks_the_ranks_to_stop(tmp_path: Path) -> None:

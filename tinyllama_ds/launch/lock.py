@@ -92,7 +92,7 @@ def _owner_of(held: bytes) -> dict | None:
 def _describe(path: Path, held: bytes) -> str:
     owner = _owner_of(held)
     if owner is None:
-        return f"an unknown process: {path} is damaged"
+        return f"an unknown process, as {path} is damaged,"
     return f"process {owner['pid']} on host {owner['host']}"
 
 
