@@ -138,7 +138,7 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
     "no space": (
         lambda c: c.hosts[1].mount("-t", "tmpfs", "-o", "size=9m", "none", c.run_dir), "free space", "0.0 GiB"),
     "closed ports": (close_ports, "ports", "cannot connect"),
-    "rank 0 by a loopback name": (own_name_is_loopback, "network", "node1 is 127.0"),
+    "rank 0 by a loopback name": (own_name_is_loopback, "network", "node1 resolves to 127.0"),
     "wrong clock": (other_clock, "clock", "+100."),
 }  # fmt: skip
 FAST = ("wrong key", "other package", "run directory read-only", "closed ports")

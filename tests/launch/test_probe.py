@@ -71,7 +71,7 @@ def test_a_busy_gpu_can_be_left_out_as_doctor_says(tmp_path: Path, monkeypatch: 
     alone = gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:0", None)))
     assert alone.hint == "end the processes that use it"
     by_slurm = gpus_of(replace(placement, hosts=hosts, launcher="slurm"))
-    assert by_slurm.hint == "end what runs there", "Slurm cannot be asked for some of a host's GPUs"
+    assert by_slurm.hint == "end the processes that use it", "Slurm cannot be asked for some of a host's GPUs"
 
 
 def test_without_a_hostfile_the_visible_gpus_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
