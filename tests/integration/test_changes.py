@@ -130,4 +130,4 @@ def test_a_rotten_token_is_named_by_the_rank_that_reads_it(setup: Setup, tmp_pat
     finished = pretrain(setup.recipe, config, data, tmp_path / "run", 2)
     assert finished.returncode == EXIT_NUMERICS, finished.stderr
     assert f"{shard} at token {place}: token id 65535 is beyond the vocabulary of 512" in finished.stderr
-    assert "starting it again" not in finished.stderr
+    assert "restarting in" not in finished.stderr

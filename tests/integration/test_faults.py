@@ -137,7 +137,7 @@ def test_a_death_costs_steps_and_nothing_else(
     monkeypatch.setenv(FAULT_VARIABLE, fault)
     finished = setup.launch(tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
-    said = re.search(r"at checkpoint (\d+); starting it again", finished.stderr)
+    said = re.search(r"at checkpoint (\d+); restarting in", finished.stderr)
     assert said, finished.stderr
     assert int(said[1]) in committed_after(fault)
     assert f"resumed at step {said[1]}" in finished.stdout
@@ -324,7 +324,7 @@ def test_a_second_signal_is_quick(setup: Setup, tmp_path: Path, monkeypatch: pyt
     supervisor.terminate()
     _, errors = supervisor.communicate(timeout=15)
     assert supervisor.returncode == EXIT_RESTART
-    assert "the ranks did not stop by themselves; the last checkpoint stands" in errors
+    assert "the ranks did not stop in time; the last checkpoint is kept" in errors
     assert psutil.wait_procs(family, timeout=ORPHAN_SECONDS)[1] == [], "orphans"
 
 
