@@ -144,9 +144,7 @@ def report_validation(
     engine: "DeepSpeedEngine", run: Run, world: DistributedInfo, progress: Progress, metrics: MetricsLogger | None
 ) -> None:
     """Validation loss and perplexity of every source. Collective."""
-    losses = validation_losses(
-        run.validation, engine, sum_over_ranks, world.rank, world.size, run.micro_batch, world.device
-    )
+    losses = validation_losses(run.validation, engine, sum_over_ranks, world, run.micro_batch)
     if metrics is None:
         return
     figures = {f"Validation/Loss/{source}": loss for source, loss in losses.items()}
