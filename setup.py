@@ -30,7 +30,7 @@ setup(
         "huggingface-hub>=1.0",
         "sentencepiece>=0.2.1",
         "numpy>=1.26",
-        "pydantic>=2.7",
+        "pydantic>=2.12",
         "jinja2>=3.1",
         "typing-extensions>=4.12",
         "psutil>=5.9",

@@ -1,4 +1,4 @@
-"""Progress bars: a bar on a terminal, and in a file, which nobody watches, a line a minute and one at the end."""
+"""Progress bars: a bar on a terminal; in a file one line per minute and one at the end."""
 
 import re
 import sys
@@ -21,7 +21,7 @@ def progress(iterable: Iterable | None = None, *, file: TextIO | None = None, **
 
 @contextmanager
 def bars_as_lines() -> Iterator[None]:
-    """The same for the bars of libraries, on stderr."""
+    """The same for the bars that libraries draw on stderr."""
     if sys.stderr.isatty():
         yield
         return
@@ -30,7 +30,7 @@ def bars_as_lines() -> Iterator[None]:
 
 
 class ProgressLines:
-    """A text file that gets the frames of a progress bar as lines, few of them, and all else as it is."""
+    """A text file that writes a few frames of a progress bar as lines, and all other text unchanged."""
 
     def __init__(self, file: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._file, self._clock = file, clock
@@ -42,8 +42,8 @@ class ProgressLines:
         return getattr(self._file, name)
 
     def write(self, text: str) -> int:
-        """A frame begins with a carriage return. A line end after the last one says that it stays; between bars that
-        are drawn below each other there are some, too."""
+        """A frame begins with a carriage return. A line end after the last one keeps it; between bars that
+        are drawn below each other there are line ends, too."""
         if text.startswith("\r"):
             self._frame = " ".join(_BAR.sub(" ", text, count=1).split())
             if self._frame and self._clock() - self._shown >= _SECONDS:

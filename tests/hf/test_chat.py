@@ -164,7 +164,7 @@ def test_a_question_that_does_not_fit_is_refused_and_not_kept(loaded: LoadedMode
     conversation = Conversation(loaded, GREEDY)
     conversation.ask("the loss", str)
     before = list(conversation.messages)
-    with pytest.raises(ConfigError, match=r"the question has \d+ tokens with its frame; the model takes 118 of them"):
+    with pytest.raises(ConfigError, match=r"the question has \d+ tokens in the chat template; expected 118 at most"):
         conversation.ask("llama " * 200, str)
     assert conversation.messages == before
 
@@ -224,7 +224,7 @@ def test_questions_from_a_pipe_are_answered_line_by_line(
     chat_loop(Conversation(loaded, GREEDY))
     assert [len(messages) for messages in prompts] == [1, 3, 1]
     out = capsys.readouterr().out
-    assert "/help is no command; /reset forgets what was said, /exit leaves" in out
+    assert "/help is not a command; /reset clears the conversation, /exit ends it" in out
     first = Conversation(loaded, GREEDY).ask("the loss", str)
     assert out.startswith(first)
     assert out.endswith(f"{first}\n")
@@ -237,7 +237,7 @@ def test_a_line_that_is_not_utf_8_does_not_end_the_conversation(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\nthe loss\n\xed\xa0\x80\n"), "utf-8"))
     chat_loop(Conversation(model, GREEDY))
     assert [prompt[-1].content for prompt in prompts] == ["the loss"]
-    assert capsys.readouterr().out.count("the question is not UTF-8; it is left out\n") == 2
+    assert capsys.readouterr().out.count("the question is not UTF-8 and was ignored\n") == 2
 
 
 def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(
@@ -255,14 +255,14 @@ def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(
     )
     os.close(theirs)
     try:
-        assert "Ctrl-C stops an answer, Ctrl-D leaves" in read_to_prompt(ours)
+        assert "Ctrl-C stops an answer, Ctrl-D ends the conversation" in read_to_prompt(ours)
         wait_until_it_waits(chat)
         os.write(ours, b"\x03")
         read_to_prompt(ours)
         os.write(ours, b"the loss\n")
         assert "the loss" in read_to_prompt(ours)
         os.write(ours, b"/quit\n")
-        assert "/quit is no command" in read_to_prompt(ours)
+        assert "/quit is not a command" in read_to_prompt(ours)
         os.write(ours, b"\x04")
         assert chat.wait(timeout=300) == 0
     finally:
