@@ -143,7 +143,7 @@ def answer(question: PlanRequest, inputs: Inputs, sizes: dict[str, int]) -> Plan
     return Plan(
         question, inputs, resolved, layout, work, accumulations,
         memory_of(inputs.model, layout, work, ranks), steps, duration, (good, bad),
-        storage_of(inputs.model, layout.stage, layout.weight_bytes, intervals, inputs.plan, corpus),
+        storage_of(inputs.model, layout, intervals, inputs.plan, corpus),
         course,
         (
             *schedule_warnings(inputs.plan, inputs.schedule),

@@ -18,10 +18,10 @@ from tinyllama_ds.checkpoint.format import (
     Health,
     Progress,
     choose_checkpoint,
-    load_checkpoint,
     read_manifest,
 )
 from tinyllama_ds.checkpoint.initial_weights import InitialWeights, fill_masters, fill_model
+from tinyllama_ds.checkpoint.load import load_checkpoint
 from tinyllama_ds.checkpoint.retention import Retention, sweep_leftovers
 from tinyllama_ds.checkpoint.save import Saver, SaveSettings
 from tinyllama_ds.config.deepspeed import weights_dtype
@@ -243,8 +243,7 @@ def start_engine(
     if initial is not None:
         fill_masters(engine, initial)
     if checkpoint is not None:
-        zero_section = run.description["deepspeed_config"]["zero_optimization"]
-        load_checkpoint(engine, checkpoint, zero_section, scratch=run.run_dir / CHECKPOINTS)
+        load_checkpoint(engine, checkpoint)
         if probe is not None:
             check_probe(engine, run, world, probe, str(checkpoint))
     return engine, compilation
