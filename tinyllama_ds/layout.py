@@ -33,11 +33,6 @@ def reject_unusable_directory(run_dir: Path) -> None:
     """Raise `ConfigError` if a run cannot use a directory, before any of its files is read."""
     if os.path.lexists(run_dir) and not os.path.isdir(run_dir):
         raise ConfigError(f"{run_dir}: is not a directory; choose another --run-dir")
-    if os.path.isdir(run_dir) and run_dir.stat().st_uid != os.geteuid():
-        raise ConfigError(
-            f"{run_dir}: belongs to user {run_dir.stat().st_uid}; expected a directory of your own: start as that user,"
-            " choose another --run-dir, or change its owner with chown -R"
-        )
     parent = next(folder for folder in (run_dir, *run_dir.absolute().parents) if os.path.exists(folder))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{parent}: cannot be written; expected a directory that this user may write")

@@ -216,7 +216,7 @@ def leftovers(run_dir: Path) -> None:
     (checkpoints / f".trash-step_{HALF:08d}").mkdir()
     (checkpoints / f".step_{STEPS:08d}.dry_run").mkdir()
     (checkpoints / f"step_{STEPS:08d}").mkdir()
-    (checkpoints / f"step_{STEPS:08d}" / "half.pt").touch()
+    (checkpoints / f"step_{STEPS:08d}" / "half.safetensors").touch()
     (checkpoints / "step_00000003").write_text("x")
 
 
@@ -251,7 +251,7 @@ def test_a_run_lives_in_any_path(name: str, whole: Options, tmp_path: Path) -> N
         (options.run_dir / wish).unlink()
     shutil.rmtree(find_checkpoints(options.run_dir)[-1])
     config = options.deepspeed_config
-    if name == "v[1]":  # another layout takes the way over whole tensors
+    if name == "v[1]":  # loaded into a different layout
         config = write_deepspeed_config(tmp_path / name / "ds.json", 3, micro_batch=8)
     finished = pretrain(Path(options.recipe), config, options.data, options.run_dir, 1)
     assert finished.returncode == 0, finished.stderr

@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutating import mutations, returns_or_refuses
 
-from tinyllama_ds.checkpoint.format import CheckpointManifest, File, Health, Progress, model_of, read_manifest
+from tinyllama_ds.checkpoint.format import (
+    CheckpointManifest,
+    File,
+    Health,
+    OptimizerRecord,
+    Progress,
+    model_of,
+    read_manifest,
+)
 from tinyllama_ds.config.recipe import GuardSettings
 from tinyllama_ds.evaluation import report
 from tinyllama_ds.evaluation.charts import achieved_mixture, planned_mixture
@@ -135,7 +143,9 @@ MANIFEST = CheckpointManifest(
     "float32",
     model_config("test").to_dict(),
     DESCRIPTION,
-    {"weights.pt": File(3, "0" * 64)},
+    {"model.norm.weight": [64]},
+    OptimizerRecord("AdamW", 2, [{"lr": 0.1, "betas": [0.9, 0.95]}], {"global_steps": 2}),
+    {"weights.safetensors": File(3, "0" * 64)},
     Health(
         {"skipped": 1, "window": {"loss": [1.5], "grad_norm": [2.5]}}, [[16, 23]], Probe([1, 2], None, 3.5, "f", {})
     ),

@@ -57,7 +57,8 @@ class ModelSource:
 def open_stored(path: Path) -> ModelSource:
     """The model of a checkpoint, a run directory or a model folder, every file verified."""
     from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
-    from tinyllama_ds.checkpoint.format import resolve_checkpoint, stream_weights
+    from tinyllama_ds.checkpoint.format import resolve_checkpoint
+    from tinyllama_ds.checkpoint.reader import stream_weights
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, stored_tokenizer
     from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
     from tinyllama_ds.model.config import LlamaConfig

@@ -6,6 +6,7 @@ from math import sqrt
 from tinyllama_ds.config.recipe import Intervals
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.planning.layout import Layout
 
 # Interruptions per 1,000 node-days. Good: Llama 3 on 16,384 H100 (3.8), BLOOM (3.0). Bad: OPT-175B (16).
 GOOD_FLEET, BAD_FLEET = 4.0, 16.0
@@ -70,11 +71,11 @@ class Storage:
         return self.checkpoint * self.checkpoints + self.tokens
 
 
-def storage_of(
-    model: LlamaConfig, stage: int, weight_bytes: int, intervals: Intervals, plan: RunPlan, corpus_tokens: int
-) -> Storage:
-    """Retained checkpoints (the last few, one per `keep_tokens` and per stage) and the prepared corpus."""
-    masters_and_moments = 12 * model.num_parameters
-    weights = weight_bytes * model.num_parameters if stage < 3 else 0
+def storage_of(model: LlamaConfig, layout: Layout, intervals: Intervals, plan: RunPlan, corpus_tokens: int) -> Storage:
+    """Checkpoints that stay (the last few, one for every `keep_tokens` and stage), and the prepared corpus.
+
+    A checkpoint is master weights and moments, at any ZeRO stage.
+    """
+    checkpoint = (layout.master_bytes + layout.moment_bytes) * model.num_parameters
     kept = intervals.keep_last + plan.total_tokens // intervals.keep_tokens + len(plan.stages) - 1
-    return Storage(masters_and_moments + weights, kept, corpus_tokens * (2 if model.vocab_size < 65_500 else 4))
+    return Storage(checkpoint, kept, corpus_tokens * (2 if model.vocab_size < 65_500 else 4))

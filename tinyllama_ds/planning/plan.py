@@ -142,7 +142,7 @@ def make_plan(request: PlanRequest, inputs: Inputs, sizes: dict[str, int]) -> Pl
     return Plan(
         request, inputs, resolved, layout, work, accumulations,
         memory_of(inputs.model, layout, work, ranks), steps, duration, (good, bad),
-        storage_of(inputs.model, layout.stage, layout.weight_bytes, intervals, inputs.plan, corpus),
+        storage_of(inputs.model, layout, intervals, inputs.plan, corpus),
         timeline,
         (
             *schedule_warnings(inputs.plan, inputs.schedule),
