@@ -9,6 +9,8 @@ VERSION = next(
     for line in Path(__file__).with_name("tinyllama_ds").joinpath("__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
+# Folders at the top of the repository that an installed package has inside; `tinyllama_ds.shipped` finds both.
+SHIPPED = ["tinyllama_ds.ds_configs", "tinyllama_ds.hostfiles"]
 
 setup(
     name="tinyllama_ds",
@@ -16,8 +18,9 @@ setup(
     description="Raw text to a TinyLlama-class language model, trained by DeepSpeed",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["tinyllama_ds", "tinyllama_ds.*"]),
-    package_data={"tinyllama_ds": ["recipes/*.toml"]},
+    packages=[*find_packages(include=["tinyllama_ds", "tinyllama_ds.*"]), *SHIPPED],
+    package_dir={package: package.rpartition(".")[2] for package in SHIPPED},
+    package_data={"tinyllama_ds": ["recipes/*.toml", "templates/*"]} | dict.fromkeys(SHIPPED, ["*"]),
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19.8,<0.20",
@@ -27,11 +30,11 @@ setup(
         "huggingface-hub>=1.0",
         "sentencepiece>=0.2.1",
         "numpy>=1.26",
-        "pydantic>=2.7",
+        "pydantic>=2.12",
+        "jinja2>=3.1",
         "typing-extensions>=4.12",
         "psutil>=5.9",
         "pyarrow>=17.0",
-        "zstandard>=0.22",
         "tensorboard>=2.17",
         "matplotlib>=3.8",
         "tqdm>=4.66",
@@ -43,7 +46,7 @@ setup(
         "eval": ["lm-eval>=0.4.13", "accelerate>=1.0", "datasets>=4.0"],
         "dev": [
             *("pytest>=8.0", "pytest-xdist>=3.6", "pytest-randomly>=4.0", "coverage>=7.10", "pre-commit>=4.0"),
-            "hypothesis>=6.100",
+            *("hypothesis>=6.100", "zstandard>=0.22"),
             *("ruff>=0.12", "mypy>=1.15", "mpi4py>=4.0", "gigatoken>=0.10"),
             *("lm-eval>=0.4.13", "accelerate>=1.0", "datasets>=4.0"),
         ],

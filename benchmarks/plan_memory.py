@@ -14,8 +14,7 @@ from pathlib import Path
 
 from plan_launching import deepspeed_config, run_ranks
 from tinyllama_ds.commands.arguments import RANKS, Parser, output_file
-from tinyllama_ds.model.config import LlamaConfig
-from tinyllama_ds.model.loss import MAX_CHUNK_LOGITS
+from tinyllama_ds.model.config import MAX_CHUNK_LOGITS, LlamaConfig
 from tinyllama_ds.planning.layout import read_layout
 from tinyllama_ds.planning.memory import Memory, Work, host_bytes, memory_of
 

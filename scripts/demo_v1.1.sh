@@ -28,23 +28,23 @@ for source in "${sources[@]}"; do
 done
 
 step "3/9 the basic stage, and the general variant to its end"
-pretrain demo-v1.1 general ds_configs/demo_zero3.json
+pretrain demo-v1.1 general demo_zero3
 
 step "4/9 Math&Code from the end of the basic stage, killed in its second stage"
 math_code=(tinyllama-ds pretrain --recipe demo-v1.1-math-code --run-dir "$demo/math-code" --data "$demo/data")
 is_saved() { compgen -G "$demo/math-code/checkpoints/step_*" >/dev/null; }
 if ! is_saved; then
-  "${math_code[@]}" --branch-from "$demo/general" --deepspeed-config ds_configs/demo_zero3.json &
+  "${math_code[@]}" --branch-from "$demo/general" --deepspeed-config demo_zero3 &
   until is_saved || ! kill -0 $!; do sleep 0.2; done
   kill -KILL $! # the supervisor; its ranks end with it
   wait $! || true
 fi
 
 step "5/9 and resumed on one rank under ZeRO-1"
-"${math_code[@]}" --deepspeed-config ds_configs/demo_zero1.json --num-gpus 1
+"${math_code[@]}" --deepspeed-config demo_zero1 --num-gpus 1
 
 step "6/9 Chinese from the end of the basic stage"
-pretrain demo-v1.1-chinese chinese ds_configs/demo_zero3.json --branch-from "$demo/general"
+pretrain demo-v1.1-chinese chinese demo_zero3 --branch-from "$demo/general"
 
 step "7/9 export to Hugging Face, proven equal"
 for run in general math-code chinese; do

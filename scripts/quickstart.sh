@@ -24,14 +24,14 @@ for source in slimpajama starcoderdata; do
 done
 
 step "4/6 pretraining: DeepSpeed ZeRO-3 under the deepspeed launcher"
-tinyllama-ds pretrain --recipe demo --deepspeed-config ds_configs/demo_zero3.json --data "$demo/data" --run-dir "$demo/run"
+tinyllama-ds pretrain --recipe demo --deepspeed-config demo_zero3 --data "$demo/data" --run-dir "$demo/run"
 
-step "5/6 export to Hugging Face, proven equal"
+step "5/6 export to Hugging Face, verified identical"
 if [[ ! -d $demo/hf ]]; then
   tinyllama-ds export "$demo/run" "$demo/hf"
 fi
 
-step "6/6 the model speaks"
+step "6/6 sample generation"
 prompt='def load_model(path):
     """'
 printf -- '--- %s\n%s\n---\n' "continuation from the Hugging Face folder" \

@@ -28,7 +28,8 @@ from pathlib import Path
 
 import psutil
 
-from tinyllama_ds.checkpoint.format import consolidated_weights, find_checkpoints, newest_progress
+from tinyllama_ds.checkpoint.format import find_checkpoints, newest_progress
+from tinyllama_ds.checkpoint.reader import stream_weights
 from tinyllama_ds.commands.arguments import MINUTES, SECONDS, SEED, Parser, output_folder
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_RESTART
 
@@ -180,7 +181,7 @@ class Soak:
     def damage_checkpoint(self) -> None:
         """A byte of the newest checkpoint changes, and then a rank dies."""
         newest = find_checkpoints(self.run_dir)[-1]
-        file = self._rng.choice(sorted(newest.glob("*.pt")))
+        file = self._rng.choice(sorted(newest.glob("*.safetensors")))
         content = bytearray(file.read_bytes())
         content[self._rng.randrange(len(content))] ^= 1 << self._rng.randrange(8)
         file.write_bytes(content)
@@ -300,10 +301,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def fingerprint(run_dir: Path) -> tuple[str, str]:
     """(hash chain over the samples of all steps, SHA-256 over all weights) of the newest checkpoint."""
-    manifest, weights = consolidated_weights(find_checkpoints(run_dir)[-1])
+    manifest, weights = stream_weights(find_checkpoints(run_dir)[-1])
     digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].numpy().tobytes())
+    for name, tensor in weights:
+        digest.update(name.encode() + tensor.numpy().tobytes())
     return manifest.progress.chain, digest.hexdigest()
 
 

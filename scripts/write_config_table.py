@@ -15,7 +15,7 @@ DeepSpeed 0.19.8 and fails for a key that is in none of the three tables. The sh
 launched: every problem of a file is named in one answer, with exit code 78. A rejected key may stay if it is off
 (`false`, or a section with `"enabled": false`), as files from elsewhere have it, unless DeepSpeed has it on by default.
 A key of another ZeRO stage than the file's is warned of, so that a stage can be changed in one line.
-`scripts/pretrain.py` under a bare launcher checks keys and values alike; the engine's start is `pretrain`'s.
+`tinyllama_ds.rank.pretrain` under a bare launcher checks keys and values alike; the engine's start is `pretrain`'s.
 """
 
 

@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The layers of the package, from the bottom: a module imports packages of lower layers and its own, never upwards.
 LAYERS = [
-    {"errors"},
-    {"bars", "files", "inputs", "page", "text_table", "devices", "gpus", "shipped"},
+    {"errors", "numbers", "text_table"},
+    {"bars", "files", "inputs", "page", "devices", "gpus", "shipped"},
     {"outputs", "layout"},
     {"config", "distributed", "model", "fault_injection"},
     {"data"},

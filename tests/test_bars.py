@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from tinyllama_ds.bars import Lines, lines_for_bars, progress
+from tinyllama_ds.bars import ProgressLines, bars_as_lines, progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ class Clock:
 
 def test_a_file_gets_a_line_a_minute_and_one_at_the_end() -> None:
     file, clock = io.StringIO(), Clock()
-    with tqdm(total=10, desc="work", unit="shard", file=Lines(file, clock), mininterval=0, miniters=1) as bar:
+    with tqdm(total=10, desc="work", unit="shard", file=ProgressLines(file, clock), mininterval=0, miniters=1) as bar:
         for clock.seconds in (10, 20, 59, 61, 70, 120, 122, 130, 140, 150):
             bar.update()
     lines = file.getvalue().splitlines()
@@ -55,7 +55,7 @@ def test_a_terminal_gets_the_bar() -> None:
 
 def test_bars_of_libraries_and_other_text() -> None:
     file = io.StringIO()
-    with redirect_stderr(file), lines_for_bars():
+    with redirect_stderr(file), bars_as_lines():
         for _ in tqdm(range(3), desc="outer", leave=False):
             for _ in tqdm(range(2), desc="inner"):
                 print("a word", "another", file=sys.stderr)

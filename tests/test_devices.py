@@ -63,11 +63,11 @@ def test_the_kind_of_device(what: Seen, device_type: str) -> None:
 @pytest.mark.parametrize(
     ("what", "sentence"),
     [
-        (seen(visible="0,,2", count=1, listed=8), "CUDA_VISIBLE_DEVICES is '0,,2': '' names no GPU"),
-        (seen(visible="0,-1", count=1, listed=8), "'-1' names no GPU"),
-        (seen(visible="0;1", listed=8), "'0;1' names no GPU"),
-        (seen(visible="all", listed=8), "'all' names no GPU"),
-        (seen(visible="0,0", listed=8), "names GPU 0 twice"),
+        (seen(visible="0,,2", count=1, listed=8), "CUDA_VISIBLE_DEVICES is '0,,2': '' is not a GPU"),
+        (seen(visible="0,-1", count=1, listed=8), "'-1' is not a GPU"),
+        (seen(visible="0;1", listed=8), "'0;1' is not a GPU"),
+        (seen(visible="all", listed=8), "'all' is not a GPU"),
+        (seen(visible="0,0", listed=8), "lists GPU 0 twice"),
         (seen(visible="7", listed=1), "there is no GPU 7; expected 0 to 0 on this machine"),
         (seen(visible="0,1", count=1, listed=1), "there is no GPU 1; expected 0 to 0 on this machine"),
         (
@@ -118,7 +118,7 @@ def test_a_rank_gets_a_device_of_its_own(what: Seen, local_rank: int, local_size
     ("what", "local_rank", "local_size"), [(seen(count=2), 2, None), (seen(count=2), 0, 4), (seen(count=1), 1, None)]
 )
 def test_ranks_never_share_a_device(what: Seen, local_rank: int, local_size: int | None) -> None:
-    with pytest.raises(ConfigError, match="ranks on this host, and PyTorch sees . GPUs; expected a GPU for every rank"):
+    with pytest.raises(ConfigError, match="ranks on this host, and PyTorch sees . GPUs; expected one GPU per rank"):
         index_of(what, local_rank, local_size)
 
 

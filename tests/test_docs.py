@@ -37,10 +37,10 @@ def test_commands_parse(command: list[str]) -> None:
     if command[0] == "tinyllama-ds":
         parsed = command_parser().parse_args(command[1:])
     else:
-        script = command.index("scripts/pretrain.py")
+        program = next(part for part in command if part in ("scripts/pretrain.py", "tinyllama_ds.rank.pretrain"))
         parser = argparse.ArgumentParser()
         add_run_arguments(parser)
-        parsed = parser.parse_args(command[script + 1 :])
+        parsed = parser.parse_args(command[command.index(program) + 1 :])
     for name in ("deepspeed_config", "hostfile"):
         given = getattr(parsed, name, None)
         for path in given if isinstance(given, list) else [given]:

@@ -1,4 +1,4 @@
-"""Progress bars: a bar on a terminal, and in a file, which nobody watches, a line a minute and one at the end."""
+"""Progress bars: a bar on a terminal; in a file one line per minute and one at the end."""
 
 import re
 import sys
@@ -16,21 +16,21 @@ _BAR = re.compile(r"\|[^|]*\| ?")  # between percentage and numbers
 def progress(iterable: Iterable | None = None, *, file: TextIO | None = None, **options: Any) -> tqdm:
     """tqdm with its arguments, on stderr or another file."""
     file = file or sys.stderr
-    return tqdm(iterable, file=file if file.isatty() else Lines(file), **options)
+    return tqdm(iterable, file=file if file.isatty() else ProgressLines(file), **options)
 
 
 @contextmanager
-def lines_for_bars() -> Iterator[None]:
-    """The same for the bars of libraries, on stderr."""
+def bars_as_lines() -> Iterator[None]:
+    """The same for the bars that libraries draw on stderr."""
     if sys.stderr.isatty():
         yield
         return
-    with redirect_stderr(Lines(sys.stderr)):
+    with redirect_stderr(ProgressLines(sys.stderr)):
         yield
 
 
-class Lines:
-    """A text file that gets the frames of a progress bar as lines, few of them, and all else as it is."""
+class ProgressLines:
+    """A text file that writes a few frames of a progress bar as lines, and all other text unchanged."""
 
     def __init__(self, file: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._file, self._clock = file, clock
@@ -42,8 +42,8 @@ class Lines:
         return getattr(self._file, name)
 
     def write(self, text: str) -> int:
-        """A frame begins with a carriage return. A line end after the last one says that it stays; between bars that
-        are drawn below each other there are some, too."""
+        """A frame begins with a carriage return. A line end after the last one keeps it; between bars that
+        are drawn below each other there are line ends, too."""
         if text.startswith("\r"):
             self._frame = " ".join(_BAR.sub(" ", text, count=1).split())
             if self._frame and self._clock() - self._shown >= _SECONDS:

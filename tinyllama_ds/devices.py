@@ -1,4 +1,4 @@
-"""Whether ranks compute on GPUs or on the CPU, decided from what PyTorch, nvidia-smi and the environment say.
+"""Whether ranks compute on GPUs or on the CPU, by PyTorch, nvidia-smi and the environment.
 
 The decisions take plain values; `look` asks this machine for them.
 """
@@ -17,7 +17,7 @@ from tinyllama_ds.errors import ConfigError
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # DeepSpeed's runner forgets CUDA_VISIBLE_DEVICES of this shell; in this one it arrives at the ranks of this machine.
 VISIBLE_HERE_VARIABLE = "TINYLLAMA_DS_VISIBLE_DEVICES"
-_HIDING = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that leave no GPU, and are meant to
+_HIDING = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all GPUs on purpose
 _NAME = re.compile(r"(GPU|MIG)-\S+")
 _FIRST_WITH_BF16 = (8, 0)
 _CPU_WITH_BF16 = re.compile(r"^flags\s*:.*\b(amx_tile|avx512_bf16)\b", re.MULTILINE)
@@ -28,20 +28,20 @@ _HIDE = f'or hide the GPUs with {VISIBLE}="" to train on the CPU'
 
 @dataclass(frozen=True)
 class Seen:
-    """What one process sees of its machine's GPUs."""
+    """The GPUs that one process sees."""
 
     accelerator: str | None  # DS_ACCELERATOR, by which a user chooses the CPU
     visible: str | None  # CUDA_VISIBLE_DEVICES; None where it is not set
     count: int  # of devices that PyTorch sees
     torch: str  # its version
     cuda: str | None  # the version that it is built for; None for a build without
-    warning: str = ""  # what PyTorch said as it looked for devices
+    warning: str = ""  # PyTorch's warning when it detected devices
     listed: tuple[dict, ...] = ()  # by nvidia-smi; asked where PyTorch sees fewer than expected
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a start has to know of the machines that run it, which are of one kind."""
+    """The hardware that the machines of a run have in common."""
 
     device_type: str  # cuda or cpu
     bf16: bool  # whether matrix products in bf16 have hardware
@@ -50,7 +50,7 @@ class Machine:
 
 
 def look() -> Seen:
-    """Ask PyTorch, and nvidia-smi where PyTorch sees fewer GPUs than the environment names, or none."""
+    """Query PyTorch; also nvidia-smi if PyTorch sees no GPU or fewer than the environment names."""
     import torch
 
     with warnings.catch_warnings(record=True) as caught:
@@ -70,7 +70,7 @@ def look() -> Seen:
 
 
 def device_type_of(seen: Seen) -> str:
-    """`cuda` or `cpu`. Raises `ConfigError` where GPUs are there and would be left idle without anybody's wish."""
+    """`cuda` or `cpu`. Raises `ConfigError` if existing GPUs would be idle without the user having asked for it."""
     if seen.accelerator == "cpu":
         return "cpu"
     _reject_wrong_ids(seen)
@@ -93,19 +93,19 @@ def device_type_of(seen: Seen) -> str:
 
 
 def _reject_wrong_ids(seen: Seen) -> None:
-    """CUDA takes the devices before the first wrong entry, and says nothing of it."""
+    """CUDA silently ignores all devices from the first invalid entry on."""
     if seen.visible is None or seen.visible in _HIDING:
         return
     entries = [entry.strip() for entry in seen.visible.split(",")]
     wrong = next((entry for entry in entries if not (entry.isdecimal() or _NAME.fullmatch(entry))), None)
     if wrong is not None:
         raise ConfigError(
-            f"{VISIBLE} is {seen.visible!r}: {wrong!r} names no GPU, and CUDA would stop before it; expected numbers"
-            " with commas between them"
+            f"{VISIBLE} is {seen.visible!r}: {wrong!r} is not a GPU; CUDA would ignore all entries from it on; expected"
+            " numbers separated by commas"
         )
     twice = next((entry for entry in entries if entries.count(entry) > 1), None)
     if twice is not None:
-        raise ConfigError(f"{VISIBLE} is {seen.visible!r}: names GPU {twice} twice; expected each once")
+        raise ConfigError(f"{VISIBLE} is {seen.visible!r}: lists GPU {twice} twice; expected each once")
     beyond = [entry for entry in entries if entry.isdecimal() and int(entry) >= len(seen.listed)]
     if seen.listed and seen.count < len(entries) and beyond:
         raise ConfigError(
@@ -115,26 +115,24 @@ def _reject_wrong_ids(seen: Seen) -> None:
 
 
 def hidden_gpus(seen: Seen) -> str | None:
-    """A sentence where the environment leaves GPUs of this machine idle."""
+    """A sentence if the environment hides the GPUs of this machine."""
     if seen.visible not in _HIDING or seen.accelerator == "cpu" or not seen.listed:
         return None
     return f"{VISIBLE} is {seen.visible!r}, which hides this machine's {len(seen.listed)} GPUs; computing on the CPU"
 
 
 def index_of(seen: Seen, local_rank: int, local_size: int | None) -> int:
-    """Which of the visible devices is a rank's own.
+    """The index of a rank's device among the visible ones.
 
-    A launcher that masks devices (`srun --gpus-per-task=1`) leaves every rank one, which is number 0 to all of them.
-    Raises `ConfigError` where ranks would share a device.
+    A launcher that masks devices (`srun --gpus-per-task=1`) shows each rank only its own, with index 0.
+    Raises `ConfigError` if ranks would share a device.
     """
     is_masked = seen.visible is not None and seen.count == len(seen.visible.split(",")) == 1
     if is_masked:
         return 0
     ranks = max(local_rank + 1, local_size or 0)
     if ranks > seen.count:
-        raise ConfigError(
-            f"{ranks} ranks on this host, and PyTorch sees {seen.count} GPUs; expected a GPU for every rank"
-        )
+        raise ConfigError(f"{ranks} ranks on this host, and PyTorch sees {seen.count} GPUs; expected one GPU per rank")
     return local_rank
 
 
@@ -168,7 +166,7 @@ def reject_unsupported_devices(seen: Seen, indices: Iterable[int]) -> None:
 
 
 def bf16_of_gpu(capability: tuple[int, int]) -> bool:
-    """Whether matrix products in bf16 have hardware there."""
+    """Whether a GPU of this compute capability has hardware for bf16 matrix products."""
     return capability >= _FIRST_WITH_BF16
 
 
@@ -181,7 +179,7 @@ def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
 def list_gpus() -> list[dict]:
     """Name, memory in MiB, memory in use, driver and compute capability of every NVIDIA GPU, as nvidia-smi lists them.
 
-    Drivers before 510 do not tell the capability, which is None then.
+    The capability is None for drivers before 510.
     """
     if shutil.which("nvidia-smi") is None:
         return []
@@ -210,9 +208,9 @@ def _capability(rest: list[str]) -> list[int] | None:
 
 
 def machine_of(report: dict) -> Machine:
-    """A host's answer (`gpus`, `cores`, `bf16` of its CPU) as a machine.
+    """The `Machine` of a host's report (`gpus`, `cores`, `bf16` of its CPU).
 
-    A capability that its driver does not tell is taken for that of an A100, the first GPU with bf16.
+    An unknown capability is assumed to be that of an A100, the first GPU with bf16.
     """
     if not report["gpus"]:
         return Machine("cpu", report["bf16"], report["cores"])
@@ -221,13 +219,13 @@ def machine_of(report: dict) -> Machine:
 
 
 def common_machine(machines: Mapping[str, Machine]) -> Machine:
-    """What all hosts can do. Raises `ConfigError` where some have GPUs and others have none."""
+    """The common capabilities of all hosts. Raises `ConfigError` if only some of them have GPUs."""
     without = [host for host, machine in machines.items() if machine.device_type == "cpu"]
     with_gpus = [host for host in machines if host not in without]
     if without and with_gpus:
         raise ConfigError(
-            f"{with_gpus[0]} has GPUs and {without[0]} has none that nvidia-smi lists; expected hosts of one kind, or"
-            f" those without left out by --exclude {'@'.join(without)}, or of --include"
+            f"{with_gpus[0]} has GPUs and {without[0]} has none that nvidia-smi lists; expected GPUs on all hosts or"
+            f" none; exclude the others by --exclude {'@'.join(without)} or --include"
         )
     everyone = machines.values()
     capabilities = [machine.capability for machine in everyone if machine.capability is not None]

@@ -1,52 +1,59 @@
-"""The exit codes that other programs rely on, and the exceptions that a user should have to read."""
+"""Exit codes, which other programs rely on, and the exceptions that become messages to users."""
 
 import json
+import warnings
 from collections.abc import Callable
 
 EXIT_FINISHED = 0
-EXIT_RESTART = 75  # saved, please restart
-EXIT_ROLLBACK = 76  # inside: the supervisor starts the run again, without the samples before a spike
-EXIT_CONFIG = 78  # wrong configuration or input, do not restart
-EXIT_NUMERICS = 79  # numbers went bad, a human must look
+EXIT_RESTART = 75  # saved; restart to continue
+EXIT_ROLLBACK = 76  # internal: the supervisor restarts the run without the samples of a spike
+EXIT_CONFIG = 78  # invalid configuration or input; do not restart
+EXIT_NUMERICS = 79  # non-finite loss or gradients; needs inspection
 
+_OLD_NAMES = {
+    "Refusal": "ConfigError",
+    "EXIT_REFUSED": "EXIT_CONFIG",
+    "BadData": "DataError",
+    "BadNumbers": "NumericsError",
+}
 _MOST_PROBLEMS = 20  # in one message
 _MOST_CHARACTERS = 80  # of a value
 
 
 class ConfigError(Exception):
-    """Wrong configuration or input: one sentence that names the file, key, line or host and what was expected.
+    """Invalid configuration or input: one sentence that names the file, key, line or host and what was expected.
 
-    Raised before anything is changed; every command turns it into exit code 78.
+    Raised before anything is changed; every command converts it to exit code 78.
     """
 
     def __str__(self) -> str:
-        """On one line, also where it quotes a library that uses several."""
+        """On one line, even if it quotes several lines of a library."""
         return " ".join(super().__str__().split("\n"))
 
 
 class OutOfMemory(ConfigError):
-    """The GPU of one rank has too little memory: one sentence that names the rank and the part, and what needs less.
+    """The GPU of one rank ran out of memory: one sentence that names the rank, the part, and what needs less.
 
-    Said by that rank, because the others wait for it; the run ends with exit code 78 and is not restarted.
+    Printed by that rank, as the others wait for it; the run ends with exit code 78 and is not restarted.
     """
 
 
 class DataError(Exception):
-    """Tokens that cannot be what was prepared: one sentence that names the shard and the place. Raised in mid run.
+    """Corrupt token data found during training: one sentence that names the shard and the position.
 
-    Raised on the one rank that read them; the run ends with exit code 79 and is not restarted.
+    Raised on the rank that read it; the run ends with exit code 79 and is not restarted.
     """
 
 
 class NumericsError(Exception):
-    """Loss, gradient or weights went bad: one sentence that names the step or parameter. Raised on all ranks alike.
+    """Non-finite or diverged loss, gradients or weights: one sentence that names the step or parameter.
 
-    Nothing is saved any more; the run ends with exit code 79 and is not restarted.
+    Raised on all ranks; no checkpoint is saved, and the run ends with exit code 79 and is not restarted.
     """
 
 
 def raise_problems(place: object, problems: list[str]) -> None:
-    """Raise one `ConfigError` with all that is wrong with a file; nothing where nothing is."""
+    """Raise one `ConfigError` with all problems of a file, if there are any."""
     if len(problems) == 1:
         raise ConfigError(f"{place}: {problems[0]}")
     if problems:
@@ -74,8 +81,16 @@ def _shorten(write: Callable[[object], str], value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without characters that a terminal would obey; training data may hold any."""
+    """Text with control characters escaped, as training data may contain any."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def __getattr__(name: str) -> object:
+    """The names of version 0.2, for one more version."""
+    if name not in _OLD_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is now {_OLD_NAMES[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_OLD_NAMES[name]]

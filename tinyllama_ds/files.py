@@ -33,31 +33,48 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
 
 
-def write_durably(path: Path, content: bytes) -> None:
+class PartialFile:
+    """A file to write piece by piece, which `commit` makes durable and visible as a whole under its name."""
+
+    def __init__(self, path: Path, mode: int = 0o666) -> None:
+        self._path, self._partial = path, temporary_name(path)
+        self._partial.unlink(missing_ok=True)
+        self._file = os.fdopen(os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+
+    def commit(self) -> None:
+        """Replace a file of that name, if there is one; it is on the disk when this returns. Raises OSError."""
+        with self._file as file:
+            file.flush()
+            os.fsync(file.fileno())
+        self._partial.replace(self._path)
+        sync(self._path.parent)
+
+    def abandon(self) -> None:
+        """Remove what was written, unless it was committed."""
+        with suppress(OSError):  # of what a full disk did not take
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def write_durably(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Replace a file as a whole: after a crash or a power loss it is the old one or the new one.
 
     It is on the disk when this returns. Raises OSError, and leaves the old one.
     """
-    partial = temporary_name(path)
+    partial = PartialFile(path, mode)
     try:
-        partial.write_bytes(content)
-        sync(partial)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+        partial.write(content)
+        partial.commit()
+    finally:
+        partial.abandon()
 
 
 def write_secret(path: Path, content: bytes) -> None:
     """The same with a file that this user alone can read. Raises OSError, also where the storage cannot keep it so."""
-    partial = temporary_name(path)
-    partial.unlink(missing_ok=True)
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+    write_durably(path, content, 0o600)
     read_secret(path)
 
 

@@ -1,4 +1,4 @@
-"""GPUs and networks by name. Every figure is a data sheet's; what a program reaches of it is another matter."""
+"""GPUs and networks by name, with the numbers of their spec sheets."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ def _gpu(name: str, devices: str, memory_mib: int, peak_tflops: float, memory_gb
     return Gpu(name, names, memory_mib * MIB, peak_tflops * 1e12, memory_gb_s * 1e9, link_gb_s * 1e9)
 
 
-# NVIDIA's data sheets: A100 (2021), H100 (2022), H100 NVL (2023), H200 (2023), HGX B200 (2024), L4, L40, L40S, A10,
+# NVIDIA's spec sheets: A100 (2021), H100 (2022), H100 NVL (2023), H200 (2023), HGX B200 (2024), L4, L40, L40S, A10,
 # A10G, RTX A6000; for GeForce the whitepapers of the GA102 and Ada architectures. Sparsity is never counted.
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
@@ -58,7 +58,7 @@ def gpu_of_device(device_name: str) -> Gpu | None:
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU of a name; raises `ConfigError` naming those that are known."""
+    """The GPU of a name; raises `ConfigError` that lists the known ones."""
     if name.lower() not in GPUS:
         raise ConfigError(
             f"--gpu {name!r} is unknown; expected {', '.join(GPUS)}, or --gpu-memory and --peak-tflops for any other"
@@ -67,7 +67,7 @@ def gpu_named(name: str) -> Gpu:
 
 
 def custom_gpu(memory: str, peak_tflops: float, based_on: Gpu) -> Gpu:
-    """A GPU of any size, its bandwidths those of another; `memory` is a number with GiB or GB, '40GiB'."""
+    """A GPU of any size, with the bandwidths of another; `memory` is a number with GiB or GB, such as '40GiB'."""
     factor = {"gib": GIB, "gb": 10**9}
     for unit, size in factor.items():
         number = memory.strip().lower().removesuffix(unit)
@@ -87,7 +87,7 @@ def _is_positive(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Network:
-    """What joins the GPUs: bytes per second that a collective reaches, and seconds that a message takes by itself."""
+    """Interconnect: bandwidths in bytes/s as collectives reach them, and latencies in seconds."""
 
     node_bandwidth: float  # out of one host, in one direction
     link_bandwidth: float  # out of one GPU to the others of its host, in one direction

@@ -15,7 +15,7 @@ METRICS_FILE = "metrics.jsonl"
 STARTS_FILE = "starts.jsonl"
 TOKENIZER_FILE = "tokenizer.model"
 LOCK_FILE = "lock.json"
-LIFELINE_KEY_FILE = "lifeline.key"  # of ranks on other hosts and their supervisor
+LIFELINE_KEY_FILE = "lifeline.key"  # shared by the supervisor and ranks on other hosts
 CHECKPOINTS, QUARANTINE, LOGS = "checkpoints", "quarantine", "logs"
 _FOLDERS = (CHECKPOINTS, QUARANTINE, LOGS)
 _FILES = (RUN_FILE, STATUS_FILE, LEDGER_FILE, STOP_FILE, LIFELINE_KEY_FILE, SECRETS_FILE, TOKENIZER_FILE, LOCK_FILE)
@@ -30,14 +30,9 @@ STARTING, FIRST_STEP = "starting", "in its first step"  # the phases of a rank t
 
 
 def reject_unusable_directory(run_dir: Path) -> None:
-    """Raise `ConfigError` where a run cannot live in a directory, whatever is in its files: said before any is read."""
+    """Raise `ConfigError` if a run cannot use a directory, before any of its files is read."""
     if os.path.lexists(run_dir) and not os.path.isdir(run_dir):
         raise ConfigError(f"{run_dir}: is not a directory; choose another --run-dir")
-    if os.path.isdir(run_dir) and run_dir.stat().st_uid != os.geteuid():
-        raise ConfigError(
-            f"{run_dir}: belongs to user {run_dir.stat().st_uid}; expected a directory of your own: start as that user,"
-            " choose another --run-dir, or take it over with chown -R"
-        )
     parent = next(folder for folder in (run_dir, *run_dir.absolute().parents) if os.path.exists(folder))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{parent}: cannot be written; expected a directory that this user may write")

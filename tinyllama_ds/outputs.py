@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.files import temporary_name, write_durably
+from tinyllama_ds.files import sync, temporary_name, write_durably
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,10 @@ def new_folder(output: Path) -> Iterator[Path]:
         with reporting_write_errors(output):
             partial.mkdir(parents=True)
             yield partial
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
             partial.rename(output)
+            sync(output.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

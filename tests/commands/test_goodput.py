@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from tinyllama_ds.checkpoint.format import Progress
-from tinyllama_ds.commands.training import _say_goodput, _watch, add_run_arguments
+from tinyllama_ds.commands.training import _print_goodput, _watch, add_run_arguments
 from tinyllama_ds.evaluation.history import read_history
 from tinyllama_ds.evaluation.report import report_page, run_status
 from tinyllama_ds.launch.launcher import Placement
-from tinyllama_ds.launch.supervisor import Supervised
+from tinyllama_ds.launch.supervisor import SupervisionResult
 from tinyllama_ds.run.metrics import MetricsLogger
 
-STOPPED = Supervised(code=75, restarts=1, seconds=50.0, tokens=512)
+STOPPED = SupervisionResult(code=75, restarts=1, seconds=50.0, tokens=512)
 
 
 def log(run_dir: Path, *rows: dict[str, float]) -> None:
@@ -27,7 +27,7 @@ def log(run_dir: Path, *rows: dict[str, float]) -> None:
 
 def test_it_is_the_share_of_the_highest_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log(tmp_path, {"Validation/Loss/a": 6.2}, {"Speed/TokensPerSecond": 20.48}, {"Speed/TokensPerSecond": 10.0})
-    _say_goodput(tmp_path, STOPPED)
+    _print_goodput(tmp_path, STOPPED)
     assert capsys.readouterr().out.startswith("goodput 50.0%: 512 tokens committed in 50 s, ")
 
 
@@ -35,11 +35,11 @@ END = """
 import os, sys
 from pathlib import Path
 from tinyllama_ds.commands.training import _end
-from tinyllama_ds.launch.supervisor import Supervised
+from tinyllama_ds.launch.supervisor import SupervisionResult
 reader, writer = os.pipe()
 os.close(reader)
 os.dup2(writer, sys.stdout.fileno())
-sys.exit(_end(Path(sys.argv[1]), Supervised(code=75, restarts=1, seconds=50.0, tokens=512)))
+sys.exit(_end(Path(sys.argv[1]), SupervisionResult(code=75, restarts=1, seconds=50.0, tokens=512)))
 """
 
 
@@ -52,7 +52,7 @@ def test_a_console_that_is_gone_changes_no_exit_code(tmp_path: Path) -> None:
 def test_before_the_first_logged_step_it_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A stop saves after any step; there may be no more in the file than the validation at step 0 and that save."""
     log(tmp_path, {"Validation/Loss/a": 6.2}, {"Checkpoint/StallSeconds": 0.1, "Checkpoint/Seconds": 0.5})
-    _say_goodput(tmp_path, STOPPED)
+    _print_goodput(tmp_path, STOPPED)
     expected = "512 tokens committed in 50 s; no step was logged, so goodput is not known\n"
     assert capsys.readouterr().out == expected
     history = read_history(tmp_path)
@@ -75,5 +75,5 @@ def test_the_tokens_of_a_branchs_parent_are_not_its_own(tmp_path: Path) -> None:
 def test_figures_that_found_no_room_do_not_change_the_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _say_goodput(tmp_path, STOPPED)
+    _print_goodput(tmp_path, STOPPED)
     assert "goodput is not known" in capsys.readouterr().out

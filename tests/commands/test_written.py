@@ -71,7 +71,7 @@ def test_plan_writes_pictures_in_the_format_of_their_name(tmp_path: Path) -> Non
     picture, page = tmp_path / "p.svg", tmp_path / "p.html"
     assert main([*PLAN, "--picture", str(picture), "--html", str(page)]) == EXIT_FINISHED
     assert "<svg" in picture.read_text()
-    assert "data:image/png;base64" in page.read_text()
+    assert "<svg" in page.read_text()
 
 
 def test_nothing_is_left_of_a_tokenizer_that_was_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_the_verdict_is_printed_without_its_page(data_dir: Path, tmp_path: Path)
     finished = on_ranks(audit_without_page, str(data_dir), ranks=1)
     assert finished.returncode == EXIT_FINISHED, finished.stderr
     assert "audit.html: cannot be written: File too large" in finished.stderr
-    assert "good" in finished.stdout.lower()
+    assert finished.stdout.startswith("PASS")
     assert not (data_dir / "audit.html").exists()
 
 

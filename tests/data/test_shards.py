@@ -85,8 +85,9 @@ def test_samples_cross_shard_borders_and_cover_every_target_once(tmp_path: Path,
 def test_a_stream_shorter_than_a_sample_has_none(tmp_path: Path):
     write_shard(tmp_path, [[2]])
     stream = TokenStream(tmp_path / "source" / "train")
-    assert stream.num_samples(1) == 0
-    assert stream.num_samples(2048) == 0
+    for length in (1, 2048):
+        with pytest.raises(ConfigError, match=f"tokens are less than one sample of {length + 1} tokens"):
+            stream.num_samples(length)
 
 
 def test_document_starts_come_from_the_index(tmp_path: Path):
@@ -133,7 +134,7 @@ def test_a_manifest_that_does_not_match_is_refused(tmp_path: Path):
     for change, message in (
         ({"tokens": 18}, "but its manifest says 18 tokens"),
         ({"documents": 5}, "but its manifest says 5"),
-        ({"manifest_version": 9}, "has version 9; expected 1"),
+        ({"manifest_version": 9}, "manifest_version is 9; expected 1"),
         ({"unknown": 1}, "not a shard manifest"),
         ({"inputs": [{}]}, "not a shard manifest"),
     ):

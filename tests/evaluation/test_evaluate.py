@@ -132,5 +132,5 @@ def test_a_task_that_needs_the_network_where_there_is_none(ranks: int, exported:
     assert finished.returncode == 78, finished.stderr
     said = [line for line in finished.stderr.splitlines() if line.startswith("tinyllama-ds: ")]
     assert len(said) == 1
-    assert "dataset Rowan/hellaswag: is not in Hugging Face's cache, and the hub is out of reach" in said[0]
+    assert "dataset Rowan/hellaswag: is not in Hugging Face's cache, and the hub is unreachable" in said[0]
     assert not (tmp_path / "scores").exists()

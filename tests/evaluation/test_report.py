@@ -19,7 +19,7 @@ from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.charts import achieved_mixture, draw_losses, planned_mixture, stage_starts
 from tinyllama_ds.evaluation.history import Series, read_history, read_metrics
-from tinyllama_ds.evaluation.report import duration, report_page, run_status, summarise
+from tinyllama_ds.evaluation.report import report_page, run_status, summarize
 
 LENGTH, BATCH, STEPS = 32, 8, 240
 STEP_TOKENS = LENGTH * BATCH
@@ -194,11 +194,11 @@ def test_the_page_tells_everything(run: Path) -> None:
     assert len([ElementTree.fromstring(drawing) for drawing in drawings]) == 12
     for text in ("after a failure, by the supervisor", "after a rollback", ">13<", "rolled back", "808 to 815"):
         assert text in page, text
-    for text in ("Pythia-1.0B", ">70.70<", ">51.23 ± 1.20<", "a misprint", ">0.5123<", "300 B", "step_00000240/suite"):
+    for text in ("Pythia-1.0B", ">70.70<", ">51.23 ± 1.20<", "a misprint", ">0.5123<", "300B", "step_00000240/suite"):
         assert text in page, text
     assert "torn" not in page
     for text in (
-        "Scores along the way",
+        "Scores during training",
         "<figcaption>acc</figcaption>",
         "<figcaption>word_perplexity<",
         "piqa: 1",
@@ -215,7 +215,7 @@ def test_the_page_tells_everything(run: Path) -> None:
     [
         ("finished", False, STEPS, "Finished: all 240 steps, 61,440 tokens in 4 min 11 s; loss 1.752, 503 tokens/s"),
         ("running", True, 120, "Running: step 120 of 240, 30,720 of 61,440 tokens (50.0%)"),
-        ("running", False, 120, "Not finished, and held by no supervisor: step 120 of 240"),
+        ("running", False, 120, "Not finished, and no supervisor holds it: step 120 of 240"),
         ("stopped", False, 120, "Stopped and saved at step 120 of 240"),
     ],
 )  # fmt: skip
@@ -225,7 +225,7 @@ def test_the_verdict(state: str, is_held: bool, steps: int, expected: str, tmp_p
     assert now.sentence.startswith(expected)
     assert now.goodput == pytest.approx(50 * STEP_TOKENS / (506 * (11 + steps)))
     assert now.seconds_left == pytest.approx((STEPS - steps) * STEP_TOKENS / 503, rel=1e-2)
-    summary = summarise(history, now)
+    summary = summarize(history, now)
     assert json.loads(json.dumps(summary))["rollbacks"] == 1
     assert (summary["step"], summary["tokens"]) == (steps, steps * STEP_TOKENS)
 
@@ -234,13 +234,6 @@ def test_the_verdict_tells_a_branchs_own_tokens_from_those_of_its_parent(tmp_pat
     history = read_history(write_run(tmp_path / "run"))
     history.starts[0]["tokens"] = 1440
     assert "61,440 tokens, 60,000 of its own in 4 min 11 s" in run_status(history, 61_440, is_held=False).sentence
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"), [(0.2, "0 s"), (59.6, "1 min"), (3725, "1 h 2 min"), (8e6, "92 d 14 h")]
-)
-def test_durations(seconds: float, expected: str) -> None:
-    assert duration(seconds) == expected
 
 
 def test_the_goodput_of_a_branch_is_its_own(run: Path) -> None:
@@ -257,7 +250,7 @@ def test_figures_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
     history = read_history(tmp_path)
     assert [points.tolist() for points in history.points("Train/Loss")] == [[1.0], [3.5]]
     assert list(history.series) == ["Train/Loss"]
-    summary = summarise(history, run_status(history, 0, False))
+    summary = summarize(history, run_status(history, 0, False))
     assert (summary["Train/Loss"], summary["goodput"]) == (None, None)
     assert "loss nan" in page_of(tmp_path)
 

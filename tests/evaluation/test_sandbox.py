@@ -126,7 +126,7 @@ def test_a_machine_on_which_it_does_not_hold_is_refused(monkeypatch: pytest.Monk
     source = source.replace("version = landlock_version()", "version = 0").replace("os.geteuid() != 0", "True")
     open_door.write_text(source)
     monkeypatch.setattr(confine, "__file__", str(open_door))
-    with pytest.raises(ConfigError, match=r"does not hold on this machine: it needs a kernel with Landlock"):
+    with pytest.raises(ConfigError, match=r"does not hold on this machine: expected a kernel with Landlock"):
         open_sandbox()
 
 

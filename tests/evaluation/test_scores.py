@@ -7,13 +7,13 @@ import matplotlib.image
 import pytest
 
 from tinyllama_ds.evaluation.scores import (
-    Measured,
+    Evaluation,
     as_json,
     as_markdown,
     average,
-    of_benchmarks,
-    picture_of,
+    benchmark_scores,
     read_scores,
+    scores_figure,
 )
 from tinyllama_ds.evaluation.suites import SUITES
 from tinyllama_ds.outputs import write_figure
@@ -38,26 +38,26 @@ def results_of(value: float) -> dict:
 
 
 @pytest.fixture
-def measured() -> Measured:
+def measured() -> Evaluation:
     scores = read_scores(results_of(0.5))
-    return Measured("runs/v1", 503_000_000_000, "commonsense", scores, {"decoding": "greedy"}, {"lm-eval": "1.2.3"})
+    return Evaluation("runs/v1", 503_000_000_000, "commonsense", scores, {"decoding": "greedy"}, {"lm-eval": "1.2.3"})
 
 
-def test_benchmarks_are_scored_by_their_published_metric_in_percent(measured: Measured) -> None:
-    ours = of_benchmarks(measured.scores, COMMONSENSE)
+def test_benchmarks_are_scored_by_their_published_metric_in_percent(measured: Evaluation) -> None:
+    ours = benchmark_scores(measured.scores, COMMONSENSE)
     assert [score.metric for score in ours] == [benchmark.metric for benchmark in COMMONSENSE]
     assert [(score.value, score.stderr) for score in ours] == [(50.0, 1.0)] * 7
     assert average(ours) == (50.0, pytest.approx(math.sqrt(7) / 7))
 
 
-def test_the_table_has_our_row_errors_published_rows_and_marked_misprints(measured: Measured) -> None:
+def test_the_table_has_our_row_errors_published_rows_and_marked_misprints(measured: Evaluation) -> None:
     text = as_markdown(measured, COMMONSENSE)
     lines = text.splitlines()
     assert "| model | tokens | HellaSwag | OpenBookQA | WinoGrande | ARC-c | ARC-e | BoolQ | PIQA | average |" in lines
     ours = next(line for line in lines if "**this model**" in line)
     assert ours.count("**50.00 ± 1.00**") == 7
     assert "503B" in ours
-    assert "| **TinyLlama, 240k steps**, as many tokens | 503B | 49.56 |" in text
+    assert "| **TinyLlama, 240k steps**, same number of tokens | 503B | 49.56 |" in text
     assert "| TinyLlama v1.0 [3] | 3T | 59.20 | 36.00 | 59.12 | 30.12 | 55.25 | 57.83 | 73.29 | 52.97 |" in lines
     assert "[3] all sources print 52.99" in text
     assert "[1] the paper prints 57.83 for BoolQ" in text
@@ -65,7 +65,7 @@ def test_the_table_has_our_row_errors_published_rows_and_marked_misprints(measur
     assert "arc_challenge (version 1.0, 0-shot, acc_norm)" in text
 
 
-def test_json_holds_everything(measured: Measured) -> None:
+def test_json_holds_everything(measured: Evaluation) -> None:
     found = as_json(measured, COMMONSENSE, results_of(0.5))
     assert found["average"]["value"] == 50.0
     assert found["percent"][0]["benchmark"] == "HellaSwag"
@@ -73,10 +73,10 @@ def test_json_holds_everything(measured: Measured) -> None:
     assert found["lm_eval"]["hellaswag"]["acc,none"] == 0.25
 
 
-def test_the_picture_is_drawn(measured: Measured, tmp_path: Path) -> None:
-    write_figure(picture_of(measured, COMMONSENSE), tmp_path / "suite.png")
-    own = Measured("model", None, None, measured.scores, {}, {})
-    write_figure(picture_of(own, ()), tmp_path / "own.png")
+def test_the_picture_is_drawn(measured: Evaluation, tmp_path: Path) -> None:
+    write_figure(scores_figure(measured, COMMONSENSE), tmp_path / "suite.png")
+    own = Evaluation("model", None, None, measured.scores, {}, {})
+    write_figure(scores_figure(own, ()), tmp_path / "own.png")
     for name in ("suite.png", "own.png"):
         assert matplotlib.image.imread(tmp_path / name).std() > 0.05
 
@@ -84,6 +84,6 @@ def test_the_picture_is_drawn(measured: Measured, tmp_path: Path) -> None:
 def test_a_single_document_has_no_error() -> None:
     results = results_of(1.0)
     results["results"]["hellaswag"]["acc_norm_stderr,none"] = "N/A"
-    ours = of_benchmarks(read_scores(results), COMMONSENSE)
+    ours = benchmark_scores(read_scores(results), COMMONSENSE)
     assert ours[0].stderr is None
     assert average(ours) == (100.0, None)

@@ -145,8 +145,12 @@ def test_what_goes_wrong_ends_no_run_and_a_stop_is_heeded(data_dir: Path, tmp_pa
         (["absent.yaml"], "", "absent.yaml: is missing; expected a task file of lm-eval"),
         (["commonsense"], 'data_dir = "nothing"', "nothing: is not a directory"),
         (["commonsense"], 'data_dir = "."', "dataset Rowan/hellaswag: is not in "),
-        (["instruct"], "", "humaneval runs code that the model has written; expected it on a checkpoint"),
-        (["local.yaml"], "", "task local_generation generates up to 200 tokens, and the model has 128 positions"),
+        (
+            ["instruct"],
+            "",
+            "humaneval runs model-written code; expected `tinyllama-ds evaluate",
+        ),
+        (["local.yaml"], "", "task local_generation generates up to 200 tokens; expected fewer than the 128 positions"),
     ],
 )
 def test_tasks_that_cannot_be_scored_are_refused_before_anything_starts(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tinyllama_ds.data.stream import TokenStream
+from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.validation import ValidationSet, perplexity, validation_losses
 from tinyllama_ds.model.config import MODEL_SIZES
@@ -41,7 +42,7 @@ def test_every_sample_counts_once_for_any_world(sets: list[ValidationSet], world
 
 def test_loss_equals_pytorchs_over_the_same_tokens(sets: list[ValidationSet]) -> None:
     model = build_model(MODEL_SIZES["test"], "eager", seed=1)
-    found = validation_losses(sets, model, lambda sums: sums, 0, 1, 3, torch.device("cpu"))
+    found = validation_losses(sets, model, lambda sums: sums, DistributedInfo(0, 0, 1, torch.device("cpu")), batch=3)
     for held_out in sets:
         available = held_out.stream.num_samples(T)
         total = min(held_out.samples, available)

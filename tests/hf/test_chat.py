@@ -25,9 +25,9 @@ from tinyllama_ds.cli import main
 from tinyllama_ds.data.chat import CHAT_TEMPLATE, Message, conversation_ids, prompt_ids
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.hf.chat import Conversation, talk
-from tinyllama_ds.hf.convert import PROBE_TEXTS, export, hf_tokenizer
-from tinyllama_ds.hf.generate import LoadedModel, Sampling, continue_ids, serve_hf_folder, serve_weights
+from tinyllama_ds.hf.chat import Conversation, chat_loop
+from tinyllama_ds.hf.convert import PROBE_TEXTS, ExportOptions, export, hf_tokenizer
+from tinyllama_ds.hf.generate import LoadedModel, Sampling, continue_ids, load_from_hf_folder, load_from_weights
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
 
@@ -42,8 +42,8 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def served(weights: dict[str, torch.Tensor], tokenizer: Tokenizer) -> LoadedModel:
-    return serve_weights(weights, CONFIG, tokenizer, is_chat_model=True)
+def loaded(weights: dict[str, torch.Tensor], tokenizer: Tokenizer) -> LoadedModel:
+    return load_from_weights(weights, CONFIG, tokenizer, is_chat_model=True)
 
 
 def turns(messages: list[Message]) -> list[dict]:
@@ -83,17 +83,17 @@ def test_transformers_makes_no_control_token_of_a_text_either(tokenizer: Tokeniz
 def test_an_export_brings_the_template_only_where_the_model_chats(
     weights: dict[str, torch.Tensor],
     tokenizer: Tokenizer,
-    served: LoadedModel,
+    loaded: LoadedModel,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    export(weights.items(), CONFIG, tokenizer, tmp_path / "chats", is_chat_model=True)
+    export(weights.items(), CONFIG, tokenizer, tmp_path / "chats", ExportOptions(is_chat_model=True))
     assert (tmp_path / "chats" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
     assert json.loads((tmp_path / "chats" / "generation_config.json").read_text())["eos_token_id"] == EOS_ID
-    folder = serve_hf_folder(tmp_path / "chats")
+    folder = load_from_hf_folder(tmp_path / "chats")
     assert folder.end_of_turn == EOS_ID
     written = []
-    for model in (folder, served):
+    for model in (folder, loaded):
         assert model.encode_chat is not None
         written.append(continue_ids(model, model.encode_chat([Message("user", "the small llama")]), GREEDY))
     assert written[0] == written[1] != []
@@ -108,35 +108,35 @@ def test_a_template_that_gives_other_ids_is_refused(
 ) -> None:
     monkeypatch.setattr("tinyllama_ds.hf.convert.CHAT_TEMPLATE", CHAT_TEMPLATE.replace("|>\\n", "|> "))
     with pytest.raises(ConfigError, match="chat template gives other ids than ours"):
-        export(weights.items(), CONFIG, tokenizer, tmp_path / "out", is_chat_model=True)
+        export(weights.items(), CONFIG, tokenizer, tmp_path / "out", ExportOptions(is_chat_model=True))
     assert list(tmp_path.iterdir()) == []
 
 
 # --- the conversation -------------------------------------------------------------------------------------------------
 
 
-def asked(served: LoadedModel) -> tuple[LoadedModel, list[list[Message]]]:
+def asked(loaded: LoadedModel) -> tuple[LoadedModel, list[list[Message]]]:
     """The model, and what it was given to answer each time."""
     prompts: list[list[Message]] = []
-    encode = served.encode_chat
+    encode = loaded.encode_chat
     assert encode is not None
 
     def remember(messages: list[Message]) -> list[int]:
         prompts.append(list(messages))
         return encode(messages)
 
-    return replace(served, encode_chat=remember), prompts
+    return replace(loaded, encode_chat=remember), prompts
 
 
-def test_an_answer_comes_in_pieces_and_is_what_the_model_writes(served: LoadedModel, tokenizer: Tokenizer) -> None:
+def test_an_answer_comes_in_pieces_and_is_what_the_model_writes(loaded: LoadedModel, tokenizer: Tokenizer) -> None:
     pieces: list[str] = []
-    conversation = Conversation(served, GREEDY)
+    conversation = Conversation(loaded, GREEDY)
     answer = conversation.ask("the loss", pieces.append)
     ids = torch.tensor([prompt_ids(tokenizer, [Message("user", "the loss")])])
     expected: list[int] = []
     with torch.no_grad():
         for _ in range(GREEDY.max_new_tokens):  # the whole again for each token, without a cache
-            token = served.model(torch.cat((ids, torch.tensor([expected], dtype=torch.long)), dim=1)).logits[0, -1]
+            token = loaded.model(torch.cat((ids, torch.tensor([expected], dtype=torch.long)), dim=1)).logits[0, -1]
             expected.append(int(token.argmax()))
             if expected[-1] == EOS_ID:
                 break
@@ -145,31 +145,31 @@ def test_an_answer_comes_in_pieces_and_is_what_the_model_writes(served: LoadedMo
     assert conversation.messages == [Message("user", "the loss"), Message("assistant", answer)]
 
 
-def test_the_oldest_exchanges_are_forgotten_first_and_the_system_message_never(served: LoadedModel) -> None:
-    served, prompts = asked(served)
-    conversation = Conversation(served, GREEDY, "be brief")
+def test_the_oldest_exchanges_are_forgotten_first_and_the_system_message_never(loaded: LoadedModel) -> None:
+    loaded, prompts = asked(loaded)
+    conversation = Conversation(loaded, GREEDY, "be brief")
     for number in range(6):
         conversation.ask(f"question {number} of the small llama model", str)
         given = prompts[-1]
         assert given[0] == Message("system", "be brief")
         assert given[-1].content.startswith(f"question {number}")
         assert [message.role for message in given[1:]] == (["user", "assistant"] * 6)[: len(given) - 1]
-        assert served.encode_chat is not None
-        assert len(served.encode_chat(given)) + GREEDY.max_new_tokens <= CONFIG.max_position_embeddings
+        assert loaded.encode_chat is not None
+        assert len(loaded.encode_chat(given)) + GREEDY.max_new_tokens <= CONFIG.max_position_embeddings
     assert not any("question 0" in message.content for message in conversation.messages)
     assert any("question 4" in message.content for message in conversation.messages)
 
 
-def test_a_question_that_does_not_fit_is_refused_and_not_kept(served: LoadedModel) -> None:
-    conversation = Conversation(served, GREEDY)
+def test_a_question_that_does_not_fit_is_refused_and_not_kept(loaded: LoadedModel) -> None:
+    conversation = Conversation(loaded, GREEDY)
     conversation.ask("the loss", str)
     before = list(conversation.messages)
-    with pytest.raises(ConfigError, match=r"the question has \d+ tokens with its frame; the model takes 118 of them"):
+    with pytest.raises(ConfigError, match=r"the question has \d+ tokens in the chat template; expected 118 at most"):
         conversation.ask("llama " * 200, str)
     assert conversation.messages == before
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(served: LoadedModel) -> None:
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(loaded: LoadedModel) -> None:
     pieces: list[str] = []
 
     def interrupt(text: str) -> None:
@@ -177,24 +177,24 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(served: LoadedModel) 
         if len(pieces) == 3:
             raise KeyboardInterrupt
 
-    conversation = Conversation(served, GREEDY)
+    conversation = Conversation(loaded, GREEDY)
     conversation.ask("the loss", interrupt)
-    whole = Conversation(served, GREEDY).ask("the loss", str)
+    whole = Conversation(loaded, GREEDY).ask("the loss", str)
     (_, answer) = conversation.messages
     assert whole.startswith(answer.content)
     assert 0 < len(answer.content) < len(whole)
 
 
-def test_a_seed_repeats_a_conversation(served: LoadedModel) -> None:
+def test_a_seed_repeats_a_conversation(loaded: LoadedModel) -> None:
     def answers(seed: int) -> list[str]:
-        conversation = Conversation(served, Sampling(10, 1.0, 0.95, seed))
+        conversation = Conversation(loaded, Sampling(10, 1.0, 0.95, seed))
         return [conversation.ask("the loss", str) for _ in range(3)]
 
     assert answers(1) == answers(1) != answers(2)
 
 
 def test_a_piece_is_handed_on_when_its_characters_are_whole_and_harmless(
-    served: LoadedModel, tokenizer: Tokenizer
+    loaded: LoadedModel, tokenizer: Tokenizer
 ) -> None:
     ids = tokenizer.encode("é🙂\x1b[2J中")
     pieces: list[str] = []
@@ -205,8 +205,8 @@ def test_a_piece_is_handed_on_when_its_characters_are_whole_and_harmless(
             streamer.put(torch.tensor([token]))
         return torch.cat((inputs, torch.tensor([[*ids, EOS_ID]])), dim=1)
 
-    served.model.generate = generate
-    answer = Conversation(served, GREEDY).ask("hi", pieces.append)
+    loaded.model.generate = generate
+    answer = Conversation(loaded, GREEDY).ask("hi", pieces.append)
     assert answer == "é🙂\x1b[2J中"
     assert "".join(pieces) == "é🙂\\x1b[2J中"
     assert not any("\ufffd" in piece for piece in pieces)
@@ -216,34 +216,34 @@ def test_a_piece_is_handed_on_when_its_characters_are_whole_and_harmless(
 
 
 def test_questions_from_a_pipe_are_answered_line_by_line(
-    served: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    served, prompts = asked(served)
+    loaded, prompts = asked(loaded)
     lines = ["the loss", "", "the rate", "/reset", "/help", "the loss", "/exit", "never asked"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    talk(Conversation(served, GREEDY))
+    chat_loop(Conversation(loaded, GREEDY))
     assert [len(messages) for messages in prompts] == [1, 3, 1]
     out = capsys.readouterr().out
-    assert "/help is no command; /reset forgets what was said, /exit leaves" in out
-    first = Conversation(served, GREEDY).ask("the loss", str)
+    assert "/help is not a command; /reset clears the conversation, /exit ends it" in out
+    first = Conversation(loaded, GREEDY).ask("the loss", str)
     assert out.startswith(first)
     assert out.endswith(f"{first}\n")
 
 
 def test_a_line_that_is_not_utf_8_does_not_end_the_conversation(
-    served: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    model, prompts = asked(served)
+    model, prompts = asked(loaded)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\nthe loss\n\xed\xa0\x80\n"), "utf-8"))
-    talk(Conversation(model, GREEDY))
+    chat_loop(Conversation(model, GREEDY))
     assert [prompt[-1].content for prompt in prompts] == ["the loss"]
-    assert capsys.readouterr().out.count("the question is not UTF-8; it is left out\n") == 2
+    assert capsys.readouterr().out.count("the question is not UTF-8 and was ignored\n") == 2
 
 
 def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(
     weights: dict[str, torch.Tensor], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    export(weights.items(), CONFIG, tokenizer, tmp_path / "model", is_chat_model=True)
+    export(weights.items(), CONFIG, tokenizer, tmp_path / "model", ExportOptions(is_chat_model=True))
     ours, theirs = pty.openpty()
     chat = subprocess.Popen(
         [sys.executable, "-m", "tinyllama_ds.cli", "chat", str(tmp_path / "model"), "--max-new-tokens", "10"],
@@ -255,14 +255,14 @@ def test_in_a_terminal_ctrl_c_stays_and_ctrl_d_leaves(
     )
     os.close(theirs)
     try:
-        assert "Ctrl-C stops an answer, Ctrl-D leaves" in read_to_prompt(ours)
+        assert "Ctrl-C stops an answer, Ctrl-D ends the conversation" in read_to_prompt(ours)
         wait_until_it_waits(chat)
         os.write(ours, b"\x03")
         read_to_prompt(ours)
         os.write(ours, b"the loss\n")
         assert "the loss" in read_to_prompt(ours)
         os.write(ours, b"/quit\n")
-        assert "/quit is no command" in read_to_prompt(ours)
+        assert "/quit is not a command" in read_to_prompt(ours)
         os.write(ours, b"\x04")
         assert chat.wait(timeout=300) == 0
     finally:

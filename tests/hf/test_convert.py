@@ -15,7 +15,7 @@ from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.data.vocabulary import ranked_merges
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf import convert
-from tinyllama_ds.hf.convert import PROBE_TEXTS, export, hf_tokenizer
+from tinyllama_ds.hf.convert import PROBE_TEXTS, ExportOptions, export, hf_tokenizer
 from tinyllama_ds.hf.weights import INDEX_FILE
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
@@ -112,7 +112,7 @@ def test_logits_that_differ_are_refused_and_leave_nothing(
 def test_shards_are_within_their_size_and_load_in_transformers(
     tokenizer: Tokenizer, weights: dict, tmp_path: Path
 ) -> None:
-    export(weights.items(), CONFIG, tokenizer, tmp_path / "ours", max_shard_size="100KB")
+    export(weights.items(), CONFIG, tokenizer, tmp_path / "ours", ExportOptions(max_shard_size="100KB"))
     convert.hf_model(weights, CONFIG).save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     shards = sorted((tmp_path / "ours").glob("*.safetensors"))
     assert [shard.name for shard in shards] == [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(4)]
@@ -123,7 +123,7 @@ def test_shards_are_within_their_size_and_load_in_transformers(
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
     with pytest.raises(ConfigError, match="--max-shard-size big: expected a size such as 5GB"):
-        export(weights.items(), CONFIG, tokenizer, tmp_path / "hf", max_shard_size="big")
+        export(weights.items(), CONFIG, tokenizer, tmp_path / "hf", ExportOptions(max_shard_size="big"))
 
 
 def test_the_description_is_what_transformers_writes(tokenizer: Tokenizer, weights: dict, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_the_folder_must_give_the_loss_that_training_had(
     document_ids = [number // 20 for number in range(64)] if document_mask else None
     loss = probe_loss(model, tokens, document_ids, 2, torch.device("cpu"))
     probe = Probe(tokens, document_ids, loss, "bfloat16", {})
-    export(weights.items(), CONFIG, tokenizer, tmp_path / "hf", probe)
+    export(weights.items(), CONFIG, tokenizer, tmp_path / "hf", ExportOptions(probe))
     with pytest.raises(ConfigError, match=r"the loss on the checkpoint's probe is \d\.\d+ and was .* in training"):
-        export(weights.items(), CONFIG, tokenizer, tmp_path / "other", replace(probe, loss=1.01 * loss))
+        export(weights.items(), CONFIG, tokenizer, tmp_path / "other", ExportOptions(replace(probe, loss=1.01 * loss)))
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

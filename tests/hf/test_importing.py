@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
-from tinyllama_ds.hf.convert import export, hf_config, hf_tokenizer
+from tinyllama_ds.hf.convert import ExportOptions, export, hf_config, hf_tokenizer
 from tinyllama_ds.hf.import_model import import_hf_folder, read_config
 from tinyllama_ds.hf.model_folder import ModelFolder, open_model_folder, verify_model_folder
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
@@ -108,7 +108,7 @@ def test_export_and_import_are_inverse(dtype: torch.dtype, size: str, tokenizer:
     """Ours to theirs to ours, and theirs to ours to theirs: the same bits, shapes and tokenizer."""
     shape = SHAPES["interpolated"]
     weights = {name: tensor.to(dtype) for name, tensor in build_model(shape, "eager", seed=1).state_dict().items()}
-    export(weights.items(), shape, tokenizer, tmp_path / "hf", max_shard_size=size)
+    export(weights.items(), shape, tokenizer, tmp_path / "hf", ExportOptions(max_shard_size=size))
     import_hf_folder(tmp_path / "hf", tmp_path / "ours")
     ours = open_model_folder(tmp_path / "ours")
     assert (ours.model, ours.dtype, ours.tokenizer.sha256) == (shape, dtype, tokenizer.sha256)
@@ -116,7 +116,7 @@ def test_export_and_import_are_inverse(dtype: torch.dtype, size: str, tokenizer:
     assert found.keys() == weights.keys()
     assert all(found[name].dtype == dtype and torch.equal(found[name], weights[name]) for name in weights)
 
-    export(ours.tensors(), ours.model, ours.tokenizer, tmp_path / "again", max_shard_size=size)
+    export(ours.tensors(), ours.model, ours.tokenizer, tmp_path / "again", ExportOptions(max_shard_size=size))
     files = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
 
@@ -188,11 +188,11 @@ ADDED = {"id": 512, "content": "<|im_end|>"}
 CONFIG_CASES: dict[str, tuple[dict, str]] = {
     "architecture": (
         {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
-        'config.json: model_type is "mistral"; expected "llama"',
+        'config.json: 2 problems: (1) model_type is "mistral"; expected "llama"',
     ),
     "head": (
         {"architectures": ["LlamaForSequenceClassification"]},
-        'config.json: architectures is ["LlamaForSequenceClassification"]; expected ["LlamaForCausalLM"]',
+        'config.json: architectures is ["LlamaForSequenceClassification"]; expected "LlamaForCausalLM"',
     ),
     "tied": ({"tie_word_embeddings": True}, "config.json: tie_word_embeddings is true; expected false"),
     "attention bias": ({"attention_bias": True}, "config.json: attention_bias is true; expected false"),
@@ -204,18 +204,18 @@ CONFIG_CASES: dict[str, tuple[dict, str]] = {
     "head size": ({"head_dim": 32}, "head_dim is 32; expected hidden_size / num_attention_heads, 16"),
     "rope": (
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
-        'config.json: rope_parameters has the type "yarn"; expected default or linear',
+        """config.json: rope_parameters.rope_type is "yarn"; expected 'default' or 'linear'""",
     ),
     "old rope": (
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        'config.json: rope_scaling has the type "dynamic"; expected default or linear',
+        """config.json: rope_scaling.type is "dynamic"; expected 'default' or 'linear'""",
     ),
     "rope factor": (
         {"rope_scaling": {"type": "linear", "factor": 0.5}},
         "config.json: rope_scaling_factor 0.5 must be 1 or more",
     ),
-    "no size": ({"hidden_size": None}, "config.json: hidden_size is null; expected a whole number above 0"),
-    "no epsilon": ({"rms_norm_eps": "1e-5"}, 'config.json: rms_norm_eps is "1e-5"; expected a number above 0'),
+    "no size": ({"hidden_size": None}, "config.json: hidden_size is null; expected a whole number"),
+    "no epsilon": ({"rms_norm_eps": "1e-5"}, 'config.json: rms_norm_eps is "1e-5"; expected a number'),
     "heads": ({"num_attention_heads": 3}, "config.json: hidden_size 64 must be a multiple of num_attention_heads 3"),
     "vocabulary": ({"vocab_size": 520}, "tokenizer.model: has 512 pieces; expected vocab_size 520 of config.json"),
 }

@@ -39,9 +39,9 @@ def add_to_tokenizer(folder: Path) -> None:
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no model": (lambda f: (f / "model.json").unlink(), "model: holds no checkpoint; expected a run directory or"),
     "no folder": (shutil.rmtree, "model: is no folder; expected what import wrote, a run or a checkpoint"),
-    "no JSON": (lambda f: (f / "model.json").write_text("{"), "model.json: not the description of a model folder"),
-    "a later format": (lambda f: edit(f, format=2), "model.json: has format 2 and is known up to 1; use what wrote it"),
-    "another dtype": (lambda f: edit(f, dtype="int8"), "model.json: not the description of a model folder"),
+    "no JSON": (lambda f: (f / "model.json").write_text("{"), "model.json: not valid JSON"),
+    "a later format": (lambda f: edit(f, format=2), "has format 2 and is known up to 1; use the version"),
+    "another dtype": (lambda f: edit(f, dtype="int8"), 'model.json: dtype is "int8"; expected '),
     "another size": (
         lambda f: edit(f, model=CONFIG.to_dict() | {"intermediate_size": 128}),
         "model: its model has intermediate_size 128; the recipe's has 176",

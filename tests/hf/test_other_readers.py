@@ -11,7 +11,7 @@ import torch
 from launching import TIMEOUT
 
 from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.hf.convert import PROBE_TEXTS, export
+from tinyllama_ds.hf.convert import PROBE_TEXTS, ExportOptions, export
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
 
@@ -25,7 +25,7 @@ def exported(config: LlamaConfig, tokenizer: Tokenizer, folder: Path, size: str)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
-    export(model.state_dict().items(), config, tokenizer, folder, max_shard_size=size)
+    export(model.state_dict().items(), config, tokenizer, folder, ExportOptions(max_shard_size=size))
     return model
 
 

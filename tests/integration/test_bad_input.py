@@ -174,9 +174,9 @@ def put_gpu(folder: Path) -> str:
 
 GPU_CASES = {
     "unusable": (None, "1 x NVIDIA H100 80GB HBM3"),
-    "gap": ("0,,2", "CUDA_VISIBLE_DEVICES is '0,,2': '' names no GPU"),
+    "gap": ("0,,2", "CUDA_VISIBLE_DEVICES is '0,,2': '' is not a GPU"),
     "no such": ("7", "CUDA_VISIBLE_DEVICES is '7': there is no GPU 7; expected 0 to 0"),
-    "half hidden": ("0,-1", "CUDA_VISIBLE_DEVICES is '0,-1': '-1' names no GPU"),
+    "half hidden": ("0,-1", "CUDA_VISIBLE_DEVICES is '0,-1': '-1' is not a GPU"),
 }
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a GPU here")
 

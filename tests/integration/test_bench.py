@@ -36,8 +36,8 @@ def row(rate: float, memory: float, micro_batch: int) -> dict:
 
 
 def test_advice_is_the_fastest_unless_as_fast_with_less_memory() -> None:
-    assert "take zero3, micro batch 8, sdpa, compiled" in advice([row(100, 10, 8), row(90, 1, 4)])
-    assert "take zero3, micro batch 4" in advice([row(100, 10, 8), row(99, 5, 4)])
+    assert "recommended: zero3, micro batch 8, sdpa, compiled" in advice([row(100, 10, 8), row(90, 1, 4)])
+    assert "recommended: zero3, micro batch 4" in advice([row(100, 10, 8), row(99, 5, 4)])
     assert advice([{"error": "out of memory"}]) == "no setting ran"
 
 

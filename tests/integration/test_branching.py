@@ -159,7 +159,7 @@ def test_a_branch_equals_a_run_of_its_own(family: Family, killed_branch: tuple[P
 def test_a_damaged_parent_is_refused_and_left_alone(family: Family, tmp_path: Path) -> None:
     parent = tmp_path / "general"
     shutil.copytree(family.parent, parent)
-    shard = next(find_checkpoints(parent)[0].glob("*optim_states.pt"))
+    shard = next(find_checkpoints(parent)[0].glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)

@@ -3,17 +3,15 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from forked import pretrain
 from launching import SEQUENCE_LENGTH, Finished, read_series, write_deepspeed_config, write_recipe
 
-from tinyllama_ds.checkpoint.format import File, find_checkpoints
+from tinyllama_ds.checkpoint.format import File, find_checkpoints, read_manifest
 from tinyllama_ds.data.order import rank_positions
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_NUMERICS
 from tinyllama_ds.run.resolve import Options, resolve_run
@@ -51,17 +49,6 @@ def setup(data_dir: Path, tmp_path: Path) -> Setup:
     return Setup(tmp_path, data_dir, write_recipe(tmp_path / "small.toml", STEPS, save_every=HALF))
 
 
-def values_of(state: object, name: str) -> Iterator[object]:
-    """All values under a name in what DeepSpeed saved."""
-    if isinstance(state, dict):
-        yield from ([state[name]] if name in state else [])
-        for value in state.values():
-            yield from values_of(value, name)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from values_of(value, name)
-
-
 LAYOUTS = [(1, 1), (2, 2), (0, 0), (3, 1), (1, 3), (2, 0), (0, 3)]
 
 
@@ -88,13 +75,11 @@ def test_changed_hyper_parameters_are_refused_or_allowed_by_name_and_then_in_for
     assert read_series(run_dir, "Train/LearningRate")[HALF] == pytest.approx(
         0.5 * read_series(run_dir, "Train/LearningRate")[HALF - 1], rel=0.5
     )
-    saved = [torch.load(file, weights_only=False) for file in find_checkpoints(run_dir)[-1].glob("*.pt")]
-    groups = [group for state in saved for groups in values_of(state, "param_groups") for group in groups]
+    groups = read_manifest(find_checkpoints(run_dir)[-1]).optimizer.groups
     assert groups
     for group in groups:
         found = {name: group[name] for name in changed} | {"lr": group["configured_lr"], "betas": tuple(group["betas"])}
         assert found == changed
-    assert set(values_of(saved, "clip_grad")) <= {0.5}
 
 
 @pytest.mark.parametrize("stage", [3, pytest.param(1, marks=slow)])
@@ -130,4 +115,4 @@ def test_a_rotten_token_is_named_by_the_rank_that_reads_it(setup: Setup, tmp_pat
     finished = pretrain(setup.recipe, config, data, tmp_path / "run", 2)
     assert finished.returncode == EXIT_NUMERICS, finished.stderr
     assert f"{shard} at token {place}: token id 65535 is beyond the vocabulary of 512" in finished.stderr
-    assert "starting it again" not in finished.stderr
+    assert "restarting in" not in finished.stderr

@@ -15,8 +15,9 @@ from forked import on_ranks, plain_curves, pretrain, run_module, tinyllama_ds
 from launching import BATCH, read_series, write_deepspeed_config
 from test_docs import commands_of
 
-from tinyllama_ds.checkpoint.format import consolidated_weights, find_checkpoints, read_manifest
+from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 from tinyllama_ds.checkpoint.initial_weights import fill_model, open_initial_weights
+from tinyllama_ds.checkpoint.reader import stream_weights
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import ConfigError
@@ -109,7 +110,7 @@ def test_the_page_about_it_works_from_its_first_command_to_its_last(
     config = write_deepspeed_config(tmp_path / "toy.json", 3, micro_batch=2)
     shutil.copytree(finished_run, tmp_path / "demo" / "run")
     shutil.copyfile(tokenizer.path, tmp_path / "demo" / "tokenizer.model")
-    toy = {"demo-chat": str(recipe), "ds_configs/demo_zero3.json": str(config), "256": "96"}
+    toy = {"demo-chat": str(recipe), "demo_zero3": str(config), "256": "96"}
     monkeypatch.setattr("sys.stdin", io.StringIO("What does os.getcwd do?\nWhere is it defined?\n"))
     for command in commands_of(DOCS / "chat.md"):
         arguments = [toy.get(argument, argument) for argument in command[1:]]
@@ -131,7 +132,7 @@ def test_weights_are_taken_over_bit_for_bit(finished_run: Path, tokenizer: Token
     config = MODEL_SIZES["test"]
     model = build_model(config, "eager", seed=2)
     fill_model(model, open_initial_weights(finished_run, config, tokenizer))
-    _, expected = consolidated_weights(find_checkpoints(finished_run)[-1])
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    _, weights = stream_weights(find_checkpoints(finished_run)[-1])
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights)
     with pytest.raises(ConfigError, match="its model has vocab_size 512; the recipe's has 2048"):
         open_initial_weights(finished_run, MODEL_SIZES["demo"], tokenizer)

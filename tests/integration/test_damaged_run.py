@@ -23,7 +23,7 @@ from tinyllama_ds.cli import main
 from tinyllama_ds.commands.model import open_stored
 from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
 from tinyllama_ds.evaluation.history import read_history, read_metrics
-from tinyllama_ds.evaluation.report import run_status, summarise
+from tinyllama_ds.evaluation.report import run_status, summarize
 from tinyllama_ds.launch.lock import is_held
 from tinyllama_ds.run.directory import check_run_directory
 from tinyllama_ds.run.ledger import ROLLED_BACK, Entry, read_ledger, write_ledger
@@ -131,7 +131,7 @@ def purge(options: Options) -> None:
 
 def show(options: Options) -> None:
     history = read_history(options.run_dir)
-    json.dumps(summarise(history, run_status(history, newest_progress(options.run_dir)[1], is_held(options.run_dir))))
+    json.dumps(summarize(history, run_status(history, newest_progress(options.run_dir)[1], is_held(options.run_dir))))
     read_metrics(options.run_dir)
 
 
@@ -216,7 +216,7 @@ def leftovers(run_dir: Path) -> None:
     (checkpoints / f".trash-step_{HALF:08d}").mkdir()
     (checkpoints / f".step_{STEPS:08d}.dry_run").mkdir()
     (checkpoints / f"step_{STEPS:08d}").mkdir()
-    (checkpoints / f"step_{STEPS:08d}" / "half.pt").touch()
+    (checkpoints / f"step_{STEPS:08d}" / "half.safetensors").touch()
     (checkpoints / "step_00000003").write_text("x")
 
 
@@ -251,7 +251,7 @@ def test_a_run_lives_in_any_path(name: str, whole: Options, tmp_path: Path) -> N
         (options.run_dir / wish).unlink()
     shutil.rmtree(find_checkpoints(options.run_dir)[-1])
     config = options.deepspeed_config
-    if name == "v[1]":  # another layout takes the way over whole tensors
+    if name == "v[1]":  # loaded into a different layout
         config = write_deepspeed_config(tmp_path / name / "ds.json", 3, micro_batch=8)
     finished = pretrain(Path(options.recipe), config, options.data, options.run_dir, 1)
     assert finished.returncode == 0, finished.stderr

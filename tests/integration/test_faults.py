@@ -137,7 +137,7 @@ def test_a_death_costs_steps_and_nothing_else(
     monkeypatch.setenv(FAULT_VARIABLE, fault)
     finished = setup.launch(tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
-    said = re.search(r"at checkpoint (\d+); starting it again", finished.stderr)
+    said = re.search(r"at checkpoint (\d+); restarting in", finished.stderr)
     assert said, finished.stderr
     assert int(said[1]) in committed_after(fault)
     assert f"resumed at step {said[1]}" in finished.stdout
@@ -202,7 +202,7 @@ def flip_a_byte(file: Path) -> None:
 
 def swap_with_rank_0(shard: Path) -> None:
     """Both are whole and in place, and yet not what they ought to be."""
-    other = shard.with_name(shard.name.replace("rank_1", "rank_0"))
+    other = shard.with_name(shard.name.replace("rank_00001", "rank_00000"))
     shard.rename(shard.with_name("aside"))
     other.rename(shard)
     shard.with_name("aside").rename(other)
@@ -222,11 +222,11 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_put_aside(damage: str, setup: Setup, tmp_path: Path) -> None:
     shutil.copytree(setup.finished, tmp_path / "run")
     newest = find_checkpoints(tmp_path / "run")[-1]
-    shard = sorted(newest.glob("*optim_states.pt"))[1]
+    shard = sorted(newest.glob("*.master.safetensors"))[1]
     DAMAGES[damage](shard)
     finished = setup.start(tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
-    assert re.search(f"moved to quarantine: {newest}/.*_optim_states.pt: ", finished.stderr), finished.stderr
+    assert re.search(f"moved to quarantine: {newest}/.*.safetensors: ", finished.stderr), finished.stderr
     assert f"resumed at step {STEPS - SAVE_EVERY}" in finished.stdout
     assert (tmp_path / "run" / "quarantine" / f"{newest.name}.0").is_dir()
     setup.assert_same_end(tmp_path / "run")
@@ -235,7 +235,7 @@ def test_a_damaged_checkpoint_is_put_aside(damage: str, setup: Setup, tmp_path: 
 def test_damaged_checkpoints_alone_are_refused(setup: Setup, tmp_path: Path) -> None:
     shutil.copytree(setup.finished, tmp_path / "run")
     for checkpoint in find_checkpoints(tmp_path / "run"):
-        flip_a_byte(next(checkpoint.glob("*optim_states.pt")))
+        flip_a_byte(next(checkpoint.glob("*.safetensors")))
     finished = setup.start(tmp_path / "run")
     assert finished.returncode == EXIT_CONFIG
     assert "none of 2 checkpoints verifies" in finished.stderr
@@ -324,7 +324,7 @@ def test_a_second_signal_is_quick(setup: Setup, tmp_path: Path, monkeypatch: pyt
     supervisor.terminate()
     _, errors = supervisor.communicate(timeout=15)
     assert supervisor.returncode == EXIT_RESTART
-    assert "the ranks did not stop by themselves; the last checkpoint stands" in errors
+    assert "the ranks did not stop in time; the last checkpoint is kept" in errors
     assert psutil.wait_procs(family, timeout=ORPHAN_SECONDS)[1] == [], "orphans"
 
 
@@ -369,7 +369,7 @@ def test_an_export_that_is_killed_leaves_no_folder(setup: Setup, tmp_path: Path)
 
 def test_a_damaged_checkpoint_is_not_exported(setup: Setup, tmp_path: Path) -> None:
     shutil.copytree(setup.finished, tmp_path / "run")
-    shard = next(find_checkpoints(tmp_path / "run")[-1].glob("*optim_states.pt"))
+    shard = next(find_checkpoints(tmp_path / "run")[-1].glob("*.safetensors"))
     flip_a_byte(shard)
     finished = tinyllama_ds("export", tmp_path / "run", tmp_path / "hf")
     assert finished.returncode == EXIT_CONFIG

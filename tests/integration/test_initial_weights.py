@@ -9,9 +9,8 @@ import torch
 from forked import pretrain
 from launching import BATCH, SEQUENCE_LENGTH, read_series, write_deepspeed_config, write_recipe
 
-from tinyllama_ds.checkpoint.consolidate import whole_tensors
 from tinyllama_ds.checkpoint.format import find_checkpoints
-from tinyllama_ds.checkpoint.reshape import write_whole_tensors
+from tinyllama_ds.checkpoint.reader import master_weights, stream_weights
 from tinyllama_ds.data.loader import open_streams
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG
@@ -53,12 +52,6 @@ def standing_still(path: Path, stage: int, **changes: object) -> Path:
     return write_deepspeed_config(path, stage, micro_batch=2, optimizer=optimizer, **bf16, **changes)
 
 
-def masters_of(checkpoint: Path, stage: int, output: Path) -> dict[str, torch.Tensor]:
-    shapes = {name: parameter.shape for name, parameter in build_model(CONFIG, "eager", 1).named_parameters()}
-    write_whole_tensors(checkpoint, stage, shapes, output)
-    return {name: torch.load(output / "zero" / name / "fp32.pt", weights_only=False)["param"] for name in shapes}
-
-
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
@@ -78,21 +71,20 @@ def test_the_masters_have_the_imported_bits(
     finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2, "--init-from", str(folder))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     checkpoint = find_checkpoints(tmp_path / "run")[-1]
-    masters = masters_of(checkpoint, stage, tmp_path / "whole")
+    masters = dict(master_weights(checkpoint))
     imported = dict(open_model_folder(folder).tensors())
     assert masters.keys() == imported.keys()
     for name, tensor in imported.items():
         assert torch.equal(masters[name], tensor), name
         assert tensor.dim() == 1 or not torch.equal(tensor, tensor.bfloat16().float()), "bf16 would do"
-    exported = dict(whole_tensors(checkpoint, stage))  # what export reads, one by one
-    for name, tensor in imported.items():
-        assert torch.equal(exported[name], tensor if stage else tensor.bfloat16()), name
+    for name, tensor in stream_weights(checkpoint)[1]:  # what export reads, one by one
+        assert torch.equal(tensor, imported[name].bfloat16()), name
 
 
 @slow
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_another_runs_masters_are_taken_over(stage: int, data_dir: Path, tmp_path: Path) -> None:
-    """Not what its forward pass used, which is rounded; at stage 0 a checkpoint has no more than that by its name."""
+    """Not what its forward pass used, which is rounded."""
     recipe = write_recipe(tmp_path / "small.toml", 8, save_every=8)
     bf16 = {"bf16": {"enabled": True}}
     learning = write_deepspeed_config(tmp_path / "learning.json", stage, micro_batch=2, **bf16)
@@ -102,9 +94,10 @@ def test_another_runs_masters_are_taken_over(stage: int, data_dir: Path, tmp_pat
     assert finished.returncode == 0, finished.stdout + finished.stderr
     before, after = (find_checkpoints(tmp_path / name)[-1] for name in ("first", "second"))
     assert json.loads((tmp_path / "second" / "run.json").read_text())["init_from"]["path"] == str(before)
-    found = dict(whole_tensors(after, 3))
-    for name, tensor in whole_tensors(before, stage):
-        assert torch.equal(found[name], tensor.float()), name
+    found = dict(master_weights(after))
+    for name, tensor in master_weights(before):
+        assert torch.equal(found[name], tensor), name
+        assert tensor.dim() == 1 or not torch.equal(tensor, tensor.bfloat16().float()), "bf16 would do"
 
 
 def validation_loss(folder: ModelFolder, data: Path, source: str) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from forked import pretrain
 from launching import read_series, write_deepspeed_config, write_recipe
+from test_resume import tensors_of
 
 from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 
@@ -20,7 +21,7 @@ def test_a_run_goes_on_from_its_checkpoint(data_dir: Path, tmp_path: Path) -> No
     assert pretrain(recipe, config, data_dir, run_dir, 1).returncode == 0
     older, newest = find_checkpoints(run_dir)
     expected, losses = read_manifest(newest).progress, read_series(run_dir, "Train/Loss")
-    weights = load(newest)
+    tensors = tensors_of(newest)
     (newest / "manifest.json").unlink()
     for name in ("run.json", "status.json", "tokenizer.model"):
         (run_dir / name).write_bytes(b"")
@@ -35,11 +36,7 @@ def test_a_run_goes_on_from_its_checkpoint(data_dir: Path, tmp_path: Path) -> No
     assert f"resumed at step {HALF} " in finished.stdout
     last = find_checkpoints(run_dir)[-1]
     assert read_manifest(last).progress == expected
-    assert all(torch.equal(weights[name], tensor) for name, tensor in load(last).items())
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in tensors_of(last).items())
     assert read_series(run_dir, "Train/Loss") == losses
     assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
     assert json.loads((run_dir / "run.json").read_text())["recipe"]["name"] == "small"
-
-
-def load(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return torch.load(checkpoint / "mp_rank_00_model_states.pt", weights_only=False)["module"]

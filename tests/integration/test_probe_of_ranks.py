@@ -8,9 +8,9 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from forked import pretrain
 from launching import Finished, write_deepspeed_config, write_recipe
+from safetensors.torch import load_file, save_file
 
 from tinyllama_ds.checkpoint.format import File, find_checkpoints
 from tinyllama_ds.errors import EXIT_CONFIG
@@ -44,11 +44,11 @@ def test_the_loss_comes_out_again_to_the_last_bit(data_dir: Path, tmp_path: Path
 
 def damage(checkpoint: Path, factor: float) -> None:
     """Some of the master weights of one rank, in a file whose hash is right."""
-    path = next(checkpoint.glob("*rank_1_*optim_states.pt"))
-    state = torch.load(path, weights_only=False)
-    for weights in state["optimizer_state_dict"]["fp32_flat_groups"]:
+    path = checkpoint / "rank_00001.master.safetensors"
+    tensors = load_file(path)
+    for weights in tensors.values():
         weights[: len(weights) // 10] *= factor
-    torch.save(state, path)
+    save_file(tensors, path)
     content = path.read_bytes()
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"][path.name] = asdict(File(len(content), hashlib.sha256(content).hexdigest()))

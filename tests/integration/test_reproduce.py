@@ -28,7 +28,7 @@ LONG_STEPS = (6, 150, 2)  # of the rehearsal in small, so that there is time to 
 PROGRAM = """#!{python}
 import os
 import sys
-from pathlib import Path
+from tinyllama_ds.shipped import shipped_config, shipped_hostfile
 
 def small(arguments):
     at = iter(arguments)
@@ -36,11 +36,11 @@ def small(arguments):
         if argument == "--recipe":
             yield from (argument, f"{toys}/{{next(at)}}.toml")
         elif argument == "--deepspeed-config":
-            path = Path(next(at))
+            path = shipped_config(next(at))
             assert path.is_file()
             yield from (argument, "{toys}/zero1.json" if "zero1" in path.name else "{toys}/zero3.json")
         elif argument == "--hostfile":
-            assert Path(next(at)).is_file()
+            assert shipped_hostfile(next(at)).is_file()
             yield from ("--num-gpus", "1")
         else:
             yield argument

@@ -8,8 +8,9 @@ import pytest
 import torch
 from forked import pretrain
 from launching import STEP_TOKENS, read_series, write_deepspeed_config, write_recipe
+from safetensors.torch import load_file
 
-from tinyllama_ds.checkpoint.format import find_checkpoints
+from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 
 HALF = 6
 SAMPLES = f"""
@@ -25,21 +26,10 @@ def read_steps(path: Path) -> list[int]:
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every file that DeepSpeed wrote: weights, masters, both moments, step counters."""
-    found: dict[str, torch.Tensor] = {}
-
-    def collect(value: object, place: str) -> None:
-        if isinstance(value, torch.Tensor):
-            found[place] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                collect(inner, f"{place}/{key}")
-        elif isinstance(value, list | tuple):
-            for index, inner in enumerate(value):
-                collect(inner, f"{place}/{index}")
-
-    for file in sorted(checkpoint.glob("*.pt")):
-        collect(torch.load(file, weights_only=False), file.name)
+    """Every tensor of every file, master weights and optimizer state, and the optimizer's step."""
+    found = {"step": torch.tensor(read_manifest(checkpoint).optimizer.step)}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        found |= load_file(file)
     return found
 
 

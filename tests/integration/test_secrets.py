@@ -10,7 +10,7 @@ import pytest
 from launching import pretrain_command, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.files import SECRETS_FILE
-from tinyllama_ds.launch.environment import hand_on_secrets
+from tinyllama_ds.launch.environment import forward_secrets
 from tinyllama_ds.layout import LIFELINE_VARIABLE
 from tinyllama_ds.train.pretrain import read_secrets
 
@@ -47,14 +47,14 @@ def test_secrets_in_the_environment_stay_there(data_dir: Path, tmp_path: Path) -
 def test_ranks_of_a_supervisor_on_another_host_take_secrets_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hand_on_secrets(tmp_path / SECRETS_FILE, {"WANDB_API_KEY": "x"})
+    forward_secrets(tmp_path / SECRETS_FILE, {"WANDB_API_KEY": "x"})
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     read_secrets(tmp_path)
     assert "WANDB_API_KEY" not in os.environ
     monkeypatch.setenv(LIFELINE_VARIABLE, "node1:1:30:120")
     read_secrets(tmp_path)
     assert os.environ["WANDB_API_KEY"] == "x"
-    hand_on_secrets(tmp_path / SECRETS_FILE, {})
+    forward_secrets(tmp_path / SECRETS_FILE, {})
     read_secrets(tmp_path)
 
 

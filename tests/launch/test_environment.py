@@ -9,12 +9,12 @@ from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import read_secret
 from tinyllama_ds.launch.environment import (
     check_argument,
-    for_runner,
+    forward_secrets,
     forwarded,
-    hand_on_secrets,
     is_secret,
     named_secrets,
     read_user_files,
+    runner_environment,
 )
 
 
@@ -43,15 +43,15 @@ def test_only_what_is_on_the_list_goes_out() -> None:
 def test_secrets_never_reach_a_command_line(name: str, tmp_path: Path) -> None:
     """They stay, and those that are named go through a file that nobody else can read."""
     assert is_secret(name)
-    assert for_runner({name: "x", "A": "b"}, []) == {"A": "b"}
-    assert for_runner({name: "x"}, [name]) == {}
+    assert runner_environment({name: "x", "A": "b"}, []) == {"A": "b"}
+    assert runner_environment({name: "x"}, [name]) == {}
     (tmp_path / ".deepspeed_env").write_text(f"{name}=y\n")
     assert forwarded({}, [], "pdsh") == {}
     assert named_secrets({}, []) == {name: "y"}
     assert named_secrets({name: '$"x'}, [name]) == {name: '$"x'}
-    hand_on_secrets(tmp_path / "secrets", {name: "x"})
+    forward_secrets(tmp_path / "secrets", {name: "x"})
     assert json.loads(read_secret(tmp_path / "secrets")) == {name: "x"}
-    hand_on_secrets(tmp_path / "secrets", {})
+    forward_secrets(tmp_path / "secrets", {})
     assert not (tmp_path / "secrets").exists()
     assert not is_secret("TOKENIZERS_PARALLELISM")
     assert not is_secret("MONKEY")
@@ -64,8 +64,8 @@ MACHINE = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "KMP_AFFINITY": "com
 @pytest.mark.parametrize("name", MACHINE)
 def test_what_fits_this_machine_stays_unless_it_is_named(name: str, tmp_path: Path) -> None:
     assert forwarded(MACHINE, [], "pdsh") == {}
-    assert for_runner(MACHINE, []) == {}
-    assert forwarded(MACHINE, [name], "pdsh") == for_runner(MACHINE, [name]) == {name: MACHINE[name]}
+    assert runner_environment(MACHINE, []) == {}
+    assert forwarded(MACHINE, [name], "pdsh") == runner_environment(MACHINE, [name]) == {name: MACHINE[name]}
     (tmp_path / ".deepspeed_env").write_text(f"{name}=x\n")
     assert forwarded(MACHINE, [], "pdsh") == {name: "x"}
 

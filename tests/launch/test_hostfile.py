@@ -113,7 +113,7 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the hostfile is missing"):
         read_hostfile(tmp_path / "hosts")
     (tmp_path / "hosts").write_text("# nobody\n")
-    with pytest.raises(ConfigError, match="names no host"):
+    with pytest.raises(ConfigError, match="has no hosts"):
         read_hostfile(tmp_path / "hosts")
 
 
@@ -146,7 +146,7 @@ def test_filters_choose_what_deepspeed_chooses(
         ("node1:0-1", None, "is not of the form"),
         ("node1,node2", None, "node1,node2 is not in the hostfile"),
         ("node1@@node2", None, "'' is not of the form"),
-        (None, "node1@node2", "leaves no GPU of any host"),
+        (None, "node1@node2", "excludes all GPUs"),
         ("node1", "node2", "were both given"),
     ],
 )

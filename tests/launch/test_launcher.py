@@ -127,6 +127,21 @@ def test_deepspeeds_runner_is_called_with_hosts_and_environment(
     assert sys.executable in script
 
 
+@pytest.mark.hosts
+def test_mpichs_helper_of_deepspeed_starts_our_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed would start the helper itself by `python -m` with `--module`: the module is given as a file."""
+    called = record_commands(tmp_path, monkeypatch)
+    (tmp_path / "hosts").write_text("node1 slots=8\nnode2 slots=8\n")
+    placement = Placement(tmp_path / "hosts", HOSTS, 0, on_cpu=True, launcher="mpich", master_port=12345)
+    assert start_launcher(placement, ["--help"], {}, tmp_path).wait(TIMEOUT) == 0
+    words = called.read_text().splitlines()
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("MPI_LOCALRANKID", "0")
+    command = words[words.index(sys.executable) :]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert "--deepspeed-config" in done.stdout, done.stderr
+
+
 def words_of(call: str) -> set[str]:
     return set(re.split(r"\n|; |,", call))
 

@@ -57,12 +57,12 @@ def start_rank(line: Lifeline, then: str = f"time.sleep({LIFE_SECONDS})", rank: 
     )
 
 
-def look_until(line: Lifeline, path: Path | None = None) -> str | None:
+def poll_until(line: Lifeline, path: Path | None = None) -> str | None:
     """What the line says first; nothing where a file is there before it says anything."""
     said: list[str | None] = []
 
     def happened() -> bool:
-        said[:] = [line.look()]
+        said[:] = [line.poll()]
         return bool(said[0]) or (path is not None and path.exists())
 
     wait_until(happened, "nothing happened")
@@ -85,7 +85,7 @@ def is_group(number: int) -> bool:
 
 def test_beats_and_stacks_arrive_as_files(line: Lifeline, tmp_path: Path) -> None:
     process = start_rank(line)
-    assert look_until(line, tmp_path / "rank_3") is None
+    assert poll_until(line, tmp_path / "rank_3") is None
     assert json.loads((tmp_path / "rank_3").read_text()) == {"step": 7, "doing": "training"}
     line.stacks()
     assert "Thread" in (tmp_path / "stacks_3").read_text()
@@ -95,15 +95,15 @@ def test_beats_and_stacks_arrive_as_files(line: Lifeline, tmp_path: Path) -> Non
 
 def test_a_dead_rank_is_known_at_once(line: Lifeline, tmp_path: Path) -> None:
     process = start_rank(line)
-    look_until(line, tmp_path / "rank_3")
+    poll_until(line, tmp_path / "rank_3")
     os.killpg(process.pid, signal.SIGKILL)
-    assert look_until(line) == f"rank 3 on {socket.gethostname()} has died"
+    assert poll_until(line) == f"rank 3 on {socket.gethostname()} has died"
     process.wait()
 
 
 def test_a_rank_says_why_or_that_it_leaves(line: Lifeline, tmp_path: Path) -> None:
     process = start_rank(line, "heartbeat.fail(OSError('disk'))")
-    assert look_until(line) == f"rank 3 on {socket.gethostname()}: OSError: disk"
+    assert poll_until(line) == f"rank 3 on {socket.gethostname()}: OSError: disk"
     process.wait()
     os.killpg(process.pid, signal.SIGKILL)
 
@@ -111,23 +111,23 @@ def test_a_rank_says_why_or_that_it_leaves(line: Lifeline, tmp_path: Path) -> No
 def test_a_death_comes_before_the_errors_that_it_causes(line: Lifeline, tmp_path: Path) -> None:
     """Also where a sign of life of the dead one has not been read yet, and everything is found at one look."""
     victim = start_rank(line)
-    look_until(line, tmp_path / "rank_3")
+    poll_until(line, tmp_path / "rank_3")
     other = start_rank(line, "sys.stdin.read(); heartbeat.fail(OSError('connection closed by peer'))", rank=4)
-    look_until(line, tmp_path / "rank_4")
+    poll_until(line, tmp_path / "rank_4")
     connections = [rank.connection for rank in line._ranks]
     wait_until(lambda: select.select(connections, [], [], 0)[0] == connections, "a sign of life of each")
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
     other.communicate(timeout=TIMEOUT)
-    assert line.look() == f"rank 3 on {socket.gethostname()} has died"
+    assert line.poll() == f"rank 3 on {socket.gethostname()} has died"
     os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_a_farewell_is_no_death(line: Lifeline) -> None:
     process = start_rank(line, "heartbeat.report_exit(78)")
-    wait_until(lambda: line.look() or line.code is not None, "no farewell")
+    wait_until(lambda: line.poll() or line.code is not None, "no farewell")
     process.wait()
-    assert line.look() is None
+    assert line.poll() is None
     assert line.code == 78
     os.killpg(process.pid, signal.SIGKILL)
 
@@ -137,7 +137,7 @@ def test_a_rank_ends_with_its_whole_host_when_the_supervisor_is_gone(
 ) -> None:
     monkeypatch.setattr(module, "_END_SECONDS", TIMEOUT)
     process = start_rank(line)
-    look_until(line, tmp_path / "rank_3")
+    poll_until(line, tmp_path / "rank_3")
     assert line.close() == []
     assert group_is_gone(process)
 
@@ -146,19 +146,17 @@ def test_silence_ends_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "SILENCE_SECONDS", 3)
     line = open_line(tmp_path)
     process = start_rank(line)
-    look_until(line, tmp_path / "rank_3")
+    poll_until(line, tmp_path / "rank_3")
     assert group_is_gone(process), "the supervisor has said nothing for 3 s"
     line.close()
 
 
 def test_a_stopped_rank_is_silent(line: Lifeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = start_rank(line)
-    look_until(line, tmp_path / "rank_3")
+    poll_until(line, tmp_path / "rank_3")
     os.killpg(process.pid, signal.SIGSTOP)
     monkeypatch.setattr(module, "SILENCE_SECONDS", 3)
-    assert "has been silent for 3 s: it is stopped, or its host or the network to it is down" in (
-        look_until(line) or ""
-    )
+    assert "has not responded for 3 s: it is stopped, or its host or the network is down" in (poll_until(line) or "")
     assert line.close() == [(socket.gethostname(), process.pid)], "to be killed by other means"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -181,12 +179,12 @@ def test_a_stopped_rank_is_silent(line: Lifeline, tmp_path: Path, monkeypatch: p
 )
 def test_strangers_are_hung_up_on(line: Lifeline, words: bytes, tmp_path: Path) -> None:
     _, port, *_ = line.value.split(":")
-    with socket.create_connection(("127.0.0.1", int(port))) as stranger:
+    with socket.create_connection(("127.0.0.1", int(port))) as rank:
         with suppress(ConnectionError):
-            stranger.sendall(words)
-        stranger.settimeout(0.1)
-        wait_until(lambda: line.look() or is_hung_up(stranger), "the line is still open")
-    assert line.look() is None
+            rank.sendall(words)
+        rank.settimeout(0.1)
+        wait_until(lambda: line.poll() or is_hung_up(rank), "the line is still open")
+    assert line.poll() is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,13 +210,13 @@ class Insider:
 
     def greet(self, number: object = 3, group: object = 4000, side: str = "rank") -> bool:
         """Whether he is let in."""
-        wait_until(lambda: self._line.look() or self._reads(), "no nonce")
+        wait_until(lambda: self._line.poll() or self._reads(), "no nonce")
         theirs = self.nonce
         greeting = {"rank": number, "host": "x", "group": group, "nonce": "n"}
         greeting["proof"] = proof(self._line._key, side, theirs, number, "x", group, "n")
         self.log_line(greeting)
         there = len([rank for rank in self._line._ranks if rank.number is not None])
-        wait_until(lambda: self._line.look() or not [r for r in self._line._ranks if r.number is None], "no answer")
+        wait_until(lambda: self._line.poll() or not [r for r in self._line._ranks if r.number is None], "no answer")
         return len([rank for rank in self._line._ranks if rank.number is not None]) > there
 
     def log_line(self, message: object) -> None:
@@ -239,7 +237,7 @@ GROUPS = [0, 1, -1, -4000, 2**22, 2**70, True, 2.5, "4000", None, [4000]]
 def test_a_group_that_would_be_all_processes_is_not_believed(line: Lifeline, group: object) -> None:
     """The supervisor kills the groups of ranks that do not end: -1 would be all processes of this user."""
     assert not Insider(line).greet(group=group)
-    assert line.look() is None
+    assert line.poll() is None
     assert line.close() == []
 
 
@@ -257,8 +255,8 @@ def test_a_rank_has_one_connection(line: Lifeline) -> None:
     second = Insider(line)
     assert second.greet(2)
     first.log_line({"step": 7, "doing": "training"})
-    wait_until(lambda: line.look() or (line._directory / "rank_1").exists(), "the first one is heard no more")
-    assert line.look() is None
+    wait_until(lambda: line.poll() or (line._directory / "rank_1").exists(), "the first one is heard no more")
+    assert line.poll() is None
     second.connection.close()
 
 
@@ -269,7 +267,7 @@ def test_a_farewell_has_a_code_of_a_regular_end(line: Lifeline, code: object) ->
     insider.log_line({"report_exit": code})
     insider.log_line({"doing": 5, "step": []})
     insider.log_line({"step": 1, "doing": "training"})
-    wait_until(lambda: line.look() or (line._directory / "rank_3").exists(), "it is heard no more")
+    wait_until(lambda: line.poll() or (line._directory / "rank_3").exists(), "it is heard no more")
     assert line.code is None
 
 
@@ -277,12 +275,12 @@ def test_a_proof_is_of_one_side_and_one_connection(line: Lifeline) -> None:
     """What was heard on one cannot be said again on another, nor what the supervisor said by a rank."""
     assert not Insider(line).greet(side="supervisor")
     insider = Insider(line)
-    wait_until(lambda: line.look() or insider._reads(), "no nonce")
+    wait_until(lambda: line.poll() or insider._reads(), "no nonce")
     words = {"rank": 3, "host": "x", "group": 4000, "nonce": "n"}
     words["proof"] = proof(line._key, "rank", insider.nonce, 3, "x", 4000, "n")
     other = Insider(line)
     other.log_line(words)
-    wait_until(lambda: line.look() or is_hung_up(other.connection), "it is let in with the words of another")
+    wait_until(lambda: line.poll() or is_hung_up(other.connection), "it is let in with the words of another")
 
 
 def test_a_crowd_of_strangers_keeps_no_rank_out(line: Lifeline) -> None:
@@ -290,10 +288,10 @@ def test_a_crowd_of_strangers_keeps_no_rank_out(line: Lifeline) -> None:
     port = int(line.value.split(":")[1])
     crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(600)]
     process = start_rank(line)
-    assert look_until(line, line._directory / "rank_3") is None
-    assert len(line._ranks) <= module._MOST_STRANGERS + 1
-    for stranger in crowd:
-        stranger.close()
+    assert poll_until(line, line._directory / "rank_3") is None
+    assert len(line._ranks) <= module._MAX_UNAUTHENTICATED + 1
+    for rank in crowd:
+        rank.close()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -316,7 +314,7 @@ def test_a_rank_does_not_take_somebody_else_for_its_supervisor(tmp_path: Path) -
     assert line._key not in heard
     line.close()
     line = open_line(tmp_path, port)
-    assert look_until(line, tmp_path / "rank_3") is None
+    assert poll_until(line, tmp_path / "rank_3") is None
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     line.close()
@@ -338,7 +336,7 @@ def test_the_key_is_for_this_user_alone(line: Lifeline, tmp_path: Path) -> None:
 def test_storage_without_permissions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fstat", lambda descriptor: os.stat_result([0o100777, *[0] * 9]))
     with pytest.raises(
-        ConfigError, match=r"lifeline\.key: cannot be kept from others .*; expected storage with permissions"
+        ConfigError, match=r"lifeline\.key: cannot be made private .*; expected storage with permissions"
     ):
         open_line(tmp_path)
     monkeypatch.undo()

@@ -51,7 +51,7 @@ def test_a_head_node_without_gpus_starts_ranks_on_gpus(cluster: Cluster) -> None
         assert not [line for line in finished.stdout.splitlines() if line.startswith(foreign)]
     runner = shlex.split(finished.stdout.splitlines()[-1])
     assert "DS_ACCELERATOR=cuda" in runner
-    assert "no host says what it has" not in finished.stderr
+    assert "no host reported" not in finished.stderr
 
 
 def test_a_kernel_for_gpus_is_not_refused_by_a_head_node_without(cluster: Cluster) -> None:
@@ -77,7 +77,7 @@ def test_hosts_of_two_kinds_are_refused(cluster: Cluster, tmp_path: Path) -> Non
     assert finished.returncode == EXIT_CONFIG
     assert finished.stderr.splitlines() == [
         f"tinyllama-ds: {tmp_path / 'hostfile'}: node2 has GPUs and node3 has none that nvidia-smi lists; expected"
-        " hosts of one kind, or those without left out by --exclude node3, or of --include"
+        " GPUs on all hosts or none; exclude the others by --exclude node3 or --include"
     ]
     assert not (tmp_path / "run").exists()
     assert cluster.dry_run("--exclude", "node3").returncode == 0
@@ -88,7 +88,7 @@ def test_hosts_that_do_not_answer_are_taken_for_machines_like_this_one(cluster: 
         host.stop_sshd()
     finished = cluster.dry_run()
     assert finished.returncode == 0, finished.stderr
-    assert "tinyllama-ds: no host says what it has; expecting the CPU, as on this machine" in finished.stderr
+    assert "tinyllama-ds: no host reported its hardware; assuming the CPU, as on this machine" in finished.stderr
     assert "DS_ACCELERATOR=cpu" in finished.stdout.splitlines()
 
 

@@ -9,7 +9,7 @@ import pytest
 from forked import tinyllama_ds
 
 from tinyllama_ds.errors import EXIT_CONFIG
-from tinyllama_ds.launch.doctor import Finding, examine
+from tinyllama_ds.launch.doctor import Finding, check_hosts
 from tinyllama_ds.launch.hostfile import filter_hosts, read_hostfile
 from tinyllama_ds.launch.launcher import Placement
 from tinyllama_ds.launch.probe import code_digest, data_digest, nccl_packages
@@ -26,7 +26,8 @@ def test_this_machine_alone_is_green(tmp_path: Path) -> None:
 def test_a_missing_data_directory_is_red(tmp_path: Path) -> None:
     finished = tinyllama_ds("doctor", "--quick", "--data", tmp_path / "nothing")
     assert finished.returncode == EXIT_CONFIG
-    assert f"RED data           this machine: {tmp_path / 'nothing'} is missing" in finished.stdout
+    lines = [line.split(maxsplit=2) for line in finished.stdout.splitlines()]
+    assert ["FAIL", "data", f"this machine: {tmp_path / 'nothing'} is missing"] in lines
 
 
 def test_the_hash_sees_every_manifest_and_size(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def put_gpus(directory: Path, *used_mib: int) -> None:
 
 
 def gpus_of(placement: Placement) -> Finding:
-    return next(finding for finding in examine(placement, None, None).findings if finding.check == "GPUs")
+    return next(finding for finding in check_hosts(placement, None, None).findings if finding.check == "GPUs")
 
 
 def test_a_busy_gpu_can_be_left_out_as_doctor_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,24 +61,24 @@ def test_a_busy_gpu_can_be_left_out_as_doctor_says(tmp_path: Path, monkeypatch: 
     hosts = read_hostfile(tmp_path / "hosts")
     placement = Placement(tmp_path / "hosts", hosts, 0, on_cpu=False)
     found = gpus_of(placement)
-    assert (found.is_green, found.found) == (False, "GPU 0 already holds 9000 MiB")
+    assert (found.passed, found.found) == (False, "GPU 0 already holds 9000 MiB")
     assert found.hint.endswith("--exclude localhost:0")
-    assert gpus_of(replace(placement, hosts=filter_hosts(hosts, None, "localhost:0"))).is_green
+    assert gpus_of(replace(placement, hosts=filter_hosts(hosts, None, "localhost:0"))).passed
     others = gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:0,2", None)))
     assert others.found == "GPU 0 already holds 9000 MiB"
-    assert others.hint.endswith("or leave that GPU out with --include localhost:2 alone")
-    assert gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:2", None))).is_green
+    assert others.hint.endswith("or exclude that GPU with --include localhost:2 alone")
+    assert gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:2", None))).passed
     alone = gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:0", None)))
-    assert alone.hint == "end what runs there"
+    assert alone.hint == "end the processes that use it"
     by_slurm = gpus_of(replace(placement, hosts=hosts, launcher="slurm"))
-    assert by_slurm.hint == "end what runs there", "Slurm cannot be asked for some of a host's GPUs"
+    assert by_slurm.hint == "end the processes that use it", "Slurm cannot be asked for some of a host's GPUs"
 
 
 def test_without_a_hostfile_the_visible_gpus_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_gpus(tmp_path, 9000, 0, 0)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
-    assert gpus_of(Placement(None, [], 2, on_cpu=False)).is_green
+    assert gpus_of(Placement(None, [], 2, on_cpu=False)).passed
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     assert gpus_of(Placement(None, [], 2, on_cpu=False)).found == "GPU 0 already holds 9000 MiB"
 

@@ -11,7 +11,7 @@ from launching import Finished
 
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_NUMERICS, EXIT_RESTART
 from tinyllama_ds.launch import out_of_memory
-from tinyllama_ds.launch.supervisor import Started, Watch, supervise
+from tinyllama_ds.launch.supervisor import Job, SupervisorConfig, supervise
 
 # Of two ranks, which ends with the code of the one that only lost its peer, as DeepSpeed's may.
 LAUNCHER_OF_ONE_THAT_SAYS_WHY = """
@@ -53,12 +53,12 @@ def supervise_here(launcher: str, folder: Path, max_seconds: float | None) -> No
     os.chdir(folder)
     out_of_memory._CGROUPS, out_of_memory._MOUNT = Path("cgroup"), folder  # counters of which a test may dispose
 
-    def launch(variables: dict[str, str], _directory: Path) -> Started:
+    def launch(variables: dict[str, str], _directory: Path) -> Job:
         command = [sys.executable, "-c", launcher]
         process = subprocess.Popen(command, env=os.environ | variables, start_new_session=True)
-        return Started(process, ["here", "here"], lambda host, group: None)
+        return Job(process, ["here", "here"], lambda host, group: None)
 
-    watch = Watch(Path("status.json"), Path("stop"), lambda: (0, 0), 600, 600, max_seconds)
+    watch = SupervisorConfig(Path("status.json"), Path("stop"), lambda: (0, 0), 600, 600, max_seconds)
     ended = supervise(launch, watch, None)
     print(ended.code, ended.restarts)
 
@@ -76,15 +76,15 @@ def test_a_rank_that_says_why_it_ends_is_believed_before_the_launcher(code: int,
 def test_it_gives_up_after_three_failures_without_a_new_checkpoint(tmp_path: Path) -> None:
     finished = supervised("raise SystemExit(5)", tmp_path)
     assert finished.stdout == "5 2\n", finished.stderr
-    assert finished.stderr.count("at checkpoint 0; starting it again") == 2
-    assert "given up: 3 failures in a row without a new checkpoint, the last with code 5" in finished.stderr
+    assert finished.stderr.count("at checkpoint 0; restarting in") == 2
+    assert "giving up after 3 consecutive failures without a new checkpoint, the last with code 5" in finished.stderr
 
 
 def test_a_rollback_is_no_failure_and_starts_at_once(tmp_path: Path) -> None:
     finished = supervised(LAUNCHER_OF_A_ROLLBACK, tmp_path)
     assert finished.stdout == "0 1\n", finished.stderr
-    assert "going back to checkpoint 0, without the samples of the spike" in finished.stderr
-    assert "starting it again" not in finished.stderr
+    assert "rolling back to checkpoint 0, excluding the samples of the spike" in finished.stderr
+    assert "restarting in" not in finished.stderr
 
 
 def test_wall_time_asks_the_ranks_to_stop(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_run_that_the_out_of_memory_killer_ends_is_told_so_and_not_started_aga
     (tmp_path / "memory.events").write_text("low 0\noom_kill 7\n")
     finished = supervised(LAUNCHER_OF_A_RANK_THAT_THE_KERNEL_ENDS.format(kills=8), tmp_path)
     assert finished.stdout == f"{EXIT_CONFIG} 0\n", finished.stderr
-    assert "the kernel has ended a process for want of memory on this machine" in finished.stderr
+    assert "the kernel's out-of-memory killer has ended a process on this machine" in finished.stderr
 
 
 def test_another_kill_is_a_failure_like_others(tmp_path: Path) -> None:

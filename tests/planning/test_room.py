@@ -17,16 +17,11 @@ from tinyllama_ds.model.attention import (
 )
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
 from tinyllama_ds.model.llama import build_model, rope_tables
-from tinyllama_ds.model.loss import MAX_CHUNK_LOGITS
 from tinyllama_ds.planning.communication import Collective
 from tinyllama_ds.planning.layout import gathers_of, modules_of, read_layout
-from tinyllama_ds.planning.memory import BACKENDS, CHUNK_LOGITS, Work, attention_memory, block_bytes_per_token
+from tinyllama_ds.planning.memory import BACKENDS, Work, attention_memory, block_bytes_per_token
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
-
-
-def test_the_chunk_of_the_loss_is_the_models() -> None:
-    assert MAX_CHUNK_LOGITS["cuda"] == CHUNK_LOGITS
 
 
 @pytest.mark.parametrize("name", MODEL_SIZES)
@@ -123,8 +118,8 @@ def test_a_mask_costs_what_it_holds() -> None:
 def test_rings() -> None:
     """Each of n ranks sends (n - 1) / n of the tensor for a gather or a reduce-scatter, an all-reduce is both."""
     kinds = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
-    for kind, passes in kinds.items():
-        assert Collective("x", kind, 1000, 1).sent_per_rank(4) == passes * 750
+    for kind, ring_passes in kinds.items():
+        assert Collective("x", kind, 1000, 1).sent_per_rank(4) == ring_passes * 750
     assert Collective("x", "reduce-scatter", 1000, 1).sent_per_rank(4, "gloo") == 1500
 
 

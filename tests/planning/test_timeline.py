@@ -1,11 +1,10 @@
-"""What the plan says of the course of a run is what the order draws."""
+"""The planned timeline of a run is what the order draws."""
 
 import pytest
 
 from tinyllama_ds.config.recipe import load_recipe
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.config.schedule import ConstantSchedule
-from tinyllama_ds.planning.picture import short_tokens
 from tinyllama_ds.planning.timeline import milestone_at, sample_order
 
 
@@ -23,11 +22,3 @@ def test_the_planned_mixture_sums_up_to_what_is_drawn(name: str) -> None:
             planned[source] += share * step.batch
         drawn = order.counts(step.first_position + step.batch)
         assert drawn == pytest.approx(planned, abs=1.5), step.number
-
-
-@pytest.mark.parametrize(
-    ("tokens", "text"),
-    [(0, "0"), (512, "512"), (32_768, "32.77k"), (6e9, "6B"), (350e9, "350B"), (1.5e12, "1.5T"), (2_097_152, "2.097M")],
-)
-def test_tokens_in_short(tokens: float, text: str) -> None:
-    assert short_tokens(tokens) == text

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from launching import BATCH, SEQUENCE_LENGTH, STEP_TOKENS, write_deepspeed_config
 
-from tinyllama_ds.checkpoint.format import CheckpointManifest, Health, Progress, checkpoint_name
+from tinyllama_ds.checkpoint.format import CheckpointManifest, Health, OptimizerRecord, Progress, checkpoint_name
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.run.directory import open_run_directory
 from tinyllama_ds.run.identity import verify_parent
@@ -65,8 +65,10 @@ def commit_parent(options: Options, *steps: int, left_out: list[list[int]] = [])
     for step, folder in zip(steps, folders, strict=True):
         folder.mkdir(parents=True, mode=0o750)
         progress = Progress(step, *parent.plan.end_of(step))
-        health = Health(left_out=left_out)
-        manifest = CheckpointManifest(progress, 2, 3, "float32", {}, parent.description, {}, health)
+        manifest = CheckpointManifest(
+            progress, 2, 3, "float32", {}, parent.description,
+            {}, OptimizerRecord("AdamW", step, []), {}, Health(left_out=left_out),
+        )  # fmt: skip
         (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
         (folder / "manifest.json").chmod(0o640)
     return folders

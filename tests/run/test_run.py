@@ -1,7 +1,6 @@
 """Putting a run together, and telling one run from another."""
 
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -234,15 +233,6 @@ def test_samples_may_begin_later_and_must_fit_a_row(options: Options, tmp_path: 
         ConfigError, match=r"the prompt 'the small llama' has \d+ tokens, and new_tokens 32 more are beyond"
     ):
         resolve_run(options, 2, "cpu", False)
-
-
-def test_a_directory_of_somebody_else_is_refused(options: Options) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can give a directory away")
-    open_run_directory(resolve(options))
-    os.chown(options.run_dir, 12345, -1)
-    with pytest.raises(ConfigError, match="belongs to user 12345; expected a directory of your own"):
-        check_run_directory(resolve(options))
 
 
 def test_a_directory_that_cannot_be_written_is_refused(options: Options, small_disk: Callable[..., Path]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from launching import BATCH, SEQUENCE_LENGTH, write_deepspeed_config, write_recipe
 
-from tinyllama_ds.checkpoint.format import CheckpointManifest, Progress, checkpoint_name
+from tinyllama_ds.checkpoint.format import CheckpointManifest, OptimizerRecord, Progress, checkpoint_name
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.launch.supervisor import _read_state
 from tinyllama_ds.layout import RUN_FILE
@@ -34,7 +34,8 @@ def commit(run: Run, step: int) -> Path:
     folder = run.run_dir / "checkpoints" / checkpoint_name(step)
     folder.mkdir(parents=True)
     progress = Progress(step, step * BATCH, step * BATCH * SEQUENCE_LENGTH)
-    manifest = CheckpointManifest(progress, 2, 3, "float32", {}, run.description, {})
+    optimizer = OptimizerRecord("AdamW", step, [])
+    manifest = CheckpointManifest(progress, 2, 3, "float32", {}, run.description, {}, optimizer, {})
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
     return folder
 

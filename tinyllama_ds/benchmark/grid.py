@@ -1,4 +1,4 @@
-"""`tinyllama-ds bench`: measures a grid of settings, each in fresh processes, and says which to take."""
+"""`tinyllama-ds bench`: measures a grid of settings, each in fresh processes, and recommends one."""
 
 import json
 import subprocess
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tinyllama_ds.text_table import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,15 +89,13 @@ def cause(stderr: str) -> str:
 
 def table(rows: list[Row]) -> str:
     """A line per setting, seconds per optimizer step; communication overlaps with forward and backward."""
-    width = max(len(name_of(row)) for row in rows)
-    lines = [" " * width + "".join(f"{title:>11}" for title, _, _ in _COLUMNS)]
-    for row in rows:
-        if "error" in row:
-            lines.append(f"{name_of(row):<{width}}  {row['error']}")
-        else:
-            cells = "".join(f"{_cell(form, row.get(key, 0.0)):>11}" for _, key, form in _COLUMNS)
-            lines.append(f"{name_of(row):<{width}}{cells}")
-    return "\n".join(lines)
+    lines = [
+        [name_of(row), row["error"]]
+        if "error" in row
+        else [name_of(row), *(_cell(form, row.get(key, 0.0)) for _, key, form in _COLUMNS)]
+        for row in rows
+    ]
+    return text_table(lines, ["", *(title for title, _, _ in _COLUMNS)])
 
 
 def _cell(form: str, value: float | None) -> str:
@@ -103,7 +103,7 @@ def _cell(form: str, value: float | None) -> str:
 
 
 def advice(rows: list[Row]) -> str:
-    """Which setting to take: the fastest, unless another within 2 % of it needs a tenth less memory."""
+    """The recommended setting: the fastest, unless another within 2 % of it needs a tenth less memory."""
     measured = [row for row in rows if "error" not in row]
     if not measured:
         return "no setting ran"
@@ -114,7 +114,7 @@ def advice(rows: list[Row]) -> str:
     flags = f"--deepspeed-config {best['deepspeed_config']} --attention {best['attention']}"
     flags += f" --compile {'on' if best['compile'] else 'off'}"
     return (
-        f"take {name_of(best)}: {best['tokens_per_second']:,.0f} tokens/s, {best['peak_gib']:.2f} GiB\n"
+        f"recommended: {name_of(best)}: {best['tokens_per_second']:,.0f} tokens/s, {best['peak_gib']:.2f} GiB\n"
         f'pretrain {flags}, with "train_micro_batch_size_per_gpu": {best["micro_batch"]}'
     )
 

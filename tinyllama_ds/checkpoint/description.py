@@ -80,7 +80,7 @@ def why_no_description(content: dict) -> str | None:
     try:
         _DESCRIPTION.validate_python(content)
     except ValidationError as error:
-        return first_problem(error)
+        return problems(error)
     return None
 
 
@@ -89,7 +89,7 @@ def tokenizer_sha256_of(description: dict) -> str:
     return next(iter(description["data"]["train"].values()))["tokenizer_sha256"]
 
 
-def first_problem(error: ValidationError) -> str:
-    """Key and complaint of the first thing that pydantic finds wrong."""
-    problem = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+def problems(error: ValidationError) -> str:
+    """Key and complaint of everything that pydantic finds wrong."""
+    found = error.errors(include_url=False, include_input=False)
+    return "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in found)

@@ -9,9 +9,7 @@ from tinyllama_ds.checkpoint.retention import find_leftovers
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.layout import CHECKPOINTS
 
-_MOMENTS = 8  # bytes per parameter: AdamW's two, in fp32
-_MASTER = 4
-_PICKLED = 2**16  # bytes of each file that are not tensors, ample
+_HEADER = 2**16  # bytes of a safetensors file that are not tensors, ample
 
 
 @dataclass(frozen=True)
@@ -25,16 +23,17 @@ class Need:
         return Need(self.size * times, self.files * times)
 
 
-def checkpoint_need(parameters: int, zero_stage: int, bf16: bool, ranks: int) -> Need:
-    """What one checkpoint takes at most, over all ranks.
+def checkpoint_need(parameters: int, deepspeed_config: dict, ranks: int) -> Need:
+    """What one checkpoint takes at most, over all ranks and at any ZeRO stage.
 
-    ZeRO-3 writes master weights and both moments of AdamW, 12 bytes per parameter. The other stages write the weights
-    too, 2 bytes in bf16 and 4 in fp32, where those of stage 0 in fp32 are the master weights themselves.
+    Master weights and both moments of AdamW in fp32 are 12 bytes per parameter. Muon has one moment of its matrices.
     """
-    weights = 0 if zero_stage == 3 else 2 if bf16 else 4
-    master = 0 if zero_stage == 0 and not bf16 else _MASTER
-    files = {0: 1, 3: 2 * ranks}.get(zero_stage, 1 + ranks)
-    return Need(parameters * (weights + master + _MOMENTS) + files * _PICKLED, files + 2)  # manifest and folder
+    bf16, optimizer = deepspeed_config.get("bf16", {}), deepspeed_config.get("optimizer", {}).get("params", {})
+    master = 2 if bf16.get("bf16_master_weights_and_grads") else 4
+    moment = 2 if bf16.get("bf16_optimizer_states") else 4
+    moments = 3 if optimizer.get("amsgrad") else 2
+    files = (1 + moments) * ranks
+    return Need(parameters * (master + moments * moment) + files * _HEADER, files + 2)  # manifest and folder
 
 
 def check_free_space(run_dir: Path, need: Need, keep_last: int) -> None:

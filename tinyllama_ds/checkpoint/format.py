@@ -1,42 +1,32 @@
-"""What a checkpoint is, which one a run continues from, and how it is loaded.
+"""What a checkpoint is, and which one a run continues from.
 
-`checkpoints/step_00001000/` holds DeepSpeed's files and `manifest.json`, which is written last (`saving.py`). What has
-no manifest is no checkpoint; what has one is believed only after every file had its size and its SHA-256.
+`checkpoints/step_00001000/` holds safetensors files and `manifest.json`, which is written last (`save.py`). A folder
+without a manifest is not a checkpoint; one with a manifest is trusted only after every file had its size and SHA-256.
+Tensors are named `kind/parameter[start:stop]`: a range of a flattened parameter, see `fragments.py` and `reader.py`.
 """
 
 import hashlib
 import os
 import re
-import stat
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import torch
-import torch.distributed as dist
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from tinyllama_ds.checkpoint.consolidate import whole_tensors
-from tinyllama_ds.checkpoint.description import Count, check_guard_state, first_problem, why_no_description
-from tinyllama_ds.checkpoint.reshape import load_whole_tensors, parameter_shapes, write_whole_tensors
+from tinyllama_ds.checkpoint.description import Count, check_guard_state, problems, why_no_description
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.files import parse_row, remove, without_wildcards
+from tinyllama_ds.files import parse_row
 from tinyllama_ds.layout import CHECKPOINTS, QUARANTINE
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.probe import Probe
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
 MANIFEST_FILE = "manifest.json"
-FORMAT = 2  # of manifests, to be raised when an older version could not continue from a new one
+FORMAT = 3  # of manifests, to be raised when an older version could not continue from a new one
 _NAME = re.compile(r"step_(\d{8,})")
 _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True)
@@ -67,20 +57,34 @@ class Health:
 
 
 @dataclass(frozen=True)
+class OptimizerRecord:
+    """What the state of the optimizer belongs to. Only the step is loaded; a run's config has the hyper-parameters."""
+
+    type: str
+    step: Count  # that Adam's bias correction counts: without the skipped ones
+    groups: list[dict]  # hyper-parameters
+    counters: dict[str, Count] = field(default_factory=dict)  # of the DeepSpeed engine
+
+
+@dataclass(frozen=True)
 class CheckpointManifest:
+    """Everything of a checkpoint that is not a tensor."""
+
     progress: Progress
     world_size: Annotated[int, Field(ge=1)]
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]  # of the weights that the forward pass used
     model: dict  # shapes
     run: dict  # what run.json said: recipe, configs, data, versions
+    parameters: dict[str, list[Count]]  # shapes, in the order of the model
+    optimizer: OptimizerRecord
     files: dict[str, File]
     health: Health = Health()
     format: int = FORMAT
 
 
-class NewerFormat(ConfigError):
-    """A checkpoint that a later version of the toolkit wrote: not damaged, and not to be put aside."""
+class DifferentFormat(ConfigError):
+    """A checkpoint that another version of the toolkit wrote: not damaged, and never quarantined."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -120,22 +124,28 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     path = checkpoint / MANIFEST_FILE
     try:
         text = path.read_bytes()
-        if (version := _version_of(text)) > FORMAT:
-            raise NewerFormat(f"{path}: has format {version} and is known up to {FORMAT}; use what wrote it")
+        _reject_different_format(path, text)
         manifest = TypeAdapter(CheckpointManifest).validate_json(text, strict=True)
         reason = why_no_description(manifest.run)
     except OSError as error:
-        reason = str(error.strerror)
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); take another checkpoint") from error
     except ValidationError as error:
-        reason = first_problem(error)
+        reason = problems(error)
     if reason is not None:
         raise ConfigError(f"{path}: not a checkpoint manifest ({reason}); take another checkpoint")
     return manifest
 
 
-def _version_of(text: bytes) -> int:
+def _reject_different_format(path: Path, text: bytes) -> None:
     row = parse_row(text, format=int)
-    return 1 if row is None else row["format"]
+    version = FORMAT if row is None else row["format"]
+    if version > FORMAT:
+        raise DifferentFormat(f"{path}: has format {version} and is known up to {FORMAT}; use what wrote it")
+    if version < FORMAT:
+        raise DifferentFormat(
+            f"{path}: has format {version}, which holds pickles; convert it to format {FORMAT} with tinyllama-ds"
+            " import-checkpoint"
+        )
 
 
 def model_of(checkpoint: Path, manifest: CheckpointManifest) -> LlamaConfig:
@@ -143,7 +153,7 @@ def model_of(checkpoint: Path, manifest: CheckpointManifest) -> LlamaConfig:
     try:
         return TypeAdapter(LlamaConfig).validate_python(manifest.model)
     except (ValidationError, ZeroDivisionError, ConfigError) as error:
-        reason = first_problem(error) if isinstance(error, ValidationError) else error
+        reason = problems(error) if isinstance(error, ValidationError) else error
         raise ConfigError(f"{checkpoint / MANIFEST_FILE}: model: {reason}") from error
 
 
@@ -157,12 +167,10 @@ def newest_progress(run_dir: Path) -> tuple[int, int]:
 
 
 def verify_checkpoint(checkpoint: Path) -> CheckpointManifest:
-    """The manifest, after every file it names was found to be ours and whole. Reads every byte, unpickles nothing.
+    """The manifest, after every file it names was found to be whole. Reads every byte.
 
-    Raises `ConfigError`, naming the file, where one is missing, changed, somebody else's, or writable by others.
+    Raises `ConfigError`, naming the file, where one is missing or changed.
     """
-    _reject_foreign(checkpoint)
-    _reject_foreign(checkpoint / MANIFEST_FILE)
     manifest = read_manifest(checkpoint)
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         for _ in pool.map(lambda item: _verify_file(checkpoint, *item), manifest.files.items()):
@@ -175,28 +183,10 @@ def _verify_file(checkpoint: Path, name: str, expected: File) -> None:
         raise ConfigError(f"{checkpoint / MANIFEST_FILE}: {name!r} is not the name of a checkpoint's file")
     path = checkpoint / name
     if not path.is_file() or path.stat().st_size != expected.size:
-        raise ConfigError(f"{path}: is missing or has another size than the {expected.size} bytes in {MANIFEST_FILE}")
-    _reject_foreign(path)
+        raise ConfigError(f"{path}: missing or size mismatch (expected {expected.size} bytes by {MANIFEST_FILE})")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
             raise ConfigError(f"{path}: its SHA-256 is not the one in {MANIFEST_FILE}; the file is damaged")
-
-
-def _reject_foreign(path: Path) -> None:
-    """A pickle runs code: only what this user wrote, and nobody else could have changed, is ever loaded."""
-    try:
-        status = path.lstat()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    if stat.S_ISLNK(status.st_mode):
-        raise ConfigError(f"{path}: is a symbolic link; expected the file itself")
-    if status.st_uid != os.geteuid():
-        raise ConfigError(
-            f"{path}: belongs to user {status.st_uid}; checkpoints are loaded by the user who wrote them"
-            f"; start as that user, or take it over with chown {os.geteuid()} if you trust it"
-        )
-    if status.st_mode & _WRITABLE_BY_OTHERS:
-        raise ConfigError(f"{path}: can be written by other users; expected at most mode 755 (chmod go-w)")
 
 
 @dataclass(frozen=True)
@@ -218,7 +208,7 @@ def choose_checkpoint(run_dir: Path) -> Choice:
     for checkpoint in reversed(find_folders(run_dir)):
         try:
             verify_checkpoint(checkpoint)
-        except NewerFormat:
+        except DifferentFormat:
             raise
         except ConfigError as error:
             damaged.append(checkpoint)
@@ -246,84 +236,3 @@ def put_aside(path: Path, run_dir: Path) -> None:
     quarantine.mkdir(mode=0o750, exist_ok=True)
     names = (f"{path.name}.{number}" for number in range(1_000_000))
     path.rename(next(quarantine / name for name in names if not os.path.lexists(quarantine / name)))
-
-
-def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path, zero_section: dict, scratch: Path) -> None:
-    """Collective. Weights, optimizer and its step counter, into the layout that the run has now.
-
-    The checkpoint has been verified by `choose_checkpoint`. `zero_section` is the run's own; one that differs from the
-    checkpoint's, or another number of ranks, takes the way over whole tensors, which lie in `scratch` meanwhile.
-    """
-    manifest = read_manifest(checkpoint)
-    configured = [dict(group, params=None) for group in engine.optimizer.param_groups]
-    saved_section = manifest.run.get("deepspeed_config", {}).get("zero_optimization")
-    if (manifest.world_size, saved_section) == (dist.get_world_size(), zero_section):
-        with redirect_stdout(StringIO()), without_wildcards(checkpoint.parent) as folder:  # it looks with `glob`
-            loaded, _ = engine.load_checkpoint(str(folder), tag=checkpoint.name)
-        if loaded is None:
-            raise ConfigError(f"{checkpoint}: DeepSpeed found nothing to load in it")
-    else:
-        _load_reshaped(engine, checkpoint, manifest, scratch / f".{checkpoint.name}.whole")
-    place_optimizer_state(engine.basic_optimizer)
-    # DeepSpeed restores hyper-parameters too, under stage 3 the first group's in all of them, and at some stages the
-    # clipping; the configured ones are in force.
-    for group, wanted in zip(engine.optimizer.param_groups, configured, strict=True):
-        group.update({key: value for key, value in wanted.items() if key != "params"})
-    if hasattr(engine.optimizer, "clip_grad"):
-        engine.optimizer.clip_grad = engine.gradient_clipping()
-    for number, wanted in enumerate(configured):
-        for key, value in effective_hyper_parameters(engine, number).items():
-            if value != wanted.get(key, value):
-                raise ConfigError(
-                    f"{checkpoint}: {key} of optimizer group {number} is {value} after loading, not {wanted[key]}"
-                )
-
-
-def place_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Every tensor of the optimizer's state on the device where torch itself would have made it.
-
-    That is the parameter's, but for the step counter, which lies in host memory unless the kernel is fused or can be
-    captured. DeepSpeed and `reshape` put tensors in as they were read from a file, past torch's `load_state_dict`.
-    """
-    # Stage 3 lends its groups one parameter at a time, so that they do not lead to the states.
-    steps_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if torch.is_tensor(value):
-                on_device = key != "step" or steps_on_device
-                state[key] = value.to(parameter.device if on_device else "cpu")
-
-
-def effective_hyper_parameters(engine: "DeepSpeedEngine", group: int) -> dict:
-    """Learning rate, betas, eps, weight decay and what else a group has, in the optimizer that makes the steps."""
-    return {key: value for key, value in engine.basic_optimizer.param_groups[group].items() if key != "params"}
-
-
-def _load_reshaped(engine: "DeepSpeedEngine", checkpoint: Path, manifest: CheckpointManifest, whole: Path) -> None:
-    if dist.get_rank() == 0:
-        with without_wildcards(checkpoint.parent) as there, without_wildcards(whole.parent) as here:
-            folders = there / checkpoint.name, here / whole.name
-            write_whole_tensors(folders[0], manifest.zero_stage, parameter_shapes(engine), folders[1])
-    dist.barrier()
-    with without_wildcards(whole.parent) as here:
-        load_whole_tensors(engine, here / whole.name)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        remove(whole)
-
-
-def consolidated_weights(checkpoint: Path) -> tuple[CheckpointManifest, dict[str, torch.Tensor]]:
-    """The whole model on the CPU, under its parameter names, in the dtype that the forward pass used."""
-    manifest, tensors = stream_weights(checkpoint)
-    return manifest, {name: tensor.clone() for name, tensor in tensors}
-
-
-def stream_weights(checkpoint: Path) -> tuple[CheckpointManifest, Iterator[tuple[str, torch.Tensor]]]:
-    """The same, one after another, with one tensor in memory.
-
-    Under bf16 training the weights are the fp32 masters rounded once, exactly what the last step left in the model.
-    """
-    manifest = verify_checkpoint(checkpoint)
-    dtype = getattr(torch, manifest.dtype)
-    tensors = whole_tensors(checkpoint, manifest.zero_stage)
-    return manifest, ((name, tensor.to(dtype)) for name, tensor in tensors)

@@ -5,6 +5,7 @@ which the ranks of a host share in memory: a rank holds no more than with random
 makes its fp32 masters from weights that are already rounded, so the masters are filled again, each rank its part.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tinyllama_ds.checkpoint.consolidate import whole_tensors
 from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
 from tinyllama_ds.checkpoint.format import manifest_sha256, read_manifest, resolve_checkpoint, verify_checkpoint
-from tinyllama_ds.checkpoint.reshape import stage_0_masters
+from tinyllama_ds.checkpoint.fragments import MASTER, local_fragments
+from tinyllama_ds.checkpoint.reader import master_weights
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
@@ -56,7 +57,7 @@ def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Tokenizer) -
     elif path.is_dir():
         checkpoint = resolve_checkpoint(path)
         manifest = read_manifest(checkpoint)
-        tensors = lambda: whole_tensors(checkpoint, manifest.zero_stage)  # noqa: E731
+        tensors = partial(master_weights, checkpoint)
         found = InitialWeights(checkpoint, manifest_sha256(checkpoint), tensors, partial(_verify, checkpoint))
         there, made_with = LlamaConfig(**manifest.model), tokenizer_sha256_of(manifest.run)
         held = stored_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, made_with, "this run")
@@ -86,18 +87,11 @@ def fill_model(model: LlamaForCausalLM, initial: InitialWeights) -> None:
 
 def fill_masters(engine: "DeepSpeedEngine", initial: InitialWeights) -> None:
     """Give the fp32 masters the stored bits, which DeepSpeed has rounded to bf16. Without bf16 it has not."""
-    from deepspeed.utils import safe_set_full_fp32_param
-
     if not engine.bfloat16_enabled():
         return
-    parameters = dict(engine.module.named_parameters())
-    if engine.zero_optimization():
-        for name, tensor in initial.tensors():
-            safe_set_full_fp32_param(parameters[name], tensor.float())
-        return
-    masters = stage_0_masters(engine)
-    if len(masters) == 1:
-        masters = list(masters[0].split([parameter.numel() for parameter in parameters.values()]))
-    places = dict(zip(parameters, masters, strict=True))
+    fragments = defaultdict(list)
+    for fragment in local_fragments(engine):
+        fragments[fragment.name].append(fragment)
     for name, tensor in initial.tensors():
-        places[name].data.copy_(tensor.float().reshape(places[name].shape))
+        for fragment in fragments[name]:
+            fragment.fill({}, MASTER, tensor.flatten()[fragment.start : fragment.stop].float())

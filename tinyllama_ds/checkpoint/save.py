@@ -21,9 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tinyllama_ds.checkpoint.disk_space import check_disk_space, checkpoint_need
 from tinyllama_ds.checkpoint.format import (
@@ -31,12 +29,14 @@ from tinyllama_ds.checkpoint.format import (
     CheckpointManifest,
     File,
     Health,
+    OptimizerRecord,
     Progress,
     checkpoint_name,
     put_aside,
 )
+from tinyllama_ds.checkpoint.fragments import parameter_shapes
 from tinyllama_ds.checkpoint.retention import Retention, remove_old_checkpoints
-from tinyllama_ds.checkpoint.staging import HostStateBuffer
+from tinyllama_ds.checkpoint.staging import HostStateBuffer, StagedState
 from tinyllama_ds.distributed.collectives import gather_from_ranks
 from tinyllama_ds.files import remove, sync
 from tinyllama_ds.layout import CHECKPOINTS
@@ -44,6 +44,7 @@ from tinyllama_ds.model.config import LlamaConfig
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+    from torch import Tensor
 
 from tinyllama_ds.distributed.world import DistributedInfo
 
@@ -85,7 +86,7 @@ class Saver:
         self._world = world
         self._on_end = on_end
         self._saved_at = monotonic()
-        self._snapshots = HostStateBuffer()
+        self._buffer = HostStateBuffer(world)
         self._pending_save: _PendingSave | None = None
         self._failures = self._failures_in_a_row = 0
         self._last_failures: list[str] = []
@@ -110,22 +111,19 @@ class Saver:
         partial = final.with_name(f".{final.name}.partial")
         save = Save(progress, started)
         manifest = self._describe(engine, progress, health())
-        save.failures = _failures_of_all(_attempt(lambda: self._make_room(partial, manifest), self._world.is_rank0))
+        _, failure = _attempt(lambda: self._make_room(partial)) if self._world.is_rank0 else (None, None)
+        save.failures = _failures_of_all(failure)
         if save.failures:
             self._end(save)
             return
-        states, failure = self._snapshots.take(engine, partial)
-        work = _Background(lambda: _write_files(states, partial), failure)
+        staged, failure = _attempt(lambda: self._buffer.copy_from(engine, progress))
+        work = _Background(lambda: self._write_files(staged, partial), failure)
         self._pending_save = _PendingSave(save, partial, final, manifest, work, self._commit_or_abandon)
         save.stall += perf_counter() - started
 
     def copy_state(self, engine: "DeepSpeedEngine", progress: Progress) -> None:
-        """Collective. Only the copy into host memory, whose buffers stay for the saves to come."""
-        folder = self._settings.run_dir / CHECKPOINTS / f".{checkpoint_name(progress.step)}.dry_run"
-        try:
-            _, failure = self._snapshots.take(engine, folder)
-        finally:
-            remove(folder)
+        """Only the copy into host memory, whose buffers stay for the saves to come. Raises OSError."""
+        _, failure = _attempt(lambda: self._buffer.copy_from(engine, progress))
         if failure is not None:
             raise OSError(failure)
 
@@ -159,21 +157,38 @@ class Saver:
     def _describe(self, engine: "DeepSpeedEngine", progress: Progress, health: Health) -> CheckpointManifest:
         dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
         stage = engine.zero_optimization_stage()
-        model = self._settings.model.to_dict()
+        settings = self._settings
         return CheckpointManifest(
-            progress, self._world.size, stage, dtype, model, self._settings.description, {}, health
+            progress,
+            self._world.size,
+            stage,
+            dtype,
+            settings.model.to_dict(),
+            settings.description,
+            parameter_shapes(engine),
+            describe_optimizer(engine),
+            {},
+            health,
         )
 
-    def _make_room(self, partial: Path, manifest: CheckpointManifest) -> None:
+    def _make_room(self, partial: Path) -> None:
         """Make an empty folder; raises OSError where the file system cannot take another checkpoint."""
         remove(partial)
         partial.mkdir(parents=True, mode=0o750)
-        parameters, is_bf16 = self._settings.model.num_parameters, manifest.dtype == "bfloat16"
+        config = self._settings.description.get("deepspeed_config", {})
         try:
-            check_disk_space(partial, checkpoint_need(parameters, manifest.zero_stage, is_bf16, self._world.size))
+            check_disk_space(partial, checkpoint_need(self._settings.model.num_parameters, config, self._world.size))
         except OSError:
             partial.rmdir()
             raise
+
+    def _write_files(self, staged: StagedState, folder: Path) -> dict[str, dict]:
+        """Write this rank's files, one for each kind; returns what the manifest says of each."""
+        files = {}
+        for kind, tensors in staged.items():
+            name = f"rank_{self._world.rank:05d}.{kind}.safetensors"
+            files[name] = asdict(_write_file(folder / name, tensors))
+        return files
 
     def _commit_or_abandon(self, pending_save: "_PendingSave") -> None:
         """Collective. Every rank has written its files, or failed to."""
@@ -239,65 +254,42 @@ class _Background(Thread):
             self.start()
 
     def run(self) -> None:
-        self.failure = _attempt(self._note_result)
+        self.result, self.failure = _attempt(self._action)
 
     def wait(self) -> None:
         if self._is_started:
             self.join()
 
-    def _note_result(self) -> None:
-        self.result = self._action()
+
+def describe_optimizer(engine: "DeepSpeedEngine") -> OptimizerRecord:
+    """What a manifest says of the optimizer of an engine."""
+    optimizer = engine.basic_optimizer
+    step = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    counters = {name: int(getattr(engine, name)) for name in ("global_steps", "global_samples", "skipped_steps")}
+    return OptimizerRecord(type(optimizer).__name__, step, groups, counters)
 
 
-def _write_files(states: dict[str, Any], folder: Path) -> dict[str, dict]:
-    """Write this rank's files, synced; returns what the manifest says of each."""
-    # Every file has its SHA-256; PyTorch's own CRC-32 would cost more time than all the rest.
-    torch.serialization.set_crc32_options(False)
-    return {name: asdict(_write_file(folder / name, state)) for name, state in states.items()}
+def _write_file(path: Path, tensors: "dict[str, Tensor]") -> File:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+    return _sync_and_hash(path)
 
 
-def _write_file(path: Path, state: Any) -> File:
-    with path.open("wb") as file:
-        hashing = _serialize(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    return File(hashing.size, hashing.digest())
+def _sync_and_hash(path: Path) -> File:
+    """Make a written file durable; it is hashed as the file system gives it back."""
+    sync(path)
+    with path.open("rb") as file:
+        return File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _serialize(state: Any, file: BinaryIO) -> "_HashingFile":
-    hashing = _HashingFile(file)
-    torch.save(state, cast(BinaryIO, hashing))
-    return hashing
-
-
-class _HashingFile:
-    """A binary file that knows the SHA-256 of what was written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.size = 0
-        self._file = file
-        self._sha256 = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self._sha256.update(data)
-        self.size += memoryview(data).nbytes
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def digest(self) -> str:
-        return self._sha256.hexdigest()
-
-
-def _attempt(action: Callable[[], None], wanted: bool = True) -> str | None:
-    """Run an action if it is wanted here; returns what went wrong."""
+def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What an action returns, and what went wrong."""
     try:
-        if wanted:
-            action()
+        return action(), None
     except Exception as error:  # whatever it is, the other ranks wait to hear of it
-        return f"{type(error).__name__}: {error}"
-    return None
+        return None, f"{type(error).__name__}: {error}"
 
 
 def _failures_of_all(failure: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Arguments of command lines: numbers have ranges, and what is wrong is one sentence and exit code 78."""
+"""Argument types of the command lines: numbers have ranges; an error is one sentence and exit code 78."""
 
 import argparse
 import re
@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with this product's way to refuse."""
+    """argparse's parser with errors of one sentence and exit code 78."""
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> Any:
         for argument in sys.argv[1:] if args is None else args:
-            if not argument.isprintable() and not _is_unicode(argument):  # the first is the cheaper question
+            if not argument.isprintable() and not _is_unicode(argument):  # the first check is cheaper
                 self.error(f"{argument!a} is not UTF-8; expected text and paths in UTF-8")
         return super().parse_known_args(args, namespace)
 
@@ -134,14 +134,14 @@ def _checked(text: str, check: Callable[[Path], None]) -> Path:
 
 
 def words_of(add_arguments: Callable[[argparse.ArgumentParser], None], options: argparse.Namespace) -> list[str]:
-    """The command line by which a parser of these arguments comes to the same values, without those by default.
+    """The command line from which a parser of these arguments gets the same values; defaults are omitted.
 
-    So a rank gets all that the user has given of the arguments that its parser has, too.
+    It is generated from the declared arguments, so that none can be forgotten on the way to the ranks.
     """
     parser = Parser()
     add_arguments(parser)
     positional, optional = [], []
-    for action in parser._actions:  # argparse has no other list of them
+    for action in parser._actions:  # argparse has no public list of them
         value = getattr(options, action.dest, action.default)
         if value in (action.default, None):
             continue
@@ -176,7 +176,7 @@ def as_dataclass(kind: type[T], options: argparse.Namespace) -> T:
 def parse_rank_arguments(
     description: str | None, *add_arguments: Callable[[argparse.ArgumentParser], None]
 ) -> argparse.Namespace:
-    """What a launcher has given to this rank."""
+    """Parse the command line of a rank."""
     parser = Parser(description=description)
     for add in add_arguments:
         add(parser)

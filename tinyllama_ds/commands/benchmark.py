@@ -13,7 +13,7 @@ from tinyllama_ds.commands.arguments import (
     output_folder,
     words_of,
 )
-from tinyllama_ds.commands.placement import local_placement, say_hidden_gpus
+from tinyllama_ds.commands.placement import local_placement, warn_of_hidden_gpus
 from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import ConfigError
 
@@ -75,7 +75,7 @@ def _bench(options: argparse.Namespace) -> int:
     placement = local_placement(options.num_gpus)
     compiled = {"on": [True], "off": [False], "both": [False, True]}[options.compile]
     settings = bench.grid(options.deepspeed_config, options.micro_batch, options.attention, compiled)
-    say_hidden_gpus(placement)
+    warn_of_hidden_gpus(placement)
     measured = bench.measure_all(
         settings,
         lambda words: launcher_command(placement, [*words, *words_of(add_step_arguments, options)], MEASURE),

@@ -1,4 +1,4 @@
-"""The command that looks at machines before a run does."""
+"""The command that checks machines before a run."""
 
 import argparse
 import json
@@ -18,36 +18,36 @@ if TYPE_CHECKING:
     from tinyllama_ds.launch.doctor import Finding
     from tinyllama_ds.launch.launcher import Placement
     from tinyllama_ds.launch.lifeline import Lifeline
-_BANDWIDTH_SECONDS = 180  # with the imports on every host
+_BANDWIDTH_SECONDS = 180  # including imports on every host
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     add_placement_arguments(parser)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data directory that all hosts must see")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run directory that all hosts must share")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data directory that all hosts need")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run directory, shared by all hosts")
     parser.add_argument("--quick", action="store_true", help="without measuring the network")
     add_json(parser)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """Is this machine, are these hosts, ready for a run; each red answer says what to do."""
-    from tinyllama_ds.launch.doctor import examine, table
+    """Check whether this machine, or all hosts of a hostfile, are ready for a run; each FAIL has a fix."""
+    from tinyllama_ds.launch.doctor import check_hosts, table
 
     placement = read_placement(options)
-    examined = examine(placement, options.data, options.run_dir)
-    if examined.is_green and not options.quick and placement.world_size > 1:
-        examined.findings.append(_bandwidth(_as_found(placement, examined.reports)))
+    report = check_hosts(placement, options.data, options.run_dir)
+    if report.passed and not options.quick and placement.world_size > 1:
+        report.findings.append(_bandwidth(_as_found(placement, report.reports)))
     if options.json:
-        # "mend" is what the key has been called since the first version.
-        findings = [asdict(finding) | {"mend": finding.hint} for finding in examined.findings]
-        print(json.dumps({"green": examined.is_green, "findings": findings, "hosts": examined.reports}))
+        # Other programs read these keys: "is_green" and "mend" are what they have been called since the first version.
+        findings = [asdict(found) | {"is_green": found.passed, "mend": found.hint} for found in report.findings]
+        print(json.dumps({"green": report.passed, "findings": findings, "hosts": report.reports}))
     else:
-        print(table(examined, sys.stdout.isatty()))
-    return EXIT_FINISHED if examined.is_green else EXIT_CONFIG
+        print(table(report, sys.stdout.isatty()))
+    return EXIT_FINISHED if report.passed else EXIT_CONFIG
 
 
 def _as_found(placement: "Placement", reports: dict[str, dict]) -> "Placement":
-    """With a port that is free on the first host, and with what the hosts have."""
+    """The placement with a port that is free on the first host, and with the hosts' hardware."""
     from tinyllama_ds.launch.machines import common_machine_of
 
     if not placement.hosts:
@@ -60,14 +60,14 @@ def _as_found(placement: "Placement", reports: dict[str, dict]) -> "Placement":
 
 
 def _bandwidth(placement: "Placement") -> "Finding":
-    """A small job over all ranks, started as a run would be."""
+    """Measure an all-reduce over all ranks, started like a run."""
     from tinyllama_ds.launch.doctor import HERE, Finding
     from tinyllama_ds.launch.launcher import ALL_REDUCE, start_launcher
     from tinyllama_ds.launch.supervisor import end_group
     from tinyllama_ds.layout import LIFELINE_VARIABLE
 
     host = f"{len(placement.hosts)} hosts" if placement.hosts else HERE
-    hint = f"start it by hand to see why: the line is what pretrain --dry-run prints, with {ALL_REDUCE}"
+    hint = f"start it by hand to see why: the command of pretrain --dry-run, with {ALL_REDUCE}"
     open_lifeline = lifeline_opener(placement, run_dir=None)
     with tempfile.TemporaryDirectory(prefix="tinyllama-ds-") as name, tempfile.TemporaryFile("w+") as log:
         lifeline = open_lifeline(Path(name)) if open_lifeline else None
@@ -77,7 +77,7 @@ def _bandwidth(placement: "Placement") -> "Finding":
             failed = _wait(process, lifeline)
         finally:
             if lifeline is not None:
-                lifeline.close()  # at which the ranks on other hosts end
+                lifeline.close()  # ends the ranks on other hosts
             end_group(process, gently=False)
         if failed is not None:
             return Finding("all-reduce", host, False, failed, hint)
@@ -85,22 +85,22 @@ def _bandwidth(placement: "Placement") -> "Finding":
         lines = log.read().splitlines()
     answers = [line.partition("all-reduce: ")[2] for line in lines if "all-reduce: " in line]
     if not answers:
-        said = next((line for line in reversed(lines) if line.strip()), "nothing")
-        return Finding("all-reduce", host, False, f"the job ended with code {process.returncode}: {said}", hint)
+        last = next((line for line in reversed(lines) if line.strip()), "no output")
+        return Finding("all-reduce", host, False, f"the job exited with code {process.returncode}: {last}", hint)
     result = json.loads(answers[0])
     rate = result["bytes_per_second"] / 1e9
     return Finding("all-reduce", host, True, f"{rate:.2f} GB/s of bus bandwidth over {result['ranks']} ranks")
 
 
 def _wait(process: subprocess.Popen, lifeline: "Lifeline | None") -> str | None:
-    """To the end of the job; a sentence where it was not a good one."""
+    """Wait for the end of the job; a sentence if a rank failed or the time is over."""
     deadline = time.monotonic() + _BANDWIDTH_SECONDS
     while process.poll() is None:
-        failed = lifeline.look() if lifeline is not None else None
+        failed = lifeline.poll() if lifeline is not None else None
         if failed is not None:
             return failed
         if time.monotonic() > deadline:
-            return f"not done in {_BANDWIDTH_SECONDS} s"
+            return f"not finished within {_BANDWIDTH_SECONDS} s"
         time.sleep(0.2)
     return None
 

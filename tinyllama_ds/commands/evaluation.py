@@ -19,7 +19,7 @@ from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
 if TYPE_CHECKING:
     from tinyllama_ds.distributed.world import DistributedInfo
     from tinyllama_ds.evaluation.harness import Ranks
-    from tinyllama_ds.evaluation.scores import Measured
+    from tinyllama_ds.evaluation.scores import Evaluation
     from tinyllama_ds.evaluation.suites import Benchmark
 
 _PACKAGES = ("lm-eval", "transformers", "torch", "datasets", "tokenizers")
@@ -113,7 +113,7 @@ def evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> i
     """What every rank does. Where all are refused, rank 0 says so. Collective."""
     import torch
 
-    from tinyllama_ds.bars import lines_for_bars
+    from tinyllama_ds.bars import bars_as_lines
     from tinyllama_ds.distributed.world import wait_for_turn
 
     if options.device == "cpu":
@@ -121,7 +121,7 @@ def evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> i
     elif options.device == "cuda" and world.device.type != "cuda":
         raise ConfigError("--device cuda: this machine has no GPU that PyTorch sees")
     try:
-        with lines_for_bars():
+        with bars_as_lines():
             return _evaluate_on_rank(options, world)
     except ConfigError:
         wait_for_turn(world)
@@ -130,7 +130,7 @@ def evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> i
 
 def _evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> int:
     from tinyllama_ds.evaluation.harness import evaluate, language_model
-    from tinyllama_ds.evaluation.scores import Measured, read_scores
+    from tinyllama_ds.evaluation.scores import Evaluation, read_scores
     from tinyllama_ds.evaluation.suites import suite_named
     from tinyllama_ds.outputs import check_folder
 
@@ -148,7 +148,7 @@ def _evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> 
     versions = {package: version(package) for package in _PACKAGES}
     names = {benchmark.task for benchmark in benchmarks} or None
     scores = read_scores(results, names)
-    measured = Measured(str(options.model), tokens, options.suite, scores, _settings(options, world), versions)
+    measured = Evaluation(str(options.model), tokens, options.suite, scores, _settings(options, world), versions)
     return _write(options, measured, benchmarks, results, where)
 
 
@@ -238,13 +238,13 @@ def _output_folder(options: argparse.Namespace) -> Path:
 
 def _write(
     options: argparse.Namespace,
-    measured: "Measured",
+    measured: "Evaluation",
     benchmarks: "tuple[Benchmark, ...]",
     results: dict[str, Any],
     where: Path,
 ) -> int:
     """Print the scores, whatever becomes of the files."""
-    from tinyllama_ds.evaluation.scores import as_json, as_markdown, picture_of
+    from tinyllama_ds.evaluation.scores import as_json, as_markdown, scores_figure
     from tinyllama_ds.outputs import reporting_write_errors, write_figure, write_file
 
     stem = options.suite or "tasks"
@@ -255,7 +255,7 @@ def _write(
         where.mkdir(parents=True, exist_ok=True)
     write_file(where / f"{stem}.md", text)
     write_file(where / f"{stem}.json", json.dumps(found, indent=1, default=str) + "\n")
-    write_figure(picture_of(measured, benchmarks), where / f"{stem}.png")
+    write_figure(scores_figure(measured, benchmarks), where / f"{stem}.png")
     return code
 
 

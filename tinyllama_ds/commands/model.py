@@ -57,7 +57,8 @@ class ModelSource:
 def open_stored(path: Path) -> ModelSource:
     """The model of a checkpoint, a run directory or a model folder, every file verified."""
     from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
-    from tinyllama_ds.checkpoint.format import resolve_checkpoint, stream_weights
+    from tinyllama_ds.checkpoint.format import resolve_checkpoint
+    from tinyllama_ds.checkpoint.reader import stream_weights
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, stored_tokenizer
     from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
     from tinyllama_ds.model.config import LlamaConfig
@@ -82,18 +83,11 @@ def open_stored(path: Path) -> ModelSource:
 
 def _export(options: argparse.Namespace) -> int:
     """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
-    from tinyllama_ds.hf.convert import export
+    from tinyllama_ds.hf.convert import ExportOptions, export
 
     stored = open_stored(options.checkpoint)
-    difference = export(
-        stored.tensors,
-        stored.config,
-        stored.tokenizer,
-        options.output,
-        stored.probe,
-        options.max_shard_size,
-        stored.is_chat_model,
-    )
+    choices = ExportOptions(stored.probe, options.max_shard_size, stored.is_chat_model)
+    difference = export(stored.tensors, stored.config, stored.tokenizer, options.output, choices)
     result = {"output": str(options.output), "largest_logit_difference": difference}
     symbols = len(stored.tokenizer.user_defined)
     but = f" (but of a text that is nothing but one of its {symbols} user-defined symbols)" if symbols else ""
@@ -115,9 +109,10 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 def _import(options: argparse.Namespace) -> int:
     """Read a Hugging Face folder into a model folder, after proving that transformers has our bits and logits."""
     from tinyllama_ds.hf.import_model import import_hf_folder
+    from tinyllama_ds.model.config import dtype_name
 
     imported = import_hf_folder(options.folder, options.output, options.tokenizer)
-    dtype = str(imported.dtype).removeprefix("torch.")
+    dtype = dtype_name(imported.dtype)
     result = {
         "output": str(options.output),
         "model": imported.model.to_dict(),
@@ -147,17 +142,17 @@ def _generate(options: argparse.Namespace) -> int:
     """Continue a text from a checkpoint or a Hugging Face folder."""
     from tinyllama_ds.hf.generate import generate
 
-    text = generate(_serve(options.model), options.prompt, _sampling(options))
+    text = generate(_load(options.model), options.prompt, _sampling(options))
     return print_result(options, {"prompt": options.prompt, "text": text}, text)
 
 
-def _serve(model: Path) -> "LoadedModel":
-    from tinyllama_ds.hf.generate import serve_hf_folder, serve_weights
+def _load(model: Path) -> "LoadedModel":
+    from tinyllama_ds.hf.generate import load_from_hf_folder, load_from_weights
 
     if (model / "config.json").is_file():
-        return serve_hf_folder(model)
+        return load_from_hf_folder(model)
     stored = open_stored(model)
-    return serve_weights(dict(stored.tensors), stored.config, stored.tokenizer, stored.is_chat_model)
+    return load_from_weights(dict(stored.tensors), stored.config, stored.tokenizer, stored.is_chat_model)
 
 
 def _sampling(options: argparse.Namespace) -> "Sampling":
@@ -179,12 +174,12 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _chat(options: argparse.Namespace) -> int:
     """Talk to a chat model; questions come from the terminal, or a line each from standard input."""
-    from tinyllama_ds.hf.chat import Conversation, talk
+    from tinyllama_ds.hf.chat import Conversation, chat_loop
 
-    served = _serve(options.model)
-    if served.encode_chat is None:
+    loaded = _load(options.model)
+    if loaded.encode_chat is None:
         raise ConfigError(f"{options.model}: was not trained on conversations; expected a chat model (docs/chat.md)")
-    talk(Conversation(served, _sampling(options), options.system))
+    chat_loop(Conversation(loaded, _sampling(options), options.system))
     return EXIT_FINISHED
 
 
@@ -200,9 +195,9 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _report(options: argparse.Namespace) -> int:
     """Write a run's report as one HTML page and its curves as a picture, and print where it stands."""
     from tinyllama_ds.checkpoint.format import newest_progress
-    from tinyllama_ds.evaluation.charts import picture_of
+    from tinyllama_ds.evaluation.charts import run_figure
     from tinyllama_ds.evaluation.history import read_history
-    from tinyllama_ds.evaluation.report import report_page, run_status, summarise
+    from tinyllama_ds.evaluation.report import report_page, run_status, summarize
     from tinyllama_ds.launch.lock import is_held
     from tinyllama_ds.outputs import check_file, check_picture, write_figure, write_file
 
@@ -214,8 +209,8 @@ def _report(options: argparse.Namespace) -> int:
     for check, path in ((check_file, output), (check_picture, picture)):
         check(path)
     write_file(output, report_page(history, now, str(options.run)))
-    write_figure(picture_of(history, str(options.run)), picture)
-    summary = summarise(history, now)
+    write_figure(run_figure(history, str(options.run)), picture)
+    summary = summarize(history, now)
     figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
     text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in figures.items())
     result = summary | {"page": str(output), "picture": str(picture)}

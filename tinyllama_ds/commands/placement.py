@@ -1,4 +1,4 @@
-"""The arguments that say where ranks run and how they get there, and what pretrain does with them."""
+"""The arguments that place ranks on machines, and the placement made of them."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
-    """This machine, or a hostfile and the way to its hosts."""
+    """Add the arguments for this machine, or for a hostfile and how its hosts are reached."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--hostfile", type=hostfile, metavar="H", help="machines, lines of 'host slots=N'; or a shipped one by name"
@@ -36,48 +36,48 @@ def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
         "--ssh-port", type=PORT, metavar="PORT", help="of sshd on the hosts (default: as ssh is configured)"
     )
     hosts.add_argument(
-        "--no-ssh", action="store_true", help="start this host's ranks only; give each host its own command"
+        "--no-ssh", action="store_true", help="start only this host's ranks; every host gets its own command"
     )
     hosts.add_argument(
-        "--node-rank", type=COUNT, metavar="N", help="with --no-ssh: the line of this host, counted from 0"
+        "--node-rank", type=COUNT, metavar="N", help="with --no-ssh: the index of this host in the hostfile, from 0"
     )
-    hosts.add_argument("--master-addr", metavar="HOST", help="where rank 0 listens (default: the first host)")
+    hosts.add_argument("--master-addr", metavar="HOST", help="host of rank 0 (default: the first host)")
     hosts.add_argument("--master-port", type=PORT, metavar="PORT", help="its port (default: a free one)")
     hosts.add_argument(
         "--forward-env",
         action="append",
         default=[],
         metavar="NAME",
-        help="hand this variable to the ranks; a secret goes through a file that nobody else can read",
+        help="forward this variable to the ranks; secrets go through a private file",
     )
 
 
 def read_placement(options: argparse.Namespace) -> "Placement":
-    """Where the ranks run; raises `ConfigError` for hosts, slots or GPUs that are not there.
+    """Where the ranks run; raises `ConfigError` for hosts, slots or GPUs that do not exist.
 
-    What hosts over the network have is still unknown: `know_machines` asks them.
+    The hardware of other hosts is not known yet: `query_machines` adds it.
     """
     if options.hostfile is not None:
         return _on_hosts(options)
     for name in ("include", "exclude", "no_ssh", "node_rank", "ssh_port"):
         if getattr(options, name) not in (None, False):
-            raise ConfigError(f"--{name.replace('_', '-')}: is for several hosts; expected --hostfile with it")
+            raise ConfigError(f"--{name.replace('_', '-')}: requires --hostfile")
     return local_placement(options.num_gpus)
 
 
 def local_placement(ranks: int | None) -> "Placement":
-    """Ranks on this machine: as many as it has GPUs, two without, or the number given."""
+    """Ranks on this machine: the given number, else one per GPU, else two on the CPU."""
     from tinyllama_ds.launch.launcher import Placement
 
-    on_cpu, available = _what_is_here()
+    on_cpu, available = _local_devices()
     wanted = available if ranks is None else ranks
     if wanted < 1 or (not on_cpu and wanted > available):
         raise ConfigError(f"--num-gpus {wanted}: this machine has {available}")
     return Placement(None, [], wanted, on_cpu)
 
 
-def _what_is_here() -> tuple[bool, int]:
-    """Whether ranks of this machine compute on the CPU, and how many there are without a wish."""
+def _local_devices() -> tuple[bool, int]:
+    """Whether ranks of this machine compute on the CPU, and the default number of ranks."""
     from tinyllama_ds.devices import device_type_of, look, reject_unsupported_devices
 
     seen = look()
@@ -87,8 +87,8 @@ def _what_is_here() -> tuple[bool, int]:
     return False, seen.count
 
 
-def say_hidden_gpus(placement: "Placement") -> None:
-    """On stderr, where ranks of this machine compute on the CPU because the environment hides its GPUs."""
+def warn_of_hidden_gpus(placement: "Placement") -> None:
+    """Warn on stderr if local ranks compute on the CPU because the environment hides the GPUs."""
     from tinyllama_ds.devices import hidden_gpus, look
 
     sentence = hidden_gpus(look()) if placement.on_cpu and not placement.is_remote else None
@@ -96,18 +96,20 @@ def say_hidden_gpus(placement: "Placement") -> None:
         print(f"tinyllama-ds: {sentence}", file=sys.stderr, flush=True)
 
 
-def know_machines(placement: "Placement") -> "Placement":
-    """The placement with what its hosts have, however this machine is made; unchanged where they are this machine."""
-    from tinyllama_ds.launch.machines import ask_hosts
+def query_machines(placement: "Placement") -> "Placement":
+    """The placement with the hardware of its hosts; unchanged if they are this machine."""
+    from tinyllama_ds.launch.machines import query_hosts
 
     if not placement.is_remote:
         return placement
-    known = ask_hosts(placement)
+    known = query_hosts(placement)
     if known is not None:
         return known
-    on_cpu, _ = _what_is_here()
+    on_cpu, _ = _local_devices()
     kind = "the CPU" if on_cpu else "GPUs"
-    print(f"tinyllama-ds: no host says what it has; expecting {kind}, as on this machine", file=sys.stderr, flush=True)
+    print(
+        f"tinyllama-ds: no host reported its hardware; assuming {kind}, as on this machine", file=sys.stderr, flush=True
+    )
     return replace(placement, on_cpu=on_cpu)
 
 
@@ -117,9 +119,9 @@ def _on_hosts(options: argparse.Namespace) -> "Placement":
 
     hosts = filter_hosts(read_hostfile(options.hostfile), options.include, options.exclude)
     if options.no_ssh != (options.node_rank is not None):
-        raise ConfigError("--no-ssh and --node-rank belong together: the command of host N in the hostfile says N")
+        raise ConfigError("--no-ssh and --node-rank require each other: host N of the hostfile gets --node-rank N")
     if options.no_ssh and not 0 <= options.node_rank < len(hosts):
-        raise ConfigError(f"--node-rank {options.node_rank}: {options.hostfile} leaves hosts 0 to {len(hosts) - 1}")
+        raise ConfigError(f"--node-rank {options.node_rank}: {options.hostfile} has hosts 0 to {len(hosts) - 1}")
     if options.master_addr is not None and not is_host(options.master_addr):
         raise ConfigError(f"--master-addr {options.master_addr}: is neither a host name nor an IPv4 address")
     placement = Placement(
@@ -139,13 +141,13 @@ def _on_hosts(options: argparse.Namespace) -> "Placement":
 
 
 def _on_this_host(placement: "Placement") -> "Placement":
-    """With what this machine has, which is the only host, or the one whose command this is."""
+    """The placement with the hardware of this machine: the only host, or the one that this command is for."""
     from tinyllama_ds.devices import VISIBLE
 
-    on_cpu, available = _what_is_here()
+    on_cpu, available = _local_devices()
     host = placement.hosts[placement.node_rank or 0]
     last = max(host.devices or range(host.slots))
-    if not on_cpu and last >= available and VISIBLE not in os.environ:  # DeepSpeed counts slots without regard to it
+    if not on_cpu and last >= available and VISIBLE not in os.environ:  # which DeepSpeed ignores in a hostfile
         raise ConfigError(
             f"{placement.hostfile}: {host.name} has no GPU for slot {last}; this machine has {available} GPUs"
         )
@@ -153,9 +155,9 @@ def _on_this_host(placement: "Placement") -> "Placement":
 
 
 def lifeline_opener(placement: "Placement", run_dir: Path | None) -> "Callable[[Path], Lifeline] | None":
-    """How the supervisor opens its line to the ranks, where there are some on other hosts and it is theirs.
+    """How the supervisor opens the lifeline; None if all ranks are local, or another host's supervisor opens it.
 
-    Its key lies in the run directory; without one the line has no key.
+    Its key is in the run directory; without one it has no key.
     """
     from tinyllama_ds.distributed.network import local_address_towards
     from tinyllama_ds.launch.launcher import is_this_machine
@@ -176,7 +178,7 @@ def lifeline_opener(placement: "Placement", run_dir: Path | None) -> "Callable[[
 
 
 def lifeline_to_first(placement: "Placement") -> str:
-    """Without ssh: the line of the first host's supervisor, which may start minutes later than this one."""
+    """Without ssh: the lifeline of the first host's supervisor, which may start minutes later than this one."""
     from tinyllama_ds.launch.lifeline import lifeline_value
 
     return lifeline_value(placement.master_address, _lifeline_port(placement), patience=600)

@@ -1,4 +1,4 @@
-"""The command that says what a run needs, costs and will do, before it starts."""
+"""The command `plan`: what a run needs, costs and does, before it starts."""
 
 import argparse
 import json
@@ -21,10 +21,9 @@ from tinyllama_ds.commands.printing import add_json, print_result
 from tinyllama_ds.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tinyllama_ds.gpus import Gpu
-    from tinyllama_ds.planning.communication import Hosts
+    from tinyllama_ds.planning.communication import Hosts, Traffic
     from tinyllama_ds.planning.plan import Inputs, Plan, PlanRequest
-    from tinyllama_ds.planning.search import Ranking
+    from tinyllama_ds.planning.search import Candidate, Ranking
     from tinyllama_ds.planning.timing import Machines
 
 
@@ -33,99 +32,81 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deepspeed-config", type=deepspeed_config, required=True, metavar="JSON", help="DeepSpeed config"
     )
-    where = parser.add_argument_group("where")
-    hosts = where.add_mutually_exclusive_group()
-    hosts.add_argument("--hostfile", type=hostfile, metavar="H", help="machines, lines of 'host slots=N'")
-    hosts.add_argument("--num-gpus", type=RANKS, default=8, metavar="N", help="of one host, without a hostfile (8)")
-    where.add_argument("--gpu", default="a100-40g", help="by name: a100-40g, h100, rtx-4090 ... (default: %(default)s)")
-    where.add_argument("--gpu-memory", type=MEMORY_SIZE, metavar="SIZE", help="of any other GPU, such as 40GiB")
-    where.add_argument("--peak-tflops", type=Number(most=1e6), metavar="X", help="dense bf16 rate of any other GPU")
-    where.add_argument(
-        "--network",
-        type=Number(most=1e6),
-        default=100,
-        metavar="GBIT",
-        help="out of each host, Gbit/s (default: %(default)s)",
-    )
-    speed = parser.add_argument_group("how fast")
-    speed.add_argument(
-        "--efficiency",
-        type=SHARE,
-        default=0.56,
-        help="of the peak while a GPU computes (default: TinyLlama's %(default)s)",
-    )
-    speed.add_argument(
-        "--tokens-per-second", type=Number(most=1e12), metavar="X", help="of one GPU, all included, where it is known"
-    )
-    speed.add_argument(
-        "--measure", action="store_true", help="measure the step here with bench, instead of --efficiency"
-    )
-    how = parser.add_argument_group("how")
-    how.add_argument("--attention", default="auto", help="backend, as in pretrain (default: %(default)s)")
-    how.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="as in pretrain: auto is on")
-    how.add_argument(
-        "--activation-checkpointing", type=CHECKPOINTED_BLOCKS, default=0, metavar="K", help="as in pretrain"
-    )
-    how.add_argument("--search", action="store_true", help="try every layout, micro batch and checkpointing; rank them")
-    how.add_argument(
-        "--write-config", type=output_file, metavar="JSON", help="with --search: the winner's DeepSpeed config"
-    )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared data, for the sizes of the sources")
-    parser.add_argument("--price-per-hour", type=Number(least=0, most=1e6), metavar="USD", help="of one GPU")
-    parser.add_argument(
-        "--save-seconds",
-        type=Number(most=1e6),
-        default=15,
-        metavar="S",
-        help="that training stands still for a save (%(default)s)",
-    )
-    parser.add_argument(
-        "--picture", type=output_picture, metavar="PNG", help="learning rate, batch and mixture over tokens"
-    )
-    parser.add_argument(
-        "--html", type=output_file, metavar="FILE", help="the whole plan as one page that needs nothing else"
-    )
+    _add_machines(parser.add_argument_group("machines"))
+    speed = parser.add_argument_group("speed")
+    add = speed.add_argument
+    share = "share of the peak while a GPU computes (default: TinyLlama's %(default)s)"
+    add("--efficiency", type=SHARE, default=0.56, help=share)
+    add("--tokens-per-second", type=Number(most=1e12), metavar="X", help="measured rate of one GPU, all included")
+    add("--measure", action="store_true", help="measure the step here with bench, instead of --efficiency")
+    add = parser.add_argument_group("training").add_argument
+    add("--attention", default="auto", help="backend, as in pretrain (default: %(default)s)")
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="as in pretrain: auto is on")
+    add("--activation-checkpointing", type=CHECKPOINTED_BLOCKS, default=0, metavar="K", help="as in pretrain")
+    add("--search", action="store_true", help="try every layout, micro-batch and checkpointing; rank them")
+    add("--write-config", type=output_file, metavar="JSON", help="with --search: the winner's DeepSpeed config")
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="prepared data, for the sizes of the sources")
+    add("--price-per-hour", type=Number(least=0, most=1e6), metavar="USD", help="of one GPU")
+    add("--save-seconds", type=Number(most=1e6), default=15, metavar="S", help="stall of a save (default: %(default)s)")
+    add("--picture", type=output_picture, metavar="PNG", help="learning rate, batch and mixture over tokens")
+    add("--html", type=output_file, metavar="FILE", help="the whole plan as one self-contained page")
     add_json(parser)
 
 
+def _add_machines(group: "argparse._ArgumentGroup") -> None:
+    hosts = group.add_mutually_exclusive_group()
+    hosts.add_argument("--hostfile", type=hostfile, metavar="H", help="machines, lines of 'host slots=N'")
+    hosts.add_argument("--num-gpus", type=RANKS, default=8, metavar="N", help="of one host, without a hostfile (8)")
+    add = group.add_argument
+    add("--gpu", default="a100-40g", help="by name: a100-40g, h100, rtx-4090 ... (default: %(default)s)")
+    add("--gpu-memory", type=MEMORY_SIZE, metavar="SIZE", help="of any other GPU, such as 40GiB")
+    add("--peak-tflops", type=Number(most=1e6), metavar="X", help="dense bf16 rate of any other GPU")
+    network = "out of each host, Gbit/s (default: %(default)s)"
+    add("--network", type=Number(most=1e6), default=100, metavar="GBIT", help=network)
+
+
 def _plan(options: argparse.Namespace) -> int:
-    """Say what a run needs, costs and will do, before it starts."""
-    from tinyllama_ds.outputs import write_file
-    from tinyllama_ds.planning import page
-    from tinyllama_ds.planning.plan import answer, read_inputs, reject_layout_that_does_not_fit, with_config
+    """Show what a run needs, costs and does, before it starts."""
+    from tinyllama_ds.planning.page import plan_text, ranking_table, tables_of
+    from tinyllama_ds.planning.plan import make_plan, read_inputs, reject_if_too_large
     from tinyllama_ds.planning.search import reason, search
 
     _check_arguments(options)
     inputs = read_inputs(options.recipe, options.deepspeed_config)
-    question = _question(options, _machines(options, inputs))
+    request = _request(options, _machines(options, inputs))
     sizes = _source_sizes(options.data, inputs)
-    memory = question.machines.gpu.memory_bytes
-    ranking = None
-    if options.search:
-        ranking = search(question, inputs)
-        best = ranking.candidates[0]
-        question = replace(
-            question, deepspeed_config=Path(f"{best.name}.json"), recompute_every=best.work.recompute_every
-        )
-        inputs = with_config(inputs, best.config)
-        if options.write_config:
-            write_file(options.write_config, json.dumps(best.config, indent=2) + "\n")
-    found = answer(question, inputs, sizes)
-    if not found.fits:
-        reject_layout_that_does_not_fit(found, [reason(c, memory) for c in search(question, inputs).candidates[:3]])
-    tables = page.tables_of(found)
+    ranking = search(request, inputs) if options.search else None
     if ranking:
-        tables = [page.ranking_table(ranking, memory), *tables]
-    text = page.as_text(page.headline(found), tables, found.warnings)
-    text += _how_to_start(options, ranking) if ranking else ""
-    code = print_result(options, _result(found, ranking), text)
-    _write_pictures(options, found, tables)
+        request, inputs = _apply_best(options, ranking, request, inputs)
+    plan = make_plan(request, inputs, sizes)
+    memory = request.machines.gpu.memory_bytes
+    if not plan.fits:
+        reject_if_too_large(plan, [reason(best, memory) for best in search(request, inputs).candidates[:3]])
+    tables = [*([ranking_table(ranking, memory)] if ranking else []), *tables_of(plan)]
+    text = plan_text(plan, tables) + (_how_to_start(options, ranking) if ranking else "")
+    code = print_result(options, _result(plan, ranking), text)
+    _write_files(options, plan, tables)
     return code
+
+
+def _apply_best(
+    options: argparse.Namespace, ranking: "Ranking", request: "PlanRequest", inputs: "Inputs"
+) -> "tuple[PlanRequest, Inputs]":
+    """The winner of the search in place of the user's JSON; `--write-config` gets it."""
+    from tinyllama_ds.outputs import write_file
+    from tinyllama_ds.planning.plan import with_config
+
+    best = ranking.candidates[0]
+    if options.write_config:
+        write_file(options.write_config, json.dumps(best.config, indent=2) + "\n")
+    name, recompute_every = Path(f"{best.name}.json"), best.work.recompute_every
+    return replace(request, deepspeed_config=name, recompute_every=recompute_every), with_config(inputs, best.config)
 
 
 def _check_arguments(options: argparse.Namespace) -> None:
     if options.write_config and not options.search:
-        raise ConfigError("--write-config writes what --search has found; give --search as well")
+        raise ConfigError("--write-config writes the result of --search; give --search as well")
     if (options.gpu_memory is None) != (options.peak_tflops is None):
         raise ConfigError("--gpu-memory and --peak-tflops describe one GPU; give both, or --gpu alone")
 
@@ -137,14 +118,11 @@ def _machines(options: argparse.Namespace, inputs: "Inputs") -> "Machines":
     gpu = gpu_named(options.gpu)
     if options.gpu_memory is not None:
         gpu = custom_gpu(options.gpu_memory, options.peak_tflops, gpu)
-    compute, source = options.efficiency * gpu.peak_flops, _efficiency_text(options, gpu)
+    compute = options.efficiency * gpu.peak_flops
+    source = f"{options.efficiency:.0%} of the spec sheet's {gpu.peak_flops / 1e12:,.0f} TFLOP/s while a GPU computes"
     if options.measure:
         compute, source = _measured(options, inputs)
     return Machines(_hosts(options), gpu, network_of(gpu, options.network), compute, source)
-
-
-def _efficiency_text(options: argparse.Namespace, gpu: "Gpu") -> str:
-    return f"{options.efficiency:.0%} of the data sheet's {gpu.peak_flops / 1e12:,.0f} TFLOP/s while a GPU computes"
 
 
 def _hosts(options: argparse.Namespace) -> "Hosts":
@@ -156,7 +134,7 @@ def _hosts(options: argparse.Namespace) -> "Hosts":
     hosts = read_hostfile(options.hostfile)
     slots = {host.slots for host in hosts}
     if len(slots) > 1:
-        raise ConfigError(f"{options.hostfile}: hosts of {sorted(slots)} slots; a plan expects as many on every host")
+        raise ConfigError(f"{options.hostfile}: hosts of {sorted(slots)} slots; expected the same number on every host")
     return Hosts(len(hosts), slots.pop())
 
 
@@ -191,7 +169,7 @@ def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str
     return flops, f"measured here: {rate:,.0f} tokens/s per rank on {row['ranks']} ranks, {flops / 1e12:.2f} TFLOP/s"
 
 
-def _question(options: argparse.Namespace, machines: "Machines") -> "PlanRequest":
+def _request(options: argparse.Namespace, machines: "Machines") -> "PlanRequest":
     from tinyllama_ds.planning.plan import PlanRequest
 
     return PlanRequest(
@@ -208,7 +186,7 @@ def _question(options: argparse.Namespace, machines: "Machines") -> "PlanRequest
 
 
 def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
-    """Tokens of each source, the fillers of packs included: of the prepared data, or as published."""
+    """Tokens of each source, padding of packs included: of the prepared data, or as published."""
     from tinyllama_ds.planning.timeline import PUBLISHED_TOKENS
 
     if data is None:
@@ -218,30 +196,20 @@ def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
     if not data.is_dir():
         raise ConfigError(f"{data}: the data directory is missing")
     streams = open_streams(data, inputs.recipe.sources, "train", inputs.model.vocab_size)
-    for name, stream in streams.items():
-        if stream.num_samples(inputs.recipe.sequence_length) < 1:
-            raise ConfigError(
-                f"{stream.directory}: {stream.tokens} tokens of {name!r} are less than one sample of"
-                f" {inputs.recipe.sequence_length + 1} tokens; prepare more, or drop the source from the recipe"
-            )
     T = inputs.recipe.sequence_length
-    return {
-        name: stream.num_samples(T) * T if stream.has_loss_mask else stream.tokens for name, stream in streams.items()
-    }
+    samples = {name: stream.num_samples(T) for name, stream in streams.items()}
+    return {name: samples[name] * T if stream.has_loss_mask else stream.tokens for name, stream in streams.items()}
 
 
-def _write_pictures(options: argparse.Namespace, found: "Plan", tables: list) -> None:
-    if not (options.picture or options.html):
-        return
-    from tinyllama_ds.outputs import drawn, write_figure, write_file
-    from tinyllama_ds.planning.page import as_html, headline
-    from tinyllama_ds.planning.picture import picture_of
+def _write_files(options: argparse.Namespace, plan: "Plan", tables: list) -> None:
+    from tinyllama_ds.outputs import write_figure, write_file
+    from tinyllama_ds.planning.charts import plan_figure
+    from tinyllama_ds.planning.page import plan_page
 
-    picture = picture_of(found)
     if options.picture:
-        write_figure(picture, options.picture)
+        write_figure(plan_figure(plan), options.picture)
     if options.html:
-        write_file(options.html, as_html(headline(found), found.fits, tables, found.warnings, drawn(picture)))
+        write_file(options.html, plan_page(plan, tables))
 
 
 def _how_to_start(options: argparse.Namespace, ranking: "Ranking") -> str:
@@ -252,52 +220,58 @@ def _how_to_start(options: argparse.Namespace, ranking: "Ranking") -> str:
     return f"\n\nstart it with: pretrain --deepspeed-config {config}{flags}"
 
 
-def _result(found: "Plan", ranking: "Ranking | None") -> dict:
+def _result(plan: "Plan", ranking: "Ranking | None") -> dict:
     """The plan for programs: bytes, seconds, tokens, plain numbers throughout."""
-    result = {
-        "recipe": found.inputs.recipe.name,
-        "layout": asdict(found.layout),
-        "micro_batch": found.work.micro_batch,
-        "accumulation": list(found.accumulations),
-        "gpus": found.question.machines.hosts.ranks,
-        "steps": found.inputs.plan.total_steps,
-        "tokens": found.duration.tokens,
-        "days": found.duration.days,
-        "gpu_hours": found.duration.gpu_hours,
-        "gpu_hours_per_300b_tokens": found.duration.gpu_hours_for(300e9),
-        "tokens_per_second": found.duration.tokens_per_second,
-        "usd": found.dollars,
+    duration, memory, timeline = plan.duration, plan.memory, plan.timeline
+    return {
+        "recipe": plan.inputs.recipe.name,
+        "layout": asdict(plan.layout),
+        "micro_batch": plan.work.micro_batch,
+        "accumulation": list(plan.accumulations),
+        "gpus": duration.ranks,
+        "steps": plan.inputs.plan.total_steps,
+        "tokens": duration.tokens,
+        "days": duration.days,
+        "gpu_hours": duration.gpu_hours,
+        "gpu_hours_per_300b_tokens": duration.gpu_hours_for(300e9),
+        "tokens_per_second": duration.tokens_per_second,
+        "usd": plan.dollars,
         "memory": {
-            "rows": [asdict(row) for row in (*found.memory.rows, *found.memory.overhead_rows)],
-            "total": found.memory.total,
-            "capacity": found.question.machines.gpu.memory_bytes,
-            "fits": found.fits,
+            "rows": [asdict(row) for row in (*memory.rows, *memory.overhead_rows)],
+            "total": memory.total,
+            "capacity": plan.request.machines.gpu.memory_bytes,
+            "fits": plan.fits,
         },
         "step_seconds": [
-            {"compute": s.compute, "communication": s.communication, "exposed": s.exposed, "optimizer": s.optimizer}
-            for s in found.steps
+            {name: getattr(step, name) for name in ("compute", "communication", "exposed", "optimizer")}
+            for step in plan.steps
         ],
-        "communication": [asdict(part) for part in found.steps[0].traffic],
-        "borders": [asdict(border) for border in found.course.borders],
-        "tokens_by_source": found.course.tokens_by_source,
-        "epochs": found.course.epochs,
-        "failures": [asdict(expectation) for expectation in found.failures],
-        "storage": asdict(found.storage) | {"total": found.storage.total},
-        "deepspeed_config": found.resolved,
-        "warnings": list(found.warnings),
+        "communication": [_traffic_result(part) for part in plan.steps[0].traffic],
+        "borders": [asdict(milestone) for milestone in timeline.milestones],
+        "tokens_by_source": timeline.tokens_by_source,
+        "epochs": timeline.epochs,
+        "failures": [asdict(expectation) for expectation in plan.failures],
+        "storage": asdict(plan.storage) | {"total": plan.storage.total},
+        "deepspeed_config": plan.resolved,
+        "warnings": list(plan.warnings),
+        **({"ranking": [_candidate_result(candidate) for candidate in ranking.candidates]} if ranking else {}),
     }
-    if ranking:
-        result["ranking"] = [
-            {
-                "layout": candidate.name,
-                "micro_batch": candidate.work.micro_batch,
-                "activation_checkpointing": candidate.work.recompute_every,
-                "tokens_per_second_per_gpu": candidate.rate,
-                "memory": candidate.memory.total,
-            }
-            for candidate in ranking.candidates
-        ]
-    return result
+
+
+def _traffic_result(part: "Traffic") -> dict:
+    collective = asdict(part.collective)
+    collective["hides_behind"] = collective.pop("overlaps_with")  # the key that programs know
+    return asdict(part) | {"collective": collective}
+
+
+def _candidate_result(candidate: "Candidate") -> dict:
+    return {
+        "layout": candidate.name,
+        "micro_batch": candidate.work.micro_batch,
+        "activation_checkpointing": candidate.work.recompute_every,
+        "tokens_per_second_per_gpu": candidate.rate,
+        "memory": candidate.memory.total,
+    }
 
 
 COMMANDS = (("plan", _add_plan, _plan),)

@@ -1,4 +1,4 @@
-"""What every command does with its result."""
+"""Output of the results of commands."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ def print_result(options: argparse.Namespace, result: dict, text: str) -> int:
 
 
 def write_no_more() -> None:
-    """What is left in the buffer of stdout has nowhere to go, which Python would say again at its end."""
+    """Drop the buffered rest of stdout: Python would fail again to write it at exit."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

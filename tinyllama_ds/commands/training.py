@@ -19,11 +19,11 @@ from tinyllama_ds.commands.arguments import (
 )
 from tinyllama_ds.commands.placement import (
     add_placement_arguments,
-    know_machines,
     lifeline_opener,
     lifeline_to_first,
+    query_machines,
     read_placement,
-    say_hidden_gpus,
+    warn_of_hidden_gpus,
 )
 from tinyllama_ds.commands.printing import write_no_more
 from tinyllama_ds.errors import EXIT_FINISHED
@@ -31,7 +31,7 @@ from tinyllama_ds.errors import EXIT_FINISHED
 if TYPE_CHECKING:
     from tinyllama_ds.devices import Machine
     from tinyllama_ds.launch.launcher import Placement
-    from tinyllama_ds.launch.supervisor import Supervised, Watch
+    from tinyllama_ds.launch.supervisor import SupervisionResult, SupervisorConfig
     from tinyllama_ds.run.resolve import Options, Run
 _START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
@@ -48,7 +48,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="DeepSpeed config, or the name of a shipped one",
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data directory made by prepare")
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="where the run lives")
+    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="directory of the run")
+    _add_start_arguments(parser)
+    _add_compute_arguments(parser)
+
+
+def _add_start_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint (%(default)s)"
     )
@@ -56,21 +61,24 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--branch-from",
         type=Path,
         metavar="RUN",
-        help="begin with another run's checkpoint: the newest that this recipe shares the past of, or a step_* folder",
+        help="begin with another run's checkpoint: the newest whose history this recipe shares, or a step_* folder",
     )
     parser.add_argument(
         "--init-from",
         type=Path,
         metavar="DIR",
-        help="start with the weights of what import wrote, or of another run or checkpoint, and no more of it",
+        help="start with only the weights of an imported model, a run or a checkpoint",
     )
     parser.add_argument(
         "--allow-change",
         action="append",
         default=[],
         metavar="KEY",
-        help="resume although this differs from the run in --run-dir, named as in the refusal: recipe.seed, data ...",
+        help="resume although this differs from the run in --run-dir, named as in the error: recipe.seed, data ...",
     )
+
+
+def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention",
         default="auto",
@@ -80,19 +88,19 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="the decoder's blocks, one by one; auto (the default) is on with GPUs, where it works",
+        help="torch.compile each decoder block; auto (the default): on GPUs, if it works",
     )
     parser.add_argument(
         "--activation-checkpointing",
         type=CHECKPOINTED_BLOCKS,
         default=0,
         metavar="K",
-        help="to save memory, compute every K-th block again in the backward pass; 1 is all, 0 none (default)",
+        help="recompute every K-th block in the backward pass to save memory; 1: all, 0: none (default)",
     )
     parser.add_argument(
         "--deterministic",
         action="store_true",
-        help="kernels that give the same bits every time, on GPUs too, at some cost; CPUs do so without",
+        help="bit-identical kernels on GPUs, at some cost; on CPUs they always are",
     )
 
 
@@ -107,12 +115,18 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
     add_placement_arguments(parser)
     parser.add_argument(
-        "--allow-shrink", action="store_true", help="after a failure go on with the hosts that are left, same batch"
+        "--allow-shrink",
+        action="store_true",
+        help="after a failure continue on the remaining hosts, with the same batch",
     )
-    parser.add_argument("--skip-doctor", action="store_true", help="start on hosts that doctor finds ill")
+    parser.add_argument("--skip-doctor", action="store_true", help="start without the checks of doctor")
     parser.add_argument("--dry-run", action="store_true", help="print all commands and start nothing")
     parser.add_argument(
-        "--step-timeout", type=SECONDS, default=600, metavar="SECONDS", help="restart a run that is stuck for so long"
+        "--step-timeout",
+        type=SECONDS,
+        default=600,
+        metavar="SECONDS",
+        help="restart a run without a completed step for so long",
     )
     parser.add_argument("--max-wall-time", type=MINUTES, metavar="MINUTES", help="then save and exit with code 75")
 
@@ -127,9 +141,9 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     placement, arguments = read_placement(options), words_of(add_run_arguments, with_absolute_paths(options))
     check_placement(placement, arguments)
-    placement = know_machines(placement)
+    placement = query_machines(placement)
     run = _check_run(options, placement)
-    say_hidden_gpus(placement)
+    warn_of_hidden_gpus(placement)
     _check_engine(options, placement, run)
     if options.dry_run:
         return _describe(placement, arguments)
@@ -138,24 +152,24 @@ def _pretrain(options: argparse.Namespace) -> int:
         arguments,
         options.data,
         options.run_dir,
-        look_first=not options.skip_doctor,
-        may_shrink=options.allow_shrink,
+        check_first=not options.skip_doctor,
+        allow_shrink=options.allow_shrink,
         check=lambda smaller: _check_run(options, smaller),
     )
     watch = _watch(options, placement, begun=(run.parent.step, run.parent.tokens) if run.parent else (0, 0))
-    if placement.node_rank:  # the first host's supervisor holds the run, and the line to all ranks
+    if placement.node_rank:  # the first host's supervisor has the lock and the lifeline
         line = {LIFELINE_VARIABLE: lifeline_to_first(placement)}
         return supervise(lambda own, directory: fleet.start(own | line, directory), watch, None).code
     with hold_run(options.run_dir) as lock:
         try:
             supervised = supervise(fleet.start, watch, lock)
         finally:
-            fleet.forget_secrets()
+            fleet.remove_secrets()
     return _end(options.run_dir, supervised)
 
 
 def _describe(placement: "Placement", arguments: list[str]) -> int:
-    """The dry run. Its port is free on this machine; a real start asks the first host for one."""
+    """Print the dry run. Its port is free on this machine; a start takes one that is free on the first host."""
     from tinyllama_ds.distributed.network import free_port
     from tinyllama_ds.launch.launcher import describe_launch
 
@@ -165,13 +179,13 @@ def _describe(placement: "Placement", arguments: list[str]) -> int:
     return EXIT_FINISHED
 
 
-def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int, int]) -> "Watch":
-    """`begun` are the steps and tokens that a run without a checkpoint of its own has behind it."""
+def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int, int]) -> "SupervisorConfig":
+    """`begun` are the steps and tokens of a branch without a checkpoint of its own."""
     from tinyllama_ds.checkpoint.format import newest_progress
-    from tinyllama_ds.launch.supervisor import Watch
+    from tinyllama_ds.launch.supervisor import SupervisorConfig
     from tinyllama_ds.layout import STATUS_FILE, STOP_FILE
 
-    return Watch(
+    return SupervisorConfig(
         status_file=options.run_dir / STATUS_FILE,
         stop_file=options.run_dir / STOP_FILE,
         committed=lambda: max(newest_progress(options.run_dir), begun),
@@ -198,11 +212,11 @@ def _check_run(options: argparse.Namespace, placement: "Placement") -> "Run":
 
 
 def _check_engine(options: argparse.Namespace, placement: "Placement", run: "Run") -> None:
-    """Warn of what may have no effect in the DeepSpeed JSON, and start its engine once, where this machine can."""
+    """Warn of keys of the DeepSpeed JSON that may have no effect, and start its engine once if this machine can."""
     from tinyllama_ds.config.deepspeed import warnings_of
     from tinyllama_ds.train.dry_start import check_engine_start
 
-    if placement.node_rank:  # the first host's supervisor does
+    if placement.node_rank:  # done by the first host's supervisor
         return
     path = options.deepspeed_config
     for warning in warnings_of(run.description["deepspeed_config"]):
@@ -219,7 +233,7 @@ def _has_gpu() -> bool:
 
 
 def _this_machine(placement: "Placement") -> "Machine":
-    """As its own ranks will find it."""
+    """The hardware of this machine for its ranks."""
     import torch
 
     from tinyllama_ds.devices import Machine
@@ -229,16 +243,16 @@ def _this_machine(placement: "Placement") -> "Machine":
     return Machine(device_type, supports_fast_bf16(torch.device(device_type)), os.cpu_count() or 1)
 
 
-def _end(run_dir: Path, supervised: "Supervised") -> int:
+def _end(run_dir: Path, supervised: "SupervisionResult") -> int:
     try:
-        _say_goodput(run_dir, supervised)
+        _print_goodput(run_dir, supervised)
         sys.stdout.flush()
-    except OSError:  # a console that is gone, or a file that cannot be read, changes no run's exit code
+    except OSError:  # a closed console or an unreadable file must not change the exit code
         write_no_more()
     return supervised.code
 
 
-def _say_goodput(run_dir: Path, supervised: "Supervised") -> None:
+def _print_goodput(run_dir: Path, supervised: "SupervisionResult") -> None:
     from tinyllama_ds.evaluation.history import read_metrics
 
     if not supervised.tokens:

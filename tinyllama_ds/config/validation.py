@@ -1,6 +1,7 @@
 """Files against types: everything that pydantic finds wrong, at once, each with line, key, value and expectation."""
 
 import difflib
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
@@ -8,7 +9,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from tinyllama_ds.config.key_lines import KeyPath, key_path
+from tinyllama_ds.config.key_lines import KeyPath, json_lines, key_path
 from tinyllama_ds.errors import raise_problems, shown, shown_as_json
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ _EXPECTED = {
     "dataclass_type": "a table of keys and values",
     "model_type": "a table of keys and values",
     "too_short": "at least {min_length} entry",
+    "greater_than": "more than {gt:g}",
     "greater_than_equal": "{ge:,} or more",
     "less_than_equal": "{le:,} or less",
     "literal_error": "{expected}",
@@ -79,6 +81,19 @@ def validate(kind: type[T], raw: object, place: object, lines: Lines = NO_LINES)
         raise
 
 
+def validate_json(kind: type[T], content: bytes, place: object) -> T:
+    """The same of a JSON file, whose values have exactly the types of the fields."""
+    try:
+        return _adapter(cast(Hashable, kind)).validate_json(content, strict=True)
+    except ValidationError as error:
+        try:
+            raw, lines = json.loads(content), json_lines(content.decode())
+        except (ValueError, RecursionError):
+            raw, lines = None, {}
+        raise_problems(place, problems_of(error, kind, raw, lines))
+        raise
+
+
 def problems_of(error: ValidationError, kind: Any = None, raw: object = None, lines: Lines = NO_LINES) -> list[str]:
     """A sentence for each problem. The type tells which keys there are; `raw` is what was validated."""
     errors = error.errors(include_url=False)
@@ -93,6 +108,8 @@ def problems_of(error: ValidationError, kind: Any = None, raw: object = None, li
             unknown = [other for other in unknown if other not in near]
             hint = f" ({near[0][-1]!r} is not a key)" if near else ""
             sentence = f"the key {key_path(path)!r} is missing{hint}"
+        elif found["type"] == "json_invalid":
+            sentence = f"not valid JSON ({found['ctx']['error']})"
         else:
             sentence = f"{key_path(path) or 'it'} is {shown_as_json(found['input'])}; expected {_expected(found)}"
         problems.append(with_line(path, sentence, lines))
@@ -123,9 +140,9 @@ def _expected(found: ErrorDetails) -> str:
 
 def _unknown_key(path: KeyPath, kind: Any, raw: Any) -> str:
     for step in path[:-1]:
-        raw, kind = raw[step], _type_of(kind, step)
+        raw, kind = raw and raw[step], _type_of(kind, step)
     known = [key for key in get_type_hints(kind) if not key.startswith("_")] if hasattr(kind, "__annotations__") else []
-    near = _nearest(path[-1], [key for key in known if key not in raw])
+    near = _nearest(path[-1], [key for key in known if not raw or key not in raw])
     hint = f"did you mean {key_path((*path[:-1], near))!r}?" if near else f"the keys are {', '.join(known)}"
     return f"unknown key {shown(key_path(path))}; {hint}"
 

@@ -48,7 +48,7 @@ class ConversationStream(TokenStream):
             self._packs[sequence_length] = best_fit_decreasing(self._lengths, sequence_length)
         return self._packs[sequence_length]
 
-    def num_samples(self, sequence_length: int) -> int:
+    def _count_samples(self, sequence_length: int) -> int:
         return len(self.packs(sequence_length))
 
     def conversations(self, index: int, sequence_length: int) -> list[np.ndarray]:

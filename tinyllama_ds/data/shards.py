@@ -12,7 +12,6 @@ fine-tuning, else 0. The other files are those of any shard.
 
 import errno
 import hashlib
-import json
 import os
 import struct
 import time
@@ -21,20 +20,23 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated, ClassVar, Literal
 
 import numpy as np
+from pydantic import ConfigDict
 
 from tinyllama_ds import __version__
-from tinyllama_ds.data.typed import from_json
+from tinyllama_ds.config.validation import validate_json, whole_number
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.files import read_object, sync, temporary_name
+from tinyllama_ds.files import PartialFile, parse_row, write_durably, write_object
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _READ_AGAIN_SECONDS = (1.0, 2.0, 4.0)  # to wait after a read that came short
 _DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-MANIFEST_VERSION = 1
+MANIFEST_VERSION: Literal[1] = 1
+_Count = Annotated[int, whole_number()]
+_Id = Annotated[int, whole_number(-(2**31), 2**31)]  # of a token
 
 
 @dataclass(frozen=True)
@@ -42,58 +44,50 @@ class InputFile:
     """One raw file that went into a shard, and what became of its records: documents + rejected + faults."""
 
     path: str
-    bytes: int
-    records: int
-    documents: int
-    rejected: dict[str, int]
+    bytes: _Count
+    records: _Count
+    documents: _Count
+    rejected: dict[str, _Count]
     faults: list[str]
-    text_bytes: int
+    text_bytes: _Count
     encoder: str
-    shortened: dict[str, int] = field(default_factory=dict)  # conversations that lost turns, among the documents
+    shortened: dict[str, _Count] = field(default_factory=dict)  # conversations that lost turns, among the documents
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard holds, and everything needed to prove it."""
+    """What a shard holds, and everything needed to verify it."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     source: str
     split: str
-    number: int  # of this shard, from 0
-    shards: int  # how many there are of this source and split
-    tokens: int
-    documents: int
-    smallest_id: int
-    largest_id: int
+    number: _Count  # of this shard, from 0
+    shards: _Count  # of this source and split
+    tokens: _Count
+    documents: _Count
+    smallest_id: _Id
+    largest_id: _Id
     bin_sha256: str
     idx_sha256: str
     tokenizer_sha256: str
-    vocab_size: int
+    vocab_size: _Count
     end_of_document: str
     source_format: dict  # how the inputs were read; empty where they were tokens already
     inputs: list[InputFile]
     tool_version: str
-    manifest_version: int = MANIFEST_VERSION
+    manifest_version: Literal[1] = MANIFEST_VERSION
     mask_sha256: str | None = None  # of a shard of conversations
 
     @staticmethod
     def read(path: Path) -> "Manifest":
         """Raises `ConfigError` for anything but a whole manifest of this version."""
         try:
-            raw = read_object(path)
+            content = path.read_bytes()
         except OSError as error:
             raise ConfigError(f"{path}: the shard's manifest cannot be read ({error.strerror})") from error
-        if raw is None:
+        if parse_row(content) is None:
             raise ConfigError(f"{path}: not a shard manifest, it is damaged; remove it and prepare the shard again")
-        found = raw.get("manifest_version", MANIFEST_VERSION)
-        if found != MANIFEST_VERSION:
-            raise ConfigError(f"{path}: has version {found!r:.40}; expected {MANIFEST_VERSION}")
-        try:
-            return from_json(Manifest, raw)
-        except ValueError as error:
-            raise ConfigError(f"{path}: not a shard manifest of version {MANIFEST_VERSION} ({error})") from error
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return validate_json(Manifest, content, f"{path}: not a shard manifest of version {MANIFEST_VERSION}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +120,7 @@ def shard_suffixes(has_mask: bool) -> list[str]:
 
 
 class ShardWriter:
-    """Writes one shard under temporary names; `commit` syncs and renames .bin, .mask, .idx, then the manifest.
+    """Writes one shard under temporary names; `commit` makes .bin, .mask, .idx durable and visible, then the manifest.
 
     Two processes at work on the same shard do no harm: both make the same bytes, and the later rename wins.
     """
@@ -138,8 +132,8 @@ class ShardWriter:
         self._lengths = array("i")
         self._hash = hashlib.sha256()
         name.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin = self._temporary(".bin").open("wb")
-        self._mask = self._temporary(".mask").open("wb") if has_mask else None
+        self._bin = PartialFile(name.prefix.with_suffix(".bin"))
+        self._mask = PartialFile(name.prefix.with_suffix(".mask")) if has_mask else None
         self._mask_hash = hashlib.sha256()
         self.tokens = 0
         self.smallest_id = vocab_size
@@ -173,9 +167,6 @@ class ShardWriter:
         self, tokenizer_sha256: str, end_of_document: str, source_format: dict, inputs: list[InputFile]
     ) -> Manifest:
         """Make the shard durable and visible; returns its manifest."""
-        _sync_and_close(self._bin)
-        if self._mask is not None:
-            _sync_and_close(self._mask)
         index = self._index()
         manifest = Manifest(
             source=self._name.source,
@@ -196,25 +187,18 @@ class ShardWriter:
             tool_version=__version__,
             mask_sha256=self._mask_hash.hexdigest() if self._mask is not None else None,
         )
-        for suffix, content in ((".idx", index), (".json", manifest.to_json().encode())):
-            with self._temporary(suffix).open("wb") as file:
-                file.write(content)
-                _sync_and_close(file)
-        for suffix in shard_suffixes(self._mask is not None):
-            self._temporary(suffix).replace(self._name.prefix.with_suffix(suffix))
-            sync(self._name.prefix.parent)
+        self._bin.commit()
+        if self._mask is not None:
+            self._mask.commit()
+        write_durably(self._name.prefix.with_suffix(".idx"), index)
+        write_object(self._name.prefix.with_suffix(".json"), asdict(manifest))
         return manifest
 
     def abandon(self) -> None:
         """Remove what was written and not committed."""
-        self._bin.close()
+        self._bin.abandon()
         if self._mask is not None:
-            self._mask.close()
-        for suffix in shard_suffixes(self._mask is not None):
-            self._temporary(suffix).unlink(missing_ok=True)
-
-    def _temporary(self, suffix: str) -> Path:
-        return temporary_name(self._name.prefix.with_suffix(suffix))
+            self._mask.abandon()
 
     def _index(self) -> bytes:
         lengths = np.array(self._lengths, dtype="<i4")
@@ -224,12 +208,6 @@ class ShardWriter:
         header = _HEADER.pack(_MAGIC, 1, code, len(lengths), len(document_starts))
         offsets = ends - lengths * self._dtype.itemsize
         return header + lengths.tobytes() + offsets.tobytes() + document_starts.tobytes()
-
-
-def _sync_and_close(file: IO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
 
 
 @dataclass(frozen=True)

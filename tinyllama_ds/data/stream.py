@@ -46,7 +46,17 @@ class TokenStream:
         return [shard.manifest for shard in self.shards]
 
     def num_samples(self, sequence_length: int) -> int:
-        return max(0, (self.tokens - 1) // sequence_length)
+        """Samples of T + 1 tokens; raises `ConfigError` where there is not one."""
+        count = self._count_samples(sequence_length)
+        if count < 1:
+            raise ConfigError(
+                f"{self.directory}: {self.tokens} tokens are less than one sample of {sequence_length + 1} tokens;"
+                " prepare more, or remove the source from the recipe"
+            )
+        return count
+
+    def _count_samples(self, sequence_length: int) -> int:
+        return (self.tokens - 1) // sequence_length
 
     def sample(self, index: int, sequence_length: int) -> np.ndarray:
         """Sample `index`: T + 1 tokens, across shard borders where it must."""

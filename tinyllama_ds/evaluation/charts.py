@@ -1,4 +1,4 @@
-"""The charts of a run, each drawn into matplotlib axes that are given: over tokens, with the stages' borders."""
+"""The charts of a run over tokens, each drawn into given matplotlib axes, with the starts of its stages."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinyllama_ds.evaluation.history import History
+from tinyllama_ds.numbers import short_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MIXTURE_COLUMNS = 96
-_LINES = ("-", "--", ":", "-.")  # where there are fewer colours than lines
+_LINES = ("-", "--", ":", "-.")  # where lines outnumber colors
 
 
 def first_token(history: History) -> int:
-    """Where the run began: a branch at its parent's checkpoint."""
+    """The start of the run: of a branch, its parent's checkpoint."""
     return history.description.get("parent", {}).get("tokens", 0)
 
 
@@ -40,18 +41,18 @@ def draw_losses(axis: Any, history: History) -> None:
         lowest.append(points[1].min())
         label = f"validation, {source}: {points[1][-1]:.3f}"
         axis.plot(*points, marker="o", markersize=3.5, label=label, clip_on=False)
-    if len(losses):  # a spike may leave the picture, the start may not
+    if len(losses):  # a spike may be cut off, the start may not
         highest = max([losses[: max(1, len(losses) // 50)].max(), *firsts])
         low = min([highest - 0.1, losses.min(), *lowest])
         axis.set_ylim(low - 0.05 * (highest - low), highest + 0.15 * (highest - low))
     _mark(axis, [start["tokens"] for start in history.starts[1:]], "^", "start", height=0.02)
-    _mark(axis, _passed_over(history), "x", "step skipped or rolled back", height=0.07)
+    _mark(axis, _skipped(history), "x", "step skipped or rolled back", height=0.07)
     _finish(axis, history, "loss, nats per token", with_names=True)
     axis.legend(loc="upper right")
 
 
-def _passed_over(history: History) -> list[int]:
-    """Where steps were skipped or rolled back, in tokens."""
+def _skipped(history: History) -> list[int]:
+    """Steps that were skipped or rolled back, in tokens."""
     length = history.description.get("recipe", {}).get("sequence_length", 0)
     return [entry["first_sample"] * length for entry in history.ledger if "first_sample" in entry]
 
@@ -65,7 +66,7 @@ def _mark(axis: Any, tokens: list[int], marker: str, label: str, height: float) 
 
 
 def line_of(name: str, label: str, scale: float = 1.0) -> Callable[[Any, History], None]:
-    """What draws one figure as a line."""
+    """A function that draws one metric as a line."""
 
     def draw(axis: Any, history: History) -> None:
         tokens, values = history.points(name)
@@ -77,16 +78,16 @@ def line_of(name: str, label: str, scale: float = 1.0) -> Callable[[Any, History
 
 
 def draw_phases(axis: Any, history: History) -> None:
-    """What the time between two logged steps is spent on."""
+    """The phases of the time between two logged steps."""
     for phase in history.names("Seconds/"):
         axis.plot(*history.points(f"Seconds/{phase}"), linewidth=0.9, label=phase)
-    _from_zero(axis, room=1.3)  # for the legend
+    _from_zero(axis, headroom=1.3)  # for the legend
     axis.legend(loc="upper right", ncols=4)
     _finish(axis, history, "seconds on rank 0")
 
 
-def _from_zero(axis: Any, room: float = 1.1) -> None:
-    axis.set_ylim(0, room * axis.dataLim.y1 or 1)
+def _from_zero(axis: Any, headroom: float = 1.1) -> None:
+    axis.set_ylim(0, headroom * axis.dataLim.y1 or 1)
 
 
 def draw_gradient_norm(axis: Any, history: History) -> None:
@@ -106,19 +107,19 @@ def draw_gradient_norm(axis: Any, history: History) -> None:
 
 
 def draw_stalls(axis: Any, history: History) -> None:
-    """How long training stood still for every save."""
+    """Stall of every save."""
     tokens, seconds = history.points("Checkpoint/StallSeconds")
     axis.vlines(tokens, 0, seconds, linewidth=0.8)
     axis.plot(tokens, seconds, "o", markersize=3.5, clip_on=False)
     _from_zero(axis)
-    _finish(axis, history, "seconds of a stall")
+    _finish(axis, history, "stall, seconds")
 
 
 def draw_tasks(axis: Any, history: History, metric: str) -> None:
-    """Scores along the way by one metric, with standard errors; a task looks alike in all charts."""
+    """Scores during training by one metric, with standard errors; a task has one style in all charts."""
     from matplotlib import rcParams
 
-    colours = len(rcParams["axes.prop_cycle"])
+    colors = len(rcParams["axes.prop_cycle"])
     for number, task in enumerate(dict.fromkeys(row["task"] for row in history.tasks)):
         rows = [row for row in history.tasks if (row["task"], row["metric"]) == (task, metric)]
         if not rows:
@@ -126,7 +127,7 @@ def draw_tasks(axis: Any, history: History, metric: str) -> None:
         tokens, values = ([row[key] for row in rows] for key in ("tokens", "value"))
         errors = [row.get("stderr") or 0.0 for row in rows]
         axis.errorbar(
-            tokens, values, errors, color=f"C{number % colours}", linestyle=_LINES[number // colours % len(_LINES)],
+            tokens, values, errors, color=f"C{number % colors}", linestyle=_LINES[number // colors % len(_LINES)],
             marker="o", markersize=3.5, linewidth=0.9, capsize=2, label=f"{task}: {values[-1]:.4g}", clip_on=False,
         )  # fmt: skip
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -136,9 +137,9 @@ def draw_tasks(axis: Any, history: History, metric: str) -> None:
 def draw_mixture(axis: Any, history: History) -> None:
     """Shares of the sources: areas as trained, dashed lines as planned."""
     sources = history.names("Tokens/")
-    borders, shares = achieved_mixture(history, sources)
-    if len(borders):
-        axis.stackplot(borders, np.vstack([shares, shares[-1:]]).T * 100, step="post", labels=sources, alpha=0.75)
+    edges, shares = achieved_mixture(history, sources)
+    if len(edges):
+        axis.stackplot(edges, np.vstack([shares, shares[-1:]]).T * 100, step="post", labels=sources, alpha=0.75)
     for number, (left, right) in enumerate(pairwise(planned_mixture(history, sources))):
         tops = np.cumsum([left[1], right[1]], axis=1) * 100  # (2, sources)
         label = "planned" if number == 0 else None
@@ -154,18 +155,18 @@ def draw_mixture(axis: Any, history: History) -> None:
 
 
 def achieved_mixture(history: History, sources: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Borders (N + 1,) in tokens, those of the stages among them, and the sources' shares between two (N, sources)."""
+    """Edges (N + 1,) in tokens, starts of stages included, and the sources' shares between them (N, sources)."""
     if not sources:
         return np.empty(0), np.empty((0, 0))
     start = first_token(history)
     ends = np.linspace(start, history.tokens, _MIXTURE_COLUMNS + 1)
-    borders = np.unique(np.concatenate((ends, [max(first, start) for _, first in stage_starts(history)])))
+    edges = np.unique(np.concatenate((ends, [max(first, start) for _, first in stage_starts(history)])))
     trained = []
     for source in sources:
         tokens, counts = history.points(f"Tokens/{source}")
-        trained.append(np.interp(borders, np.append(0, tokens), np.append(0, counts)))
+        trained.append(np.interp(edges, np.append(0, tokens), np.append(0, counts)))
     drawn = np.diff(trained, axis=1).T  # (N, sources)
-    return borders, drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)
+    return edges, drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)
 
 
 def planned_mixture(history: History, sources: list[str]) -> list[tuple[float, np.ndarray]]:
@@ -187,13 +188,11 @@ def planned_mixture(history: History, sources: list[str]) -> list[tuple[float, n
 
 
 def _finish(axis: Any, history: History, label: str, with_names: bool = False) -> None:
-    from matplotlib.ticker import EngFormatter
-
     start = first_token(history)
     axis.set_xlim(start, max(start + 1, history.tokens))
     axis.set_xlabel("tokens")
     axis.set_ylabel(label)
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_major_formatter(lambda value, _: short_count(value))
     faint = axis.xaxis.label.get_color()
     stages = stage_starts(history)
     ends = [first for _, first in stages[1:]] + [history.tokens]
@@ -208,19 +207,19 @@ def _finish(axis: Any, history: History, label: str, with_names: bool = False) -
             )  # fmt: skip
 
 
-PANELS: tuple[tuple[str, str, Callable[[Any, History], None]], ...] = (  # what is drawn where its figure is known
+PANELS: tuple[tuple[str, str, Callable[[Any, History], None]], ...] = (  # metric, title, and the function that draws it
     ("Train/LearningRate", "Learning rate", line_of("Train/LearningRate", "learning rate")),
     ("Train/BatchTokens", "Batch size", line_of("Train/BatchTokens", "tokens per step")),
     ("Train/GradNorm", "Gradient norm", draw_gradient_norm),
     ("Speed/TokensPerSecond", "Throughput", line_of("Speed/TokensPerSecond", "tokens per second")),
-    ("Speed/MFU", "Model FLOPs utilisation", line_of("Speed/MFU", "% of peak", scale=100)),
+    ("Speed/MFU", "Model FLOPs utilization", line_of("Speed/MFU", "% of peak", scale=100)),
     ("Seconds/forward", "Phases of a step", draw_phases),
     ("Memory/PeakGiB", "Memory", line_of("Memory/PeakGiB", "peak GiB on rank 0")),
     ("Checkpoint/StallSeconds", "Checkpoint stalls", draw_stalls),
 )
 
 
-def picture_of(history: History, title: str) -> "Figure":
+def run_figure(history: History, title: str) -> "Figure":
     """Losses, learning rate, gradient norm and speed as one figure."""
     from matplotlib.figure import Figure
 

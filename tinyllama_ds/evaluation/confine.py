@@ -1,6 +1,6 @@
-"""Gives up everything that a program of a stranger must not have, then becomes that program.
+"""Drops privileges, then execs an untrusted program.
 
-Started by `sandbox.py` in an interpreter of its own; it needs nothing but the standard library and Linux.
+Started by `sandbox.py` in a separate interpreter; it needs only the standard library and Linux.
 """
 
 import ctypes
@@ -16,24 +16,24 @@ NOBODY = 65534
 _PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 1, 8, 38, 47
 _CAPABILITY_VERSION, _CAP_DAC_OVERRIDE, _RAISE = 0x20080522, 1, 2  # linux/capability.h, linux/prctl.h
 _PATH_BENEATH = 1  # LANDLOCK_RULE_PATH_BENEATH
-# Numbers of Landlock's system calls, the same on every architecture, and bits of its rights (linux/landlock.h).
+# System calls of Landlock, the same on every architecture, and bits of its access rights (linux/landlock.h).
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
-_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # rights of files by the kernel's version of Landlock
+_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # number of file access rights by version of Landlock
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def landlock_version() -> int:
-    """The kernel's version of Landlock, which confines files; 0 or less where it has none."""
+    """The kernel's version of Landlock, which restricts file access; 0 or less without it."""
     return _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
 
 
 def drop_root(keep_access: bool) -> None:
-    """Become nobody, whose processes the kernel counts as it does not root's; for others there is nothing to drop.
+    """From root become the user nobody, whose processes the kernel limits; other users have nothing to drop.
 
-    With `keep_access` of all of root's powers the one over permissions of files is left, since Python may lie where
-    only root can read it. Only for where Landlock has the last word on files.
+    `keep_access` keeps the capability to bypass file permissions, because Python may be readable only for root. Use it
+    only where Landlock restricts file access.
     """
     if os.geteuid() != 0:
         return
@@ -48,9 +48,9 @@ def drop_root(keep_access: bool) -> None:
         _check(_libc.prctl(_PR_CAP_AMBIENT, _RAISE, _CAP_DAC_OVERRIDE, 0, 0))
 
 
-def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, processes: int) -> None:
-    """Bounds of the kernel on processor time, address space, file size, open files and processes."""
-    for what, most in (
+def set_limits(cpu_seconds: int, memory_bytes: int, file_bytes: int, processes: int) -> None:
+    """Resource limits on CPU time, address space, file size, open files and processes."""
+    for name, limit in (
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, file_bytes),
@@ -58,15 +58,15 @@ def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, processes: int) 
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NPROC, processes),
     ):
-        _, ceiling = resource.getrlimit(what)
-        bound = most if ceiling == resource.RLIM_INFINITY else min(most, ceiling)
-        resource.setrlimit(what, (bound, bound))
+        _, hard = resource.getrlimit(name)
+        bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(name, (bound, bound))
 
 
 def confine_files(version: int, writable: Path, readable: list[Path]) -> None:
-    """Leave one directory to write to and some to read from (Landlock).
+    """Allow one directory to write to and some paths to read (Landlock).
 
-    Its later versions bar TCP, and signals and sockets that lead outside, too.
+    Its later versions also deny TCP, and signals and sockets to other processes.
     """
     files = (1 << _FILE_RIGHTS.get(version, 16)) - 1
     rights = [files, *([3] if version >= 4 else []), *([3] if version >= 6 else [])]  # files, TCP, scopes
@@ -101,9 +101,9 @@ def main(settings: dict) -> None:
     drop_root(keep_access=version > 0)
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))  # lost when root was dropped
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    if version > 0:  # without it, sandbox.py finds out whether what is left holds
+    if version > 0:  # without it, sandbox.py tests whether the rest is enough
         confine_files(version, Path(settings["directory"]), [Path(path) for path in settings["readable"]])
-    limit(**settings["limits"])
+    set_limits(**settings["limits"])
     os.execve(sys.executable, [sys.executable, "-P", "-s", "-S", "-B", settings["program"]], {"PYTHONHASHSEED": "0"})
 
 

@@ -1,4 +1,4 @@
-"""A model scored on tasks by lm-eval's own model class and evaluator, the requests dealt over all ranks."""
+"""Scores a model by lm-eval's own model class and evaluator, with its requests spread over all ranks."""
 
 import logging
 import os
@@ -11,25 +11,25 @@ from typing import Any
 from tinyllama_ds.errors import ConfigError
 
 _SEED = 1234  # lm-eval's own default
-_DRAWS = 100_000  # resamples behind a standard error; lm-eval's own default
-_NO_FORKS = "DISABLE_MULTIPROC"  # what lm-eval reads before it resamples
+_RESAMPLES = 100_000  # resamples behind a standard error; lm-eval's own default
+_NO_FORKS = "DISABLE_MULTIPROC"  # read by lm-eval before it resamples
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share an evaluation."""
+    """This process among the ranks of an evaluation."""
 
     rank: int = 0
     size: int = 1
-    gather: Callable[[Any], list[Any]] = lambda value: [value]  # a JSON value of every rank, on every rank
+    gather: Callable[[Any], list[Any]] = lambda value: [value]  # all-gather of a JSON value
 
 
 class EvaluationFailed(Exception):
-    """On which rank, and why; raised on all ranks alike."""
+    """The rank and the reason; raised on every rank."""
 
 
-class _Agreed(Exception):
-    """All ranks know that one has failed; holds what all of them are to raise."""
+class _FailureOnAllRanks(Exception):
+    """Every rank knows of the failure of one; holds the exception to raise."""
 
     def __init__(self, failure: Exception) -> None:
         super().__init__(str(failure))
@@ -37,49 +37,51 @@ class _Agreed(Exception):
 
 
 @contextmanager
-def _failing_together(ranks: Ranks) -> Iterator[Ranks]:
-    """Ranks none of which waits for one that has failed: with every exchange each says whether it has.
+def _raising_on_all_ranks(ranks: Ranks) -> Iterator[Ranks]:
+    """Ranks whose every gather also tells whether a rank has failed, so that none waits for it forever.
 
-    Raises on all ranks alike, after the first that failed, `ConfigError` or `EvaluationFailed`. What breaks the
-    exchange itself is raised as it comes.
+    Raises the first failure on every rank, as `ConfigError` or `EvaluationFailed`. A failure of the gather itself is
+    raised unchanged.
     """
     is_exchanging = False
 
     def exchange(value: Any, failure: Exception | None = None) -> list[Any]:
         nonlocal is_exchanging
         is_exchanging = True
-        told = None if failure is None else [isinstance(failure, ConfigError), _sentence(failure)]
-        reports = ranks.gather([told, value])
+        report = None if failure is None else [isinstance(failure, ConfigError), _message(failure)]
+        reports = ranks.gather([report, value])
         is_exchanging = False
-        for rank, (told, _) in enumerate(reports):
-            if told is not None:
-                is_refusal, sentence = told
-                raise _Agreed(ConfigError(sentence) if is_refusal else EvaluationFailed(f"rank {rank}: {sentence}"))
+        for rank, (report, _) in enumerate(reports):
+            if report is not None:
+                is_config_error, message = report
+                raise _FailureOnAllRanks(
+                    ConfigError(message) if is_config_error else EvaluationFailed(f"rank {rank}: {message}")
+                )
         return [value for _, value in reports]
 
     try:
         try:
             yield replace(ranks, gather=exchange)
-            exchange(None)  # a rank that is done leaves when none can fail any more
-        except _Agreed:
+            exchange(None)  # a finished rank leaves when none can fail any more
+        except _FailureOnAllRanks:
             raise
         except Exception as error:
             if is_exchanging:
                 raise
             exchange(None, error)
-    except _Agreed as agreed:
-        raise agreed.failure from agreed.__context__
+    except _FailureOnAllRanks as known:
+        raise known.failure from known.__context__
 
 
-def _sentence(failure: Exception) -> str:
+def _message(failure: Exception) -> str:
     return str(failure) if isinstance(failure, ConfigError) else f"{type(failure).__name__}: {failure}"
 
 
-class Shared:
-    """lm-eval's model on every rank, each answering its share of the requests; then all have all answers.
+class ShardedLM:
+    """lm-eval's model on every rank: each answers its share of the requests, then all gather all answers.
 
-    To lm-eval every rank is the only one. Its own way deals documents, breaks off where a rank gets none, and
-    unpickles what the others send. A document's requests stay together, because they share their context.
+    lm-eval sees a single rank. Its own distribution shards documents, fails where a rank gets none, and unpickles
+    what other ranks send. The requests of a document stay together, because they share their context.
     """
 
     rank, world_size = 0, 1
@@ -112,8 +114,8 @@ class Shared:
 
 
 def language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """lm-eval's own class for Hugging Face models, around one that is loaded and on its device."""
-    _quieten()
+    """lm-eval's own class for Hugging Face models, around a loaded one on its device."""
+    _silence_logs()
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -124,31 +126,33 @@ def evaluate(
 ) -> dict[str, Any]:
     """lm-eval's results: metrics and standard errors by task and group, versions, shots, numbers of documents.
 
-    Collective. `build` makes the model, lm-eval's (`language_model`). `limit` takes the first documents of each task
-    only. Where it may not fork, standard errors without a formula come from 1,000 resamples instead of 100,000.
+    Collective. `build` makes lm-eval's model (`language_model`). `limit` keeps only the first documents of each task.
+    Without forks, standard errors without a formula come from 1,000 resamples instead of 100,000.
 
-    Raises on all ranks alike `ConfigError` for a task that asks for more tokens than the model has positions and for a
-    batch that does not fit the GPU, `EvaluationFailed` for whatever else went wrong on any of them.
+    Raises on every rank `ConfigError` for a task that generates more tokens than the model has positions and for a
+    batch that does not fit the GPU, `EvaluationFailed` for any other failure on any rank.
     """
     import torch
     from lm_eval.evaluator import evaluate as lm_evaluate
 
-    _quieten()
-    with _failing_together(ranks) as together, _forking(may_fork):
+    _silence_logs()
+    with _raising_on_all_ranks(ranks) as together, _multiprocessing(may_fork):
         lm = build()
         reject_long_generations(tasks["tasks"], lm.max_length, lm.max_gen_toks)
         _seed(tasks["tasks"])
-        draws = _DRAWS if may_fork else _DRAWS // 100
+        draws = _RESAMPLES if may_fork else _RESAMPLES // 100
         try:
-            return dict(lm_evaluate(Shared(lm, together), tasks, limit=limit, log_samples=False, bootstrap_iters=draws))
+            return dict(
+                lm_evaluate(ShardedLM(lm, together), tasks, limit=limit, log_samples=False, bootstrap_iters=draws)
+            )
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"--batch-size {lm.batch_size}: does not fit the GPU's memory; expected a smaller one"
+                f"--batch-size {lm.batch_size}: does not fit the GPU's memory; expected a smaller batch"
             ) from error
 
 
 def _seed(tasks: dict[str, Any]) -> None:
-    """As lm-eval's `simple_evaluate` does by default; tasks draw their examples from where they stopped otherwise."""
+    """As lm-eval's `simple_evaluate` does by default; without it examples depend on what was drawn before."""
     import numpy as np
     import torch
 
@@ -160,8 +164,8 @@ def _seed(tasks: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _forking(may_fork: bool) -> Iterator[None]:
-    """While it may not, lm-eval resamples in this process."""
+def _multiprocessing(may_fork: bool) -> Iterator[None]:
+    """Without forks, lm-eval resamples in this process."""
     if may_fork or _NO_FORKS in os.environ:
         yield
         return
@@ -172,7 +176,7 @@ def _forking(may_fork: bool) -> Iterator[None]:
         del os.environ[_NO_FORKS]
 
 
-def _quieten() -> None:
+def _silence_logs() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -181,8 +185,8 @@ def reject_long_generations(tasks: dict[str, Any], positions: int, default: int 
     """Raises `ConfigError` where a task generates more than a model has positions; `default` is lm-eval's own."""
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
-            wanted = (task.config.generation_kwargs or {}).get("max_gen_toks", default)
-            if wanted >= positions:
+            tokens = (task.config.generation_kwargs or {}).get("max_gen_toks", default)
+            if tokens >= positions:
                 raise ConfigError(
-                    f"task {name} generates up to {wanted} tokens, and the model has {positions} positions"
+                    f"task {name} generates up to {tokens} tokens; expected fewer than the {positions} positions"
                 )

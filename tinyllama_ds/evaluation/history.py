@@ -1,4 +1,4 @@
-"""What a run directory tells of its run: figures over tokens, however many, and what happened on the way."""
+"""The history of a run, read from its directory: metrics over tokens and events."""
 
 import math
 from array import array
@@ -11,7 +11,7 @@ import numpy as np
 
 from tinyllama_ds.bars import progress
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.evaluation.run_files import Description, Scores, Start, TaskScore, in_shape, is_number
+from tinyllama_ds.evaluation.run_files import Description, Scores, Start, TaskScore, is_number, validated
 from tinyllama_ds.files import Kinds, parse_row, read_object_if_whole, whole_rows
 
 METRICS_FILE = "metrics.jsonl"
@@ -19,7 +19,7 @@ _COLUMNS = 500  # of a drawing
 _MOST_POINTS = 65_536  # of a series, before it is thinned out
 _TAIL_BYTES = 65_536
 _SCORES = ("scores/*.json", "evaluation/*/*.json")  # the latter is by checkpoint
-# What a row has to have: of metrics.jsonl and starts.jsonl, and of the others.
+# Required keys of a row: of metrics.jsonl and starts.jsonl, and of the others.
 _STEPS: dict[str, Kinds] = {"step": int, "tokens": int}
 _SKIPS: dict[str, Kinds] = {"event": str, "step": int, "first_sample": int, "last_sample": int, "reason": str}
 _SAMPLES: dict[str, Kinds] = {"tokens": int, "prompt": str, "text": str}
@@ -28,10 +28,10 @@ _DRAWN = ("Train/", "Validation/Loss/", "Speed/", "Seconds/", "Tokens/", "Memory
 
 
 class Series:
-    """One figure over tokens, thinned out to what a line of so many columns shows.
+    """One metric over tokens, downsampled to the columns of a drawing.
 
-    Of each column the first, last, smallest and largest value stay: the line drawn through them is the line through
-    all (M4; Jugel, Jerzak, Hackenbroich and Markl 2014). Memory does not grow with the run.
+    Each column keeps its first, last, smallest and largest value: the line through them is the line through all
+    values (M4; Jugel, Jerzak, Hackenbroich and Markl 2014). Memory does not grow with the run.
     """
 
     def __init__(self, end: int) -> None:
@@ -40,22 +40,22 @@ class Series:
         self._tokens, self._values = array("d"), array("d")
 
     def add(self, tokens: float, value: float) -> None:
-        """Add a point; one that is not finite is left out."""
+        """Add a point, unless it is not finite."""
         if math.isfinite(value):
             self._tokens.append(tokens)
             self._values.append(value)
             if len(self._tokens) == _MOST_POINTS:
-                self._thin_out()
+                self._downsample()
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, ascending, and values, each (N,); N is four times the number of columns at most."""
-        self._thin_out()
+        self._downsample()
         return np.array(self._tokens), np.array(self._values)
 
-    def _thin_out(self) -> None:
+    def _downsample(self) -> None:
         tokens, values = np.array(self._tokens), np.array(self._values)
         by_tokens = np.argsort(tokens, kind="stable")
         tokens, values = tokens[by_tokens], values[by_tokens]
@@ -69,11 +69,11 @@ class Series:
 
 @dataclass
 class History:
-    """Everything that a run directory holds for people."""
+    """Everything in a run directory that a report shows."""
 
     description: dict  # run.json
     state: str  # finished, stopped, rolled back or running, as its last process wrote it
-    last: dict[str, Any] = field(default_factory=dict)  # value of every figure
+    last: dict[str, Any] = field(default_factory=dict)  # last value of every metric
     series: dict[str, Series] = field(default_factory=dict)
     median_rate: float = math.nan  # tokens/s
     recent_rate: float = math.nan
@@ -83,49 +83,46 @@ class History:
     ledger: list[dict] = field(default_factory=list)
     samples: list[dict] = field(default_factory=list)
     scores: list[dict] = field(default_factory=list)  # files of `evaluate`
-    tasks: list[dict] = field(default_factory=list)  # scores along the way, one of a task and metric in each row
+    tasks: list[dict] = field(default_factory=list)  # scores during training, a task and metric per row
 
     @property
     def tokens(self) -> int:
         return int(self.last.get("tokens", 0))
 
     def points(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and values of a figure, each (N,); empty where it was never logged."""
+        """Tokens and values of a metric, each (N,); empty where it was never logged."""
         return self.series[name].points() if name in self.series else (np.empty(0), np.empty(0))
 
     def names(self, prefix: str) -> list[str]:
-        """The figures of a namespace, without it."""
+        """The metrics with a prefix, without it."""
         return sorted(name.removeprefix(prefix) for name in self.series if name.startswith(prefix))
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """All rows of a run's metrics.jsonl, none where there is no such file; one that was cut short is left out.
-
-    Their values are numbers, NaN for one that was not finite.
-    """
+    """All whole rows of a run's metrics.jsonl; none without the file. Values are numbers, NaN if not finite."""
     path = run_dir / METRICS_FILE
     return list(_rows(path)) if path.is_file() else []
 
 
 def read_history(run_dir: Path) -> History:
-    """Reads row by row, in memory that does not grow with the run. Raises `ConfigError` where nothing was logged."""
+    """Reads row by row in constant memory. Raises `ConfigError` where nothing was logged."""
     path = _metrics_of(run_dir)
     state = read_object_if_whole(run_dir / "status.json").get("state")
     history = History(
-        in_shape(read_object_if_whole(run_dir / "run.json"), Description),
+        validated(read_object_if_whole(run_dir / "run.json"), Description),
         state if isinstance(state, str) else "",
-        starts=[start for row in _read_lines(run_dir / "starts.jsonl", _STEPS) if (start := in_shape(row, Start))],
+        starts=[start for row in _read_lines(run_dir / "starts.jsonl", _STEPS) if (start := validated(row, Start))],
         ledger=_read_lines(run_dir / "ledger.jsonl", _SKIPS),
         samples=_read_lines(run_dir / "samples.jsonl", _SAMPLES),
-        tasks=[score for row in _read_lines(run_dir / "tasks.jsonl", _TASKS) if (score := in_shape(row, TaskScore))],
+        tasks=[score for row in _read_lines(run_dir / "tasks.jsonl", _TASKS) if (score := validated(row, TaskScore))],
         scores=[
             content | {"name": f"{file.parent.name}/{file.stem}"}
             for pattern in _SCORES
             for file in sorted(run_dir.glob(pattern))
-            if (content := in_shape(read_object_if_whole(file), Scores))
+            if (content := validated(read_object_if_whole(file), Scores))
         ],
     )
-    _read_figures(path, history)
+    _read_metrics(path, history)
     return history
 
 
@@ -136,10 +133,10 @@ def _metrics_of(run_dir: Path) -> Path:
     return path
 
 
-def _read_figures(path: Path, history: History) -> None:
+def _read_metrics(path: Path, history: History) -> None:
     step, end = _reached(path)
     rates = array("d")
-    drawn: dict[str, Series | None] = {}  # by the name of a figure; None for one that is not
+    drawn: dict[str, Series | None] = {}  # by metric; None if it is not drawn
     for row in _rows(path):
         tokens = row["tokens"]
         history.last.update(row)
@@ -154,7 +151,7 @@ def _read_figures(path: Path, history: History) -> None:
         if "Guard/FirstSample" in row and "Guard/LastSample" in row:
             history.spikes.append(row)
     history.series = {name: series for name, series in drawn.items() if series is not None and len(series)}
-    history.last |= {"step": step, "tokens": end}  # the row of a save comes late
+    history.last |= {"step": step, "tokens": end}  # the row of a save comes later
     if rates:
         history.median_rate, history.peak_rate = float(np.median(rates)), max(rates)
         history.recent_rate = float(np.median(rates[-100:]))
@@ -166,7 +163,7 @@ def _reached(path: Path) -> tuple[int, int]:
     while not (rows := _rows_of_tail(path, tail)):
         if tail >= size:
             raise ConfigError(f"{path}: holds no row yet; expected the directory of a run that has logged a step")
-        tail *= 16  # past what is damaged
+        tail *= 16  # past the damaged rows
     return max(row["step"] for row in rows), max(row["tokens"] for row in rows)
 
 
@@ -182,13 +179,13 @@ def _rows(path: Path) -> Iterator[dict]:
         total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=2, leave=False
     ) as bar:  # fmt: skip
         for number, (_, row) in enumerate(whole_rows(file, path, **_STEPS)):
-            yield {name: value for name, value in map(_figure, row.items()) if value is not None}
+            yield {name: value for name, value in map(_metric, row.items()) if value is not None}
             if number % 4096 == 0:
                 bar.update(file.tell() - bar.n)
 
 
-def _figure(item: tuple[str, Any]) -> tuple[str, float | None]:
-    """NaN is written as null, and was written as what is no JSON; of anything else than a number nothing is left."""
+def _metric(item: tuple[str, Any]) -> tuple[str, float | None]:
+    """NaN is written as null, by older versions as NaN; values that are not numbers are dropped."""
     name, value = item
     if is_number(value):
         return name, value
@@ -196,7 +193,7 @@ def _figure(item: tuple[str, Any]) -> tuple[str, float | None]:
 
 
 def _read_lines(path: Path, kinds: dict[str, Kinds]) -> list[dict]:
-    """The objects of a file of JSON lines, none where there is no such file."""
+    """The objects of a file of JSON lines; none without the file."""
     if not path.is_file():
         return []
     with path.open("rb") as file:

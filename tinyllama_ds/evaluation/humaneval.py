@@ -1,6 +1,6 @@
 """HumanEval (Chen et al. 2021) with the prompts of lm-eval's task, and our sandbox in place of its metric.
 
-lm-eval's own task downloads a metric that runs the programs inside the evaluating process, as soon as it is imported.
+lm-eval's own task downloads a metric that runs the programs in the evaluating process, already at import.
 """
 
 from collections.abc import Callable

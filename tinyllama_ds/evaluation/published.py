@@ -1,4 +1,4 @@
-"""The published scores that ours stand beside, in percent, and what is misprinted in their sources.
+"""The published scores for comparison, in percent, and the misprints of their sources.
 
 Sources: the TinyLlama paper (arXiv 2401.02385 v2, tables of the sections on commonsense, problem solving and Chinese),
 EVAL.md of its repository (intermediate checkpoints, baselines) and the model card of TinyLlama_v1.1.
@@ -12,14 +12,14 @@ class PublishedRow:
     """One line of a published table."""
 
     model: str
-    tokens: float | None  # trained on; None where the sources do not say
+    tokens: float | None  # trained on; None if unpublished
     scores: tuple[float, ...]  # percent, in the order of the suite's benchmarks
     printed_average: float | None = None
     misprint: str = ""
 
     @property
     def average(self) -> float:
-        """The mean of the scores, whatever was printed."""
+        """The mean of the scores; the printed one may differ."""
         return sum(self.scores) / len(self.scores)
 
 
@@ -105,7 +105,7 @@ PUBLISHED = {"commonsense": _COMMONSENSE, "instruct": _INSTRUCT, "chinese": _CHI
 
 
 def nearest_checkpoint(suite: str, tokens: int) -> PublishedRow | None:
-    """TinyLlama's own published row within a tenth of as many tokens, v1.1 and its variants left out."""
+    """TinyLlama's published row within a tenth of the tokens, without v1.1 and its variants."""
     rows = [row for row in PUBLISHED[suite] if row.model.startswith(("TinyLlama,", "TinyLlama v1.0"))]
     close = [row for row in rows if row.tokens and abs(row.tokens - tokens) <= row.tokens / 10]
     return min(close, key=lambda row: abs((row.tokens or 0) - tokens), default=None)

@@ -1,24 +1,31 @@
-"""The report of a run: one HTML page for people, and the same in numbers for programs."""
+"""The report of a run: one HTML page for people, and the same values for programs."""
 
-import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tinyllama_ds.evaluation.charts import PANELS, draw_losses, draw_mixture, draw_tasks
 from tinyllama_ds.evaluation.history import History
-from tinyllama_ds.page import drawing, folded, page, preformatted, section, table
+from tinyllama_ds.numbers import duration, short_count
+from tinyllama_ds.page import Chart, Table, chart, render
 
-_MOST_ROWS = 40  # of a table; the newest
-_MOST_SAMPLES = 8  # of a prompt
-_SCIENTIFIC = 1e-2  # what is smaller is written with an exponent
+_MAX_ROWS = 40  # of a table; the newest
+_MAX_SAMPLES = 8  # of a prompt
+_CONFIGURATION = {
+    "recipe": "Recipe, resolved",
+    "model": "Model",
+    "deepspeed_config": "DeepSpeed config, resolved",
+    "versions": "Versions",
+    "data": "Data",
+    "history": "Changes between starts",
+}
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run stands."""
+    """State, progress and speed of a run."""
 
     state: str  # finished, stopped, running or unfinished
     step: int
@@ -28,33 +35,33 @@ class RunStatus:
     loss: float | None  # None where no step was logged
     tokens_per_second: float  # median
     peak_tokens_per_second: float
-    seconds: float  # that the run was up
-    goodput: float  # tokens in checkpoints / (peak rate x seconds); not finite where it is not known
+    seconds: float  # of uptime
+    goodput: float  # tokens in checkpoints / (peak rate x seconds); not finite if unknown
     seconds_left: float
-    inherited_tokens: int = 0  # by a branch, from the run it left
+    inherited_tokens: int = 0  # by a branch, from its parent run
 
     @property
     def sentence(self) -> str:
         """The verdict."""
         share = f"{self.tokens:,} of {self.total_tokens:,} tokens ({self.tokens / max(1, self.total_tokens):.1%})"
-        figures = "no step was logged yet"
+        rate = "no step was logged yet"
         if self.loss is not None:
-            figures = f"loss {self.loss:.3f}, {self.tokens_per_second:,.0f} tokens/s"
+            rate = f"loss {self.loss:.3f}, {self.tokens_per_second:,.0f} tokens/s"
         if math.isfinite(self.goodput):
-            figures += f", goodput {self.goodput:.1%}"
-        left = f"; about {duration(self.seconds_left)} to go" if math.isfinite(self.seconds_left) else ""
+            rate += f", goodput {self.goodput:.1%}"
+        left = f"; about {duration(self.seconds_left)} left" if math.isfinite(self.seconds_left) else ""
         match self.state:
             case "finished":
                 time = f" in {duration(self.seconds)}" if math.isfinite(self.seconds) else ""
                 own = f", {self.tokens - self.inherited_tokens:,} of its own" if self.inherited_tokens else ""
-                return f"Finished: all {self.steps:,} steps, {self.tokens:,} tokens{own}{time}; {figures}"
+                return f"Finished: all {self.steps:,} steps, {self.tokens:,} tokens{own}{time}; {rate}"
             case "running":
-                return f"Running: step {self.step:,} of {self.steps:,}, {share}; {figures}{left}"
+                return f"Running: step {self.step:,} of {self.steps:,}, {share}; {rate}{left}"
             case "stopped":
-                return f"Stopped and saved at step {self.step:,} of {self.steps:,}, {share}; {figures}{left}"
+                return f"Stopped and saved at step {self.step:,} of {self.steps:,}, {share}; {rate}{left}"
             case _:
                 place = f"step {self.step:,} of {self.steps:,}, {share}"
-                return f"Not finished, and held by no supervisor: {place}; {figures}{left}"
+                return f"Not finished, and no supervisor holds it: {place}; {rate}{left}"
 
 
 def run_status(history: History, committed: int, is_held: bool) -> RunStatus:
@@ -81,27 +88,16 @@ def run_status(history: History, committed: int, is_held: bool) -> RunStatus:
     )
 
 
-def duration(seconds: float) -> str:
-    """In the two largest units: 3 d 4 h, 12 min 5 s."""
-    parts: list[str] = []
-    left = round(seconds)
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, size)
-        if count or (unit == "s" and not parts):
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2])
-
-
-def summarise(history: History, now: RunStatus) -> dict[str, Any]:
-    """For programs: the last value of every figure, and what the page says in words; None for what is not finite."""
+def summarize(history: History, status: RunStatus) -> dict[str, Any]:
+    """For programs: the last value of every metric and the verdict of the page; None for what is not finite."""
     summary = history.last | {
-        "Speed/MedianTokensPerSecond": now.tokens_per_second,
-        "state": now.state,
-        "verdict": now.sentence,
-        "steps_planned": now.steps,
-        "tokens_planned": now.total_tokens,
-        "goodput": now.goodput,
-        "seconds_left": now.seconds_left,
+        "Speed/MedianTokensPerSecond": status.tokens_per_second,
+        "state": status.state,
+        "verdict": status.sentence,
+        "steps_planned": status.steps,
+        "tokens_planned": status.total_tokens,
+        "goodput": status.goodput,
+        "seconds_left": status.seconds_left,
         "starts": len(history.starts),
         "skipped_steps": sum(entry.get("event") == "skipped" for entry in history.ledger),
         "rollbacks": sum(entry.get("event") == "rolled back" for entry in history.ledger),
@@ -113,207 +109,152 @@ def summarise(history: History, now: RunStatus) -> dict[str, Any]:
     }
 
 
-def report_page(history: History, now: RunStatus, place: str) -> str:
-    """The whole page of a run that lies in a place."""
+def report_page(history: History, status: RunStatus, place: str) -> str:
+    """The page of a run whose directory is `place`."""
     name = history.description.get("recipe", {}).get("name", place)
-    panels = [
-        drawing(lambda axis, draw=draw: draw(axis, history), title)  # type: ignore[misc]
-        for figure, title, draw in PANELS
-        if figure in history.series
-    ]
-    losses = drawing(lambda axis: draw_losses(axis, history), "Loss", is_wide=True)
-    mixture = ""
-    if history.names("Tokens/"):
-        title = "Mixture: areas are what was trained on, dashed lines what the recipe plans"
-        mixture = drawing(lambda axis: draw_mixture(axis, history), title, is_wide=True)
-    body = "".join(
-        [
-            f"<p class=note>{html.escape(f'{name}, in {place}')}</p>",
-            _figures(history, now),
-            losses,
-            f"<div class=grid>{''.join(panels)}</div>",
-            mixture,
-            section("Starts", _starts(history), "Every start of the run, and the steps that were done again after it."),
-            section("Spikes and skipped steps", _spikes(history)),
-            section("Samples", _samples(history), "Greedy continuations of the recipe's prompts, as training went on."),
-            section(
-                "Scores along the way", _tasks_over_tokens(history), "On the recipe's tasks; bars are standard errors."
-            ),
-            section("Scores", _scores(history)),
-            section("Machine", _machine(history)),
-            section("Configuration", _configuration(history)),
-        ]
+
+    def drawn(draw: Callable[..., None], title: str, is_wide: bool, *arguments: str) -> Chart:
+        return chart(lambda axis: draw(axis, history, *arguments), title, is_wide)
+
+    mixture = "Mixture: areas as trained, dashed lines as planned by the recipe"
+    return render(
+        "report.html",
+        title=f"Run: {name}",
+        verdict=status.sentence,
+        passed=status.state != "unfinished",
+        name=name,
+        place=place,
+        metrics=_metrics(history, status),
+        has_goodput=math.isfinite(status.goodput),
+        loss=drawn(draw_losses, "Loss", True),
+        panels=[drawn(draw, title, False) for metric, title, draw in PANELS if metric in history.series],
+        mixture=[drawn(draw_mixture, mixture, True)] if history.names("Tokens/") else [],
+        starts=_starts(history),
+        spikes=_spikes(history),
+        samples=_samples(history),
+        task_charts=[
+            drawn(draw_tasks, metric, True, metric) for metric in dict.fromkeys(row["metric"] for row in history.tasks)
+        ],
+        scores=_scores(history),
+        machine=_machine(history),
+        configuration=_configuration(history),
     )
-    return page(f"Run: {name}", now.sentence, now.state != "unfinished", body)
 
 
-def _mfu(last: dict[str, float]) -> str:
-    """Of the last step that has it; a step above a measured peak has none."""
-    if "Speed/MFU" not in last:
-        return "above the measured peak" if "Speed/TokensPerSecond" in last else ""
-    return f"{last['Speed/MFU']:.1%}"
-
-
-def _figures(history: History, now: RunStatus) -> str:
-    last = history.last
-    figures = [
-        ("tokens", _short(now.tokens)),
-        ("training loss", "" if now.loss is None else f"{now.loss:.3f}"),
+def _metrics(history: History, status: RunStatus) -> list[tuple[str, str]]:
+    """Names and values for the top of the page; what is unknown is empty."""
+    last, rate = history.last, status.tokens_per_second
+    return [
+        ("tokens", short_count(status.tokens)),
+        ("training loss", "" if status.loss is None else f"{status.loss:.3f}"),
         *(
             (f"validation, {source}", f"{last[f'Validation/Loss/{source}']:.3f}")
             for source in history.names("Validation/Loss/")
         ),
-        ("tokens/s, median", f"{now.tokens_per_second:,.0f}" if math.isfinite(now.tokens_per_second) else ""),
+        ("tokens/s, median", f"{rate:,.0f}" if math.isfinite(rate) else ""),
         ("MFU", _mfu(last)),
-        ("goodput", f"{now.goodput:.1%}" if math.isfinite(now.goodput) else ""),
-        ("time", duration(now.seconds) if math.isfinite(now.seconds) else ""),
+        ("goodput", f"{status.goodput:.1%}" if math.isfinite(status.goodput) else ""),
+        ("time", duration(status.seconds) if math.isfinite(status.seconds) else ""),
         ("starts", f"{len(history.starts)}" if history.starts else ""),
     ]
-    cells = (
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in figures if value
-    )
-    note = (
-        "<p class=note>Goodput: tokens that are in a checkpoint / (highest rate x the time the run was up, loading,"
-        " validation and saving in it, the launcher's own start not).</p>"
-    )
-    return f"<dl>{''.join(cells)}</dl>{note if math.isfinite(now.goodput) else ''}"
 
 
-def _short(number: float) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:g}"
+def _mfu(last: dict[str, float]) -> str:
+    """Of the last step that has it; a step above a measured peak has none."""
+    if "Speed/MFU" in last:
+        return f"{last['Speed/MFU']:.1%}"
+    return "above the measured peak" if "Speed/TokensPerSecond" in last else ""
 
 
-def _starts(history: History) -> str:
+def _starts(history: History) -> Table:
     rows: list[tuple[str, ...]] = []
-    left_out = 0
+    excluded = 0
     for number, start in enumerate(history.starts):
         if number == 0:
-            why = "first start"
-        elif start.get("left_out", 0) > left_out:
-            why = "after a rollback"
+            reason = "first start"
+        elif start.get("left_out", 0) > excluded:
+            reason = "after a rollback"
         else:
-            why = "after a failure, by the supervisor" if start.get("restart") else "started again"
-        left_out = start.get("left_out", 0)
+            reason = "after a failure, by the supervisor" if start.get("restart") else "started again"
+        excluded = start.get("left_out", 0)
         hosts = ", ".join(f"{ranks} on {host}" for host, ranks in start.get("hosts", {}).items())
-        again = max(0, start.get("reached", 0) - start["step"])
+        repeated = max(0, start.get("reached", 0) - start["step"])
         time = start.get("time", "").removesuffix("+00:00").replace("T", " ")
-        rows.append((time, why, hosts, f"{start['step']:,}", f"{again:,}"))
-    return _newest(("time, UTC", "", "ranks", "from step", "steps done again"), rows, words=(0, 1, 2))
+        rows.append((time, reason, hosts, f"{start['step']:,}", f"{repeated:,}"))
+    head = ("time, UTC", "", "ranks", "from step", "repeated steps")
+    return _newest("Starts", head, rows, (0, 1, 2), "Every start of the run, and the steps repeated after it.")
 
 
-def _spikes(history: History) -> str:
-    rows: list[tuple[str, ...]] = [
-        (
-            entry["event"],
-            f"{entry['step']:,}",
-            f"{entry['first_sample']:,} to {entry['last_sample']:,}",
-            entry["reason"],
-        )
-        for entry in history.ledger
+def _spikes(history: History) -> Table:
+    def samples(first: int, last: int) -> str:
+        return f"{first:,} to {last:,}"
+
+    rows = [
+        (row["event"], f"{row['step']:,}", samples(row["first_sample"], row["last_sample"]), row["reason"])
+        for row in history.ledger
     ]
     rows += [
-        (
-            "applied",
-            f"{row['step']:,}",
-            f"{row['Guard/FirstSample']:,} to {row['Guard/LastSample']:,}",
-            "spike",
-        )
+        ("applied", f"{row['step']:,}", samples(row["Guard/FirstSample"], row["Guard/LastSample"]), "spike")
         for row in history.spikes
         if "Guard/Spikes" in row
     ]
-    return _newest(("", "step", "samples", "reason"), rows, words=(0, 3))
+    return _newest("Spikes and skipped steps", ("", "step", "samples", "reason"), rows, (0, 3))
 
 
-def _newest(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], words: tuple[int, ...]) -> str:
-    more = len(rows) - _MOST_ROWS
-    note = f"<p class=note>and {more:,} before these</p>" if more > 0 else ""
-    return table(head, rows[-_MOST_ROWS:], words) + note
+def _newest(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int], note: str = ""
+) -> Table:
+    if len(rows) > _MAX_ROWS:
+        note = f"{note} The newest {_MAX_ROWS} of {len(rows):,}.".strip()
+    return Table(title, head, rows[-_MAX_ROWS:], note, text_columns)
 
 
-def _samples(history: History) -> str:
+def _samples(history: History) -> dict[str, list[dict]]:
+    """By prompt: the first, the last, and some evenly in between."""
     by_prompt: dict[str, list[dict]] = {}
     for sample in history.samples:
         by_prompt.setdefault(sample["prompt"], []).append(sample)
-    parts = []
-    for number, (prompt, samples) in enumerate(by_prompt.items(), start=1):
-        parts.append(f"<h3>Prompt {number}</h3>")
-        parts += [
-            f"<div class=sample><span class=note>{sample['tokens']:,} tokens</span>"
-            f"<pre><mark>{html.escape(prompt)}</mark>{html.escape(sample['text'])}</pre></div>"
-            for sample in _spread(samples)
-        ]
-    return "".join(parts)
+    for prompt, samples in by_prompt.items():
+        last = len(samples) - 1
+        if last >= _MAX_SAMPLES:
+            by_prompt[prompt] = [samples[round(number * last / (_MAX_SAMPLES - 1))] for number in range(_MAX_SAMPLES)]
+    return by_prompt
 
 
-def _spread(samples: list[dict]) -> list[dict]:
-    """The first, the last, and some evenly in between."""
-    if len(samples) <= _MOST_SAMPLES:
-        return samples
-    last = len(samples) - 1
-    return [samples[round(number * last / (_MOST_SAMPLES - 1))] for number in range(_MOST_SAMPLES)]
+def _scores(history: History) -> list[Table]:
+    """Every file of scores: a suite next to the published rows, or the tasks one by one."""
+    return [_suite(scores) if scores.get("percent") else _tasks(scores) for scores in history.scores]
 
 
-def _tasks_over_tokens(history: History) -> str:
-    """A chart for each metric: they have scales of their own."""
-    metrics = dict.fromkeys(row["metric"] for row in history.tasks)
-    return "".join(
-        drawing(lambda axis, metric=metric: draw_tasks(axis, history, metric), metric, is_wide=True)  # type: ignore[misc]
-        for metric in metrics
-    )
+def _scores_title(scores: dict) -> str:
+    return scores["name"] + (f", {short_count(scores['tokens'])} tokens" if scores.get("tokens") else "")
 
 
-def _scores(history: History) -> str:
-    """Every file of scores: a suite beside the published rows, in percent; else the tasks one by one."""
-    parts = []
-    for scores in history.scores:
-        trained = f", {_short(scores['tokens'])} tokens" if scores.get("tokens") else ""
-        parts.append(f"<h3>{html.escape(scores['name'] + trained)}</h3>")
-        parts.append(_suite(scores) if scores.get("percent") else _tasks(scores))
-    return "".join(parts)
-
-
-def _suite(scores: dict) -> str:
-    ours, mean = scores["percent"], [scores["average"]] if "average" in scores else []
+def _suite(scores: dict) -> Table:
+    published, ours = scores.get("published", []), scores["percent"]
+    rows = [
+        (str(row["model"]), short_count(row.get("tokens") or 0), *(f"{value:.2f}" for value in row["scores"]),
+         f"{row['average']:.2f}")
+        for row in published
+    ]  # fmt: skip
+    average = [scores["average"]] if "average" in scores else []
+    rows.append(("this run", short_count(scores.get("tokens") or 0), *map(_with_error, (*ours, *average))))
     head = ("", "tokens", *(score.get("benchmark", "") for score in ours), "average")
-    rows = [
-        (
-            str(row["model"]),
-            _short(row.get("tokens") or 0),
-            *(f"{value:.2f}" for value in (*row["scores"], row["average"])),
-        )
-        for row in scores.get("published", [])
-    ]
-    rows.append(("this run", _short(scores.get("tokens") or 0), *map(_with_error, (*ours, *mean))))
-    misprints = "".join(
-        f"<p class=note>{html.escape(row['model'])}: {html.escape(row['misprint'])}</p>"
-        for row in scores.get("published", [])
-        if row.get("misprint")
-    )
-    return table(head, rows) + misprints
+    misprints = "; ".join(f"{row['model']}: {row['misprint']}" for row in published if row.get("misprint"))
+    return Table(_scores_title(scores), head, rows, misprints)
 
 
-def _with_error(score: dict) -> str:
+def _with_error(score: dict, digits: int = 2) -> str:
     error = score.get("stderr")
-    return f"{score['value']:.2f}" + (f" ± {error:.2f}" if error is not None else "")
+    return f"{score['value']:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
-def _tasks(scores: dict) -> str:
-    rows = [
-        (
-            str(row["task"]),
-            str(row["metric"]),
-            f"{row['value']:.4f}",
-            "" if row.get("stderr") is None else f"{row['stderr']:.4f}",
-        )
-        for row in scores.get("scores", [])
-    ]
-    return table(("task", "metric", "score", "standard error"), rows, words=(0, 1))
+def _tasks(scores: dict) -> Table:
+    rows = [(row["task"], row["metric"], _with_error(row, digits=4)) for row in scores.get("scores", [])]
+    return Table(_scores_title(scores), ("task", "metric", "score"), rows, text_columns=(0, 1))
 
 
-def _machine(history: History) -> str:
+def _machine(history: History) -> Table:
     description, start = history.description, history.starts[-1] if history.starts else {}
     versions = description.get("versions", {})
     zero = description.get("deepspeed_config", {}).get("zero_optimization", {})
@@ -322,24 +263,15 @@ def _machine(history: History) -> str:
         ("device", versions.get("device", "CPU" if versions else "")),
         ("ranks", str(description.get("world_size", ""))),
         ("ZeRO stage", str(zero.get("stage", 0)) if description else ""),
-        ("micro batch, sequences", str(description.get("micro_batch", ""))),
+        ("micro-batch, sequences", str(description.get("micro_batch", ""))),
         ("attention", str(description.get("attention", ""))),
     ]
-    return table(("", ""), [row for row in rows if row[1]], words=(0, 1))
+    return Table("Machine", (), [row for row in rows if row[1]], text_columns=(0, 1))
 
 
-def _configuration(history: History) -> str:
-    titles = {
-        "recipe": "Recipe, resolved",
-        "model": "Model",
-        "deepspeed_config": "DeepSpeed config, resolved",
-        "versions": "Versions",
-        "data": "Data",
-        "history": "What changed from start to start",
-    }
-    description = history.description
-    return "".join(
-        folded(title, preformatted(json.dumps(description[key], indent=1, ensure_ascii=False)))
-        for key, title in titles.items()
-        if description.get(key)
-    )
+def _configuration(history: History) -> list[tuple[str, str]]:
+    return [
+        (title, json.dumps(history.description[key], indent=1, ensure_ascii=False))
+        for key, title in _CONFIGURATION.items()
+        if history.description.get(key)
+    ]

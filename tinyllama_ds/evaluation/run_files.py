@@ -1,11 +1,10 @@
-"""The shapes of a run's files, as far as people are shown them: what has another shape is left out."""
+"""Types of a run's files, as far as a report shows them: values of a different type are dropped."""
 
 from typing import Annotated, Any, NotRequired
 
-from pydantic import ConfigDict, Field, OnErrorOmit, TypeAdapter, ValidationError
+from pydantic import Field, OnErrorOmit, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-_STRICT = ConfigDict(strict=True, extra="allow")
 _LARGEST = 1e30  # of a number that can be drawn
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
 _Positive = Annotated[int, Field(gt=0, lt=2**53)]
@@ -14,7 +13,6 @@ _Hosts = OnErrorOmit[dict[str, _Count]]
 
 
 class _Stage(TypedDict):
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     name: str
     tokens: _Positive
     global_batch_tokens: _Positive
@@ -23,25 +21,21 @@ class _Stage(TypedDict):
 
 
 class _Recipe(TypedDict, total=False):
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     name: OnErrorOmit[str]
     sequence_length: OnErrorOmit[_Count]
     stages: OnErrorOmit[list[_Stage]]
 
 
 class _Plan(TypedDict, total=False):
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     steps: OnErrorOmit[_Count]
     tokens: OnErrorOmit[_Count]
 
 
 class _Parent(TypedDict, total=False):
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     tokens: OnErrorOmit[_Count]
 
 
 class _DeepSpeedConfig(TypedDict, total=False):
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     gradient_clipping: OnErrorOmit[_Number]
     zero_optimization: OnErrorOmit[dict[str, Any]]
 
@@ -49,7 +43,6 @@ class _DeepSpeedConfig(TypedDict, total=False):
 class Description(TypedDict, total=False):
     """run.json."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     recipe: OnErrorOmit[_Recipe]
     plan: OnErrorOmit[_Plan]
     parent: OnErrorOmit[_Parent]
@@ -60,7 +53,6 @@ class Description(TypedDict, total=False):
 class Start(TypedDict):
     """A line of starts.jsonl."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     step: _Count
     tokens: _Count
     time: NotRequired[OnErrorOmit[str]]
@@ -73,7 +65,6 @@ class Start(TypedDict):
 class TaskScore(TypedDict):
     """A line of tasks.jsonl, and a score of `evaluate`."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     task: str
     metric: str
     value: _Number
@@ -82,14 +73,12 @@ class TaskScore(TypedDict):
 
 
 class _Percent(TypedDict):
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     value: _Number
     benchmark: NotRequired[OnErrorOmit[str]]
     stderr: NotRequired[OnErrorOmit[_Number | None]]
 
 
 class _Published(TypedDict):
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     model: str
     scores: list[_Number]
     average: _Number
@@ -100,7 +89,6 @@ class _Published(TypedDict):
 class Scores(TypedDict, total=False):
     """A file of `evaluate`."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     tokens: OnErrorOmit[_Number | None]
     percent: OnErrorOmit[list[_Percent]]
     average: OnErrorOmit[_Percent]
@@ -108,14 +96,14 @@ class Scores(TypedDict, total=False):
     scores: OnErrorOmit[list[OnErrorOmit[TaskScore]]]
 
 
-def in_shape(content: object, shape: Any) -> dict:
-    """What of a JSON object has a shape; an empty one where that is too little."""
+def validated(content: object, shape: Any) -> dict:
+    """The parts of a JSON object that have the types of `shape`; empty if required ones are missing."""
     try:
-        return TypeAdapter(shape).validate_python(content)
+        return TypeAdapter(shape).validate_python(content, strict=True, extra="allow")
     except (ValidationError, RecursionError):
         return {}
 
 
 def is_number(value: object) -> bool:
-    """Whether a figure can be computed with and drawn."""
+    """Whether a value can be computed with and drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST

@@ -1,4 +1,4 @@
-"""What a model makes of a few prompts, while it is being trained."""
+"""Samples from a model during training."""
 
 from collections.abc import Callable
 
@@ -14,8 +14,8 @@ def continue_greedily(
 ) -> list[list[int]]:
     """The most likely next ids of each prompt, up to the end of the document; `logits_of` is (P, T) -> (P, T, V).
 
-    There are always `new_tokens` forwards, on every rank alike: under ZeRO-3 each is collective. All prompts share a
-    batch, filled up on the right, where a causal model does not look.
+    There are always `new_tokens` forwards on every rank: under ZeRO-3 each is collective. All prompts share a
+    batch, padded on the right, which a causal model does not see.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())

@@ -1,8 +1,8 @@
-"""Runs programs that a model has written: confined, bounded, and only after it was seen that the confinement holds.
+"""Runs model-written programs in a sandbox, after programs that try to escape it have failed.
 
-A program gets a process of its own with an empty environment, one empty directory to write to, the standard library to
-read, and bounds on time, memory, file size and processes; on namespaces of its own (no network, no other processes)
-where the machine lets `unshare` make them.
+A program gets its own process with an empty environment, one empty directory to write to, the standard library to
+read, and limits on time, memory, file size and processes; and its own namespaces (no network, no other processes)
+where `unshare` is permitted.
 """
 
 import json
@@ -27,7 +27,7 @@ _NAMESPACES = ("--net", "--ipc", "--pid", "--fork", "--kill-child")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. OpenAI's harness for HumanEval allows 3 s and 4 GiB."""
+    """Limits of one program. OpenAI's harness for HumanEval allows 3 s and 4 GiB."""
 
     cpu_seconds: int = 3
     memory_bytes: int = 2**30
@@ -37,19 +37,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """How programs are started here; made by `open_sandbox`."""
+    """The sandbox of this machine; made by `open_sandbox`."""
 
-    namespaces: tuple[str, ...]  # the command that makes them, empty where that is not permitted
+    namespaces: tuple[str, ...]  # the `unshare` command, empty where it is not permitted
     limits: Limits = Limits()
-    wall_seconds: float = 20.0  # a loaded machine may take long over 3 s of processor time
+    wall_seconds: float = 20.0  # on a loaded machine 3 s of CPU time may take long
 
     def passes(self, program: str) -> bool:
-        """Whether a program runs to its last line. It is dead, and its files are gone, when this returns."""
+        """Whether a program runs to its last line. Its processes and files are gone when this returns."""
         token = secrets.token_hex(16)
         with tempfile.TemporaryDirectory(prefix="tinyllama-ds-sandbox-", ignore_cleanup_errors=True) as parent:
             directory = Path(parent) / "private"
             directory.mkdir(mode=0o700)
-            # What exits early, even with code 0, does not come to the line that leaves the token.
+            # A program that exits early, even with code 0, does not reach the line that writes the token.
             (directory / "program.py").write_text(f"{program}\nopen({token!r}, 'w').close()\n", encoding="utf-8")
             if os.geteuid() == 0:
                 Path(parent).chmod(0o711)
@@ -95,13 +95,13 @@ def _python_paths() -> list[str]:
 def open_sandbox() -> Sandbox:
     """The strictest sandbox that this machine permits.
 
-    Raises `ConfigError` where an honest program does not run in it, or where one that tries to get out succeeds.
+    Raises `ConfigError` where a harmless program fails in it, or a program that tries to escape succeeds.
     """
     sandbox = Sandbox(_namespaces())
     if not sandbox.passes("import math, re, collections"):
         raise ConfigError(
-            f"the sandbox for model-written code does not run on this machine: {sys.executable} cannot be confined; as"
-            " root, it has to lie where the user nobody can read it"
+            f"the sandbox for model-written code fails on this machine: {sys.executable} does not run in it; started"
+            " by root, the user nobody has to be able to read it"
         )
     with tempfile.TemporaryDirectory() as folder:
         secret, outside = Path(folder) / "secret", Path(folder) / "written"
@@ -114,14 +114,14 @@ def open_sandbox() -> Sandbox:
         ):
             if sandbox.passes(attempt):
                 raise ConfigError(
-                    "the sandbox for model-written code does not hold on this machine: it needs a kernel with Landlock"
-                    f" (Linux 5.13) or to be started by root; what got out was {attempt}"
+                    "the sandbox for model-written code does not hold on this machine: expected a kernel with Landlock"
+                    f" (Linux 5.13) or a start by root; the escape was {attempt}"
                 )
     return sandbox
 
 
 def _namespaces() -> tuple[str, ...]:
-    """`unshare` with its options, or nothing where the machine does not let this user make namespaces."""
+    """`unshare` with its options; empty where this user may not create namespaces."""
     program = shutil.which("unshare")
     if program is None:
         return ()

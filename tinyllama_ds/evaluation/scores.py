@@ -1,4 +1,4 @@
-"""Scores beside the published ones: as a table, as JSON and as a picture."""
+"""Scores next to the published ones: as a table, as JSON and as a picture."""
 
 import json
 from collections.abc import Iterable
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama_ds.evaluation.published import PUBLISHED, PublishedRow, nearest_checkpoint
 from tinyllama_ds.evaluation.suites import Benchmark
+from tinyllama_ds.numbers import short_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INSTRUCT_EVAL = (
-    "The published rows of this suite come from InstructEval, whose prompts differ from lm-eval's and whose DROP counts"
-    " questions with one answer by their first words (here: F1): compare them with care."
+    "The published rows of this suite come from InstructEval, whose prompts differ from lm-eval's and whose DROP scores"
+    " questions with one answer by their first words (here: F1); compare them with care."
 )
 
 
@@ -25,43 +26,43 @@ class Score:
     task: str
     metric: str
     value: float
-    stderr: float | None  # None where there is none, as with a single document
+    stderr: float | None  # None if undefined, as with a single document
     documents: int | None
     shots: int | None
     version: str
 
 
 @dataclass(frozen=True)
-class Measured:
-    """All that an evaluation found, and how."""
+class Evaluation:
+    """Scores of a model and how they were measured."""
 
     model: str
-    tokens: int | None  # trained on, where it is known
-    suite: str | None  # None for tasks of the user's choice
+    tokens: int | None  # trained on; None if unknown
+    suite: str | None  # None for tasks chosen by the user
     scores: tuple[Score, ...]
     settings: dict[str, Any]
     versions: dict[str, str]
 
 
 def read_scores(results: dict[str, Any], names: Iterable[str] | None = None) -> tuple[Score, ...]:
-    """Every metric in lm-eval's results, of all that was scored or of the tasks named."""
+    """Every metric in lm-eval's results, of all tasks or of those named."""
     found = []
-    for task, figures in results["results"].items():
+    for task, metrics in results["results"].items():
         if names is not None and task not in names:
             continue
         documents = results["n-samples"].get(task, {}).get("effective")
-        for key, value in figures.items():
+        for key, value in metrics.items():
             metric, _, filtered = key.partition(",")
             if not isinstance(value, int | float) or not filtered or metric.endswith("_stderr"):
                 continue
-            stderr = figures.get(f"{metric}_stderr,{filtered}")
+            stderr = metrics.get(f"{metric}_stderr,{filtered}")
             found.append(
                 Score(
                     task,
                     metric if filtered in ("none", "create_test") else f"{metric}, {filtered}",
                     float(value),
                     float(stderr) if isinstance(stderr, int | float) else None,
-                    documents or figures.get("sample_len"),
+                    documents or metrics.get("sample_len"),
                     _shots(task, results),
                     str(results["versions"].get(task, "")),
                 )
@@ -76,14 +77,14 @@ def outermost(results: dict[str, Any]) -> set[str]:
 
 
 def _shots(task: str, results: dict[str, Any]) -> int | None:
-    """Of a task, or of all tasks of a group where they are the same."""
+    """Shots of a task, or of a group whose tasks all have the same."""
     if task in results["n-shot"]:
         return results["n-shot"][task]
     below = {_shots(child, results) for child in results.get("group_subtasks", {}).get(task, [])}
     return below.pop() if len(below) == 1 else None
 
 
-def of_benchmarks(scores: tuple[Score, ...], benchmarks: tuple[Benchmark, ...]) -> list[Score]:
+def benchmark_scores(scores: tuple[Score, ...], benchmarks: tuple[Benchmark, ...]) -> list[Score]:
     """The score of each benchmark by its published metric, in percent, in the published order."""
     by_key = {(score.task, score.metric): score for score in scores}
     chosen = [by_key[benchmark.task, benchmark.metric] for benchmark in benchmarks]
@@ -101,27 +102,27 @@ def average(scores: list[Score]) -> tuple[float, float | None]:
     return mean, sqrt(sum(error**2 for error in known)) / len(scores) if len(known) == len(errors) else None
 
 
-def as_markdown(measured: Measured, benchmarks: tuple[Benchmark, ...]) -> str:
-    """The table, what is misprinted in the sources, and how it was measured."""
-    body = _suite_table(measured, benchmarks) if measured.suite else _task_table(measured.scores)
-    settings = ", ".join(f"{name} {value}" for name, value in measured.settings.items())
-    versions = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
-    return f"# {measured.model}\n\n{body}\n\nHow: {settings}.\n\nVersions: {versions}.\n"
+def as_markdown(evaluation: Evaluation, benchmarks: tuple[Benchmark, ...]) -> str:
+    """The table, misprints of the sources, and how it was measured."""
+    body = _suite_table(evaluation, benchmarks) if evaluation.suite else _task_table(evaluation.scores)
+    settings = ", ".join(f"{name} {value}" for name, value in evaluation.settings.items())
+    versions = ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())
+    return f"# {evaluation.model}\n\n{body}\n\nSettings: {settings}.\n\nVersions: {versions}.\n"
 
 
 def _task_table(scores: tuple[Score, ...]) -> str:
     lines = ["| task | metric | score | version | shots | documents |", "| --- | --- | ---: | --- | ---: | ---: |"]
     for score in scores:
-        figure = _with_error(score.value, score.stderr, 4)
+        value = _with_error(score.value, score.stderr, 4)
         documents = "" if score.documents is None else f"{score.documents:,}"
-        lines.append(f"| {score.task} | {score.metric} | {figure} | {score.version} | {score.shots} | {documents} |")
+        lines.append(f"| {score.task} | {score.metric} | {value} | {score.version} | {score.shots} | {documents} |")
     return "\n".join(lines)
 
 
-def _suite_table(measured: Measured, benchmarks: tuple[Benchmark, ...]) -> str:
-    assert measured.suite is not None
-    rows = PUBLISHED[measured.suite]
-    near = nearest_checkpoint(measured.suite, measured.tokens) if measured.tokens else None
+def _suite_table(evaluation: Evaluation, benchmarks: tuple[Benchmark, ...]) -> str:
+    assert evaluation.suite is not None
+    rows = PUBLISHED[evaluation.suite]
+    near = nearest_checkpoint(evaluation.suite, evaluation.tokens) if evaluation.tokens else None
     lines = [
         "| model | tokens | " + " | ".join(benchmark.title for benchmark in benchmarks) + " | average |",
         "| --- | ---: |" + " ---: |" * (len(benchmarks) + 1),
@@ -132,16 +133,16 @@ def _suite_table(measured: Measured, benchmarks: tuple[Benchmark, ...]) -> str:
         if row.misprint:
             notes.append(row.misprint)
             mark = f" [{len(notes)}]"
-        name = f"**{row.model}**, as many tokens" if row is near else row.model
+        name = f"**{row.model}**, same number of tokens" if row is near else row.model
         cells = " | ".join(f"{score:.2f}" for score in row.scores)
-        lines.append(f"| {name}{mark} | {_tokens(row.tokens)} | {cells} | {row.average:.2f} |")
-    ours = of_benchmarks(measured.scores, benchmarks)
+        lines.append(f"| {name}{mark} | {_count(row.tokens)} | {cells} | {row.average:.2f} |")
+    ours = benchmark_scores(evaluation.scores, benchmarks)
     cells = " | ".join(f"**{_with_error(score.value, score.stderr)}**" for score in ours)
     mean = _with_error(*average(ours))
-    lines.append(f"| **this model** | {_tokens(measured.tokens)} | {cells} | **{mean}** |")
+    lines.append(f"| **this model** | {_count(evaluation.tokens)} | {cells} | **{mean}** |")
     lines += ["", "In percent, ± one standard error. The averages are computed from the scores."]
     lines += ["", *(f"[{number}] {note}  " for number, note in enumerate(notes, start=1))]
-    if measured.suite == "instruct":
+    if evaluation.suite == "instruct":
         lines += ["", _INSTRUCT_EVAL]
     lines += ["", "Tasks: " + ", ".join(_task_words(score) for score in ours) + "."]
     return "\n".join(lines)
@@ -155,51 +156,46 @@ def _with_error(value: float, stderr: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if stderr is None else f"{value:.{digits}f} ± {stderr:.{digits}f}"
 
 
-def _tokens(count: float | None) -> str:
-    if count is None:
-        return ""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return f"{count:.0f}"
+def _count(tokens: float | None) -> str:
+    return "" if tokens is None else short_count(tokens)
 
 
-def as_json(measured: Measured, benchmarks: tuple[Benchmark, ...], results: dict[str, Any]) -> dict[str, Any]:
-    """Everything: the scores in percent where they stand beside published ones, and lm-eval's own results."""
-    found: dict[str, Any] = asdict(measured) | {"lm_eval": json.loads(json.dumps(results["results"], default=str))}
-    if measured.suite:
-        ours = of_benchmarks(measured.scores, benchmarks)
+def as_json(evaluation: Evaluation, benchmarks: tuple[Benchmark, ...], results: dict[str, Any]) -> dict[str, Any]:
+    """Everything: the scores, in percent for a suite with its published rows, and lm-eval's own results."""
+    found: dict[str, Any] = asdict(evaluation) | {"lm_eval": json.loads(json.dumps(results["results"], default=str))}
+    if evaluation.suite:
+        ours = benchmark_scores(evaluation.scores, benchmarks)
         mean, stderr = average(ours)
         found |= {
             "percent": [{"benchmark": b.title} | asdict(s) for b, s in zip(benchmarks, ours, strict=True)],
             "average": {"value": mean, "stderr": stderr},
-            "published": [asdict(row) | {"average": row.average} for row in PUBLISHED[measured.suite]],
+            "published": [asdict(row) | {"average": row.average} for row in PUBLISHED[evaluation.suite]],
         }
     return found
 
 
-def picture_of(measured: Measured, benchmarks: tuple[Benchmark, ...]) -> "Figure":
+def scores_figure(evaluation: Evaluation, benchmarks: tuple[Benchmark, ...]) -> "Figure":
     """One panel for each benchmark: published scores as dots, ours with its standard error."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    if measured.suite:
-        figure = _draw_suite(plt, measured, measured.suite, benchmarks)
+    if evaluation.suite:
+        figure = _draw_suite(plt, evaluation, evaluation.suite, benchmarks)
     else:
-        figure = _draw_tasks(plt, measured.scores)
-    has_near = measured.suite and measured.tokens and nearest_checkpoint(measured.suite, measured.tokens)
-    figure.suptitle(f"{measured.model}{', orange: TinyLlama at as many tokens' if has_near else ''}")
+        figure = _draw_tasks(plt, evaluation.scores)
+    has_near = evaluation.suite and evaluation.tokens and nearest_checkpoint(evaluation.suite, evaluation.tokens)
+    figure.suptitle(f"{evaluation.model}{', orange: TinyLlama at the same number of tokens' if has_near else ''}")
     plt.close(figure)
     return figure
 
 
-def _draw_suite(plt: Any, measured: Measured, suite: str, benchmarks: tuple[Benchmark, ...]) -> Any:
+def _draw_suite(plt: Any, evaluation: Evaluation, suite: str, benchmarks: tuple[Benchmark, ...]) -> Any:
     rows = PUBLISHED[suite]
-    ours = of_benchmarks(measured.scores, benchmarks)
-    near = nearest_checkpoint(suite, measured.tokens) if measured.tokens else None
-    names = [*(_label(row.model, row.tokens) for row in rows), _label("this model", measured.tokens)]
+    ours = benchmark_scores(evaluation.scores, benchmarks)
+    near = nearest_checkpoint(suite, evaluation.tokens) if evaluation.tokens else None
+    names = [*(_label(row.model, row.tokens) for row in rows), _label("this model", evaluation.tokens)]
     panels = len(benchmarks) + 1
     figure, axes = plt.subplots(
         1, panels, figsize=(3.2 + 1.55 * panels, 1.6 + 0.3 * len(names)), sharey=True, layout="constrained"
@@ -208,10 +204,10 @@ def _draw_suite(plt: Any, measured: Measured, suite: str, benchmarks: tuple[Benc
     titles = [*(benchmark.title for benchmark in benchmarks), "average"]
     for number, (axis, title, (value, stderr)) in enumerate(zip(axes, titles, values, strict=True)):
         published = [row.scores[number] if number < len(benchmarks) else row.average for row in rows]
-        colours = [_colour(row, near) for row in rows]
+        colors = [_color(row, near) for row in rows]
         axis.axvspan(value - (stderr or 0), value + (stderr or 0), color="tab:red", alpha=0.15, linewidth=0)
         axis.axvline(value, color="tab:red", linewidth=1)
-        axis.scatter(published, range(len(rows)), c=colours, s=22, zorder=2)
+        axis.scatter(published, range(len(rows)), c=colors, s=22, zorder=2)
         axis.errorbar(value, len(rows), xerr=stderr, color="tab:red", marker="D", markersize=5, capsize=2)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("%")
@@ -225,17 +221,17 @@ def _draw_suite(plt: Any, measured: Measured, suite: str, benchmarks: tuple[Benc
 
 
 def _label(model: str, tokens: float | None) -> str:
-    return f"{model} ({_tokens(tokens)})" if tokens else model
+    return f"{model} ({short_count(tokens)})" if tokens else model
 
 
-def _colour(row: PublishedRow, near: PublishedRow | None) -> str:
+def _color(row: PublishedRow, near: PublishedRow | None) -> str:
     if row is near:
         return "tab:orange"
     return "tab:blue" if row.model.startswith("TinyLlama") else "tab:gray"
 
 
 def _draw_tasks(plt: Any, scores: tuple[Score, ...]) -> Any:
-    """Metrics have scales of their own, so each has its panel."""
+    """A panel for each metric, because their scales differ."""
     metrics = list(dict.fromkeys(score.metric for score in scores))
     figure, axes = plt.subplots(
         len(metrics), 1, figsize=(8, 1.2 + 0.4 * len(scores) + 0.7 * len(metrics)), layout="constrained", squeeze=False

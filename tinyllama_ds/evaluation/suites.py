@@ -1,4 +1,4 @@
-"""What is measured: TinyLlama's three published suites as tasks of lm-eval, or a user's own choice."""
+"""TinyLlama's three published suites as tasks of lm-eval."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Benchmark:
     shots: int = 0
 
 
-# The published commonsense and Chinese scores come from lm-eval itself (EVAL.md of TinyLlama's repository: zero-shot,
+# The published commonsense and Chinese scores come from lm-eval (EVAL.md of TinyLlama's repository: zero-shot,
 # fp32, batches of 32). Those of `instruct` come from InstructEval (github.com/declare-lab/instruct-eval), whose prompts
 # differ: its DROP asks only questions with one answer, and counts an output that starts with it.
 SUITES: dict[str, tuple[Benchmark, ...]] = {

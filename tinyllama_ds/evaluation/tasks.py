@@ -1,4 +1,4 @@
-"""Loads lm-eval's tasks and a user's own, with data from the hub, from its cache or from a local folder."""
+"""Loads tasks of lm-eval and task files, with data from the hub, its cache or a local folder."""
 
 import os
 import socket
@@ -17,10 +17,10 @@ from tinyllama_ds.evaluation.suites import HUMANEVAL, SUITES, Benchmark
 from tinyllama_ds.model.config import LlamaConfig
 
 _HUB = "https://huggingface.co"
-_OFFLINE = "HF_HUB_OFFLINE"  # what huggingface_hub and datasets read when they are imported
-_CARD = "README.md"  # of a downloaded repository, where it says which files are which config and split
+_OFFLINE = "HF_HUB_OFFLINE"  # read by huggingface_hub and datasets when they are imported
+_CARD = "README.md"  # of a downloaded repository: maps its files to configs and splits
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}  # of the package datasets
-# Where lm-eval keeps the tasks of our suites: reading all of its 14,000 task files takes half a minute.
+# Folders of lm-eval with the tasks of our suites: reading all of its 14,000 task files takes half a minute.
 _FOLDERS = ("hellaswag", "openbookqa", "winogrande", "arc", "super_glue/boolq", "piqa", "mmlu/default", "bbh/fewshot",
             "drop", "xwinograd", "xstorycloze", "xnli", "xcopa")  # fmt: skip
 
@@ -35,9 +35,9 @@ def require_lm_eval() -> None:
 
 
 def set_offline_if_hub_unreachable(seconds: float = 3.0) -> None:
-    """Without a network let datasets look into its cache at once, where it would retry for minutes otherwise.
+    """Set HF_HUB_OFFLINE without a network, so that datasets uses its cache at once and does not retry for minutes.
 
-    To be called before anything of Hugging Face is imported. A proxy is believed to lead to the hub.
+    Call it before any Hugging Face import. A proxy is assumed to reach the hub.
     """
     hub = urlsplit(os.environ.get("HF_ENDPOINT", _HUB))
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", _OFFLINE)):
@@ -60,21 +60,20 @@ def set_offline_if_hub_unreachable(seconds: float = 3.0) -> None:
 
 
 def load_tasks(recipe: Recipe, model: LlamaConfig) -> dict[str, Any] | None:
-    """What the recipe wants the model to be scored on, with its data; None for nothing.
+    """The recipe's tasks with their data; None if it has none.
 
-    Raises `ConfigError` where lm-eval, a task or its data is missing, and for a task that this model cannot be scored
-    on.
+    Raises `ConfigError` where lm-eval, a task or its data is missing, and for a task that this model cannot run.
     """
-    wanted = recipe.evaluation
-    if not wanted.tasks:
+    evaluation = recipe.evaluation
+    if not evaluation.tasks:
         return None
     try:
         require_lm_eval()
-        if wanted.data_dir is not None:
-            os.environ["HF_HUB_OFFLINE"] = "1"
+        if evaluation.data_dir is not None:
+            os.environ[_OFFLINE] = "1"
         set_offline_if_hub_unreachable()
         with silence():
-            tasks = load_chosen(wanted.tasks, Path(wanted.data_dir) if wanted.data_dir else None)
+            tasks = load_chosen(evaluation.tasks, Path(evaluation.data_dir) if evaluation.data_dir else None)
         reject_long_generations(tasks["tasks"], model.max_position_embeddings)
     except ConfigError as error:
         raise ConfigError(f"recipe {recipe.name!r}: evaluation: {error}") from error
@@ -83,7 +82,7 @@ def load_tasks(recipe: Recipe, model: LlamaConfig) -> dict[str, Any] | None:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """lm-eval prints, and draws progress bars over ours."""
+    """Discard the output of lm-eval, whose progress bars overwrite ours."""
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 
@@ -93,8 +92,8 @@ def load_suite(
 ) -> dict[str, Any]:
     """The benchmarks' tasks as lm-eval's `evaluate` takes them, with the published number of examples.
 
-    `humaneval_passes` runs a program that the model wrote and says whether its tests pass; without it HumanEval is
-    refused.
+    `humaneval_passes` runs a model-written program and returns whether its tests pass; without it HumanEval is
+    rejected.
     """
     loaded = _load(
         [item.task for item in benchmarks], data_dir, humaneval_passes, {b.task: b.shots for b in benchmarks}
@@ -119,14 +118,13 @@ def load_named(
 def load_chosen(names: Sequence[str], data_dir: Path | None) -> dict[str, Any]:
     """Suites with their published shots, tasks, groups and tags of lm-eval, and YAML files of tasks, all together.
 
-    For where nobody looks on: what runs a model's code is refused.
+    For unattended runs: tasks that run model-written code are rejected.
     """
     suites = [SUITES[name] for name in names if name in SUITES]
     others = [name for name in names if name not in SUITES]
     if HUMANEVAL in [*others, *(benchmark.task for suite in suites for benchmark in suite)]:
         raise ConfigError(
-            f"{HUMANEVAL} runs code that the model has written; expected it on a checkpoint, with"
-            " `tinyllama-ds evaluate --allow-code-execution`"
+            f"{HUMANEVAL} runs model-written code; expected `tinyllama-ds evaluate --allow-code-execution` instead"
         )
     parts = [load_suite(suite, data_dir, None) for suite in suites]
     if others:
@@ -146,7 +144,7 @@ def _load(
             _reject_unknown_or_unsafe(name, manager)
             specs.append(name)
         elif humaneval_passes is None:
-            raise ConfigError("humaneval runs code that the model has written; expected --allow-code-execution with it")
+            raise ConfigError("humaneval runs model-written code; expected --allow-code-execution with it")
         else:
             specs.append(humaneval_config(humaneval_passes))
     tasks: dict[str, Any] = {}
@@ -176,28 +174,23 @@ def _is_file(name: str) -> bool:
 
 
 def _reject_unknown_or_unsafe(name: str, manager: Any) -> None:
-    """Before anything is loaded: lm-eval's code tasks run programs as soon as their modules are imported."""
+    """Before anything is loaded: lm-eval's code tasks run programs when their modules are imported."""
     if _is_file(name):
         if not Path(name).is_file():
             what = "is a directory" if Path(name).is_dir() else "is missing"
             raise ConfigError(f"{name}: {what}; expected a task file of lm-eval")
-        from lm_eval.tasks._yaml_loader import load_yaml
-
-        try:
-            config = load_yaml(Path(name), resolve_func=False)
-        except Exception as error:
-            raise ConfigError(f"{name}: is not a task file of lm-eval: {error}") from error
-        members = [config]
-    elif name not in manager.task_index:
-        raise ConfigError(f"task {name!r} is unknown to lm-eval; `lm-eval ls tasks` lists those that it has")
-    else:
-        members = list(_configs_below(name, manager.task_index))
-    for config in members:
+        return  # may name functions of its author anyway; `_prepare` sees what it loads
+    if name not in manager.task_index:
+        raise ConfigError(f"task {name!r} is unknown to lm-eval; `lm-eval ls tasks` lists its tasks")
+    for config in _configs_below(name, manager.task_index):
         if config.get("unsafe_code"):
-            raise ConfigError(
-                f"task {config.get('task', name)} runs code that the model has written, outside of any sandbox;"
-                f" expected {HUMANEVAL}, which runs in ours"
-            )
+            raise _unsafe(config.get("task", name))
+
+
+def _unsafe(task: str) -> ConfigError:
+    return ConfigError(
+        f"task {task} runs model-written code without a sandbox; expected {HUMANEVAL}, which runs in a sandbox here"
+    )
 
 
 def _configs_below(name: str, index: Any) -> Iterator[dict]:
@@ -218,33 +211,33 @@ def _load_one(manager: Any, name: str, spec: Any) -> dict[str, Any]:
         return manager.load([spec])
     except ConfigError:
         raise
-    except Exception as error:  # whatever is wrong with a user's file, or with the columns of local data
-        raise ConfigError(f"task {name} does not load: {type(error).__name__}: {error}") from error
+    except Exception as error:  # anything in a user's file, or the columns of local data
+        raise ConfigError(f"task {name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _prepare(tasks: dict[str, Any], shots: int | None) -> None:
-    """The number of examples in the prompt as lm-eval's `simple_evaluate` sets it; sampling refused."""
+    """Set the number of examples as lm-eval's `simple_evaluate` does; reject unsafe and sampling tasks."""
     for name, task in tasks.items():
+        if task.config.unsafe_code:
+            raise _unsafe(name)
         if (task.config.generation_kwargs or {}).get("do_sample"):
-            raise ConfigError(
-                f"task {name} samples; expected do_sample: false, for a score that is the same every time"
-            )
+            raise ConfigError(f"task {name} samples; expected do_sample: false, for a reproducible score")
         if shots is not None and task.config.num_fewshot != 0:
             task.set_config(key="num_fewshot", value=shots)
             examples = len(list(task.fewshot_docs())) if shots else 0
             if examples < shots:
-                raise ConfigError(
-                    f"task {name} has {examples} documents for examples; expected the {shots} of its shots"
-                )
+                raise ConfigError(f"task {name} has {examples} documents for examples; expected {shots}, one per shot")
         elif task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
 
 
 @contextmanager
 def _datasets_from(data_dir: Path | None) -> Iterator[None]:
-    """While tasks load: their datasets from a folder, and what is nowhere as one sentence.
+    """While tasks load, datasets come from a folder, and a missing one is a `ConfigError`.
 
-    lm-eval calls `datasets.load_dataset` for every task; there is no other place that all of them go through.
+    Replaces `datasets.load_dataset`, which lm-eval 0.4.13 calls directly (`api/task.py`: `Task.download` and
+    `ConfigurableTask.download`). Overriding `dataset_path` by configs does not reach the members of groups and tags,
+    nor tasks that are Python classes; a `download` hook there would make this function unnecessary.
     """
     import datasets
 
@@ -258,9 +251,9 @@ def _datasets_from(data_dir: Path | None) -> Iterator[None]:
             return original(path, name, **options)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             what = path if name is None else f"{path} ({name})"
-            names_files = "data_files" in options
-            why = _first_line(error) if names_files else _why_absent(data_dir, folder, error)
-            raise ConfigError(f"dataset {what}: {why}") from error
+            is_file = "data_files" in options
+            reason = _first_line(error) if is_file else _missing_reason(data_dir, folder, error)
+            raise ConfigError(f"dataset {what}: {reason}") from error
 
     datasets.load_dataset = load
     datasets.disable_progress_bars()
@@ -271,7 +264,7 @@ def _datasets_from(data_dir: Path | None) -> Iterator[None]:
 
 
 def _local_folder(data_dir: Path, path: str, name: str | None) -> Path | None:
-    """`owner/dataset/config`, with or without the owner; without the config for a repository that knows its own."""
+    """`owner/dataset/config`, with or without the owner; without the config for a repository with a card."""
     if not data_dir.is_dir():
         raise ConfigError(f"--data-dir {data_dir}: is not a directory")
     bases = [data_dir / path, data_dir / Path(path).name]
@@ -281,7 +274,7 @@ def _local_folder(data_dir: Path, path: str, name: str | None) -> Path | None:
 
 
 def _read_folder(folder: Path, name: str | None, load_dataset: Callable[..., Any]) -> Any:
-    """What `save_to_disk` wrote, a downloaded repository, or files named by their split."""
+    """Output of `save_to_disk`, a downloaded repository, or files named by their split."""
     import datasets
 
     if (folder / "dataset_dict.json").is_file():
@@ -294,7 +287,7 @@ def _read_folder(folder: Path, name: str | None, load_dataset: Callable[..., Any
         splits.setdefault(path.stem.split("-")[0], []).append(str(path))  # train-00000-of-00002.parquet
     readers = {_READERS[path.suffix] for path in files}
     if len(readers) != 1:
-        raise OSError("expected what save_to_disk or `hf download` writes, or files such as validation.jsonl")
+        raise OSError("expected output of save_to_disk or `hf download`, or files such as validation.jsonl")
     return load_dataset(readers.pop(), data_files=splits)
 
 
@@ -302,10 +295,10 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-def _why_absent(data_dir: Path | None, folder: Path | None, error: Exception) -> str:
+def _missing_reason(data_dir: Path | None, folder: Path | None, error: Exception) -> str:
     if folder is not None:
         return f"{folder} cannot be read as its data: {_first_line(error)}"
     places = "Hugging Face's cache" if data_dir is None else f"{data_dir} or Hugging Face's cache"
     if os.environ.get(_OFFLINE):
-        return f"is not in {places}, and the hub is out of reach; put it there with `hf download`, or see --data-dir"
-    return f"is not to be had: {_first_line(error)}"
+        return f"is not in {places}, and the hub is unreachable; get it with `hf download`, or see --data-dir"
+    return f"not available: {_first_line(error)}"

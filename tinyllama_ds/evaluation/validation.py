@@ -1,4 +1,4 @@
-"""Validation loss per source: fixed samples, dealt over the ranks so that every rank runs as many forward passes."""
+"""Validation loss per source: fixed samples, sharded so that every rank runs the same number of forward passes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.model.loss import IGNORE_INDEX
 
-Score = Callable[..., Tensor]  # input ids, labels and perhaps segments, each (B, T), to the mean loss
+Score = Callable[..., Tensor]  # input ids, labels and perhaps document ids, each (B, T), to the mean loss
 
 
 @dataclass(frozen=True)
 class ValidationSet:
     """Samples spread evenly over a source's validation split, the same for every world size and batch.
 
-    Of conversations only the answers are targets.
+    In conversations only the answers are targets.
     """
 
     source: str
@@ -29,16 +29,12 @@ class ValidationSet:
     document_mask: bool = False  # as the training is
 
     def __post_init__(self) -> None:
-        if self.stream.num_samples(self.sequence_length) < 1:
-            raise ConfigError(
-                f"{self.stream.directory}: {self.stream.tokens} tokens are less than one sample of"
-                f" {self.sequence_length} tokens and its last target"
-            )
+        self.stream.num_samples(self.sequence_length)  # raises where there is less than one
 
     def batches(self, rank: int, world_size: int, batch: int) -> Iterator[tuple[Tensor, ...]]:
-        """This rank's share: input ids, labels, and with a document mask segments, each (B, T).
+        """The shard of this rank: input ids, labels, and with a document mask document ids, each (B, T).
 
-        Every rank gets equally many batches; rows past the end have no targets.
+        Every rank gets the same number of batches; rows past the end have no targets.
         """
         available = self.stream.num_samples(self.sequence_length)
         total = min(self.samples, available)
@@ -66,17 +62,15 @@ def validation_losses(
     sets: list[ValidationSet],
     score: Score,
     sum_over_ranks: Callable[[Tensor], Tensor],
-    rank: int,
-    world_size: int,
+    world: DistributedInfo,
     batch: int,
-    device: torch.device,
 ) -> dict[str, float]:
-    """Mean loss per target token of each source, over all ranks. Collective."""
-    sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=device)  # (sources, [loss, targets])
+    """Mean loss per target token of each source over all ranks, `batch` samples per forward pass. Collective."""
+    sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=world.device)  # (sources, [loss, targets])
     for number, held_out in enumerate(sets):
-        for inputs, labels, *document_ids in held_out.batches(rank, world_size, batch):
+        for inputs, labels, *document_ids in held_out.batches(world.rank, world.size, batch):
             count = int((labels != IGNORE_INDEX).sum())  # in host memory: no wait for the device
-            loss = score(inputs.to(device), labels.to(device), *document_ids)
+            loss = score(inputs.to(world.device), labels.to(world.device), *document_ids)
             sums[number, 0] += loss.double() * count
             sums[number, 1] += count
     losses, targets = sum_over_ranks(sums).unbind(1)

@@ -10,6 +10,7 @@ import torch
 from tinyllama_ds.distributed.collectives import gather_from_ranks
 from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.errors import ConfigError, NumericsError
+from tinyllama_ds.model.config import dtype_name
 from tinyllama_ds.model.determinism import gives_same_bits
 from tinyllama_ds.model.probe import TOLERANCE, Probe, loss_difference, probe_loss
 from tinyllama_ds.run.resolve import Run
@@ -30,7 +31,7 @@ def take_probe(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo) -> P
     for rank, loss in enumerate(losses):
         if not np.isfinite(loss):
             raise NumericsError(f"the probe's loss is {loss} on rank {rank}: the weights are not fit to be saved")
-    dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+    dtype = dtype_name(next(engine.module.parameters()).dtype)
     return Probe(tokens, document_ids, losses[0], dtype, numerics_environment(engine, run, world))
 
 
@@ -59,7 +60,7 @@ def check_probe(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo, pro
 
     Raises `ConfigError` on all ranks where it is not: the weights in the engine are not those that were saved.
     """
-    dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+    dtype = dtype_name(next(engine.module.parameters()).dtype)
     is_same_way = (dtype, numerics_environment(engine, run, world)) == (probe.dtype, probe.numerics_environment)
     is_same_way &= gives_same_bits(world.device, run.description["deterministic"])
     loss = probe_loss(engine, probe.tokens, probe.document_ids, run.micro_batch, world.device)

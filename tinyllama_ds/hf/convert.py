@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +23,41 @@ from tinyllama_ds.outputs import new_folder
 LOGIT_TOLERANCE = 1e-4  # largest difference in fp32, relative to the largest logit
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a folder may have beside the weights: the tokenizer of a chat model brings the chat template."""
+
+    probe: Probe | None = None  # a sample with the loss that the weights had on it in training
+    max_shard_size: str = MAX_SHARD_SIZE
+    is_chat_model: bool = False
+
+
 def export(
     tensors: Iterable[tuple[str, Tensor]],
     config: LlamaConfig,
     tokenizer: Tokenizer,
     output: Path,
-    probe: Probe | None = None,
-    max_shard_size: str = MAX_SHARD_SIZE,
-    is_chat_model: bool = False,
+    options: ExportOptions = ExportOptions(),
 ) -> float:
     """Write config.json, safetensors and the tokenizer to a new folder; returns the largest relative logit difference.
 
-    The tensors are taken one by one. The tokenizer of a model that `is_chat_model` brings the chat template.
+    The tensors are read one by one.
 
     Raises `ConfigError`, leaving nothing behind, unless transformers loads the folder and has the same bits, the
     logits of our model, the token ids of sentencepiece, and on the checkpoint's probe the loss that training had on it.
     """
     reject_other_settings(tokenizer)
     with new_folder(output) as folder:
-        written = write_weights(folder, tensors, parameter_shapes(config), max_shard_size)
+        written = write_weights(folder, tensors, parameter_shapes(config), options.max_shard_size)
         hf_config(config, written.dtype).save_pretrained(folder)
         _generation_config().save_pretrained(folder)
-        _write_tokenizer(folder, tokenizer, config.max_position_embeddings, CHAT_TEMPLATE if is_chat_model else None)
+        _write_tokenizer(
+            folder, tokenizer, config.max_position_embeddings, CHAT_TEMPLATE if options.is_chat_model else None
+        )
         _verify_ids(folder, tokenizer)
         ours, theirs = load_reference_pair(folder, written, config)
         difference = logit_difference(ours, theirs, tokenizer)
-        if probe is not None:
+        if (probe := options.probe) is not None:
             # A mask within documents is no part of a Hugging Face folder; our model has it, and equal logits without.
             _verify_loss(probe, ours if probe.document_ids else lambda ids, labels: _loss(theirs(ids).logits, labels))
     return difference

@@ -1,10 +1,10 @@
-"""Text from a checkpoint or a Hugging Face folder, through transformers' generation with its key/value cache."""
+"""Text generation from a checkpoint or a Hugging Face folder by transformers, with its key/value cache."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,15 +15,18 @@ from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.convert import hf_model, load_hf_folder
 from tinyllama_ds.model.config import LlamaConfig
 
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can generate, and how its text becomes ids and back."""
+    """A model for generation with its tokenizer."""
 
     model: Any
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
-    encode_chat: Callable[[Sequence[Message]], list[int]] | None = None  # the prompt for an answer; of a chat model
+    encode_chat: Callable[[Sequence[Message]], list[int]] | None = None  # prompt of an answer; chat models only
     end_of_turn: int = EOS_ID
 
     @property
@@ -39,8 +42,8 @@ class Sampling:
     seed: int
 
 
-def serve_hf_folder(folder: Path) -> LoadedModel:
-    """A Hugging Face folder, as any user of transformers loads it."""
+def load_from_hf_folder(folder: Path) -> LoadedModel:
+    """The model of a Hugging Face folder, loaded by transformers."""
     model, tokenizer = load_hf_folder(folder)
 
     def encode_chat(messages: Sequence[Message]) -> list[int]:
@@ -56,61 +59,44 @@ def serve_hf_folder(folder: Path) -> LoadedModel:
     )
 
 
-def serve_weights(
+def load_from_weights(
     weights: dict[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer, is_chat_model: bool = False
 ) -> LoadedModel:
-    """The weights of a checkpoint; `is_chat_model` says that they were trained on conversations."""
+    """The model of a checkpoint; `is_chat_model`: it was trained on conversations."""
     encode_chat = partial(prompt_ids, tokenizer) if is_chat_model else None
     return LoadedModel(hf_model(weights, config), tokenizer.encode, tokenizer.decode, encode_chat)
 
 
-def generate(served: LoadedModel, prompt: str, sampling: Sampling) -> str:
+def generate(loaded: LoadedModel, prompt: str, sampling: Sampling) -> str:
     """The prompt and its continuation, up to the end of the document or `max_new_tokens`."""
-    ids = served.encode(prompt) or [EOS_ID]
+    ids = loaded.encode(prompt) or [EOS_ID]
     torch.manual_seed(sampling.seed)
-    continuation = continue_ids(served, ids, sampling)
-    return served.decode([token for token in [*ids, *continuation] if token != EOS_ID])
+    continuation = continue_ids(loaded, ids, sampling)
+    return loaded.decode([token for token in [*ids, *continuation] if token != EOS_ID])
 
 
 def continue_ids(
-    served: LoadedModel, ids: list[int], sampling: Sampling, on_token: Callable[[int], None] | None = None
+    loaded: LoadedModel, ids: list[int], sampling: Sampling, streamer: "BaseStreamer | None" = None
 ) -> list[int]:
-    """What the model writes after some ids, its EOS included; `on_token` gets each id as it comes.
+    """The ids that the model generates after some others, its EOS included.
 
-    Raises `ConfigError` where the ids leave no position free.
+    Raises `ConfigError` where the prompt leaves no position free.
     """
-    room = served.positions - len(ids)
-    if room < 1:
-        raise ConfigError(f"the prompt's {len(ids)} tokens fill the model's {served.positions} positions")
+    free = loaded.positions - len(ids)
+    if free < 1:
+        raise ConfigError(f"the prompt's {len(ids)} tokens fill the model's {loaded.positions} positions")
     options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
     if sampling.temperature > 0:
         options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    if on_token is not None:
-        options["streamer"] = _Streamer(on_token)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = served.model.to(device)
+    model = loaded.model.to(device)
     inputs = torch.tensor([ids], device=device)
     output = model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
-        max_new_tokens=min(sampling.max_new_tokens, room),
+        max_new_tokens=min(sampling.max_new_tokens, free),
         pad_token_id=EOS_ID,
+        streamer=streamer,
         **options,
     )
     return output[0, len(ids) :].tolist()
-
-
-class _Streamer:
-    """transformers' streamer protocol: the prompt comes first, then each token."""
-
-    def __init__(self, on_token: Callable[[int], None]) -> None:
-        self._on_token = on_token
-        self._is_prompt = True
-
-    def put(self, ids: Tensor) -> None:
-        for token in [] if self._is_prompt else ids.flatten().tolist():
-            self._on_token(token)
-        self._is_prompt = False
-
-    def end(self) -> None:
-        pass

@@ -5,19 +5,20 @@ Nothing of the folder is executed: tensors come from safetensors, or from pickle
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 from torch import Tensor
 
+from tinyllama_ds.config.validation import expectation, validate_json
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.data.vocabulary import difference_of, reject_inconvertible
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.errors import ConfigError, shown_as_json
 from tinyllama_ds.hf.convert import load_reference_pair, logit_difference
 from tinyllama_ds.hf.model_folder import write_model_folder
 from tinyllama_ds.hf.weights import DTYPES, parameter_shapes, read_tensor, tensor_names
@@ -32,21 +33,6 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# What transformers' LlamaForCausalLM can be and our decoder is not: the key, and the value that ours has. It is also
-# transformers' default, where the key is absent.
-OURS = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "auto_map": None,
-    "quantization_config": None,
-    "bos_token_id": BOS_ID,
-    "eos_token_id": EOS_ID,
-}
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that transformers stored until 4.31
 _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
@@ -76,81 +62,101 @@ def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) 
     return ImportResult(config, written.dtype, difference)
 
 
+def _ours(value: object) -> Any:
+    """For a key that has one value with our decoder, which older versions wrote into a list."""
+
+    def check(found: object) -> object:
+        if found not in (value, [value]):
+            raise expectation(f"{shown_as_json(value)}, as in TinyLlama")
+        return found
+
+    return AfterValidator(check)
+
+
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
+_Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_RopeType = Literal["default", "linear"]
+
+
+class _Rope(BaseModel):
+    """`rope_parameters` of transformers 5, `rope_scaling` of transformers 4."""
+
+    rope_type: _RopeType | None = None
+    type: _RopeType | None = None  # as transformers 4 called it
+    factor: _Number | None = None
+    rope_theta: _Number | None = None
+    partial_rotary_factor: Annotated[Any, _ours(1.0)] = 1.0
+
+    @model_validator(mode="after")
+    def _has_factor(self) -> Self:
+        if self.is_linear and self.factor is None:
+            raise expectation("a factor beside the type linear")
+        return self
+
+    @property
+    def is_linear(self) -> bool:
+        return (self.rope_type or self.type) == "linear"
+
+
+class _HuggingFaceConfig(BaseModel):
+    """The keys of transformers' `config.json` that decide what its decoder computes."""
+
+    vocab_size: _Size
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_hidden_layers: _Size
+    num_attention_heads: _Size
+    num_key_value_heads: _Size | None = None  # absent before transformers 4.31
+    max_position_embeddings: _Size
+    rms_norm_eps: _Number
+    head_dim: _Size | None = None
+    rope_theta: _Number = 10_000.0
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
+    # What transformers' LlamaForCausalLM can be and our decoder is not. Ours is also transformers' default.
+    model_type: Annotated[Any, _ours("llama")] = "llama"
+    architectures: Annotated[Any, _ours("LlamaForCausalLM")] = "LlamaForCausalLM"
+    hidden_act: Annotated[Any, _ours("silu")] = "silu"
+    tie_word_embeddings: Annotated[Any, _ours(False)] = False
+    attention_bias: Annotated[Any, _ours(False)] = False
+    mlp_bias: Annotated[Any, _ours(False)] = False
+    partial_rotary_factor: Annotated[Any, _ours(1.0)] = 1.0
+    auto_map: Annotated[Any, _ours(None)] = None
+    quantization_config: Annotated[Any, _ours(None)] = None
+    bos_token_id: Annotated[Any, _ours(BOS_ID)] = BOS_ID
+    eos_token_id: Annotated[Any, _ours(EOS_ID)] = EOS_ID
+
+
 def read_config(path: Path) -> LlamaConfig:
     """The shapes in a `config.json` of transformers 4 or 5; raises `ConfigError` for what our decoder is not."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: is missing; expected a Hugging Face folder with config.json and weights") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected an object in braces")
-    for key, ours in OURS.items():
-        if raw.get(key, ours) not in (ours, [ours]):
-            raise ConfigError(f"{path}: {key} is {_short(raw[key])}; expected {_short(ours)}, as in TinyLlama")
-    heads = _positive(raw, "num_attention_heads", path)
-    key_heads = raw.get("num_key_value_heads") is not None  # before transformers 4.31 there were none
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    found = validate_json(_HuggingFaceConfig, content, path)
+    rope = found.rope_scaling or found.rope_parameters or _Rope()
     try:
         config = LlamaConfig(
-            vocab_size=_positive(raw, "vocab_size", path),
-            hidden_size=_positive(raw, "hidden_size", path),
-            intermediate_size=_positive(raw, "intermediate_size", path),
-            num_hidden_layers=_positive(raw, "num_hidden_layers", path),
-            num_attention_heads=heads,
-            num_key_value_heads=_positive(raw, "num_key_value_heads", path) if key_heads else heads,
-            max_position_embeddings=_positive(raw, "max_position_embeddings", path),
-            rms_norm_eps=_number(raw, "rms_norm_eps", path),
-            **_rope(raw, path),
+            vocab_size=found.vocab_size,
+            hidden_size=found.hidden_size,
+            intermediate_size=found.intermediate_size,
+            num_hidden_layers=found.num_hidden_layers,
+            num_attention_heads=found.num_attention_heads,
+            num_key_value_heads=found.num_key_value_heads or found.num_attention_heads,
+            max_position_embeddings=found.max_position_embeddings,
+            rms_norm_eps=found.rms_norm_eps,
+            rope_theta=rope.rope_theta or found.rope_theta,
+            rope_scaling_factor=(rope.factor or 1.0) if rope.is_linear else 1.0,
         )
-    except ConfigError as config_error:
-        raise (
-            config_error if str(path) in str(config_error) else ConfigError(f"{path}: {config_error}")
-        ) from config_error
-    if raw.get("head_dim") not in (None, config.head_dim):
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if found.head_dim not in (None, config.head_dim):
         raise ConfigError(
-            f"{path}: head_dim is {raw['head_dim']}; expected hidden_size / num_attention_heads, {config.head_dim}"
+            f"{path}: head_dim is {found.head_dim}; expected hidden_size / num_attention_heads, {config.head_dim}"
         )
     return config
-
-
-def _rope(raw: dict, path: Path) -> dict[str, float]:
-    """Base and scaling: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` of transformers 4."""
-    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    said = raw.get(key) or {}
-    if not isinstance(said, dict):
-        raise ConfigError(f"{path}: {key} is {_short(said)}; expected an object in braces")
-    kind = said.get("rope_type", said.get("type", "default"))
-    if kind not in ("default", "linear"):
-        raise ConfigError(f"{path}: {key} has the type {_short(kind)}; expected default or linear")
-    if said.get("partial_rotary_factor", 1.0) != 1:
-        raise ConfigError(
-            f"{path}: {key}.partial_rotary_factor is {_short(said['partial_rotary_factor'])}; expected 1.0"
-        )
-    theta = {"rope_theta": 10_000.0} | raw | said
-    return {
-        "rope_theta": _number(theta, "rope_theta", path),
-        "rope_scaling_factor": _number(said, "factor", path) if kind == "linear" else 1.0,
-    }
-
-
-def _positive(raw: dict, key: str, path: Path) -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{path}: {key} is {_short(value)}; expected a whole number above 0")
-    return value
-
-
-def _number(raw: dict, key: str, path: Path) -> float:
-    value = raw.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < sys.float_info.max:
-        raise ConfigError(f"{path}: {key} is {_short(value)}; expected a number above 0")
-    return float(value)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _tokenizer_of(folder: Path, config: LlamaConfig, instead: Path | None) -> Tokenizer:
@@ -212,7 +218,7 @@ def _read_index(path: Path) -> dict[str, Path]:
         places: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(places.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not an index of shards with a weight_map ({_short(repr(error))})") from error
+        raise ConfigError(f"{path}: not an index of shards with a weight_map ({repr(error):.80})") from error
     for name in names:
         if not isinstance(name, str) or not _SAFE_FILE_NAME.fullmatch(name):
             raise ConfigError(f"{path}: weight_map names {name!r:.200}; expected the plain name of a file beside it")

@@ -6,33 +6,48 @@ tokenizer.model    sentencepiece's
 """
 
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator, BaseModel
 from torch import Tensor
 
+from tinyllama_ds.config.validation import expectation, validate_json
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
-from tinyllama_ds.data.typed import from_json
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.hf.weights import DTYPES, WeightsInfo, parameter_shapes, read_tensor, tensor_names, write_weights
-from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.files import parse_row, write_object
+from tinyllama_ds.hf.weights import WeightsInfo, parameter_shapes, read_tensor, tensor_names, write_weights
+from tinyllama_ds.model.config import LlamaConfig, dtype_name
 
 MODEL_FILE = "model.json"
 WEIGHTS_FILE = "model.safetensors"
 _FILES = (WEIGHTS_FILE, TOKENIZER_FILE)
 FORMAT = 1  # of model.json
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
-@dataclass(frozen=True)
-class _Identity:
+def _has_both_files(files: dict) -> dict:
+    if files.keys() != set(_FILES):
+        raise expectation(" and ".join(_FILES))
+    return files
+
+
+class _File(BaseModel):
     size: int
     sha256: str
+
+
+class _Description(BaseModel):
+    """What `model.json` holds."""
+
+    format: int
+    model: LlamaConfig
+    dtype: Literal["float32", "bfloat16", "float16"]
+    files: Annotated[dict[str, _File], AfterValidator(_has_both_files)]
 
 
 @dataclass(frozen=True)
@@ -70,9 +85,8 @@ def write_model_folder(
     written = write_weights(folder, tensors, parameter_shapes(model), max_shard_size=sys.maxsize)
     shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
     files = {name: _identity(folder / name) for name in _FILES}
-    dtype = str(written.dtype).removeprefix("torch.")
-    said = {"format": FORMAT, "model": model.to_dict(), "dtype": dtype, "files": files}
-    (folder / MODEL_FILE).write_text(json.dumps(said, indent=1) + "\n")
+    described = {"format": FORMAT, "model": model.to_dict(), "dtype": dtype_name(written.dtype), "files": files}
+    write_object(folder / MODEL_FILE, described)
     return written
 
 
@@ -80,31 +94,31 @@ def open_model_folder(path: Path) -> ModelFolder:
     """The folder by its `model.json`; raises `ConfigError` where there is none or a later version wrote it."""
     file = path / MODEL_FILE
     try:
-        raw = json.loads(file.read_bytes())
-        if raw["format"] > FORMAT:
-            raise ConfigError(f"{file}: has format {raw['format']} and is known up to {FORMAT}; use what wrote it")
-        said = {name: from_json(_Identity, raw["files"][name], name) for name in _FILES}
-        model = from_json(LlamaConfig, raw["model"], "model")
-        return ModelFolder(path, model, _DTYPES[raw["dtype"]], {name: asdict(file) for name, file in said.items()})
+        content = file.read_bytes()
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{path}: is no model folder, it has no {MODEL_FILE}; expected what `import` wrote"
+            f"{path}: is not a model folder, it has no {MODEL_FILE}; expected what `import` wrote"
         ) from error
-    except ConfigError as config_error:
-        raise (
-            config_error if str(file) in str(config_error) else ConfigError(f"{file}: {config_error}")
-        ) from config_error
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ConfigError(f"{file}: not the description of a model folder ({repr(error):.200})") from error
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
+    version = (parse_row(content, format=int) or {}).get("format", FORMAT)
+    if version > FORMAT:
+        raise ConfigError(f"{file}: has format {version} and is known up to {FORMAT}; use the version that wrote it")
+    try:
+        found = validate_json(_Description, content, file)
+    except ConfigError as error:
+        raise error if str(file) in str(error) else ConfigError(f"{file}: {error}") from error
+    files = {name: identity.model_dump() for name, identity in found.files.items()}
+    return ModelFolder(path, found.model, getattr(torch, found.dtype), files)
 
 
 def verify_model_folder(folder: ModelFolder) -> None:
     """Raises `ConfigError`, naming the file, unless both files are whole and hold what they have to. Reads every
     byte.
     """
-    for name, said in folder.files.items():
+    for name, expected in folder.files.items():
         path = folder.path / name
-        if not path.is_file() or _identity(path) != said:
+        if not path.is_file() or _identity(path) != expected:
             raise ConfigError(f"{path}: is missing or damaged; its size or SHA-256 is not the one in {MODEL_FILE}")
     shapes = parameter_shapes(folder.model)
     if set(tensor_names(folder.path / WEIGHTS_FILE)) != set(shapes):

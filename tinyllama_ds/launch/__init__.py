@@ -1,1 +1,1 @@
-"""What happens around the deepspeed launcher: hostfile and supervision."""
+"""Around the deepspeed launcher: hostfile, preflight checks, supervision."""

@@ -1,7 +1,8 @@
-"""Is this machine, are these hosts, ready for a run: every host is asked at once, and each red answer has its mend."""
+"""Preflight checks: is this machine, or every host of a hostfile, ready for a run? Each failed check has a fix."""
 
 import json
 import os
+import re
 import secrets
 import select
 import socket
@@ -21,46 +22,47 @@ from tinyllama_ds.distributed.ssh import ssh_command
 from tinyllama_ds.launch.hostfile import Host, read_hostfile, write_filter
 from tinyllama_ds.launch.launcher import BY_COUNT, Placement, is_this_machine
 from tinyllama_ds.launch.probe import listen
+from tinyllama_ds.text_table import text_table
 
-ANSWER_SECONDS = 30  # for one answer of one host; all hosts are asked at the same time
-_LEAVE_SECONDS = 30  # for all probes together to leave, each with its token
-_LAST_WORDS_SECONDS = 2  # for all that a probe which has failed says about it
+ANSWER_SECONDS = 30  # timeout of one answer; all hosts are queried concurrently
+_CLOSE_SECONDS = 30  # for all probes to remove their tokens and exit
+_STDERR_SECONDS = 2  # to read the error of a failed probe
 _CLOCK_SECONDS = 2.0  # tolerated difference
 _LEAST_FREE_GIB = 1.0
-_BUSY_MIB = 1024  # in use on a GPU before the run starts
+_BUSY_MIB = 1024  # of GPU memory in use before the run starts
 HERE = "this machine"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check of one host: green, or red with what to do about it."""
+    """The result of one check on one host; `hint` is how to fix a failed one."""
 
     check: str
     host: str
-    is_green: bool
+    passed: bool
     found: str
     hint: str = ""
 
 
 @dataclass
 class DoctorReport:
-    """What came out; `reports` by host."""
+    """All findings, and the reports of the hosts by name."""
 
     findings: list[Finding] = field(default_factory=list)
     reports: dict[str, dict] = field(default_factory=dict)
 
     @property
-    def is_green(self) -> bool:
-        return all(finding.is_green for finding in self.findings)
+    def passed(self) -> bool:
+        return all(finding.passed for finding in self.findings)
 
     def healthy(self, hosts: Sequence[Host]) -> list[Host]:
-        """The hosts without a red row."""
-        ill = {finding.host for finding in self.findings if not finding.is_green}
-        return [host for host in hosts if host.name not in ill]
+        """The hosts without a failed check."""
+        unhealthy = {finding.host for finding in self.findings if not finding.passed}
+        return [host for host in hosts if host.name not in unhealthy]
 
 
-class Conversation:
-    """The probe on one host, asked over ssh, or on this machine."""
+class ProbeClient:
+    """A probe process on one host over ssh, or on this machine."""
 
     def __init__(self, name: str, *, is_here: bool, ssh_port: int | None = None) -> None:
         self.name = name
@@ -71,8 +73,8 @@ class Conversation:
         )
         self._received = b""
 
-    def ask(self, question: dict) -> dict | str:
-        """The answer, or a sentence about why there is none."""
+    def query(self, question: dict) -> dict | str:
+        """The answer, or a sentence that says why there is none."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         deadline = time.monotonic() + ANSWER_SECONDS
@@ -94,13 +96,13 @@ class Conversation:
             return f"answered {line[:80].decode(errors='replace')!r} instead of JSON"
 
     def close(self) -> None:
-        """Close the probe's input, at which it takes its token away and leaves."""
+        """Close the probe's input, at which it removes its token and exits."""
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             if pipe is not None:
                 pipe.close()
 
     def end(self, deadline: float) -> None:
-        """Wait for the probe's end, or bring it about."""
+        """Wait for the probe to exit; kill it at the deadline."""
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -109,7 +111,7 @@ class Conversation:
 
     def _stderr_tail(self) -> str:
         assert self._process.stderr is not None
-        text, deadline = b"", time.monotonic() + _LAST_WORDS_SECONDS
+        text, deadline = b"", time.monotonic() + _STDERR_SECONDS
         while select.select([self._process.stderr], [], [], max(0.0, deadline - time.monotonic()))[0]:
             received = os.read(self._process.stderr.fileno(), 1 << 16)
             if not received:
@@ -119,33 +121,35 @@ class Conversation:
         return lines[-1] if lines else "the connection was closed"
 
 
-def end_all(talks: Sequence[Conversation]) -> None:
-    """Let all probes leave at the same time."""
-    for talk in talks:
-        talk.close()
-    deadline = time.monotonic() + _LEAVE_SECONDS
-    for talk in talks:
-        talk.end(deadline)
+def close_all(clients: Sequence[ProbeClient]) -> None:
+    """Close all probes concurrently."""
+    for client in clients:
+        client.close()
+    deadline = time.monotonic() + _CLOSE_SECONDS
+    for client in clients:
+        client.end(deadline)
 
 
-def examine(placement: Placement, data: Path | None, run_dir: Path | None) -> DoctorReport:
-    """Ask all hosts of a placement, or this machine where it names none, and compare them with this machine."""
+def check_hosts(placement: Placement, data: Path | None, run_dir: Path | None) -> DoctorReport:
+    """Check all hosts of a placement, or this machine if it has none, against this machine."""
     examined = DoctorReport()
     token = f".doctor-{secrets.token_hex(6)}"
     question = {"data": data and str(data.absolute()), "run_dir": run_dir and str(run_dir.absolute())}
     with ExitStack() as stack:
-        here = Conversation(HERE, is_here=True)
-        talks = [
-            Conversation(host.name, is_here=starts_here(host, placement), ssh_port=placement.ssh_port)
+        here = ProbeClient(HERE, is_here=True)
+        clients = [
+            ProbeClient(host.name, is_here=starts_without_ssh(host, placement), ssh_port=placement.ssh_port)
             for host in placement.hosts
         ]
-        stack.callback(end_all, [*talks, here])
-        answers = ask_all([*talks, here], [question | {"token": f"{token}-{n}"} for n in (*range(len(talks)), "here")])
+        stack.callback(close_all, [*clients, here])
+        answers = query_all(
+            [*clients, here], [question | {"token": f"{token}-{n}"} for n in (*range(len(clients)), "here")]
+        )
         reference = answers.pop()
         if not isinstance(reference, dict):
             raise RuntimeError(f"the probe failed on this machine: {reference}")
         examined.reports[HERE] = reference
-        if not talks or reference["run_dir_error"]:
+        if not clients or reference["run_dir_error"]:
             examined.findings += _compare(HERE, reference, reference)
         for host, answer in zip(placement.hosts, answers, strict=True):
             examined.findings.append(_ssh(host.name, answer))
@@ -153,57 +157,57 @@ def examine(placement: Placement, data: Path | None, run_dir: Path | None) -> Do
                 examined.reports[host.name] = answer
                 examined.findings += _compare(host.name, answer, reference)
         examined.findings += _all_gpus(placement, examined.reports)
-        there = [talk for talk in talks if talk.name in examined.reports]
+        there = [client for client in clients if client.name in examined.reports]
         shared = f"{token}-here" if run_dir and not reference["run_dir_error"] else None
-        examined.findings += _look_around(examined.reports, there, placement, run_dir, shared)
+        examined.findings += _check_connections(examined.reports, there, placement, run_dir, shared)
     return examined
 
 
-def starts_here(host: Host, placement: Placement) -> bool:
-    """Whether the launcher needs no ssh for this host: pdsh does even for this machine, mpirun does not."""
+def starts_without_ssh(host: Host, placement: Placement) -> bool:
+    """Whether the launcher starts ranks on this host without ssh; pdsh uses it even for this machine."""
     return (placement.launcher != "pdsh" or not placement.is_remote) and is_this_machine(host.name)
 
 
-def ask_all(talks: Sequence[Conversation], questions: Sequence[dict]) -> list[dict | str]:
-    """The answers to one question each, asked at the same time; a sentence where there is none."""
-    with ThreadPoolExecutor(max(1, len(talks))) as pool:
-        return list(pool.map(Conversation.ask, talks, questions))
+def query_all(clients: Sequence[ProbeClient], questions: Sequence[dict]) -> list[dict | str]:
+    """The answer of each probe to its question, queried concurrently; a sentence in place of a missing one."""
+    with ThreadPoolExecutor(max(1, len(clients))) as pool:
+        return list(pool.map(ProbeClient.query, clients, questions))
 
 
-def _look_around(
-    reports: dict[str, dict], talks: list[Conversation], placement: Placement, run_dir: Path | None, token: str | None
+def _check_connections(
+    reports: dict[str, dict], clients: list[ProbeClient], placement: Placement, run_dir: Path | None, token: str | None
 ) -> list[Finding]:
-    """What the hosts see of each other: ports, the run directory, the way to rank 0, the clock."""
+    """Checks between hosts: ports, shared run directory, route to rank 0, clock."""
     shared = run_dir and str(run_dir.absolute())
-    port, questions = listen() if talks else 0, []
-    for talk in talks:
-        peers = {other.name: [other.name, reports[other.name]["port"]] for other in talks if other is not talk}
-        peers[HERE] = [local_address_towards(talk.name) or socket.gethostname(), port]
+    port, questions = listen() if clients else 0, []
+    for client in clients:
+        peers = {other.name: [other.name, reports[other.name]["port"]] for other in clients if other is not client}
+        peers[HERE] = [local_address_towards(client.name) or socket.gethostname(), port]
         tokens = [token] if token else []
         questions.append({"peers": peers, "run_dir": shared, "tokens": tokens, "master": placement.master_address})
     findings, unreached = [], []
-    for talk, sight in zip(talks, ask_all(talks, questions), strict=True):
-        if not isinstance(sight, dict):
-            findings.append(_ssh(talk.name, sight))
+    for client, view in zip(clients, query_all(clients, questions), strict=True):
+        if not isinstance(view, dict):
+            findings.append(_ssh(client.name, view))
             continue
-        reports[talk.name] |= {"address": sight["address"], "interface": sight["interface"]}
-        findings.append(_interface(talk.name, sight, placement))
-        findings += [_clock(talk)] + ([_shared(talk.name, sight, run_dir)] if token else [])
-        unreached += [(talk.name, name, error) for name, error in sight["unreached"].items()]
-    return findings + _ports([talk.name for talk in talks], unreached)
+        reports[client.name] |= {"address": view["address"], "interface": view["interface"]}
+        findings.append(_interface(client.name, view, placement))
+        findings += [_clock(client)] + ([_shared(client.name, view, run_dir)] if token else [])
+        unreached += [(client.name, name, error) for name, error in view["unreached"].items()]
+    return findings + _ports([client.name for client in clients], unreached)
 
 
 def _ssh(host: str, answer: dict | str) -> Finding:
     if isinstance(answer, dict):
         return Finding("ssh", host, True, "answers")
     if "No module named" in answer or "No such file" in answer or "not found" in answer:
-        return Finding("ssh", host, False, answer, f"have the same checkout and Python there: {sys.executable}")
+        return Finding("ssh", host, False, answer, f"install the same package and Python there: {sys.executable}")
     return Finding("ssh", host, False, answer, f"make 'ssh {host} true' work without a password")
 
 
 def _compare(host: str, report: dict, reference: dict) -> list[Finding]:
-    """A host's own report against this machine's."""
-    hint = "use the same Python everywhere, best the same environment on shared storage"
+    """Compare a host's report with this machine's."""
+    hint = "use the same Python on all hosts, ideally one environment on shared storage"
     findings = [_equal("python", host, report["python"], reference["python"], hint)]
     for name in dict.fromkeys((*reference["packages"], *report["packages"])):
         found, wanted = report["packages"].get(name), reference["packages"].get(name)
@@ -213,13 +217,13 @@ def _compare(host: str, report: dict, reference: dict) -> list[Finding]:
     if not any(finding.check == "packages" for finding in findings):
         installed = ", ".join(f"{name} {number}" for name, number in report["packages"].items() if number)
         findings.append(Finding("packages", host, True, installed))
-    hint = f"bring the checkout there to the same state; git says {report['revision']}, here {reference['revision']}"
+    hint = f"install the same version there; its revision is {report['revision']}, here {reference['revision']}"
     findings.append(_equal("code", host, report["code"], reference["code"], hint))
-    findings += _space(host, report)
+    findings += _disk_space(host, report)
     if report["data"] is not None:
         findings.append(_data(host, report["data"], reference["data"]))
     if report["run_dir_error"]:
-        hint = "let this user write there, on storage that all hosts share"
+        hint = "make it writable for this user, on storage that all hosts share"
         findings.append(Finding("run directory", host, False, report["run_dir_error"], hint))
     return findings
 
@@ -229,7 +233,7 @@ def _equal(check: str, host: str, found: str, wanted: str, hint: str) -> Finding
 
 
 def _all_gpus(placement: Placement, reports: dict[str, dict]) -> list[Finding]:
-    """The GPUs of all hosts, compared with each other's; the machine where doctor runs may have none, or others."""
+    """Compare the GPUs of all hosts with each other: this machine may have none, or different ones."""
     hosts = [host for host in placement.hosts if host.name in reports] if placement.hosts else [_here(placement)]
     gpus = [gpu for host in hosts for gpu in reports[host.name]["gpus"]]
     if placement.on_cpu or not gpus:
@@ -244,44 +248,44 @@ def _here(placement: Placement) -> Host:
 
 
 def _no_gpus(host: str, report: dict) -> Finding:
-    there = f"{len(report['gpus'])} that are not used" if report["gpus"] else "none"
+    there = f"{len(report['gpus'])}, not used" if report["gpus"] else "none"
     return Finding("GPUs", host, True, f"{there}; {report['cores']} cores")
 
 
 def _gpus(host: Host, gpus: list[dict], first: dict, placement: Placement) -> Finding:
     chosen = host.devices or range(host.slots)
     if max(chosen) >= len(gpus):
-        hint = "say as many slots in the hostfile as there are GPUs, or look at what nvidia-smi says there"
+        hint = "set slots in the hostfile to the number of GPUs, or check nvidia-smi there"
         return Finding("GPUs", host.name, False, f"{len(gpus)} GPUs for {host.slots} slots", hint)
     what = f"{len(gpus)} x {gpus[0]['name']}, {int(gpus[0]['mib']) / 1024:.0f} GiB, driver {gpus[0]['driver']}"
     if any((gpu["name"], gpu["driver"]) != (first["name"], first["driver"]) for gpu in gpus):
-        hint = "use the same GPUs and driver everywhere: the slowest GPU sets the speed"
-        return Finding("GPUs", host.name, False, f"{what}, and others here or on other hosts", hint)
+        hint = "use the same GPUs and driver on all hosts: the slowest GPU determines the speed"
+        return Finding("GPUs", host.name, False, f"{what}; different ones on this or another host", hint)
     busy = [number for number in chosen if int(gpus[number]["used_mib"]) > _BUSY_MIB]
     if busy:
-        hint = f"end what runs there{_way_without(host, busy[0], placement)}"
+        hint = f"end the processes that use it{_hint_without_gpu(host, busy[0], placement)}"
         return Finding("GPUs", host.name, False, f"GPU {busy[0]} already holds {gpus[busy[0]]['used_mib']} MiB", hint)
     return Finding("GPUs", host.name, True, what)
 
 
-def _way_without(host: Host, gpu: int, placement: Placement) -> str:
-    """How the rest can be used, in options that may be given beside those of this placement; nothing without a rest."""
+def _hint_without_gpu(host: Host, gpu: int, placement: Placement) -> str:
+    """Options that exclude this GPU, compatible with those of the placement; empty if nothing would be left."""
     if host.name == HERE:
-        return f", or leave that GPU out by {VISIBLE}"
+        return f", or exclude that GPU by {VISIBLE}"
     others = tuple(number for number in host.devices or range(host.slots) if number != gpu)
     smaller = [Host(host.name, host.slots, others)] if others and placement.launcher not in BY_COUNT else []
     rest = [left for each in placement.hosts for left in (smaller if each is host else [each])]
     if not rest or placement.hostfile is None:
         return ""
     if placement.hosts != read_hostfile(placement.hostfile):  # --include or --exclude is given, and stands alone
-        return f", or leave that GPU out with --include {write_filter(rest)} alone"
-    return f", or leave that GPU out with --exclude {host.name}{f':{gpu}' if smaller else ''}"
+        return f", or exclude that GPU with --include {write_filter(rest)} alone"
+    return f", or exclude that GPU with --exclude {host.name}{f':{gpu}' if smaller else ''}"
 
 
-def _space(host: str, report: dict) -> list[Finding]:
+def _disk_space(host: str, report: dict) -> list[Finding]:
     findings = []
     for path, size in report["free"].items():
-        hint = f"make room under {path}, for checkpoints or temporary files"
+        hint = f"free disk space under {path}, for checkpoints or temporary files"
         is_enough = size / 2**30 >= _LEAST_FREE_GIB
         findings.append(Finding("free space", host, is_enough, f"{size / 2**30:.1f} GiB under {path}", hint))
     return findings
@@ -289,88 +293,77 @@ def _space(host: str, report: dict) -> list[Finding]:
 
 def _data(host: str, found: dict, wanted: dict) -> Finding:
     if "error" in found:
-        return Finding("data", host, False, found["error"], "make the data directory visible there at the same path")
+        return Finding("data", host, False, found["error"], "mount the data directory there at the same path")
     if found != wanted:
-        hint = "give all hosts the same prepared data, best on shared storage"
+        hint = "use the same prepared data on all hosts, ideally on shared storage"
         other = wanted.get("digest") or wanted["error"]
         return Finding("data", host, False, f"manifests {found['digest']}, here {other}", hint)
     return Finding("data", host, True, f"{found['manifests']} manifests, {found['digest']}")
 
 
-def _shared(host: str, sight: dict, run_dir: Path | None) -> Finding:
-    if not sight["unseen_tokens"]:
+def _shared(host: str, view: dict, run_dir: Path | None) -> Finding:
+    if not view["unseen_tokens"]:
         return Finding("run directory", host, True, "shared and writable")
     hint = "mount the same storage at the same path on all hosts"
-    return Finding("run directory", host, False, f"{run_dir} is another directory there", hint)
+    return Finding("run directory", host, False, f"{run_dir} is a different directory there", hint)
 
 
-def _interface(host: str, sight: dict, placement: Placement) -> Finding:
-    address, interface, master = sight["address"], sight["interface"], placement.master_address
+def _interface(host: str, view: dict, placement: Placement) -> Finding:
+    address, interface, master = view["address"], view["interface"], placement.master_address
     if interface is None:
-        hint = f"let {host} resolve and reach {master}, in /etc/hosts or DNS and by a route"
-        return Finding("network", host, False, f"no way to {master}", hint)
+        hint = f"make {master} resolvable and reachable from {host}: /etc/hosts or DNS, and a route"
+        return Finding("network", host, False, f"no route to {master}", hint)
     if is_loopback(address) and host != placement.hosts[0].name:
         hint = f"give {master} its own line with its real address in /etc/hosts of {host}"
-        return Finding("network", host, False, f"{master} is {address} to it", hint)
-    way = (
-        f"{interface}; {master} is its own name"
-        if is_loopback(address)
-        else f"{interface} ({address}) towards {master}"
-    )
+        return Finding("network", host, False, f"{master} resolves to {address} there", hint)
+    way = f"{interface}; {master} is this host" if is_loopback(address) else f"{interface} ({address}) to {master}"
     return Finding("network", host, True, way)
 
 
 def _ports(hosts: list[str], unreached: list[tuple[str, str, str]]) -> list[Finding]:
-    """Of the pairs that cannot talk, those hosts are named that explain the most."""
+    """Of the pairs that cannot connect, the hosts that explain most of them fail."""
     findings = {}
     while unreached:
         counts = Counter(name for source, target, _ in unreached for name in (source, target) if name != HERE)
         host = max(counts, key=lambda name: (counts[name], sum(target == name for _, target, _ in unreached)))
         source, target, error = next(pair for pair in unreached if host in pair[:2])
         unreached = [pair for pair in unreached if host not in pair[:2]]
-        hint = f"open the ports between {source} and {target}, and look at {host}'s network"
+        hint = f"open the ports between {source} and {target}, and check the network of {host}"
         findings[host] = Finding("ports", host, False, f"{source} cannot connect to {target}: {error}", hint)
-    green = [Finding("ports", host, True, "reached in both directions") for host in hosts if host not in findings]
-    return [*findings.values(), *green]
+    passed = [Finding("ports", host, True, "reached in both directions") for host in hosts if host not in findings]
+    return [*findings.values(), *passed]
 
 
-def _clock(talk: Conversation) -> Finding:
+def _clock(client: ProbeClient) -> Finding:
     before = time.time()
-    answer = talk.ask({"clock": True})
+    answer = client.query({"clock": True})
     after = time.time()
     if not isinstance(answer, dict):
-        return _ssh(talk.name, answer)
+        return _ssh(client.name, answer)
     difference = answer["time"] - (before + after) / 2
-    is_green = abs(difference) - (after - before) / 2 <= _CLOCK_SECONDS
-    hint = "start a time service there (chrony, systemd-timesyncd)"
-    return Finding("clock", talk.name, is_green, f"{difference:+.3f} s", hint)
+    passed = abs(difference) - (after - before) / 2 <= _CLOCK_SECONDS
+    hint = "start a time synchronization service there (chrony, systemd-timesyncd)"
+    return Finding("clock", client.name, passed, f"{difference:+.3f} s", hint)
 
 
-def table(examined: DoctorReport, in_color: bool) -> str:
-    """One line per check where all hosts agree, else one per host; below each red one its mend."""
-    lines = []
-    for check in dict.fromkeys(finding.check for finding in examined.findings):
-        rows = [finding for finding in examined.findings if finding.check == check]
-        green = [finding for finding in rows if finding.is_green]
+def table(report: DoctorReport, in_color: bool) -> str:
+    """One line per check where all hosts agree, else one per host; below each failed check its fix."""
+    rows: list[tuple[str, ...]] = []
+    for check in dict.fromkeys(finding.check for finding in report.findings):
+        of_check = [finding for finding in report.findings if finding.check == check]
         by_found: dict[str, list[str]] = {}
-        for finding in green:
+        for finding in filter(lambda finding: finding.passed, of_check):
             by_found.setdefault(finding.found, []).append(finding.host)
-        for found, hosts in by_found.items():
-            lines.append(_line(_paint("ok ", 32, in_color), check, _some(hosts), found))
-        for finding in rows:
-            if not finding.is_green:
-                lines.append(_line(_paint("RED", 31, in_color), check, finding.host, finding.found))
-                lines.append(f"{'':4}{'':15}mend: {finding.hint}")
-    return "\n".join(lines)
+        rows += [("PASS", check, f"{_join_names(hosts)}: {found}") for found, hosts in by_found.items()]
+        for finding in filter(lambda finding: not finding.passed, of_check):
+            rows += [("FAIL", check, f"{finding.host}: {finding.found}"), ("", "", f"fix: {finding.hint}")]
+    text = text_table(rows, words=range(3))
+    return re.sub("^(?:PASS|FAIL)", _paint, text, flags=re.MULTILINE) if in_color else text
 
 
-def _line(state: str, check: str, hosts: str, found: str) -> str:
-    return f"{state} {check:15}{hosts}: {found}"
-
-
-def _some(hosts: list[str]) -> str:
+def _join_names(hosts: list[str]) -> str:
     return ", ".join(hosts) if len(hosts) <= 4 else f"{len(hosts)} hosts"
 
 
-def _paint(text: str, color: int, in_color: bool) -> str:
-    return f"\033[{color}m{text}\033[0m" if in_color else text
+def _paint(state: re.Match[str]) -> str:
+    return f"\033[{32 if state[0] == 'PASS' else 31}m{state[0]}\033[0m"

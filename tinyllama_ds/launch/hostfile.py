@@ -30,17 +30,17 @@ class Host:
 
     @property
     def ranks(self) -> int:
-        """How many processes run there."""
+        """The number of processes on this host."""
         return self.slots if self.devices is None else len(self.devices)
 
     @property
     def takes_first(self) -> bool:
-        """Whether its GPUs are number 0 and on, which is all that MPI and Slurm can be asked for."""
+        """Whether its GPUs are the first ones, all that MPI and Slurm can select."""
         return self.devices is None or self.devices == tuple(range(len(self.devices)))
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """All hosts in the order of the file; raises `ConfigError` with every line that is not a host, and its number."""
+    """All hosts in the order of the file; raises `ConfigError` that lists every invalid line by number."""
     hosts: dict[str, Host] = {}
     problems = []
     text = read_text(path, "the hostfile", keep_mark=True)
@@ -59,12 +59,12 @@ def read_hostfile(path: Path) -> list[Host]:
         raise ConfigError(f"{path}:{problems[0][0]}: {problems[0][1]}")
     raise_problems(path, [f"line {number}: {problem}" for number, problem in problems])
     if not hosts:
-        raise ConfigError(f"{path}: names no host; expected lines such as 'node1 slots=8'")
+        raise ConfigError(f"{path}: has no hosts; expected lines such as 'node1 slots=8'")
     return list(hosts.values())
 
 
 def _read_line(content: str, before: Collection[str]) -> Host | str:
-    """The host of a line, or what is wrong with it; `before` are the names of the lines above."""
+    """The host of a line, or the problem with it; `before` are the hosts of the lines above."""
     match = _LINE.fullmatch(content)
     if match is None:
         return f"{shown(content)} is not of the form 'host slots=N'"
@@ -80,9 +80,9 @@ def _read_line(content: str, before: Collection[str]) -> Host | str:
 
 
 def filter_hosts(hosts: list[Host], include: str | None, exclude: str | None) -> list[Host]:
-    """What `--include` or `--exclude` leaves, in DeepSpeed's grammar: `host1@host2:0,2`, a host alone being all of it.
+    """Apply `--include` or `--exclude` in DeepSpeed's grammar: `host1@host2:0,2`; a host alone means all its slots.
 
-    Raises `ConfigError` for a host or slot that is not in the hostfile, and where nothing is left.
+    Raises `ConfigError` for a host or slot that is not in the hostfile, and if no host is left.
     """
     if include and exclude:
         raise ConfigError("--include and --exclude were both given; expected one of them")
@@ -98,7 +98,7 @@ def filter_hosts(hosts: list[Host], include: str | None, exclude: str | None) ->
             whole = len(left) == host.slots
             chosen.append(Host(host.name, host.slots, None if whole else tuple(sorted(left))))
     if not chosen:
-        raise ConfigError(f"{option} {text}: leaves no GPU of any host")
+        raise ConfigError(f"{option} {text}: excludes all GPUs")
     return chosen
 
 

@@ -15,7 +15,7 @@ import psutil
 from tinyllama_ds.devices import VISIBLE, VISIBLE_HERE_VARIABLE, Machine
 from tinyllama_ds.distributed.network import free_port
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.launch.environment import check_argument, for_runner, forwarded, write_file
+from tinyllama_ds.launch.environment import check_argument, forwarded, runner_environment, write_private_file
 from tinyllama_ds.launch.hostfile import Host, write_filter
 
 # The modules that run on every rank.
@@ -26,8 +26,8 @@ ALL_REDUCE = "tinyllama_ds.rank.all_reduce"
 DEFAULT_PORT = 29500  # torch's own
 _ENVIRONMENT_FILE = "deepspeed_env"
 _HOSTFILE = "hostfile"
-_MPI = ("openmpi", "mpich")  # cannot leave hosts out, so they get a hostfile of our own
-BY_COUNT = (*_MPI, "slurm")  # cannot be told which GPUs
+_MPI = ("openmpi", "mpich")  # cannot exclude hosts, so they get a hostfile of our own
+BY_COUNT = (*_MPI, "slurm")  # cannot select GPUs by number
 LAUNCHERS = ("pdsh", *BY_COUNT)
 
 
@@ -35,7 +35,7 @@ LAUNCHERS = ("pdsh", *BY_COUNT)
 class Placement:
     """Where the ranks run: on the hosts of a hostfile, or `num_local` of them here.
 
-    `machine` is what other hosts say of themselves (`machines.ask_hosts`), and None where this machine is meant.
+    `machine` is the hardware of other hosts (`machines.query_hosts`); None for this machine.
     """
 
     hostfile: Path | None
@@ -45,7 +45,7 @@ class Placement:
     launcher: str = "pdsh"
     launcher_args: str = ""
     ssh_port: int | None = None
-    node_rank: int | None = None  # without ssh: which of the hosts this one is
+    node_rank: int | None = None  # without ssh: the index of this host
     master: str | None = None  # default: the first host
     master_port: int | None = None  # default: a free one
     forward: tuple[str, ...] = ()  # variables named by the user
@@ -63,7 +63,7 @@ class Placement:
 
     @property
     def spans_hosts(self) -> bool:
-        """Whether there are ranks that are not children of this machine's launcher."""
+        """Whether some ranks are not children of this machine's launcher."""
         return self.is_remote or len(self.hosts) > 1
 
     @property
@@ -72,13 +72,13 @@ class Placement:
 
     @property
     def master_address(self) -> str:
-        """Where rank 0 waits for the others."""
+        """The address of rank 0."""
         if self.master is not None:
             return self.master
         return self.hosts[0].name if self.hosts and not self._is_all_here else "127.0.0.1"
 
     def host_of(self, rank: int) -> str:
-        """The host that a rank runs on; hosts are filled in the order of the hostfile."""
+        """The host of a rank; ranks are assigned in the order of the hostfile."""
         for host in self.hosts:
             if rank < host.ranks:
                 return host.name
@@ -87,7 +87,7 @@ class Placement:
 
 
 def check_placement(placement: Placement, arguments: list[str]) -> None:
-    """Raises `ConfigError` for what DeepSpeed's runner would get wrong or only notice on the other hosts."""
+    """Raises `ConfigError` for what DeepSpeed's runner gets wrong or only detects on the other hosts."""
     if not placement.is_remote:
         return
     launcher = placement.launcher
@@ -106,7 +106,7 @@ def check_placement(placement: Placement, arguments: list[str]) -> None:
 
 
 def check_partition(placement: Placement, partition: int, config: Path) -> None:
-    """Refuse an hpZ partition that would reach over the border of a host, where it costs more than it saves."""
+    """Raises `ConfigError` for an hpZ partition that spans hosts, where it costs more than it saves."""
     ranks = {host.name: host.ranks for host in placement.hosts} or {"this machine": placement.num_local}
     for name, count in ranks.items():
         if count % partition:
@@ -119,9 +119,9 @@ def check_partition(placement: Placement, partition: int, config: Path) -> None:
 def launcher_command(
     placement: Placement, arguments: list[str], module: str = PRETRAIN, directory: Path | None = None
 ) -> list[str]:
-    """The ordinary deepspeed command line that starts a module of ours on every rank.
+    """The deepspeed command line that starts a module on every rank.
 
-    `directory` is where a hostfile of our own lies, for those launchers that know no other way to leave hosts out.
+    `directory` has a hostfile of our own, for launchers that cannot exclude hosts otherwise.
     """
     where = _on_hosts(placement, directory) if placement.hosts else ["--num_gpus", str(placement.num_local)]
     where += ["--master_addr", placement.master_address]
@@ -147,7 +147,7 @@ def _on_hosts(placement: Placement, directory: Path | None) -> list[str]:
         where += ["--include", write_filter(placement.hosts)]
     if placement.node_rank is not None:
         return [*where, "--no_ssh", "--node_rank", str(placement.node_rank)]
-    where.append("--no_ssh_check")  # doctor has looked, and one host that is this machine needs no ssh
+    where.append("--no_ssh_check")  # doctor has checked it
     if placement.is_remote:
         where += ["--force_multi", "--launcher", placement.launcher]
         where += [f"--launcher_args={_launcher_args(placement)}"] if _launcher_args(placement) else []
@@ -155,7 +155,7 @@ def _on_hosts(placement: Placement, directory: Path | None) -> list[str]:
 
 
 def _launcher_args(placement: Placement) -> str:
-    """Ours before the user's: OpenMPI would bind ranks to cores and not run as root, srun let other tasks go on."""
+    """Ours, then the user's. OpenMPI would bind ranks to cores and reject root; srun would keep other tasks running."""
     ours = []
     if placement.launcher == "slurm":
         ours = ["--kill-on-bad-exit=1", f"--ntasks-per-node={placement.hosts[0].ranks}"]
@@ -185,26 +185,26 @@ def start_launcher(
     module: str = PRETRAIN,
     output: int | None = None,
 ) -> subprocess.Popen:
-    """Start the launcher in a session of its own: a SIGTERM to the deepspeed command alone would orphan its ranks.
+    """Start the launcher in its own session: a SIGTERM to the deepspeed command alone would orphan its ranks.
 
-    `directory` is private to this start and outlives it; the file of forwarded variables lies there.
+    `directory` is private to this start and outlives it; it gets the file of forwarded variables.
     """
     environment = launcher_environment(placement) | variables
     if placement.is_remote:
         for name, content in launch_files(placement, environment).items():
-            write_file(directory / name, content)
-        environment = for_runner(environment, placement.forward) | _for_runner(placement, directory)
+            write_private_file(directory / name, content)
+        environment = runner_environment(environment, placement.forward) | _runner_settings(placement, directory)
     command = launcher_command(placement, arguments, module, directory)
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)
 
 
 def launch_files(placement: Placement, environment: Mapping[str, str]) -> dict[str, str]:
-    """Name and content of the files that DeepSpeed's runner reads at a start over the network."""
-    variables = _settings(placement) | forwarded(environment, placement.forward, placement.launcher)
+    """Name and content of the files that DeepSpeed's runner reads for a multi-host start."""
+    variables = _cpu_settings(placement) | forwarded(environment, placement.forward, placement.launcher)
     # DeepSpeed leaves these to mpi4py.
     if placement.launcher in ("openmpi", "slurm"):
         variables["MASTER_PORT"] = str(placement.master_port)
-    if placement.launcher == "openmpi":  # Slurm itself says which host is first
+    if placement.launcher == "openmpi":  # Slurm sets it
         variables["MASTER_ADDR"] = placement.master_address
     files = {_ENVIRONMENT_FILE: "".join(f"{name}={value}\n" for name, value in variables.items())}
     if placement.launcher in _MPI:
@@ -212,8 +212,8 @@ def launch_files(placement: Placement, environment: Mapping[str, str]) -> dict[s
     return files
 
 
-def _for_runner(placement: Placement, directory: Path) -> dict[str, str]:
-    # The runner itself asks what there is: not on this machine, which may have no GPU.
+def _runner_settings(placement: Placement, directory: Path) -> dict[str, str]:
+    # Otherwise the runner detects the accelerator of this machine, which may have no GPU.
     variables = {"DS_ENV_FILE": str(directory / _ENVIRONMENT_FILE)}
     variables["DS_ACCELERATOR"] = "cpu" if placement.on_cpu else "cuda"
     if placement.launcher == "pdsh":
@@ -224,48 +224,48 @@ def _for_runner(placement: Placement, directory: Path) -> dict[str, str]:
 
 
 def launcher_environment(placement: Placement) -> dict[str, str]:
-    """The environment of a launch: for ranks of this machine with what fits it, where the user has not set it."""
+    """The environment of a launch; for local ranks with defaults for this machine."""
     environment = dict(os.environ)
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     if placement.is_remote:
         return environment
     if placement.hostfile is None and VISIBLE in environment:
         environment[VISIBLE_HERE_VARIABLE] = environment[VISIBLE]
-    return _settings(placement) | environment
+    return _cpu_settings(placement) | environment
 
 
-def _settings(placement: Placement) -> dict[str, str]:
-    """What ranks on CPUs need in their environment: as many threads per rank as there are cores for it."""
+def _cpu_settings(placement: Placement) -> dict[str, str]:
+    """Variables of ranks on CPUs: the cores are divided among them."""
     if not placement.on_cpu:
         return {}
     ranks = max((host.ranks for host in placement.hosts), default=placement.num_local)
     cores = placement.machine.cores if placement.machine else len(os.sched_getaffinity(0))
     return {
         "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": str(max(1, cores // max(1, ranks))),  # else every rank starts a thread per core
-        # glibc gives every large tensor back to the kernel and faults its pages in again: a twentieth of a step.
+        "OMP_NUM_THREADS": str(max(1, cores // max(1, ranks))),  # by default every rank would start a thread per core
+        # glibc returns every large tensor to the kernel and faults its pages in again: 5 % of a step.
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**40),
     }
 
 
 def describe_launch(placement: Placement, arguments: list[str], directory: Path) -> str:
-    """All that a start would do, as lines for a shell, without secrets."""
-    lines = [f"# rank 0 on {placement.master_address} waits for the others at port {placement.master_port}"]
+    """The start as a shell script, without secrets."""
+    lines = [f"# rank 0 on {placement.master_address} listens on port {placement.master_port}"]
     environment = launcher_environment(placement)
     if placement.node_rank is not None:
-        lines.append("# on each host, with what it needs in the environment:")
+        lines.append("# on each host, with its environment variables:")
         for rank, host in enumerate(placement.hosts):
             command = launcher_command(replace(placement, node_rank=rank), arguments)
             lines += [f"# {host.name}", f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}"]
         return "\n".join(lines)
     runner: dict[str, str] = {}
     if placement.is_remote:
-        runner = _for_runner(placement, directory)
+        runner = _runner_settings(placement, directory)
         lines.append(f"mkdir -m 700 {shlex.quote(str(directory))}")
         for name, content in launch_files(placement, environment).items():
             lines += [f"cat >{shlex.quote(str(directory / name))} <<'END'", content.rstrip("\n"), "END"]
-    hidden = environment.keys() - for_runner(environment, placement.forward).keys() if runner else ()
+    hidden = environment.keys() - runner_environment(environment, placement.forward).keys() if runner else ()
     unset = ["env", *(part for name in sorted(hidden) for part in ("-u", name))] if hidden else []
     settings = [*unset, *(f"{name}={shlex.quote(value)}" for name, value in runner.items())]
     return "\n".join(

@@ -1,11 +1,12 @@
-"""The line between the supervisor and ranks on other hosts: one TCP connection each, with a sign of life every 2 s.
+"""The liveness connection between the supervisor and ranks on other hosts: TCP, with a heartbeat every 2 s.
 
-Where it breaks, both ends know: the rank ends itself and all of its host's ranks, the supervisor ends the run. A broken
-connection is known at once, a host without power or network after `SILENCE_SECONDS`.
+When it breaks, the rank ends itself and all ranks of its host, and the supervisor ends the run. A closed connection is
+detected at once, a host without power or network after `SILENCE_SECONDS`.
 
-Lines of JSON pass: from a rank its name, its beats, its first error, its stacks and its farewell, from the supervisor
-nothing but life signs and the wish for stacks. Both ends first prove that they have the key of this start, which lies
-in a file of the run directory that only this user can read; it is in no command line or environment, and never sent.
+Messages are lines of JSON: a rank sends its identity, its progress, its first error, its stacks and its exit code; the
+supervisor sends heartbeats and requests for stacks. Both ends first prove that they have the key of this start, which
+is in a file of the run directory that only this user can read; no command line or environment has it, and it is never
+sent.
 """
 
 import json
@@ -24,27 +25,27 @@ from tinyllama_ds.files import parse_row, write_secret
 
 SILENCE_SECONDS = 30
 _PING_SECONDS = 2
-_GATHER_SECONDS = 240  # from the first rank that comes to life to the last
-_END_SECONDS = 3  # from the cut to the end of the ranks
-_STACKS_SECONDS = 10  # for the answers of those that can
-_LONGEST_MESSAGE, _LONGEST_GREETING = 1 << 20, 1 << 12  # bytes
-_GREETING_SECONDS = 30  # for a stranger to say who it is
-_MOST_STRANGERS = 256  # at a time, after which the oldest has to go: a process may have so many files open
-_LARGEST_GROUP = 2**22  # of process numbers
-_FAREWELLS = (EXIT_FINISHED, EXIT_RESTART, EXIT_ROLLBACK, EXIT_CONFIG, EXIT_NUMERICS)
+_JOIN_SECONDS = 240  # from the first rank that connects to the last
+_END_SECONDS = 3  # from closing the connections to the end of the ranks
+_STACKS_SECONDS = 10  # for stacks to arrive
+_MAX_MESSAGE, _MAX_HANDSHAKE = 1 << 20, 1 << 12  # bytes
+_HANDSHAKE_SECONDS = 30  # for a connection to authenticate
+_MAX_UNAUTHENTICATED = 256  # at a time; then the oldest is dropped, as a process has a limit of open files
+_LARGEST_GROUP = 2**22  # the largest process id
+_EXIT_REPORTS = (EXIT_FINISHED, EXIT_RESTART, EXIT_ROLLBACK, EXIT_CONFIG, EXIT_NUMERICS)
 
 
 @dataclass(eq=False)
 class _Rank:
-    """One connection; `number` is None until the rank has said who it is."""
+    """One connection; `number` is None until the rank has authenticated."""
 
     connection: socket.socket
-    heard_at: float
-    nonce: str = field(default_factory=lambda: secrets.token_hex(16))  # that the rank has to prove its key with
+    last_seen: float
+    nonce: str = field(default_factory=lambda: secrets.token_hex(16))  # challenge for the rank's proof of its key
     number: int | None = None
     host: str = "?"
     group: int = 0
-    has_left: bool = False
+    has_reported_exit: bool = False
     has_shown_stacks: bool = False
     received: bytes = field(default=b"", repr=False)
 
@@ -54,20 +55,20 @@ class _Rank:
 
 
 def lifeline_value(address: str, port: int, patience: int = 120) -> str:
-    """What a rank needs to know beside the key; it may try for `patience` seconds to find both.
+    """The value of `LIFELINE_VARIABLE`; a rank tries for `patience` seconds to connect and to read the key.
 
-    The supervisor may not be up yet, and a file on shared storage is not seen at once everywhere.
+    The supervisor may not be up yet, and shared storage may show the key late.
     """
     return f"{address}:{port}:{SILENCE_SECONDS}:{patience}"
 
 
 class Lifeline:
-    """The supervisor's end. Everything happens in `look`, which the supervisor calls several times a second."""
+    """The supervisor's end. All work is done in `poll`, which the supervisor calls several times a second."""
 
     def __init__(self, directory: Path, address: str, port: int = 0, key_file: Path | None = None) -> None:
-        """Listen on a port, by default a free one; `directory` takes what ranks report, as if they were here.
+        """Listen on a port, by default a free one; reports of the ranks are written to `directory`, as local ranks do.
 
-        Without a file for the key anybody can take part, in what ends by itself soon.
+        Without a key file, as for a short job, connections are not authenticated.
         """
         self._directory = directory
         self._key_file, self._key = key_file, b""
@@ -84,37 +85,37 @@ class Lifeline:
         self._first_at: float | None = None
         self._pinged_at = 0.0
         self._error: str | None = None
-        self._death: str | None = None  # comes before errors: the others fail because of it
-        self.code: int | None = None  # with which the first rank ended of its own accord
+        self._death: str | None = None  # has priority: the errors of other ranks follow from it
+        self.code: int | None = None  # that the first rank reported at its regular end
 
     def expect(self, hosts: Sequence[str]) -> None:
         """The host of every rank, by rank."""
         self._hosts = hosts
 
-    def look(self) -> str | None:
-        """Hear what the ranks say; a sentence about the first that has failed, died or fallen silent."""
+    def poll(self) -> str | None:
+        """Process all messages; a sentence about the first rank that failed, died or stopped responding, else None."""
         now = time.monotonic()
         for key, _ in self._selector.select(0):
             if key.fileobj is self._server:
                 self._accept_all(now)
             else:
-                self._hear(key.data, now)
-        self._drop_strangers(now)
+                self._receive_from(key.data, now)
+        self._drop_unauthenticated(now)
         if now - self._pinged_at > _PING_SECONDS:
             self._pinged_at = now
-            self._tell_all({})
+            self._broadcast({})
         return self._death or self._error or self._silent(now) or self._missing(now)
 
     def stacks(self) -> None:
-        """Ask all ranks for their stacks, and wait for the answers of those that can."""
-        self._tell_all({"stacks": True})
+        """Request the stacks of all ranks, and wait up to 10 s for them."""
+        self._broadcast({"stacks": True})
         end = time.monotonic() + _STACKS_SECONDS
         while any(rank.is_expected_to_answer for rank in self._ranks) and time.monotonic() < end:
-            self.look()
+            self.poll()
             time.sleep(0.1)
 
     def close(self) -> list[tuple[str, int]]:
-        """Cut all lines, at which every rank ends its host's ranks; host and process group of those that do not."""
+        """Close all connections, at which the ranks end; returns host and process group of those that did not."""
         for rank in self._ranks:
             with suppress(OSError):
                 rank.connection.shutdown(socket.SHUT_WR)
@@ -122,7 +123,7 @@ class Lifeline:
         while self._ranks and time.monotonic() < deadline:
             for key, _ in self._selector.select(0.1):
                 if key.fileobj is not self._server:
-                    self._hear(key.data, time.monotonic())
+                    self._receive_from(key.data, time.monotonic())
         left = [(self._host_of(rank), rank.group) for rank in self._ranks if rank.number is not None]
         for rank in self._ranks:
             rank.connection.close()
@@ -135,43 +136,43 @@ class Lifeline:
         return left
 
     def _host_of(self, rank: _Rank) -> str:
-        """As the hostfile calls it, which ssh understands."""
+        """The host's name in the hostfile, as ssh knows it."""
         is_known = rank.number is not None and rank.number < len(self._hosts)
         return self._hosts[rank.number] if is_known and rank.number is not None else rank.host
 
     def _accept_all(self, now: float) -> None:
-        with suppress(OSError):  # there are no more, or a process may have no more files open
-            for _ in range(_MOST_STRANGERS):
+        with suppress(OSError):  # none left, or too many open files
+            for _ in range(_MAX_UNAUTHENTICATED):
                 connection, _ = self._server.accept()
                 connection.setblocking(False)
                 rank = _Rank(connection, now)
                 self._ranks.append(rank)
                 self._selector.register(connection, selectors.EVENT_READ, rank)
-                self._tell(rank, {"nonce": rank.nonce})
+                self._send(rank, {"nonce": rank.nonce})
 
-    def _drop_strangers(self, now: float) -> None:
-        strangers = [rank for rank in self._ranks if rank.number is None]
-        too_many = len(strangers) - _MOST_STRANGERS
-        for place, stranger in enumerate(strangers):  # the oldest first
-            if place < too_many or now - stranger.heard_at > _GREETING_SECONDS:
-                self._drop(stranger)
+    def _drop_unauthenticated(self, now: float) -> None:
+        unauthenticated = [rank for rank in self._ranks if rank.number is None]
+        too_many = len(unauthenticated) - _MAX_UNAUTHENTICATED
+        for place, rank in enumerate(unauthenticated):  # the oldest first
+            if place < too_many or now - rank.last_seen > _HANDSHAKE_SECONDS:
+                self._drop(rank)
 
-    def _hear(self, rank: _Rank, now: float) -> None:
-        """Take in all that has come, the end too: a death must not be heard after the errors that it causes."""
+    def _receive_from(self, rank: _Rank, now: float) -> None:
+        """Read all data up to the end of the connection, so that a death is seen before the errors that it causes."""
         while rank in self._ranks and (received := _receive(rank.connection)) is not None:
             if rank.number is not None:
-                rank.heard_at = now
+                rank.last_seen = now
             rank.received += received
             *lines, rank.received = rank.received.split(b"\n")
             for line in lines:
-                self._take(rank, line)
-            longest = _LONGEST_GREETING if rank.number is None else _LONGEST_MESSAGE
+                self._handle(rank, line)
+            longest = _MAX_HANDSHAKE if rank.number is None else _MAX_MESSAGE
             if not received or len(rank.received) > longest:
                 self._drop(rank)
 
-    def _take(self, rank: _Rank, line: bytes) -> None:
+    def _handle(self, rank: _Rank, line: bytes) -> None:
         message = parse_row(line)
-        if message is None or (rank.number is None and not self._greet(rank, message)):
+        if message is None or (rank.number is None and not self._authenticate(rank, message)):
             self._drop(rank)
             return
         match message:
@@ -181,14 +182,14 @@ class Lifeline:
                 (self._directory / f"stacks_{rank.number}").write_text(stacks)
                 rank.has_shown_stacks = True
             case {"error": str(error)}:
-                rank.has_left = True
-                self._error = self._error or f"{_name(rank)}: {error}"
-            case {"report_exit": int(code)} if code in _FAREWELLS:
-                rank.has_left = True
+                rank.has_reported_exit = True
+                self._error = self._error or f"{_describe(rank)}: {error}"
+            case {"report_exit": int(code)} if code in _EXIT_REPORTS:
+                rank.has_reported_exit = True
                 self.code = code if self.code is None else self.code
 
-    def _greet(self, rank: _Rank, message: dict) -> bool:
-        """Whether it is a rank of this run that says who it is, and the first to say so."""
+    def _authenticate(self, rank: _Rank, message: dict) -> bool:
+        """Whether this is a rank of this run with the key, and its first connection."""
         names = ("rank", "host", "group", "nonce")
         if parse_row(json.dumps(message).encode(), rank=int, host=str, group=int, nonce=str) is None:
             return False
@@ -196,47 +197,47 @@ class Lifeline:
         is_ours = is_proof(message.get("proof"), self._key, "rank", rank.nonce, number, host, group, nonce)
         is_known = not self._hosts or number < len(self._hosts)
         is_new = all(other.number != number for other in self._ranks)
-        if not (is_ours and is_known and is_new and 1 < group < _LARGEST_GROUP):  # kill -1 would mean all processes
+        if not (is_ours and is_known and is_new and 1 < group < _LARGEST_GROUP):  # kill -1 would kill all processes
             return False
         rank.number, rank.host, rank.group = number, host, group
-        rank.heard_at = time.monotonic()
-        self._first_at = self._first_at or rank.heard_at
-        self._tell(rank, {"proof": proof(self._key, "supervisor", nonce)})
+        rank.last_seen = time.monotonic()
+        self._first_at = self._first_at or rank.last_seen
+        self._send(rank, {"proof": proof(self._key, "supervisor", nonce)})
         return True
 
     def _drop(self, rank: _Rank) -> None:
-        if rank not in self._ranks:  # a stranger, at the first of several lines
+        if rank not in self._ranks:  # already dropped at an earlier line
             return
         self._ranks.remove(rank)
         self._selector.unregister(rank.connection)
         rank.connection.close()
-        if rank.number is not None and not rank.has_left:
-            self._death = self._death or f"{_name(rank)} has died"
+        if rank.number is not None and not rank.has_reported_exit:
+            self._death = self._death or f"{_describe(rank)} has died"
 
     def _silent(self, now: float) -> str | None:
-        silent = [rank for rank in self._ranks if rank.number is not None and now - rank.heard_at > SILENCE_SECONDS]
+        silent = [rank for rank in self._ranks if rank.number is not None and now - rank.last_seen > SILENCE_SECONDS]
         if not silent:
             return None
-        why = "it is stopped, or its host or the network to it is down"
-        return f"{_name(silent[0])} has been silent for {SILENCE_SECONDS} s: {why}"
+        why = "it is stopped, or its host or the network is down"
+        return f"{_describe(silent[0])} has not responded for {SILENCE_SECONDS} s: {why}"
 
     def _missing(self, now: float) -> str | None:
-        if self._first_at is None or now - self._first_at < _GATHER_SECONDS:
+        if self._first_at is None or now - self._first_at < _JOIN_SECONDS:
             return None
-        self._first_at = now + 365 * 86400  # asked once
+        self._first_at = now + 365 * 86400  # reported once
         there = {rank.number for rank in self._ranks}
         missing = [number for number in range(len(self._hosts)) if number not in there]
         if not missing:
             return None
-        return f"rank {missing[0]} on {self._hosts[missing[0]]} has not come to life in {_GATHER_SECONDS} s"
+        return f"rank {missing[0]} on {self._hosts[missing[0]]} did not start within {_JOIN_SECONDS} s"
 
-    def _tell_all(self, message: dict) -> None:
+    def _broadcast(self, message: dict) -> None:
         for rank in self._ranks:
             if rank.number is not None:
-                self._tell(rank, message)
+                self._send(rank, message)
 
-    def _tell(self, rank: _Rank, message: dict) -> None:
-        with suppress(OSError):  # a line that is broken is noticed where it is read
+    def _send(self, rank: _Rank, message: dict) -> None:
+        with suppress(OSError):  # a broken connection is detected when reading
             rank.connection.send(json.dumps(message).encode() + b"\n")
 
 
@@ -245,15 +246,15 @@ def _write_key(path: Path, key: bytes) -> None:
         write_secret(path, key)
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise ConfigError(f"{path}: cannot be kept from others ({error}); expected storage with permissions") from error
+        raise ConfigError(f"{path}: cannot be made private ({error}); expected storage with permissions") from error
 
 
-def _name(rank: _Rank) -> str:
+def _describe(rank: _Rank) -> str:
     return f"rank {rank.number} on {rank.host}"
 
 
 def _receive(connection: socket.socket) -> bytes | None:
-    """What has come over a connection; nothing at its end, None where there is no more at the moment."""
+    """Received bytes; empty at the end of the connection, None if there are none at the moment."""
     try:
         return connection.recv(1 << 16)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""One writer per run directory: a lock file that says who holds it."""
+"""One writer per run directory: a lock file that names its owner."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from tinyllama_ds.files import parse_row, sync
 from tinyllama_ds.layout import LOCK_FILE
 
 _REFRESH_SECONDS = 10
-_SILENCE_SECONDS = 3 * _REFRESH_SECONDS  # after which an owner on another host counts as dead
+_SILENCE_SECONDS = 3 * _REFRESH_SECONDS  # after which an owner on another host is considered dead
 
 
 class RunLock:
-    """The lock that this process holds; to be refreshed, so that other hosts see its owner alive."""
+    """The lock that this process holds; refreshing it shows other hosts that its owner is alive."""
 
     def __init__(self, path: Path, ours: bytes) -> None:
         self._path = path
@@ -25,9 +25,7 @@ class RunLock:
         self._refreshed_at = time.monotonic()
 
     def refresh(self) -> None:
-        """Touch the file now and then. Raises `ConfigError` where somebody took the directory over, who thought us
-        dead.
-        """
+        """Touch the file every 10 s. Raises `ConfigError` if another process took over the directory."""
         if time.monotonic() - self._refreshed_at < _REFRESH_SECONDS:
             return
         self._refreshed_at = time.monotonic()
@@ -35,10 +33,10 @@ class RunLock:
             held = self._path.read_bytes()
         except FileNotFoundError:
             held = None
-        except OSError:  # storage that is out of reach for a while, to be asked again
+        except OSError:  # storage that is unreachable for a while
             return
         if held != self._ours:
-            by = "nobody, who removed the lock," if held is None else _name(self._path, held)
+            by = "a process that removed the lock" if held is None else _describe(self._path, held)
             raise ConfigError(f"{self._path.parent}: was taken over by {by} while this process held it")
         with suppress(OSError):
             os.utime(self._path)
@@ -46,38 +44,37 @@ class RunLock:
 
 @contextmanager
 def hold_run(run_dir: Path) -> Iterator[RunLock]:
-    """Hold a run directory, making it if need be. Raises `ConfigError`, naming the owner, where somebody else does.
+    """Lock a run directory, created if missing. Raises `ConfigError` that names the owner if it is locked.
 
-    The lock of a dead owner is taken over: on this host one whose process is gone, on another host one who has not
-    touched the file while this process watched it for 30 s; so is a lock that a power loss has damaged, whose owner,
-    if it lives, may be anywhere. No clock is compared with another. A directory made here that stayed empty, because
-    the start was refused, goes again.
+    The lock of a dead owner is taken over: on this host one whose process has ended, on another host one that has not
+    touched the file while this process watched it for 30 s. The same goes for a lock that a power loss has damaged. No
+    clocks are compared. A directory that was created here and stayed empty, because the start failed, is removed.
     """
     is_new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
     path = run_dir / LOCK_FILE
     ours = json.dumps(_owner()).encode()
     while not _create(path, ours):
-        with suppress(FileNotFoundError):  # its owner lets go of it in this moment
+        with suppress(FileNotFoundError):  # released by its owner at this moment
             held = path.read_bytes()
             if not _is_dead(path, _owner_of(held)):
-                raise ConfigError(f"{run_dir}: is in use by {_name(path, held)}")
+                raise ConfigError(f"{run_dir}: is in use by {_describe(path, held)}")
             path.unlink()
     try:
         yield RunLock(path, ours)
     finally:
-        with suppress(OSError):  # what cannot be removed is known as a dead process's lock; the run's end is its own
+        with suppress(OSError):  # if it stays, it is the lock of a dead process
             if path.read_bytes() == ours:
                 path.unlink()
         if is_new:
-            with suppress(OSError):  # there is something in it
+            with suppress(OSError):  # not empty
                 run_dir.rmdir()
 
 
 def is_held(run_dir: Path) -> bool:
-    """Whether somebody alive holds a run directory; of an owner on another host that is taken for granted.
+    """Whether a live process holds a run directory; an owner on another host is assumed to be alive.
 
-    Nobody holds it for long with a lock that is damaged: its owner ends when it sees that.
+    A damaged lock does not count: its owner ends when it reads it.
     """
     path = run_dir / LOCK_FILE
     try:
@@ -88,14 +85,14 @@ def is_held(run_dir: Path) -> bool:
 
 
 def _owner_of(held: bytes) -> dict | None:
-    """None where the lock is damaged."""
+    """None if the lock is damaged."""
     return parse_row(held, pid=int, host=str, boot=str, started=int)
 
 
-def _name(path: Path, held: bytes) -> str:
+def _describe(path: Path, held: bytes) -> str:
     owner = _owner_of(held)
     if owner is None:
-        return f"a process that the damaged {path} does not name"
+        return f"an unknown process, as {path} is damaged,"
     return f"process {owner['pid']} on host {owner['host']}"
 
 
@@ -105,9 +102,9 @@ def _owner() -> dict:
 
 
 def _ticks_at_start(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot, which no change of the clock moves; None without it."""
+    """The start time of a process in clock ticks since boot, independent of the clock; None if it has ended."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # its name can hold anything
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # its name may have spaces
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] == "Z" else int(fields[19])
@@ -118,7 +115,7 @@ def _boot_id() -> str:
 
 
 def _create(path: Path, content: bytes) -> bool:
-    """A file with its content at once or not at all: link() is atomic, on NFS too."""
+    """Create a file with its content atomically: link() is atomic on NFS, too."""
     own = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     own.write_bytes(content)
     sync(own)
@@ -134,7 +131,7 @@ def _create(path: Path, content: bytes) -> bool:
 
 
 def _create_in_place(path: Path, content: bytes) -> bool:
-    """The same where somebody may see it before its content is there: what is not whole yet is not believed."""
+    """The same not atomically: others may see an incomplete file, which is treated as damaged."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""What the machines are that ranks will run on, before a start: asked there, for this one may be another kind."""
+"""The hardware of the hosts that ranks will run on, queried there, as this machine may differ."""
 
 import json
 import shlex
@@ -8,20 +8,20 @@ from dataclasses import replace
 
 from tinyllama_ds.devices import Machine, common_machine, machine_of
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.launch.doctor import ANSWER_SECONDS, Conversation, ask_all, end_all, starts_here
+from tinyllama_ds.launch.doctor import ANSWER_SECONDS, ProbeClient, close_all, query_all, starts_without_ssh
 from tinyllama_ds.launch.environment import named_value
 from tinyllama_ds.launch.launcher import Placement
 
 _QUESTION = {"machine": True}
 
 
-def ask_hosts(placement: Placement) -> Placement | None:
-    """The placement with what its hosts have; None where none of them answers.
+def query_hosts(placement: Placement) -> Placement | None:
+    """The placement with the hardware of its hosts; None if no host answers.
 
-    Hosts are reached as the ranks will be: through srun, or by ssh. Those that do not answer are the doctor's business.
-    Raises `ConfigError` where some hosts have GPUs and others have none.
+    Hosts are queried by the way ranks will be started: srun or ssh. Missing answers are left to the doctor.
+    Raises `ConfigError` if some hosts have GPUs and others have none.
     """
-    reports = _ask_by_srun(placement) if placement.launcher == "slurm" else _ask_by_ssh(placement)
+    reports = _query_by_srun(placement) if placement.launcher == "slurm" else _query_by_ssh(placement)
     if not reports:
         return None
     if named_value("DS_ACCELERATOR", placement.forward) == "cpu":
@@ -34,24 +34,24 @@ def ask_hosts(placement: Placement) -> Placement | None:
 
 
 def common_machine_of(placement: Placement, reports: dict[str, dict]) -> Machine:
-    """What the hosts of a placement have in common, as the doctor has found them."""
+    """The common hardware of the hosts of a placement, by the doctor's reports."""
     return common_machine({host.name: machine_of(reports[host.name]) for host in placement.hosts})
 
 
-def _ask_by_ssh(placement: Placement) -> dict[str, dict]:
-    talks = [
-        Conversation(host.name, is_here=starts_here(host, placement), ssh_port=placement.ssh_port)
+def _query_by_ssh(placement: Placement) -> dict[str, dict]:
+    clients = [
+        ProbeClient(host.name, is_here=starts_without_ssh(host, placement), ssh_port=placement.ssh_port)
         for host in placement.hosts
     ]
     try:
-        answers = ask_all(talks, [_QUESTION] * len(talks))
+        answers = query_all(clients, [_QUESTION] * len(clients))
     finally:
-        end_all(talks)
-    return {talk.name: answer for talk, answer in zip(talks, answers, strict=True) if isinstance(answer, dict)}
+        close_all(clients)
+    return {client.name: answer for client, answer in zip(clients, answers, strict=True) if isinstance(answer, dict)}
 
 
-def _ask_by_srun(placement: Placement) -> dict[str, dict]:
-    """One task per host; srun hands the question to all of them."""
+def _query_by_srun(placement: Placement) -> dict[str, dict]:
+    """One task per host; srun sends the question to all of them."""
     count = str(len(placement.hosts))
     where = ["--nodes", count, "--ntasks", count, "--nodelist", ",".join(host.name for host in placement.hosts)]
     command = ["srun", *shlex.split(placement.launcher_args), *where, sys.executable]

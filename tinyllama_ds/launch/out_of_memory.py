@@ -1,4 +1,4 @@
-"""Whether the kernel has ended processes for want of memory, which leaves no word of its own: it counts them."""
+"""Detects processes that the kernel's out-of-memory killer has ended, by its counters."""
 
 import re
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ _MOUNT = Path("/sys/fs/cgroup")
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
-def count_kills() -> int:
-    """How many processes the out-of-memory killer has ended so far: of this control group, else of this machine."""
+def count_oom_kills() -> int:
+    """The number of processes killed so far in this control group, else on this machine."""
     for path in (*_own_counters(), _MACHINE):
         with suppress(OSError):
             found = _COUNT.search(path.read_text())
@@ -22,7 +22,7 @@ def count_kills() -> int:
 
 
 def _own_counters() -> Iterator[Path]:
-    """Of control groups version 2 and 1, as /proc/self/cgroup names them."""
+    """The counters of cgroup v2 and v1, as /proc/self/cgroup names them."""
     with suppress(OSError):
         for line in _CGROUPS.read_text().splitlines():
             _, controllers, place = line.split(":", 2)

@@ -1,8 +1,7 @@
-"""What `doctor` starts on every host: it answers questions, one line of JSON each, and leaves no trace.
+"""The process that `doctor` starts on every host. It answers questions, one line of JSON each, and leaves no files.
 
 `{"data": ..., "run_dir": ..., "token": ...}` is answered by a report of this host, `{"peers": ..., "tokens": ...,
-"master": ...}` by what it sees of the others, `{"clock": true}` by the time, `{"machine": true}` by what ranks will
-find here.
+"master": ...}` by its connections to the others, `{"clock": true}` by the time, `{"machine": true}` by its hardware.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ _CONNECT_SECONDS = 5
 
 
 def report(data: str | None, run_dir: str | None, token: str) -> dict:
-    """Everything about this host that needs no other one; puts a token into the run directory."""
+    """The report of this host; writes a token into the run directory."""
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in (*_PACKAGES, *nccl_packages(requires("torch") or []))},
@@ -45,18 +44,18 @@ def report(data: str | None, run_dir: str | None, token: str) -> dict:
 
 
 def machine() -> dict:
-    """What decides how ranks compute on this host."""
+    """The hardware of this host."""
     gpus, cores = list_gpus(), len(os.sched_getaffinity(0))
     return {"host": socket.gethostname(), "gpus": gpus, "cores": cores, "bf16": cpu_has_bf16()}
 
 
 def nccl_packages(requirements: list[str]) -> list[str]:
-    """The package of NCCL that torch requires, `nvidia-nccl-cu13` or for another CUDA; none for builds without."""
+    """The NCCL package that torch requires, such as `nvidia-nccl-cu13`; empty for builds without CUDA."""
     return [match[0] for text in requirements if (match := re.match(r"nvidia-nccl-\w+", text))]
 
 
-def see_others(peers: dict[str, list], run_dir: str | None, tokens: list[str], master: str) -> dict:
-    """Which peers (name: [address, port]) can be reached, whose tokens are there, and the way to rank 0."""
+def check_peers(peers: dict[str, list], run_dir: str | None, tokens: list[str], master: str) -> dict:
+    """Which peers (name: [address, port]) are unreachable, which tokens are missing, and the route to rank 0."""
     with ThreadPoolExecutor(64) as pool:
         errors = dict(zip(peers, pool.map(lambda peer: _connect(*peer), peers.values()), strict=True))
     address = local_address_towards(master)
@@ -69,7 +68,7 @@ def see_others(peers: dict[str, list], run_dir: str | None, tokens: list[str], m
 
 
 def code_digest() -> str:
-    """SHA-256 over the package, which a git revision of a changed checkout would not show."""
+    """SHA-256 over the package: a git revision does not show uncommitted changes."""
     digest = hashlib.sha256()
     for path in sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.toml")]):
         digest.update(str(path.relative_to(_PACKAGE.parent)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -77,7 +76,7 @@ def code_digest() -> str:
 
 
 def data_digest(data: Path) -> dict:
-    """One hash over all manifests of a data directory, and the first file that is not as its manifest says."""
+    """One hash over all manifests of a data directory, or the first missing file."""
     if not data.is_dir():
         return {"error": f"{data} is missing"}
     digest, manifests = hashlib.sha256(), sorted(data.rglob("*.json"))
@@ -130,7 +129,7 @@ def _connect(host: str, port: int) -> str | None:
 
 
 def listen() -> int:
-    """Accept connections on a port of its own for as long as this process lives; returns the port."""
+    """Accept connections on a free port until this process ends; returns the port."""
     server = socket.create_server(("", 0), backlog=1024)
 
     def accept() -> None:
@@ -142,7 +141,7 @@ def listen() -> int:
 
 
 def main() -> None:
-    """Answer until the other end closes; then take the token away again."""
+    """Answer until the input is closed; then remove the token."""
     port, token = listen(), None
     try:
         for line in sys.stdin:
@@ -152,7 +151,7 @@ def main() -> None:
             elif "machine" in question:
                 answer = machine()
             elif "peers" in question:
-                answer = see_others(**question)
+                answer = check_peers(**question)
             else:
                 token = Path(question["run_dir"]) / question["token"] if question["run_dir"] else None
                 answer = report(**question) | {"port": port}

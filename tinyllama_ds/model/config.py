@@ -6,12 +6,16 @@ from tinyllama_ds.errors import ConfigError
 
 _LARGEST = 2**31 - 1
 _MOST_LAYERS = 1000  # each takes time before anything else can be found wrong
+# fp32 logits alive at once: 2,048 rows of Llama's vocabulary keep a GPU busy. On a CPU every chunk adds a gradient of
+# the whole weight, which is slow for small chunks, and large ones do not fit the cache (docs/performance.md).
+MAX_CHUNK_LOGITS = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shapes of a Llama-2-architecture decoder, under the names that Hugging Face's `config.json` uses."""
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  where a description of a model is read
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -77,6 +81,11 @@ class LlamaConfig:
         return values
 
 
+def dtype_name(dtype: object) -> str:
+    """A torch dtype as files and messages have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 # TinyLlama's three published shapes (lit_gpt/config.py of its repository; the second is `code_tiny_LLaMA_1b`), then
 # small ones for the demo and the tests.
 MODEL_SIZES: dict[str, LlamaConfig] = {
@@ -88,8 +97,14 @@ MODEL_SIZES: dict[str, LlamaConfig] = {
 }
 
 
-def model_config(name: str) -> LlamaConfig:
-    """The shapes of a named size; raises `ConfigError` for a name that is not in `MODEL_SIZES`."""
+def model_config(name: str, sequence_length: int = 0) -> LlamaConfig:
+    """The shapes of a named size of `MODEL_SIZES`; raises `ConfigError` for other names, and for longer sequences."""
     if name not in MODEL_SIZES:
         raise ConfigError(f"model {name!r} is unknown; the known sizes are {', '.join(MODEL_SIZES)}")
-    return MODEL_SIZES[name]
+    model = MODEL_SIZES[name]
+    if sequence_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"sequence_length {sequence_length} is beyond the {model.max_position_embeddings} positions of model"
+            f" {name!r}"
+        )
+    return model

@@ -3,16 +3,15 @@
 Shapes: N rows (B times T), D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tinyllama_ds.model.config import MAX_CHUNK_LOGITS
+
 IGNORE_INDEX = -100  # a label that is no target, PyTorch's convention
-# Logits alive at once: 2,048 rows of Llama's vocabulary keep a GPU busy. On a CPU every chunk adds a gradient of the
-# whole weight, so that small ones lose, and large ones leave the cache (docs/performance.md).
-MAX_CHUNK_LOGITS = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 
 
 class LMHeadLoss(nn.Module):
@@ -67,9 +66,18 @@ def chunked_cross_entropy(
     """
     if chunk_rows is None:
         chunk_rows = max(1, MAX_CHUNK_LOGITS[rows.device.type] // weight.shape[0])
-    # Asked here: inside an autograd function gradients are always off, and a weight always wants one.
-    needs_grad = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(rows, weight, labels, chunk_rows, of_chunk, needs_grad)
+    chunks = [slice(start, start + chunk_rows) for start in range(0, rows.shape[0], chunk_rows)]
+    if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
+        return _ChunkedCrossEntropy.apply(rows, weight, labels, chunks, of_chunk)
+    num_targets = _count_targets(labels)
+    total = torch.zeros((), dtype=torch.float32, device=rows.device)
+    for chunk in chunks:
+        total += of_chunk(rows[chunk] @ weight.t(), labels[chunk], num_targets)[0]
+    return total
+
+
+def _count_targets(labels: Tensor) -> Tensor:
+    return (labels != IGNORE_INDEX).sum().clamp(min=1)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -77,30 +85,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        chunk_rows: int,
-        of_chunk: Callable,
-        needs_grad: bool,
+        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, chunks: Sequence[slice], of_chunk: Callable
     ) -> Tensor:
-        num_targets = (labels != IGNORE_INDEX).sum().clamp(min=1)
-        grad_rows = torch.empty_like(rows if needs_grad else rows[:0])
-        grad_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=torch.float32)
+        num_targets = _count_targets(labels)
+        grad_rows = torch.empty_like(rows)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        for start in range(0, rows.shape[0], chunk_rows):
-            chunk = slice(start, start + chunk_rows)
+        for chunk in chunks:
             loss, grad_logits = of_chunk(rows[chunk] @ weight.t(), labels[chunk], num_targets)
             total += loss
-            if needs_grad:
-                torch.mm(grad_logits, weight, out=grad_rows[chunk])
-                grad_weight += grad_logits.t() @ rows[chunk]
-        if needs_grad:
-            ctx.save_for_backward(grad_rows, grad_weight.to(weight.dtype))
+            torch.mm(grad_logits, weight, out=grad_rows[chunk])
+            grad_weight += grad_logits.t() @ rows[chunk]
+        ctx.save_for_backward(grad_rows, grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_rows, grad_weight = ctx.saved_tensors
-        return grad_rows * grad_loss, grad_weight * grad_loss, None, None, None, None
+        return grad_rows * grad_loss, grad_weight * grad_loss, None, None, None

@@ -1,1 +1,1 @@
-"""What a run needs, costs and will do, by arithmetic alone: no torch, no DeepSpeed, no data read."""
+"""Memory, time, cost and timeline of a run by arithmetic: no torch, no DeepSpeed, no data read."""

@@ -1,4 +1,4 @@
-"""What ranks send each other in one optimizer step, and how long that takes. Formulas: docs/planning.md."""
+"""Bytes and seconds of the collectives of one optimizer step. Formulas: docs/planning.md."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -8,10 +8,8 @@ from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persistent_elements
 
 _WHOLE_BUCKET = 500_000_000  # elements that DeepSpeed's engine reduces at once outside ZeRO 2 and 3
-
-
-# Two gloo ranks share one connection both ways: the one that is early sends half of its part before the other's
-# permission to send can pass, so a gather takes as long as one and a half parts.
+# Two gloo ranks share one connection in both directions: the early one sends half of its part before the other's
+# permission to send gets through, so a gather takes as long as one and a half parts.
 _GLOO_PAIR_GATHER = 1.5
 
 
@@ -29,25 +27,25 @@ class Hosts:
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective of a step. `bytes` is the whole tensor, as one rank holds it before or after."""
+    """One kind of collective of a step. `bytes` is the full tensor, as one rank holds it before or after."""
 
     name: str
     kind: str  # all-reduce, all-gather or reduce-scatter
     bytes: int  # per step, all calls together
     calls: int  # per step
     is_in_node: bool = False  # among the GPUs of one host (hpZ)
-    hides_behind: str = ""  # forward or backward, of the same micro batch; "" stops the computation
+    overlaps_with: str = ""  # forward or backward of the same micro-batch; "": fully exposed
 
-    def passes(self, algorithm: str = "ring") -> int:
-        """How often the tensor goes round: a ring's all-reduce is a reduce-scatter and an all-gather."""
+    def ring_passes(self, algorithm: str = "ring") -> int:
+        """How often the tensor passes through the ring: an all-reduce is a reduce-scatter and an all-gather."""
         halves = 2 if self.kind == "all-reduce" else 1
         if algorithm == "gloo" and self.kind == "reduce-scatter":
-            halves = 2  # PyTorch's gloo all-reduces and throws away the rest
+            halves = 2  # PyTorch's gloo all-reduces and drops the rest
         return halves
 
     def sent_per_rank(self, ranks: int, algorithm: str = "ring") -> float:
-        """Bytes that each of `ranks` sends: (ranks - 1) / ranks of the tensor for each pass of a ring."""
-        return self.passes(algorithm) * self.bytes * (ranks - 1) / ranks
+        """Bytes that each of `ranks` sends: (ranks - 1) / ranks of the tensor per ring pass."""
+        return self.ring_passes(algorithm) * self.bytes * (ranks - 1) / ranks
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Traffic:
     """One collective on given hosts: bytes and seconds per step."""
 
     collective: Collective
-    per_gpu: float  # bytes that each GPU sends, mostly to its neighbours in the host
+    per_gpu: float  # bytes that each GPU sends, mostly within its host
     per_node: float  # bytes that leave each host
     seconds: float
 
@@ -71,9 +69,9 @@ def collectives_of(
     if layout.stage == 3:
         return _zero3(model, layout, ranks, accumulation, hosts_gpus)
     if layout.stage == 2:
-        behind = "backward" if layout.overlap else ""
+        overlap = "backward" if layout.overlap else ""
         calls = accumulation * max(1, ceil(P / layout.reduce_bucket))
-        reduced = Collective("gradients", "all-reduce", accumulation * gradients, calls, hides_behind=behind)
+        reduced = Collective("gradients", "all-reduce", accumulation * gradients, calls, overlaps_with=overlap)
     else:
         is_whole = layout.stage == 0 or layout.is_bf16_stage_1
         bucket = _WHOLE_BUCKET if is_whole else layout.reduce_bucket
@@ -84,22 +82,22 @@ def collectives_of(
 
 def _zero3(model: LlamaConfig, layout: Layout, ranks: int, accumulation: int, hosts_gpus: int) -> list[Collective]:
     w, gathers, units = layout.weight_bytes, gathers_of(model, layout), len(modules_of(model))
-    behind = ("forward", "backward") if layout.overlap else ("", "")
+    forward, backward = ("forward", "backward") if layout.overlap else ("", "")
     is_in_node = 1 < layout.hpz <= hosts_gpus
-    first = 1 if layout.hpz > 1 else accumulation  # of the step's micro batches; later ones read hpZ's second copy
+    first = 1 if layout.hpz > 1 else accumulation  # of the step's micro-batches; later ones read hpZ's second copy
     found = [
-        Collective("weights, forward", "all-gather", first * w * gathers.forward, first * units, False, behind[0]),
+        Collective("weights, forward", "all-gather", first * w * gathers.forward, first * units, False, forward),
         Collective(
             "weights, forward, second copy", "all-gather", (accumulation - first) * w * gathers.forward,
-            (accumulation - first) * units, is_in_node, behind[0],
+            (accumulation - first) * units, is_in_node, forward,
         ),
         Collective(
             "weights, backward", "all-gather", accumulation * w * gathers.backward, accumulation * units,
-            is_in_node, behind[1],
+            is_in_node, backward,
         ),
         Collective(
             "gradients", "reduce-scatter", accumulation * layout.reduce_bytes * model.num_parameters,
-            accumulation * max(1, ceil(model.num_parameters / layout.reduce_bucket)), False, behind[1],
+            accumulation * max(1, ceil(model.num_parameters / layout.reduce_bucket)), False, backward,
         ),
         Collective("persistent weights", "all-gather", w * persistent_elements(model, layout), 1),
     ]  # fmt: skip
@@ -120,8 +118,8 @@ def traffic_of(
     slower = _GLOO_PAIR_GATHER if (algorithm, collective.kind, ranks) == ("gloo", "all-gather", 2) else 1.0
     inside = sent / network.link_bandwidth if hosts.gpus > 1 else 0.0
     between = sent / network.node_bandwidth if crosses else 0.0
-    hops = collective.passes(algorithm) * (ranks - 1)
-    node_hops = collective.passes(algorithm) * (hosts.nodes - 1) if crosses else 0
+    hops = collective.ring_passes(algorithm) * (ranks - 1)
+    node_hops = collective.ring_passes(algorithm) * (hosts.nodes - 1) if crosses else 0
     latency = node_hops * network.node_latency + (hops - node_hops) * network.link_latency
     if collective.kind == "all-reduce":
         latency = min(

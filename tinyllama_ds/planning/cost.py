@@ -1,4 +1,4 @@
-"""Days, money, storage, and what failures take from them."""
+"""Days, cost, storage, and what failures add to them."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -6,6 +6,7 @@ from math import sqrt
 from tinyllama_ds.config.recipe import Intervals
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.planning.layout import Layout
 
 # Interruptions per 1,000 node-days. Good: Llama 3 on 16,384 H100 (3.8), BLOOM (3.0). Bad: OPT-175B (16).
 GOOD_FLEET, BAD_FLEET = 4.0, 16.0
@@ -15,7 +16,7 @@ _DAY = 86_400.0
 
 @dataclass(frozen=True)
 class Duration:
-    """How long the run computes, without failures."""
+    """Compute time of the run, without failures."""
 
     tokens: int
     ranks: int
@@ -36,16 +37,16 @@ class Duration:
 
 @dataclass(frozen=True)
 class Failures:
-    """What to expect of hosts that fail at a rate per 1,000 node-days."""
+    """Expected failures of hosts at a rate per 1,000 node-days."""
 
     per_thousand_node_days: float
     expected: float  # interruptions in the whole run
     best_interval_minutes: float  # between checkpoints: Young's and Daly's first-order optimum
-    goodput: float  # share of the time that ends in tokens that stay
+    goodput: float  # share of the time that ends in kept tokens
 
 
 def failures_of(days: float, nodes: int, save_seconds: float, save_minutes: float, rate: float) -> Failures:
-    """Interruptions, the best interval between saves, and goodput at the interval that the recipe says.
+    """Interruptions, the best interval between saves, and goodput at the recipe's interval.
 
     Young (1974), Daly (2006): sqrt(2 x seconds of a save x mean time between failures). A failure costs its detection,
     the restart, and half an interval of lost work; detection is the watchdog's default of ten minutes.
@@ -70,11 +71,11 @@ class Storage:
         return self.checkpoint * self.checkpoints + self.tokens
 
 
-def storage_of(
-    model: LlamaConfig, stage: int, weight_bytes: int, intervals: Intervals, plan: RunPlan, corpus_tokens: int
-) -> Storage:
-    """Checkpoints that stay (the last few, one for every `keep_tokens` and stage), and the prepared corpus."""
-    masters_and_moments = 12 * model.num_parameters
-    weights = weight_bytes * model.num_parameters if stage < 3 else 0
+def storage_of(model: LlamaConfig, layout: Layout, intervals: Intervals, plan: RunPlan, corpus_tokens: int) -> Storage:
+    """Checkpoints that stay (the last few, one for every `keep_tokens` and stage), and the prepared corpus.
+
+    A checkpoint is master weights and moments, at any ZeRO stage.
+    """
+    checkpoint = (layout.master_bytes + layout.moment_bytes) * model.num_parameters
     kept = intervals.keep_last + plan.total_tokens // intervals.keep_tokens + len(plan.stages) - 1
-    return Storage(masters_and_moments + weights, kept, corpus_tokens * (2 if model.vocab_size < 65_500 else 4))
+    return Storage(checkpoint, kept, corpus_tokens * (2 if model.vocab_size < 65_500 else 4))

@@ -1,4 +1,4 @@
-"""What `plan` says of the memory of a run that has started, and what would need less."""
+"""The planned memory of a run that has started, and settings that need less."""
 
 from tinyllama_ds.config.run_plan import micro_batches_of
 from tinyllama_ds.gpus import GIB
@@ -8,11 +8,11 @@ from tinyllama_ds.planning.search import RECOMPUTE
 from tinyllama_ds.run.resolve import Run
 from tinyllama_ds.train.dry_run import MemoryEstimate
 
-_NAMED = 3  # alternatives
+_MAX_ALTERNATIVES = 3
 
 
 def estimate_memory(run: Run, ranks: int, is_compiled: bool, gpu_bytes: int) -> MemoryEstimate:
-    """Of one GPU with `gpu_bytes` among `ranks`; the alternatives keep the ZeRO file, the largest micro batch first."""
+    """Of one GPU with `gpu_bytes` among `ranks`; the alternatives keep the ZeRO config, largest micro-batch first."""
     layout = read_layout(run.description["deepspeed_config"], "the DeepSpeed config", ranks)
     attention = attention_memory(run.attention.backend, run.recipe.document_mask, layout.weight_bytes)
 
@@ -23,10 +23,10 @@ def estimate_memory(run: Run, ranks: int, is_compiled: bool, gpu_bytes: int) -> 
     now = estimate(run.micro_batch, run.options.activation_checkpointing)
     not_larger = [size for size in reversed(micro_batches_of(run.plan, ranks)) if size <= run.micro_batch]
     found = [
-        f"micro batch {size}{', --activation-checkpointing ' + str(every) if every else ''} ({total / GIB:.1f} GiB)"
+        f"micro-batch {size}{', --activation-checkpointing ' + str(every) if every else ''} ({total / GIB:.1f} GiB)"
         for size in not_larger
         for every in RECOMPUTE
         if (total := estimate(size, every)) <= gpu_bytes and total < 0.95 * now
     ]
-    ways = " or ".join(found[:_NAMED])
-    return MemoryEstimate(now, ways or "another ZeRO file, because nothing smaller fits under this one")
+    ways = " or ".join(found[:_MAX_ALTERNATIVES])
+    return MemoryEstimate(now, ways or "a different ZeRO config, because nothing smaller fits under this one")

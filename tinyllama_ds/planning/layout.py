@@ -1,4 +1,4 @@
-"""How a DeepSpeed JSON lays a model out over ranks: what decides memory and communication, defaults filled."""
+"""The layout of a model over ranks: the settings of a DeepSpeed JSON behind memory and communication, with defaults."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -84,13 +84,13 @@ def modules_of(model: LlamaConfig) -> list[tuple[int, ...]]:
 
 
 def persistent_elements(model: LlamaConfig, layout: Layout) -> int:
-    """Elements that ZeRO-3 never partitions away."""
+    """Elements that ZeRO-3 keeps on every rank."""
     return sum(size for size in chain.from_iterable(modules_of(model)) if layout.persists(size))
 
 
 @dataclass(frozen=True)
 class Gathers:
-    """What ZeRO-3's coordinator does in one micro batch, in elements."""
+    """Gathers of ZeRO-3's coordinator in one micro-batch, in elements."""
 
     forward: int
     backward: int
@@ -99,7 +99,7 @@ class Gathers:
 
 @lru_cache(maxsize=256)
 def gathers_of(model: LlamaConfig, layout: Layout) -> Gathers:
-    """Replay what DeepSpeed fetches, prefetches and releases in one micro batch of a recorded trace."""
+    """Replay what DeepSpeed fetches, prefetches and releases in one micro-batch of a recorded trace."""
     coordinator = _Coordinator(model, layout)
     half = len(coordinator.order) // 2
     fetched = [coordinator.run(step) for step in range(2 * half)]
@@ -110,7 +110,7 @@ _Parameter = tuple[int, int, int]  # number of its unit, number in the unit, ele
 
 
 class _Coordinator:
-    """DeepSpeed's zero/partitioned_param_coordinator.py, reduced to which parameters are there and when.
+    """DeepSpeed's zero/partitioned_param_coordinator.py, reduced to which parameters are live and when.
 
     A unit's parameters are fetched when it runs; then the next ones of the trace are fetched ahead, while they fit the
     prefetch bucket and the live parameters; they are released after it ran, unless their next use lies within the reuse
@@ -130,23 +130,23 @@ class _Coordinator:
         self._seen_up_to: dict[_Parameter, int] = {}  # the last use that fetching or looking ahead has passed
 
     def run(self, step: int) -> int:
-        """One unit's turn; returns the elements that were gathered in it."""
+        """Run one unit; returns the elements gathered for it."""
         fetched = self._gather(self.order[step])
         while self._queue and self._queue[0][0] <= step:
-            self._take()
+            self._pop()
         fetched += self._prefetch()
         self.peak_live = max(self.peak_live, self._num_live())
         self._live -= self._released(step)
         return fetched
 
     def _prefetch(self) -> int:
-        room = min(self._layout.max_live - self._num_live(), self._layout.prefetch_bucket)
+        limit = min(self._layout.max_live - self._num_live(), self._layout.prefetch_bucket)
         ahead = 0
-        while self._queue and ahead < room:
-            ahead += self._gather([self._take()])
+        while self._queue and ahead < limit:
+            ahead += self._gather([self._pop()])
         return ahead
 
-    def _take(self) -> _Parameter:
+    def _pop(self) -> _Parameter:
         step, parameter = self._queue.popleft()
         self._seen_up_to[parameter] = step
         return parameter

@@ -1,35 +1,32 @@
-"""Memory of one GPU, row by row: what DeepSpeed 0.19.8 and our own model allocate. Formulas: docs/planning.md."""
+"""Memory of one GPU by row: allocations of DeepSpeed 0.19.8 and of our model. Formulas: docs/planning.md."""
 
 from dataclasses import dataclass
 from math import ceil
 
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.gpus import GIB
-from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.model.config import MAX_CHUNK_LOGITS, LlamaConfig
 from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persistent_elements
 
-CHUNK_LOGITS = 64 * 2**20  # fp32 logits alive at once on a GPU: model/loss.py
 BACKENDS = (
     *("auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen"),
     *("sdpa", "sdpa_flash", "sdpa_cudnn", "blocked", "eager"),
 )
-_STAGE_1_BUCKET = (
-    500_000_000  # elements: DeepSpeed's engine flattens gradients in buckets of this size outside ZeRO 2, 3
-)
+_STAGE_1_BUCKET = 500_000_000  # elements: DeepSpeed's engine flattens gradients in these buckets outside ZeRO 2, 3
 _CONTEXT = GIB  # CUDA context, cuBLAS workspaces and NCCL's buffers: an assumption
-_ALLOCATOR = 0.04  # of everything that PyTorch allocates, lost to rounding and fragmentation: an assumption
+_ALLOCATOR = 0.04  # of all that PyTorch allocates, lost to rounding and fragmentation: an assumption
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one GPU computes in one micro batch."""
+    """The computation of one GPU in one micro-batch."""
 
     micro_batch: int
     sequence_length: int
-    attention: str = "flash"  # what it keeps, as `attention_memory` says
+    attention: str = "flash"  # kind of its saved tensors, from `attention_memory`
     recompute_every: int = 0
     is_compiled: bool = False
-    chunk_logits: int = CHUNK_LOGITS  # fp32 logits alive at once
+    chunk_logits: int = MAX_CHUNK_LOGITS["cuda"]  # fp32 logits alive at once
 
     @property
     def tokens(self) -> int:
@@ -38,7 +35,7 @@ class Work:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """One use of memory. `phase` says when it is held: always, in the micro batches, or in the optimizer's step."""
+    """One use of memory, held in a `phase`: always, in the micro-batches, or in the optimizer step."""
 
     name: str
     bytes: int
@@ -57,22 +54,22 @@ class Memory:
 
     @property
     def model_states(self) -> int:
-        """Weights, gradients, optimizer: what stays between two operators."""
+        """Weights, gradients and optimizer states."""
         names = ("weights", "gradients", "optimizer", "gathered weights, persistent")
         return sum(row.bytes for row in self.rows if row.name in names)
 
     @property
     def peak_phase(self) -> str:
-        return max(("micro batch", "optimizer step"), key=self._sum)
+        return max(("micro-batch", "optimizer step"), key=self._sum)
 
     @property
     def allocated(self) -> int:
-        """The most that tensors hold at once."""
-        return self._sum("always") + max(self._sum("micro batch"), self._sum("optimizer step"))
+        """The peak of all tensors."""
+        return self._sum("always") + max(self._sum("micro-batch"), self._sum("optimizer step"))
 
     @property
     def total(self) -> int:
-        """With the allocator's losses and what the driver takes."""
+        """With the losses of the allocator and the context of the driver."""
         return int(self.allocated * (1 + _ALLOCATOR)) + _CONTEXT
 
     @property
@@ -129,18 +126,18 @@ def _states(model: LlamaConfig, layout: Layout, world_size: int) -> list[MemoryR
 def _gradients(P: int, share: int, layout: Layout) -> MemoryRow:
     w, g = layout.weight_bytes, layout.gradient_bytes
     if layout.is_bf16_stage_1:
-        return MemoryRow("gradients", (g + w) * P, "always", f"{g} B accumulated + {w} B of a micro batch, whole")
+        return MemoryRow("gradients", (g + w) * P, "always", f"{g} B accumulated + {w} B of a micro-batch, whole")
     if layout.stage < 2:
         return MemoryRow("gradients", w * P, "always", f"{w} B x parameters, whole")
     return MemoryRow("gradients", g * share, "always", f"{g} B x parameters / ranks, accumulated")
 
 
 def _buffers(model: LlamaConfig, layout: Layout, world_size: int) -> list[MemoryRow]:
-    """What gradients and gathered weights need on their way, beside the states."""
+    """Buffers of gradients and gathered weights, beside the states."""
     w, units = layout.weight_bytes, modules_of(model)
     unit = max(map(sum, units)) if layout.stage == 3 else max(map(max, units))  # a leaf's gradients come together
     rows = [
-        MemoryRow("gradients in flight", 2 * w * unit, "micro batch", "of one unit, and their copy on the way"),
+        MemoryRow("gradients in flight", 2 * w * unit, "micro-batch", "of one unit, and the copy being reduced"),
         _step_buffers(model, layout, world_size),
     ]
     if layout.stage >= 2:
@@ -151,11 +148,9 @@ def _buffers(model: LlamaConfig, layout: Layout, world_size: int) -> list[Memory
         gathers = gathers_of(model, layout)
         arriving = min(layout.prefetch_bucket + unit, gathers.peak_live)
         rows += [
+            MemoryRow("gathered weights", w * gathers.peak_live, "micro-batch", "peak of the replayed coordinator"),
             MemoryRow(
-                "gathered weights", w * gathers.peak_live, "micro batch", "at most, as the coordinator keeps them"
-            ),
-            MemoryRow(
-                "weights on the way", w * arriving, "micro batch", "prefetch bucket and one unit, before copying"
+                "weights being gathered", w * arriving, "micro-batch", "prefetch bucket and one unit, before copying"
             ),
         ]
     return rows
@@ -177,7 +172,7 @@ def _step_buffers(model: LlamaConfig, layout: Layout, world_size: int) -> Memory
 
 
 def attention_memory(backend: str, document_mask: bool, weight_bytes: int) -> str:
-    """What a backend keeps on a GPU since Ampere: that of flash, or of sdpa's other kernels, of `blocked` or `eager`.
+    """Kind of the tensors that a backend saves, on a GPU since Ampere: flash, repeated, masked, blocked or eager.
 
     Raises `ConfigError` for a backend that is unknown.
     """
@@ -191,7 +186,7 @@ def attention_memory(backend: str, document_mask: bool, weight_bytes: int) -> st
 
 
 def block_bytes_per_token(model: LlamaConfig, layout: Layout, work: Work) -> int:
-    """What one decoder block keeps of a token from forward to backward: the tensors that autograd saves."""
+    """Bytes of the tensors that autograd saves in one decoder block, per token."""
     w, D, F = layout.weight_bytes, model.hidden_size, model.intermediate_size
     query, key = model.head_dim * model.num_attention_heads, model.head_dim * model.num_key_value_heads
     H, T = model.num_attention_heads, work.sequence_length
@@ -204,7 +199,7 @@ def block_bytes_per_token(model: LlamaConfig, layout: Layout, work: Work) -> int
         attention += w * 2 * (query - key)  # keys and values of every query head
         attention += w * T if work.attention == "masked" else 0
     if work.is_compiled:
-        return w * 4 * D + attention + w * 3 * F + 8  # what matrix products read; the rest is recomputed
+        return w * 4 * D + attention + w * 3 * F + 8  # inputs of the matrix products; the rest is recomputed
     norms = 2 * ((4 + w + (w if w == 2 else 0)) * D + 4)  # fp32 input, normed, times weight
     return norms + attention + w * 4 * F
 
@@ -218,12 +213,12 @@ def _activations(model: LlamaConfig, layout: Layout, work: Work) -> MemoryRow:
     final = (4 + 3 * layout.weight_bytes) * model.hidden_size  # last norm, and the stream itself
     how = f"{block:,} B x {L - recomputed} blocks x {work.tokens:,} tokens"
     if recomputed:
-        how += f", {recomputed} blocks computed again"
-    return MemoryRow("activations", work.tokens * (kept + final), "micro batch", how)
+        how += f", {recomputed} blocks recomputed"
+    return MemoryRow("activations", work.tokens * (kept + final), "micro-batch", how)
 
 
 def _loss(model: LlamaConfig, layout: Layout, work: Work) -> MemoryRow:
     w, table = layout.weight_bytes, model.vocab_size * model.hidden_size
     chunk = min(work.chunk_logits, work.tokens * model.vocab_size)
     size = chunk * (4 + 2 * w) + table * (4 + w) + w * work.tokens * model.hidden_size
-    return MemoryRow("logits and loss", size, "micro batch", f"{chunk:,} logits at once, and the head's gradient")
+    return MemoryRow("logits and loss", size, "micro-batch", f"{chunk:,} logits at once, and the head's gradient")

@@ -1,4 +1,4 @@
-"""The plan: a question about a run, and everything that can be said about it before it starts."""
+"""What a run is asked (`PlanRequest`), and everything known about it before it starts (`Plan`)."""
 
 import json
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ TINY_MICRO_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What the command line of `plan` says."""
+    """The command line of `plan`."""
 
     recipe: str
     deepspeed_config: Path
@@ -56,7 +56,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files of a question, read and checked."""
+    """The files of a request, read and checked."""
 
     recipe: Recipe
     plan: RunPlan
@@ -69,7 +69,7 @@ class Inputs:
 class Plan:
     """The plan of one run on one layout."""
 
-    question: PlanRequest
+    request: PlanRequest
     inputs: Inputs
     resolved: dict
     layout: Layout
@@ -80,29 +80,28 @@ class Plan:
     duration: Duration
     failures: tuple[Failures, Failures]  # in a good fleet and in a bad one
     storage: Storage
-    course: Timeline
+    timeline: Timeline
     warnings: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.question.machines.gpu.memory_bytes
+        return self.memory.total <= self.request.machines.gpu.memory_bytes
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.resolved["optimizer"]["params"].get("lr", 1e-3)
 
     @property
     def dollars(self) -> float | None:
-        price = self.question.price_per_hour
+        price = self.request.price_per_hour
         return None if price is None else price * self.duration.gpu_hours
 
 
 def read_inputs(recipe_name: str, deepspeed_config: Path) -> Inputs:
-    """Recipe, JSON and model; raises `ConfigError` for whatever training would refuse."""
+    """Recipe, JSON and model; raises `ConfigError` for whatever training would reject."""
     recipe = load_recipe(recipe_name)
     raw = load_deepspeed_config(deepspeed_config)
-    model = model_config(recipe.model)
-    if recipe.sequence_length > model.max_position_embeddings:
-        raise ConfigError(
-            f"recipe {recipe.name!r}: sequence_length {recipe.sequence_length} is beyond the"
-            f" {model.max_position_embeddings} positions of model {recipe.model!r}"
-        )
+    model = model_config(recipe.model, recipe.sequence_length)
     plan = RunPlan(recipe)
     return Inputs(recipe, plan, model, raw, make_schedule(raw, deepspeed_config, plan))
 
@@ -114,40 +113,40 @@ def resolve(inputs: Inputs, path: Path, raw: dict, micro_batch: int, ranks: int)
     return resolve_deepspeed_config(raw, path, values)
 
 
-def work_of(question: PlanRequest, inputs: Inputs, layout: Layout, micro_batch: int, recompute_every: int) -> Work:
-    """One micro batch of the run on a layout."""
+def work_of(request: PlanRequest, inputs: Inputs, layout: Layout, micro_batch: int, recompute_every: int) -> Work:
+    """One micro-batch of the run on a layout."""
     recipe = inputs.recipe
-    attention = attention_memory(question.attention, recipe.document_mask, layout.weight_bytes)
-    return Work(micro_batch, recipe.sequence_length, attention, recompute_every, question.is_compiled)
+    attention = attention_memory(request.attention, recipe.document_mask, layout.weight_bytes)
+    return Work(micro_batch, recipe.sequence_length, attention, recompute_every, request.is_compiled)
 
 
-def answer(question: PlanRequest, inputs: Inputs, sizes: dict[str, int]) -> Plan:
-    """Everything about the run; raises `ConfigError` where it cannot be cut up. Whether it fits is in the answer."""
-    machines, path = question.machines, question.deepspeed_config
+def make_plan(request: PlanRequest, inputs: Inputs, sizes: dict[str, int]) -> Plan:
+    """Everything about the run, whether it fits too; raises `ConfigError` for a batch that does not divide."""
+    machines, path = request.machines, request.deepspeed_config
     ranks = machines.hosts.ranks
     micro_batch = micro_batch_of(inputs.plan, requested_micro_batch(inputs.raw), ranks)
     resolved = resolve(inputs, path, inputs.raw, micro_batch, ranks)
     layout = read_layout(resolved, path.stem, ranks)
-    work = work_of(question, inputs, layout, micro_batch, question.recompute_every)
+    work = work_of(request, inputs, layout, micro_batch, request.recompute_every)
     accumulations = tuple(accumulation_steps(stage.batch, ranks, micro_batch) for stage in inputs.plan.stages)
     steps = tuple(step_time(inputs.model, layout, work, count, machines) for count in accumulations)
-    duration = _duration(inputs.plan, steps, ranks, question.tokens_per_second)
+    duration = _duration(inputs.plan, steps, ranks, request.tokens_per_second)
     intervals = inputs.recipe.intervals
     good, bad = (
-        failures_of(duration.days, machines.hosts.nodes, question.save_seconds, intervals.save_minutes, rate)
+        failures_of(duration.days, machines.hosts.nodes, request.save_seconds, intervals.save_minutes, rate)
         for rate in (GOOD_FLEET, BAD_FLEET)
     )
     peak_rate = resolved["optimizer"]["params"].get("lr", 1e-3)
-    course = timeline_of(inputs.recipe, inputs.plan, inputs.schedule, peak_rate, sizes)
+    timeline = timeline_of(inputs.recipe, inputs.plan, inputs.schedule, peak_rate, sizes)
     corpus = sum(sizes.get(name, 0) for name in inputs.recipe.sources)
     return Plan(
-        question, inputs, resolved, layout, work, accumulations,
+        request, inputs, resolved, layout, work, accumulations,
         memory_of(inputs.model, layout, work, ranks), steps, duration, (good, bad),
-        storage_of(inputs.model, layout.stage, layout.weight_bytes, intervals, inputs.plan, corpus),
-        course,
+        storage_of(inputs.model, layout, intervals, inputs.plan, corpus),
+        timeline,
         (
             *schedule_warnings(inputs.plan, inputs.schedule),
-            *data_warnings(course),
+            *data_warnings(timeline),
             *_machine_warnings(inputs, layout, work, accumulations, machines.hosts),
         ),
     )  # fmt: skip
@@ -166,15 +165,15 @@ def _machine_warnings(
     found = []
     if layout.stage == 3 and min(accumulations) == 1 and work.tokens < TINY_MICRO_BATCH_TOKENS:
         found.append(
-            f"accumulation 1 with micro batches of {work.tokens:,} tokens under ZeRO-3: all weights cross the network"
-            f" for every {work.tokens:,} tokens of a GPU; take fewer GPUs, ZeRO-1, or a larger micro batch"
+            f"accumulation 1 with micro-batches of {work.tokens:,} tokens under ZeRO-3: all weights cross the network"
+            f" for every {work.tokens:,} tokens of a GPU; use fewer GPUs, ZeRO-1, or a larger micro-batch"
         )
     if layout.hpz > 1 and gathers_of(inputs.model, layout).backward == 0:
         copy = layout.weight_bytes * (inputs.model.num_parameters - persistent_elements(inputs.model, layout))
         found.append(
             f"zero_hpz_partition_size {layout.hpz} keeps a second copy ({copy / layout.hpz / 1e9:.2f} GB per GPU), but"
             " with stage3_max_live_parameters and stage3_max_reuse_distance above the model's size no weight is"
-            " gathered in the backward pass; it helps the later micro batches of a step only"
+            " gathered in the backward pass; it helps only the later micro-batches of a step"
         )
     found += _divisibility_warnings(inputs.plan, hosts, work.micro_batch)
     return found
@@ -189,23 +188,23 @@ def _divisibility_warnings(plan: RunPlan, hosts: Hosts, micro_batch: int) -> lis
     if hosts.nodes == 1 or len(works) == hosts.nodes:
         return []
     return [
-        f"if a host is lost: of 1 to {hosts.nodes} hosts only {', '.join(map(str, works))} can share the global batch"
-        f" at micro batch {micro_batch}"
+        f"after the loss of a host: of 1 to {hosts.nodes} hosts only {', '.join(map(str, works))} can share the global"
+        f" batch at micro-batch {micro_batch}"
     ]
 
 
-def reject_layout_that_does_not_fit(found: Plan, candidates: list[str]) -> None:
+def reject_if_too_large(plan: Plan, candidates: list[str]) -> None:
     """Raise `ConfigError` for a plan beyond the GPU's memory, with what would fit."""
-    if found.fits:
+    if plan.fits:
         return
-    gpu = found.question.machines.gpu
-    ways = "; what fits: " + "; ".join(candidates) if candidates else "; nothing fits on these GPUs, take larger ones"
+    gpu = plan.request.machines.gpu
+    ways = "; what fits: " + "; ".join(candidates) if candidates else "; nothing fits on these GPUs, use larger ones"
     raise ConfigError(
-        f"{found.question.deepspeed_config}: micro batch {found.work.micro_batch} needs"
-        f" {found.memory.total / GIB:.1f} of the {gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name}{ways}"
+        f"{plan.request.deepspeed_config}: micro-batch {plan.work.micro_batch} needs"
+        f" {plan.memory.total / GIB:.1f} of the {gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name}{ways}"
     )
 
 
 def with_config(inputs: Inputs, config: dict) -> Inputs:
-    """The same files with another DeepSpeed config."""
+    """The same files with a different DeepSpeed config."""
     return replace(inputs, raw=json.loads(json.dumps(config)))

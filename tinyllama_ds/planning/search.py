@@ -1,4 +1,4 @@
-"""Every layout, micro batch and checkpointing on the given hosts, ranked by tokens per second."""
+"""Every layout, micro-batch and checkpointing on the given hosts, ranked by tokens per second."""
 
 import json
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ LAYOUTS: dict[str, dict] = {
     "zero3_hpz": _ZERO3 | {_THRESHOLD: 100_000} | _LIVE,  # and the GPUs of a host
 }
 RECOMPUTE = (0, 2, 1)  # every so many blocks; 0 is none
-_SAME_SPEED = 0.005  # of each other: then the one with more memory to spare comes first
+_SAME_SPEED = 0.005  # of each other: then the one with more free memory comes first
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ class Ranking:
     tried: int
 
 
-def search(question: PlanRequest, inputs: Inputs) -> Ranking:
-    """Try everything that divides. Raises `ConfigError` where no micro batch divides, or nothing fits."""
-    ranks, gpu = question.machines.hosts.ranks, question.machines.gpu
+def search(request: PlanRequest, inputs: Inputs) -> Ranking:
+    """Try everything that divides. Raises `ConfigError` where no micro-batch divides, or nothing fits."""
+    ranks, gpu = request.machines.hosts.ranks, request.machines.gpu
     micro_batches = _micro_batches(inputs, ranks)
-    combinations = list(product(_configs(question, inputs).items(), micro_batches, RECOMPUTE))
+    combinations = list(product(_configs(request, inputs).items(), micro_batches, RECOMPUTE))
     found = [
-        _candidate(question, inputs, name, raw, micro_batch, recompute)
+        _candidate(request, inputs, name, raw, micro_batch, recompute)
         for (name, raw), micro_batch, recompute in combinations
     ]
     fitting = [candidate for candidate in found if candidate.memory.total <= gpu.memory_bytes]
     if not fitting:
         least = min(found, key=lambda candidate: candidate.memory.total)
         raise ConfigError(
-            f"nothing fits the {gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name}: the least of {len(found)} layouts is"
-            f" {least.name} at {least.memory.total / GIB:.1f} GiB; take more or larger"
-            " GPUs, or a DeepSpeed config with offload_optimizer or bf16_optimizer_states, which need less"
+            f"nothing fits the {gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name}: the smallest of {len(found)} layouts"
+            f" is {least.name} at {least.memory.total / GIB:.1f} GiB; use more or larger GPUs,"
+            " or a DeepSpeed config with offload_optimizer or bf16_optimizer_states, which need less"
         )
     best = max(candidate.rate for candidate in fitting)
     fitting.sort(key=lambda candidate: (-round(candidate.rate / best / _SAME_SPEED), candidate.memory.total))
@@ -82,12 +82,11 @@ def reason(candidate: Candidate, memory_bytes: int) -> str:
     every = candidate.work.recompute_every
     checkpointing = {0: "no checkpointing", 1: "all blocks recomputed"}.get(every, f"every {every}nd block recomputed")
     step = candidate.step
-    waiting = step.exposed / step.seconds
     return (
-        f"{candidate.name}, micro batch {candidate.work.micro_batch}, {checkpointing}:"
+        f"{candidate.name}, micro-batch {candidate.work.micro_batch}, {checkpointing}:"
         f" {candidate.rate / 1e3:.1f}k tokens/s per GPU,"
         f" {candidate.memory.total / GIB:.1f} of {memory_bytes / GIB:.0f} GiB,"
-        f" {waiting:.0%} of the step waits for the network"
+        f" {step.exposed / step.seconds:.0%} of the step is exposed communication"
     )
 
 
@@ -95,16 +94,16 @@ def _micro_batches(inputs: Inputs, ranks: int) -> list[int]:
     if any(stage.batch % ranks for stage in inputs.plan.stages):
         works = [n for n in range(1, ranks) if all(stage.batch % n == 0 for stage in inputs.plan.stages)]
         raise ConfigError(
-            f"the global batches of recipe {inputs.recipe.name!r} do not divide over {ranks} GPUs; the next numbers"
-            f" below that do: {', '.join(map(str, works[-4:]))}"
+            f"the global batches of recipe {inputs.recipe.name!r} do not divide over {ranks} GPUs; the next smaller"
+            f" numbers that do: {', '.join(map(str, works[-4:]))}"
         )
     return micro_batches_of(inputs.plan, ranks)
 
 
-def _configs(question: PlanRequest, inputs: Inputs) -> dict[str, dict]:
-    """The user's JSON with each layout's zero_optimization in the place of its own."""
+def _configs(request: PlanRequest, inputs: Inputs) -> dict[str, dict]:
+    """The user's JSON with the zero_optimization section of each layout."""
     configs = {}
-    hosts = question.machines.hosts
+    hosts = request.machines.hosts
     for name, zero in LAYOUTS.items():
         raw = json.loads(json.dumps(inputs.raw)) | {"zero_optimization": dict(zero)}
         if name == "zero0":
@@ -118,13 +117,13 @@ def _configs(question: PlanRequest, inputs: Inputs) -> dict[str, dict]:
 
 
 def _candidate(
-    question: PlanRequest, inputs: Inputs, name: str, raw: dict, micro_batch: int, recompute_every: int
+    request: PlanRequest, inputs: Inputs, name: str, raw: dict, micro_batch: int, recompute_every: int
 ) -> Candidate:
-    ranks = question.machines.hosts.ranks
+    ranks = request.machines.hosts.ranks
     config = raw | {"train_micro_batch_size_per_gpu": micro_batch}
-    layout = read_layout(resolve(inputs, question.deepspeed_config, config, micro_batch, ranks), name, ranks)
-    work = work_of(question, inputs, layout, micro_batch, recompute_every)
+    layout = read_layout(resolve(inputs, request.deepspeed_config, config, micro_batch, ranks), name, ranks)
+    work = work_of(request, inputs, layout, micro_batch, recompute_every)
     longest = max(inputs.plan.stages, key=lambda stage: stage.samples)
     accumulation = accumulation_steps(longest.batch, ranks, micro_batch)
-    step = step_time(inputs.model, layout, work, accumulation, question.machines)
+    step = step_time(inputs.model, layout, work, accumulation, request.machines)
     return Candidate(name, config, layout, work, memory_of(inputs.model, layout, work, ranks), step)

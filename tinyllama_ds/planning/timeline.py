@@ -1,4 +1,4 @@
-"""What a run will do: learning rate, batch and mixture at every border, epochs per source, and what to worry about."""
+"""A run over time: learning rate, batch and mixture at every milestone, epochs per source, and warnings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ MANY_EPOCHS = 4  # up to here repeated data are nearly as good as new: Muennigho
 
 @dataclass(frozen=True)
 class Milestone:
-    """The state of a run right after a step."""
+    """The state of a run after a step."""
 
     name: str
     step: int  # how many are complete
@@ -34,9 +34,9 @@ class Milestone:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Everything about a run that does not depend on machines."""
+    """All about a run that does not depend on machines."""
 
-    borders: list[Milestone]
+    milestones: list[Milestone]
     tokens_by_source: dict[str, int]
     epochs: dict[str, float]  # of the sources whose size is known
     tokens_between_saves: int
@@ -51,7 +51,7 @@ def timeline_of(
     T = recipe.sequence_length
     tokens = {name: count * T for name, count in end.items()}
     return Timeline(
-        _borders(plan, schedule, peak_rate),
+        _milestones(plan, schedule, peak_rate),
         tokens,
         {name: count / (sizes[name] // T) for name, count in end.items() if name in sizes},
         _tokens_between_saves(recipe, plan),
@@ -66,10 +66,10 @@ def sample_order(recipe: Recipe, plan: RunPlan, sizes: Mapping[str, int]) -> Sam
     return planned_order(recipe, plan, samples)
 
 
-def _borders(plan: RunPlan, schedule: Schedule, peak_rate: float) -> list[Milestone]:
+def _milestones(plan: RunPlan, schedule: Schedule, peak_rate: float) -> list[Milestone]:
     at = {1: "first step"}
     if isinstance(schedule, CosineSchedule) and schedule.warmup_tokens:
-        at[_steps_to(plan, schedule.warmup_tokens)] = "end of the warm-up"
+        at[_steps_to(plan, schedule.warmup_tokens)] = "end of warmup"
     first = 0
     for before, stage in pairwise([None, *plan.stages]):
         assert stage is not None
@@ -91,7 +91,7 @@ def milestone_at(plan: RunPlan, schedule: Schedule, peak_rate: float, number: in
 
 
 def _mixture_at(plan: RunPlan, position: float) -> dict[str, float]:
-    """The share of every source; what is drawn is within a sample of the integral of this (`data/order.py`)."""
+    """The share of every source; the samples drawn are within one of its integral (`data/order.py`)."""
     sources = dict.fromkeys(name for stage in plan.stages for name in stage.weights)
     first, before = 0, plan.stages[0]
     for stage in plan.stages:
@@ -124,37 +124,36 @@ def _tokens_between_saves(recipe: Recipe, plan: RunPlan) -> int:
 
 
 def schedule_warnings(plan: RunPlan, schedule: Schedule) -> list[str]:
-    """What is wrong or odd about the learning rate."""
+    """Unusual learning-rate schedules."""
     if isinstance(schedule, ConstantSchedule):
         return [
-            "the learning rate never falls: the JSON has no scheduler, so the floor equals the peak (TinyLlama trained"
+            "the learning rate never falls: the JSON has no scheduler, so min_lr equals the peak (TinyLlama trained"
             " half a trillion tokens like that by mistake)"
         ]
     found = []
     first = plan.stages[0].samples * plan.sequence_length
     if schedule.warmup_tokens > first:
         found.append(
-            f"the warm-up of {schedule.warmup_tokens:,} tokens is longer than stage {plan.stages[0].name!r}"
-            f" of {first:,}"
+            f"the warmup of {schedule.warmup_tokens:,} tokens is longer than stage {plan.stages[0].name!r} of {first:,}"
         )
     elif schedule.warmup_tokens > plan.total_tokens / 10:
-        found.append(f"the warm-up takes {schedule.warmup_tokens / plan.total_tokens:.0%} of the run; 1 % is usual")
+        found.append(f"the warmup takes {schedule.warmup_tokens / plan.total_tokens:.0%} of the run; 1 % is usual")
     if schedule.min_ratio == 1:
-        found.append("WarmupLR: the learning rate never falls after its warm-up; usual for fine-tuning alone")
+        found.append("WarmupLR: the learning rate never falls after its warmup; usual only for fine-tuning")
     elif schedule.min_ratio > 0.5:
         found.append(f"cos_min_ratio {schedule.min_ratio:g}: the learning rate hardly falls; 0.1 is usual")
     return found
 
 
-def data_warnings(course: Timeline) -> list[str]:
-    """Which sources repeat, and which are not known."""
+def data_warnings(timeline: Timeline) -> list[str]:
+    """Sources that repeat, and those of unknown size."""
     found = []
-    for name, tokens in course.tokens_by_source.items():
-        epochs = course.epochs.get(name)
+    for name, tokens in timeline.tokens_by_source.items():
+        epochs = timeline.epochs.get(name)
         if epochs is None:
-            found.append(f"source {name!r}: its size is not known, so whether it repeats is not either; give --data")
+            found.append(f"source {name!r}: unknown size, so epochs are unknown; give --data")
         elif epochs > MANY_EPOCHS:
-            found.append(f"source {name!r}: {epochs:.1f} epochs; beyond {MANY_EPOCHS}, repetition teaches little")
+            found.append(f"source {name!r}: {epochs:.1f} epochs; beyond {MANY_EPOCHS}, repeated data adds little")
         elif epochs > 1:
             found.append(f"source {name!r} repeats: {epochs:.2f} epochs, {tokens:,} tokens drawn")
     return found

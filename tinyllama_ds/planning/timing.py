@@ -1,4 +1,4 @@
-"""How long an optimizer step takes: computing, waiting for the network, stepping."""
+"""Seconds of an optimizer step: compute, exposed communication, optimizer."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -9,12 +9,12 @@ from tinyllama_ds.planning.communication import Hosts, Traffic, collectives_of, 
 from tinyllama_ds.planning.layout import Layout
 from tinyllama_ds.planning.memory import Work
 
-# Of the seconds that a forward or backward pass computes, the share behind which communication can hide: the first
-# gather and the last reduction of a pass have nothing to hide behind. An assumption.
-HIDEABLE = 0.8
-# Of the seconds that do hide, the share that is lost all the same: NCCL's kernels take multiprocessors and memory
-# bandwidth from the computation. An assumption too.
-HIDING_COSTS = 0.1
+# Share of the compute of a forward or backward pass that can overlap with communication: the first gather and the last
+# reduction of a pass overlap with nothing. An assumption.
+OVERLAPPABLE = 0.8
+# Share of the overlapped seconds that is lost all the same: NCCL's kernels take multiprocessors and memory bandwidth
+# from the compute. An assumption too.
+OVERLAP_COST = 0.1
 _FORWARD = 1 / 3  # of a training step's operations; the backward pass is twice the forward
 _OPTIMIZER_BYTES = 42  # read and written per parameter: norm 4, clip 8, AdamW on fp32 states 28, weights 2
 _HOST_LINK = 25e9  # bytes/s over PCIe 4 x16, as copies from pinned memory reach it
@@ -23,13 +23,13 @@ _HOST_ADAM_BYTES = 100e9  # bytes/s of memory that a host's cores reach, per GPU
 
 @dataclass(frozen=True)
 class Machines:
-    """Where the run is to take place."""
+    """The hosts, GPUs and network of a run."""
 
     hosts: Hosts
     gpu: Gpu
     network: Network
-    compute_flops: float  # of one GPU while it computes
-    compute_from: str  # where that figure comes from
+    compute_flops: float  # per second, of one GPU while it computes
+    compute_from: str  # the source of that number
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class StepTime:
     """Seconds of one optimizer step and where they go."""
 
     compute: float
-    communication: float  # all of it, hidden or not
-    exposed: float  # what the computation waits for
+    communication: float  # overlapped or not
+    exposed: float  # communication that compute waits for
     optimizer: float
     traffic: tuple[Traffic, ...]
     tokens_per_gpu: int
@@ -58,7 +58,7 @@ class StepTime:
 
 
 def step_time(model: LlamaConfig, layout: Layout, work: Work, accumulation: int, machines: Machines) -> StepTime:
-    """One step of so many micro batches. Recomputed blocks cost their forward pass once more."""
+    """One step of `accumulation` micro-batches. Recomputed blocks cost their forward pass once more."""
     hosts = machines.hosts
     blocks = model.num_hidden_layers
     recomputed = ceil(blocks / work.recompute_every) / blocks if work.recompute_every else 0.0
@@ -80,12 +80,12 @@ def step_time(model: LlamaConfig, layout: Layout, work: Work, accumulation: int,
 
 
 def exposed_seconds(traffic: tuple[Traffic, ...], passes: dict[str, float]) -> float:
-    """What communication adds to a step: all that does not hide behind its pass, and what hiding the rest costs."""
+    """What communication adds to a step: all that does not overlap with its pass, and what the overlap costs."""
     total = 0.0
-    for behind in ("", *passes):
-        waiting = sum(part.seconds for part in traffic if part.collective.hides_behind == behind)
-        hidden = min(waiting, HIDEABLE * passes.get(behind, 0.0))
-        total += waiting - hidden + HIDING_COSTS * hidden
+    for overlap in ("", *passes):
+        seconds = sum(part.seconds for part in traffic if part.collective.overlaps_with == overlap)
+        hidden = min(seconds, OVERLAPPABLE * passes.get(overlap, 0.0))
+        total += seconds - hidden + OVERLAP_COST * hidden
     return total
 
 

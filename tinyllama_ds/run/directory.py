@@ -45,9 +45,7 @@ def check_run_directory(run: Run) -> Path | None:
 
 
 def _checkpoint_usage(run: Run) -> Need:
-    stage = run.engine_config["zero_optimization"].get("stage", 0)
-    bf16 = run.engine_config.get("bf16", {}).get("enabled", False)
-    return checkpoint_need(run.model.num_parameters, stage, bf16, run.description["world_size"])
+    return checkpoint_need(run.model.num_parameters, run.engine_config, run.description["world_size"])
 
 
 def reject_different_history(run: Run, start: Progress, health: Health) -> None:

@@ -185,13 +185,7 @@ def _ledger_of(run_dir: Path, parent: Parent | None) -> list[Entry]:
 
 
 def _model_of(recipe: Recipe) -> LlamaConfig:
-    model = model_config(recipe.model)
-    if recipe.sequence_length > model.max_position_embeddings:
-        raise ConfigError(
-            f"recipe {recipe.name!r}: sequence_length {recipe.sequence_length} is beyond the"
-            f" {model.max_position_embeddings} positions of model {recipe.model!r}"
-        )
-    return model
+    return model_config(recipe.model, recipe.sequence_length)
 
 
 def _reject_conversations_without_mask(recipe: Recipe, streams: dict[str, TokenStream]) -> None:
@@ -257,9 +251,6 @@ def _open_data(data: Path, recipe: Recipe, model: LlamaConfig) -> tuple[dict[str
     if not data.is_dir():
         raise ConfigError(f"{data}: the data directory is missing")
     streams = open_streams(data, recipe.sources, "train", model.vocab_size)
-    for name, stream in streams.items():
-        if stream.num_samples(recipe.sequence_length) < 1:
-            raise ConfigError(f"{stream.directory}: {stream.tokens} tokens of {name!r} are less than one sample")
     _reject_conversations_without_mask(recipe, streams)
     held_out = [name for name in recipe.sources if (data / name / "validation").is_dir()]
     validation = open_streams(data, held_out, "validation", model.vocab_size)

@@ -93,8 +93,7 @@ def _parts(trainer: Trainer) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "backward", lambda: _backward(engine, losses.pop())
     if run.evaluation.validation:
         one_batch = replace(run.evaluation.validation[0], samples=run.micro_batch * world.size)
-        where = (world.rank, world.size, run.micro_batch, world.device)
-        yield "validation", lambda: validation_losses([one_batch], engine, sum_over_ranks, *where)
+        yield "validation", lambda: validation_losses([one_batch], engine, sum_over_ranks, world, run.micro_batch)
     yield "probe", lambda: take_probe(engine, run, world)
     if run.evaluation.prompts:
         yield "sampling", lambda: continue_prompts(trainer, new_tokens=1)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
-from tinyllama_ds.checkpoint.format import Health, Progress, choose_checkpoint, load_checkpoint, read_manifest
+from tinyllama_ds.checkpoint.format import Health, Progress, choose_checkpoint, read_manifest
 from tinyllama_ds.checkpoint.initial_weights import InitialWeights, fill_masters, fill_model
+from tinyllama_ds.checkpoint.load import load_checkpoint
 from tinyllama_ds.checkpoint.retention import sweep_leftovers
 from tinyllama_ds.config.deepspeed import weights_dtype
 from tinyllama_ds.config.run_plan import accumulation_steps
@@ -117,8 +118,7 @@ def start_engine(run: Run, world: DistributedInfo, point: ResumePoint) -> "tuple
     if initial is not None:
         fill_masters(engine, initial)
     if point.checkpoint is not None:
-        zero_section = run.description["deepspeed_config"]["zero_optimization"]
-        load_checkpoint(engine, point.checkpoint, zero_section, scratch=run.run_dir / CHECKPOINTS)
+        load_checkpoint(engine, point.checkpoint)
         if point.health.probe is not None:
             check_probe(engine, run, world, point.health.probe, str(point.checkpoint))
     return engine, compilation

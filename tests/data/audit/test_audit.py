@@ -68,7 +68,7 @@ def test_honest_data_is_called_good(honest: Path):
     assert found.problems == []
     assert [warning for warning in found.warnings if "words differ" not in warning] == []
     assert found.compared_with_raw == 6 * 5 + 2
-    assert verdict(found, None).startswith("GOOD")
+    assert verdict(found, None).startswith("PASS")
     for shard in found.shards:
         manifest = Manifest.read((honest / "data" / shard.name).with_suffix(".json"))
         assert shard.unigrams.sum() == shard.tokens == manifest.tokens
@@ -130,7 +130,7 @@ def test_filler_as_in_tinyllamas_bug_83_is_found(copy: Path):
     found = audit(copy)
     assert f"first/train/shard_00001: {SUSPICIOUS_RUN} BOS tokens (id 1), which prepare never writes" in found.problems
     assert f"first/train/shard_00001: {SUSPICIOUS_RUN} times the id 1 in a row; is it filler?" in found.warnings
-    assert verdict(found, None).startswith("BAD")
+    assert verdict(found, None).startswith("FAIL")
 
 
 @pytest.mark.parametrize("token", [512, 60_000])
@@ -223,8 +223,8 @@ def tail_dropped(first: int, batch: int, rank: int, world_size: int) -> range:
     return range(first + rank * share, first + (rank + 1) * share - 1)
 
 
-@pytest.mark.parametrize("deal", [shuffled_by_rank, same_for_all, tail_dropped])
-def test_a_wrong_deal_is_caught(assign: Callable):
+@pytest.mark.parametrize("assign", [shuffled_by_rank, same_for_all, tail_dropped])
+def test_a_wrong_assignment_is_caught(assign: Callable):
     coverage = check_coverage(SampleOrder(1, SIZES, STAGES), [24, 48], 4, assign)
     assert any("no rank trains on" in problem for problem in coverage.problems)
 
@@ -287,15 +287,16 @@ def test_the_command_prints_a_verdict_and_writes_a_page(
     arguments += ["--raw", f"first={copy / 'raw' / 'first'}", "--output", str(page)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("GOOD")
-    assert "each to one rank, none left out" in printed
+    assert printed.startswith("PASS")
+    assert "each to exactly one rank" in printed
     assert "stage 1 draws first 50.0000%, second 50.0000%" in printed
     text = page.read_text()
     assert text.count("<svg") == 4
+    assert "mathdefault" not in text, "labels of logarithmic axes are text"
     assert not re.search(r'(src|href)="?(http|//|/)', text)
     rewrite(copy, lambda tokens: tokens[::-1])
     assert main(arguments) == 78
-    assert capsys.readouterr().out.startswith("BAD")
+    assert capsys.readouterr().out.startswith("FAIL")
 
 
 def test_the_page_escapes_what_it_shows(honest: Path):

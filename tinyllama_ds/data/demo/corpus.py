@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-import zstandard
 
 from tinyllama_ds.bars import progress
 from tinyllama_ds.data.demo.chinese import chinese_pages
@@ -217,7 +216,8 @@ def _write_skypile(root: Path, split: str, number: int, documents: list[Document
 def _write_lines(path: Path, records: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    path.write_bytes(zstandard.compress(text) if path.suffix == ".zst" else text)
+    with pyarrow.output_stream(path, compression="zstd" if path.suffix == ".zst" else None) as file:
+        file.write(text)
 
 
 def _write_starcoderdata(root: Path, split: str, number: int, documents: list[Document]) -> None:

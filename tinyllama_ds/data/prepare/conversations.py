@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
+from tinyllama_ds.config.validation import validate
 from tinyllama_ds.data.chat import ROLES, Message
 from tinyllama_ds.data.prepare.sources import Record, SourceFormat, instead_of
-from tinyllama_ds.errors import ConfigError
 
 MESSAGES_FIELD = "messages"
 _GUANACO_TURN = re.compile(r"### (Human|Assistant):")
@@ -65,13 +65,8 @@ class ChatFormat(SourceFormat):
 
 
 def format_from_dict(raw: dict) -> SourceFormat:
-    """What a manifest says of how its inputs were read; raises `ConfigError` where it says something else."""
-    try:
-        if "max_tokens" in raw:
-            return ChatFormat(raw["text_field"], max_tokens=int(raw["max_tokens"]))
-        return SourceFormat.from_dict(raw)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"its manifest does not say how its inputs were read ({error!r})") from error
+    """How a shard's inputs were read, by its manifest. Raises `ConfigError` where that says something else."""
+    return validate(ChatFormat if "max_tokens" in raw else SourceFormat, raw, "source_format of its manifest")
 
 
 def _message(entry: object, number: int) -> Message:

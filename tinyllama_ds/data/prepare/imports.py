@@ -3,7 +3,7 @@
 import hashlib
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tinyllama_ds.data.shards import (
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, Tokenizer, store_tokenizer
 from tinyllama_ds.data.vocabulary import reject_inconvertible
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.files import temporary_name, write_durably
+from tinyllama_ds.files import temporary_name, write_object
 
 _READ_TOKENS = 2**22
 
@@ -56,7 +56,7 @@ def import_megatron(job: Import, inputs: list[Path]) -> list[Manifest]:
         name.prefix.parent.mkdir(parents=True, exist_ok=True)
         for suffix in (".bin", ".idx"):
             _link(index.with_suffix(suffix), name.prefix.with_suffix(suffix))
-        write_durably(name.prefix.with_suffix(".json"), manifest.to_json().encode())
+        write_object(name.prefix.with_suffix(".json"), asdict(manifest))
         manifests.append(manifest)
     return manifests
 

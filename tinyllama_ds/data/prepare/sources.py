@@ -7,6 +7,9 @@ its file and line.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from tinyllama_ds.data.chat import Message
 from tinyllama_ds.errors import ConfigError
@@ -33,6 +36,7 @@ class SourceFormat:
     is its folder. `subsets` are the chosen ones, None for all but `excluded`.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     text_field: str = "text"
     subset_field: str | None = None
     subsets: frozenset[str] | None = None
@@ -85,11 +89,6 @@ class SourceFormat:
             "subsets": None if self.subsets is None else sorted(self.subsets),
             "excluded": sorted(self.excluded),
         }
-
-    @staticmethod
-    def from_dict(raw: dict) -> "SourceFormat":
-        subsets = None if raw["subsets"] is None else frozenset(raw["subsets"])
-        return SourceFormat(raw["text_field"], raw["subset_field"], subsets, frozenset(raw["excluded"]))
 
 
 def instead_of(raw: object, key: str) -> str:

@@ -21,9 +21,10 @@ class Validation(Callback):
             self._validate(result.progress)
 
     def _validate(self, progress: Progress) -> None:
-        trainer, world = self.trainer, self.trainer.world
-        where = (world.rank, world.size, trainer.run.micro_batch, world.device)
-        losses = validation_losses(trainer.run.evaluation.validation, trainer.engine, sum_over_ranks, *where)
+        trainer, run = self.trainer, self.trainer.run
+        losses = validation_losses(
+            run.evaluation.validation, trainer.engine, sum_over_ranks, trainer.world, run.micro_batch
+        )
         metrics = {f"Validation/Loss/{source}": loss for source, loss in losses.items()}
         metrics |= {f"Validation/Perplexity/{source}": perplexity(loss) for source, loss in losses.items()}
         trainer.metrics.log(progress.step, progress.tokens, metrics)
