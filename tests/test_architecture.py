@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,19 @@ LAYERS = [
 MAY_IMPORT_DEEPSPEED = {"train", "checkpoint", "health", "benchmark", "run"}
 LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 HEAVY = {"torch", "deepspeed", "transformers", "tokenizers", "matplotlib", "tensorboard", "pyarrow", "sentencepiece"}
-MAX_LINES = 63
+MAX_LINES, MAX_PARAMETERS, MAX_FILES = 50, 6, 15
+# Private attributes of libraries that the package uses, each with its reason and its place upstream; at most five.
+PRIVATE_API = {
+    "deepspeed.ops.__compatible_ops__": (
+        "on CPUs DeepSpeed compiles a shared-memory all-reduce that only inference uses, and no option turns it off;"
+        " deepspeed/comm/torch.py: build_shm_op"
+    ),
+}
+OF_PYTHON = {"_exit", "_actions", "_replace"}  # os, argparse, namedtuple
+DUNDERS = {
+    "__annotations__", "__cause__", "__context__", "__doc__", "__file__", "__getitem__", "__module__", "__name__",
+    "__version__",
+}  # fmt: skip
 
 
 def package_of(path: Path) -> str:
@@ -102,20 +115,67 @@ assert not logging.getLogger().handlers
     assert not list(tmp_path.iterdir())
 
 
-def functions() -> list:
+def functions() -> list[tuple[str, ast.FunctionDef]]:
     return [
-        pytest.param(node, id=f"{path.relative_to(PACKAGE)}:{node.name}")
+        (f"{path.relative_to(PACKAGE)}:{node.name}", node)
         for path in FILES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef)
     ]
 
 
-def test_functions_are_short() -> None:
-    for parameter in functions():
-        node = parameter.values[0]
-        lines = node.end_lineno - node.lineno + 1
-        assert lines <= MAX_LINES, f"{parameter.id} has {lines} lines"
+def test_functions_are_short_and_take_few_parameters() -> None:
+    for name, node in functions():
+        lines = node.end_lineno - node.lineno + 1 if node.end_lineno else 0
+        assert lines <= MAX_LINES, f"{name} has {lines} lines"
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        parameters = [argument for argument in arguments if argument.arg not in ("self", "cls")]
+        assert len(parameters) <= MAX_PARAMETERS, f"{name} has {len(parameters)} parameters"
+
+
+def test_directories_have_few_files() -> None:
+    for folder in {path.parent for path in FILES}:
+        assert len(list(folder.glob("*.py"))) <= MAX_FILES, folder
+
+
+def test_no_modules_import_each_other() -> None:
+    """Neither at the top, nor within functions or for types alone."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    sorter: TopologicalSorter = TopologicalSorter()
+    for name, path in names.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                submodules = {f"{node.module}.{alias.name}" for alias in node.names} & names.keys()
+                found |= submodules or {node.module} & names.keys()
+        sorter.add(name, *(found - {name}))
+    sorter.prepare()  # raises CycleError with the modules of a cycle
+
+
+def test_private_attributes_of_libraries_are_few_and_explained() -> None:
+    trees = [ast.parse(path.read_text()) for path in FILES]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    ours = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    ours |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and is_self(node.value)}
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not is_self(node.value):
+            if node.attr not in ours | OF_PYTHON | DUNDERS:
+                found.add(ast.unparse(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and str(name.value).startswith("_") and name.value not in DUNDERS:
+                found.add(ast.unparse(node))
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("tinyllama_ds"):
+            parts = [*node.module.split("."), *(alias.name for alias in node.names)]
+            if any(part.startswith("_") for part in parts if node.module != "__future__"):
+                found.add(ast.unparse(node))
+    assert found == PRIVATE_API.keys()
+    assert len(PRIVATE_API) <= 5
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
 def test_public_functions_say_what_they_do() -> None:
