@@ -132,7 +132,7 @@ def test_what_goes_wrong_ends_no_run_and_a_stop_is_heeded(data_dir: Path, tmp_pa
     assert re.findall(r"step (\d).*: scoring on tasks failed, continuing: (.*)", finished.stdout) == [
         ("2", "rank 0: OSError: no judgement"),
         ("4", "rank 1: OSError: no question"),
-        ("8", "rank 0: StopWanted: the run is asked to stop"),
+        ("8", "rank 0: StopRequested: a stop was requested"),
     ]
     assert [(row["step"], row["metric"], row["value"]) for row in read_rows(run)] == [(6, "fine", 1.0)]
     assert [read_manifest(checkpoint).progress.step for checkpoint in find_checkpoints(run)] == [9]

@@ -28,7 +28,7 @@ def test_the_limit_is_median_and_deviation_of_the_window() -> None:
     assert window.find(limit - 1e-6, 1.0) is None
     spike = window.find(limit + 1e-6, 1.0)
     assert spike is not None
-    assert (spike.figure, spike.limit, spike.median) == ("loss", pytest.approx(limit), pytest.approx(np.median(losses)))
+    assert (spike.metric, spike.threshold, spike.median) == ("loss", pytest.approx(limit), pytest.approx(np.median(losses)))
 
 
 def test_a_few_spikes_in_the_window_hide_no_later_one() -> None:
@@ -45,7 +45,7 @@ def test_a_gradient_norm_spikes_too_and_downwards_is_no_spike() -> None:
     assert window.find(0.1, 1.0) is None
     spike = window.find(2.5, 30.0)
     assert spike is not None
-    assert spike.figure == "gradient norm"
+    assert spike.metric == "gradient norm"
 
 
 def test_the_long_tail_of_gradient_norms_is_no_spike() -> None:

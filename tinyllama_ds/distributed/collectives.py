@@ -1,4 +1,4 @@
-"""Collectives of small values: what all ranks call together, in the same order."""
+"""Collectives of small values, which all ranks call in the same order."""
 
 import json
 import time
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.errors import ConfigError
 
-_LOOK_SECONDS = 0.1  # between two looks whether a collective has ended
+_POLL_SECONDS = 0.1  # between two polls
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -40,10 +40,10 @@ def broadcast_from_rank0(find: Callable[[], Any], world: DistributedInfo) -> Any
         try:
             answer = {"found": find()}
         except ConfigError as error:
-            answer = {"refusal": str(error)}
+            answer = {"error": str(error)}
     answer = gather_from_ranks(answer)[0]
-    if "refusal" in answer:
-        raise ConfigError(answer["refusal"])
+    if "error" in answer:
+        raise ConfigError(answer["error"])
     return answer["found"]
 
 
@@ -60,9 +60,9 @@ def broadcast_state_dict(
 
 
 def barrier_with_callback(device: torch.device, meanwhile: Callable[[], None]) -> None:
-    """Until all ranks have come here, call something now and then. Collective."""
+    """Wait for all ranks, and call something repeatedly meanwhile. Collective."""
     arrived = dist.all_reduce(torch.zeros(1, device=device), async_op=True)
     while not arrived.is_completed():
         meanwhile()
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
     arrived.wait()

@@ -1,4 +1,4 @@
-"""This process among all others, as whatever launcher started it says: deepspeed, torchrun, mpirun or srun."""
+"""This process among all ranks, by the variables of its launcher: deepspeed, torchrun, mpirun or srun."""
 
 import os
 import re
@@ -24,7 +24,7 @@ _LAUNCHERS = {
     "deepspeed, torchrun": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
     "OpenMPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     "MPICH": ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
-    # Set for the tasks of srun alone; SLURM_NTASKS is there in the batch script too, which is no rank.
+    # Set for the tasks of srun alone; SLURM_NTASKS is there in the batch script too, which is not a rank.
     "Slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
 }
 # The number of ranks on this host: of deepspeed, torchrun, OpenMPI and MPICH.
@@ -42,7 +42,7 @@ class DistributedInfo:
     local_rank: int
     size: int
     device: torch.device
-    local_size: int | None = None  # ranks on this host, where the launcher tells
+    local_size: int | None = None  # ranks on this host, where the launcher sets it
 
     @property
     def is_rank0(self) -> bool:
@@ -129,12 +129,12 @@ def choose_interface(world: DistributedInfo) -> str | None:
 
 
 def wait_for_turn(world: DistributedInfo) -> None:
-    """Let rank 0 speak first, whose end makes the launcher end the others; one that lives on has a thing of its own."""
+    """Let rank 0 log first, whose exit makes the launcher end the others; a rank that survives has its own error."""
     if not world.is_rank0:
-        wait_for_the_end(TURN_SECONDS)
+        wait_for_termination(TURN_SECONDS)
 
 
-def wait_for_the_end(seconds: float) -> None:
-    """Leave the launcher time to end this rank, which it does when another one has ended."""
+def wait_for_termination(seconds: float) -> None:
+    """Give the launcher time to end this rank, as it does when a different one has ended."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Bad numbers never reach weights or checkpoints, and what all ranks do next is agreed in one small sum per step.
+"""Non-finite numbers never reach weights or checkpoints; one small all-reduce per step gives all ranks one status.
 
 A step is bad when its loss or gradient is not finite on any rank, and suspicious when one of them spikes (`spikes.py`).
 """
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 MAX_SKIPS_IN_A_ROW = 5
 _NOT_FINITE = "loss or gradient is not finite"
-_FIGURE_UNITS = 2**32  # in which loss and norm are summed
-_LARGEST_FIGURE = 1e5  # of ten thousand ranks they add up without leaving int64
+_FIXED_POINT = 2**32  # units per 1 in which loss and norm are summed
+_MAX_VALUE = 1e5  # the sum over ten thousand ranks fits into int64
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # to read the bits of a parameter
 
 
 @dataclass(frozen=True)
 class StepStatus:
-    """What the ranks know of a step together, the same on all of them to the last bit."""
+    """The status of a step over all ranks, the same on each of them to the last bit."""
 
     stop: bool
     save: bool
-    busy: bool  # some rank still writes
+    busy: bool  # some rank still writes a checkpoint
     is_finite: bool  # loss and gradient, on every rank
-    digest: int  # of all samples that were trained on, whoever had them
-    loss: float  # mean over the ranks; means something where all are finite
+    digest: int  # of all samples that were trained on, by any rank
+    loss: float  # mean over the ranks, if finite
     grad_norm: float  # global, before clipping
 
 
@@ -46,28 +46,28 @@ def all_reduce_step_status(
     Loss and norm travel as whole numbers of 2^-32, whose sum does not depend on the order of the ranks.
     """
     device = loss.device
-    figures = torch.stack((loss.double(), torch.as_tensor(grad_norm, device=device).double()))
-    is_bad = ~torch.isfinite(figures).all() | (figures[1] < 0)  # DeepSpeed marks a norm that is not finite by -1
-    fixed = (figures.nan_to_num(0, 0, 0).clamp(max=_LARGEST_FIGURE) * _FIGURE_UNITS).round().long()
+    values = torch.stack((loss.double(), torch.as_tensor(grad_norm, device=device).double()))
+    is_bad = ~torch.isfinite(values).all() | (values[1] < 0)  # DeepSpeed marks a norm that is not finite by -1
+    fixed = (values.nan_to_num(0, 0, 0).clamp(max=_MAX_VALUE) * _FIXED_POINT).round().long()
     ours = torch.tensor([1, stop, save, busy, digest], dtype=torch.int64, device=device)
     together = sum_over_ranks(torch.cat((ours, is_bad.long().reshape(1), fixed)))
     ranks, stops, saves, busy_ranks, digests, bad, *sums = together.tolist()
-    mean_loss, mean_norm = (value / ranks / _FIGURE_UNITS for value in sums)
+    mean_loss, mean_norm = (value / ranks / _FIXED_POINT for value in sums)
     return StepStatus(stops > 0, saves > 0, busy_ranks > 0, bad == 0, digests, mean_loss, mean_norm)
 
 
 @dataclass(frozen=True)
 class StepDecision:
-    """What the guard thinks of a step."""
+    """What is done with a step."""
 
-    is_applied: bool  # or is to be applied, where the guard is asked before the optimizer
-    reason: str | None = None  # why it was skipped, or is remarkable
+    is_applied: bool  # or is to be applied, where the guard checks before the optimizer step
+    reason: str | None = None  # of the skip, or the spike that was applied
 
 
 class Rollback(Exception):
     """A spike under the policy `rollback`, on all ranks alike.
 
-    The run is to go on from its last checkpoint, and to leave these samples out.
+    The run resumes from its last checkpoint, and excludes these samples.
     """
 
     def __init__(self, step: int, samples: range, reason: str) -> None:
@@ -78,12 +78,12 @@ class Rollback(Exception):
 
 
 class AnomalyGuard:
-    """Judges every step, and counts those whose gradient was thrown away. All ranks come to the same judgement."""
+    """Checks every step, and counts skipped steps and spikes. All ranks come to the same decision."""
 
     def __init__(self, settings: GuardSettings, state: dict, rollbacks: int = 0) -> None:
         """`state` is that of the guard before a restart, or empty; `rollbacks` is how many the run has had."""
         self.skipped = state.get("skipped", 0)
-        self.spikes = state.get("spikes", 0)  # that were applied all the same
+        self.spikes = state.get("spikes", 0)  # that were applied
         self._in_a_row = state.get("in_a_row", 0)
         self._window = SpikeWindow(settings.spike_window, settings.spike_sigmas, **state.get("window", {}))
         self._settings = settings
@@ -91,30 +91,30 @@ class AnomalyGuard:
 
     @property
     def checks_before_step(self) -> bool:
-        """Whether it is to be asked before the optimizer, and not after."""
+        """Whether it has to be called before the optimizer step, and not after."""
         return self._settings.spike_policy == "skip"
 
-    def check(self, engine: "DeepSpeedEngine", step: int, samples: range, agreement: StepStatus) -> StepDecision:
-        """What to do about a step.
+    def check(self, engine: "DeepSpeedEngine", step: int, samples: range, status: StepStatus) -> StepDecision:
+        """Decide about a step.
 
-        Raises, on all ranks alike, `NumericsError` where bad numbers reached the weights or do not end, and `Rollback`.
+        Raises, on all ranks, `NumericsError` where non-finite numbers reached the weights or persist, and `Rollback`.
         """
-        if not agreement.is_finite:
+        if not status.is_finite:
             if not self.checks_before_step and engine.zero_optimization() and engine.was_step_applied():
                 raise NumericsError(f"{_place(step, samples)}: {_NOT_FINITE}, and DeepSpeed applied it to the weights")
             return self._skip(step, samples, _NOT_FINITE)
-        spike = self._window.find(agreement.loss, agreement.grad_norm)
+        spike = self._window.find(status.loss, status.grad_norm)
         if spike and self._settings.spike_policy == "skip":
             return self._skip(step, samples, f"spike of the {spike}")
         if spike and self._settings.spike_policy == "rollback":
             self._roll_back(step, samples, f"spike of the {spike}")
         self._in_a_row = 0
         self.spikes += spike is not None
-        self._window.add(agreement.loss, agreement.grad_norm)
+        self._window.add(status.loss, status.grad_norm)
         return StepDecision(True, f"spike of the {spike}" if spike else None)
 
     def state(self) -> dict:
-        """What a later process needs to judge as this one would; survives JSON to the last bit."""
+        """What a later process needs to decide as this one would; exact as JSON."""
         return {
             "skipped": self.skipped,
             "spikes": self.spikes,
@@ -141,7 +141,7 @@ def _place(step: int, samples: range) -> str:
 
 
 def check_parameters(engine: "DeepSpeedEngine") -> None:
-    """Collective. Every weight is finite, and what all ranks hold a copy of is equal on all, bit for bit.
+    """Collective. Every weight is finite, and replicated weights are equal on all ranks, bit for bit.
 
     Raises `NumericsError` on all ranks, naming the parameter and the ranks.
     """
@@ -160,12 +160,12 @@ def check_parameters(engine: "DeepSpeedEngine") -> None:
         for name, checksum in found.items():
             if checksum != reports[0][1][name]:
                 raise NumericsError(
-                    f"parameter {name!r} differs between rank 0 and rank {rank}, which ought to be copies"
+                    f"parameter {name!r} differs between rank 0 and rank {rank}; expected identical copies"
                 )
 
 
 def _read(values: list[torch.Tensor], device: torch.device) -> list:
-    """Scalars of the device, some perhaps offloaded, read at once: each by itself would wait for the device."""
+    """Scalars on the device, or offloaded, read at once: one read each would wait for the device each time."""
     return torch.stack([value.to(device) for value in values]).tolist()
 
 

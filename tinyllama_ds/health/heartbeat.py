@@ -1,4 +1,4 @@
-"""What a rank owes its supervisor: a sign of life per step, its stacks on request, and not to outlive it."""
+"""Rank-side liveness: heartbeats, stack dumps on request, and the death of the supervisor."""
 
 import faulthandler
 import json
@@ -50,7 +50,7 @@ class Heartbeat:
         self._lifeline = None if line is None else _Lifeline(line, rank, run_dir and run_dir / LIFELINE_KEY_FILE)
 
     def beat(self, step: int, doing: str) -> None:
-        """Say that this rank got as far as `step`, and what it does now."""
+        """Report the step that this rank has reached, and what it is doing."""
         self._step, self._doing = step, doing
         if self._lifeline is not None:
             self._lifeline.log_line({"step": step, "doing": doing})
@@ -58,7 +58,7 @@ class Heartbeat:
 
     @property
     def phase(self) -> str:
-        """What this rank is at: start-up, a training step, or what follows one."""
+        """Start-up, a training step, or what follows one."""
         if self._doing == STARTING:
             return "start-up"
         if self._doing in (FIRST_STEP, "training"):
@@ -66,12 +66,12 @@ class Heartbeat:
         return f"{self._doing} after step {self._step}"
 
     def fail(self, error: BaseException) -> None:
-        """Say why this rank is about to end; the supervisor shows the first such sentence of a run."""
+        """Report the error that ends this rank; the supervisor prints the first one of a run."""
         if self._lifeline is not None:
             self._lifeline.log_line({"error": f"{type(error).__name__}: {error}"})
 
     def report_exit(self, code: int) -> None:
-        """Say that this rank ends as it should, and its exit code."""
+        """Report that this rank exits in order, and its code."""
         if self._lifeline is not None:
             self._lifeline.log_line({"report_exit": code})
         self._write({"doing": "leaving", "code": code})

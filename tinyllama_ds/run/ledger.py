@@ -1,7 +1,7 @@
-"""The ledger of a run: which samples it passed over, and why. `ledger.jsonl`, one JSON object per line.
+"""The ledger of a run: which samples it skipped or excluded, and why. `ledger.jsonl`, one JSON object per line.
 
-`skipped`      a step whose gradient was thrown away: its samples were read in vain
-`rolled back`  samples that are left out of the order for good, because a step on them was followed by a spike
+`skipped`      a step whose gradient was dropped: its samples had no effect
+`rolled back`  samples that are excluded from the order, because a step on them ended in a spike
 
 Every change replaces the file as a whole, so that a crash leaves the old one or the new one.
 """
@@ -19,10 +19,10 @@ SKIPPED, ROLLED_BACK = "skipped", "rolled back"
 
 @dataclass(frozen=True)
 class Entry:
-    """One line. Samples are ordinals: their numbers in the run's order when nothing is left out."""
+    """One line. Samples are numbered in the run's order without exclusions."""
 
     event: str
-    step: int  # counted from 1, as in the figures
+    step: int  # counted from 1, as in the metrics
     first_sample: int
     last_sample: int
     reason: str
@@ -33,7 +33,7 @@ class Entry:
 
 
 def read_ledger(run_dir: Path) -> list[Entry]:
-    """All entries, oldest first; none where there is no ledger. Raises `ConfigError` for a line that is no entry."""
+    """All entries, oldest first; none where there is no ledger. Raises `ConfigError` for a malformed line."""
     path = run_dir / LEDGER_FILE
     try:
         with path.open("rb") as file:
@@ -54,7 +54,7 @@ def _entry(line: bytes, place: str) -> Entry:
     )
     if row is None or not is_entry:
         raise ConfigError(
-            f"{place}: not an entry of a run's ledger, which says what samples the run leaves out; restore the file, or"
+            f"{place}: not an entry of a run's ledger, which has the excluded samples; restore the file, or"
             " remove it if the run has never rolled back"
         )
     return Entry(**row)

@@ -46,7 +46,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "fl
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line of `pretrain` says."""
+    """The command line of `pretrain`."""
 
     recipe: str
     deepspeed_config: Path
@@ -156,7 +156,7 @@ def _origin_of(
 ) -> tuple[Parent | None, InitialWeights | None]:
     """Where the weights come from, added to the description: another run's state, stored weights, or neither."""
     if options.branch_from is not None and options.init_from is not None:
-        raise ConfigError("--branch-from and --init-from: both say where the weights come from; expected one of them")
+        raise ConfigError("--branch-from and --init-from: both set where the weights come from; expected one of them")
     parent = _parent_of(options, description)
     if parent is not None:
         description["parent"] = asdict(parent)
@@ -278,7 +278,7 @@ def _fingerprint(stream: TokenStream) -> dict:
 
 
 def is_chat_run(description: dict) -> bool:
-    """Whether a run was trained on conversations, given what its run.json or a checkpoint's manifest says of it."""
+    """Whether a run was trained on conversations, given its description in run.json or a checkpoint's manifest."""
     return any(_MASKS in source for source in description.get("data", {}).get("train", {}).values())
 
 

@@ -1,4 +1,4 @@
-"""Where figures are written. A sink that cannot be written waits for room; it never stops the training."""
+"""Sinks of metrics. One that cannot be written keeps its rows and retries; it never stops training."""
 
 import json
 import os
@@ -17,25 +17,25 @@ _FLUSH_SECONDS = 30.0
 _RETRY_SECONDS = 30.0
 _PROBE_BYTES = 2**16
 
-Figures = Mapping[str, float]
+Metrics = Mapping[str, float]
 _Row = tuple[int, Mapping[str, float | str | dict]]
 
 
 def warn(what: object, error: Exception) -> None:
-    """Say that something cannot be written; not even this may fail."""
+    """Print that something cannot be written; this never fails."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     with suppress(OSError):
         print(
-            f"tinyllama-ds: {what}: cannot be written ({reason}); training goes on, and it is tried again",
+            f"tinyllama-ds: {what}: cannot be written ({reason}); continuing, and retrying",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
 
 class JsonlWriter:
-    """A file of JSON lines, each written at once. What finds no room is kept and written with a later row."""
+    """A file of JSON lines, each written at once. What cannot be written is kept, and written with a later row."""
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Lines of steps after `last_step` are dropped: a resumed run will do them again."""
+        """Lines of steps after `last_step` are dropped: a resumed run repeats them."""
         self._path = path
         self._pending = b""
         self._is_failing = False
@@ -43,12 +43,12 @@ class JsonlWriter:
         self.last: dict = {}  # row that was there before
         self.last_step = 0  # the largest in the file
         try:
-            self.last, self.last_step = _forget_after(path, last_step)
+            self.last, self.last_step = _drop_after(path, last_step)
         except OSError as error:
             warn(path, error)
 
     def write(self, row: dict) -> None:
-        """Append a row; a figure that is not finite is null, because JSON has no other word for it."""
+        """Append a row; a metric that is not finite is null, because JSON has no NaN."""
         bad = [key for key, value in row.items() if isinstance(value, float) and not isfinite(value)]
         self._pending += json.dumps(row | dict.fromkeys(bad), allow_nan=False).encode() + b"\n"
         try:
@@ -68,10 +68,10 @@ class JsonlWriter:
             os.close(self._descriptor)
 
 
-def _forget_after(path: Path, step: int) -> tuple[dict, int]:
+def _drop_after(path: Path, step: int) -> tuple[dict, int]:
     """Drop the rows of later steps and what is damaged.
 
-    Returns the last row that was there, and the largest step, which may be another.
+    Returns the last row of the file, and the largest step, which may be that of a different row.
     """
     if not path.exists():
         return {}, 0
@@ -85,14 +85,14 @@ def _forget_after(path: Path, step: int) -> tuple[dict, int]:
 
 
 class TensorBoardWriter:
-    """TensorBoard's event files in one folder, with one kind of x.
+    """TensorBoard's event files in one folder, over one kind of x.
 
     An event file that failed has a torn end, after which nothing would be read: the rows since its last flush go into
-    a new one, which begins with the order to forget what the old one has from there on.
+    a new one, which begins by purging what the old one has from there on.
     """
 
     def __init__(self, directory: Path, last_x: int) -> None:
-        """What is there of an x after `last_x` is forgotten: a resumed run will do it again."""
+        """What is there after `last_x` is purged: a resumed run repeats it."""
         self._directory = directory
         self._flushed_x = last_x
         self._rows: list[_Row] = []  # not known to be on the disk
@@ -101,16 +101,16 @@ class TensorBoardWriter:
         self._writer: SummaryWriter | None = None
         self._add(None)
 
-    def write(self, x: int, figures: Figures) -> None:
-        """Write figures at x."""
-        self._add((x, figures))
+    def write(self, x: int, metrics: Metrics) -> None:
+        """Write metrics at x."""
+        self._add((x, metrics))
 
     def write_text(self, name: str, text: str, x: int) -> None:
         """Write a text at x."""
         self._add((x, {name: text}))
 
     def write_layout(self, layout: dict, x: int) -> None:
-        """Write how TensorBoard's custom scalars group the figures: charts by category, patterns of names by chart."""
+        """Write how TensorBoard's custom scalars group the metrics: charts by category, patterns of names by chart."""
         self._add((x, {"layout": layout}))
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ class TensorBoardWriter:
             return
         try:
             if self._writer is None:
-                _require_room(self._directory)
+                _check_writable(self._directory)
                 self._writer = SummaryWriter(str(self._directory), purge_step=self._flushed_x + 1)
                 for waiting in self._rows:
                     _write(self._writer, waiting)
@@ -136,7 +136,7 @@ class TensorBoardWriter:
                 _write(self._writer, row)
             if time.monotonic() >= self._flush_at:
                 self._flush(self._writer)
-        except Exception as error:  # its thread hands on whatever it met
+        except Exception as error:  # whatever its thread raises
             self._give_up(error)
 
     def _flush(self, writer: SummaryWriter) -> None:
@@ -154,7 +154,7 @@ class TensorBoardWriter:
         self._writer = None
 
 
-def _require_room(directory: Path) -> None:
+def _check_writable(directory: Path) -> None:
     """Raise OSError where nothing can be written: TensorBoard would leave an empty file and a traceback each time."""
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / ".probe"

@@ -1,8 +1,8 @@
-"""The dry-run batch: every part of training once before step 1, so that what cannot work fails in the first minute.
+"""The dry-run batch: every part of training once before step 1, so that errors show in the first minute.
 
 One micro batch goes forward and backward, one is validated, the probe is taken, one prompt is sampled and one scored if
-the recipe does so, and the state is copied to host memory as for a save. Nothing of it stays: weights and optimizer are
-only read, and the gradient is thrown away, so training is the same bit for bit as without (OLMo-core does the same).
+the recipe does so, and the state is copied to host memory as for a save. Weights and optimizer are
+only read, and the gradient is dropped, so training is the same bit for bit as without (OLMo-core does the same).
 """
 
 import socket
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What `plan` says of the memory of one GPU."""
+    """The estimate of `plan` for the memory of one GPU."""
 
     bytes: int
     alternatives: str  # what needs less, in words
@@ -110,7 +110,7 @@ def _backward(engine: "DeepSpeedEngine", loss: torch.Tensor) -> None:
 
 @contextmanager
 def _named(part: str, run: Run, world: DistributedInfo, estimate: MemoryEstimate | None) -> Iterator[None]:
-    """Whatever goes wrong inside says in which part; waits for the device, which reports errors late."""
+    """Errors inside name the part; waits for the device, which reports errors late."""
     try:
         yield
         if world.device.type == "cuda":

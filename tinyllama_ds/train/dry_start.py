@@ -22,7 +22,7 @@ _LONGEST = 400  # characters of DeepSpeed's reason
 def check_engine_start(engine_config: dict, path: Path, device_type: str) -> None:
     """Start the engine in a process of its own, on one device of this machine.
 
-    Raises `ConfigError` with DeepSpeed's reason. A device without enough free memory is no fault of the config.
+    Raises `ConfigError` with DeepSpeed's reason. A device without enough free memory is not an error.
     """
     # A process that has used CUDA cannot be forked; without it, a fork has all imports already.
     on_gpu = device_type == "cuda"
@@ -82,7 +82,7 @@ def _start(config: dict, device_type: str, sender: Connection) -> None:
 
 
 def _without_leaves(model: torch.nn.Module, config: dict) -> str:
-    """DeepSpeed passes over a class of leaf modules that the model does not have."""
+    """DeepSpeed ignores a class of leaf modules that the model does not have."""
     from deepspeed.utils.z3_leaf_module import z3_leaf_module
 
     zero = config["zero_optimization"]

@@ -109,8 +109,8 @@ def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "
 def _without_release(config: dict) -> dict:
     """ZeRO-3 on one rank: its partition is the whole weight, so releasing it frees nothing.
 
-    Yet DeepSpeed waits for the GPU whenever it takes a released weight back, before every block. Persistent weights are
-    not released. Weights that are offloaded lie elsewhere, and go on as they are configured.
+    But DeepSpeed waits for the GPU whenever it gathers a released weight, before every block. Persistent weights are
+    not released. Offloaded weights keep their configuration.
     """
     zero = config["zero_optimization"]
     if zero.get("offload_param", {}).get("device", "none") != "none":

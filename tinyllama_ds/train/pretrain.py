@@ -14,7 +14,13 @@ import torch
 from tinyllama_ds import fault_injection
 from tinyllama_ds.checkpoint.format import Progress
 from tinyllama_ds.distributed.collectives import gather_from_ranks
-from tinyllama_ds.distributed.world import TURN_SECONDS, DistributedInfo, read_world, wait_for_the_end, wait_for_turn
+from tinyllama_ds.distributed.world import (
+    TURN_SECONDS,
+    DistributedInfo,
+    read_world,
+    wait_for_termination,
+    wait_for_turn,
+)
 from tinyllama_ds.errors import (
     EXIT_CONFIG,
     EXIT_FINISHED,
@@ -67,7 +73,7 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
         log_rank0(world, str(error))
         code = EXIT_CONFIG
     except DataError as error:
-        log_line(f"{error}; audit the data before it goes on")
+        log_line(f"{error}; audit the data before training continues")
         code = EXIT_NUMERICS
     except NumericsError as error:
         log_rank0(world, f"{error}; nothing was saved since")
@@ -146,7 +152,7 @@ def read_secrets(run_dir: Path) -> None:
 def exit_before_start(error: ConfigError, run_dir: Path) -> int:
     """Of a rank without `DistributedInfo`: the first rank of its host logs, and the launcher ends the others."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        wait_for_the_end(TURN_SECONDS)
+        wait_for_termination(TURN_SECONDS)
     Heartbeat(int(os.environ.get("RANK", "0")), run_dir).report_exit(EXIT_CONFIG)
     log_line(str(error))
     return EXIT_CONFIG
@@ -156,7 +162,7 @@ def crash(error: BaseException, heartbeat: Heartbeat) -> NoReturn:
     """End this process with a traceback and code 1."""
     heartbeat.fail(error)
     # If the end of another rank is the cause, the launcher has noticed that one, and ends this one meanwhile.
-    wait_for_the_end(_CAUSE_SECONDS)
+    wait_for_termination(_CAUSE_SECONDS)
     traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(1)

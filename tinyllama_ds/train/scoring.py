@@ -1,7 +1,7 @@
-"""Scores on tasks of lm-eval while a run trains: every rank holds the whole model for that long, and answers its share.
+"""Scores on tasks of lm-eval while a run trains: every rank holds the whole model meanwhile, and scores its share.
 
 Training is the same bit for bit with and without: the weights are read only, no compiled code is involved, and every
-source of random numbers is put back where it was.
+source of random numbers is restored.
 """
 
 import gc
@@ -27,39 +27,39 @@ if TYPE_CHECKING:
     from tinyllama_ds.run.resolve import Run
 
 
-class StopWanted(Exception):
-    """A run that is asked to stop does not wait for its scores."""
+class StopRequested(Exception):
+    """Scoring ends where a stop of the run was requested."""
 
 
 def score_on_tasks(
     engine: "DeepSpeedEngine",
     run: "Run",
     world: DistributedInfo,
-    stop_is_wanted: Callable[[], bool],
+    stop_is_requested: Callable[[], bool],
     beat: Callable[[], None],
 ) -> tuple[Score, ...]:
-    """The scores of the weights as they are. Collective; `beat` is called as often as something goes on.
+    """The scores of the weights as they are. Collective; `beat` is called repeatedly.
 
-    Raises, on all ranks alike, `ConfigError` or `EvaluationFailed` where it went wrong on any; the run can go on.
+    Raises, on all ranks alike, `ConfigError` or `EvaluationFailed` where it failed on any; the run can continue.
     """
 
-    def look_around(*_: object) -> None:
+    def check_for_stop(*_: object) -> None:
         beat()
-        if stop_is_wanted():
-            raise StopWanted("the run is asked to stop")
+        if stop_is_requested():
+            raise StopRequested("a stop was requested")
 
     def build() -> Any:
         lm = _whole_model(engine, run)
-        lm.model.register_forward_pre_hook(look_around)
+        lm.model.register_forward_pre_hook(check_for_stop)
         return lm
 
     def gather(value: Any) -> list[Any]:
-        barrier_with_callback(world.device, beat)  # those with longer texts
+        barrier_with_callback(world.device, beat)  # ranks with longer texts
         return gather_from_ranks(value)
 
     assert run.evaluation.tasks is not None
     try:
-        with _randomness_put_back(world.device), silence():
+        with _random_state_restored(world.device), silence():
             ranks = Ranks(world.rank, world.size, gather)
             results = evaluate(build, run.evaluation.tasks, ranks, run.recipe.evaluation.limit, may_fork=False)
     finally:
@@ -73,7 +73,7 @@ def score_one_prompt(engine: "DeepSpeedEngine", run: "Run", world: DistributedIn
 
     request = Instance("loglikelihood", doc={}, arguments=("The capital of France is", " Paris"), idx=0)
     try:
-        with _randomness_put_back(world.device), silence():
+        with _random_state_restored(world.device), silence():
             _whole_model(engine, run).loglikelihood([request], disable_tqdm=True)
     finally:
         _free_memory()
@@ -87,7 +87,7 @@ def _whole_model(engine: "DeepSpeedEngine", run: "Run") -> Any:
 
 
 @contextmanager
-def _randomness_put_back(device: torch.device) -> Iterator[None]:
+def _random_state_restored(device: torch.device) -> Iterator[None]:
     pythons, numpys = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -98,7 +98,7 @@ def _randomness_put_back(device: torch.device) -> Iterator[None]:
 
 
 def _free_memory() -> None:
-    """Of what held the weights; nothing is collected between two steps by itself."""
+    """Of the whole model; automatic garbage collection is off."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -90,7 +90,7 @@ class Trainer:
         outputs: Outputs,
         heartbeat: Heartbeat,
     ) -> None:
-        """`start` is what the checkpoint says that the engine was loaded from."""
+        """`start` is in the manifest of the checkpoint that the engine was loaded from."""
         self.engine, self.run, self.world = engine, run, world
         self.metrics, self.console = outputs
         self.heartbeat = heartbeat
