@@ -188,7 +188,7 @@ class Saver:
         files = {}
         for kind, tensors in staged.items():
             name = f"rank_{self._world.rank:05d}.{kind}.safetensors"
-            files[name] = asdict(_write_file(folder / name, tensors, step))
+            files[name] = asdict(write_file(folder / name, tensors, step))
         return files
 
     def _commit_or_abandon(self, pending_save: "_PendingSave") -> None:
@@ -267,7 +267,8 @@ def describe_optimizer(engine: "DeepSpeedEngine") -> OptimizerRecord:
     return OptimizerRecord(type(optimizer).__name__, step, groups, counters)
 
 
-def _write_file(path: Path, tensors: "dict[str, Tensor]", step: int) -> File:
+def write_file(path: Path, tensors: "dict[str, Tensor]", step: int) -> File:
+    """Write a safetensors file durably; returns its size and hash."""
     from safetensors.torch import save_file
 
     maybe_inject_fault("save.begin", step)
