@@ -132,7 +132,7 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    """Train under the deepspeed launcher; restarts and resumes by itself."""
+    """Train under the deepspeed launcher; restarts and resumes automatically."""
     from tinyllama_ds.launch.fleet import Fleet
     from tinyllama_ds.launch.launcher import check_placement
     from tinyllama_ds.launch.lock import hold_run
