@@ -76,7 +76,7 @@ def _arguments(setting: Setting) -> list[str]:
 
 
 def cause(stderr: str) -> str:
-    """The line that names the exception, not the launcher's output after it nor the errors of ranks that lost a peer."""
+    """The line that names the exception, not the launcher's output after it or the error of a rank that lost a peer."""
     lines = [line.strip() for line in stderr.splitlines()]
     config_errors = [line for line in lines if line.startswith("tinyllama-ds:")]
     errors = [line for line in lines if "Error" in line]
