@@ -169,13 +169,17 @@ def _import_checkpoint(options: argparse.Namespace) -> int:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     parser.add_argument("prompt", metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=POSITIVE, default=100, help="default: %(default)s")
+    _add_sampling_arguments(parser, max_new_tokens=100, temperature=0.8)
+    add_json(parser)
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
+    parser.add_argument("--max-new-tokens", type=POSITIVE, default=max_new_tokens, help="default: %(default)s")
     parser.add_argument(
-        "--temperature", type=Number(least=0, most=100), default=0.8, help="0 is greedy (default: %(default)s)"
+        "--temperature", type=Number(least=0, most=100), default=temperature, help="0 is greedy (default: %(default)s)"
     )
     parser.add_argument("--top-p", type=SHARE, default=0.95, help="default: %(default)s")
     parser.add_argument("--seed", type=SEED, default=0, help="default: %(default)s")
-    add_json(parser)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -203,13 +207,8 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
-    parser.add_argument("--max-new-tokens", type=POSITIVE, default=256, help="of an answer (default: %(default)s)")
-    parser.add_argument(
-        "--temperature", type=Number(least=0, most=100), default=0.0, help="0 is greedy (default: %(default)s)"
-    )
-    parser.add_argument("--top-p", type=SHARE, default=0.95, help="default: %(default)s")
-    parser.add_argument("--seed", type=SEED, default=0, help="default: %(default)s")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    _add_sampling_arguments(parser, max_new_tokens=256, temperature=0.0)
 
 
 def _chat(options: argparse.Namespace) -> int:
