@@ -1,13 +1,13 @@
-"""The exit codes that other programs rely on, and the exceptions that a user should have to read."""
+"""The exit codes that other programs rely on, and the exceptions whose messages users read."""
 
 import json
 from collections.abc import Callable
 
 EXIT_FINISHED = 0
 EXIT_RESTART = 75  # saved, please restart
-EXIT_ROLLBACK = 76  # inside: the supervisor starts the run again, without the samples before a spike
+EXIT_ROLLBACK = 76  # internal: the supervisor restarts the run without the samples before a spike
 EXIT_CONFIG = 78  # wrong configuration or input, do not restart
-EXIT_NUMERICS = 79  # numbers went bad, a human must look
+EXIT_NUMERICS = 79  # non-finite loss or gradients, or damaged weights or tokens; needs manual inspection
 
 _MOST_PROBLEMS = 20  # in one message
 _MOST_CHARACTERS = 80  # of a value
@@ -20,33 +20,33 @@ class ConfigError(Exception):
     """
 
     def __str__(self) -> str:
-        """On one line, also where it quotes a library that uses several."""
+        """On one line, also where it quotes a library's message of several lines."""
         return " ".join(super().__str__().split("\n"))
 
 
 class OutOfMemory(ConfigError):
     """The GPU of one rank has too little memory: one sentence that names the rank and the part, and what needs less.
 
-    Said by that rank, because the others wait for it; the run ends with exit code 78 and is not restarted.
+    Raised on that rank, while the others wait for it; the run ends with exit code 78 and is not restarted.
     """
 
 
 class DataError(Exception):
-    """Tokens that cannot be what was prepared: one sentence that names the shard and the place. Raised in mid run.
+    """Tokens that cannot be what was prepared: one sentence that names the shard and the place, raised during training.
 
     Raised on the one rank that read them; the run ends with exit code 79 and is not restarted.
     """
 
 
 class NumericsError(Exception):
-    """Loss, gradient or weights went bad: one sentence that names the step or parameter. Raised on all ranks alike.
+    """Non-finite or diverging loss, gradients or weights: one sentence that names the step or parameter, on all ranks.
 
-    Nothing is saved any more; the run ends with exit code 79 and is not restarted.
+    Nothing is saved after it; the run ends with exit code 79 and is not restarted.
     """
 
 
 def raise_problems(place: object, problems: list[str]) -> None:
-    """Raise one `ConfigError` with all that is wrong with a file; nothing where nothing is."""
+    """Raise one `ConfigError` with all problems of a file, if there are any."""
     if len(problems) == 1:
         raise ConfigError(f"{place}: {problems[0]}")
     if problems:
@@ -74,7 +74,7 @@ def _shorten(write: Callable[[object], str], value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without characters that a terminal would obey; training data may hold any."""
+    """Text with control characters escaped, as training data may hold any."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
         for character in text

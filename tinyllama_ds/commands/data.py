@@ -32,9 +32,11 @@ def _add_demo_data(parser: argparse.ArgumentParser) -> None:
         help="slimpajama and starcoderdata (the default), proof-pile-2, skypile",
     )
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--chat", action="store_true", help="instead, conversations, in OUT/chat")
+    instead.add_argument("--chat", action="store_true", help="write conversations to OUT/chat instead")
     instead.add_argument(
-        "--tasks", action="store_true", help="instead, a task for evaluate, from the held-out text of OUT/slimpajama"
+        "--tasks",
+        action="store_true",
+        help="write a task for evaluate instead, from the held-out text of OUT/slimpajama",
     )
     add_json(parser)
 
@@ -78,7 +80,7 @@ def _train_tokenizer(options: argparse.Namespace) -> int:
 
 
 def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
-    """Texts of all corpora by turns, so that each has its share of what the tokenizer sees."""
+    """Texts of all corpora in turn, so that the tokenizer sees as many of each."""
     readers = [_texts_of(directory, text_field) for directory in directories]
     while readers:
         for reader in list(readers):
@@ -116,7 +118,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="only these parts: SlimPajama's set names, or folders (languages of StarCoderData)",
     )
     parser.add_argument(
-        "--chat", action="store_true", help="conversations (messages, or Guanaco's text), of which answers are targets"
+        "--chat",
+        action="store_true",
+        help="conversations (messages, or Guanaco's text), with a loss mask on the answers",
     )
     parser.add_argument(
         "--max-tokens",
@@ -130,7 +134,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         type=COUNT,
         default=0,
         metavar="N",
-        help="list and leave out up to N (default: %(default)s)",
+        help="list and skip up to N bad records (default: %(default)s)",
     )
     parser.add_argument("--encoder", choices=("auto", "gigatoken", "sentencepiece"), default="auto")
     parser.add_argument("--workers", type=RANKS, metavar="N", help="processes (default: one per core)")
@@ -161,7 +165,7 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _share_of_task(options: argparse.Namespace) -> tuple[int, int]:
-    """What was asked for, else this task's share under srun, whose batch scripts know no number of tasks in a step."""
+    """The option, else this task's share under srun, whose batch scripts do not know the number of tasks of a step."""
     if options.share is None and not (options.mpi or options.hostfile) and "SLURM_STEP_NUM_TASKS" in os.environ:
         share = f"{os.environ.get('SLURM_PROCID')}/{os.environ['SLURM_STEP_NUM_TASKS']}"
         try:
@@ -172,7 +176,7 @@ def _share_of_task(options: argparse.Namespace) -> tuple[int, int]:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    """Tokenise one source into shards; starts again where it stopped."""
+    """Tokenise one source into shards; continues after an interruption."""
     from concurrent.futures import BrokenExecutor
 
     from tinyllama_ds.data.prepare.agents import prepare_on_hosts
@@ -199,13 +203,16 @@ def _prepare(options: argparse.Namespace) -> int:
     try:
         table = summarise(prepare(job, workers, _share_of_task(options), options.mpi))
     except BrokenExecutor:
-        print("tinyllama-ds: a worker was killed, perhaps for memory; start again, shards are kept", file=sys.stderr)
+        print(
+            "tinyllama-ds: a worker was killed, perhaps for its memory; run prepare again, finished shards are kept",
+            file=sys.stderr,
+        )
         return EXIT_RESTART
     return print_result(options, table, _prepare_text(options.source, table))
 
 
 def _print_notes(inputs: "Inputs") -> None:
-    """Say which files are held out or not read, before any is read."""
+    """Print which files are held out or not read, before any is read."""
     for note in inputs.notes():
         print(f"tinyllama-ds: {note}", file=sys.stderr, flush=True)
 
@@ -256,7 +263,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_megatron(options: argparse.Namespace) -> int:
-    """Make Megatron's .idx files (their .bin beside them) usable for training, without a copy."""
+    """Make Megatron's .idx files (with their .bin files) usable for training, without a copy."""
     from tinyllama_ds.data.prepare.imports import Import, import_megatron
 
     job = Import(options.source, options.split, options.tokenizer, options.output)
@@ -284,7 +291,7 @@ def _print_imported(options: argparse.Namespace, manifests: "list[Manifest]") ->
 
 def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA_DIR")
-    parser.add_argument("--recipe", help="also prove that this recipe trains on it as it says")
+    parser.add_argument("--recipe", help="also verify what a run of this recipe trains on")
     parser.add_argument(
         "--world-size", type=WholeNumber(1, 1_000_000), default=1, metavar="N", help="ranks (default: %(default)s)"
     )
@@ -300,7 +307,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    """Check every token of a data directory, and that a recipe trains on all of it as it says."""
+    """Check every token of a data directory, and what a run of a recipe trains on."""
     from tinyllama_ds.config.run_plan import micro_batch_of
     from tinyllama_ds.data.audit.audit import audit_data
     from tinyllama_ds.data.audit.page import audit_page, verdict
@@ -309,7 +316,7 @@ def _audit(options: argparse.Namespace) -> int:
     coverage = None
     if options.recipe is not None:
         plan, order, _ = _planned_order(options.recipe, options.data)
-        micro_batch_of(plan, None, options.world_size)  # refuses a number of ranks that no batch divides over
+        micro_batch_of(plan, None, options.world_size)  # raises for a number of ranks that does not divide the batches
         coverage = check_coverage(order, [stage.batch for stage in plan.stages], options.world_size)
     audit = audit_data(options.data, _raw_inputs(options.raw), options.samples, options.workers)
     problems = audit.problems + (coverage.problems if coverage else [])
@@ -322,7 +329,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _write_page(options: argparse.Namespace, page: str) -> Path | None:
-    """Where it was written, if it was: the verdict counts, and prepared data may be mounted read-only."""
+    """The path of the page; None where it cannot be written, as data may be mounted read-only."""
     from tinyllama_ds.outputs import write_file
 
     output = options.output or options.data / "audit.html"
@@ -345,7 +352,7 @@ def _raw_inputs(pairs: list[str]) -> dict[str, Path]:
 def _planned_order(
     recipe_name: str, data: Path, left_out: Sequence[range] = ()
 ) -> "tuple[RunPlan, SampleOrder, dict[str, TokenStream]]":
-    """What a recipe makes of a data directory."""
+    """Plan, sample order and streams of a recipe on a data directory."""
     from tinyllama_ds.config.recipe import load_recipe
     from tinyllama_ds.config.run_plan import RunPlan
     from tinyllama_ds.data.order import MixtureStage, SampleOrder
@@ -365,13 +372,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     show.add_argument("step", type=WholeNumber(0, 10**15), metavar="STEP", help="from 0")
     show.add_argument("--recipe", required=True)
     show.add_argument("--data", type=Path, required=True, metavar="DIR")
-    show.add_argument("--run-dir", type=Path, metavar="DIR", help="leave out what this run's ledger leaves out")
+    show.add_argument("--run-dir", type=Path, metavar="DIR", help="exclude the samples that this run's ledger excludes")
     show.add_argument("--limit", type=COUNT, default=8, metavar="N", help="samples to print (default: %(default)s)")
     add_json(show)
 
 
 def _data(options: argparse.Namespace) -> int:
-    """Look into prepared data: `show` prints the texts that a step trains on."""
+    """Inspect prepared data: `show` prints the texts that a step trains on."""
     from tinyllama_ds.data.audit.show import show_samples
     from tinyllama_ds.data.loader import reject_different_tokenizer
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer

@@ -1,7 +1,7 @@
-"""One preparing agent per host, started over ssh; what an agent leaves undone is done by whoever comes next.
+"""One preparing agent per host, started over ssh.
 
-Every agent sees the same files and makes its share of the shards. Nothing else passes between them: a shard is there
-or it is not, so an agent that dies costs the shard that it was making.
+Every agent sees the same files and makes its share of the shards, without communication: an agent that dies loses the
+shard that it was making, which a later run makes.
 """
 
 import os
@@ -48,7 +48,7 @@ def prepare_on_hosts(job: Preparation, hosts: Sequence[str], arguments: Sequence
 
 
 def _start(host: str, arguments: list[str], log: IO[str]) -> subprocess.Popen:
-    """`host` has been read from a hostfile, which accepts no name that ssh could take for an option."""
+    """`host` is from a hostfile, which rejects names that ssh could take for an option."""
     path = os.environ.get("PYTHONPATH")
     command = [*(["env", f"PYTHONPATH={path}"] if path else []), sys.executable, "-m", "tinyllama_ds.cli", *arguments]
     remote = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}"
@@ -60,4 +60,4 @@ def _start(host: str, arguments: list[str], log: IO[str]) -> subprocess.Popen:
 def _last_line(log: IO[str]) -> str:
     log.seek(0)
     lines = [line for line in log.read().replace("\r", "\n").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"
