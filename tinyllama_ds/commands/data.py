@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -145,6 +145,11 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="about this many per shard (default: 256 MiB)",
     )
+    _add_places(parser)
+    add_json(parser)
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", type=Path, metavar="H", help="work on all these hosts, through ssh")
     where.add_argument("--mpi", action="store_true", help="work on the ranks of mpirun ... python -m mpi4py.futures")
@@ -154,7 +159,6 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         metavar="RANK/SIZE",
         help="make only every SIZE-th shard, from RANK on (default: all; under srun each task its share)",
     )
-    add_json(parser)
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -228,13 +232,12 @@ def _format_of(options: argparse.Namespace) -> "SourceFormat":
 
 def _agent_arguments(options: argparse.Namespace) -> list[str]:
     """The same preparation on another host, paths made absolute."""
-    arguments = ["prepare", "--source", options.source, "--input", str(options.input.absolute())]
-    arguments += ["--tokenizer", str(options.tokenizer.absolute()), "--output", str(options.output.absolute())]
-    arguments += ["--encoder", options.encoder, "--max-bad-records", str(options.max_bad_records)]
-    arguments += ["--shard-bytes", str(options.shard_bytes)]
-    arguments += ["--text-field", options.text_field] if options.text_field else []
-    arguments += ["--chat", "--max-tokens", str(options.max_tokens)] if options.chat else []
-    arguments += ["--workers", str(options.workers)] if options.workers else []
+    arguments = ["prepare"] + (["--chat"] if options.chat else [])
+    for name in ("source", "input", "tokenizer", "output", "encoder", "max_bad_records", "shard_bytes", "text_field",
+                 "max_tokens", "workers"):  # fmt: skip
+        value = getattr(options, name)
+        if value:
+            arguments += [f"--{name.replace('_', '-')}", str(value.absolute() if isinstance(value, Path) else value)]
     return arguments + (["--subset", *options.subset] if options.subset else [])
 
 
@@ -264,21 +267,23 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _import_megatron(options: argparse.Namespace) -> int:
     """Make Megatron's .idx files (with their .bin files) usable for training, without a copy."""
-    from tinyllama_ds.data.prepare.imports import Import, import_megatron
+    from tinyllama_ds.data.prepare.imports import import_megatron
 
-    job = Import(options.source, options.split, options.tokenizer, options.output)
-    return _print_imported(options, import_megatron(job, options.inputs))
+    return _import_tokens(options, import_megatron)
 
 
 def _import_litpkds(options: argparse.Namespace) -> int:
     """Turn the LITPKDS chunks of TinyLlama's own scripts into shards."""
-    from tinyllama_ds.data.prepare.imports import Import, import_litpkds
+    from tinyllama_ds.data.prepare.imports import import_litpkds
+
+    return _import_tokens(options, import_litpkds)
+
+
+def _import_tokens(options: argparse.Namespace, import_files: "Callable[..., list[Manifest]]") -> int:
+    from tinyllama_ds.data.prepare.imports import Import
 
     job = Import(options.source, options.split, options.tokenizer, options.output)
-    return _print_imported(options, import_litpkds(job, options.inputs))
-
-
-def _print_imported(options: argparse.Namespace, manifests: "list[Manifest]") -> int:
+    manifests = import_files(job, options.inputs)
     result = {
         "shards": len(manifests),
         "documents": sum(manifest.documents for manifest in manifests),

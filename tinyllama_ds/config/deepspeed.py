@@ -163,33 +163,27 @@ def _warning_of(full: str, value: object, stage: int) -> str | None:
 
 def read_schedule(raw: dict, path: Path) -> ScheduleParams | None:
     """The learning-rate schedule of a config; None is a constant learning rate."""
-    scheduler = raw.get("scheduler")
-    if scheduler is None:
+    if raw.get("scheduler") is None:
         return None
-    kind, params = scheduler.get("type"), scheduler.get("params", {})
+    kind, params = raw["scheduler"].get("type"), raw["scheduler"].get("params", {})
     if kind is None:
         raise ConfigError(f"{path}: scheduler.type is missing; expected WarmupCosineLR, WarmupLR or no scheduler")
-    if "warmup_type" not in params:
-        raise ConfigError(
-            f"{path}: scheduler.params.warmup_type is missing; expected linear, DeepSpeed's default is log"
-        )
-    misplaced = ", ".join(sorted(params.keys() & {"cos_min_ratio", "total_num_steps"}))
-    if kind == "WarmupLR" and misplaced:
-        raise ConfigError(f"{path}: scheduler.params.{misplaced} belongs to WarmupCosineLR; WarmupLR never falls")
-    needed = ("warmup_num_steps",) if kind == "WarmupLR" else ("warmup_num_steps", "cos_min_ratio")
-    raise_problems(
-        path,
-        [
-            f"scheduler.params.{key} is missing; expected {ACCEPTED[f'scheduler.params.{key}'].expectation}"
-            for key in needed
-            if key not in params
-        ],
-    )
+    needed = ["warmup_type", "warmup_num_steps", *(["cos_min_ratio"] if kind == "WarmupCosineLR" else [])]
+    misplaced = ["cos_min_ratio", "total_num_steps"] if kind == "WarmupLR" else []
+    problems = [_missing(f"scheduler.params.{key}") for key in needed if key not in params]
+    problems += [
+        f"scheduler.params.{key} belongs to WarmupCosineLR; WarmupLR never falls" for key in misplaced if key in params
+    ]
+    raise_problems(path, problems)
     return ScheduleParams(
         int(params["warmup_num_steps"]),
         float(params.get("warmup_min_ratio", 0.0)),
         float(params.get("cos_min_ratio", 1)),
     )
+
+
+def _missing(full: str) -> str:
+    return f"{full} is missing; expected {ACCEPTED[full].expectation}"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from itertools import chain
 
 import numpy as np
 
-from tinyllama_ds.data.tokenizer import EOS_ID, UNK_ID, Tokenizer
-from tinyllama_ds.data.vocabulary import first_difference, probe_texts, ranked_merges
+from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
+from tinyllama_ds.data.vocabulary import fast_tokenizer, first_difference, probe_texts
 from tinyllama_ds.errors import ConfigError
 
 ENCODERS = ("auto", "gigatoken", "sentencepiece")
@@ -71,6 +71,8 @@ def _gigatoken(tokenizer: Tokenizer) -> Callable[[list[str]], Encoded]:
     import awkward
     import gigatoken
 
+    if tokenizer.user_defined:
+        raise ValueError("it encodes user-defined symbols as text")
     fast = gigatoken.Tokenizer.from_json(_tokenizer_json(tokenizer))
 
     def encode(texts: list[str]) -> Encoded:
@@ -81,28 +83,8 @@ def _gigatoken(tokenizer: Tokenizer) -> Callable[[list[str]], Encoded]:
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The vocabulary as a `tokenizer.json`, without control tokens among the added ones: `</s>` stays text."""
-    return json.dumps(
-        {
-            "version": "1.0",
-            "added_tokens": [],
-            "normalizer": {
-                "type": "Sequence",
-                "normalizers": [
-                    {"type": "Prepend", "prepend": "▁"},
-                    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-                ],
-            },
-            "model": {
-                "type": "BPE",
-                "vocab": {piece: number for number, piece in enumerate(tokenizer.pieces)},
-                "merges": ranked_merges(tokenizer),
-                "unk_token": tokenizer.pieces[UNK_ID],
-                "fuse_unk": True,
-                "byte_fallback": True,
-            },
-        }
-    )
+    """The vocabulary as a `tokenizer.json`, without added tokens: `</s>` stays text."""
+    return json.dumps(json.loads(fast_tokenizer(tokenizer).to_str()) | {"added_tokens": []})
 
 
 def _is_same(one: Encoded, other: Encoded) -> bool:

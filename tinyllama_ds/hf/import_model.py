@@ -98,8 +98,8 @@ class _Rope(BaseModel):
         return (self.rope_type or self.type) == "linear"
 
 
-class _HuggingFaceConfig(BaseModel):
-    """The keys of transformers' `config.json` that decide what its decoder computes."""
+class _Shapes(BaseModel):
+    """The keys that our decoder has under the same names."""
 
     vocab_size: _Size
     hidden_size: _Size
@@ -109,8 +109,13 @@ class _HuggingFaceConfig(BaseModel):
     num_key_value_heads: _Size | None = None  # absent before transformers 4.31
     max_position_embeddings: _Size
     rms_norm_eps: _Number
-    head_dim: _Size | None = None
     rope_theta: _Number = 10_000.0
+
+
+class _HuggingFaceConfig(_Shapes):
+    """The keys of transformers' `config.json` that determine what its decoder computes."""
+
+    head_dim: _Size | None = None
     rope_scaling: _Rope | None = None
     rope_parameters: _Rope | None = None
     # What transformers' LlamaForCausalLM can be and our decoder is not. Ours is also transformers' default.
@@ -137,19 +142,12 @@ def read_config(path: Path) -> LlamaConfig:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     found = validate_json(_HuggingFaceConfig, content, path)
     rope = found.rope_scaling or found.rope_parameters or _Rope()
+    shapes = {key: getattr(found, key) for key in _Shapes.model_fields}
+    shapes["num_key_value_heads"] = found.num_key_value_heads or found.num_attention_heads
+    shapes["rope_theta"] = rope.rope_theta or found.rope_theta
+    shapes["rope_scaling_factor"] = (rope.factor or 1.0) if rope.is_linear else 1.0
     try:
-        config = LlamaConfig(
-            vocab_size=found.vocab_size,
-            hidden_size=found.hidden_size,
-            intermediate_size=found.intermediate_size,
-            num_hidden_layers=found.num_hidden_layers,
-            num_attention_heads=found.num_attention_heads,
-            num_key_value_heads=found.num_key_value_heads or found.num_attention_heads,
-            max_position_embeddings=found.max_position_embeddings,
-            rms_norm_eps=found.rms_norm_eps,
-            rope_theta=rope.rope_theta or found.rope_theta,
-            rope_scaling_factor=(rope.factor or 1.0) if rope.is_linear else 1.0,
-        )
+        config = LlamaConfig(**shapes)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     if found.head_dim not in (None, config.head_dim):

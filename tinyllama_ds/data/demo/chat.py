@@ -7,14 +7,13 @@ import ast
 import hashlib
 import json
 import sysconfig
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 
-from tinyllama_ds.data.demo.corpus import is_held_out, python_files, read_source
+from tinyllama_ds.data.demo.corpus import is_held_out, parse_source, python_files
 from tinyllama_ds.outputs import new_folder
 
 SOURCE = "chat"
@@ -66,12 +65,7 @@ def _conversations(root: Path) -> Iterator[tuple[str, _Exchanges]]:
 
 def _documented(path: Path) -> Iterator[tuple[str, str, _Documented]]:
     """The public functions, classes and methods of a file; none where it is not valid Python."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about invalid escapes in strings
-            body = ast.parse(read_source(path)).body
-    except (SyntaxError, ValueError, RecursionError):
-        return
-    for node in body:
+    for node in parse_source(path).body:
         if isinstance(node, _Documented) and not node.name.startswith("_"):
             yield node.name, "class" if isinstance(node, ast.ClassDef) else "function", node
             for method in node.body if isinstance(node, ast.ClassDef) else []:

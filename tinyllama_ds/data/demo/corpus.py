@@ -136,14 +136,18 @@ def _pydoc_topics() -> Iterator[Document]:
 
 def _docstrings(path: Path) -> list[str]:
     """The long docstrings of a file, in order; none where it is not valid Python."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(parse_source(path)) if isinstance(node, kinds)]
+    return [text for text in found if text and len(text) >= _MIN_DOCSTRING]
+
+
+def parse_source(path: Path) -> ast.Module:
+    """The syntax tree of a source file; an empty one where it is not valid Python."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about invalid escapes in strings
-            tree = ast.parse(read_source(path))
+            return ast.parse(read_source(path))
     except (SyntaxError, ValueError, RecursionError):
-        return []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-    return [text for text in found if text and len(text) >= _MIN_DOCSTRING]
+        return ast.Module([], [])
 
 
 def read_source(path: Path) -> str:
