@@ -12,9 +12,9 @@ DeepSpeed 0.19.8 and fails for a key that is in none of the three tables. The sh
 [ds_configs/README.md](../ds_configs/README.md).
 
 `pretrain` checks all keys and values, and then starts DeepSpeed's engine once with a small model, before anything is
-launched: every problem of a file is named in one answer, with exit code 78. A rejected key may stay if it is off
-(`false`, or a section with `"enabled": false`), as files from elsewhere have it, unless DeepSpeed has it on by default.
-A key of another ZeRO stage than the file's is warned of, so that a stage can be changed in one line.
+launched: all problems of a file are listed at once, with exit code 78. A rejected key may stay if it is off
+(`false`, or a section with `"enabled": false`), as other programs write it, unless DeepSpeed has it on by default.
+A key without effect at the ZeRO stage of the file gives a warning, so that a stage can be changed in one line.
 `tinyllama_ds.rank.pretrain` under a bare launcher checks keys and values alike; the engine's start is `pretrain`'s.
 """
 
@@ -29,7 +29,7 @@ _SUPPORTED = (
     "Tests train eight steps with each of these and compare the curve with that of the same stage without it, or with\n"
     "PyTorch's optimizer (`tests/integration/test_key_effects.py`)."
 )
-_WARNED = "Handed to DeepSpeed as they are, because their effect depends on the machine; `pretrain` says so once."
+_WARNED = "Passed to DeepSpeed unchanged, because their effect depends on the machine; `pretrain` prints this once."
 
 
 def _accepted(title: str, text: str, keys: dict[str, Key]) -> list[str]:

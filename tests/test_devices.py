@@ -5,12 +5,12 @@ import torch
 
 from tinyllama_ds.devices import (
     Machine,
-    Seen,
+    VisibleGpus,
     common_machine,
     cpu_has_bf16,
+    device_index,
     device_type_of,
     hidden_gpus,
-    index_of,
     list_gpus,
     machine_of,
     reject_unsupported,
@@ -35,91 +35,96 @@ UNKNOWN = (  # the same file, cudaErrorUnknown
 )
 
 
-def seen(
+def gpus(
     visible: str | None = None, count: int = 0, listed: int = 0, accelerator: str | None = None, **more: str
-) -> Seen:
-    return Seen(accelerator, visible, count, "2.11.0+cu130", "13.0", listed=(A100,) * listed, **more)
+) -> VisibleGpus:
+    return VisibleGpus(accelerator, visible, count, "2.11.0+cu130", "13.0", listed=(A100,) * listed, **more)
 
 
 @pytest.mark.parametrize(
     ("what", "device_type"),
     [
-        (seen(), "cpu"),  # a laptop
-        (seen(visible="0,1"), "cpu"),  # there under DeepSpeed's launcher
-        (seen(count=8), "cuda"),
-        (seen(visible="2,3", count=2), "cuda"),
-        (seen(visible="MIG-3e9b7d1f-1234-5678-9abc-def012345678", count=1, listed=1), "cuda"),
-        (seen(visible="GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", count=1, listed=8), "cuda"),
-        (seen(visible="", listed=8), "cpu"),
-        (seen(visible="-1", listed=8), "cpu"),
-        (seen(count=8, accelerator="cpu"), "cpu"),
-        (seen(listed=8, accelerator="cpu", warning=TOO_OLD), "cpu"),
+        (gpus(), "cpu"),  # a laptop
+        (gpus(visible="0,1"), "cpu"),  # there under DeepSpeed's launcher
+        (gpus(count=8), "cuda"),
+        (gpus(visible="2,3", count=2), "cuda"),
+        (gpus(visible="MIG-3e9b7d1f-1234-5678-9abc-def012345678", count=1, listed=1), "cuda"),
+        (gpus(visible="GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", count=1, listed=8), "cuda"),
+        (gpus(visible="", listed=8), "cpu"),
+        (gpus(visible="-1", listed=8), "cpu"),
+        (gpus(count=8, accelerator="cpu"), "cpu"),
+        (gpus(listed=8, accelerator="cpu", warning=TOO_OLD), "cpu"),
     ],
 )
-def test_the_kind_of_device(what: Seen, device_type: str) -> None:
+def test_the_kind_of_device(what: VisibleGpus, device_type: str) -> None:
     assert device_type_of(what) == device_type
 
 
 @pytest.mark.parametrize(
     ("what", "sentence"),
     [
-        (seen(visible="0,,2", count=1, listed=8), "CUDA_VISIBLE_DEVICES is '0,,2': '' is not a GPU"),
-        (seen(visible="0,-1", count=1, listed=8), "'-1' is not a GPU"),
-        (seen(visible="0;1", listed=8), "'0;1' is not a GPU"),
-        (seen(visible="all", listed=8), "'all' is not a GPU"),
-        (seen(visible="0,0", listed=8), "lists GPU 0 twice"),
-        (seen(visible="7", listed=1), "there is no GPU 7; expected 0 to 0 on this machine"),
-        (seen(visible="0,1", count=1, listed=1), "there is no GPU 1; expected 0 to 0 on this machine"),
+        (gpus(visible="0,,2", count=1, listed=8), "CUDA_VISIBLE_DEVICES is '0,,2': '' is not a GPU"),
+        (gpus(visible="0,-1", count=1, listed=8), "'-1' is not a GPU"),
+        (gpus(visible="0;1", listed=8), "'0;1' is not a GPU"),
+        (gpus(visible="all", listed=8), "'all' is not a GPU"),
+        (gpus(visible="0,0", listed=8), "lists GPU 0 twice"),
+        (gpus(visible="7", listed=1), "there is no GPU 7; expected 0 to 0 on this machine"),
+        (gpus(visible="0,1", count=1, listed=1), "there is no GPU 1; expected 0 to 0 on this machine"),
         (
-            seen(listed=8, warning=TOO_OLD),
+            gpus(listed=8, warning=TOO_OLD),
             "torch 2.11.0+cu130 for CUDA 13.0 cannot use 8 x NVIDIA A100-SXM4-40GB of this machine with driver"
             " 470.57.02 (The NVIDIA driver on your system is too old (found version 11040)); update the driver,"
             ' install a torch for it, or hide the GPUs with CUDA_VISIBLE_DEVICES="" to train on the CPU',
         ),
         (
-            seen(warning=UNKNOWN),
+            gpus(warning=UNKNOWN),
             "cannot use GPUs of this machine (CUDA unknown error - this may be due to an incorrectly set up"
             " environment, e.g. changing env variable CUDA_VISIBLE_DEVICES after program start);",
         ),
-        (seen(warning=TOO_OLD), "cannot use GPUs of this machine (The NVIDIA driver"),
-        (seen(listed=8), "cannot use 8 x NVIDIA A100-SXM4-40GB of this machine with driver 470.57.02; update"),
-        (Seen(None, None, 0, "2.13.0+cpu", None, listed=(A100,)), "torch 2.13.0+cpu is built without CUDA, and this"),
+        (gpus(warning=TOO_OLD), "cannot use GPUs of this machine (The NVIDIA driver"),
+        (gpus(listed=8), "cannot use 8 x NVIDIA A100-SXM4-40GB of this machine with driver 470.57.02; update"),
+        (
+            VisibleGpus(None, None, 0, "2.13.0+cpu", None, listed=(A100,)),
+            "torch 2.13.0+cpu is built without CUDA, and this",
+        ),
     ],
 )
-def test_gpus_are_never_left_idle_in_silence(what: Seen, sentence: str) -> None:
+def test_gpus_are_never_left_idle_in_silence(what: VisibleGpus, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         device_type_of(what)
     assert sentence in str(error.value)
 
 
 def test_hidden_gpus_are_spoken_of() -> None:
-    assert hidden_gpus(seen(visible="", listed=8)) == (
+    assert hidden_gpus(gpus(visible="", listed=8)) == (
         "CUDA_VISIBLE_DEVICES is '', which hides this machine's 8 GPUs; computing on the CPU"
     )
-    assert hidden_gpus(seen(visible="")) is None
-    assert hidden_gpus(seen(visible="", listed=8, accelerator="cpu")) is None
+    assert hidden_gpus(gpus(visible="")) is None
+    assert hidden_gpus(gpus(visible="", listed=8, accelerator="cpu")) is None
 
 
 @pytest.mark.parametrize(
     ("what", "local_rank", "local_size", "index"),
     [
-        (seen(count=8), 5, 8, 5),
-        (seen(count=8), 5, None, 5),
-        (seen(visible="5", count=1), 5, 8, 0),  # srun --gpus-per-task=1
-        (seen(visible="0", count=1), 7, None, 0),  # the same where cgroups number the devices of a task
-        (seen(visible="2,3", count=2), 1, 2, 1),
+        (gpus(count=8), 5, 8, 5),
+        (gpus(count=8), 5, None, 5),
+        (gpus(visible="5", count=1), 5, 8, 0),  # srun --gpus-per-task=1
+        (gpus(visible="0", count=1), 7, None, 0),  # the same where cgroups number the devices of a task
+        (gpus(visible="2,3", count=2), 1, 2, 1),
     ],
 )
-def test_a_rank_gets_a_device_of_its_own(what: Seen, local_rank: int, local_size: int | None, index: int) -> None:
-    assert index_of(what, local_rank, local_size) == index
+def test_a_rank_gets_a_device_of_its_own(
+    what: VisibleGpus, local_rank: int, local_size: int | None, index: int
+) -> None:
+    assert device_index(what, local_rank, local_size) == index
 
 
 @pytest.mark.parametrize(
-    ("what", "local_rank", "local_size"), [(seen(count=2), 2, None), (seen(count=2), 0, 4), (seen(count=1), 1, None)]
+    ("what", "local_rank", "local_size"), [(gpus(count=2), 2, None), (gpus(count=2), 0, 4), (gpus(count=1), 1, None)]
 )
-def test_ranks_never_share_a_device(what: Seen, local_rank: int, local_size: int | None) -> None:
+def test_ranks_never_share_a_device(what: VisibleGpus, local_rank: int, local_size: int | None) -> None:
     with pytest.raises(ConfigError, match="ranks on this host, and PyTorch sees . GPUs; expected one GPU per rank"):
-        index_of(what, local_rank, local_size)
+        device_index(what, local_rank, local_size)
 
 
 # What the wheel of torch 2.11 for CUDA 13.0 was built for, and an older list.

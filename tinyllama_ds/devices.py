@@ -1,6 +1,6 @@
 """Whether ranks compute on GPUs or on the CPU, by PyTorch, nvidia-smi and the environment.
 
-The decisions take plain values; `look` asks this machine for them.
+The decisions take plain values; `detect_gpus` asks this machine for them.
 """
 
 import os
@@ -27,7 +27,7 @@ _HIDE = f'or hide the GPUs with {VISIBLE}="" to train on the CPU'
 
 
 @dataclass(frozen=True)
-class Seen:
+class VisibleGpus:
     """The GPUs that one process sees."""
 
     accelerator: str | None  # DS_ACCELERATOR, by which a user chooses the CPU
@@ -49,7 +49,7 @@ class Machine:
     capability: tuple[int, int] | None = None  # of its GPUs: the lowest compute capability
 
 
-def look() -> Seen:
+def detect_gpus() -> VisibleGpus:
     """Query PyTorch; also nvidia-smi if PyTorch sees no GPU or fewer than the environment names."""
     import torch
 
@@ -58,7 +58,7 @@ def look() -> Seen:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     visible = os.environ.get(VISIBLE)
     is_complete = count > 0 and (visible is None or len(visible.split(",")) == count)
-    return Seen(
+    return VisibleGpus(
         accelerator=os.environ.get("DS_ACCELERATOR"),
         visible=visible,
         count=count,
@@ -69,70 +69,70 @@ def look() -> Seen:
     )
 
 
-def device_type_of(seen: Seen) -> str:
+def device_type_of(gpus: VisibleGpus) -> str:
     """`cuda` or `cpu`. Raises `ConfigError` if existing GPUs would be idle without the user having asked for it."""
-    if seen.accelerator == "cpu":
+    if gpus.accelerator == "cpu":
         return "cpu"
-    _reject_wrong_ids(seen)
-    if seen.count:
+    _reject_wrong_ids(gpus)
+    if gpus.count:
         return "cuda"
-    if seen.visible in _HIDING or not (seen.listed or seen.warning):
+    if gpus.visible in _HIDING or not (gpus.listed or gpus.warning):
         return "cpu"
-    what = f"{len(seen.listed)} x {seen.listed[0]['name']}" if seen.listed else "GPUs"
-    if seen.cuda is None:
+    what = f"{len(gpus.listed)} x {gpus.listed[0]['name']}" if gpus.listed else "GPUs"
+    if gpus.cuda is None:
         raise ConfigError(
-            f"torch {seen.torch} is built without CUDA, and this machine has {what}; install a torch with CUDA, {_HIDE}"
+            f"torch {gpus.torch} is built without CUDA, and this machine has {what}; install a torch with CUDA, {_HIDE}"
         )
-    driver = f" with driver {seen.listed[0]['driver']}" if seen.listed else ""
-    reason = seen.warning.removeprefix("CUDA initialization: ")
+    driver = f" with driver {gpus.listed[0]['driver']}" if gpus.listed else ""
+    reason = gpus.warning.removeprefix("CUDA initialization: ")
     reason = re.split(r"\. (?=[A-Z])| \(Triggered", reason)[0]
     raise ConfigError(
-        f"torch {seen.torch} for CUDA {seen.cuda} cannot use {what} of this machine{driver}"
+        f"torch {gpus.torch} for CUDA {gpus.cuda} cannot use {what} of this machine{driver}"
         f"{f' ({reason})' if reason else ''}; update the driver, install a torch for it, {_HIDE}"
     )
 
 
-def _reject_wrong_ids(seen: Seen) -> None:
+def _reject_wrong_ids(gpus: VisibleGpus) -> None:
     """CUDA silently ignores all devices from the first invalid entry on."""
-    if seen.visible is None or seen.visible in _HIDING:
+    if gpus.visible is None or gpus.visible in _HIDING:
         return
-    entries = [entry.strip() for entry in seen.visible.split(",")]
+    entries = [entry.strip() for entry in gpus.visible.split(",")]
     wrong = next((entry for entry in entries if not (entry.isdecimal() or _NAME.fullmatch(entry))), None)
     if wrong is not None:
         raise ConfigError(
-            f"{VISIBLE} is {seen.visible!r}: {wrong!r} is not a GPU; CUDA would ignore all entries from it on; expected"
+            f"{VISIBLE} is {gpus.visible!r}: {wrong!r} is not a GPU; CUDA ignores all entries from it on; expected"
             " numbers separated by commas"
         )
     twice = next((entry for entry in entries if entries.count(entry) > 1), None)
     if twice is not None:
-        raise ConfigError(f"{VISIBLE} is {seen.visible!r}: lists GPU {twice} twice; expected each once")
-    beyond = [entry for entry in entries if entry.isdecimal() and int(entry) >= len(seen.listed)]
-    if seen.listed and seen.count < len(entries) and beyond:
+        raise ConfigError(f"{VISIBLE} is {gpus.visible!r}: lists GPU {twice} twice; expected each once")
+    beyond = [entry for entry in entries if entry.isdecimal() and int(entry) >= len(gpus.listed)]
+    if gpus.listed and gpus.count < len(entries) and beyond:
         raise ConfigError(
-            f"{VISIBLE} is {seen.visible!r}: there is no GPU {beyond[0]}; expected 0 to {len(seen.listed) - 1} on this"
-            f" machine, in a hostfile {len(seen.listed)} slots at most"
+            f"{VISIBLE} is {gpus.visible!r}: there is no GPU {beyond[0]}; expected 0 to {len(gpus.listed) - 1} on this"
+            f" machine, in a hostfile {len(gpus.listed)} slots at most"
         )
 
 
-def hidden_gpus(seen: Seen) -> str | None:
+def hidden_gpus(gpus: VisibleGpus) -> str | None:
     """A sentence if the environment hides the GPUs of this machine."""
-    if seen.visible not in _HIDING or seen.accelerator == "cpu" or not seen.listed:
+    if gpus.visible not in _HIDING or gpus.accelerator == "cpu" or not gpus.listed:
         return None
-    return f"{VISIBLE} is {seen.visible!r}, which hides this machine's {len(seen.listed)} GPUs; computing on the CPU"
+    return f"{VISIBLE} is {gpus.visible!r}, which hides this machine's {len(gpus.listed)} GPUs; computing on the CPU"
 
 
-def index_of(seen: Seen, local_rank: int, local_size: int | None) -> int:
+def device_index(gpus: VisibleGpus, local_rank: int, local_size: int | None) -> int:
     """The index of a rank's device among the visible ones.
 
     A launcher that masks devices (`srun --gpus-per-task=1`) shows each rank only its own, with index 0.
     Raises `ConfigError` if ranks would share a device.
     """
-    is_masked = seen.visible is not None and seen.count == len(seen.visible.split(",")) == 1
+    is_masked = gpus.visible is not None and gpus.count == len(gpus.visible.split(",")) == 1
     if is_masked:
         return 0
     ranks = max(local_rank + 1, local_size or 0)
-    if ranks > seen.count:
-        raise ConfigError(f"{ranks} ranks on this host, and PyTorch sees {seen.count} GPUs; expected one GPU per rank")
+    if ranks > gpus.count:
+        raise ConfigError(f"{ranks} ranks on this host, and PyTorch sees {gpus.count} GPUs; expected one GPU per rank")
     return local_rank
 
 
@@ -154,15 +154,15 @@ def reject_unsupported(name: str, capability: tuple[int, int], architectures: li
     )
 
 
-def reject_unsupported_devices(seen: Seen, indices: Iterable[int]) -> None:
+def reject_unsupported_devices(gpus: VisibleGpus, indices: Iterable[int]) -> None:
     """The same for devices of this machine."""
     import torch
 
-    if seen.cuda is None:  # ROCm names its architectures otherwise
+    if gpus.cuda is None:  # ROCm names its architectures otherwise
         return
     for index in indices:
         name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-        reject_unsupported(name, capability, torch.cuda.get_arch_list(), seen.torch)
+        reject_unsupported(name, capability, torch.cuda.get_arch_list(), gpus.torch)
 
 
 def bf16_of_gpu(capability: tuple[int, int]) -> bool:
@@ -183,7 +183,7 @@ def list_gpus() -> list[dict]:
     """
     if shutil.which("nvidia-smi") is None:
         return []
-    lines = _ask_smi(f"{_FIELDS},compute_cap") or _ask_smi(_FIELDS)
+    lines = _query_smi(f"{_FIELDS},compute_cap") or _query_smi(_FIELDS)
     rows = [[part.strip() for part in line.split(",")] for line in lines]
     return [
         {"name": row[0], "mib": row[1], "used_mib": row[2], "driver": row[3], "capability": _capability(row[4:])}
@@ -192,7 +192,7 @@ def list_gpus() -> list[dict]:
     ]
 
 
-def _ask_smi(fields: str) -> list[str]:
+def _query_smi(fields: str) -> list[str]:
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         return subprocess.run(

@@ -1,6 +1,6 @@
-"""Files of a run that a power loss leaves whole, and the reading of those that it did not.
+"""Files that survive a power loss as a whole, and tolerant readers of those that did not.
 
-What has its name before its content is on the disk may be empty, cut short or full of zeros afterwards.
+A file that has its name before its content is on the disk may be empty, cut short or full of zeros afterwards.
 """
 
 import glob
@@ -29,7 +29,7 @@ def sync(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside a file for what is not yet the file, of this process alone."""
+    """A name beside a file for its unfinished content, unique to this process."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
 
 
@@ -79,7 +79,7 @@ def write_secret(path: Path, content: bytes) -> None:
 
 
 def read_secret(path: Path) -> bytes:
-    """What such a file holds. Raises OSError, PermissionError where it is not this user's or others can read it."""
+    """The content of such a file. Raises OSError; PermissionError where it is not this user's or others can read it."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
@@ -98,7 +98,7 @@ def read_object(path: Path) -> dict | None:
 
 
 def read_object_if_whole(path: Path) -> dict:
-    """The same, and an empty one where there is none that can be read, for who goes on without it."""
+    """The same, or an empty one where there is none that can be read, for callers that continue without it."""
     try:
         return read_object(path) or {}
     except OSError:
@@ -108,8 +108,8 @@ def read_object_if_whole(path: Path) -> dict:
 def whole_rows(lines: Iterable[bytes], path: Path, **kinds: Kinds) -> Iterator[tuple[bytes, dict]]:
     """The lines of a file of JSON lines, each with its object, which has values of these kinds under these keys.
 
-    A line without its end is left out in silence: who wrote it died, or is about to write the rest. Any other is
-    damaged, and named on the console when all have been read.
+    A line without its end is skipped silently: its writer died, or is about to write the rest. Other lines that do not
+    parse are damaged, and reported on the console once all have been read.
     """
     damaged = []
     for number, line in enumerate(lines, start=1):
@@ -161,7 +161,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def without_wildcards(folder: Path) -> Iterator[Path]:
-    """A path to a folder in which no character is a wildcard, for code that looks for its files with `glob`."""
+    """A path to a folder without wildcard characters, for code that finds files with `glob`."""
     if glob.escape(str(folder)) == str(folder):
         yield folder
         return
@@ -174,9 +174,9 @@ def without_wildcards(folder: Path) -> Iterator[Path]:
 
 def _report_damaged(path: Path, numbers: list[int]) -> None:
     more = len(numbers) - 1
-    end = f", as {more} line{'s' if more > 1 else ''} more of the file; they are left out" if more else ""
-    with suppress(OSError):  # a log file on a full disk ends no run
+    end = f", skipped, and so are {more} more line{'s' if more > 1 else ''} of the file" if more else ""
+    with suppress(OSError):  # a log file on a full disk must not end a run
         print(
-            f"tinyllama-ds: {path}:{numbers[0]}: is damaged{end or '; the line is left out'}",
+            f"tinyllama-ds: {path}:{numbers[0]}: damaged line{end or ', skipped'}",
             file=sys.stderr, flush=True,
         )  # fmt: skip

@@ -1,10 +1,10 @@
-"""Small text files that a user names: read whole, or refused with the reason."""
+"""Small text files that a user names, read as a whole, or a `ConfigError` with the reason."""
 
 from pathlib import Path
 
 from tinyllama_ds.errors import ConfigError
 
-_MOST_BYTES = 16 * 2**20  # a recipe or a hostfile is some lines long; a device or a shard has no end
+_MOST_BYTES = 16 * 2**20  # a recipe or a hostfile is some lines long; devices and shards have no limit
 
 
 def read_text(path: Path, what: str, *, keep_mark: bool = False) -> str:

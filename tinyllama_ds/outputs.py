@@ -1,4 +1,4 @@
-"""Files and folders that a command is to make: whether it can is asked before the work, and they come whole or not."""
+"""Files and folders that a command writes: checked before the work, and written as a whole or not at all."""
 
 import io
 import os
@@ -21,7 +21,7 @@ _DPI = 110
 
 
 def check_file(path: Path) -> None:
-    """Raise `ConfigError` unless a file of that name can be made or replaced. Leaves everything as it was."""
+    """Raise `ConfigError` unless a file of that name can be made or replaced. Changes nothing."""
     with reporting_write_errors(path):
         target = Path(os.path.realpath(path))
         if target.is_dir():
@@ -34,7 +34,7 @@ def check_file(path: Path) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """The same for a picture, whose format is in its name."""
+    """The same for a picture, whose suffix is its format."""
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise ConfigError(
             f"{path}: is not the name of a picture; expected one that ends with {', '.join(PICTURE_SUFFIXES)}"
@@ -43,7 +43,7 @@ def check_picture(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise `ConfigError` unless files can be made in a folder, which may have to be made with those above it."""
+    """Raise `ConfigError` unless files can be made in a folder, which may have to be created with its parents."""
     with reporting_write_errors(path):
         place = Path(os.path.realpath(path))
         while not place.exists():
@@ -52,7 +52,7 @@ def check_folder(path: Path) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Replace a file as a whole, or leave it as it was and raise `ConfigError` with the reason, a full disk say."""
+    """Replace a file as a whole, or leave it as it was and raise `ConfigError` with the reason, such as a full disk."""
     raw = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with reporting_write_errors(path):
         target = Path(os.path.realpath(path))
@@ -63,12 +63,12 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def write_figure(figure: "Figure", path: Path) -> None:
-    """The same with a picture in the format that its name says."""
+    """The same with a picture, in the format of its suffix."""
     write_file(path, drawn(figure, path.suffix[1:].lower()))
 
 
 def drawn(figure: "Figure", kind: str = "png") -> bytes:
-    """A figure as a file of some kind. A dollar sign in a name is one, and does not begin a formula."""
+    """A figure as the content of a file. A dollar sign in a name does not begin a formula."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -80,9 +80,7 @@ def drawn(figure: "Figure", kind: str = "png") -> bytes:
 
 @contextmanager
 def reporting_write_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says against a file, through Python or a library in Rust, into a `ConfigError` that names
-    it.
-    """
+    """Turn errors of the system, raised by Python or a library in Rust, into a `ConfigError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -96,7 +94,10 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill that appears under its name when it is complete, or leaves nothing; refuses one that exists."""
+    """A folder to fill, which appears under its name once it is complete and on the disk, or leaves nothing.
+
+    Raises `ConfigError` where it exists.
+    """
     if output.exists():
         raise ConfigError(f"{output}: already exists; expected a new folder")
     partial = output.with_name(f".{output.name}.partial")
@@ -114,12 +115,12 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def _is_special(path: Path) -> bool:
-    """A device or a pipe, which is written to and not replaced."""
+    """Whether it is a device or a pipe, which is written to and not replaced."""
     return path.exists() and not path.is_file()
 
 
 def _check_directory(path: Path, directory: Path) -> None:
-    """Make a file without a name there: permissions alone do not tell, of storage that is mounted read-only for one."""
+    """By making a file without a name there: permissions alone do not show storage that is mounted read-only."""
     if not directory.exists():
         raise ConfigError(f"{path}: cannot be written: the directory {directory} is missing")
     if not directory.is_dir():

@@ -16,7 +16,7 @@ def shipped_folder(name: str) -> Path:
 def shipped_config(given: str) -> Path:
     """A DeepSpeed JSON by its path, or a shipped one by its name, such as `zero3`.
 
-    Raises `ConfigError` that lists the names. Whether a path is that of a file is for its reader to say.
+    Raises `ConfigError` that lists the names. A path is not checked: its reader does so.
     """
     return _find(given, {path.stem: path for path in shipped_folder("ds_configs").glob("*.json")})
 

@@ -136,7 +136,7 @@ def test_a_ramp_reaches_the_plan_in_whole_samples(tmp_path: Path) -> None:
     [
         (("ramp_tokens = 3201", "ramp_tokens = 6401"), "'second': ramp_tokens 6401 exceed its 6400 tokens"),
         (("ramp_tokens = 3201", "ramp_tokens = -1"), r"stages\[1\].ramp_tokens is -1; expected 1 or more"),
-        (("tokens = 6400", "tokens = 6400\nramp_tokens = 5"), "'only': ramp_tokens, but there is no stage before it"),
+        (("tokens = 6400", "tokens = 6400\nramp_tokens = 5"), "'only': ramp_tokens, but it is the first stage"),
     ],
 )
 def test_an_impossible_ramp_is_refused(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:

@@ -31,7 +31,7 @@ def schedule() -> CosineSchedule:
 def test_equals_published_function(schedule: CosineSchedule, step: int) -> None:
     rate = PEAK * schedule.ratio((step + 1) * BATCH)  # a step trains at the tokens seen once it is complete
     assert rate == pytest.approx(published(step + 1), rel=1e-12)
-    # TinyLlama's loop sets the rate at each of 8 micro batches; its step runs with the last one's, an eighth earlier.
+    # TinyLlama's loop sets the rate at each of 8 micro-batches; its step runs with the last one's, an eighth earlier.
     assert rate == pytest.approx(published(step + 7 / 8), abs=PEAK / WARMUP / 8 * 1.001)
 
 

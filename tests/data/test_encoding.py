@@ -89,7 +89,7 @@ def test_an_encoder_that_fails_the_probes_is_never_used(tokenizer: Tokenizer, mo
 
     monkeypatch.setattr(encoding, "_gigatoken", lossy)
     assert load_gigatoken(tokenizer, "auto") is None
-    with pytest.raises(ConfigError, match="gives other ids of .* than sentencepiece"):
+    with pytest.raises(ConfigError, match="gives different ids for .* than sentencepiece"):
         load_gigatoken(tokenizer, "gigatoken")
 
 

@@ -115,5 +115,5 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, data: Path, token
         open_streams(data, ["absent"], "train", 512)
     other = make_data(tmp_path, tokenizer, {"first": [[made_up_text(1, 60)]]})
     train_tokenizer([made_up_text(99, 3000)], 512, other / TOKENIZER_FILE)
-    with pytest.raises(ConfigError, match="was made with another tokenizer"):
+    with pytest.raises(ConfigError, match="was made with a different tokenizer"):
         open_streams(other, ["first"], "train", 512)

@@ -165,7 +165,7 @@ def test_the_order_is_frozen():
 
 
 def test_a_source_without_a_sample_is_refused():
-    with pytest.raises(ConfigError, match="source 'b': its tokens are less than one sample"):
+    with pytest.raises(ConfigError, match="source 'b': has less than one sample"):
         SampleOrder(1, {"a": 5, "b": 0}, [MixtureStage(10, {"a": 1.0, "b": 1.0})])
 
 

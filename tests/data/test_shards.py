@@ -118,7 +118,7 @@ def test_a_missing_or_foreign_shard_is_refused(tmp_path: Path):
     manifest = directory / "shard_00001.json"
     content = manifest.read_bytes()
     manifest.unlink()
-    with pytest.raises(ConfigError, match="shard 1 is missing; its manifests speak of 3"):
+    with pytest.raises(ConfigError, match="shard 1 is missing; its manifests name 3"):
         TokenStream(directory)
     manifest.write_bytes(content)
     for suffix in (".bin", ".idx", ".json"):
@@ -172,7 +172,7 @@ def test_a_bin_cut_while_it_is_read_is_an_error_with_a_place(tmp_path: Path, mon
     stream = TokenStream(prefix.parent)
     path = prefix.with_suffix(".bin")
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(OSError, match=r"cut short while it was read, at token 8: '.*shard_00000\.bin'"):
+    with pytest.raises(OSError, match=r"truncated while it was read, at token 8: '.*shard_00000\.bin'"):
         stream.read(8, 5)
     assert waited == [1, 2, 4]
 
@@ -232,10 +232,10 @@ def test_a_foreign_header_is_refused(tmp_path: Path, offset: int, value: bytes, 
     ("offset", "value", "message"),
     [
         (34, struct.pack("<i", -4), "negative length"),
-        (34 + 12 * 4, struct.pack("<q", 1), "document borders"),
-        (34 + 12 * 4 + 8, struct.pack("<q", -1), "document borders"),
-        (34 + 12 * 4 + 8, struct.pack("<q", 2**62), "document borders"),
-        (34 + 12 * 4 + 8 * 4, struct.pack("<q", 9), "document borders"),
+        (34 + 12 * 4, struct.pack("<q", 1), "document boundaries"),
+        (34 + 12 * 4 + 8, struct.pack("<q", -1), "document boundaries"),
+        (34 + 12 * 4 + 8, struct.pack("<q", 2**62), "document boundaries"),
+        (34 + 12 * 4 + 8 * 4, struct.pack("<q", 9), "document boundaries"),
     ],
 )
 def test_hostile_contents_of_an_index_are_refused(tmp_path: Path, offset: int, value: bytes, message: str):

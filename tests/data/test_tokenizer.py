@@ -69,8 +69,8 @@ def test_other_special_ids_are_refused(tmp_path: Path):
 
 NO_MODELS = {
     "empty": (lambda content: b"", "is empty; expected a sentencepiece model"),
-    "cut short": (lambda content: content[:-7], "not a sentencepiece model, or one that is cut short"),
-    "half": (lambda content: content[: len(content) // 2], "not a sentencepiece model, or one that is cut short"),
+    "cut short": (lambda content: content[:-7], "not a sentencepiece model, or a truncated one"),
+    "half": (lambda content: content[: len(content) // 2], "not a sentencepiece model, or a truncated one"),
     "zeros": (lambda content: bytes(len(content)), "not a sentencepiece model, it begins with NUL bytes"),
     "tokenizer.json": (lambda content: b'{\n "version": "1.0"}', "but JSON; expected the tokenizer.model that lies be"),
     "LFS": (

@@ -107,7 +107,7 @@ def test_a_template_that_gives_other_ids_is_refused(
     weights: dict[str, torch.Tensor], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinyllama_ds.hf.convert.CHAT_TEMPLATE", CHAT_TEMPLATE.replace("|>\\n", "|> "))
-    with pytest.raises(ConfigError, match="chat template gives other ids than ours"):
+    with pytest.raises(ConfigError, match="chat template gives different ids than ours"):
         export(weights.items(), CONFIG, tokenizer, tmp_path / "out", ExportOptions(is_chat_model=True))
     assert list(tmp_path.iterdir()) == []
 

@@ -239,7 +239,7 @@ FOLDER_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "biases": (
         lambda f: edit_tensors(f, lambda held: held.update({"model.layers.0.mlp.up_proj.bias": torch.ones(176)})),
-        "model.safetensors: the tensor model.layers.0.mlp.up_proj.bias is not of ours",
+        "model.safetensors: the tensor model.layers.0.mlp.up_proj.bias is not expected",
     ),
     "wrong shape": (
         lambda f: edit_tensors(f, lambda held: held.update({NORM: torch.ones(65)})),

@@ -67,6 +67,6 @@ def test_the_data_and_its_tokenizer_belong_together(
     assert finished.returncode == 78
     assert f"{data}/tokenizer.model: has 400 pieces, but the model's vocabulary is 512" in finished.stderr
     assert main(["data", "show", "0", "--recipe", str(recipe), "--data", str(data)]) == 78
-    assert f"was made with another tokenizer than {data}/tokenizer.model" in capsys.readouterr().err
+    assert f"was made with a different tokenizer than {data}/tokenizer.model" in capsys.readouterr().err
     assert main(["audit", str(data), "--workers", "1"]) == 78
-    assert "slimpajama/train/shard_00000: was made with another tokenizer" in capsys.readouterr().out
+    assert "slimpajama/train/shard_00000: was made with a different tokenizer" in capsys.readouterr().out

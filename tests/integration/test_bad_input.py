@@ -112,7 +112,7 @@ CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
     "missing data": (lambda i: shutil.rmtree(i.data), "the data directory is missing"),
     "missing tokenizer": (lambda i: (i.data / "tokenizer.model").unlink(), "the tokenizer is missing"),
     "tokenizer of another size": (other_tokenizer(300), "has 300 pieces, but the model's vocabulary is 512"),
-    "tokenizer of another hash": (other_tokenizer(512), "was made with another tokenizer than"),
+    "tokenizer of another hash": (other_tokenizer(512), "was made with a different tokenizer than"),
     "ids beyond the vocabulary": (lower_vocabulary, "holds token id 512, beyond the model's vocabulary of 512"),
     "shard cut short": (
         lambda i: os.truncate(i.data / "slimpajama/train/shard_00000.bin", 100),

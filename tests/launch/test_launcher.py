@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,13 @@ def test_deepspeeds_runner_is_called_with_hosts_and_environment(
     assert {word.removeprefix("export ") for word in words_of(real) - words_of(dry)} == {"TINYLLAMA_DS_X=1"}
     assert shlex.split(script.splitlines()[-1])[-2:] == ["--recipe", "demo"]
     assert sys.executable in script
+
+
+def test_slurm_gets_the_file_of_the_module() -> None:
+    """DeepSpeed's runner for Slurm ignores `--module`, and srun would look for a file of the module's name."""
+    command = launcher_command(replace(REMOTE, launcher="slurm"), ["--recipe", "demo"])
+    assert "--module" not in command
+    assert Path(command[-3]).is_file()
 
 
 @pytest.mark.hosts

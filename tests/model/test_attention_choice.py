@@ -96,7 +96,7 @@ def test_auto_takes_what_works_on_this_gpu() -> None:
         ("varlen", V100, BF16, "has no kernel for a GPU of compute capability 7.0"),
         ("flash_attention_3", A100, BF16, "has no kernel for a GPU of compute capability 8.0"),
         ("flash_attention_4", A100, BF16, "has no kernel for a GPU of compute capability 8.0"),
-        ("sdpa_flash", H100, BF16_MASKED, "takes no mask, and the recipe says document_mask = true"),
+        ("sdpa_flash", H100, BF16_MASKED, "does not support a mask, and the recipe has document_mask = true"),
         ("sdpa_cudnn", H100, Demands(True, deterministic=True), "has no deterministic gradients"),
     ],
 )

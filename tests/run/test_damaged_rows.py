@@ -55,7 +55,7 @@ def test_a_run_goes_on_without_the_line_and_names_it(
     said = capsys.readouterr().err
     for path in files:
         assert [json.loads(line)["step"] for line in path.read_bytes().splitlines()] == [1, 3, 4, 5]
-        assert said.count(f"tinyllama-ds: {path}:2: is damaged; the line is left out") == 1
+        assert said.count(f"tinyllama-ds: {path}:2: damaged line, skipped") == 1
 
 
 @pytest.mark.parametrize("damage", [bytes(5), b"x\n", b"{}\n" * 3, b'{"step": 4, "tokens"'], ids=repr)
@@ -92,13 +92,11 @@ def test_a_report_leaves_the_line_out_and_names_it(
     assert history.points("Train/Loss")[1].tolist() == [1, 3, 4]
     assert report_page(history, run_status(history, 0, is_held=False), "here")
     said = capsys.readouterr().err.splitlines()
-    assert sorted(said[-5:]) == sorted(
-        f"tinyllama-ds: {tmp_path / name}:2: is damaged; the line is left out" for name in names
-    )
+    assert sorted(said[-5:]) == sorted(f"tinyllama-ds: {tmp_path / name}:2: damaged line, skipped" for name in names)
     put_in_place_of(tmp_path / "metrics.jsonl", 3, damage)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 4]
     assert capsys.readouterr().err.endswith(
-        f"tinyllama-ds: {tmp_path / 'metrics.jsonl'}:2: is damaged, as 1 line more of the file; they are left out\n"
+        f"tinyllama-ds: {tmp_path / 'metrics.jsonl'}:2: damaged line, skipped, and so are 1 more line of the file\n"
     )
 
 

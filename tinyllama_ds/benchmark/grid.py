@@ -51,7 +51,7 @@ def measure_all(
 ) -> Iterator[Row]:
     """Measure one setting after the other; `command_of` puts a launcher in front of the arguments of a measurement.
 
-    A setting that fails (out of memory, say) becomes a row with the line that names its error, and the others go on.
+    A setting that fails, such as out of memory, becomes a row with the line of its error; the others still run.
     """
     for setting in settings:
         with tempfile.TemporaryDirectory() as folder:
@@ -76,12 +76,12 @@ def _arguments(setting: Setting) -> list[str]:
 
 
 def cause(stderr: str) -> str:
-    """The line that names the exception: not the launcher's last words, nor what the other ranks say of a lost rank."""
+    """The line that names the exception, not the launcher's output after it or the error of a rank that lost a peer."""
     lines = [line.strip() for line in stderr.splitlines()]
-    refusals = [line for line in lines if line.startswith("tinyllama-ds:")]
+    config_errors = [line for line in lines if line.startswith("tinyllama-ds:")]
     errors = [line for line in lines if "Error" in line]
     causes = [line for line in errors if not line.startswith("torch.distributed.Dist")]
-    for found in (refusals, causes, errors):
+    for found in (config_errors, causes, errors):
         if found:
             return found[-1][:200]
     return "no figures and no error; run it alone to see why"

@@ -173,12 +173,13 @@ def verify_checkpoint(checkpoint: Path) -> CheckpointManifest:
     """
     manifest = read_manifest(checkpoint)
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        for _ in pool.map(lambda item: _verify_file(checkpoint, *item), manifest.files.items()):
+        for _ in pool.map(lambda item: verify_file(checkpoint, *item), manifest.files.items()):
             pass
     return manifest
 
 
-def _verify_file(checkpoint: Path, name: str, expected: File) -> None:
+def verify_file(checkpoint: Path, name: str, expected: File) -> None:
+    """Raise `ConfigError` unless a file has its size and its hash."""
     if not _SAFE_FILE_NAME.fullmatch(name):
         raise ConfigError(f"{checkpoint / MANIFEST_FILE}: {name!r} is not the name of a checkpoint's file")
     path = checkpoint / name

@@ -187,7 +187,7 @@ class Saver:
         files = {}
         for kind, tensors in staged.items():
             name = f"rank_{self._world.rank:05d}.{kind}.safetensors"
-            files[name] = asdict(_write_file(folder / name, tensors))
+            files[name] = asdict(write_file(folder / name, tensors))
         return files
 
     def _commit_or_abandon(self, pending_save: "_PendingSave") -> None:
@@ -270,7 +270,8 @@ def describe_optimizer(engine: "DeepSpeedEngine") -> OptimizerRecord:
     return OptimizerRecord(type(optimizer).__name__, step, groups, counters)
 
 
-def _write_file(path: Path, tensors: "dict[str, Tensor]") -> File:
+def write_file(path: Path, tensors: "dict[str, Tensor]") -> File:
+    """Write a safetensors file durably; returns its size and hash."""
     from safetensors.torch import save_file
 
     save_file(tensors, path, metadata={"format": "pt"})

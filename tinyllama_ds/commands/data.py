@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,9 +32,11 @@ def _add_demo_data(parser: argparse.ArgumentParser) -> None:
         help="slimpajama and starcoderdata (the default), proof-pile-2, skypile",
     )
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--chat", action="store_true", help="instead, conversations, in OUT/chat")
+    instead.add_argument("--chat", action="store_true", help="write conversations to OUT/chat instead")
     instead.add_argument(
-        "--tasks", action="store_true", help="instead, a task for evaluate, from the held-out text of OUT/slimpajama"
+        "--tasks",
+        action="store_true",
+        help="write a task for evaluate instead, from the held-out text of OUT/slimpajama",
     )
     add_json(parser)
 
@@ -78,7 +80,7 @@ def _train_tokenizer(options: argparse.Namespace) -> int:
 
 
 def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
-    """Texts of all corpora by turns, so that each has its share of what the tokenizer sees."""
+    """Texts of all corpora in turn, so that the tokenizer sees as many of each."""
     readers = [_texts_of(directory, text_field) for directory in directories]
     while readers:
         for reader in list(readers):
@@ -116,7 +118,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="only these parts: SlimPajama's set names, or folders (languages of StarCoderData)",
     )
     parser.add_argument(
-        "--chat", action="store_true", help="conversations (messages, or Guanaco's text), of which answers are targets"
+        "--chat",
+        action="store_true",
+        help="conversations (messages, or Guanaco's text), with a loss mask on the answers",
     )
     parser.add_argument(
         "--max-tokens",
@@ -130,7 +134,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         type=COUNT,
         default=0,
         metavar="N",
-        help="list and leave out up to N (default: %(default)s)",
+        help="list and skip up to N bad records (default: %(default)s)",
     )
     parser.add_argument("--encoder", choices=("auto", "gigatoken", "sentencepiece"), default="auto")
     parser.add_argument("--workers", type=RANKS, metavar="N", help="processes (default: one per core)")
@@ -141,6 +145,11 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="about this many per shard (default: 256 MiB)",
     )
+    _add_places(parser)
+    add_json(parser)
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", type=hostfile, metavar="H", help="work on all these hosts, through ssh")
     where.add_argument("--mpi", action="store_true", help="work on the ranks of mpirun ... python -m mpi4py.futures")
@@ -150,7 +159,6 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         metavar="RANK/SIZE",
         help="make only every SIZE-th shard, from RANK on (default: all; under srun each task its share)",
     )
-    add_json(parser)
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -161,7 +169,7 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _share_of_task(options: argparse.Namespace) -> tuple[int, int]:
-    """What was asked for, else this task's share under srun, whose batch scripts know no number of tasks in a step."""
+    """The option, else this task's share under srun, whose batch scripts do not know the number of tasks of a step."""
     if options.share is None and not (options.mpi or options.hostfile) and "SLURM_STEP_NUM_TASKS" in os.environ:
         share = f"{os.environ.get('SLURM_PROCID')}/{os.environ['SLURM_STEP_NUM_TASKS']}"
         try:
@@ -172,7 +180,7 @@ def _share_of_task(options: argparse.Namespace) -> tuple[int, int]:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    """Tokenise one source into shards; starts again where it stopped."""
+    """Tokenise one source into shards; continues after an interruption."""
     from concurrent.futures import BrokenExecutor
 
     from tinyllama_ds.data.prepare.agents import prepare_on_hosts
@@ -199,13 +207,16 @@ def _prepare(options: argparse.Namespace) -> int:
     try:
         table = summarise(prepare(job, workers, _share_of_task(options), options.mpi))
     except BrokenExecutor:
-        print("tinyllama-ds: a worker was killed, perhaps for memory; start again, shards are kept", file=sys.stderr)
+        print(
+            "tinyllama-ds: a worker was killed, perhaps for its memory; run prepare again, finished shards are kept",
+            file=sys.stderr,
+        )
         return EXIT_RESTART
     return print_result(options, table, _prepare_text(options.source, table))
 
 
 def _print_notes(inputs: "Inputs") -> None:
-    """Say which files are held out or not read, before any is read."""
+    """Print which files are held out or not read, before any is read."""
     for note in inputs.notes():
         print(f"tinyllama-ds: {note}", file=sys.stderr, flush=True)
 
@@ -221,13 +232,12 @@ def _format_of(options: argparse.Namespace) -> "SourceFormat":
 
 def _agent_arguments(options: argparse.Namespace) -> list[str]:
     """The same preparation on another host, paths made absolute."""
-    arguments = ["prepare", "--source", options.source, "--input", str(options.input.absolute())]
-    arguments += ["--tokenizer", str(options.tokenizer.absolute()), "--output", str(options.output.absolute())]
-    arguments += ["--encoder", options.encoder, "--max-bad-records", str(options.max_bad_records)]
-    arguments += ["--shard-bytes", str(options.shard_bytes)]
-    arguments += ["--text-field", options.text_field] if options.text_field else []
-    arguments += ["--chat", "--max-tokens", str(options.max_tokens)] if options.chat else []
-    arguments += ["--workers", str(options.workers)] if options.workers else []
+    arguments = ["prepare"] + (["--chat"] if options.chat else [])
+    for name in ("source", "input", "tokenizer", "output", "encoder", "max_bad_records", "shard_bytes", "text_field",
+                 "max_tokens", "workers"):  # fmt: skip
+        value = getattr(options, name)
+        if value:
+            arguments += [f"--{name.replace('_', '-')}", str(value.absolute() if isinstance(value, Path) else value)]
     return arguments + (["--subset", *options.subset] if options.subset else [])
 
 
@@ -256,22 +266,24 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_megatron(options: argparse.Namespace) -> int:
-    """Make Megatron's .idx files (their .bin beside them) usable for training, without a copy."""
-    from tinyllama_ds.data.prepare.imports import Import, import_megatron
+    """Make Megatron's .idx files (with their .bin files) usable for training, without a copy."""
+    from tinyllama_ds.data.prepare.imports import import_megatron
 
-    job = Import(options.source, options.split, options.tokenizer, options.output)
-    return _print_imported(options, import_megatron(job, options.inputs))
+    return _import_tokens(options, import_megatron)
 
 
 def _import_litpkds(options: argparse.Namespace) -> int:
     """Turn the LITPKDS chunks of TinyLlama's own scripts into shards."""
-    from tinyllama_ds.data.prepare.imports import Import, import_litpkds
+    from tinyllama_ds.data.prepare.imports import import_litpkds
+
+    return _import_tokens(options, import_litpkds)
+
+
+def _import_tokens(options: argparse.Namespace, import_files: "Callable[..., list[Manifest]]") -> int:
+    from tinyllama_ds.data.prepare.imports import Import
 
     job = Import(options.source, options.split, options.tokenizer, options.output)
-    return _print_imported(options, import_litpkds(job, options.inputs))
-
-
-def _print_imported(options: argparse.Namespace, manifests: "list[Manifest]") -> int:
+    manifests = import_files(job, options.inputs)
     result = {
         "shards": len(manifests),
         "documents": sum(manifest.documents for manifest in manifests),
@@ -284,7 +296,7 @@ def _print_imported(options: argparse.Namespace, manifests: "list[Manifest]") ->
 
 def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA_DIR")
-    parser.add_argument("--recipe", help="also prove that this recipe trains on it as it says")
+    parser.add_argument("--recipe", help="also verify what a run of this recipe trains on")
     parser.add_argument(
         "--world-size", type=WholeNumber(1, 1_000_000), default=1, metavar="N", help="ranks (default: %(default)s)"
     )
@@ -300,7 +312,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    """Check every token of a data directory, and that a recipe trains on all of it as it says."""
+    """Check every token of a data directory, and what a run of a recipe trains on."""
     from tinyllama_ds.config.run_plan import micro_batch_of
     from tinyllama_ds.data.audit.audit import audit_data
     from tinyllama_ds.data.audit.page import audit_page, verdict
@@ -309,7 +321,7 @@ def _audit(options: argparse.Namespace) -> int:
     coverage = None
     if options.recipe is not None:
         plan, order, _ = _planned_order(options.recipe, options.data)
-        micro_batch_of(plan, None, options.world_size)  # refuses a number of ranks that no batch divides over
+        micro_batch_of(plan, None, options.world_size)  # raises for a number of ranks that does not divide the batches
         coverage = check_coverage(order, [stage.batch for stage in plan.stages], options.world_size)
     audit = audit_data(options.data, _raw_inputs(options.raw), options.samples, options.workers)
     problems = audit.problems + (coverage.problems if coverage else [])
@@ -322,7 +334,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _write_page(options: argparse.Namespace, page: str) -> Path | None:
-    """Where it was written, if it was: the verdict counts, and prepared data may be mounted read-only."""
+    """The path of the page; None where it cannot be written, as data may be mounted read-only."""
     from tinyllama_ds.outputs import write_file
 
     output = options.output or options.data / "audit.html"
@@ -345,7 +357,7 @@ def _raw_inputs(pairs: list[str]) -> dict[str, Path]:
 def _planned_order(
     recipe_name: str, data: Path, excluded: Sequence[range] = ()
 ) -> "tuple[RunPlan, SampleOrder, dict[str, TokenStream]]":
-    """What a recipe makes of a data directory."""
+    """Plan, sample order and streams of a recipe on a data directory."""
     from tinyllama_ds.config.recipe import load_recipe
     from tinyllama_ds.config.run_plan import RunPlan
     from tinyllama_ds.data.order import planned_order
@@ -364,13 +376,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     show.add_argument("step", type=WholeNumber(0, 10**15), metavar="STEP", help="from 0")
     show.add_argument("--recipe", required=True)
     show.add_argument("--data", type=Path, required=True, metavar="DIR")
-    show.add_argument("--run-dir", type=Path, metavar="DIR", help="leave out what this run's ledger leaves out")
+    show.add_argument("--run-dir", type=Path, metavar="DIR", help="exclude the samples that this run's ledger excludes")
     show.add_argument("--limit", type=COUNT, default=8, metavar="N", help="samples to print (default: %(default)s)")
     add_json(show)
 
 
 def _data(options: argparse.Namespace) -> int:
-    """Look into prepared data: `show` prints the texts that a step trains on."""
+    """Inspect prepared data: `show` prints the texts that a step trains on."""
     from tinyllama_ds.data.audit.show import show_samples
     from tinyllama_ds.data.loader import reject_different_tokenizer
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer

@@ -39,7 +39,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=POSITIVE, metavar="N", help="only the first N documents of each task, to try it out"
     )
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="datasets on disk; the hub is left alone")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="datasets on disk, without access to the hub")
     parser.add_argument(
         "--batch-size", type=WholeNumber(1, 100_000), default=32, metavar="B", help="per rank (default: %(default)s)"
     )
@@ -49,7 +49,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of weights and arithmetic (default: %(default)s, as for the published scores)",
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if available")
     parser.add_argument("--num-gpus", type=RANKS, metavar="N", help="ranks on this machine (default: its GPUs, else 1)")
     parser.add_argument(
         "--allow-code-execution", action="store_true", help="HumanEval: run what the model writes, in a sandbox"
@@ -100,7 +100,7 @@ def _wanted_ranks(options: argparse.Namespace) -> int:
 
 
 def _start_ranks(ranks: int, options: argparse.Namespace) -> int:
-    """This command again on every rank, under the deepspeed launcher."""
+    """Run this command on every rank, under the deepspeed launcher."""
     from tinyllama_ds.commands.placement import local_placement
     from tinyllama_ds.launch.launcher import SCORE, launcher_command, launcher_environment
 

@@ -1,6 +1,7 @@
 """Commands for what comes out of a run, and for models that come from elsewhere."""
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,16 +127,59 @@ def _import(options: argparse.Namespace) -> int:
     return print_result(options, result, text)
 
 
+def _add_import_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="checkpoint of format 2 or older, its run, or DeepSpeed's TAG folder",
+    )
+    parser.add_argument("output", type=output_folder, metavar="OUT", help="run directory to create with the checkpoint")
+    parser.add_argument("--model", metavar="NAME", help="named size, of a checkpoint that is not of tinyllama-ds")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="sentencepiece model of such a checkpoint")
+    add_json(parser)
+
+
+def _import_checkpoint(options: argparse.Namespace) -> int:
+    """Convert a checkpoint in DeepSpeed's format. UNPICKLES its files, which can run any code: only your own."""
+    import shutil
+
+    from tinyllama_ds.checkpoint.format import resolve_checkpoint
+    from tinyllama_ds.checkpoint.import_deepspeed import import_checkpoint
+    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE
+    from tinyllama_ds.layout import CHECKPOINTS, RUN_FILE
+    from tinyllama_ds.model.config import model_config
+    from tinyllama_ds.outputs import new_folder
+
+    is_of_run = (options.folder / CHECKPOINTS).is_dir()
+    checkpoint = resolve_checkpoint(options.folder) if is_of_run else options.folder
+    print(f"tinyllama-ds: unpickling {checkpoint}: this runs code that its files may hold", file=sys.stderr, flush=True)
+    model = model_config(options.model) if options.model else None
+    with new_folder(options.output) as run_dir:
+        written = import_checkpoint(checkpoint, run_dir, model)
+        if options.tokenizer is not None:
+            shutil.copyfile(options.tokenizer, run_dir / TOKENIZER_FILE)
+        elif (checkpoint.parents[1] / RUN_FILE).is_file():
+            for path in filter(Path.is_file, checkpoint.parents[1].iterdir()):
+                shutil.copyfile(path, run_dir / path.name)
+    final = options.output / written.relative_to(run_dir)
+    return print_result(options, {"checkpoint": str(final)}, f"{final}: in format 3; {options.folder} is as it was")
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     parser.add_argument("prompt", metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=POSITIVE, default=100, help="default: %(default)s")
+    _add_sampling_arguments(parser, max_new_tokens=100, temperature=0.8)
+    add_json(parser)
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
+    parser.add_argument("--max-new-tokens", type=POSITIVE, default=max_new_tokens, help="default: %(default)s")
     parser.add_argument(
-        "--temperature", type=Number(least=0, most=100), default=0.8, help="0 is greedy (default: %(default)s)"
+        "--temperature", type=Number(least=0, most=100), default=temperature, help="0 is greedy (default: %(default)s)"
     )
     parser.add_argument("--top-p", type=SHARE, default=0.95, help="default: %(default)s")
     parser.add_argument("--seed", type=SEED, default=0, help="default: %(default)s")
-    add_json(parser)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -163,13 +207,8 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
-    parser.add_argument("--max-new-tokens", type=POSITIVE, default=256, help="of an answer (default: %(default)s)")
-    parser.add_argument(
-        "--temperature", type=Number(least=0, most=100), default=0.0, help="0 is greedy (default: %(default)s)"
-    )
-    parser.add_argument("--top-p", type=SHARE, default=0.95, help="default: %(default)s")
-    parser.add_argument("--seed", type=SEED, default=0, help="default: %(default)s")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    _add_sampling_arguments(parser, max_new_tokens=256, temperature=0.0)
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -220,6 +259,7 @@ def _report(options: argparse.Namespace) -> int:
 COMMANDS = (
     ("export", _add_export, _export),
     ("import", _add_import, _import),
+    ("import-checkpoint", _add_import_checkpoint, _import_checkpoint),
     ("generate", _add_generate, _generate),
     ("chat", _add_chat, _chat),
     ("report", _add_report, _report),

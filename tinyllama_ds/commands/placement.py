@@ -78,20 +78,20 @@ def local_placement(ranks: int | None) -> "Placement":
 
 def _local_devices() -> tuple[bool, int]:
     """Whether ranks of this machine compute on the CPU, and the default number of ranks."""
-    from tinyllama_ds.devices import device_type_of, look, reject_unsupported_devices
+    from tinyllama_ds.devices import detect_gpus, device_type_of, reject_unsupported_devices
 
-    seen = look()
-    if device_type_of(seen) == "cpu":
+    gpus = detect_gpus()
+    if device_type_of(gpus) == "cpu":
         return True, min(2, os.cpu_count() or 1)
-    reject_unsupported_devices(seen, range(seen.count))
-    return False, seen.count
+    reject_unsupported_devices(gpus, range(gpus.count))
+    return False, gpus.count
 
 
 def warn_of_hidden_gpus(placement: "Placement") -> None:
     """Warn on stderr if local ranks compute on the CPU because the environment hides the GPUs."""
-    from tinyllama_ds.devices import hidden_gpus, look
+    from tinyllama_ds.devices import detect_gpus, hidden_gpus
 
-    sentence = hidden_gpus(look()) if placement.on_cpu and not placement.is_remote else None
+    sentence = hidden_gpus(detect_gpus()) if placement.on_cpu and not placement.is_remote else None
     if sentence is not None:
         print(f"tinyllama-ds: {sentence}", file=sys.stderr, flush=True)
 

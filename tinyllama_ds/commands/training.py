@@ -132,7 +132,7 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    """Train under the deepspeed launcher; restarts and resumes by itself."""
+    """Train under the deepspeed launcher; restarts and resumes automatically."""
     from tinyllama_ds.launch.fleet import Fleet
     from tinyllama_ds.launch.launcher import check_placement
     from tinyllama_ds.launch.lock import hold_run
@@ -213,6 +213,8 @@ def _check_run(options: argparse.Namespace, placement: "Placement") -> "Run":
 
 def _check_engine(options: argparse.Namespace, placement: "Placement", run: "Run") -> None:
     """Warn of keys of the DeepSpeed JSON that may have no effect, and start its engine once if this machine can."""
+    import torch
+
     from tinyllama_ds.config.deepspeed import warnings_of
     from tinyllama_ds.train.dry_start import check_engine_start
 
@@ -222,14 +224,8 @@ def _check_engine(options: argparse.Namespace, placement: "Placement", run: "Run
     for warning in warnings_of(run.description["deepspeed_config"]):
         print(f"tinyllama-ds: warning: {path}: {warning}", file=sys.stderr)
     device_type = (placement.machine or _this_machine(placement)).device_type
-    if device_type == "cpu" or _has_gpu():
+    if device_type == "cpu" or torch.cuda.is_available():
         check_engine_start(run.engine_config, path, device_type)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _this_machine(placement: "Placement") -> "Machine":

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: refuses what has no effect, fills "auto", and checks it against the recipe.
+"""DeepSpeed's JSON: rejects what has no effect, fills "auto", and checks it against the recipe.
 
 Which keys there are, and the values that they may have, is in `deepspeed_keys`.
 """
@@ -35,9 +35,9 @@ _MONITORS = ("tensorboard", "wandb", "comet", "csv_monitor")
 
 @dataclass(frozen=True)
 class ScheduleParams:
-    """DeepSpeed's names for a linear warm-up and a cosine to a floor; ratios multiply the optimizer's learning rate.
+    """DeepSpeed's names for a linear warmup and a cosine decay; ratios multiply the optimizer's learning rate.
 
-    WarmupLR, which stays at the peak, is a floor of 1.
+    WarmupLR, which stays at the peak, has a minimum of 1.
     """
 
     warmup_num_steps: int
@@ -48,7 +48,7 @@ class ScheduleParams:
 def load_deepspeed_config(path: Path) -> dict:
     """The JSON as it was written, every key and value checked.
 
-    Raises `ConfigError` that names the file and every problem in it, each with its key in full, value and expectation.
+    Raises `ConfigError` with every problem of the file, each with its line, key in full, value and expectation.
     """
     text = read_text(path, "the DeepSpeed config")
     try:
@@ -164,33 +164,27 @@ def _warning_of(full: str, value: object, stage: int) -> str | None:
 
 def read_schedule(raw: dict, path: Path) -> ScheduleParams | None:
     """The learning-rate schedule of a config; None is a constant learning rate."""
-    scheduler = raw.get("scheduler")
-    if scheduler is None:
+    if raw.get("scheduler") is None:
         return None
-    kind, params = scheduler.get("type"), scheduler.get("params", {})
+    kind, params = raw["scheduler"].get("type"), raw["scheduler"].get("params", {})
     if kind is None:
         raise ConfigError(f"{path}: scheduler.type is missing; expected WarmupCosineLR, WarmupLR or no scheduler")
-    if "warmup_type" not in params:
-        raise ConfigError(
-            f"{path}: scheduler.params.warmup_type is missing; expected linear, DeepSpeed's default is log"
-        )
-    misplaced = ", ".join(sorted(params.keys() & {"cos_min_ratio", "total_num_steps"}))
-    if kind == "WarmupLR" and misplaced:
-        raise ConfigError(f"{path}: scheduler.params.{misplaced} belongs to WarmupCosineLR; WarmupLR never falls")
-    needed = ("warmup_num_steps",) if kind == "WarmupLR" else ("warmup_num_steps", "cos_min_ratio")
-    raise_problems(
-        path,
-        [
-            f"scheduler.params.{key} is missing; expected {ACCEPTED[f'scheduler.params.{key}'].expectation}"
-            for key in needed
-            if key not in params
-        ],
-    )
+    needed = ["warmup_type", "warmup_num_steps", *(["cos_min_ratio"] if kind == "WarmupCosineLR" else [])]
+    misplaced = ["cos_min_ratio", "total_num_steps"] if kind == "WarmupLR" else []
+    problems = [_missing(f"scheduler.params.{key}") for key in needed if key not in params]
+    problems += [
+        f"scheduler.params.{key} belongs to WarmupCosineLR; WarmupLR never falls" for key in misplaced if key in params
+    ]
+    raise_problems(path, problems)
     return ScheduleParams(
         int(params["warmup_num_steps"]),
         float(params.get("warmup_min_ratio", 0.0)),
         float(params.get("cos_min_ratio", 1)),
     )
+
+
+def _missing(full: str) -> str:
+    return f"{full} is missing; expected {ACCEPTED[full].expectation}"
 
 
 @dataclass(frozen=True)
@@ -249,7 +243,7 @@ def _normalize(raw: dict) -> dict:
 
 
 def _problems_of_precision(resolved: dict) -> list[str]:
-    """What is wrong only if weights are in bf16, or only if they are not."""
+    """What is wrong only with weights in bf16, or only without."""
     stage, bf16 = resolved["zero_optimization"].get("stage", 0), computes_in_16_bit(resolved)
     in_fp32 = resolved.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     found = []
@@ -273,7 +267,7 @@ def _fill(section: dict, values: dict) -> None:
 
 
 def requested_micro_batch(raw: dict) -> int | None:
-    """The micro batch that the JSON asks for; None where it is "auto" or absent."""
+    """The micro-batch of the JSON; None where it is "auto" or absent."""
     value = raw.get("train_micro_batch_size_per_gpu", AUTO)
     return None if value == AUTO else int(value)
 
@@ -291,8 +285,8 @@ def weights_dtype(resolved: dict) -> str:
 def split_off_our_sections(resolved: dict) -> tuple[dict, dict]:
     """(what DeepSpeed's engine gets, the monitor sections).
 
-    The schedule is applied as a function of tokens by the training loop, and the monitors are fed with the loop's own
-    figures; left inside, DeepSpeed would step a second schedule and write the next step's learning rate.
+    The schedule is applied as a function of tokens by the training loop, and the monitors get the loop's own
+    metrics; inside the config, DeepSpeed would step a second schedule and write the next step's learning rate.
     """
     ours = ("scheduler", *_MONITORS)
     engine = {key: value for key, value in resolved.items() if key not in ours}

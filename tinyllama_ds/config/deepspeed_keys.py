@@ -1,6 +1,6 @@
 """Every key of DeepSpeed 0.19.8's JSON: supported, passed on with a warning, or rejected with what replaces it.
 
-DeepSpeed ignores an unknown key at its top level, and knows many that change nothing for this training loop. Here a key
+DeepSpeed ignores an unknown key at its top level, and has many that change nothing for this training loop. Here a key
 is accepted only if it has its effect; docs/configs.md is made of these tables, and tests walk DeepSpeed's own classes.
 """
 
@@ -88,12 +88,12 @@ _BETAS = Kind(
 _OPTIMIZER = Kind("AdamW, Adam or Muon", lambda v: isinstance(v, str) and v.lower() in ("adamw", "adam", "muon"))
 _DTYPE = _one_of("fp32", "bf16")
 _BY_RECIPE = Kind('"auto" or nothing, because the recipe decides it', lambda v: v == AUTO)
-_OURS = "written by the training loop with its own figures"
+_OURS = "metrics are written by the training loop"
 
 SUPPORTED: dict[str, Key] = {
     "train_batch_size": Key(_BY_RECIPE, "filled from the recipe's global_batch_tokens"),
     "train_micro_batch_size_per_gpu": Key(_whole(1, 65_536), "sequences of one forward pass of a rank", auto=True),
-    "gradient_accumulation_steps": Key(_BY_RECIPE, "filled from global batch, micro batch and ranks"),
+    "gradient_accumulation_steps": Key(_BY_RECIPE, "filled from global batch, micro-batch and ranks"),
     "gradient_clipping": Key(_number(), "the global gradient norm is clipped to it; 0 is off", auto=True),
     "communication_data_type": Key(_DTYPE, "the dtype in which gradients are reduced"),
     "prescale_gradients": Key(
@@ -105,7 +105,7 @@ SUPPORTED: dict[str, Key] = {
     "wall_clock_breakdown": Key(_SWITCH, "DeepSpeed's milliseconds of forward, backward and step on the console"),
     "optimizer.type": Key(
         _OPTIMIZER,
-        "no other is tested here; Muon clips gradients at stage 1 in bf16 with fp32 accumulation only, and at stage 0",
+        "others are not tested; Muon clips gradients at stage 1 in bf16 with fp32 accumulation only, and at stage 0",
     ),
     "optimizer.params.lr": Key(_number(), "peak learning rate", auto=True),
     "optimizer.params.betas": Key(_BETAS, "Adam's decay rates of its moments", auto=True),
@@ -123,13 +123,13 @@ SUPPORTED: dict[str, Key] = {
     "scheduler.type": Key(_one_of("WarmupCosineLR", "WarmupLR"), "applied as a function of tokens"),
     "scheduler.params.total_num_steps": Key(_BY_RECIPE, "filled from the recipe's tokens"),
     "scheduler.params.warmup_num_steps": Key(_whole(), "steps of the first stage's batch until the peak"),
-    "scheduler.params.warmup_min_ratio": Key(_number(0, 1), "of the peak, where the warm-up begins"),
+    "scheduler.params.warmup_min_ratio": Key(_number(0, 1), "of the peak, where the warmup begins"),
     "scheduler.params.warmup_type": Key(_one_of("linear"), "DeepSpeed's default would be log"),
     "scheduler.params.cos_min_ratio": Key(_number(0, 1), "of the peak, where the cosine ends"),
     "bf16.enabled": Key(_SWITCH, "weights in bf16, master weights in fp32", auto=True),
     "bf16.immediate_grad_update": Key(_SWITCH, "gradients are accumulated in fp32 as they appear", (1,)),
     "bf16.check_grad_overflow": Key(
-        _SWITCH, "false: a gradient that is not finite ends the run, where the step would be left out", (1, 2)
+        _SWITCH, "false: a gradient that is not finite ends the run, where the step would be skipped", (1, 2)
     ),
     "bf16.bf16_master_weights_and_grads": Key(_SWITCH, "no fp32 master weights; with bf16_optimizer_states", (1, 2, 3)),
     "bf16.bf16_optimizer_states": Key(_SWITCH, "Adam's moments in bf16; needs the key above", (1, 2, 3)),
@@ -142,12 +142,12 @@ SUPPORTED: dict[str, Key] = {
     "zero_optimization.allgather_partitions": Key(_SWITCH, "false: broadcasts in place of an all-gather", (1, 2)),
     "zero_optimization.allgather_bucket_size": Key(_whole(1), "elements of one all-gather of weights", (1, 2)),
     "zero_optimization.overlap_comm": Key(_SWITCH, "reductions run during the backward pass", (1, 2, 3)),
-    "zero_optimization.round_robin_gradients": Key(_SWITCH, "gradients are spread over ranks in turns", (1, 2)),
+    "zero_optimization.round_robin_gradients": Key(_SWITCH, "gradients are distributed over ranks round robin", (1, 2)),
     "zero_optimization.parameter_alignment": Key(_SWITCH, "parameters start at multiples of 16 bytes", (1, 2)),
     "zero_optimization.sub_group_size": Key(_whole(1), "elements of one part of the optimizer's step", (3,)),
     "zero_optimization.stage3_prefetch_bucket_size": Key(_whole(), "elements gathered ahead of use", (3,), True),
     "zero_optimization.stage3_param_persistence_threshold": Key(
-        _whole(), "smaller parameters stay on every rank", (3,), True
+        _whole(), "smaller parameters are kept on every rank", (3,), True
     ),
     "zero_optimization.stage3_model_persistence_threshold": Key(_whole(), "elements that may stay in all", (3,)),
     "zero_optimization.stage3_max_live_parameters": Key(_whole(), "elements that stay gathered at most", (3,)),
@@ -173,8 +173,8 @@ SUPPORTED: dict[str, Key] = {
     "csv_monitor.job_name": Key(_TEXT, 'a directory inside; "auto" is csv'),
 }  # fmt: skip
 
-_WEB = "figures go to a web service, by its package; not tested here"
-_NVME = "offloading to NVMe, which wants libaio and a local disk; not tested here"
+_WEB = "metrics go to a web service, by its package; not tested here"
+_NVME = "offloading to NVMe, which needs libaio and a local disk; not tested here"
 WARNED: dict[str, Key] = {
     "wandb.enabled": Key(_SWITCH, _WEB),
     "wandb.group": Key(_TEXT, _WEB),
@@ -249,10 +249,10 @@ REJECTED: dict[str, str] = {
     "steps_per_print": f"{_MUTED}; use log_steps of the recipe",
     "memory_breakdown": f"{_MUTED}; use tinyllama-ds bench",
     "dump_state": f"{_MUTED}; run.json of the run directory holds the resolved config",
-    "log_level": f"{_MUTED}; leave it out",
+    "log_level": f"{_MUTED}; remove it",
     "comms_logger": f"{_MUTED}; use tinyllama-ds bench, which measures communication",
     "flops_profiler": "miscounts the model's own autograd functions; use tinyllama-ds bench, or MFU on the console",
-    "timers": "would only wait for the GPU at every micro batch; the training loop measures itself",
+    "timers": "would only wait for the GPU at every micro-batch; the training loop measures itself",
     "autotuning": "belongs to DeepSpeed's own launcher; use tinyllama-ds plan --search and bench",
     "disable_allgather": "has no effect in DeepSpeed 0.19; use zero_optimization.allgather_partitions",
     "disable_python_gc": "has no effect, because the training loop freezes what Python's collector would look at",
@@ -261,12 +261,12 @@ REJECTED: dict[str, str] = {
     "checkpoint": f"{_OWN_CHECKPOINTS}; use save_tokens of the recipe",
     "datastates_ckpt": f"{_OWN_CHECKPOINTS}; use save_tokens of the recipe",
     "activation_checkpointing": (
-        "would be ignored, because DeepSpeed applies it to no model by itself; use pretrain --activation-checkpointing"
+        "would be ignored, because DeepSpeed does not apply it by itself; use pretrain --activation-checkpointing"
     ),
     "compile": "has no effect without engine.compile(); use pretrain --compile, which compiles the decoder's blocks",
-    "managed_gradient_accumulation": "must stay true, because the training loop relies on it; leave it out",
+    "managed_gradient_accumulation": "must stay true, because the training loop relies on it; remove it",
     "tensor_parallel": "is not supported; use zero_optimization, whose partitions any model of this size fits",
-    "sequence_parallel_size": "is not supported; use a smaller micro batch or pretrain --activation-checkpointing",
+    "sequence_parallel_size": "is not supported; use a smaller micro-batch or pretrain --activation-checkpointing",
     "pipeline": "is not supported; use zero_optimization",
     "hybrid_engine": f"{_NOT_HERE} (reinforcement learning with generation)",
     "expert_parallel": f"{_NOT_HERE} (mixture of experts)",
@@ -292,15 +292,15 @@ REJECTED: dict[str, str] = {
     "zero_optimization.leaf_module.names": "is not supported, as all blocks are alike; use leaf_module.classes",
     "zero_optimization.leaf_module.name_suffixes": "is not supported, as all blocks are alike; use leaf_module.classes",
     "zero_optimization.zenflow": "would change the global batch and apply gradients late; use offload_optimizer",
-    "zero_optimization.compute_grad_norm": "must stay true, because the training loop looks at the norm; leave it out",
+    "zero_optimization.compute_grad_norm": "must stay true, because the training loop looks at the norm; remove it",
     "zero_optimization.load_from_fp32_weights": "must stay true, or a resumed run would round its master weights",
     "zero_optimization.elastic_checkpoint": f"{_OWN_CHECKPOINTS}, which any number of ranks loads",
     "zero_optimization.ignore_unused_parameters": "has no effect, because the model uses all its parameters",
-    "zero_optimization.legacy_stage1": f"{_GONE}; leave it out",
+    "zero_optimization.legacy_stage1": f"{_GONE}; remove it",
     "zero_optimization.zero_quantized_nontrainable_weights": "has no effect, because all weights are trained",
     "zero_optimization.override_module_apply": "has no effect, because the model is built before DeepSpeed has it",
     "zero_optimization.pipeline_loading_checkpoint": _OWN_CHECKPOINTS,
-    "zero_optimization.log_trace_cache_warnings": f"{_MUTED}; leave it out",
+    "zero_optimization.log_trace_cache_warnings": f"{_MUTED}; remove it",
 }
 
 
@@ -319,7 +319,7 @@ OPTIMIZER_PARAMS: dict[str, tuple[str, ...]] = {
 
 
 def is_off(full: str, value: Any) -> bool:
-    """Whether a rejected key is switched off, as files from elsewhere have it: false, or a section that says so."""
+    """Whether a rejected key is switched off, as other programs' files have it: false, or a section that says so."""
     off = value is False or (isinstance(value, dict) and value.get("enabled") is False)
     return off and full not in _ON_BY_DEFAULT
 

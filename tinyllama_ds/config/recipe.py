@@ -27,7 +27,7 @@ _OPTIONAL_TABLE = ConfigDict(extra="forbid", validate_default=True)
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the run with one batch size and one mixture."""
+    """A part of the run with one batch size and one mixture."""
 
     name: Text
     tokens: _Tokens
@@ -148,7 +148,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 f" sequence_length {recipe.sequence_length}"
             )
         if stage.ramp_tokens and before is None:
-            problems.append(f"stage {stage.name!r}: ramp_tokens, but there is no stage before it to ramp from")
+            problems.append(f"stage {stage.name!r}: ramp_tokens, but it is the first stage; expected it in a later one")
         if stage.ramp_tokens > stage.tokens:
             problems.append(f"stage {stage.name!r}: ramp_tokens {stage.ramp_tokens} exceed its {stage.tokens} tokens")
     for source in recipe.sources:

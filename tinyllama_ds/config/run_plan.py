@@ -1,6 +1,6 @@
 """What a run will do, step by step, derived from the recipe and the machines before anything starts.
 
-The global batch comes from the recipe; the number of ranks only decides how it is cut up.
+The global batch comes from the recipe; the number of ranks only decides how it is split.
 """
 
 from collections.abc import Iterator
@@ -99,15 +99,15 @@ def accumulation_steps(batch: int, world_size: int, micro_batch: int) -> int:
 
 
 def micro_batches_of(plan: RunPlan, world_size: int) -> list[int]:
-    """The micro batches, in sequences, that divide every stage's share of a rank; `world_size` divides the batches."""
+    """The sizes, in sequences, that divide every stage's batch of a rank; `world_size` divides all batches."""
     shares = [stage.batch // world_size for stage in plan.stages]
     return [size for size in _divisors(min(shares)) if all(share % size == 0 for share in shares)]
 
 
 def micro_batch_of(plan: RunPlan, micro_batch: int | None, world_size: int) -> int:
-    """The micro batch per rank in sequences, or the largest that fits where none is given.
+    """The micro-batch per rank in sequences, or the largest that fits where none is given.
 
-    Raises `ConfigError`, naming what would work, where a stage's global batch cannot be cut into whole micro batches.
+    Raises `ConfigError`, with the sizes that work, where a stage's global batch is not a multiple of it.
     """
     for stage in plan.stages:
         if stage.batch % world_size:

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of tokens. Nothing of it is stored, so nothing of it can be lost on resume."""
+"""The learning rate as a pure function of tokens: it has no state that a resumed run could lose."""
 
 from dataclasses import dataclass
 from math import cos, pi
@@ -11,11 +11,11 @@ from tinyllama_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Linear warm-up from `warmup_min_ratio` to 1, then half a cosine from 1 to `min_ratio` (TinyLlama's get_lr).
+    """Linear warmup from `warmup_min_ratio` to 1, then half a cosine from 1 to `min_ratio` (TinyLlama's get_lr).
 
     An optimizer step trains at the ratio of the tokens seen once it is complete. So no step has learning rate 0, the
-    step that completes the warm-up has the peak, and the last step has the floor. TinyLlama's own loop reads its
-    function at the window's last micro batch, a fraction of a step earlier; DeepSpeed's WarmupCosineLR wastes two
+    step that completes the warmup has the peak, and the last step has the minimum. TinyLlama's own loop reads its
+    function at the window's last micro-batch, a fraction of a step earlier; DeepSpeed's WarmupCosineLR wastes two
     steps at 0 and never reaches the peak.
     """
 
@@ -46,9 +46,9 @@ Schedule = CosineSchedule | ConstantSchedule
 
 
 def make_schedule(raw: dict, path: Path, plan: RunPlan) -> Schedule:
-    """The JSON's schedule over the plan's tokens: a warm-up step counts the tokens of the first stage's batch.
+    """The JSON's schedule over the plan's tokens: a warmup step counts the tokens of the first stage's batch.
 
-    Raises `ConfigError` where the warm-up leaves nothing of the run.
+    Raises `ConfigError` where the warmup is not shorter than the run.
     """
     params = read_schedule(raw, path)
     if params is None:

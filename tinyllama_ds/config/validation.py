@@ -125,7 +125,7 @@ def _follows_from_others(found: ErrorDetails, errors: Sequence[ErrorDetails]) ->
 
 
 def _is_missing(found: ErrorDetails, raw: Any) -> bool:
-    """Whether a key is absent; where a default is refused, the table needs the key."""
+    """Whether a key is absent; where a default is invalid, the table needs the key."""
     for step in found["loc"]:
         if isinstance(raw, dict) and step not in raw:
             return True

@@ -1,11 +1,11 @@
-r"""The chat template: a conversation as token ids, and which of them are answers, the targets of fine-tuning.
+r"""The chat template: a conversation as token ids, and its loss mask, the answers.
 
-It is Zephyr's, as in TinyLlama-Chat v1.0, and needs no vocabulary of its own:
+It is Zephyr's, as in TinyLlama-Chat v1.0, and needs no special tokens:
 
     <|system|>\n...EOS\n<|user|>\n...EOS\n<|assistant|>\n...EOS
 
-The markers are text; what ends a turn is EOS, which no text can spell: `</s>` in a message is four characters to
-sentencepiece. Everything between two EOS is one section, and is encoded alone.
+The markers are text. EOS ends a turn, and text cannot fake it: `</s>` in a message is four characters to sentencepiece.
+Everything between two EOS is one section, which is encoded by itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ from tinyllama_ds.errors import ConfigError
 
 ROLES = ("system", "user", "assistant")
 END_OF_TURN = f"one EOS (id {EOS_ID}) after each turn, no BOS"
-ANSWER_HEADER = "\n<|assistant|>\n"  # what a model is given to answer
+ANSWER_HEADER = "\n<|assistant|>\n"  # the end of a generation prompt
 
 # The same for transformers, which renders a string before it encodes it. There `</s>` in a message would become EOS, so
-# that a space breaks it up: the one case in which the ids are not those of `conversation_ids`.
+# a space separates it: the only case in which the ids differ from those of `conversation_ids`.
 _BROKEN_UP = "".join(
     f" | replace({control}, {control}[:1] ~ ' ' ~ {control}[1:])" for control in ("bos_token", "eos_token", "'<unk>'")
 )
@@ -48,32 +48,31 @@ class Message:
 
 @dataclass(frozen=True)
 class EncodedConversations:
-    """Conversations one after the other, as a shard holds them."""
+    """Concatenated conversations, as in a shard."""
 
     ids: np.ndarray
     assistant_mask: np.ndarray  # of each id, 0 or 1 in uint8
     lengths: np.ndarray  # ids of each conversation
-    shortened: int  # conversations that lost their last turns
-    rejected: int  # conversations of which not even the first answer fits
+    shortened: int  # conversations without their last turns
+    rejected: int  # conversations whose first answer does not fit
 
 
 def sections_of(messages: Sequence[Message]) -> list[str]:
-    """The texts between the EOS of a conversation, one for each turn."""
+    """The texts between the EOS tokens of a conversation, one for each turn."""
     return [
         f"{chr(10) if number else ''}<|{message.role}|>\n{message.content}" for number, message in enumerate(messages)
     ]
 
 
 def reject_merged_line_breaks(tokenizer: Tokenizer) -> None:
-    """Raises `ConfigError` for a vocabulary in which the line break before an answer can become one token with it, or
-    none.
+    """Raises `ConfigError` for a vocabulary in which the line break before an answer can merge with it, or is unknown.
 
-    There a prompt's ids would not be the beginning of the conversation's, and no token would be the answer's first.
+    There a prompt's ids would not be a prefix of the conversation's.
     """
     merged = next((piece for piece in tokenizer.pieces if "\n" in piece and len(piece) > 1), None)
     if merged is not None:
         raise ConfigError(
-            f"{tokenizer.path}: has the piece {merged!r}, which could merge the line break before an answer with it;"
+            f"{tokenizer.path}: has the piece {merged!r}, which could merge an answer with the line break before it;"
             " expected a vocabulary that keeps line breaks apart"
         )
     if UNK_ID in tokenizer.encode(ANSWER_HEADER):
@@ -84,18 +83,18 @@ def reject_merged_line_breaks(tokenizer: Tokenizer) -> None:
 
 
 def header_tokens(tokenizer: Tokenizer) -> int:
-    """How many tokens of an answer's section come before the answer."""
+    """The number of tokens before the answer in its section."""
     return len(tokenizer.encode(ANSWER_HEADER))
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """What a model is given to write the next answer."""
+    """The generation prompt for the next answer."""
     turns = [token for section in sections_of(messages) for token in (*tokenizer.encode(section), EOS_ID)]
     return turns + tokenizer.encode(ANSWER_HEADER)
 
 
 def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """A whole conversation, and of each id whether it is an answer's (1) or not (0); its EOS is part of an answer."""
+    """Ids and loss mask of a conversation: 1 for the tokens of answers, their EOS included, else 0."""
     ids: list[int] = []
     assistant_mask: list[int] = []
     for message, section in zip(messages, sections_of(messages), strict=True):
@@ -109,10 +108,9 @@ def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple
 def encode_conversations(
     encode: Callable[[list[str]], Encoded], conversations: Sequence[Sequence[Message]], header: int, max_tokens: int
 ) -> EncodedConversations:
-    """Many conversations through `encode`, which gives the ids of texts, each with its EOS.
+    """Encode many conversations by `encode`, which gives the ids of texts, each with its EOS.
 
-    One of more than `max_tokens` tokens loses its last turns, so that it ends with the last answer that fits. `header`
-    is what `header_tokens` says.
+    One of more than `max_tokens` tokens is cut after the last answer that fits. `header` is from `header_tokens`.
     """
     ids, lengths = encode([section for messages in conversations for section in sections_of(messages)])
     ends = np.concatenate(([0], np.cumsum(lengths)))
@@ -121,18 +119,18 @@ def encode_conversations(
     kept_lengths = []
     shortened = rejected = first = 0
     for messages in conversations:
-        borders = ends[first : first + len(messages) + 1]
+        offsets = ends[first : first + len(messages) + 1]
         first += len(messages)
         answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
-        fitting = [turn for turn in answers if borders[turn + 1] - borders[0] <= max_tokens]
+        fitting = [turn for turn in answers if offsets[turn + 1] - offsets[0] <= max_tokens]
         if not fitting:
             rejected += 1
             continue
         shortened += len(fitting) < len(answers)
         for turn in fitting:
-            assistant_mask[borders[turn] + header : borders[turn + 1]] = 1
-        end = borders[fitting[-1] + 1]
-        is_kept[borders[0] : end] = True
-        kept_lengths.append(end - borders[0])
+            assistant_mask[offsets[turn] + header : offsets[turn + 1]] = 1
+        end = offsets[fitting[-1] + 1]
+        is_kept[offsets[0] : end] = True
+        kept_lengths.append(end - offsets[0])
     lengths = np.array(kept_lengths, dtype=np.int64)
     return EncodedConversations(ids[is_kept], assistant_mask[is_kept], lengths, shortened, rejected)

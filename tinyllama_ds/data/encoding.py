@@ -1,4 +1,4 @@
-"""Texts to token ids: sentencepiece is the reference, gigatoken the fast path that has to prove itself equal to it."""
+"""Texts to token ids: sentencepiece is the reference, gigatoken a fast path that is verified against it."""
 
 import json
 import multiprocessing
@@ -8,49 +8,49 @@ from itertools import chain
 
 import numpy as np
 
-from tinyllama_ds.data.tokenizer import EOS_ID, UNK_ID, Tokenizer
-from tinyllama_ds.data.vocabulary import first_difference, probe_texts, ranked_merges
+from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
+from tinyllama_ds.data.vocabulary import fast_tokenizer, first_difference, probe_texts
 from tinyllama_ds.errors import ConfigError
 
 ENCODERS = ("auto", "gigatoken", "sentencepiece")
-# Every how many documents of a batch one is compared, and how much of it: about 1 % of the text of a usual corpus.
+# One of so many documents of a batch is compared, up to a length: about 1 % of the text of a usual corpus.
 _CHECK_STRIDE = 64
 _CHECK_CHARACTERS = 2048
 
-Encoded = tuple[np.ndarray, np.ndarray]  # the ids of all documents one after the other, and the length of each
+Encoded = tuple[np.ndarray, np.ndarray]  # the concatenated ids of all documents, and the length of each
 
 
 def encode_with_sentencepiece(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
-    """Ids of each text alone."""
-    documents = tokenizer.processor.encode(texts, num_threads=1)  # the pool of processes has the cores already
+    """The ids of the texts, without BOS and EOS."""
+    documents = tokenizer.processor.encode(texts, num_threads=1)  # the pool of processes uses the cores already
     lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
     return np.fromiter(chain.from_iterable(documents), dtype=np.int64, count=lengths.sum()), lengths
 
 
 def load_gigatoken(tokenizer: Tokenizer, encoder: str) -> Callable[[list[str]], Encoded] | None:
-    """gigatoken with this vocabulary, or None where it is not wanted, does not import, or cannot follow sentencepiece.
+    """gigatoken with this vocabulary, or None where it is not requested, not importable, or differs from sentencepiece.
 
-    What every piece of the vocabulary becomes is compared. Raises `ConfigError` for the last two where `encoder` asks
-    for gigatoken by name; else the last one is said on the console.
+    The ids of every piece of the vocabulary are compared. Where `encoder` names gigatoken, raises `ConfigError` for the
+    last two; else a difference is reported on the console.
     """
     if encoder == "sentencepiece":
         return None
     try:
         encode = _gigatoken(tokenizer)
-    except ImportError as error:  # of gigatoken, or of what it needs
+    except ImportError as error:  # of gigatoken or its dependencies
         if encoder == "auto":
             return None
         raise _cannot_use(tokenizer, f"does not import ({error})") from error
-    except Exception as error:  # the library raises nothing more exact
+    except Exception as error:  # the library raises nothing more specific
         reason = f"cannot load it ({next(iter(str(error).splitlines()), error)})"
     else:
         differing = _first_difference(tokenizer, encode)
         if differing is None:
             return encode
-        reason = f"gives other ids of {differing[:40]!r} than sentencepiece with it"
+        reason = f"gives different ids for {differing[:40]!r} than sentencepiece"
     if encoder == "gigatoken":
         raise _cannot_use(tokenizer, reason)
-    if multiprocessing.parent_process() is None:  # once, and not by each worker
+    if multiprocessing.parent_process() is None:  # once, and not in each worker
         print(f"tinyllama-ds: {tokenizer.path}: gigatoken {reason}; sentencepiece encodes", file=sys.stderr)
     return None
 
@@ -71,6 +71,8 @@ def _gigatoken(tokenizer: Tokenizer) -> Callable[[list[str]], Encoded]:
     import awkward
     import gigatoken
 
+    if tokenizer.user_defined:
+        raise ValueError("it encodes user-defined symbols as text")
     fast = gigatoken.Tokenizer.from_json(_tokenizer_json(tokenizer))
 
     def encode(texts: list[str]) -> Encoded:
@@ -81,28 +83,8 @@ def _gigatoken(tokenizer: Tokenizer) -> Callable[[list[str]], Encoded]:
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The vocabulary as Hugging Face writes one, without control tokens among the added ones: text stays text."""
-    return json.dumps(
-        {
-            "version": "1.0",
-            "added_tokens": [],
-            "normalizer": {
-                "type": "Sequence",
-                "normalizers": [
-                    {"type": "Prepend", "prepend": "▁"},
-                    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-                ],
-            },
-            "model": {
-                "type": "BPE",
-                "vocab": {piece: number for number, piece in enumerate(tokenizer.pieces)},
-                "merges": ranked_merges(tokenizer),
-                "unk_token": tokenizer.pieces[UNK_ID],
-                "fuse_unk": True,
-                "byte_fallback": True,
-            },
-        }
-    )
+    """The vocabulary as a `tokenizer.json`, without added tokens: `</s>` stays text."""
+    return json.dumps(json.loads(fast_tokenizer(tokenizer).to_str()) | {"added_tokens": []})
 
 
 def _is_same(one: Encoded, other: Encoded) -> bool:
@@ -110,7 +92,7 @@ def _is_same(one: Encoded, other: Encoded) -> bool:
 
 
 class FileEncoder:
-    """Encodes the documents of one file, by gigatoken until a sample of them shows a difference, if one ever does."""
+    """Encodes the documents of one file, by gigatoken until a sample of them shows a difference."""
 
     def __init__(self, tokenizer: Tokenizer, fast: Callable[[list[str]], Encoded] | None) -> None:
         self.tokenizer = tokenizer
@@ -119,7 +101,7 @@ class FileEncoder:
         self.name = "gigatoken" if fast is not None else "sentencepiece"
 
     def encode(self, texts: list[str]) -> Encoded:
-        """Ids of all documents one after the other, each text and one EOS, no BOS; and the length of each document.
+        """The concatenated ids of all documents, each with one EOS and no BOS, and the length of each document.
 
         Text such as `</s>` stays text.
         """

@@ -13,10 +13,10 @@ from tinyllama_ds.errors import ConfigError, DataError
 
 
 def open_streams(data: Path, sources: Iterable[str], split: str, vocab_size: int) -> dict[str, TokenStream]:
-    """The token streams of all sources of a split, proven to fit each other, the tokenizer and the model.
+    """The token streams of all sources of a split, validated against the tokenizer and the model.
 
-    Raises `ConfigError` for a missing source, shards of another tokenizer than `data/tokenizer.model`, a vocabulary of
-    another size than the model's, and ids beyond it.
+    Raises `ConfigError` for a missing source, shards of a tokenizer other than `data/tokenizer.model`, a vocabulary
+    size other than the model's, and ids beyond it.
     """
     tokenizer = Tokenizer(data / TOKENIZER_FILE)
     if tokenizer.vocab_size != vocab_size:
@@ -40,7 +40,7 @@ def reject_different_tokenizer(streams: Mapping[str, TokenStream], tokenizer: To
     for stream in streams.values():
         for shard in stream.shards:
             if shard.manifest.tokenizer_sha256 != tokenizer.sha256:
-                raise ConfigError(f"{shard.bin_path}: was made with another tokenizer than {tokenizer.path}")
+                raise ConfigError(f"{shard.bin_path}: was made with a different tokenizer than {tokenizer.path}")
 
 
 class SampleReader:
@@ -57,31 +57,31 @@ class SampleReader:
     def read(self, positions: np.ndarray) -> np.ndarray:
         """Samples (n, T + 1) int64 at positions (n,): input ids without the last column, labels without the first.
 
-        Raises `DataError` for an id that the model has no row for.
+        Raises `DataError` for an id beyond the vocabulary.
         """
         located = self._order.locate(positions)
         pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
         return np.stack([self._sample(source, sample) for source, sample in pairs])
 
     def read_document_ids(self, positions: np.ndarray) -> np.ndarray:
-        """Which document of its row each input token belongs to (n, T) int32, for a mask within documents."""
+        """The document number of each input token within its row (n, T) int32, for a document mask."""
         located = self._order.locate(positions)
         pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
         return np.stack([self._streams[source].document_ids(sample, self._sequence_length) for source, sample in pairs])
 
     @property
     def has_loss_mask(self) -> bool:
-        """Whether the labels of some source count only where they are answers."""
+        """Whether some source has a loss mask."""
         return any(stream.has_loss_mask for stream in self._streams)
 
     def read_loss_mask(self, positions: np.ndarray) -> np.ndarray:
-        """Which labels of the samples count (n, T) bool."""
+        """The loss mask of the labels (n, T) bool."""
         located = self._order.locate(positions)
         pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
         return np.stack([self._streams[source].loss_mask(sample, self._sequence_length) for source, sample in pairs])
 
     def count_targets(self, positions: np.ndarray) -> int:
-        """How many labels of the samples count, together: known without reading them."""
+        """The number of targets of all samples together, known without reading them."""
         located = self._order.locate(positions)
         return sum(
             stream.count_targets(located.sample[located.source == number], self._sequence_length)

@@ -1,10 +1,10 @@
 """Which sample is trained at which position: a pure function of (seed, plan, position), the same on every rank.
 
-A position is a global sample number, counted from the start of the run. There is no state and no replay: seeking to
-position 10^12 costs the same as to 0.
+A position counts the samples that a run trains on, over all ranks. There is no state and no replay: seeking to position
+10^12 costs the same as to 0.
 
-A run that leaves samples out (after a rollback) counts on behind them: the ordinal of a position is its number when
-nothing is left out, and the mixture and the samples are functions of the ordinal.
+A run that excludes samples (after a rollback) skips them: the global sample index of a position counts the excluded
+samples as well, and the mixture and the samples are functions of this index.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from tinyllama_ds.config.recipe import Recipe
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.errors import ConfigError
 
-ORDER_VERSION = 1  # a run remembers it; any change of the functions below must raise it
+ORDER_VERSION = 1  # recorded with a run; any change of the functions below must increase it
 _FEISTEL_ROUNDS = 4
 _MAX_RAMP_SAMPLES = 2**31  # their square fits int64
 _MAX_DENOMINATOR = 2**30  # of a share: 2 * rest * numerator stays below 2^63
@@ -26,7 +26,7 @@ _MAX_DENOMINATOR = 2**30  # of a share: 2 * rest * numerator stays below 2^63
 
 @dataclass(frozen=True)
 class MixtureStage:
-    """A stretch of the run with constant weights, reached linearly from the stage before over `ramp_samples`."""
+    """A part of the run with constant weights, reached linearly from the previous stage over `ramp_samples`."""
 
     samples: int
     weights: Mapping[str, float]
@@ -35,7 +35,7 @@ class MixtureStage:
 
 @dataclass(frozen=True)
 class SampleLocation:
-    """Where positions lead: for each, the number of its source, the epoch of that source, and the sample in it."""
+    """The samples at some positions: the number of the source of each, the epoch of the source, the sample in it."""
 
     source: np.ndarray
     epoch: np.ndarray
@@ -52,13 +52,14 @@ class SampleOrder:
         stages: Sequence[MixtureStage],
         excluded_samples: Sequence[range] = (),
     ) -> None:
-        """`num_samples` is the size of each source; its key order numbers the sources. `excluded_samples` are ordinals.
+        """`num_samples` is the size of each source; its key order numbers the sources. `excluded_samples` are ranges
+        of global sample indices.
 
-        Raises `ConfigError` for a source of which there is not one sample.
+        Raises `ConfigError` for a source without a sample.
         """
         for name, size in num_samples.items():
             if size < 1:
-                raise ConfigError(f"source {name!r}: its tokens are less than one sample; expected at least one")
+                raise ConfigError(f"source {name!r}: has less than one sample; expected at least one")
         self.sources = list(num_samples)
         self.num_samples = dict(num_samples)
         self.stages = list(stages)
@@ -76,18 +77,18 @@ class SampleOrder:
             self._counts_at_start.append(self._counts_at_start[-1] + mixture.counts(np.array([stage.samples]))[0])
 
     def global_sample_index(self, positions: np.ndarray) -> np.ndarray:
-        """The ordinal of each position (int64, any shape (n,)): later by what was left out before it."""
+        """The global sample index of each position (int64, (n,)): the position plus the excluded samples before it."""
         starts = np.array([excluded.start for excluded in self.excluded_samples], dtype=np.int64)
         shifts = np.cumsum([0] + [len(excluded) for excluded in self.excluded_samples], dtype=np.int64)
         return positions + shifts[np.searchsorted(starts - shifts[:-1], positions, side="right")]
 
     def span(self, position: int, samples: int) -> range:
-        """From the first to the last ordinal of some samples that follow each other."""
+        """The global sample indices of consecutive positions, from the first to the last."""
         first, last = self.global_sample_index(np.array([position, position + samples - 1])).tolist()
         return range(first, last + 1)
 
     def counts(self, position: int) -> dict[str, int]:
-        """How many samples of each source lie before a position; what was left out does not count."""
+        """The number of samples of each source before a position, without excluded ones."""
         end = int(self.global_sample_index(np.array([position]))[0])
         counts = self._counts_before(end)
         for excluded in self.excluded_samples:
@@ -95,16 +96,16 @@ class SampleOrder:
                 counts = counts - (self._counts_before(excluded.stop) - self._counts_before(excluded.start))
         return dict(zip(self.sources, counts.tolist(), strict=True))
 
-    def _counts_before(self, ordinal: int) -> np.ndarray:
-        stage = self._stage_of(np.array([ordinal]))[0]
-        within = np.array([ordinal - self._stage_starts[stage]])
+    def _counts_before(self, index: int) -> np.ndarray:
+        stage = self._stage_of(np.array([index]))[0]
+        within = np.array([index - self._stage_starts[stage]])
         return self._counts_at_start[stage] + self._mixtures[stage].counts(within)[0]
 
     def locate(self, positions: np.ndarray) -> SampleLocation:
-        """Source, epoch and sample of each position (int64, any shape (n,))."""
+        """Source, epoch and sample of each position (int64, (n,))."""
         global_sample_index = self.global_sample_index(positions)
         source = np.empty(len(global_sample_index), dtype=np.int64)
-        drawn = np.empty(len(global_sample_index), dtype=np.int64)  # how many samples of its source came before
+        drawn = np.empty(len(global_sample_index), dtype=np.int64)  # samples of its source before it
         stage_of = self._stage_of(global_sample_index)
         for stage in np.unique(stage_of):
             here = stage_of == stage
@@ -134,16 +135,16 @@ def planned_order(
 
 
 def rank_positions(first: int, batch: int, rank: int, world_size: int) -> range:
-    """The positions that a rank trains on of the global batch at `first`: a contiguous share of it.
+    """The positions of the global batch at `first` that are assigned to a rank: a contiguous part of it.
 
-    How a rank cuts its share into micro batches never enters the order.
+    The micro-batch does not enter the order.
     """
     share = batch // world_size
     return range(first + rank * share, first + (rank + 1) * share)
 
 
 def _merge_ranges(ranges: Sequence[range]) -> list[range]:
-    """The same numbers in ranges that rise and do not touch."""
+    """The same numbers in sorted ranges that do not touch."""
     merged: list[range] = []
     for excluded in sorted(ranges, key=lambda excluded: excluded.start):
         if merged and excluded.start <= merged[-1].stop:
@@ -161,7 +162,7 @@ def _groups(values: np.ndarray) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class _MixtureNode:
-    """Of all samples that reach it, round(share * total) go left and the others right."""
+    """Of all its samples, round(share * total) come from the left and the others from the right."""
 
     left: "_MixtureTree"
     right: "_MixtureTree"
@@ -174,9 +175,9 @@ _MixtureTree = int | _MixtureNode  # a leaf is the number of a source
 class _Mixture:
     """Exact integer mixture: how many of the first g samples come from each source, in closed form.
 
-    The sources are halved again and again by weight, each fork rounding once, so counts are monotone and always sum
-    to g. With two sources each is within half a sample of its target at every g, with three within one; with more,
-    within half the depth of the tree.
+    The sources are split in two recursively by weight, and each node rounds once, so counts are monotone and sum to
+    g. With two sources each is within half a sample of its target at every g, with three within one; with more, within
+    half the depth of the tree.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -194,8 +195,8 @@ class _Mixture:
 class _Ramp:
     """From one mixture to the next: of the first g samples, round(g^2 / 2R) come from the next one, and past R all do.
 
-    So the share of the next mixture rises linearly from 0 to 1 over R samples. Both mixtures go on counting for
-    themselves: counts are monotone and sum to g, and a source's rounding is that of both together and of the fork.
+    So the share of the next mixture rises linearly from 0 to 1 over R samples. Both mixtures count independently:
+    counts are monotone and sum to g, and the rounding of a source is the sum of both mixtures' and of this split.
     """
 
     def __init__(self, before: _Mixture, after: _Mixture, ramp_samples: int) -> None:
@@ -241,7 +242,7 @@ def _distribute(tree: _MixtureTree, total: np.ndarray, counts: np.ndarray) -> No
 def permute(indices: np.ndarray, size: int, key: str) -> np.ndarray:
     """A keyed bijection of [0, size): a Feistel network on the next even number of bits, walked until it lands inside.
 
-    The network covers less than 4 * size values, so a walk takes fewer than four turns on average.
+    The network covers less than 4 * size values, so a walk takes fewer than four rounds on average.
     """
     half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     digest = hashlib.sha256(key.encode()).digest()

@@ -1,4 +1,4 @@
-"""Conversations as samples: whole ones packed into rows of T tokens, so that none is cut at the end of a row."""
+"""Conversations as samples, packed into rows of T tokens so that none is cut at the end of a row."""
 
 from bisect import bisect_left, insort
 from pathlib import Path
@@ -17,14 +17,14 @@ def open_stream(directory: Path) -> TokenStream:
     if not any(shard.has_mask for shard in stream.shards):
         return stream
     if not all(shard.has_mask for shard in stream.shards):
-        raise ConfigError(f"{directory}: some of its shards hold conversations and others do not; prepare it anew")
+        raise ConfigError(f"{directory}: some of its shards hold conversations and others do not; prepare it again")
     return ConversationStream(directory)
 
 
 class ConversationStream(TokenStream):
-    """Shards of conversations. Sample i is pack i, filled up with EOS that are no targets.
+    """Shards of conversations. Sample i is pack i, padded with EOS, which the loss mask excludes.
 
-    A function of the shards and T alone: the same packs on every rank, in every epoch, after every restart.
+    Packs depend on the shards and T alone: the same on every rank, in every epoch, after every restart.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -62,7 +62,7 @@ class ConversationStream(TokenStream):
 
     def document_ids(self, index: int, sequence_length: int) -> np.ndarray:
         lengths = self._lengths[self.packs(sequence_length)[index]]
-        numbers = np.arange(len(lengths) + 1, dtype=np.int32)  # the last is the filler's
+        numbers = np.arange(len(lengths) + 1, dtype=np.int32)  # the last is the padding's
         return np.repeat(numbers, [*lengths, sequence_length - lengths.sum()])
 
     @property
@@ -87,24 +87,24 @@ class ConversationStream(TokenStream):
         raise IndexError(f"token {offset} behind the conversations of sample {index}")
 
     def _read_mask(self, start: int, count: int) -> np.ndarray:
-        """A conversation lies in one shard."""
+        """A conversation is in one shard."""
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
         return self.shards[number].read_mask(start - self._starts[number], count)
 
 
 def _count_answers(shard: ShardReader) -> np.ndarray:
-    """Answer tokens of each conversation of a shard. The first token of a conversation is none: it is no label."""
+    """Answer tokens of each conversation of a shard; its first token, which is not a label, is never one."""
     mask, starts = shard.read_mask(0, shard.tokens), shard.document_starts[:-1]
     return np.add.reduceat(mask, starts, dtype=np.int64) if len(starts) else np.zeros(0, dtype=np.int64)
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Items into bins of some room: the longest first, each where it leaves the least room, or in a new bin.
+    """Pack items into bins: the longest first, each into the bin with the least sufficient space, or a new bin.
 
     Needs at most 11/9 of the fewest bins, plus one (Johnson 1973). Equal lengths stay in their order.
     """
     packs: list[list[int]] = []
-    open_bins: list[tuple[int, int]] = []  # room and pack, sorted, of the packs that something still fits into
+    open_bins: list[tuple[int, int]] = []  # free space and pack, sorted, of packs with space for another item
     shortest = int(lengths.min(initial=capacity))
     for item in np.argsort(-lengths, kind="stable").tolist():
         place = bisect_left(open_bins, (int(lengths[item]), -1))

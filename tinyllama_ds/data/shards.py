@@ -1,13 +1,13 @@
-"""Token shards: Megatron's MMIDIDX pair of files and a JSON manifest that says what is in them.
+"""Token shards: Megatron's MMIDIDX pair of files and a JSON manifest that describes them.
 
-`NAME.bin` is a plain run of little-endian token ids. `NAME.idx` is, little-endian and packed:
+`NAME.bin` is an array of little-endian token ids. `NAME.idx` is, little-endian and packed:
 9 bytes magic, uint64 version 1, uint8 dtype code, uint64 sequences S, uint64 documents D + 1, then int32 length[S],
 int64 byte offset[S], int64 first sequence of each document[D + 1]
 (Megatron-LM, megatron/core/datasets/indexed_dataset.py).
 One sequence is one document here, its EOS included. `NAME.json` is written last: a shard exists when it does.
 
-A shard of conversations has `NAME.mask` too, a byte for each token: 1 where it is part of an answer, a target of
-fine-tuning, else 0. The other files are those of any shard.
+A shard of conversations has a loss mask in `NAME.mask`: one byte for each token, 1 where it is part of an answer, a
+target of fine-tuning, else 0.
 """
 
 import errno
@@ -32,7 +32,7 @@ from tinyllama_ds.files import PartialFile, parse_row, write_durably, write_obje
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_READ_AGAIN_SECONDS = (1.0, 2.0, 4.0)  # to wait after a read that came short
+_READ_AGAIN_SECONDS = (1.0, 2.0, 4.0)  # to wait after a short read
 _DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 MANIFEST_VERSION: Literal[1] = 1
 _Count = Annotated[int, whole_number()]
@@ -41,7 +41,7 @@ _Id = Annotated[int, whole_number(-(2**31), 2**31)]  # of a token
 
 @dataclass(frozen=True)
 class InputFile:
-    """One raw file that went into a shard, and what became of its records: documents + rejected + faults."""
+    """One raw file of a shard; its records are documents + rejected + faults."""
 
     path: str
     bytes: _Count
@@ -51,7 +51,7 @@ class InputFile:
     faults: list[str]
     text_bytes: _Count
     encoder: str
-    shortened: dict[str, _Count] = field(default_factory=dict)  # conversations that lost turns, among the documents
+    shortened: dict[str, _Count] = field(default_factory=dict)  # conversations that were cut, among the documents
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Manifest:
     tokenizer_sha256: str
     vocab_size: _Count
     end_of_document: str
-    source_format: dict  # how the inputs were read; empty where they were tokens already
+    source_format: dict  # how the inputs were read
     inputs: list[InputFile]
     tool_version: str
     manifest_version: Literal[1] = MANIFEST_VERSION
@@ -80,7 +80,7 @@ class Manifest:
 
     @staticmethod
     def read(path: Path) -> "Manifest":
-        """Raises `ConfigError` for anything but a whole manifest of this version."""
+        """Raises `ConfigError` unless it is a complete manifest of this version."""
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -115,14 +115,14 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def shard_suffixes(has_mask: bool) -> list[str]:
-    """The files of a shard in the order in which they appear; the manifest is the last."""
+    """The files of a shard in the order of their commit; the manifest is the last."""
     return [".bin", *([".mask"] if has_mask else []), ".idx", ".json"]
 
 
 class ShardWriter:
     """Writes one shard under temporary names; `commit` makes .bin, .mask, .idx durable and visible, then the manifest.
 
-    Two processes at work on the same shard do no harm: both make the same bytes, and the later rename wins.
+    Two processes may write the same shard: both write the same bytes, and the later rename wins.
     """
 
     def __init__(self, name: ShardName, vocab_size: int, has_mask: bool = False) -> None:
@@ -140,8 +140,8 @@ class ShardWriter:
         self.largest_id = -1
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, mask: np.ndarray | None = None) -> None:
-        """Append documents: their ids one after the other, each with its EOS, the length of each, and of a shard that
-        has a mask that of each id, 0 or 1 in uint8.
+        """Append documents: their concatenated ids, each with its EOS, the length of each, and for conversations the
+        loss mask of the ids (uint8).
         """
         if len(ids) == 0:
             return
@@ -195,7 +195,7 @@ class ShardWriter:
         return manifest
 
     def abandon(self) -> None:
-        """Remove what was written and not committed."""
+        """Remove what was written but not committed."""
         self._bin.abandon()
         if self._mask is not None:
             self._mask.abandon()
@@ -212,7 +212,7 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """The first 34 bytes of an .idx file, proven to fit the size of the file."""
+    """The first 34 bytes of an .idx file, validated against the size of the file."""
 
     path: Path
     dtype: np.dtype
@@ -221,9 +221,7 @@ class IndexHeader:
 
     @staticmethod
     def read(path: Path) -> "IndexHeader":
-        """Raises `ConfigError` for anything but a whole MMIDIDX index; allocates nothing that the file does not
-        hold.
-        """
+        """Raises `ConfigError` unless it is a complete MMIDIDX index; allocates no more than the size of the file."""
         if not path.is_file():
             raise ConfigError(f"{path}: the shard's index is missing")
         with path.open("rb") as file:
@@ -231,14 +229,16 @@ class IndexHeader:
             size = os.fstat(file.fileno()).st_size
         if len(head) < _HEADER.size or head[:9] != _MAGIC:
             raise ConfigError(f"{path}: not a MMIDIDX index")
-        _, version, code, sequences, borders = _HEADER.unpack(head)
+        _, version, code, sequences, boundaries = _HEADER.unpack(head)
         if version != 1 or code not in _DTYPE_CODES:
             raise ConfigError(
                 f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype"
             )
-        if borders < 1 or size != _HEADER.size + 12 * sequences + 8 * borders:
-            raise ConfigError(f"{path}: {size} bytes do not hold {sequences} sequences and {borders} document borders")
-        return IndexHeader(path, np.dtype(_DTYPE_CODES[code]).newbyteorder("<"), sequences, borders - 1)
+        if boundaries < 1 or size != _HEADER.size + 12 * sequences + 8 * boundaries:
+            raise ConfigError(
+                f"{path}: {size} bytes do not hold {sequences} sequences and {boundaries} document boundaries"
+            )
+        return IndexHeader(path, np.dtype(_DTYPE_CODES[code]).newbyteorder("<"), sequences, boundaries - 1)
 
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence (sequences,) int32; raises `ConfigError` for a negative one."""
@@ -250,20 +250,22 @@ class IndexHeader:
     def document_starts(self) -> np.ndarray:
         """First token of each document, and one past the last token (documents + 1,) int64."""
         starts = np.concatenate(([0], np.cumsum(self.lengths(), dtype=np.int64)))
-        borders = self._read("<i8", self.documents + 1, _HEADER.size + 12 * self.sequences)
-        if borders[0] != 0 or borders[-1] != self.sequences or (np.diff(borders) < 0).any():
-            raise ConfigError(f"{self.path}: its document borders do not run from 0 to its {self.sequences} sequences")
-        return starts[borders]
+        boundaries = self._read("<i8", self.documents + 1, _HEADER.size + 12 * self.sequences)
+        if boundaries[0] != 0 or boundaries[-1] != self.sequences or (np.diff(boundaries) < 0).any():
+            raise ConfigError(
+                f"{self.path}: its document boundaries do not run from 0 to its {self.sequences} sequences"
+            )
+        return starts[boundaries]
 
     def document_starts_between(self, start: int, end: int) -> np.ndarray:
-        """First tokens of the documents that begin in [start, end), by bisection: no index is loaded as a whole."""
+        """First tokens of the documents that begin in [start, end), by bisection, without loading the index."""
         pointers = _HEADER.size + 4 * self.sequences
-        borders = _HEADER.size + 12 * self.sequences
+        boundaries = _HEADER.size + 12 * self.sequences
         with self.path.open("rb") as file:
 
             def first_token(document: int) -> int:
-                sequence = _int64_at(file, borders + 8 * document)
-                if sequence == self.sequences:  # documents without a token at the very end
+                sequence = _int64_at(file, boundaries + 8 * document)
+                if sequence == self.sequences:  # documents without tokens at the end
                     return end
                 return _int64_at(file, pointers + 8 * sequence) // self.dtype.itemsize
 
@@ -280,9 +282,9 @@ def _int64_at(file: IO[bytes], offset: int) -> int:
 
 
 class ShardReader:
-    """Random access to one shard's tokens, with pread: a file cut short is an error with a place, not a SIGBUS.
+    """Random access to one shard's tokens, with pread: a truncated file is an error with a place, not a SIGBUS.
 
-    A file is open only while it is read: a corpus has more shards than a process may have files open.
+    A file is open only while it is read: a corpus may have more shards than a process may have open files.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -307,7 +309,7 @@ class ShardReader:
 
     @property
     def has_mask(self) -> bool:
-        """Whether the shard holds conversations, and says which of its tokens are answers."""
+        """Whether the shard holds conversations, with a loss mask."""
         return self.manifest.mask_sha256 is not None
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -315,7 +317,7 @@ class ShardReader:
         return _read_array(self.bin_path, self.index.dtype, start, count)
 
     def read_mask(self, start: int, count: int) -> np.ndarray:
-        """Of tokens [start, start + count), which are part of an answer: 0 or 1 in uint8."""
+        """The loss mask of tokens [start, start + count): 1 for tokens of answers, else 0, in uint8."""
         return _read_array(self.mask_path, np.dtype(np.uint8), start, count)
 
     @cached_property
@@ -328,17 +330,17 @@ class ShardReader:
 
 
 def _read_array(path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarray:
-    """Raises OSError where the file has become shorter than it was: storage over a network may mend that by itself."""
+    """Raises OSError where the file is shorter than it was, after retries: network storage may recover."""
     for seconds in _READ_AGAIN_SECONDS:
         raw = _read_at(path, start * dtype.itemsize, count * dtype.itemsize)
         if len(raw) == count * dtype.itemsize:
             return np.frombuffer(raw, dtype=dtype)
         time.sleep(seconds)
-    raise OSError(errno.EIO, f"cut short while it was read, at token {start}", str(path))
+    raise OSError(errno.EIO, f"truncated while it was read, at token {start}", str(path))
 
 
 def _read_at(path: Path, offset: int, size: int) -> bytes:
-    """As many bytes as there are; one read may give fewer."""
+    """Up to `size` bytes; one pread may return fewer than there are."""
     raw = b""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""The shards of a source end to end, and that run of tokens cut into samples."""
+"""The concatenated shards of a source, cut into samples."""
 
 from bisect import bisect_right
 from pathlib import Path
@@ -10,10 +10,10 @@ from tinyllama_ds.errors import ConfigError
 
 
 class TokenStream:
-    """All shards of one source and split as one run of tokens, and that run as samples of T + 1 tokens.
+    """All shards of one source and split as one sequence of tokens, cut into samples of T + 1 tokens.
 
     Sample i is tokens [iT, iT + T]: stride T with one token of overlap, so that every token but the first is a target
-    exactly once. Only the remainder of less than T tokens at the very end is left over.
+    exactly once. A remainder of less than T tokens at the end is not used.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -34,7 +34,7 @@ class TokenStream:
             missing = sorted(set(range(max(planned))) - set(held))
             what = f"shard {missing[0]} is missing" if missing else f"{len(held)} shards are there"
             raise ConfigError(
-                f"{self.directory}: {what}; its manifests speak of {max(planned)}, run prepare to its end"
+                f"{self.directory}: {what}; its manifests name {max(planned)}; run prepare again until it is complete"
             )
 
     @property
@@ -59,13 +59,13 @@ class TokenStream:
         return (self.tokens - 1) // sequence_length
 
     def sample(self, index: int, sequence_length: int) -> np.ndarray:
-        """Sample `index`: T + 1 tokens, across shard borders where it must."""
+        """Sample `index`: T + 1 tokens, which may be in several shards."""
         return self.read(index * sequence_length, sequence_length + 1)
 
     def document_ids(self, index: int, sequence_length: int) -> np.ndarray:
-        """Which document of sample `index` each of its T input tokens belongs to, int32 from 0.
+        """The document number of each of the T input tokens of sample `index`, int32 from 0.
 
-        A sample that starts inside a document counts that rest as its document 0. The borders are the indexes', so text
+        In a sample that starts inside a document its rest is document 0. The boundaries are from the indexes, so text
         cannot fake one.
         """
         first = index * sequence_length
@@ -75,15 +75,15 @@ class TokenStream:
 
     @property
     def has_loss_mask(self) -> bool:
-        """Whether only some tokens are targets: those of the answers in conversations (`packing.py`)."""
+        """Whether only some tokens are targets: the answers in conversations (`packing.py`)."""
         return False
 
     def loss_mask(self, index: int, sequence_length: int) -> np.ndarray:
-        """Which of the T labels of sample `index`, its tokens but the first, count: (T,) bool."""
+        """The loss mask of the T labels of sample `index`, its tokens but the first: (T,) bool."""
         return np.ones(sequence_length, dtype=bool)
 
     def count_targets(self, indices: np.ndarray, sequence_length: int) -> int:
-        """How many labels of some samples count, together."""
+        """The number of targets of some samples together."""
         return len(indices) * sequence_length
 
     def place_in_sample(self, index: int, offset: int, sequence_length: int) -> str:
@@ -101,7 +101,7 @@ class TokenStream:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def document_starts(self, start: int, count: int) -> np.ndarray:
-        """Positions in [start, start + count) of the stream at which a document begins, from the indexes."""
+        """Positions in [start, start + count) of the stream where a document begins, from the indexes."""
         found = [np.empty(0, dtype=np.int64)]
         end = start + count
         while start < end:

@@ -56,12 +56,12 @@ class Tokenizer:
         return proto
 
     def is_plain(self, number: int) -> bool:
-        """Whether a piece is what text is made of, and not user-defined, control, unknown, unused or a byte."""
+        """Whether a piece is normal: not user-defined, control, unknown, unused or a byte."""
         return self.proto.pieces[number].type == self.proto.SentencePiece.Type.NORMAL
 
     @cached_property
     def user_defined(self) -> list[str]:
-        """The pieces that are found in a text as they are, before anything is merged."""
+        """The pieces that are matched in a text as they are, before any merge."""
         kind = self.proto.SentencePiece.Type.USER_DEFINED
         return [piece.piece for piece in self.proto.pieces if piece.type == kind]
 
@@ -74,21 +74,19 @@ class Tokenizer:
 
 
 def _instead(content: bytes) -> str:
-    """What a file may be that has the name of a sentencepiece model, for a message."""
+    """What a file may be that is not a sentencepiece model, for a message."""
     start = content[:4096].lstrip()
     if start.startswith(b"version https://git-lfs"):
-        return ", but a Git LFS pointer to one; git lfs pull brings it"
+        return ", but a Git LFS pointer to one; run git lfs pull"
     if start.startswith(b"{"):
-        return ", but JSON; expected the tokenizer.model that lies beside a tokenizer.json"
+        return ", but JSON; expected the tokenizer.model beside a tokenizer.json"
     if not start.strip(b"\0"):
         return ", it begins with NUL bytes, as after a power loss"
-    return ", or one that is cut short"
+    return ", or a truncated one"
 
 
 def stored_tokenizer(path: Path, sha256: str, holder: str) -> Tokenizer:
-    """The tokenizer that a run or a model folder holds; raises `ConfigError` unless it is the one that it was made
-    with.
-    """
+    """The tokenizer of a run or a model folder; raises `ConfigError` unless it has the recorded SHA-256."""
     tokenizer = Tokenizer(path)
     if tokenizer.sha256 != sha256:
         raise ConfigError(
@@ -99,7 +97,7 @@ def stored_tokenizer(path: Path, sha256: str, holder: str) -> Tokenizer:
 
 
 def store_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
-    """Keep the tokenizer with the tokens; raises `ConfigError` where those of another are there already."""
+    """Store the tokenizer with the tokens; raises `ConfigError` where a different one is stored already."""
     held = output / TOKENIZER_FILE
     if held.exists():
         if Tokenizer(held).sha256 != tokenizer.sha256:

@@ -1,7 +1,7 @@
-"""Whether other encoders can follow a sentencepiece model: its settings, and texts made from its own vocabulary.
+"""Whether other encoders give the ids of a sentencepiece model: its settings, and texts made from its vocabulary.
 
-Sentencepiece is the reference. gigatoken and the tokenizers library, which a Hugging Face folder is read with, have to
-give its ids for every piece there is, wherever in a text it stands.
+Sentencepiece is the reference. gigatoken and the tokenizers library, which reads Hugging Face folders, must give the
+same ids for every piece, at any place in a text.
 """
 
 import re
@@ -14,7 +14,7 @@ from tinyllama_ds.errors import ConfigError
 if TYPE_CHECKING:
     import tokenizers
 
-# Texts on which tokenizers tend to disagree: runs of spaces, tabs, line ends, digits, scripts, bytes, what
+# Texts on which tokenizers tend to differ: runs of spaces, tabs, line ends, digits, scripts, bytes, characters that
 # normalisation changes, look-alikes of control tokens.
 PROBE_TEXTS = [
     "Once upon a time there was a tiny llama.",
@@ -37,8 +37,8 @@ _EXPECTED = "; expected Llama's settings, which train-tokenizer has"
 
 
 def probe_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts that hold every piece of a vocabulary, alone and among others, and those that are no plain ones in more
-    ways: user-defined, control, byte, unused and unknown pieces."""
+    """Texts with every piece of a vocabulary, alone and among others, and more with user-defined, control, byte, unused
+    and unknown pieces."""
     texts = [*PROBE_TEXTS, *_WHITESPACE, *(f"{space}a{space}{space}b{space}" for space in _WHITESPACE)]
     pieces = [piece.replace(SPACE, " ") for piece in tokenizer.pieces]
     for number, piece in enumerate(pieces):
@@ -51,26 +51,26 @@ def probe_texts(tokenizer: Tokenizer) -> list[str]:
 def first_difference(
     tokenizer: Tokenizer, texts: Sequence[str], encode: Callable[[Sequence[str]], Iterable[Iterable[int]]]
 ) -> str | None:
-    """The first text of which `encode` gives other ids than sentencepiece."""
+    """The first text whose ids by `encode` differ from sentencepiece's."""
     pairs = zip(texts, encode(texts), tokenizer.processor.encode(list(texts), num_threads=1), strict=True)
     return next((text for text, found, expected in pairs if list(found) != expected), None)
 
 
 def reject_inconvertible(tokenizer: Tokenizer) -> None:
-    """Raises `ConfigError` for a vocabulary that no Hugging Face folder can have: what it trains has no way out."""
+    """Raises `ConfigError` for a vocabulary that cannot be exported to a Hugging Face folder."""
     reject_other_settings(tokenizer)
     text = difference_of(fast_tokenizer(tokenizer), tokenizer)
     if text is not None:
         raise ConfigError(
-            f"{tokenizer.path}: the tokenizers library gives other ids of {text[:40]!r} with it than sentencepiece, so"
-            " that no model trained with it could be exported; expected a vocabulary that train-tokenizer makes"
+            f"{tokenizer.path}: the tokenizers library gives different ids for {text[:40]!r} than sentencepiece, so"
+            " no model trained with it could be exported; expected a vocabulary that train-tokenizer makes"
         )
 
 
 def difference_of(fast: "tokenizers.Tokenizer", tokenizer: Tokenizer) -> str | None:
-    """The first text of which the tokenizers library gives other ids; special tokens are only text to both.
+    """The first text whose ids by the tokenizers library differ; special tokens are plain text to both.
 
-    A text that is nothing but one user-defined symbol is left out: its blank in front is lost, see `fast_tokenizer`.
+    Texts that are one user-defined symbol are excluded: their leading blank is lost, see `fast_tokenizer`.
     """
     fast.encode_special_tokens = True
     symbols = set(tokenizer.user_defined)
@@ -81,9 +81,7 @@ def difference_of(fast: "tokenizers.Tokenizer", tokenizer: Tokenizer) -> str | N
 
 
 def reject_other_settings(tokenizer: Tokenizer) -> None:
-    """Raises `ConfigError` for a sentencepiece model of another kind than Llama's, which this toolkit cannot
-    convert.
-    """
+    """Raises `ConfigError` for a sentencepiece model with settings other than Llama's, which cannot be converted."""
     trainer, normalizer = tokenizer.proto.trainer_spec, tokenizer.proto.normalizer_spec
     kind = trainer.ModelType.Name(trainer.model_type).lower()
     unlike = {
@@ -104,8 +102,8 @@ def fast_tokenizer(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
 
     transformers' own conversion orders merges by id and pre-splits words, which changes runs of spaces. Sentencepiece
     merges the pair whose result has the highest score, so merges are ranked by score here, and nothing is pre-split.
-    User-defined symbols are found in the text before anything is merged, in both. The library normalises them too, and
-    a blank before a symbol would belong to it; so a text that is nothing but a symbol is given none.
+    User-defined symbols are matched in the text before any merge, in both. The library normalises them too, and a blank
+    before a symbol would belong to it; so a text that is one symbol gets none.
     """
     import tokenizers
 
@@ -134,7 +132,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
 
 
 def ranked_merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Every way to make a plain piece from two others, best score first; of one piece, in the order of its left half.
+    """Every way to merge two normal pieces into a third, best score first; ties by the length of the left half.
 
     Sentencepiece merges the pair whose result has the highest score, whatever its id.
     """

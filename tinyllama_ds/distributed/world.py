@@ -11,9 +11,9 @@ import torch
 from tinyllama_ds.devices import (
     VISIBLE,
     VISIBLE_HERE_VARIABLE,
+    detect_gpus,
+    device_index,
     device_type_of,
-    index_of,
-    look,
     reject_unsupported_devices,
 )
 from tinyllama_ds.distributed.network import interface_towards
@@ -80,12 +80,12 @@ def _choose_device(local_rank: int, local_size: int | None) -> torch.device:
     """This rank's GPU, made the current one, or the CPU."""
     if VISIBLE_HERE_VARIABLE in os.environ:
         os.environ[VISIBLE] = os.environ[VISIBLE_HERE_VARIABLE]
-    seen = look()
-    if device_type_of(seen) == "cpu":
+    gpus = detect_gpus()
+    if device_type_of(gpus) == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", index_of(seen, local_rank, local_size))
+    device = torch.device("cuda", device_index(gpus, local_rank, local_size))
     torch.cuda.set_device(device)  # before CUDA is asked, which would open the first device in every rank
-    reject_unsupported_devices(seen, [device.index])
+    reject_unsupported_devices(gpus, [device.index])
     os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses its device
     return device
 

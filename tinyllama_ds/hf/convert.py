@@ -1,4 +1,4 @@
-"""Our weights to a Hugging Face folder, proven equal before it appears."""
+"""Our weights to a Hugging Face folder, verified before it appears."""
 
 import json
 import shutil
@@ -58,16 +58,16 @@ def export(
         ours, theirs = load_reference_pair(folder, written, config)
         difference = logit_difference(ours, theirs, tokenizer)
         if (probe := options.probe) is not None:
-            # A mask within documents is no part of a Hugging Face folder; our model has it, and equal logits without.
+            # A Hugging Face folder has no document mask; our model has, and equal logits without it.
             _verify_loss(probe, ours if probe.document_ids else lambda ids, labels: _loss(theirs(ids).logits, labels))
     return difference
 
 
 def load_hf_folder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """transformers' model, to evaluate, and tokenizer of a folder that a user names.
+    """transformers' model, in evaluation mode, and tokenizer of a folder that a user names.
 
-    Raises `ConfigError` where it cannot be loaded, for which transformers has errors of many classes: a file that is
-    missing, cut short, of another JSON type, of another architecture. A parameter that is missing is no error to it.
+    Raises `ConfigError` where it cannot be loaded, for which transformers raises many classes of errors: a file that is
+    missing, truncated, of a wrong JSON type, of a different architecture. It accepts missing parameters; this does not.
     """
     import transformers
 
@@ -82,7 +82,7 @@ def load_hf_folder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any,
         raise ConfigError(f"{folder}: transformers cannot load it: {lines[0]}") from error
     if found["missing_keys"]:
         raise ConfigError(
-            f"{folder}: its weights lack {sorted(found['missing_keys'])[0]}; expected all that config.json says"
+            f"{folder}: its weights lack {sorted(found['missing_keys'])[0]}; expected all parameters of config.json"
         )
     return model.eval(), tokenizer
 
@@ -144,16 +144,16 @@ def hf_tokenizer(tokenizer: Tokenizer, max_length: int, chat_template: str | Non
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_template: str | None) -> None:
     hf_tokenizer(tokenizer, max_length, chat_template).save_pretrained(folder)
     shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
-    # That a text gets no BOS goes without saying in transformers; llama.cpp would add one.
+    # transformers adds no BOS by default; llama.cpp would add one.
     path = folder / "tokenizer_config.json"
-    said = json.loads(path.read_text(encoding="utf-8")) | {"add_bos_token": False, "add_eos_token": False}
-    path.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"add_bos_token": False, "add_eos_token": False}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _verify_ids(folder: Path, tokenizer: Tokenizer) -> None:
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # it reports that texts are longer than the model's positions
+    transformers.utils.logging.set_verbosity_error()  # it warns of texts longer than the model's positions
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     differing = [
         text for text in PROBE_TEXTS if loaded.encode(text, split_special_tokens=True) != tokenizer.encode(text)
@@ -168,23 +168,23 @@ def _verify_ids(folder: Path, tokenizer: Tokenizer) -> None:
 def load_reference_pair(folder: Path, written: WeightsInfo, config: LlamaConfig) -> tuple[LlamaForCausalLM, Any]:
     """Our decoder and transformers' over the tensors that transformers loads from a folder, both computing in fp32.
 
-    Raises `ConfigError` unless every parameter has the bits that were written, so that one copy serves both.
+    Raises `ConfigError` unless every parameter has the bits that were written, so that both share one copy.
     """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # it reports buffers that older versions stored
+    transformers.utils.logging.set_verbosity_error()  # it warns of buffers that older versions stored
     theirs = transformers.LlamaForCausalLM.from_pretrained(
         folder, dtype=written.dtype, attn_implementation="sdpa", local_files_only=True
     )
     loaded = theirs.state_dict()
     if loaded.keys() != written.digests.keys():
         raise ConfigError(
-            f"{folder}: transformers' parameters are not ours: {sorted(loaded.keys() ^ written.digests.keys())}"
+            f"{folder}: transformers' parameters differ from ours: {sorted(loaded.keys() ^ written.digests.keys())}"
         )
     for name, tensor in loaded.items():
         if digest(tensor) != written.digests[name]:
-            raise ConfigError(f"{folder}: transformers loads other bits of {name} than ours")
+            raise ConfigError(f"{folder}: transformers loads different bits of {name}")
     with torch.device("meta"):
         ours = LlamaForCausalLM(config)
     ours.load_state_dict(loaded, strict=True, assign=True)
@@ -194,7 +194,7 @@ def load_reference_pair(folder: Path, written: WeightsInfo, config: LlamaConfig)
 
 
 def _compute_in_fp32(model: Any) -> None:
-    """Widen each layer for its own forward pass only: that is exact, and the whole is never there in fp32."""
+    """Convert each layer to fp32 for its own forward pass only: that is exact, and needs little memory."""
     stored: dict[torch.nn.Parameter, Tensor] = {}
 
     def widen(layer: torch.nn.Module, inputs: Any) -> None:
@@ -227,9 +227,9 @@ def logit_difference(ours: LlamaForCausalLM, theirs: Any, tokenizer: Tokenizer) 
 
 
 def _verify_chat_template(loaded: Any, tokenizer: Tokenizer) -> None:
-    """transformers' ids of whole conversations and of prompts are ours, and so are their answers.
+    """transformers' ids and loss masks of whole conversations and of prompts equal ours.
 
-    Of control tokens in a text it makes other ids, but none of control tokens.
+    Texts that contain control tokens have different ids there, but none of control tokens.
     """
     for text in PROBE_TEXTS:
         if not text.strip():
@@ -246,7 +246,7 @@ def _verify_chat_template(loaded: Any, tokenizer: Tokenizer) -> None:
             ours = conversation_ids(tokenizer, messages)
             is_same = theirs == ours and prompt == prompt_ids(tokenizer, messages[:-1])
         if not is_same:
-            raise ConfigError(f"export: transformers' chat template gives other ids than ours with {text!r}")
+            raise ConfigError(f"export: transformers' chat template gives different ids than ours with {text!r}")
 
 
 def _verify_loss(probe: Probe, score: Callable[..., Tensor]) -> None:
@@ -255,7 +255,7 @@ def _verify_loss(probe: Probe, score: Callable[..., Tensor]) -> None:
     if loss_difference(probe, loss) > allowed:
         raise ConfigError(
             f"export: the loss on the checkpoint's probe is {loss:.6f} and was {probe.loss:.6f} in training, more than"
-            f" {allowed:g} of it apart; the weights are not those that were saved"
+            f" {allowed:g} of it apart; the weights differ from those that were saved"
         )
 
 

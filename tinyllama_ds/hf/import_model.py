@@ -1,6 +1,6 @@
-"""A Hugging Face folder to a model folder of ours: everything that differs from our decoder is refused by its name.
+"""A Hugging Face folder to a model folder of ours; all differences from our decoder are errors that name the key.
 
-Nothing of the folder is executed: tensors come from safetensors, or from pickles through torch's `weights_only` loader.
+No code of the folder is executed: tensors come from safetensors, or from pickles by torch's `weights_only` loader.
 """
 
 import json
@@ -39,7 +39,7 @@ _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 @dataclass(frozen=True)
 class ImportResult:
-    """What an import says when it is done."""
+    """The result of an import."""
 
     model: LlamaConfig
     dtype: torch.dtype
@@ -49,8 +49,8 @@ class ImportResult:
 def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) -> ImportResult:
     """Write a model folder with the weights and the tokenizer of a Hugging Face folder.
 
-    `tokenizer` is a sentencepiece model to take in place of the folder's own. Raises `ConfigError`, leaving nothing
-    behind, where the folder holds another model than our decoder, is damaged, or its tokenizer does not fit; and
+    `tokenizer` is a sentencepiece model to use instead of the folder's own. Raises `ConfigError`, leaving nothing
+    behind, where the folder has a different architecture, is damaged, or its tokenizer does not fit; and
     unless transformers loads the same bits from it and has the logits of our decoder.
     """
     config = read_config(folder / CONFIG_FILE)
@@ -98,8 +98,8 @@ class _Rope(BaseModel):
         return (self.rope_type or self.type) == "linear"
 
 
-class _HuggingFaceConfig(BaseModel):
-    """The keys of transformers' `config.json` that decide what its decoder computes."""
+class _Shapes(BaseModel):
+    """The keys that our decoder has under the same names."""
 
     vocab_size: _Size
     hidden_size: _Size
@@ -109,8 +109,13 @@ class _HuggingFaceConfig(BaseModel):
     num_key_value_heads: _Size | None = None  # absent before transformers 4.31
     max_position_embeddings: _Size
     rms_norm_eps: _Number
-    head_dim: _Size | None = None
     rope_theta: _Number = 10_000.0
+
+
+class _HuggingFaceConfig(_Shapes):
+    """The keys of transformers' `config.json` that determine what its decoder computes."""
+
+    head_dim: _Size | None = None
     rope_scaling: _Rope | None = None
     rope_parameters: _Rope | None = None
     # What transformers' LlamaForCausalLM can be and our decoder is not. Ours is also transformers' default.
@@ -137,19 +142,12 @@ def read_config(path: Path) -> LlamaConfig:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     found = validate_json(_HuggingFaceConfig, content, path)
     rope = found.rope_scaling or found.rope_parameters or _Rope()
+    shapes = {key: getattr(found, key) for key in _Shapes.model_fields}
+    shapes["num_key_value_heads"] = found.num_key_value_heads or found.num_attention_heads
+    shapes["rope_theta"] = rope.rope_theta or found.rope_theta
+    shapes["rope_scaling_factor"] = (rope.factor or 1.0) if rope.is_linear else 1.0
     try:
-        config = LlamaConfig(
-            vocab_size=found.vocab_size,
-            hidden_size=found.hidden_size,
-            intermediate_size=found.intermediate_size,
-            num_hidden_layers=found.num_hidden_layers,
-            num_attention_heads=found.num_attention_heads,
-            num_key_value_heads=found.num_key_value_heads or found.num_attention_heads,
-            max_position_embeddings=found.max_position_embeddings,
-            rms_norm_eps=found.rms_norm_eps,
-            rope_theta=rope.rope_theta or found.rope_theta,
-            rope_scaling_factor=(rope.factor or 1.0) if rope.is_linear else 1.0,
-        )
+        config = LlamaConfig(**shapes)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     if found.head_dim not in (None, config.head_dim):
@@ -178,12 +176,12 @@ def _tokenizer_of(folder: Path, config: LlamaConfig, instead: Path | None) -> To
 
 
 def _reject_other_ids(path: Path, tokenizer: Tokenizer) -> None:
-    """The model was trained on what one of the two gives; which one, nobody here can know."""
+    """The model was trained with the ids of one of the two, and it is not known which."""
     import tokenizers
 
     try:
         fast = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more exact
+    except Exception as error:  # the library raises nothing more specific
         raise ConfigError(f"{path}: not a tokenizer ({error})") from error
     expected = "; give the sentencepiece model that the weights were trained with by --tokenizer"
     if fast.get_vocab(with_added_tokens=True) != {piece: number for number, piece in enumerate(tokenizer.pieces)}:
@@ -202,7 +200,10 @@ def find_tensors(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]
         raise ConfigError(f"{folder}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
     found = _read_index(path) if path.suffix == ".json" else dict.fromkeys(_names_in(path), path)
     found = {name: file for name, file in found.items() if not _COMPUTED.fullmatch(name)}
-    for names, what in ((shapes.keys() - found.keys(), "is missing"), (found.keys() - shapes.keys(), "is not of ours")):
+    for names, what in (
+        (shapes.keys() - found.keys(), "is missing"),
+        (found.keys() - shapes.keys(), "is not expected"),
+    ):
         if names:
             more = f" and so are {len(names) - 1} more" if len(names) > 1 else ""
             raise ConfigError(
@@ -213,7 +214,7 @@ def find_tensors(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]
 
 
 def _read_index(path: Path) -> dict[str, Path]:
-    """The file of each tensor, after all files were found to be there and to hold what the index says."""
+    """The file of each tensor; all files are present and hold the tensors that the index lists."""
     try:
         places: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(places.values()))
@@ -226,7 +227,7 @@ def _read_index(path: Path) -> dict[str, Path]:
             raise ConfigError(f"{path.parent / name}: this shard is missing, {path.name} names it")
         lacking = {tensor for tensor, file in places.items() if file == name} - set(_names_in(path.parent / name))
         if lacking:
-            raise ConfigError(f"{path.parent / name}: does not hold {min(lacking)}, which {path.name} says is in it")
+            raise ConfigError(f"{path.parent / name}: does not hold {min(lacking)}, which {path.name} lists for it")
     return {tensor: path.parent / name for tensor, name in places.items()}
 
 
@@ -235,7 +236,7 @@ def _names_in(path: Path) -> list[str]:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """Mapped, not read; only tensors and plain values come out of it, and no code runs."""
+    """Mapped into memory; it can contain only tensors and plain values, and no code is executed."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, OSError, EOFError, ValueError) as error:
@@ -244,12 +245,12 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
-        raise ConfigError(f"{path}: holds something else than tensors by their names; expected a state dict")
+        raise ConfigError(f"{path}: does not hold tensors by name; expected a state dict")
     return state
 
 
 def _read_all(files: dict[str, Path], config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
-    """All parameters in the order of the model, checked one by one; no file stays mapped from one to the next."""
+    """All parameters in the order of the model, checked one by one; and no file stays mapped between them."""
     dtype = None
     for name, shape in parameter_shapes(config).items():
         path = files[name]

@@ -1,4 +1,4 @@
-"""A model folder: weights that came from elsewhere, as a run starts from them (`pretrain --init-from`).
+"""A model folder: imported weights, from which a run can start (`pretrain --init-from`).
 
 model.json         the shapes, the dtype, and size and SHA-256 of the files
 model.safetensors  all tensors, under Hugging Face's names
@@ -52,7 +52,7 @@ class _Description(BaseModel):
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What `model.json` says. Nothing of it is verified yet."""
+    """A model by its `model.json`; its files are not verified yet."""
 
     path: Path
     model: LlamaConfig
@@ -113,9 +113,7 @@ def open_model_folder(path: Path) -> ModelFolder:
 
 
 def verify_model_folder(folder: ModelFolder) -> None:
-    """Raises `ConfigError`, naming the file, unless both files are whole and hold what they have to. Reads every
-    byte.
-    """
+    """Raises `ConfigError`, naming the file, unless both files are complete and undamaged. Reads every byte."""
     for name, expected in folder.files.items():
         path = folder.path / name
         if not path.is_file() or _identity(path) != expected:

@@ -29,7 +29,7 @@ Shapes = dict[str, torch.Size]
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """What `write_weights` has seen."""
+    """What `write_weights` has written."""
 
     dtype: torch.dtype
     digests: dict[str, str]  # the SHA-256 of every tensor's bytes
@@ -49,7 +49,7 @@ def write_weights(
 
     The tensors come in any order and in one dtype. `max_shard_size` is bytes or a text such as "5GB".
 
-    Raises `ConfigError` for a size that is none, ValueError for other tensors than `shapes` says.
+    Raises `ConfigError` for an invalid size, ValueError for tensors that do not match `shapes`.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -78,7 +78,7 @@ def write_weights(
             file.write(content)
             digests[name] = hashlib.sha256(content).hexdigest()
     if places:
-        raise ValueError(f"{', '.join(places)} did not come")
+        raise ValueError(f"missing tensors: {', '.join(places)}")
     if plan.is_sharded:
         metadata = plan.metadata | {"total_parameters": sum(shape.numel() for shape in shapes.values())}
         index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
@@ -87,7 +87,7 @@ def write_weights(
 
 
 def _write_header(file: BinaryIO, tensors: Mapping[str, Tensor]) -> dict[str, tuple[BinaryIO, int]]:
-    """Returns where each tensor's bytes have to go."""
+    """Returns the file and offset of each tensor's bytes."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -117,7 +117,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """What a safetensors file holds; raises `ConfigError` where it is none, or cut short."""
+    """The names in a safetensors file; raises `ConfigError` where it is not one, or truncated."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -137,10 +137,7 @@ def check_hosts(placement: Placement, data: Path | None, run_dir: Path | None) -
     question = {"data": data and str(data.absolute()), "run_dir": run_dir and str(run_dir.absolute())}
     with ExitStack() as stack:
         here = ProbeClient(HERE, is_here=True)
-        clients = [
-            ProbeClient(host.name, is_here=starts_without_ssh(host, placement), ssh_port=placement.ssh_port)
-            for host in placement.hosts
-        ]
+        clients = [open_probe(host, placement) for host in placement.hosts]
         stack.callback(close_all, [*clients, here])
         answers = query_all(
             [*clients, here], [question | {"token": f"{token}-{n}"} for n in (*range(len(clients)), "here")]
@@ -163,9 +160,10 @@ def check_hosts(placement: Placement, data: Path | None, run_dir: Path | None) -
     return examined
 
 
-def starts_without_ssh(host: Host, placement: Placement) -> bool:
-    """Whether the launcher starts ranks on this host without ssh; pdsh uses it even for this machine."""
-    return (placement.launcher != "pdsh" or not placement.is_remote) and is_this_machine(host.name)
+def open_probe(host: Host, placement: Placement) -> ProbeClient:
+    """A probe on a host, over ssh if the launcher uses it there: pdsh does even for this machine."""
+    is_local = (placement.launcher != "pdsh" or not placement.is_remote) and is_this_machine(host.name)
+    return ProbeClient(host.name, is_here=is_local, ssh_port=placement.ssh_port)
 
 
 def query_all(clients: Sequence[ProbeClient], questions: Sequence[dict]) -> list[dict | str]:

@@ -65,11 +65,16 @@ def named_secrets(environment: Mapping[str, str], named: Iterable[str]) -> dict[
 
 def forward_secrets(path: Path, secrets: dict[str, str]) -> None:
     """Write the secrets for the ranks. Raises `ConfigError` if the storage cannot keep the file private."""
+    if secrets:
+        write_private(path, json.dumps(secrets).encode())
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that only this user can read. Raises `ConfigError` if the storage cannot keep it private."""
     try:
-        if secrets:
-            write_secret(path, json.dumps(secrets).encode())
-        else:
-            path.unlink(missing_ok=True)
+        write_secret(path, content)
     except OSError as error:
         remove(path)
         raise ConfigError(f"{path}: cannot be made private ({error}); expected storage with permissions") from error

@@ -33,7 +33,7 @@ class Fleet:
     data: Path
     run_dir: Path
     check_first: bool  # run the doctor before the first start, too
-    allow_shrink: bool  # go on without hosts that are lost
+    allow_shrink: bool  # continue without lost hosts
     check: Callable[[Placement], object]  # raises `ConfigError` for hosts that the run cannot use
     _is_first: bool = field(default=True, init=False)
     _waiting_since: float | None = field(default=None, init=False)

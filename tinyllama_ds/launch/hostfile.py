@@ -1,6 +1,6 @@
 """The hostfile: `host slots=N` per line, read more strictly than DeepSpeed reads it.
 
-A host becomes an argument of ssh and pdsh, so a line that either could take for an option or a list is refused here.
+A host becomes an argument of ssh and pdsh, so a line that either could interpret as an option or a list is rejected.
 """
 
 import io

@@ -131,8 +131,8 @@ def launcher_command(
 
 
 def _program(placement: Placement, module: str) -> list[str]:
-    if placement.launcher == "mpich" and placement.is_remote:
-        # DeepSpeed 0.19.8 would start its own helper for MPICH, a file, by `python -m` as well.
+    if placement.launcher in ("mpich", "slurm") and placement.is_remote:
+        # DeepSpeed 0.19.8 ignores --module for Slurm, and for MPICH also starts its own helper, a file, by `python -m`.
         spec = find_spec(module)
         assert spec is not None
         assert spec.origin is not None

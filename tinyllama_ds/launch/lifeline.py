@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyllama_ds.distributed.network import is_proof, proof
-from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_NUMERICS, EXIT_RESTART, EXIT_ROLLBACK, ConfigError
-from tinyllama_ds.files import parse_row, write_secret
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_NUMERICS, EXIT_RESTART, EXIT_ROLLBACK
+from tinyllama_ds.files import parse_row
+from tinyllama_ds.launch.environment import write_private
 
 SILENCE_SECONDS = 30
 _PING_SECONDS = 2
@@ -77,7 +78,7 @@ class Lifeline:
         self.value = lifeline_value(address, self._server.getsockname()[1])
         if key_file is not None:
             self._key = secrets.token_hex(32).encode()
-            _write_key(key_file, self._key)
+            write_private(key_file, self._key)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
         self._ranks: list[_Rank] = []
@@ -239,14 +240,6 @@ class Lifeline:
     def _send(self, rank: _Rank, message: dict) -> None:
         with suppress(OSError):  # a broken connection is detected when reading
             rank.connection.send(json.dumps(message).encode() + b"\n")
-
-
-def _write_key(path: Path, key: bytes) -> None:
-    try:
-        write_secret(path, key)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise ConfigError(f"{path}: cannot be made private ({error}); expected storage with permissions") from error
 
 
 def _describe(rank: _Rank) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tinyllama_ds.devices import Machine, common_machine, machine_of
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.launch.doctor import ANSWER_SECONDS, ProbeClient, close_all, query_all, starts_without_ssh
+from tinyllama_ds.launch.doctor import ANSWER_SECONDS, close_all, open_probe, query_all
 from tinyllama_ds.launch.environment import named_value
 from tinyllama_ds.launch.launcher import Placement
 
@@ -39,10 +39,7 @@ def common_machine_of(placement: Placement, reports: dict[str, dict]) -> Machine
 
 
 def _query_by_ssh(placement: Placement) -> dict[str, dict]:
-    clients = [
-        ProbeClient(host.name, is_here=starts_without_ssh(host, placement), ssh_port=placement.ssh_port)
-        for host in placement.hosts
-    ]
+    clients = [open_probe(host, placement) for host in placement.hosts]
     try:
         answers = query_all(clients, [_QUESTION] * len(clients))
     finally:

@@ -20,8 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.blocked_attention import blocked_attention
 
-# q (B, T, H, E), k and v (B, T, K, E), and where attention stays inside documents, what `attention_metadata` tells of
-# them
+# q (B, T, H, E), k and v (B, T, K, E), and for a document mask what `attention_metadata` returns
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -42,7 +41,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None
 
 
 def _visible(length: int, document_ids: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys each query sees: (T, T), or (B, 1, T, T) with segments."""
+    """Which keys each query attends to: (T, T), or (B, 1, T, T) with document ids."""
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return (
         causal if document_ids is None else causal & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
@@ -70,7 +69,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None 
 
 
 def _sdpa_with(kernel: SDPBackend) -> AttentionFunction:
-    """PyTorch's attention held to one of its kernels; an input that the kernel cannot take is an error."""
+    """PyTorch's attention with one of its kernels; an input that the kernel does not support is an error."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> Tensor:
         with sdpa_kernel(kernel):
@@ -80,10 +79,10 @@ def _sdpa_with(kernel: SDPBackend) -> AttentionFunction:
 
 
 def _varlen() -> AttentionFunction:
-    """PyTorch's flash kernel, which takes documents by their borders."""
+    """PyTorch's flash kernel, which takes documents as cu_seqlens."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.10 has `is_causal`, 2.11 a window in its place, later ones want to be told of shared heads.
+    # torch 2.10 has `is_causal`, 2.11 a window in its place, later ones need a flag for shared heads.
     parameters = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
     if "enable_gqa" in parameters:
@@ -119,7 +118,7 @@ def _flash_attention_2() -> AttentionFunction:
 
 
 def _flash_implementation(name: str, version: str, module: str) -> AttentionFunction:
-    """A later FlashAttention, activated in the place of the one inside PyTorch for this process, under `varlen`.
+    """A later FlashAttention, activated for this process in place of PyTorch's, under `varlen`.
 
     Raises `MissingKernel` where torch or the package does not have it.
     """
@@ -136,7 +135,7 @@ def _flash_implementation(name: str, version: str, module: str) -> AttentionFunc
 
 
 class MissingKernel(ConfigError):
-    """A backend whose package or feature is absent here, or does not work; `what` is the reason by itself."""
+    """A backend whose package or feature is absent here, or does not work; `what` is the reason alone."""
 
     def __init__(self, name: str, what: str, remedy: str) -> None:
         super().__init__(f"attention backend {name!r}: {what}; {remedy}")
@@ -149,7 +148,7 @@ def _package(name: str, module: str, functions: tuple[str, ...], remedy: str) ->
         imported = import_module(module)
         return [getattr(imported, function) for function in functions]
     except Exception as error:
-        # Built for another torch a package ends in ImportError, OSError, AttributeError, RuntimeError ...
+        # A package built for a different torch raises ImportError, OSError, AttributeError, RuntimeError ...
         is_absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         what = (
             f"{module} is not installed" if is_absent else f"{module} does not import ({_summarize_exception(error)})"
@@ -158,7 +157,7 @@ def _package(name: str, module: str, functions: tuple[str, ...], remedy: str) ->
 
 
 def _summarize_exception(error: Exception) -> str:
-    """The error on one line of bearable length."""
+    """The error on one line of limited length."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
 
@@ -171,16 +170,16 @@ def document_starts(document_ids: Tensor) -> Tensor:
 
 
 def attention_metadata(backend: str, document_ids: Tensor) -> Tensor:
-    """What a backend wants to know of the documents whose numbers are `document_ids` (B, T), the same for all blocks.
+    """The documents of `document_ids` (B, T) in the form that a backend takes, the same for all blocks.
 
-    For flash kernels the borders, (documents + 1,); for the others the numbers themselves. How many borders there are
-    depends on the data: on a GPU this waits for it, in host memory for nothing.
+    For flash kernels cu_seqlens (documents + 1,); for the others the ids themselves. The length of cu_seqlens depends
+    on the data: on a GPU this synchronizes with the host, in host memory it does not.
     """
     return _cu_seqlens(document_ids) if ATTENTION_BACKENDS[backend].documents == CU_SEQLENS else document_ids
 
 
 def _cu_seqlens(document_ids: Tensor) -> Tensor:
-    """Where documents start in the rows laid end to end, and the end of the last: int32, as flash kernels want them."""
+    """Where documents start in the rows laid end to end, and the end of the last: int32, as flash kernels take them."""
     first = document_starts(document_ids).flatten().nonzero().flatten()
     return torch.cat((first, first.new_tensor([document_ids.numel()]))).int()
 
@@ -245,7 +244,7 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """A backend, and why `auto` did not take a faster one: empty where it did, or was not asked."""
+    """A backend, and why `auto` did not choose a faster one: empty where it did, or for a backend by name."""
 
     backend: str
     reason: str = ""
@@ -253,7 +252,7 @@ class AttentionChoice:
 
 @dataclass(frozen=True)
 class Demands:
-    """What a run asks of attention: bf16 or fp16, attention inside documents, the same bits every time."""
+    """What a run needs: bf16 or fp16, a document mask, deterministic gradients."""
 
     sixteen_bit: bool
     document_mask: bool = False
@@ -265,7 +264,7 @@ def resolve_attention_backend(name: str, device: Device, demands: Demands) -> At
 
     On a CPU that is `blocked`. On a GPU it is FlashAttention 3 on a Hopper chip where the package is installed, then
     FlashAttention 2, then PyTorch's flash kernel: `varlen` with a document mask, else inside `sdpa`, which has others
-    for fp32 and old GPUs. Where the device is not known the name stays as it is, for the ranks to resolve.
+    for fp32 and old GPUs. Where the device is not known the name is kept, for the ranks to resolve.
 
     Raises `ConfigError` for a name that is unknown, a package that is absent or does not import, and a backend that
     cannot meet the demands on the device.
@@ -279,12 +278,12 @@ def resolve_attention_backend(name: str, device: Device, demands: Demands) -> At
     obstacle = _obstacle(name, device, demands)
     if obstacle:
         raise ConfigError(f"attention backend {name!r} {obstacle}; choose auto or sdpa")
-    attention_function(name)  # an absent package is refused now
+    attention_function(name)  # raises for an absent package
     return AttentionChoice(name)
 
 
 def _fastest_on_gpu(device: Device, demands: Demands) -> AttentionChoice:
-    skipped: dict[str, str] = {}  # by reason, the first backend that it kept away
+    skipped: dict[str, str] = {}  # by reason, the first backend with it
     for name in _fastest_first(device, demands):
         reason = _unavailable_reason(name, device, demands)
         if reason is None:
@@ -297,7 +296,7 @@ def _fastest_on_gpu(device: Device, demands: Demands) -> AttentionChoice:
 
 
 def _fastest_first(device: Device, demands: Demands) -> Iterator[str]:
-    """The backends that `auto` looks at. FlashAttention 3 is not missed where nobody has installed it."""
+    """The backends that `auto` tries. FlashAttention 3 is optional: its absence is not a reason to report."""
     if device.capability is not None and device.capability[0] == 9 and find_spec("flash_attn_interface"):
         yield "flash_attention_3"
     yield "flash_attention_2"
@@ -316,14 +315,14 @@ def _obstacle(name: str, device: Device, demands: Demands) -> str | None:
     if device.capability is not None and backend.is_16_bit and not demands.sixteen_bit:
         return "computes in bf16 or fp16, and the training is in fp32"
     if demands.document_mask and backend.documents is None:
-        return "takes no mask, and the recipe says document_mask = true"
+        return "does not support a mask, and the recipe has document_mask = true"
     if demands.deterministic and not backend.is_deterministic:
         return "has no deterministic gradients, which --deterministic asks for"
     return None
 
 
 def _unavailable_reason(name: str, device: Device, demands: Demands) -> str | None:
-    """The same, and whether its package works here."""
+    """The same, including whether its package works here."""
     obstacle = _obstacle(name, device, demands)
     if obstacle is not None:
         return obstacle

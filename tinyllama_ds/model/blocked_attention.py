@@ -1,4 +1,4 @@
-"""Causal attention for CPUs: query blocks against the keys that they may see, as matrix products in the model's dtype.
+"""Causal attention for CPUs: query blocks against their past keys, as matrix products in the model's dtype.
 
 PyTorch's CPU flash kernel leaves most of the matrix unit idle. Here a block of queries of all heads that share a key
 head is one matrix product with all earlier keys: half of the score matrix is never computed, and the rest runs at the
@@ -88,13 +88,13 @@ def _sum_over_queries(parts: list[Tensor]) -> Tensor:
 
 
 def _future(block: int, groups: int, device: torch.device) -> Tensor:
-    """Which keys of its own block each query row may not see: (q * G, q)."""
+    """The future keys within the block of each query row: (q * G, q)."""
     token = torch.arange(block, device=device)
     return token > token.repeat_interleave(groups)[:, None]
 
 
 def _other_documents(document_ids: Tensor, start: int, end: int, K: int, G: int) -> Tensor:
-    """Which keys lie in another document than each query row: (N, q * G, S)."""
+    """The keys of documents other than the query row's: (N, q * G, S)."""
     other = document_ids[:, start:end, None] != document_ids[:, None, :end]  # (B, q, S)
     return other.repeat_interleave(K, dim=0).repeat_interleave(G, dim=1)
 

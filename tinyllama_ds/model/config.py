@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from tinyllama_ds.errors import ConfigError
 
 _LARGEST = 2**31 - 1
-_MOST_LAYERS = 1000  # each takes time before anything else can be found wrong
+_MOST_LAYERS = 1000  # building each takes time
 # fp32 logits alive at once: 2,048 rows of Llama's vocabulary keep a GPU busy. On a CPU every chunk adds a gradient of
 # the whole weight, which is slow for small chunks, and large ones do not fit the cache (docs/performance.md).
 MAX_CHUNK_LOGITS = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
@@ -74,7 +74,7 @@ class LlamaConfig:
         return 6 * self.num_matmul_parameters + attention
 
     def to_dict(self) -> dict:
-        """All values; without interpolation nothing is said of it, as in runs from before there was any."""
+        """All values, without `rope_scaling_factor` where it is 1, as in runs of versions without it."""
         values = asdict(self)
         if self.rope_scaling_factor == 1:
             del values["rope_scaling_factor"]

@@ -1,4 +1,4 @@
-"""The same input, the same bits, on GPUs too: what `--deterministic` switches on in a rank."""
+"""Deterministic kernels on GPUs: what `--deterministic` enables in a rank."""
 
 import os
 
@@ -13,16 +13,16 @@ _WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS gives the same bits ever
 def use_deterministic_kernels() -> None:
     """Choose deterministic kernels in this process; one that a GPU does not have is an error when it is called.
 
-    Before CUDA starts, which reads cuBLAS's variable then. Raises `ConfigError` where that says something else.
+    Call it before CUDA starts, which reads cuBLAS's variable. Raises `ConfigError` for another value of that variable.
     """
     workspace = os.environ.setdefault(_WORKSPACE, _WORKSPACES[0])
     if workspace not in _WORKSPACES:
         raise ConfigError(
             f"{_WORKSPACE}={workspace} in the environment: --deterministic expects {' or '.join(_WORKSPACES)}, or unset"
         )
-    # Not with warn_only: PyTorch's flash kernels would stay as they are, and only say so.
+    # Not with warn_only: PyTorch's flash kernels would stay non-deterministic and only warn.
     torch.use_deterministic_algorithms(True)
-    # On by default with it, to show reads of uninitialized memory; DeepSpeed's paddings would be filled at every step.
+    # On by default with it, to show reads of uninitialized memory; DeepSpeed's padding would be filled at every step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
@@ -30,6 +30,6 @@ def use_deterministic_kernels() -> None:
 def gives_same_bits(device: torch.device, deterministic: bool) -> bool:
     """Whether the same computation has the same bits in another process on such a device.
 
-    Without `--deterministic` a GPU adds in any order, and the compiler times kernels and takes one or the other.
+    Without `--deterministic` a GPU adds in any order, and the compiler chooses kernels by timing them.
     """
     return device.type == "cpu" or deterministic

@@ -141,7 +141,7 @@ class LlamaForCausalLM(nn.Module):
 
     With `document_ids` (B, T), the number of the document that each token of a row belongs to, attention stays inside
     documents and positions start again with each; without, documents packed into a row see those before them, as in
-    TinyLlama. They are best left in host memory: FlashAttention's borders are found there without waiting for the GPU.
+    TinyLlama. They are best kept in host memory: cu_seqlens are computed there without a synchronization with the GPU.
 
     With `recompute_every` k, every k-th block keeps only its input and is computed again in the backward pass
     (activation checkpointing; 0 is none, 1 is all).
@@ -152,7 +152,7 @@ class LlamaForCausalLM(nn.Module):
         self.config = config
         self.model = LlamaModel(config, attention, recompute_every)
         self.lm_head = LMHeadLoss(config.hidden_size, config.vocab_size)
-        self.is_compiled = False  # said by whoever compiles its blocks
+        self.is_compiled = False  # set by the code that compiles its blocks
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         return self.lm_head(self.model(input_ids, document_ids), labels)
@@ -175,7 +175,7 @@ def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:
                 continue
             is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 1 / math.sqrt(D) / layers if is_output else math.sqrt(2 / 5 / D)
-            # Drawn in fp32 in host memory, one at a time: the same bits for every device, rounded once for every dtype.
+            # Drawn in fp32 in host memory, one at a time: the same bits on every device, rounded once to the dtype.
             parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(std=std, generator=generator))
 
 
@@ -186,7 +186,7 @@ def empty_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LlamaForCausalLM:
-    """A decoder whose parameters are yet to be filled; nothing but them is allocated."""
+    """A decoder with uninitialized parameters; nothing else is allocated."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config, attention, recompute_every)
     return model.to(dtype).to_empty(device=device)
@@ -200,7 +200,7 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LlamaForCausalLM:
-    """A freshly initialised decoder, filled where it lies: host memory holds one fp32 parameter of it at a time."""
+    """An initialized decoder, filled in place: host memory holds one fp32 parameter of it at a time."""
     model = empty_model(config, attention, recompute_every, device, dtype)
     initialize_weights(model, seed)
     return model

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from tinyllama_ds.model.config import MAX_CHUNK_LOGITS
 
-IGNORE_INDEX = -100  # a label that is no target, PyTorch's convention
+IGNORE_INDEX = -100  # the label of positions without a target, as in PyTorch
 
 
 class LMHeadLoss(nn.Module):
     """Owns the output projection and turns hidden states into a loss inside its own `forward`.
 
-    ZeRO-3 gathers a parameter for the module that owns it; a loss that reached for `lm_head.weight` from outside would
-    find it partitioned away.
+    ZeRO-3 gathers a parameter for the module that owns it; a loss that used `lm_head.weight` from outside would get a
+    partitioned one.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
@@ -29,7 +29,7 @@ class LMHeadLoss(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) without labels; with labels (B, T), the mean cross-entropy over all targets, a fp32 scalar.
 
-        Rows labelled `IGNORE_INDEX` are no targets. With no target at all the loss is 0.
+        Rows labelled `IGNORE_INDEX` have no target. Without any target the loss is 0.
         """
         if labels is None:
             return hidden @ self.weight.t()

@@ -1,4 +1,4 @@
-"""A probe: one sample, and the loss that a model had on it. The same weights give it again, whatever carried them."""
+"""A probe: one sample with its loss, a fingerprint by which the same weights are recognised after any transfer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Relative difference of the loss when the same weights are computed with in another way: another number of threads,
-# another kernel, another chip, or fp32 instead of bf16.
+# Relative difference of the loss of the same weights in a different environment: number of threads, kernel, chip, or
+# fp32 instead of bf16.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What is stored with weights, to know them again."""
+    """Stored with weights to verify them."""
 
     tokens: list[int]  # T + 1
     document_ids: list[int] | None  # T, which document each input token belongs to; with a document mask

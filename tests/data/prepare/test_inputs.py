@@ -55,7 +55,7 @@ def test_files_that_are_not_read_are_named(tmp_path: Path):
     os.mkfifo(raw / "pipe.jsonl")
     assert find_inputs(raw, PLAIN).notes() == [
         f"{raw}: not read, hidden: ._a.jsonl, .cache",
-        f"{raw}: not read, of another kind than is read: README.md, more/b.json, more/c.jsonl.xz",
+        f"{raw}: not read, unsupported file type: README.md, more/b.json, more/c.jsonl.xz",
         f"{raw}: not read, not a regular file: pipe.jsonl",
     ]
 
@@ -117,14 +117,14 @@ def test_what_is_held_out_is_named(tmp_path: Path):
         f"{tmp_path}/raw: 1 file belongs to test by its name: test.jsonl",
     ]
     assert find_inputs(tmp_path / "raw" / "dev", PLAIN).notes() == [
-        f"{tmp_path}/raw/dev: is read as training data, though it lies in 'dev'"
+        f"{tmp_path}/raw/dev: is read as training data, although it is in 'dev'"
     ]
     assert find_inputs(tmp_path / "raw" / "val" / "0.jsonl", PLAIN).notes() == [
-        f"{tmp_path}/raw/val/0.jsonl: is read as training data, though it lies in 'val'"
+        f"{tmp_path}/raw/val/0.jsonl: is read as training data, although it is in 'val'"
     ]
     assert find_inputs(tmp_path / "raw" / "test.jsonl", PLAIN).notes() == [
         f"{tmp_path}/raw/test.jsonl: 1 file belongs to test by its name: test.jsonl",
-        f"{tmp_path}/raw/test.jsonl: holds no training data, by the names of its files",
+        f"{tmp_path}/raw/test.jsonl: has no training data, judging by file names",
     ]
 
 
@@ -134,8 +134,8 @@ def test_a_chosen_subset_may_be_named_like_a_split(tmp_path: Path):
     found = find_inputs(tmp_path / "raw", source_format("mine", subsets=["dev"]))
     assert found.splits == {"train": [tmp_path / "raw" / "dev" / "a.jsonl"]}
     assert found.notes() == [
-        f"{tmp_path}/raw: not read, as no folder says their subset: c.jsonl",
-        f"{tmp_path}/raw: not read, as they are of other subsets: main/b.jsonl",
+        f"{tmp_path}/raw: not read, without a subset folder: c.jsonl",
+        f"{tmp_path}/raw: not read, of other subsets: main/b.jsonl",
     ]
 
 
@@ -178,7 +178,7 @@ def test_links_in_a_circle(raw: Path):
     (raw / "deep").mkdir()
     (raw / "deep" / "up").symlink_to("..")
     assert names_below(raw) == {"train": ["a.jsonl"]}
-    assert find_inputs(raw, PLAIN).notes() == [f"{raw}: not read, as links to a folder above them: again, deep/up"]
+    assert find_inputs(raw, PLAIN).notes() == [f"{raw}: not read, links to a parent folder: again, deep/up"]
     (raw / "itself").symlink_to("itself")
     with pytest.raises(ConfigError, match=r"raw/itself: is a link to itself, which is missing \(Too many levels"):
         find_inputs(raw, PLAIN)
@@ -190,16 +190,16 @@ def test_a_file_or_folder_under_two_names_is_read_once(raw: Path):
     for name in ("x", "y"):
         (raw / name).symlink_to(raw.parent / "elsewhere")
     assert names_below(raw) == {"train": ["a.jsonl", "x/b.jsonl"]}
-    assert find_inputs(raw, PLAIN).notes() == [
-        f"{raw}: not read, as they are there under another name too: 0.jsonl, hard.jsonl, y"
-    ]
+    assert find_inputs(raw, PLAIN).notes() == [f"{raw}: not read, duplicates under other names: 0.jsonl, hard.jsonl, y"]
 
 
 @pytest.mark.parametrize(("name", "target"), [("validation", "elsewhere"), ("val.jsonl", "elsewhere/b.jsonl")])
 def test_what_is_held_out_by_one_of_its_names_only_is_refused(raw: Path, name: str, target: str):
     (raw / "chunk.jsonl" if name.endswith(".jsonl") else raw / "chunk").symlink_to(raw.parent / target)
     (raw / name).symlink_to(raw.parent / target)
-    with pytest.raises(ConfigError, match=f"raw/{name}: is the same as .*/raw/chunk.*, and their names say different"):
+    with pytest.raises(
+        ConfigError, match=f"raw/{name}: is the same file as .*/raw/chunk.*, and their names say different"
+    ):
         find_inputs(raw, PLAIN)
 
 
@@ -210,7 +210,7 @@ def test_what_is_held_out_by_one_of_its_names_only_is_refused(raw: Path, name: s
 def test_a_file_packed_and_unpacked_is_refused(raw: Path, end: str):
     write_jsonl(raw / f"a.jsonl{end}", ["one"])
     with pytest.raises(
-        ConfigError, match=rf"raw/a.jsonl{end}: has the name of a.jsonl beside it, but for its compression"
+        ConfigError, match=rf"raw/a.jsonl{end}: has the name of a.jsonl beside it, apart from the compression"
     ):
         find_inputs(raw, PLAIN)
 

@@ -234,7 +234,7 @@ FAULTY = {
     "a number": ("x.jsonl", b'{"text": 1.5}', ":1: expected a record with a text under 'text', which holds a number"),
     "another key": ("x.jsonl", b'{"body": "a", "id": 1}', ", which is not among its keys: 'body', 'id'"),
     "nothing": ("x.jsonl", b"{}", ", which is not among its keys: it has none"),
-    "NUL bytes": ("x.jsonl", bytes(4096), ": the file begins with NUL bytes, as after a power loss; bring it again"),
+    "NUL bytes": ("x.jsonl", bytes(4096), ": the file begins with NUL bytes, as after a power loss; copy it again"),
     "NUL bytes at the end": ("x.jsonl", LINES + bytes(512), ":3: holds nothing but NUL bytes, as after a power loss"),
     "LFS": ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a Git LFS pointer"),
     "xz": ("x.jsonl.gz", b"\xfd7zXZ\0\0\4", ": the file is compressed by xz; expected gzip or zstd (xz -dc FILE"),

@@ -1,4 +1,4 @@
-"""What is in a data directory, and whether a plan trains on it as it says: every claim is checked, none is believed."""
+"""The audit of a data directory: every claim of its manifests is checked against the files."""
 
 import functools
 import hashlib
@@ -23,15 +23,15 @@ from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import BOS_ID, END_OF_DOCUMENT, EOS_ID, TOKENIZER_FILE, UNK_ID, Tokenizer
 from tinyllama_ds.errors import ConfigError
 
-SUSPICIOUS_RUN = 256  # equal ids in a row; filler of TinyLlama's bug 83 came by the thousand
+SUSPICIOUS_RUN = 256  # equal ids in a row; the padding of TinyLlama's bug 83 came by the thousand
 SUSPICIOUS_DRIFT = 0.5  # total variation between the unigrams of a shard and of its source, from 0 to 1
-_CHUNK = 2**22  # tokens looked at together
+_CHUNK = 2**22  # tokens counted together
 _LENGTH_BINS = 32  # documents of 2^n to 2^(n+1) - 1 tokens
 
 
 @dataclass(frozen=True)
 class ShardAudit:
-    """What one shard holds, counted from its tokens; `problems` are what contradicts its manifest or its policy."""
+    """What one shard holds, counted from its tokens; `problems` are contradictions to its manifest."""
 
     name: str
     source: str
@@ -48,7 +48,7 @@ class ShardAudit:
 
 @dataclass
 class DataAudit:
-    """All shards, and what only shows when they are seen together."""
+    """All shards, and the results of comparing them."""
 
     shards: list[ShardAudit]
     duplicates: dict[str, int] = field(default_factory=dict)  # "a/train" or "a/train and b/train" to documents
@@ -62,9 +62,9 @@ class DataAudit:
 
 
 def audit_data(data: Path, raw: Mapping[str, Path], samples: int, workers: int, seed: int = 0) -> DataAudit:
-    """Read every token of a data directory; of every shard, compare `samples` documents with the raw input.
+    """Read every token of a data directory, and compare `samples` documents of every shard with the raw input.
 
-    `raw` names the input directory of the sources that are to be compared.
+    `raw` has the input directories of the sources to compare.
     """
     tokenizer = Tokenizer(data / TOKENIZER_FILE)
     directories = [
@@ -74,7 +74,7 @@ def audit_data(data: Path, raw: Mapping[str, Path], samples: int, workers: int, 
         raise ConfigError(f"{data}: holds no prepared source; expected <source>/<split>/ with shards")
     unknown = sorted(set(raw) - {directory.parent.name for directory in directories})
     if unknown:
-        raise ConfigError(f"{data}: holds no source {unknown[0]!r}, whose raw input was named")
+        raise ConfigError(f"{data}: holds no source {unknown[0]!r}, which --raw names")
     tasks = [
         _ShardTask(shard.bin_path.with_suffix(""), tokenizer.path, raw.get(directory.parent.name), samples, seed)
         for directory in directories
@@ -136,7 +136,7 @@ def _audit_shard(task: _ShardTask) -> ShardAudit:
 
 
 def _count_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Occurrences of each id of the vocabulary, and of all ids beyond it together (vocab_size + 1,)."""
+    """Occurrences of each id of the vocabulary, and of all ids beyond it (vocab_size + 1,)."""
     counts = np.zeros(vocab_size + 1, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK):
         chunk = tokens[start : start + _CHUNK].astype(np.int64)
@@ -155,7 +155,7 @@ def _contradictions(
     claims = [
         (_file_sha256(shard.bin_path) == manifest.bin_sha256, ".bin differs from the hash in its manifest"),
         (_file_sha256(shard.index.path) == manifest.idx_sha256, ".idx differs from the hash in its manifest"),
-        (manifest.tokenizer_sha256 == tokenizer.sha256, "was made with another tokenizer"),
+        (manifest.tokenizer_sha256 == tokenizer.sha256, "was made with a different tokenizer"),
         (documents == manifest.documents == accounted, f"{documents} documents, its inputs gave {accounted}"),
         ((smallest, largest) == (manifest.smallest_id, manifest.largest_id), f"ids run from {smallest} to {largest}"),
         (unigrams[-1] == 0, f"{unigrams[-1]} ids beyond the vocabulary of {tokenizer.vocab_size}"),
@@ -176,12 +176,12 @@ def _contradictions(
 def _claims_about_mask(
     shard: ShardReader, tokens: np.ndarray, starts: np.ndarray, unigrams: np.ndarray
 ) -> list[tuple[bool, str]]:
-    """Every conversation begins with a question, and has an answer whose last token, EOS, is a target too."""
+    """Every conversation begins with a question, and ends with an answer whose EOS is a target too."""
     mask = shard.read_mask(0, shard.tokens)
     answers = np.add.reduceat(mask, starts[:-1], dtype=np.int64) if len(starts) > 1 else np.ones(1)
     return [
         (_file_sha256(shard.mask_path) == shard.manifest.mask_sha256, ".mask differs from the hash in its manifest"),
-        (int(mask.max(initial=0)) <= 1, ".mask holds other values than 0 and 1"),
+        (int(mask.max(initial=0)) <= 1, ".mask has values other than 0 and 1"),
         (bool((answers > 0).all()), "a conversation has no answer"),
         (bool((mask[starts[:-1]] == 0).all()), "a conversation begins with an answer"),
         (bool((tokens[starts[1:] - 1] == EOS_ID).all()), "a conversation does not end with EOS"),
@@ -201,13 +201,13 @@ def _count_lengths(lengths: np.ndarray) -> np.ndarray:
 
 
 def _longest_run(tokens: np.ndarray) -> tuple[int, int]:
-    """How many equal ids stand in a row at most, and which id it is."""
+    """The length of the longest run of equal ids, and the id."""
     longest, token = 0, -1
-    open_length, open_token = 0, -1  # the run that reaches the border of a chunk
+    open_length, open_token = 0, -1  # the run at the end of the chunk before
     for start in range(0, len(tokens), _CHUNK):
         chunk = tokens[start : start + _CHUNK]
-        borders = np.flatnonzero(chunk[1:] != chunk[:-1]) + 1
-        edges = np.concatenate(([0], borders, [len(chunk)]))
+        boundaries = np.flatnonzero(chunk[1:] != chunk[:-1]) + 1
+        edges = np.concatenate(([0], boundaries, [len(chunk)]))
         lengths = np.diff(edges)
         if chunk[0] == open_token:
             lengths[0] += open_length
@@ -221,7 +221,7 @@ def _longest_run(tokens: np.ndarray) -> tuple[int, int]:
 def _compare_with_raw(
     task: _ShardTask, shard: ShardReader, tokens: np.ndarray, starts: np.ndarray, tokenizer: Tokenizer
 ) -> tuple[int, list[str]]:
-    """Random documents of one random input file: encoded again and decoded, against what the shard holds."""
+    """Random documents of one random input file, encoded again and decoded, against the shard."""
     assert task.raw is not None
     rng = random.Random(f"{task.seed}/{task.prefix.name}")
     inputs = shard.manifest.inputs
@@ -261,18 +261,18 @@ def _kept_records(path: Path, fmt: SourceFormat, tokenizer: Tokenizer) -> Iterat
 
 
 def _is_text(ids: list[int], text: str, tokenizer: Tokenizer) -> bool:
-    # Sentencepiece writes a space as U+2581, so that character comes back as a space.
+    # Sentencepiece represents a space as U+2581, so that character is decoded to a space.
     return ids == tokenizer.encode(text) and tokenizer.decode(ids) == text.replace("\u2581", " ")
 
 
 def _is_conversation(ids: np.ndarray, mask: np.ndarray, record: Record, fmt: ChatFormat, tokenizer: Tokenizer) -> bool:
-    """Encoded again turn by turn, another way than `prepare` takes."""
+    """Encoded again turn by turn, by code other than `prepare`'s."""
     expected = conversation_ids(tokenizer, record.messages[: _kept_turns(record, fmt, tokenizer)])
     return (ids.tolist(), mask.tolist()) == expected
 
 
 def _kept_turns(record: Record, fmt: ChatFormat, tokenizer: Tokenizer) -> int:
-    """How many turns of a conversation fit, up to the last answer that does; 0 where none does."""
+    """The number of turns up to the last answer that fits; 0 where none does."""
     answers = [number for number, message in enumerate(record.messages, start=1) if message.role == "assistant"]
     sizes = (len(conversation_ids(tokenizer, record.messages[:turns])[0]) for turns in answers)
     return max((turns for turns, size in zip(answers, sizes, strict=True) if size <= fmt.max_tokens), default=0)
@@ -294,10 +294,11 @@ def _compare_shards(audit: DataAudit) -> None:
     for shard in audit.shards:
         length, token = shard.longest_run
         if length >= SUSPICIOUS_RUN:
-            audit.warnings.append(f"{shard.name}: {length} times the id {token} in a row; is it filler?")
+            audit.warnings.append(f"{shard.name}: {length} times the id {token} in a row; is it padding?")
         if audit.drift[shard.name] > SUSPICIOUS_DRIFT:
             audit.warnings.append(
-                f"{shard.name}: its words differ from its source's by {audit.drift[shard.name]:.2f} of 1"
+                f"{shard.name}: its unigram distribution differs from its source's:"
+                f" total variation {audit.drift[shard.name]:.2f}"
             )
 
 
@@ -308,14 +309,14 @@ def _find_duplicates(audit: DataAudit, groups: Mapping[str, list[ShardAudit]]) -
     for name, shards in groups.items():
         if audit.duplicates[name]:
             documents = sum(len(shard.document_hashes) for shard in shards)
-            audit.warnings.append(f"{name}: {audit.duplicates[name]} of {documents} documents are there before")
+            audit.warnings.append(f"{name}: {audit.duplicates[name]} of {documents} documents are exact duplicates")
     for name, shared in audit.duplicates.items():
         if shared and name not in groups:
-            audit.warnings.append(f"{name}: {shared} documents are in both")
+            audit.warnings.append(f"{name}: {shared} documents are exact duplicates of each other")
 
 
 def _check_listing(audit: DataAudit, groups: Mapping[str, list[ShardAudit]]) -> None:
-    """Inputs in sorted order, each once: a listing as the file system gives it differs from machine to machine."""
+    """Inputs are sorted and unique: the order of the file system differs between machines."""
     for name, shards in groups.items():
         inputs = [Path(path) for shard in shards for path in shard.inputs]
         for before, after in pairwise(inputs):
@@ -331,7 +332,7 @@ def total_unigrams(shards: Sequence[ShardAudit]) -> np.ndarray:
 
 
 def _total_variation(counts: np.ndarray, reference: np.ndarray) -> float:
-    """Half the sum of the differences of two distributions: 0 where they are equal, 1 where they share nothing."""
+    """Half the sum of the differences of two distributions: 0 for equal ones, 1 for disjoint ones."""
     if not counts.sum():
         return 0.0
     return float(np.abs(counts / counts.sum() - reference / reference.sum()).sum() / 2)

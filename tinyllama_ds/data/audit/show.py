@@ -1,4 +1,4 @@
-"""The texts behind positions: what a step of a run trains on, word for word."""
+"""The texts at some positions: what a step of a run trains on."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from tinyllama_ds.errors import printable
 
 @dataclass(frozen=True)
 class ShownSample:
-    """One sample of a run: where it comes from, and what it says."""
+    """One sample of a run: its origin and its text."""
 
-    position: int  # ordinal, by which a ledger names it too
+    position: int  # global sample index, as in the ledger
     source: str
     epoch: int
     sample: int
@@ -31,7 +31,7 @@ def show_samples(
     sequence_length: int,
     tokenizer: Tokenizer,
 ) -> Iterator[ShownSample]:
-    """The samples at some positions as text; a line `--- end of document ---` stands where a document ends."""
+    """The samples at some positions as text, with a line `--- end of document ---` where a document ends."""
     numbers = np.arange(positions.start, positions.stop)
     located = order.locate(numbers)
     rows = zip(

@@ -1,20 +1,19 @@
 """A demo chat corpus made from the Python installation: questions about functions and classes, answered by docstrings.
 
-Written in all forms that are read: Guanaco's text and messages, JSON lines and parquet. A module is held out whole.
+Written in all formats that are read: Guanaco's text and messages, JSON lines and parquet. Splits are by module.
 """
 
 import ast
 import hashlib
 import json
 import sysconfig
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 
-from tinyllama_ds.data.demo.corpus import is_held_out, python_files, read_source
+from tinyllama_ds.data.demo.corpus import is_held_out, parse_source, python_files
 from tinyllama_ds.outputs import new_folder
 
 SOURCE = "chat"
@@ -32,7 +31,7 @@ _Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def make_demo_chat(output: Path, code_root: Path | None = None) -> dict[str, int]:
-    """Write `output/chat`; returns the conversations by split, or nothing where it is there already.
+    """Write `output/chat`; returns the conversations by split, or nothing where it exists already.
 
     The questions are about the Python sources below `code_root` (default: the standard library).
     """
@@ -66,12 +65,7 @@ def _conversations(root: Path) -> Iterator[tuple[str, _Exchanges]]:
 
 def _documented(path: Path) -> Iterator[tuple[str, str, _Documented]]:
     """The public functions, classes and methods of a file; none where it is not valid Python."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about escapes in other people's strings
-            body = ast.parse(read_source(path)).body
-    except (SyntaxError, ValueError, RecursionError):
-        return
-    for node in body:
+    for node in parse_source(path).body:
         if isinstance(node, _Documented) and not node.name.startswith("_"):
             yield node.name, "class" if isinstance(node, ast.ClassDef) else "function", node
             for method in node.body if isinstance(node, ast.ClassDef) else []:
@@ -85,7 +79,7 @@ def _first_sentence(docstring: str) -> str:
 
 
 def _exchanges(module: str, name: str, kind: str, answer: str) -> _Exchanges:
-    """One exchange, and for every other name a second that refers to the first."""
+    """One exchange, and for half of the names a second that refers to the first."""
     choice = hashlib.sha256(name.encode()).digest()
     questions = _QUESTIONS[kind]
     first = [questions[choice[0] % len(questions)].format(name), answer]

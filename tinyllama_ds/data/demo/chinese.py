@@ -1,7 +1,7 @@
-"""Chinese text for the demo, because a Python installation holds hardly any: true sentences written by a small grammar.
+"""Chinese text for the demo, because a Python installation has hardly any: true sentences from a small grammar.
 
-They speak of dates (Python's calendar), numbers, and radicals with their English names (Unicode's character database).
-It is a stand-in for SkyPile with few words and fewer constructions; a model learns from it what one can.
+They are about dates (Python's calendar), numbers, and radicals with their English names (Unicode's character database).
+It stands in for SkyPile, with few words and fewer constructions.
 """
 
 import random
@@ -18,7 +18,7 @@ _SENTENCES = 40  # of a page
 
 
 def chinese_pages() -> Iterator[str]:
-    """Page after page, the same ones in every call, without an end."""
+    """An endless sequence of pages, the same in every call."""
     rng = random.Random("SkyPile")
     writers = (_date, _sum, _comparison, _radical)
     while True:

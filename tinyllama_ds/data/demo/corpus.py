@@ -1,9 +1,9 @@
-"""A demo corpus made from the Python installation itself: nothing is downloaded, nothing of it is executed.
+"""A demo corpus made from the Python installation itself, without downloads and without executing any of it.
 
-Prose (pydoc's topics and docstrings) is written as SlimPajama is published, code (the standard library's sources) as
-StarCoderData is, mathematics (docstrings and sources of sympy and mpmath, on which torch depends) as Proof-Pile-2 is,
-and the sentences of a small Chinese grammar (`demo_chinese.py`) as SkyPile is. A module is held out whole, its
-docstrings and its source together, so that no validation text was seen in training under another name.
+Prose (pydoc's topics and docstrings) is written in the format of SlimPajama, code (the standard library's sources) of
+StarCoderData, mathematics (docstrings and sources of sympy and mpmath, on which torch depends) of Proof-Pile-2, and the
+sentences of a small Chinese grammar (`chinese.py`) of SkyPile. Splits are by module, docstrings and source together, so
+that validation text is never in the training data under a different name.
 """
 
 import ast
@@ -54,8 +54,8 @@ def make_demo_corpus(
     """Write `output/<source>` for each of some `DEMO_SOURCES`; returns documents and bytes by source and split.
 
     All but the Chinese come from the Python sources below `code_root` (default: the standard library, for prose also
-    `PROSE_PACKAGES`, for mathematics `MATHEMATICS_PACKAGES`), each up to `max_bytes`. A source that is already there is
-    left alone.
+    `PROSE_PACKAGES`, for mathematics `MATHEMATICS_PACKAGES`), each up to `max_bytes`. A source that exists already is
+    kept.
     """
     stdlib = code_root or Path(sysconfig.get_paths()["stdlib"])
     # Packages come first, because their docstrings are the longest.
@@ -103,7 +103,7 @@ def _prose(roots: list[Path]) -> Iterator[Document]:
 
 
 def _mathematics(roots: list[Path]) -> Iterator[Document]:
-    """What a module says as a page of the web, what it does as code of the algebraic stack."""
+    """The docstrings of a module as a web page, its source as code of the algebraic stack."""
     files = [(root, path) for root in roots for path in python_files(root) if "tests" not in path.parts]
     for root, path, text in _with_docstrings(files):
         module, place = _module(root, path), f"{root.name}/{path.relative_to(root)}"
@@ -119,7 +119,7 @@ def _chinese() -> Iterator[Document]:
 
 
 def _with_docstrings(files: list[tuple[Path, Path]]) -> Iterator[tuple[Path, Path, str]]:
-    """Each (root, file) with its long docstrings, without those that were in a file before."""
+    """Each (root, file) with its long docstrings, without those of files before it."""
     seen: set[bytes] = set()
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         docstrings_of = pool.imap(_docstrings, [path for _, path in files], chunksize=32)
@@ -135,15 +135,19 @@ def _pydoc_topics() -> Iterator[Document]:
 
 
 def _docstrings(path: Path) -> list[str]:
-    """The long docstrings of a file, in its order; none where it is not valid Python."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about escapes in other people's strings
-            tree = ast.parse(read_source(path))
-    except (SyntaxError, ValueError, RecursionError):
-        return []
+    """The long docstrings of a file, in order; none where it is not valid Python."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    found = [ast.get_docstring(node) for node in ast.walk(parse_source(path)) if isinstance(node, kinds)]
     return [text for text in found if text and len(text) >= _MIN_DOCSTRING]
+
+
+def parse_source(path: Path) -> ast.Module:
+    """The syntax tree of a source file; an empty one where it is not valid Python."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about invalid escapes in strings
+            return ast.parse(read_source(path))
+    except (SyntaxError, ValueError, RecursionError):
+        return ast.Module([], [])
 
 
 def read_source(path: Path) -> str:
@@ -155,7 +159,7 @@ def read_source(path: Path) -> str:
 
 
 def _module(root: Path, path: Path) -> str:
-    """The top-level folder of a package and the file's stem: twins such as `x.py` and `test_x.py` share a split."""
+    """The top-level folder of a package and the file's stem: `x.py` and `test_x.py` share a split."""
     relative = path.relative_to(root)
     return f"{relative.parts[0]}/{relative.stem.removeprefix('test_')}"
 
@@ -168,7 +172,7 @@ def _is_new(text: str, seen: set[bytes]) -> bool:
 
 
 def is_held_out(module: str) -> bool:
-    """Whether what is made of a module goes to the validation split."""
+    """Whether a module belongs to the validation split."""
     return int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "little") % 100 < _HELD_OUT_PERCENT
 
 
@@ -209,7 +213,7 @@ def _write_proof_pile(root: Path, split: str, number: int, documents: list[Docum
 
 
 def _write_skypile(root: Path, split: str, number: int, documents: list[Document]) -> None:
-    folder = "data" if split == "train" else split  # the published one has no held-out part
+    folder = "data" if split == "train" else split  # the published corpus has no held-out part
     _write_lines(root / folder / f"part_{number:04d}.jsonl", [{"text": document.text} for document in documents])
 
 

@@ -1,6 +1,6 @@
-"""A demo task for `evaluate`: in which of four orders do the last words of a held-out text stand? Chance is a quarter.
+"""A demo task for `evaluate`: which of four orders of the last words is that of a held-out text? Chance is a quarter.
 
-The text is from the validation split, so that it is not known from training, and all four endings have the same words.
+The text is from the validation split, so that it is not in the training data, and all four endings have the same words.
 """
 
 import json
@@ -65,7 +65,7 @@ def make_demo_task(corpora: Path) -> Path:
 
 
 def _passages(text: str) -> Iterator[tuple[str, list[str]]]:
-    """The beginning of every stretch of text that is long enough, and the words that end it."""
+    """The beginning of every passage of the full length, and its last words."""
     words, length = text.split(), _QUESTION_WORDS + _ENDING_WORDS
     for start in range(0, len(words) - length + 1, length):
         question, ending = words[start : start + _QUESTION_WORDS], words[start + _QUESTION_WORDS : start + length]

@@ -1,7 +1,7 @@
-"""One preparing agent per host, started over ssh; what an agent leaves undone is done by whoever comes next.
+"""One preparing agent per host, started over ssh.
 
-Every agent sees the same files and makes its share of the shards. Nothing else passes between them: a shard is there
-or it is not, so an agent that dies costs the shard that it was making.
+Every agent sees the same files and makes its share of the shards, without communication: an agent that dies loses the
+shard that it was making, which a later run makes.
 """
 
 import subprocess
@@ -54,4 +54,4 @@ def _start(host: str, arguments: list[str], log: IO[str]) -> subprocess.Popen:
 def _last_line(log: IO[str]) -> str:
     log.seek(0)
     lines = [line for line in log.read().replace("\r", "\n").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"

@@ -1,4 +1,4 @@
-"""Chat files as they lie on disk: records that hold a conversation, in one of two forms.
+"""Chat files: records that hold a conversation, in one of two formats.
 
 `{"messages": [{"role": "user", "content": "..."}, ...]}`, as ChatML's tools write it, and OpenAssistant-Guanaco's
 `{"text": "### Human: ...### Assistant: ..."}`.
@@ -20,9 +20,9 @@ _GUANACO_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class ChatFormat(SourceFormat):
-    """Where a chat file keeps its conversations, and how long one may be.
+    """Where a chat file has its conversations, and how long they may be.
 
-    A record is read as messages where it has them, else as Guanaco's text. A last turn without an answer is left out.
+    A record is read as messages where it has them, else as Guanaco's text. A last turn without an answer is dropped.
     """
 
     max_tokens: int = 2048
@@ -55,7 +55,7 @@ class ChatFormat(SourceFormat):
         return Record(messages=tuple(messages[:-1]), text_bytes=size, shortened="last turn without an answer")
 
     def _messages(self, raw: object) -> list[Message]:
-        """Raises `ValueError` for what is no conversation."""
+        """Raises `ValueError` for a record without a conversation."""
         if isinstance(raw, dict) and isinstance(raw.get(MESSAGES_FIELD), list):
             return [_message(entry, number) for number, entry in enumerate(raw[MESSAGES_FIELD], start=1)]
         if isinstance(raw, dict) and isinstance(raw.get(self.text_field), str):
@@ -65,7 +65,7 @@ class ChatFormat(SourceFormat):
 
 
 def format_from_dict(raw: dict) -> SourceFormat:
-    """How a shard's inputs were read, by its manifest. Raises `ConfigError` where that says something else."""
+    """How a shard's inputs were read, by its manifest. Raises `ConfigError` for another format."""
     return validate(ChatFormat if "max_tokens" in raw else SourceFormat, raw, "source_format of its manifest")
 
 
@@ -86,7 +86,7 @@ def _guanaco_messages(text: str) -> list[Message]:
 
 
 def _check_roles(messages: Sequence[Message]) -> None:
-    """A system message or none, then user and assistant by turns, all of them with words."""
+    """An optional system message, then user and assistant in alternation, none of them empty."""
     has_system = bool(messages) and messages[0].role == "system"
     expected = cycle(("user", "assistant"))
     for number, message in enumerate(messages, start=1):

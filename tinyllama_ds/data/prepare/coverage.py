@@ -1,4 +1,4 @@
-"""The proof that a plan trains on its data as it says: ranks disjoint, nothing left out, every repetition announced."""
+"""What a run trains on: whether ranks are disjoint, nothing is missing, and how often each source is repeated."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import numpy as np
 
 from tinyllama_ds.data.order import SampleOrder, rank_positions
 
-EXHAUSTIVE_SAMPLES = 5_000_000  # up to here every position of the run is checked, beyond it windows of the run
+EXHAUSTIVE_SAMPLES = 5_000_000  # up to which every position of a run is checked; of longer runs, windows are
 _WINDOWS = 8
 _WINDOW_SAMPLES = 200_000
 
@@ -18,13 +18,13 @@ RankAssignment = Callable[
 
 @dataclass
 class Coverage:
-    """What was found about a plan."""
+    """The result of the check."""
 
     world_size: int
     checked_samples: int = 0
     total_samples: int = 0
-    epochs: dict[str, float] = field(default_factory=dict)  # how often each source will have been seen
-    shares: list[dict[str, float]] = field(default_factory=list)  # of the sources in each stage, over all of it
+    epochs: dict[str, float] = field(default_factory=dict)  # of each source
+    shares: list[dict[str, float]] = field(default_factory=list)  # of the sources in each stage
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -32,7 +32,7 @@ class Coverage:
 def check_coverage(
     order: SampleOrder, batches: Sequence[int], world_size: int, assign: RankAssignment = rank_positions
 ) -> Coverage:
-    """Deal every global batch to all ranks, as training does, and look at what they get together.
+    """Assign every global batch to the ranks, as training does, and check the union of their samples.
 
     `batches` are the samples of one global batch in each stage of the order.
     Runs of up to `EXHAUSTIVE_SAMPLES` are checked as a whole, longer ones in windows from their start to their end.
@@ -92,7 +92,7 @@ def _check_window(
 
 
 def _check_epochs(coverage: Coverage, order: SampleOrder, seen: Mapping[str, np.ndarray]) -> None:
-    """Over a whole run the samples of a source are seen equally often, but for its last epoch."""
+    """Over a whole run all samples of a source are seen equally often, apart from its last epoch."""
     for name in order.sources:
         fewest, most = int(seen[name].min()), int(seen[name].max())
         if most - fewest > 1:
@@ -109,6 +109,6 @@ def _describe_mixture(coverage: Coverage, order: SampleOrder) -> None:
     coverage.epochs = {name: before[name] / order.num_samples[name] for name in order.sources}
     for name, epochs in coverage.epochs.items():
         if epochs < 1:
-            coverage.warnings.append(f"{name}: {1 - epochs:.1%} of it will never be read")
+            coverage.warnings.append(f"{name}: {1 - epochs:.1%} of it is never read")
         elif epochs > 4:
-            coverage.warnings.append(f"{name}: every sample will be seen {epochs:.1f} times")
+            coverage.warnings.append(f"{name}: every sample is seen {epochs:.1f} times")

@@ -1,10 +1,10 @@
-"""Which documents are there twice: a hash of each, and what the sources and splits share, for a billion of them."""
+"""Exact duplicates among up to a billion documents, by a hash of each, within and between sources and splits."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-_HASHED_TOGETHER = 2**16  # tokens; what is made of them on the way stays in the processor's cache
+_HASHED_TOGETHER = 2**16  # tokens; their intermediate results fit the processor's cache
 _COMPARED_TOGETHER = 2**22  # hashes
 
 
@@ -13,13 +13,15 @@ def hash_documents(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
     (documents + 1,): the sum of a hash of each token and its place in the document."""
     starts = starts.astype(np.int64)
     hashes = np.zeros(len(starts) - 1, dtype=np.uint64)
-    filled = np.flatnonzero(np.diff(starts))  # a document may have no token
-    borders = np.append(starts[filled], starts[-1])
+    filled = np.flatnonzero(np.diff(starts))  # documents may be empty
+    boundaries = np.append(starts[filled], starts[-1])
     for start in range(0, len(tokens), _HASHED_TOGETHER):
         end = min(start + _HASHED_TOGETHER, len(tokens))
-        first, last = np.searchsorted(borders, start, "right") - 1, np.searchsorted(borders, end, "left")
-        here = np.maximum(borders[first:last], start) - start
-        places = np.arange(start + 1, end + 1) - np.repeat(borders[first:last], np.diff(np.append(here, end - start)))
+        first, last = np.searchsorted(boundaries, start, "right") - 1, np.searchsorted(boundaries, end, "left")
+        here = np.maximum(boundaries[first:last], start) - start
+        places = np.arange(start + 1, end + 1) - np.repeat(
+            boundaries[first:last], np.diff(np.append(here, end - start))
+        )
         mixed = _mix((places.astype(np.uint64) << np.uint64(32)) + tokens[start:end].astype(np.uint64))
         hashes[filled[first:last]] += np.add.reduceat(mixed, here)
     return hashes
@@ -36,10 +38,10 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def count_duplicates(groups: Mapping[str, Sequence[np.ndarray]]) -> dict[str, int]:
-    """How many documents of each group are there before, and how many distinct ones each two groups share.
+    """How many documents of each group are exact duplicates, and how many distinct ones each two groups share.
 
-    `groups` holds sorted hashes, in any number of arrays. A range of hashes is looked at after another, so that little
-    more than the hashes themselves is in memory.
+    `groups` holds sorted hashes, in any number of arrays. They are compared range by range, which needs little memory
+    beyond the hashes themselves.
     """
     names = list(groups)
     repeated = np.zeros(len(names), dtype=np.int64)
@@ -55,11 +57,13 @@ def count_duplicates(groups: Mapping[str, Sequence[np.ndarray]]) -> dict[str, in
 
 
 def _ranges(groups: Sequence[Sequence[np.ndarray]]) -> Iterator[list[list[np.ndarray]]]:
-    """The same groups with the hashes of one range only, range by range: views of the sorted arrays."""
+    """The hashes of each range, by group: views of the sorted arrays."""
     total = sum(len(hashes) for group in groups for hashes in group)
     bits = max(0, (total // _COMPARED_TOGETHER).bit_length())
-    borders = np.arange(1, 2**bits, dtype=np.uint64) << np.uint64(64 - bits) if bits else np.empty(0, dtype=np.uint64)
-    cuts = [[[0, *np.searchsorted(hashes, borders), len(hashes)] for hashes in group] for group in groups]
+    boundaries = (
+        np.arange(1, 2**bits, dtype=np.uint64) << np.uint64(64 - bits) if bits else np.empty(0, dtype=np.uint64)
+    )
+    cuts = [[[0, *np.searchsorted(hashes, boundaries), len(hashes)] for hashes in group] for group in groups]
     for number in range(2**bits):
         yield [
             [hashes[cut[number] : cut[number + 1]] for hashes, cut in zip(group, own, strict=True)]
@@ -75,7 +79,7 @@ def _distinct(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _count_shared(groups: Sequence[np.ndarray]) -> np.ndarray:
-    """Of groups of distinct sorted hashes, how many each two have in common (groups, groups)."""
+    """How many hashes each two groups of distinct sorted hashes share (groups, groups)."""
     together = np.concatenate([*groups, np.empty(0, dtype=np.uint64)])
     together.sort()
     several = _distinct([together[1:][together[1:] == together[:-1]]])

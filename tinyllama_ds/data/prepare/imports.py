@@ -1,4 +1,4 @@
-"""Tokens that others prepared: Megatron's shards as they are, and TinyLlama's own LITPKDS chunks."""
+"""Tokens prepared by other programs: Megatron's shards, and TinyLlama's LITPKDS chunks."""
 
 import hashlib
 import struct
@@ -28,7 +28,7 @@ _READ_TOKENS = 2**22
 
 @dataclass(frozen=True)
 class Import:
-    """Where foreign tokens come from and where they go; `tokenizer` is the one they were made with."""
+    """Source, split and data directory of imported tokens; `tokenizer` is the one that they were made with."""
 
     source: str
     split: str
@@ -47,7 +47,7 @@ def import_megatron(job: Import, inputs: list[Path]) -> list[Manifest]:
     tokenizer = Tokenizer(job.tokenizer)
     reject_inconvertible(tokenizer)
     for index in inputs:
-        IndexHeader.read(index)  # before anything is made
+        IndexHeader.read(index)  # before anything is written
     store_tokenizer(tokenizer, job.output)
     manifests = []
     for number, index in enumerate(progress(inputs, desc=f"import {job.source}", unit="shard")):
@@ -98,7 +98,7 @@ def _describe_megatron(index: Path, name: ShardName, tokenizer: Tokenizer) -> Ma
 
 
 def _link(target: Path, link: Path) -> None:
-    """A symbolic link: corpora are too large to copy, and hard links do not cross file systems."""
+    """By a symbolic link: corpora are too large to copy, and hard links do not cross file systems."""
     partial = temporary_name(link)
     partial.symlink_to(target.resolve())
     partial.replace(link)
@@ -129,12 +129,12 @@ def import_litpkds(job: Import, inputs: list[Path], shard_bytes: int = 256 * 2**
     """Turn TinyLlama's chunks, in the order given, into shards of about `shard_bytes`.
 
     Documents are cut after EOS, or before BOS where a file knows no EOS; one that runs on in the next chunk of the same
-    process stays whole. Filler, a run of BOS at the end of a chunk, is left out and counted (TinyLlama's issue 83).
+    process stays whole. Padding, a run of BOS at the end of a chunk, is dropped and counted (TinyLlama's issue 83).
     """
     tokenizer = Tokenizer(job.tokenizer)
     reject_inconvertible(tokenizer)
     for path in inputs:
-        _chunk_of(path)  # before anything is made
+        _chunk_of(path)  # before anything is written
     store_tokenizer(tokenizer, job.output)
     groups = list(_fill(inputs, shard_bytes))
     manifests = []
@@ -167,7 +167,7 @@ def _fill(inputs: list[Path], shard_bytes: int) -> Iterator[list[Path]]:
 def _import_group(
     writer: ShardWriter, tokenizer: Tokenizer, group: list[Path], following: Path | None, open_document: np.ndarray
 ) -> tuple[Manifest, np.ndarray]:
-    """Write the chunks of one shard; returns its manifest and the document that runs on in the next shard."""
+    """Write the chunks of one shard; returns its manifest and the document that continues in the next shard."""
     inputs, padding = [], 0
     for path, after in zip(group, [*group[1:], following], strict=True):
         ids = read_litpkds(path)
@@ -187,12 +187,12 @@ def _import_group(
 
 
 def read_litpkds(path: Path) -> np.ndarray:
-    """All ids of a chunk (n,) int64; raises `ConfigError` for anything but a whole LITPKDS file of integers."""
+    """All ids of a chunk (n,) int64; raises `ConfigError` unless it is a complete LITPKDS file of integers."""
     return np.fromfile(path, dtype=_chunk_of(path), offset=_LITPKDS_HEADER.size).astype(np.int64)
 
 
 def _chunk_of(path: Path) -> np.dtype:
-    """The type of a chunk's ids, proven to fit the size of the file."""
+    """The dtype of a chunk's ids, validated against the size of the file."""
     if not path.is_file():
         raise ConfigError(f"{path}: the chunk is missing")
     with path.open("rb") as file:

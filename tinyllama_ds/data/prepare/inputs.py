@@ -1,6 +1,6 @@
-"""Which files below a directory are read, which split each belongs to, and which are passed over, and why.
+"""Which files below a directory are read, which split each belongs to, and which are skipped, and why.
 
-Nothing is passed over in silence, and what its name says is held out never counts as training data.
+No file is skipped silently, and files with a held-out name are never training data.
 """
 
 import os
@@ -14,46 +14,46 @@ from tinyllama_ds.data.prepare.reading import READERS
 from tinyllama_ds.data.prepare.sources import SPLITS, SourceFormat
 from tinyllama_ds.errors import ConfigError
 
-# The words by which the datasets library knows a split, too; "eval" is a validation split here.
+# The words that the datasets library recognises, too; "eval" is a validation split here.
 _SPLIT_WORD = re.compile(
     r"(?<![a-z])(?:(train|training)|(valid|validation|val|dev|eval|evaluation|h[eo]ld[-_ ]?out)|(test|testing))"
     r"(?:[-_ ]?set)?(?![a-z])",
     re.IGNORECASE,
 )
-OTHER_KIND = "of another kind than is read"
-_NAMED = 5  # files of one reason that are named on the console
+OTHER_KIND = "unsupported file type"
+_NAMED = 5  # at most, of the files of one reason, on the console
 
-Identity = tuple[int, int]  # of a file or folder, by whatever name: device and inode
+Identity = tuple[int, int]  # of a file or folder: device and inode
 
 
 @dataclass
 class Inputs:
-    """The files that are read, by split, and those that are not."""
+    """The files that are read, by split, and the skipped ones."""
 
     directory: Path
     splits: dict[str, list[Path]] = field(default_factory=dict)
-    skipped: dict[str, list[str]] = field(default_factory=dict)  # why to names below the directory
+    skipped: dict[str, list[str]] = field(default_factory=dict)  # by reason, names below the directory
 
     def skip(self, path: Path, why: str) -> None:
         self.skipped.setdefault(why, []).append(str(path.relative_to(self.directory)))
 
     def notes(self) -> list[str]:
-        """What a user should know before this is read: a line for each held-out split, and for each reason."""
+        """What a user should know before reading: a line for each held-out split, and each reason of skipped files."""
         lines = [
             f"{self.directory}: {_belong(len(paths), split)}: {_some(self._relative(paths))}"
             for split, paths in self.splits.items()
             if split != "train"
         ]
         if "train" not in self.splits:
-            lines.append(f"{self.directory}: holds no training data, by the names of its files")
+            lines.append(f"{self.directory}: has no training data, judging by file names")
         elif named := self._held_out_by_name():
-            lines.append(f"{self.directory}: is read as training data, though it lies in {named!r}")
+            lines.append(f"{self.directory}: is read as training data, although it is in {named!r}")
         for why, names in self.skipped.items():
             lines.append(f"{self.directory}: not read, {why}: {_some(sorted(names))}")
         return lines
 
     def _held_out_by_name(self) -> str | None:
-        """The name of the directory, or of one that it lies in, which may be where somebody keeps held-out data."""
+        """The name of the directory, or of a parent, that may mean held-out data."""
         names = self.directory.parts[-3:]
         return next((name for name in names if _SPLIT_WORD.fullmatch(name) and _split_word(name) != "train"), None)
 
@@ -62,11 +62,10 @@ class Inputs:
 
 
 def find_inputs(directory: Path, fmt: SourceFormat) -> Inputs:
-    """The readable files below a directory (or the one file named) by split, sorted so that no order is the disk's.
+    """The readable files below a directory (or the one file named) by split, sorted.
 
-    Links are followed, and a file or folder that is there under several names is read once. A file whose name, or a
-    folder on whose path, says `validation` or `test` in one of the usual ways belongs to that split, wherever it
-    stands, else to `train`.
+    Links are followed, and a file or folder with several names is read once. A file whose name, or the name of a folder
+    above it, contains `validation` or `test` in a usual form belongs to that split, else to `train`.
 
     Raises `ConfigError` where nothing is found, a chosen subset has no folder, a link leads nowhere, a folder cannot be
     listed, a file is held out by one of its names only, or is there packed and unpacked.
@@ -100,11 +99,11 @@ def _is_known(path: Path) -> bool:
     return path.name.lower().endswith(tuple(READERS))
 
 
-# --- what lies below the directory ------------------------------------------------------------------------------------
+# --- the files below the directory ------------------------------------------------------------------------------------
 
 
 def _readable(inputs: Inputs) -> list[Path]:
-    """Regular files of a known kind, each once. What is there itself comes before links, which may lead to it."""
+    """Regular files of a known kind, each once; files and folders come before links, which may lead to them."""
     files: dict[Identity, Path] = {}
     folders: dict[Identity, Path] = {}
     waiting = [inputs.directory]
@@ -131,7 +130,7 @@ def _readable(inputs: Inputs) -> list[Path]:
 
 
 def _entries(inputs: Inputs, folder: Path) -> Iterator[tuple[Path, int]]:
-    """What a folder holds and is not hidden, with the mode of what it leads to."""
+    """The entries of a folder that are not hidden, with their modes, those of links resolved."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -151,26 +150,28 @@ def _entries(inputs: Inputs, folder: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _is_first(inputs: Inputs, path: Path, seen: dict[Identity, Path]) -> bool:
-    """Note a file or folder; one that is there already, under another name, is passed over.
+    """Record a file or folder; one that is already recorded under a different name is skipped.
 
-    Raises `ConfigError` where the two names say different splits.
+    Raises `ConfigError` where the two names mean different splits.
     """
     status = path.stat()
     first = seen.setdefault((status.st_dev, status.st_ino), path)
     if first == path:
         return True
     if first in path.parents:
-        inputs.skip(path, "as links to a folder above them")
+        inputs.skip(path, "links to a parent folder")
         return False
     here, there = path.relative_to(inputs.directory), first.relative_to(inputs.directory)
     if split_of(here, frozenset()) != split_of(there, frozenset()):
-        raise ConfigError(f"{path}: is the same as {first}, and their names say different splits; remove one of them")
-    inputs.skip(path, "as they are there under another name too")
+        raise ConfigError(
+            f"{path}: is the same file as {first}, and their names mean different splits; remove one of them"
+        )
+    inputs.skip(path, "duplicates under other names")
     return False
 
 
 def _reject_twice_packed(paths: Iterable[Path]) -> None:
-    """`gunzip --keep` and its like leave the same documents twice."""
+    """`gunzip --keep` and similar programs leave the same documents twice."""
     unpacked: dict[Path, Path] = {}
     for path in paths:
         lower = path.name.lower()
@@ -179,7 +180,7 @@ def _reject_twice_packed(paths: Iterable[Path]) -> None:
             name = path.with_name(path.name[: -len(end)])
             if name in unpacked:
                 raise ConfigError(
-                    f"{path}: has the name of {unpacked[name].name} beside it, but for its compression; the same"
+                    f"{path}: has the name of {unpacked[name].name} beside it, apart from the compression; the same"
                     " documents would count twice; remove one or rename it"
                 )
             unpacked[name] = path
@@ -189,23 +190,23 @@ def _reject_twice_packed(paths: Iterable[Path]) -> None:
 
 
 def split_of(relative: Path, subsets: frozenset[str]) -> str:
-    """The held-out split that a name on a path says, the outermost first; `train` where none does.
+    """The held-out split in the names of a path, the outermost first; `train` without one.
 
     So `train-00000.parquet` in a folder `validation` is held out, and so is `test.jsonl` in a folder `train`. The
-    folder of a chosen subset says nothing.
+    folder of a chosen subset is ignored.
     """
-    said = (_split_word(name) for name in relative.parts if name not in subsets)
-    return next((split for split in said if split not in (None, "train")), None) or "train"
+    splits = (_split_word(name) for name in relative.parts if name not in subsets)
+    return next((split for split in splits if split not in (None, "train")), None) or "train"
 
 
 def _split_word(name: str) -> str | None:
-    """The one split that a name says."""
-    said = {SPLITS[match.lastindex - 1] for match in _SPLIT_WORD.finditer(name) if match.lastindex}
-    return said.pop() if len(said) == 1 else None
+    """The split in a name, if there is exactly one."""
+    splits = {SPLITS[match.lastindex - 1] for match in _SPLIT_WORD.finditer(name) if match.lastindex}
+    return splits.pop() if len(splits) == 1 else None
 
 
 def _select(inputs: Inputs, paths: list[Path], fmt: SourceFormat) -> list[Path]:
-    """Those below the folders of the chosen subsets, where a corpus keeps its subsets in folders."""
+    """The files below the folders of the chosen subsets, where a corpus has its subsets in folders."""
     if fmt.folders:
         folders = {path: set(path.relative_to(inputs.directory).parts[:-1]) for path in paths}
         present = set().union(*folders.values())
@@ -215,7 +216,7 @@ def _select(inputs: Inputs, paths: list[Path], fmt: SourceFormat) -> list[Path]:
             raise ConfigError(f"{inputs.directory}: has no subset {unknown[0]!r}; its folders are {names}")
         for path in paths:
             if not folders[path] & fmt.folders:
-                inputs.skip(path, "as they are of other subsets" if folders[path] else "as no folder says their subset")
+                inputs.skip(path, "of other subsets" if folders[path] else "without a subset folder")
         paths = [path for path in paths if folders[path] & fmt.folders]
     if not paths:
         others = inputs.skipped.get(OTHER_KIND)

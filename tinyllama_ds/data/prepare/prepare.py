@@ -1,7 +1,7 @@
-"""Raw files to token shards: a deterministic plan, a pool of processes, shards that are committed whole or not at all.
+"""Raw files to token shards: a deterministic plan, a pool of processes, shards that are committed atomically.
 
-The plan depends on nothing but the sorted list of input files and their sizes, so the bytes written are the same for
-any number of workers and after any crash; a shard whose manifest matches the plan is not made again.
+The plan depends only on the sorted list of input files and their sizes, so the bytes written are the same for any
+number of workers and after any crash; a shard whose manifest matches the plan is not made again.
 """
 
 import multiprocessing
@@ -26,15 +26,15 @@ from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, Tokenizer, store_tokeni
 from tinyllama_ds.data.vocabulary import reject_inconvertible
 from tinyllama_ds.errors import ConfigError
 
-_ENCODE_BYTES = 2**20  # how much text one call of the encoder sees
-_RECORD_BYTES = 100  # what a record takes without its text: most may be rejected
+_ENCODE_BYTES = 2**20  # of text in one call of the encoder
+_RECORD_BYTES = 100  # of memory for a record without its text: most may be rejected
 # Bytes of uint16 tokens per byte on disk, for planning only: 4 bytes of text per token, zstd and parquet about 3:1.
 _TOKEN_BYTES_PER_INPUT_BYTE = {".zst": 1.5, ".gz": 1.5, ".parquet": 1.5}
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is prepared, and how: everything that decides the bytes that are written."""
+    """What is prepared, and how: everything that determines the bytes of the shards."""
 
     source: str
     input: Path
@@ -73,14 +73,14 @@ def prepare(
 
     `workers` processes of this machine do it, or with `use_mpi` those of `python -m mpi4py.futures`. A `share`
     (rank, size) is every size-th shard, for one of several machines; only its manifests are returned.
-    Raises `ConfigError` for more than `max_bad_records` records that cannot be read, for another tokenizer than the one
-    `output` already holds, and for shards that were made from other inputs.
+    Raises `ConfigError` for more than `max_bad_records` records that cannot be read, for a tokenizer that differs
+    from the one in `output`, and for shards that were made from other inputs.
     """
     tokenizer = Tokenizer(job.tokenizer)
     reject_inconvertible(tokenizer)
     if isinstance(job.format, ChatFormat):
         reject_merged_line_breaks(tokenizer)
-    _encoder_of(job.tokenizer, job.encoder)  # refuses here what no worker could do
+    _encoder_of(job.tokenizer, job.encoder)  # raises here what would fail in every worker
     rank, size = share
     tasks = plan_shards(job)[rank::size]
     store_tokenizer(tokenizer, job.output)
@@ -125,19 +125,19 @@ def _expected_token_bytes(path: Path) -> float:
 
 
 def watch_shards(description: str, tasks: list[ShardTask], vocab_size: int) -> ShardProgress:
-    """The progress bar of some tasks, whoever works on them."""
+    """The progress bar of some tasks, on whatever process or host they run."""
     expected = {task.name.prefix.with_suffix(".bin"): sum(map(_expected_token_bytes, task.inputs)) for task in tasks}
     return ShardProgress(description, expected, token_dtype(vocab_size).itemsize)
 
 
 def _remove_leftovers(job: Preparation) -> None:
-    """What killed processes were writing; nobody is at work any more when every shard is there."""
+    """Partial files of killed processes; when every shard is complete no process is writing any more."""
     for path in (job.output / job.source).rglob(".*.partial"):
         path.unlink()
 
 
 def _finished(task: ShardTask, tokenizer: Tokenizer) -> Manifest | None:
-    """The manifest of a shard that need not be made again; raises `ConfigError` for one that was made otherwise."""
+    """The manifest of a complete shard, or None; raises `ConfigError` for one that was made from other inputs."""
     suffixes = shard_suffixes(task.holds_conversations)
     if not all(task.name.prefix.with_suffix(suffix).is_file() for suffix in suffixes):
         return None
@@ -156,7 +156,7 @@ def _finished(task: ShardTask, tokenizer: Tokenizer) -> Manifest | None:
 
 
 def _run(job: Preparation, pending: list[ShardTask], done: list[Manifest], workers: int, use_mpi: bool) -> None:
-    """Make the pending shards; stop at the bad record that is one too many."""
+    """Make the pending shards; stop at the first bad record beyond the allowed number."""
     faults = _faults(done)
     _check_faults(faults, job.max_bad_records)
     for manifest in _make_shards(pending, workers, use_mpi):
@@ -174,7 +174,7 @@ def _check_faults(faults: list[str], allowed: int) -> None:
 
 
 def _check_accounts(manifests: list[Manifest]) -> None:
-    """Records in = documents out + rejected + faults, file by file; and what the files gave is what the shard holds."""
+    """Records in = documents out + rejected + faults, file by file; the documents add up to the shard's."""
     for manifest in manifests:
         for entry in manifest.inputs:
             if entry.records != entry.documents + sum(entry.rejected.values()) + len(entry.faults):
@@ -215,13 +215,13 @@ def _open_mpi_pool() -> Executor:
     except ImportError as error:
         raise ConfigError(f"--mpi: needs an MPI and the package mpi4py ({error})") from error
     world = MPI.COMM_WORLD
-    if world.Get_rank() != 0 or world.Get_size() < 2:  # under mpi4py.futures only rank 0 of several comes here
+    if world.Get_rank() != 0 or world.Get_size() < 2:  # under mpi4py.futures only rank 0 gets here
         raise ConfigError("--mpi: start with mpirun -n RANKS python -m mpi4py.futures -m tinyllama_ds.cli prepare ...")
     return MPIPoolExecutor()
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next task for ever."""
+    """A worker whose parent was killed would wait for its next task forever."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -240,7 +240,7 @@ def make_shard(task: ShardTask) -> Manifest:
     try:
         inputs = [_add_file(writer, FileEncoder(tokenizer, fast), task, path) for path in task.inputs]
         return writer.commit(tokenizer.sha256, ending, task.job.format.to_dict(), inputs)
-    except OSError as error:  # what cannot be read is a fault of its record, so this is a write
+    except OSError as error:  # read errors are faults of records, so this is a write error
         raise ConfigError(f"{task.name.prefix}.bin: the shard cannot be written ({error})") from error
     finally:
         writer.abandon()
@@ -289,7 +289,7 @@ def _add_conversations(
     rejected: Counter[str],
     shortened: Counter[str],
 ) -> None:
-    """Write the conversations of a batch, and count those that lost turns or are too long altogether."""
+    """Write the conversations of a batch, and count those that were cut or do not fit."""
     shortened.update(record.shortened for record in batch if record.shortened)
     conversations = [record.messages for record in batch if record.messages]
     encoded = encode_conversations(encoder.encode, conversations, header_tokens(encoder.tokenizer), fmt.max_tokens)
@@ -301,7 +301,7 @@ def _add_conversations(
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """The records by the megabyte, so that neither many small documents nor a large one fill the memory."""
+    """The records in batches of a megabyte, so that neither many small documents nor a large one fill the memory."""
     batch: list[Record] = []
     size = 0
     for record in records:
@@ -315,7 +315,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def summarise(manifests: list[Manifest]) -> dict[str, dict]:
-    """The closing table: a row per split with shards, files, documents, what was left out, tokens, bytes per token."""
+    """A row per split for the final table: shards, files, documents, rejected records, tokens, bytes per token."""
     table: dict[str, dict] = {}
     for split in dict.fromkeys(manifest.split for manifest in manifests):
         chosen = [manifest for manifest in manifests if manifest.split == split]

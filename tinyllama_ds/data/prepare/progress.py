@@ -1,4 +1,4 @@
-"""How far a preparation is, seen from outside: by the files that it writes, whoever writes them."""
+"""The progress of a preparation, by the files that it writes, on whatever process or host."""
 
 import os
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ _POLL_SECONDS = 1.0
 
 
 class ShardProgress:
-    """A bar over tokens that moves while shards are being written, by processes of this machine or of others.
+    """A bar over tokens that moves while shards are being written, by processes of this host or others.
 
-    `expected` holds the bytes of tokens that each shard to be made will have, by the path of its `.bin`. It is a guess
-    from the size of the inputs; the bar's total follows what the finished shards turned out to hold.
+    `expected` holds the bytes of tokens that each shard to be made will have, by the path of its `.bin`. It is an
+    estimate from the size of the inputs; the bar's total follows the actual size of the finished shards.
     """
 
     def __init__(self, description: str, expected: dict[Path, float], bytes_per_token: int) -> None:
@@ -46,7 +46,7 @@ class ShardProgress:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Look again and again from a thread, and once more at the end."""
+        """Update the bar from a thread, and once more at the end."""
         ended = Event()
         thread = Thread(target=self._watch, args=(ended,), name="progress", daemon=True)
         thread.start()

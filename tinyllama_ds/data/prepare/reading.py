@@ -1,4 +1,4 @@
-"""Files of many documents, read one record at a time in flat memory, as published tools and editors write them."""
+"""Files of many documents, as published tools and editors write them, read record by record in constant memory."""
 
 import gzip
 import io
@@ -16,22 +16,22 @@ import pyarrow.parquet
 from tinyllama_ds.data.prepare.sources import Record, SourceFormat
 from tinyllama_ds.errors import ConfigError
 
-MAX_DOCUMENT_BYTES = 64 * 2**20  # also what keeps a decompression bomb out of memory
-_READ_BYTES = 2**16  # also what is lost before the place where a file is cut short
+MAX_DOCUMENT_BYTES = 64 * 2**20  # also limits the memory of a decompression bomb
+_READ_BYTES = 2**16  # also what is lost before the end of a truncated file
 _PARQUET_ROWS = 64  # StarCoderData's rows reach a MB
 _HEAD_BYTES = 64
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a byte from 0x50 to 0x5f, which pzstd and others begin a file with
-# What is neither text nor compressed by a known program: how it begins, what it is, and what helps.
+# Formats that are not read: the first bytes, what it is, and how to convert it.
 _UNREADABLE = {
-    b"version https://git-lfs": "is a Git LFS pointer to the file and not the file; git lfs pull brings it",
+    b"version https://git-lfs": "is a Git LFS pointer to the file and not the file; run git lfs pull",
     b"\xfd7zXZ\0": "is compressed by xz; expected gzip or zstd (xz -dc FILE | zstd -o NEW)",
     b"BZh": "is compressed by bzip2; expected gzip or zstd (bzip2 -dc FILE | zstd -o NEW)",
     b"PK\x03\x04": "is a zip archive; expected the files in it",
     BOM_UTF16_LE: "is in UTF-16; expected UTF-8 (iconv -f UTF-16 -t UTF-8 FILE > NEW)",
     BOM_UTF16_BE: "is in UTF-16; expected UTF-8 (iconv -f UTF-16 -t UTF-8 FILE > NEW)",
 }
-_DAMAGES = {  # what a library says of a file, in words that help
+_DAMAGES = {  # by a library's message, a more helpful one
     "Frame requires too much memory": "was compressed by zstd with a window of more than 128 MiB; write it again"
     " without --long (zstd -dc --long=31 FILE | zstd -o NEW)",
 }
@@ -48,7 +48,7 @@ def read_texts(path: Path, fmt: SourceFormat) -> Iterator[str]:
 
 
 def read_records(path: Path, fmt: SourceFormat) -> Iterator[Record]:
-    """All records of one file, in order, in flat memory. What damages a whole file is its last record's fault."""
+    """All records of one file, in order, in constant memory. Damage of the file itself is a last record's fault."""
     lower = path.name.lower()
     reader = next((reader for suffix, reader in READERS.items() if lower.endswith(suffix)), None)
     if reader is None:
@@ -67,7 +67,7 @@ def read_records(path: Path, fmt: SourceFormat) -> Iterator[Record]:
 
 def _unreadable(head: bytes) -> str | None:
     if not head.strip(b"\0"):
-        return "begins with NUL bytes, as after a power loss; bring it again"
+        return "begins with NUL bytes, as after a power loss; copy it again"
     return next((what for start, what in _UNREADABLE.items() if head.startswith(start)), None)
 
 
@@ -89,10 +89,10 @@ def _read_jsonl(path: Path, fmt: SourceFormat) -> Iterator[Record]:
 
 
 def _open_lines(path: Path) -> BinaryIO:
-    """By what the file holds, whatever its name says: downloads are unpacked on the way, or not.
+    """By the content of the file, not its name: some download programs decompress, others do not.
 
-    Python's gzip reads all members and passes over padding. Arrow reads all frames of zstd and reports one that is cut
-    short; python-zstandard takes that for the end.
+    Python's gzip reads all members and skips padding. Arrow reads all frames of zstd and reports a truncated one;
+    python-zstandard takes it for the end.
     """
     with path.open("rb") as file:
         head = file.read(4)
@@ -104,7 +104,7 @@ def _open_lines(path: Path) -> BinaryIO:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines; one that is too long comes cut at a byte past the limit, and its rest is passed over."""
+    """Lines; one that is too long is cut one byte past the limit, and its rest is skipped."""
     while line := file.readline(MAX_DOCUMENT_BYTES + 1):
         yield line
         while line and not line.endswith(b"\n"):
@@ -139,7 +139,7 @@ def _not_json(line: bytes, error: Exception) -> str:
 
 @lru_cache
 def _decoder(keys: frozenset[str]) -> json.JSONDecoder:
-    """Python's takes the last of two values under one key; which of two texts is meant, nobody here can know."""
+    """Python's takes the last of two values of one key; here a duplicate key that is read is an error."""
 
     def unite(pairs: list[tuple[str, object]]) -> dict[str, object]:
         united = dict(pairs)
@@ -147,7 +147,7 @@ def _decoder(keys: frozenset[str]) -> json.JSONDecoder:
             names = [name for name, _ in pairs if name in keys]
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
-                raise ValueError(f"the key {twice!r} is there twice")
+                raise ValueError(f"the key {twice!r} is given twice")
         return united
 
     return json.JSONDecoder(object_pairs_hook=unite)

@@ -1,7 +1,6 @@
-"""The published corpora: where a record keeps its text, and which of their subsets are wanted.
+"""The published corpora: where a record has its text, and which of their subsets are used.
 
-Nothing is dropped in silence: every record of a file comes out as a text, a rejection with its reason, or a fault with
-its file and line.
+No record is dropped silently: each becomes a text, a rejection with its reason, or a fault with its file and line.
 """
 
 import json
@@ -15,7 +14,7 @@ from tinyllama_ds.data.chat import Message
 from tinyllama_ds.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
-META_FIELD = "meta"  # what a published corpus says of a record
+META_FIELD = "meta"  # of a record of a published corpus
 _KINDS = {
     str: "a text",
     bytes: "bytes",
@@ -30,9 +29,9 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """Where a corpus keeps its text, and which of its subsets are wanted.
+    """Where a corpus has its text, and which of its subsets are used.
 
-    A record's subset is what its metadata says under `subset_field`; where a corpus has no such field, a file's subset
+    A record's subset is in its metadata under `subset_field`; where a corpus has no such field, a file's subset
     is its folder. `subsets` are the chosen ones, None for all but `excluded`.
     """
 
@@ -44,7 +43,7 @@ class SourceFormat:
 
     @property
     def folders(self) -> frozenset[str]:
-        """The chosen subsets of a corpus that keeps its subsets in folders; empty where all are wanted."""
+        """The chosen subsets of a corpus that keeps its subsets in folders; empty where all are used."""
         return self.subsets if self.subsets is not None and self.subset_field is None else frozenset()
 
     def wants(self, subset: str) -> bool:
@@ -52,7 +51,7 @@ class SourceFormat:
 
     @property
     def keys(self) -> frozenset[str]:
-        """What of a record is read; none of these may be there twice."""
+        """The keys of a record that are read; none of them may be given twice."""
         return frozenset({self.text_field, *([META_FIELD, self.subset_field] if self.subset_field else [])})
 
     @property
@@ -61,18 +60,18 @@ class SourceFormat:
         return repr(self.text_field)
 
     def columns(self, present: Sequence[str]) -> list[str]:
-        """Which columns of a parquet file are read; none where it has not what is needed."""
+        """The columns of a parquet file that are read; empty where one that is needed is missing."""
         return [name for name in present if name in self.keys] if self.text_field in present else []
 
     def record(self, raw: object, place: str) -> "Record":
-        """What a record of a file holds, or why there is nothing to train on; `place` names it."""
+        """The content of a record of a file, or why there is none to train on; `place` names it."""
         text = raw.get(self.text_field) if isinstance(raw, dict) else None
         if not isinstance(raw, dict) or not isinstance(text, str):
             expected = f"{place}: expected a record with a text under {self.text_field!r}"
             return Record(fault=f"{expected}, {instead_of(raw, self.text_field)}")
         try:
             size = len(text.encode())
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
+        except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair, which is not a character
             return Record(fault=f"{place}: a lone surrogate at character {error.start} of {self.text_field!r}")
         if not text:
             return Record(rejected="empty text")
@@ -92,13 +91,13 @@ class SourceFormat:
 
 
 def instead_of(raw: object, key: str) -> str:
-    """What a record is or has instead, for a message."""
+    """What was found instead of a text, for a message."""
     if isinstance(raw, list):
         return "found an array (jq -c '.[]' FILE writes one record a line)"
     if not isinstance(raw, dict):
-        return f"found {_KINDS.get(type(raw), 'another value')}"
+        return f"found {_KINDS.get(type(raw), 'a different value')}"
     if key in raw:
-        return f"which holds {_KINDS.get(type(raw[key]), 'another value')}"
+        return f"which holds {_KINDS.get(type(raw[key]), 'a different value')}"
     return f"which is not among its keys: {', '.join(f'{key!r:.40}' for key in list(raw)[:10]) or 'it has none'}"
 
 
@@ -122,7 +121,7 @@ def _unknown_subset(subset: object, key: str) -> str:
 SLIMPAJAMA_SUBSETS = tuple(
     f"RedPajama{name}" for name in ("CommonCrawl", "C4", "Github", "Book", "ArXiv", "Wikipedia", "StackExchange")
 )
-# SlimPajama's GitHub part is left out because StarCoderData brings the code (TinyLlama paper, section 2.1).
+# SlimPajama's GitHub part is excluded because StarCoderData has the code (TinyLlama paper, section 2.1).
 SOURCES: dict[str, SourceFormat] = {
     "slimpajama": SourceFormat("text", "redpajama_set_name", excluded=frozenset({"RedPajamaGithub"})),
     "starcoderdata": SourceFormat("content"),
@@ -134,8 +133,8 @@ SOURCES: dict[str, SourceFormat] = {
 def source_format(name: str, text_field: str | None = None, subsets: list[str] | None = None) -> SourceFormat:
     """The format of a published corpus by its name; any other name is a corpus of the user's own.
 
-    Raises `ConfigError` for a subset that SlimPajama has not; those of other corpora are folders, which `find_inputs`
-    sees.
+    Raises `ConfigError` for a subset that SlimPajama does not have; subsets of other corpora are folders, which
+    `find_inputs` checks.
     """
     known = SOURCES.get(name, SourceFormat())
     for subset in subsets or []:
@@ -147,9 +146,9 @@ def source_format(name: str, text_field: str | None = None, subsets: list[str] |
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a file: a text to train on or the turns of a conversation, or why there is neither.
+    """One record of a file: a text or the turns of a conversation, or why there is neither.
 
-    `rejected` is a reason by rule (an unwanted subset, an empty text); `fault` is a place and what is wrong there.
+    `rejected` is the rule that rejected it (a subset, an empty text); `fault` is a place and the problem there.
     """
 
     text: str = ""
@@ -157,4 +156,4 @@ class Record:
     rejected: str | None = None
     fault: str | None = None
     messages: tuple["Message", ...] = ()
-    shortened: str | None = None  # what was left out of a conversation
+    shortened: str | None = None  # what was dropped from a conversation
