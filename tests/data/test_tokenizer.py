@@ -72,10 +72,10 @@ NO_MODELS = {
     "cut short": (lambda content: content[:-7], "not a sentencepiece model, or a truncated one"),
     "half": (lambda content: content[: len(content) // 2], "not a sentencepiece model, or a truncated one"),
     "zeros": (lambda content: bytes(len(content)), "not a sentencepiece model, it begins with NUL bytes"),
-    "tokenizer.json": (lambda content: b'{\n "version": "1.0"}', "but JSON; expected the tokenizer.model that lies be"),
+    "tokenizer.json": (lambda content: b'{\n "version": "1.0"}', "but JSON; expected the tokenizer.model beside"),
     "LFS": (
         lambda content: b"version https://git-lfs.github.com/spec/v1\noid",
-        "but a Git LFS pointer to one; git lfs",
+        "but a Git LFS pointer to one; run git lfs",
     ),
 }
 

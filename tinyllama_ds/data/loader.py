@@ -1,6 +1,6 @@
 """Samples by position in the order of a run, as token arrays."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -59,15 +59,11 @@ class SampleReader:
 
         Raises `DataError` for an id beyond the vocabulary.
         """
-        located = self._order.locate(positions)
-        pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
-        return np.stack([self._sample(source, sample) for source, sample in pairs])
+        return self._stack(positions, self._sample)
 
     def read_document_ids(self, positions: np.ndarray) -> np.ndarray:
         """The document number of each input token within its row (n, T) int32, for a document mask."""
-        located = self._order.locate(positions)
-        pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
-        return np.stack([self._streams[source].document_ids(sample, self._sequence_length) for source, sample in pairs])
+        return self._stack(positions, lambda stream, sample: stream.document_ids(sample, self._sequence_length))
 
     @property
     def has_loss_mask(self) -> bool:
@@ -76,9 +72,7 @@ class SampleReader:
 
     def read_loss_mask(self, positions: np.ndarray) -> np.ndarray:
         """The loss mask of the labels (n, T) bool."""
-        located = self._order.locate(positions)
-        pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
-        return np.stack([self._streams[source].loss_mask(sample, self._sequence_length) for source, sample in pairs])
+        return self._stack(positions, lambda stream, sample: stream.loss_mask(sample, self._sequence_length))
 
     def count_targets(self, positions: np.ndarray) -> int:
         """The number of targets of all samples together, known without reading them."""
@@ -88,8 +82,12 @@ class SampleReader:
             for number, stream in enumerate(self._streams)
         )
 
-    def _sample(self, source: int, sample: int) -> np.ndarray:
-        stream = self._streams[source]
+    def _stack(self, positions: np.ndarray, read: Callable[[TokenStream, int], np.ndarray]) -> np.ndarray:
+        located = self._order.locate(positions)
+        pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
+        return np.stack([read(self._streams[source], sample) for source, sample in pairs])
+
+    def _sample(self, stream: TokenStream, sample: int) -> np.ndarray:
         tokens = stream.sample(sample, self._sequence_length).astype(np.int64)
         if tokens.max() >= self._vocab_size or tokens.min() < 0:
             offset = int(np.argmax((tokens >= self._vocab_size) | (tokens < 0)))

@@ -33,7 +33,7 @@ from tinyllama_ds.files import PartialFile, parse_row, write_durably, write_obje
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _READ_AGAIN_SECONDS = (1.0, 2.0, 4.0)  # to wait after a short read
-_DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # LITPKDS has the same
 MANIFEST_VERSION: Literal[1] = 1
 _Count = Annotated[int, whole_number()]
 _Id = Annotated[int, whole_number(-(2**31), 2**31)]  # of a token
@@ -204,7 +204,7 @@ class ShardWriter:
         lengths = np.array(self._lengths, dtype="<i4")
         ends = np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
         document_starts = np.arange(len(lengths) + 1, dtype="<i8")
-        code = next(code for code, dtype in _DTYPE_CODES.items() if dtype == self._dtype.type)
+        code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self._dtype.type)
         header = _HEADER.pack(_MAGIC, 1, code, len(lengths), len(document_starts))
         offsets = ends - lengths * self._dtype.itemsize
         return header + lengths.tobytes() + offsets.tobytes() + document_starts.tobytes()
@@ -230,7 +230,7 @@ class IndexHeader:
         if len(head) < _HEADER.size or head[:9] != _MAGIC:
             raise ConfigError(f"{path}: not a MMIDIDX index")
         _, version, code, sequences, boundaries = _HEADER.unpack(head)
-        if version != 1 or code not in _DTYPE_CODES:
+        if version != 1 or code not in DTYPE_CODES:
             raise ConfigError(
                 f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype"
             )
@@ -238,7 +238,7 @@ class IndexHeader:
             raise ConfigError(
                 f"{path}: {size} bytes do not hold {sequences} sequences and {boundaries} document boundaries"
             )
-        return IndexHeader(path, np.dtype(_DTYPE_CODES[code]).newbyteorder("<"), sequences, boundaries - 1)
+        return IndexHeader(path, np.dtype(DTYPE_CODES[code]).newbyteorder("<"), sequences, boundaries - 1)
 
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence (sequences,) int32; raises `ConfigError` for a negative one."""

@@ -152,7 +152,9 @@ def test_a_vocabulary_that_merges_line_breaks_is_refused(tmp_path: Path):
             user_defined_symbols=["\n\n"], remove_extra_whitespaces=False, normalization_rule_name="identity",
         )  # fmt: skip
     write_records(tmp_path / "raw" / "x.jsonl", [{"messages": turns("a", "b")}])
-    with pytest.raises(ConfigError, match=r"has the piece '\\n\\n', which could merge the line break"):
+    with pytest.raises(
+        ConfigError, match=r"has the piece '\\n\\n', which could merge an answer with the line break before it"
+    ):
         prepare_chat(tmp_path / "raw", path, tmp_path / "data")
 
 
@@ -193,7 +195,7 @@ def test_the_audit_calls_it_good_and_finds_what_was_planted(chat_data: Path, tmp
             mask_path.write_bytes(mask)
             problems = audit_data(chat_data / "data", {}, samples=0, workers=1).problems
             assert ".mask differs from the hash" in problems[0]
-            assert ("begins with", "does not end with an answer", "other values")[(0, -1, 5).index(number)] in str(
+            assert ("begins with", "does not end with an answer", "values other than")[(0, -1, 5).index(number)] in str(
                 problems
             )
         mask_path.write_bytes(honest[:-1])

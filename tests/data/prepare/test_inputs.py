@@ -198,7 +198,7 @@ def test_what_is_held_out_by_one_of_its_names_only_is_refused(raw: Path, name: s
     (raw / "chunk.jsonl" if name.endswith(".jsonl") else raw / "chunk").symlink_to(raw.parent / target)
     (raw / name).symlink_to(raw.parent / target)
     with pytest.raises(
-        ConfigError, match=f"raw/{name}: is the same file as .*/raw/chunk.*, and their names say different"
+        ConfigError, match=f"raw/{name}: is the same file as .*/raw/chunk.*, and their names mean different"
     ):
         find_inputs(raw, PLAIN)
 

@@ -218,7 +218,7 @@ FAULTY = {
     "UTF-16": ("x.jsonl", LINES.decode().encode("utf-16"), ": the file is in UTF-16; expected UTF-8 (iconv "),
     "UTF-16 text": ("x.txt", "two words".encode("utf-16"), ": the file is in UTF-16; expected UTF-8 (iconv "),
     "Latin-1": ("x.jsonl", b'{"text": "caf\xe9"}', ":1: not a line of JSON in UTF-8 (byte 13 is 0xe9)"),
-    "key twice": ("x.jsonl", b'{"text": "a", "text": "b"}', ":1: not a line of JSON in UTF-8 (the key 'text' is there"),
+    "key twice": ("x.jsonl", b'{"text": "a", "text": "b"}', ":1: not a line of JSON in UTF-8 (the key 'text' is given"),
     "an array": ("x.jsonl", b'[{"text": "a"}]', ":1: expected a record with a text under 'text', found an array (jq "),
     "a printed array": ("x.jsonl", b'[\n {"text": "a"}\n]', ":1: is only the beginning of JSON; expected one record a"),
     "printed records": (

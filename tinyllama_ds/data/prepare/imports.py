@@ -12,6 +12,7 @@ import numpy as np
 from tinyllama_ds import __version__
 from tinyllama_ds.bars import progress
 from tinyllama_ds.data.shards import (
+    DTYPE_CODES,
     IndexHeader,
     InputFile,
     Manifest,
@@ -122,7 +123,6 @@ def _imported_file(path: Path, documents: int) -> InputFile:
 # lit_gpt/packed_dataset.py of TinyLlama's repository: magic, version, dtype code, tokens per chunk, then the tokens.
 _LITPKDS_HEADER = struct.Struct("<7sQBQ")
 _LITPKDS_MAGIC = b"LITPKDS"
-_LITPKDS_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 def import_litpkds(job: Import, inputs: list[Path], shard_bytes: int = 256 * 2**20) -> list[Manifest]:
@@ -201,9 +201,9 @@ def _chunk_of(path: Path) -> np.dtype:
     if len(head) < _LITPKDS_HEADER.size or head[:7] != _LITPKDS_MAGIC:
         raise ConfigError(f"{path}: not a LITPKDS chunk")
     _, version, code, tokens = _LITPKDS_HEADER.unpack(head)
-    if version != 1 or code not in _LITPKDS_DTYPES:
+    if version != 1 or code not in DTYPE_CODES:
         raise ConfigError(f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype")
-    dtype = np.dtype(_LITPKDS_DTYPES[code])
+    dtype = np.dtype(DTYPE_CODES[code]).newbyteorder("<")
     if size != tokens * dtype.itemsize:
         raise ConfigError(f"{path}: {size} bytes do not hold {tokens} tokens of {dtype.name}")
     return dtype

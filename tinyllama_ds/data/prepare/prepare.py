@@ -321,11 +321,8 @@ def summarise(manifests: list[Manifest]) -> dict[str, dict]:
         chosen = [manifest for manifest in manifests if manifest.split == split]
         inputs = [entry for manifest in chosen for entry in manifest.inputs]
         tokens = sum(manifest.tokens for manifest in chosen)
-        rejected: Counter[str] = Counter()
-        shortened: Counter[str] = Counter()
-        for entry in inputs:
-            rejected.update(entry.rejected)
-            shortened.update(entry.shortened)
+        rejected = sum((Counter(entry.rejected) for entry in inputs), Counter())
+        shortened = sum((Counter(entry.shortened) for entry in inputs), Counter())
         table[split] = {
             "shards": len(chosen),
             "files": len(inputs),
