@@ -28,7 +28,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path("tests", "mutations.toml")
-HEADING = "## What is promised, and the test that holds it\n"
+HEADING = "## Guarantees and the tests that verify them\n"
 MESSAGE = 160  # characters of why a test has failed
 TIMEOUT = 1500  # seconds of one call of pytest; the rehearsal of v1.1 in small is the longest
 
