@@ -25,6 +25,13 @@ def test_code_never_holds(what: str) -> None:
     assert [str(path) for path in CODE if re.search(NEVER[what], path.read_text())] == []
 
 
+def test_only_the_importer_of_checkpoints_unpickles() -> None:
+    """Weights of others in `.bin` files are read by PyTorch's restricted loader (`hf/import_model.py`)."""
+    package = ROOT / "tinyllama_ds"
+    found = [path for path in package.rglob("*.py") if re.search(r"weights_only=False|import pickle", path.read_text())]
+    assert found == [package / "checkpoint" / "import_deepspeed.py"]
+
+
 def test_tensorboard_is_only_ever_started_on_this_machine() -> None:
     """Its default host is localhost; nothing here asks for another."""
     commands = [line for path in TEXTS for line in path.read_text().splitlines() if re.search(r"tensorboard --", line)]

@@ -98,7 +98,7 @@ def test_a_run_of_format_2_goes_on_with_all_that_it_knew(
     try:
         describe_in_format_2(old)
         assert main(["export", str(tmp_path / "old"), str(tmp_path / "hf")]) == EXIT_CONFIG
-        assert "has format 2, which holds pickles; convert it to format 3 with tinyllama-ds import-checkpoint" in (
+        assert "has format 2, which is DeepSpeed's own; convert it to format 3 with tinyllama-ds import-checkpoint" in (
             capsys.readouterr().err
         )
         assert main(["import-checkpoint", str(tmp_path / "old"), str(tmp_path / "new")]) == 0

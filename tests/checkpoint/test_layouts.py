@@ -1,9 +1,12 @@
 """A checkpoint of any layout in an engine of any other: master weights and optimizer state have the same bits."""
 
+import re
+import runpy
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forked import on_ranks
@@ -158,3 +161,25 @@ def test_state_is_the_same_in_every_bit_in_any_layout(name: str, tmp_path: Path)
         loaded, *_, end = start(tmp_path / str(number), layout, last)
         assert_equal(loaded, last)
         last = end
+
+
+READER = Path(__file__).parents[2] / "docs" / "reliability.md"
+
+
+def masters_by_the_docs(checkpoint: Path) -> dict[str, np.ndarray]:
+    """What the program of the docs makes of a checkpoint, as it stands there."""
+    (program,) = re.findall(r"```python\n(.*?)```", READER.read_text(), re.DOTALL)
+    path = checkpoint.parent / "reader.py"
+    path.write_text(program.replace("runs/v1/checkpoints/step_00001000", str(checkpoint)))
+    return runpy.run_path(str(path))["weights"]
+
+
+def test_numpy_reads_what_other_ranks_and_stages_train_alike(tmp_path: Path) -> None:
+    """Two ranks under ZeRO-3, and one under ZeRO-1: they add gradients in a different order."""
+    sharded, whole = (start(tmp_path / str(place.stage), place, None)[0] for place in (Layout(2, 3), Layout(1, 1)))
+    assert {path.suffix for path in sharded.iterdir()} == {".safetensors", ".json"}
+    found, expected = masters_by_the_docs(sharded), masters_by_the_docs(whole)
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        assert found[name].shape == values.shape
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-6, err_msg=name)

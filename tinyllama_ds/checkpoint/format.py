@@ -143,7 +143,7 @@ def _reject_different_format(path: Path, text: bytes) -> None:
         raise DifferentFormat(f"{path}: has format {version} and is known up to {FORMAT}; use what wrote it")
     if version < FORMAT:
         raise DifferentFormat(
-            f"{path}: has format {version}, which holds pickles; convert it to format {FORMAT} with tinyllama-ds"
+            f"{path}: has format {version}, which is DeepSpeed's own; convert it to format {FORMAT} with tinyllama-ds"
             " import-checkpoint"
         )
 

@@ -21,7 +21,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def gather_from_ranks(value: Any) -> list[Any]:
-    """A JSON value of every rank, by rank, on every rank. JSON, because what a peer sends is never unpickled."""
+    """A JSON value of every rank, by rank, on every rank. JSON, because what a peer sends must not run code."""
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
