@@ -28,7 +28,11 @@ def test_the_limit_is_median_and_deviation_of_the_window() -> None:
     assert window.find(limit - 1e-6, 1.0) is None
     spike = window.find(limit + 1e-6, 1.0)
     assert spike is not None
-    assert (spike.metric, spike.threshold, spike.median) == ("loss", pytest.approx(limit), pytest.approx(np.median(losses)))
+    assert (spike.metric, spike.threshold, spike.median) == (
+        "loss",
+        pytest.approx(limit),
+        pytest.approx(np.median(losses)),
+    )
 
 
 def test_a_few_spikes_in_the_window_hide_no_later_one() -> None:
