@@ -79,7 +79,7 @@ class Shared:
     """lm-eval's model on every rank, each answering its share of the requests; then all have all answers.
 
     To lm-eval every rank is the only one. Its own way deals documents, breaks off where a rank gets none, and
-    unpickles what the others send. A document's requests stay together, because they share their context.
+    runs code that others send. A document's requests stay together, because they share their context.
     """
 
     rank, world_size = 0, 1
