@@ -3,7 +3,7 @@
     python benchmarks/checkpoint_stall.py --json benchmarks/results/checkpoint_stall.json
 
 Two ranks train tinyllama-120m under ZeRO 1, 2 and 3, and save some times as `pretrain` does (`checkpoint/save.py`).
-Beside that they copy the same state in two other ways: whole parameters, gathered through DeepSpeed's
+They also copy the same state in two other ways: whole parameters, gathered through DeepSpeed's
 `safe_get_full_*`, and `torch.distributed.checkpoint.async_save` with its safetensors storage. `--before CHECKOUT` lets
 the saves of an older version of this repository take turns with those of this one. Everything is real but the tokens.
 """
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from tinyllama_ds.checkpoint.format import Health, Progress
 from tinyllama_ds.checkpoint.retention import Retention
 from tinyllama_ds.checkpoint.save import Save, Saver, SaveSettings
-from tinyllama_ds.commands.arguments import Parser, output_file, output_folder
+from tinyllama_ds.commands.arguments import Parser, WholeNumber, output_file, output_folder
 from tinyllama_ds.config.run_plan import Step
 from tinyllama_ds.distributed.collectives import sum_over_ranks
 from tinyllama_ds.distributed.world import read_world
@@ -147,6 +147,7 @@ class DistributedCheckpoint:
     def __init__(self, bench: Bench, folder: Path) -> None:
         self._bench = bench
         self._folder = folder
+        self._group = dist.new_group(backend="gloo")  # its thread's collectives must not mix with those of training
 
     def save(self) -> None:
         """Collective."""
@@ -162,7 +163,7 @@ class DistributedCheckpoint:
             for kind in kinds_of(kept):
                 state[f"{kind}/{fragment.name}[{fragment.start}:{fragment.stop}]"] = fragment.values(kept, kind)
         writer = HuggingFaceStorageWriter(str(self._folder), save_distributed=True)
-        self._pending = async_save(state, storage_writer=writer)
+        self._pending = async_save(state, storage_writer=writer, process_group=self._group)
 
     def wait(self) -> None:
         """Until it is written."""
@@ -199,7 +200,7 @@ def main() -> None:
     parser.add_argument("--json", type=output_file, help="write the figures here")
     parser.add_argument("--directory", type=output_folder, help="where to save (default: a temporary directory)")
     parser.add_argument("--model", default="tinyllama-120m", help="named size (default: %(default)s)")
-    parser.add_argument("--stage", type=int, choices=STAGES, help="this ZeRO stage only")
+    parser.add_argument("--stage", type=WholeNumber(1, 3), metavar="N", help="this ZeRO stage only")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an older version to compare with")
     options = parser.parse_args()
     if "RANK" in os.environ:

@@ -21,9 +21,9 @@ from tinyllama_ds.config.run_plan import Step
 from tinyllama_ds.distributed.world import DistributedInfo, read_world
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import build_model
-from tinyllama_ds.run.metrics import PhaseClock
 from tinyllama_ds.train.batches import Batch
 from tinyllama_ds.train.engine import hard_exit, start_process_group, wrap
+from tinyllama_ds.train.phase_clock import PhaseClock
 from tinyllama_ds.train.step import train_step
 
 MODEL = model_config("test")

@@ -132,8 +132,8 @@ def test_a_manifest_that_does_not_match_is_refused(tmp_path: Path):
     path = prefix.with_suffix(".json")
     good = json.loads(path.read_text())
     for change, message in (
-        ({"tokens": 18}, "but its manifest says 18 tokens"),
-        ({"documents": 5}, "but its manifest says 5"),
+        ({"tokens": 18}, "but its manifest has 18 tokens"),
+        ({"documents": 5}, "but its manifest has 5"),
         ({"manifest_version": 9}, "manifest_version is 9; expected 1"),
         ({"unknown": 1}, "not a shard manifest"),
         ({"inputs": [{}]}, "not a shard manifest"),
@@ -160,7 +160,7 @@ def test_a_truncated_bin_is_refused(tmp_path: Path, length: int):
     prefix = write_shard(tmp_path, DOCUMENTS)
     path = prefix.with_suffix(".bin")
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ConfigError, match=rf"{length} bytes of uint16, but its manifest says 19 tokens"):
+    with pytest.raises(ConfigError, match=rf"{length} bytes of uint16, but its manifest has 19 tokens"):
         TokenStream(prefix.parent)
 
 
@@ -255,7 +255,7 @@ def test_an_index_whose_lengths_do_not_add_up_is_refused(tmp_path: Path):
     content[34:38] = struct.pack("<i", 5)
     path.write_bytes(content)
     stream = TokenStream(prefix.parent)
-    with pytest.raises(ConfigError, match="counts 20 tokens, but its manifest says 19"):
+    with pytest.raises(ConfigError, match="counts 20 tokens, but its manifest has 19"):
         _ = stream.shards[0].document_starts
 
 

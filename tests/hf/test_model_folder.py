@@ -38,7 +38,7 @@ def add_to_tokenizer(folder: Path) -> None:
 
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no model": (lambda f: (f / "model.json").unlink(), "model: holds no checkpoint; expected a run directory or"),
-    "no folder": (shutil.rmtree, "model: is no folder; expected what import wrote, a run or a checkpoint"),
+    "no folder": (shutil.rmtree, "model: is not a directory; expected an imported model, a run or a checkpoint"),
     "no JSON": (lambda f: (f / "model.json").write_text("{"), "model.json: not valid JSON"),
     "a later format": (lambda f: edit(f, format=2), "has format 2 and is known up to 1; use the version"),
     "another dtype": (lambda f: edit(f, dtype="int8"), 'model.json: dtype is "int8"; expected '),

@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
     "ids beyond the vocabulary": (lower_vocabulary, "holds token id 512, beyond the model's vocabulary of 512"),
     "shard cut short": (
         lambda i: os.truncate(i.data / "slimpajama/train/shard_00000.bin", 100),
-        "shard_00000.bin: 100 bytes of uint16, but its manifest says",
+        "shard_00000.bin: 100 bytes of uint16, but its manifest has",
     ),
     "another run": (another_run, "run.json: holds a different run: "),
     "checkpoints of an unknown run": (checkpoints_of_nobody, "holds checkpoints but no run.json"),

@@ -43,7 +43,7 @@ def name_of(setting: Setting) -> str:
     """A short name for tables and pictures."""
     compiled = ", compiled" if setting["compile"] else ""
     config = Path(str(setting["deepspeed_config"])).stem
-    return f"{config}, micro batch {setting['micro_batch']}, {setting['attention']}{compiled}"
+    return f"{config}, micro-batch {setting['micro_batch']}, {setting['attention']}{compiled}"
 
 
 def measure_all(

@@ -56,7 +56,7 @@ class Setting:
 def measure(setting: Setting) -> dict:
     """Run the step under the deepspeed launcher; returns rank 0's figures. Collective.
 
-    Rates are over all ranks; `mfu` is against the data sheet where there is one, `measured_mfu` against a matrix
+    Rates are over all ranks; `mfu` is against the spec sheet if there is one, `measured_mfu` against a matrix
     product in the same processes, each null where the step was faster than what was measured; seconds are per optimizer
     step, and so is `kernels` (`kernels.summarize`).
     """
@@ -89,7 +89,7 @@ def measure(setting: Setting) -> dict:
 def _time_steps(
     engine: "DeepSpeedEngine", step: Step, batch: Batch, micro_batch: int, world: DistributedInfo, steps: int
 ) -> dict[str, float]:
-    """Seconds of one step as a whole and by phase, averaged over `steps` after the warm-up."""
+    """Seconds of one step as a whole and by phase, averaged over `steps` after the warmup."""
     clock = PhaseClock(world.device)
     for _ in range(_WARMUP_STEPS):
         train_step(engine, step, repeat(batch), micro_batch, world, clock)

@@ -1,4 +1,4 @@
-"""The shape of what run.json and every manifest say of a run, checked before anything is read from it."""
+"""The schema of the run description in run.json and in every manifest, validated before use."""
 
 from typing import Annotated, Any
 
@@ -85,7 +85,7 @@ def why_no_description(content: dict) -> str | None:
 
 
 def tokenizer_sha256_of(description: dict) -> str:
-    """Of a run's tokenizer, by what run.json or the manifest of a checkpoint says of the run."""
+    """The SHA-256 of a run's tokenizer, from the run description in run.json or in a manifest."""
     return next(iter(description["data"]["train"].values()))["tokenizer_sha256"]
 
 

@@ -75,7 +75,7 @@ class CheckpointManifest:
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]  # of the weights that the forward pass used
     model: dict  # shapes
-    run: dict  # what run.json said: recipe, configs, data, versions
+    run: dict  # the content of run.json: recipe, configs, data, versions
     parameters: dict[str, list[Count]]  # shapes, in the order of the model
     optimizer: OptimizerRecord
     files: dict[str, File]
@@ -216,7 +216,7 @@ def choose_checkpoint(run_dir: Path) -> Choice:
             damages.append(str(error))
             continue
         for path in damaged:
-            put_aside(path, run_dir)
+            move_to_quarantine(path, run_dir)
         return Choice(checkpoint, damages)
     if damages:
         raise ConfigError(
@@ -231,8 +231,8 @@ def manifest_sha256(checkpoint: Path) -> str:
     return hashlib.sha256((checkpoint / MANIFEST_FILE).read_bytes()).hexdigest()
 
 
-def put_aside(path: Path, run_dir: Path) -> None:
-    """Move what stands in the place of a checkpoint and is none, whatever it is, to `quarantine/`. Raises OSError."""
+def move_to_quarantine(path: Path, run_dir: Path) -> None:
+    """Move a damaged checkpoint, or anything else in its place, to `quarantine/`. Raises OSError."""
     quarantine = run_dir / QUARANTINE
     quarantine.mkdir(mode=0o750, exist_ok=True)
     names = (f"{path.name}.{number}" for number in range(1_000_000))

@@ -1,7 +1,7 @@
-"""What a rank keeps of every parameter between two steps: master weights and optimizer state, under any ZeRO stage.
+"""A rank's fragments of master weights and optimizer state, under any ZeRO stage.
 
 DeepSpeed flattens parameters into partitions, which its optimizer steps; a fragment is the part of one parameter that
-lies in one partition. Values are read and written where they lie, without a collective.
+lies in one partition. Values are read and written in place, without a collective.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-MASTER = "master"  # the kind of the weights themselves, beside the optimizer's own: exp_avg, exp_avg_sq, ...
+MASTER = "master"  # the kind of the weights themselves, next to those of the optimizer: exp_avg, exp_avg_sq, ...
 _MOMENTUM = "momentum_buffer"  # of Muon
 
 
@@ -44,11 +44,11 @@ class Fragment:
         return self._kept_values(state, kind)[self.start - first : self.stop - first]
 
     def fill(self, state: dict[str, Tensor], kind: str, values: Tensor) -> None:
-        """Overwrite all that this rank keeps of the parameter."""
+        """Overwrite this rank's part of the parameter."""
         self._kept_values(state, kind).copy_(values)
 
     def kept(self, kind: str) -> tuple[int, int]:
-        """The range of the parameter that `fill` wants."""
+        """The range of the parameter that `fill` takes."""
         return (0, self.momentum.elements) if self.momentum and kind == _MOMENTUM else (self.start, self.stop)
 
     def size(self, kind: str) -> int:
@@ -155,10 +155,10 @@ def _of_zero_3(engine: "DeepSpeedEngine", names: dict[torch.nn.Parameter, str]) 
 
 
 def _of_zero_1_and_2(engine: "DeepSpeedEngine", names: dict[torch.nn.Parameter, str]) -> Iterator[Fragment]:
-    """The parameters of a group lie end to end in one storage, cut into equal partitions wherever that is.
+    """The parameters of a group are contiguous in one storage, which is divided into equal partitions.
 
     DeepSpeed's own addresses, which `safe_get_full_fp32_param` takes, are wrong under `round_robin_gradients`
-    (deepspeed/runtime/zero/stage_1_and_2.py, `_link_all_hp_params`); where the weights lie in the storage never is.
+    (deepspeed/runtime/zero/stage_1_and_2.py, `_link_all_hp_params`); the weights' offsets in the storage are right.
     """
     optimizer = engine.optimizer
     groups = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
@@ -176,7 +176,7 @@ def _of_zero_1_and_2(engine: "DeepSpeedEngine", names: dict[torch.nn.Parameter, 
 
 
 def _range_inside(parameter: Tensor, start: int, stop: int) -> range:
-    """The elements of a parameter that lie between two places of its storage."""
+    """The elements of a parameter between two offsets of its storage."""
     place = parameter.storage_offset()
     return range(max(0, start - place), min(parameter.numel(), stop - place))
 

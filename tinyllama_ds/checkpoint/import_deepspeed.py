@@ -82,8 +82,8 @@ def import_checkpoint(folder: Path, run_dir: Path, model: LlamaConfig | None) ->
             files[name] = asdict(write_file(output / name, tensors))
     written = {"parameters": {name: list(shape) for name, shape in shapes.items()}, "files": files, "format": FORMAT}
     written["optimizer"] = asdict(_optimizer_of(saved))
-    said = old or _describe(saved, config, step)
-    content = json.dumps(said | written, indent=1)
+    description = old or _describe(saved, config, step)
+    content = json.dumps(description | written, indent=1)
     try:
         TypeAdapter(CheckpointManifest).validate_json(content, strict=True)
     except ValidationError as error:
@@ -144,7 +144,7 @@ def _reject_foreign(path: Path) -> None:
 
 
 def _load(path: Path) -> Any:
-    """DeepSpeed pickles objects of its own beside the tensors."""
+    """DeepSpeed pickles its own objects together with the tensors."""
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
@@ -189,7 +189,7 @@ def _of_stage_3(state: dict, rank: int, ranks: int, shapes: Shapes) -> Staged:
 
 
 def _of_stages_1_and_2(saved: _Saved, rank: int, groups: list[Shapes]) -> Staged:
-    """The parameters of a group lie end to end, and each rank has an equal part of that.
+    """The parameters of a group are contiguous, and each rank has an equal part of them.
 
     Muon may have the momentum of every parameter whole that the rank has a part of.
     """

@@ -62,7 +62,7 @@ def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Tokenizer) -
         there, made_with = LlamaConfig(**manifest.model), tokenizer_sha256_of(manifest.run)
         held = stored_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, made_with, "this run")
     else:
-        raise ConfigError(f"--init-from {path}: is no folder; expected what import wrote, a run or a checkpoint")
+        raise ConfigError(f"--init-from {path}: is not a directory; expected an imported model, a run or a checkpoint")
     for key, value in vars(model).items():
         if key not in _POSITIONS and getattr(there, key) != value:
             raise ConfigError(f"{found.path}: its model has {key} {getattr(there, key)}; the recipe's has {value}")

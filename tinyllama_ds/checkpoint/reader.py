@@ -1,4 +1,4 @@
-"""Reads the tensors of a checkpoint, whole or any range of them, whatever ranks and ZeRO stage have written it.
+"""Reads the tensors of a checkpoint, whole or any range of them, for any number of ranks and ZeRO stage that wrote it.
 
 Files are mapped: a reader holds nothing in memory, and the ranks of a host share what they read.
 """

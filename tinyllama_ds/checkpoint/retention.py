@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and how the others go."""
+"""Which checkpoints are retained, and how the others are removed."""
 
 import re
 from contextlib import suppress
@@ -15,7 +15,7 @@ _LEFTOVER = re.compile(r"\.(step_\d{8,}\.(partial|whole|dry_run)|trash-step_\d{8
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `keep_last`; for ever one for every `keep_tokens` tokens, and `keep_steps`."""
+    """Which checkpoints are retained: the newest `keep_last`, one per `keep_tokens` tokens, and `keep_steps`."""
 
     keep_last: int
     keep_tokens: int
@@ -29,7 +29,7 @@ def remove_old_checkpoints(run_dir: Path, retention: Retention) -> None:
         try:
             progress = read_manifest(checkpoint).progress
         except ConfigError:
-            continue  # damaged since it was committed: evidence, not rubbish
+            continue  # damaged since it was committed: keep it for inspection
         if progress.step in retention.keep_steps:
             continue
         multiple = progress.tokens // retention.keep_tokens

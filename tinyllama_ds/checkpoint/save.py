@@ -1,8 +1,8 @@
 """The commit protocol: every rank writes, all agree, one rename. Whatever dies on the way, the last checkpoint stands.
 
-Training stands still for a copy of the state into host memory only; the rest goes on behind it, in a thread per rank:
+Training stalls only for a copy of the state into host memory; the rest runs in a background thread per rank:
 
-1. Rank 0 makes `checkpoints/.step_00001000.partial/`, and every rank copies its state. Training goes on.
+1. Rank 0 makes `checkpoints/.step_00001000.partial/`, and every rank copies its state. Training continues.
 2. Every rank writes its files into it, hashing them on the way to the disk, and syncs them.
 3. At the first step after which no rank is busy any more, the ranks gather what they wrote and what went wrong; one
    failure makes all of them abandon this save.
@@ -32,7 +32,7 @@ from tinyllama_ds.checkpoint.format import (
     OptimizerRecord,
     Progress,
     checkpoint_name,
-    put_aside,
+    move_to_quarantine,
 )
 from tinyllama_ds.checkpoint.fragments import parameter_shapes
 from tinyllama_ds.checkpoint.retention import Retention, remove_old_checkpoints
@@ -55,7 +55,7 @@ class Save:
 
     progress: Progress
     started: float
-    stall: float = 0.0  # seconds that training stood still for it
+    stall: float = 0.0  # stall of training, in seconds
     seconds: float = 0.0  # from its begin to its end
     size: int = 0  # bytes, over all ranks
     failures: list[str] = field(default_factory=list)  # what failed, on which rank
@@ -65,7 +65,7 @@ class Save:
 
 @dataclass(frozen=True)
 class SaveSettings:
-    """Where a run's checkpoints go, which of them stay, and what each manifest says of the run."""
+    """Directory, retention and interval of a run's checkpoints, and the description for their manifests."""
 
     run_dir: Path
     retention: Retention
@@ -75,7 +75,7 @@ class SaveSettings:
 
 
 class Saver:
-    """Saves a run's checkpoints behind the training, one at a time, and knows when the clock says that one is due.
+    """Saves a run's checkpoints in the background, one at a time, and tracks when the next one is due.
 
     `save` begins one, `advance` after every step takes it on, `finish` waits for its end. `on_end` is told, on all
     ranks, how each of them went.
@@ -122,7 +122,7 @@ class Saver:
         save.stall += perf_counter() - started
 
     def copy_state(self, engine: "DeepSpeedEngine", progress: Progress) -> None:
-        """Only the copy into host memory, whose buffers stay for the saves to come. Raises OSError."""
+        """Only the copy into host memory, whose buffers are kept for later saves. Raises OSError."""
         _, failure = _attempt(lambda: self._buffer.copy_from(engine, progress))
         if failure is not None:
             raise OSError(failure)
@@ -183,7 +183,7 @@ class Saver:
             raise
 
     def _write_files(self, staged: StagedState, folder: Path) -> dict[str, dict]:
-        """Write this rank's files, one for each kind; returns what the manifest says of each."""
+        """Write this rank's files, one for each kind; returns the manifest entry of each."""
         files = {}
         for kind, tensors in staged.items():
             name = f"rank_{self._world.rank:05d}.{kind}.safetensors"
@@ -196,7 +196,7 @@ class Saver:
         self._conclude_or_abandon(pending_save.save, reports)
 
     def _conclude_or_abandon(self, save: Save, reports: list) -> None:
-        """Let rank 0 commit what all have written, behind the training, or remove it."""
+        """Let rank 0 commit the files of all ranks in the background, or remove them."""
         pending_save = self._pending_save
         assert pending_save is not None
         save.failures = _name_ranks([failure for failure, _ in reports])
@@ -207,7 +207,7 @@ class Saver:
         pending_save.next = self._agree_on_end
 
     def _conclude(self, pending_save: "_PendingSave", manifest: CheckpointManifest) -> None:
-        """On rank 0, behind the training."""
+        """On rank 0, in the background."""
         try:
             if not pending_save.save.failures:
                 _commit(pending_save.partial, pending_save.final, manifest)
@@ -242,7 +242,7 @@ class _PendingSave:
 
 
 class _Background(Thread):
-    """Does something behind the training; remembers what came of it, or what went wrong."""
+    """Runs an action in the background; keeps its result or its failure."""
 
     def __init__(self, action: Callable[[], Any], failure: str | None = None, wanted: bool = True) -> None:
         super().__init__(name="saving", daemon=True)
@@ -262,7 +262,7 @@ class _Background(Thread):
 
 
 def describe_optimizer(engine: "DeepSpeedEngine") -> OptimizerRecord:
-    """What a manifest says of the optimizer of an engine."""
+    """The manifest entry of the optimizer of an engine."""
     optimizer = engine.basic_optimizer
     step = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -311,6 +311,6 @@ def _commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
 
 
 def _rename(partial: Path, final: Path) -> None:
-    if os.path.lexists(final):  # what is left of a copy, say: were it a checkpoint, the run would have gone on from it
-        put_aside(final, final.parents[1])
+    if os.path.lexists(final):  # for example an incomplete copy: from a checkpoint the run would have resumed
+        move_to_quarantine(final, final.parents[1])
     partial.rename(final)

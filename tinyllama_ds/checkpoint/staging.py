@@ -1,4 +1,4 @@
-"""The quick copy: a rank's fragments of the training state, taken into host memory while training stands still."""
+"""Staging: a rank's fragments of the training state, copied into host memory during the stall of training."""
 
 import mmap
 from typing import TYPE_CHECKING
@@ -17,9 +17,9 @@ StagedState = dict[str, dict[str, Tensor]]  # kind -> "kind/parameter[start:stop
 
 
 class HostStateBuffer:
-    """Host memory for the state of this rank, kept from save to save; pinned where the state lies on a GPU.
+    """Host memory for the state of this rank, kept from save to save; pinned if the state is on a GPU.
 
-    Fresh memory would make every copy several times slower: its pages have to be made, and pinned beside a GPU.
+    Fresh memory would make every copy several times slower: its pages have to be allocated, and pinned for a GPU.
     """
 
     def __init__(self, world: DistributedInfo) -> None:

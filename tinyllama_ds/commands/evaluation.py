@@ -110,7 +110,7 @@ def _start_ranks(ranks: int, options: argparse.Namespace) -> int:
 
 
 def evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> int:
-    """What every rank does. Where all are refused, rank 0 says so. Collective."""
+    """What every rank does. An error of all ranks is printed by rank 0. Collective."""
     import torch
 
     from tinyllama_ds.bars import bars_as_lines

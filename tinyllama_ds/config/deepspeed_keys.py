@@ -319,7 +319,9 @@ OPTIMIZER_PARAMS: dict[str, tuple[str, ...]] = {
 
 
 def is_off(full: str, value: Any) -> bool:
-    """Whether a rejected key is switched off, as other programs' files have it: false, or a section that says so."""
+    """Whether a rejected key is switched off, as other programs' files have it: false, or a section with `"enabled":
+    false`.
+    """
     off = value is False or (isinstance(value, dict) and value.get("enabled") is False)
     return off and full not in _ON_BY_DEFAULT
 

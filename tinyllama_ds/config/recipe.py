@@ -43,7 +43,7 @@ class Intervals:
     log_steps: _Steps
     evaluate_tokens: _Tokens
     save_tokens: _Tokens
-    save_minutes: _Count = 30  # of wall clock, after which a save is due whatever the tokens say
+    save_minutes: _Count = 30  # of wall clock, after which a save is due regardless of tokens
     check_steps: _Steps = 1000  # between two comparisons of the weights over the ranks; every save makes one too
     keep_last: Annotated[int, whole_number(2, 10**6)] = 3  # checkpoints; two, in case one is damaged
     keep_tokens: _Tokens = 100_000_000_000  # one checkpoint for every so many tokens is kept permanently
@@ -128,18 +128,18 @@ def load_recipe(name_or_path: str) -> Recipe:
         raise ConfigError(f"{path}: not valid TOML (its arrays or tables are nested too deeply)") from error
     recipe = validate(Recipe, raw, path, toml_lines(text))
     raise_problems(path, _contradictions(recipe))
-    return replace(recipe, evaluation=_beside(path, recipe.evaluation))
+    return replace(recipe, evaluation=_resolve_paths(path, recipe.evaluation))
 
 
-def _beside(path: Path, evaluation: Evaluation) -> Evaluation:
-    """Its paths are absolute or beside the recipe: ranks need not have this process's working directory."""
+def _resolve_paths(path: Path, evaluation: Evaluation) -> Evaluation:
+    """Its paths are absolute or relative to the recipe: ranks need not have this process's working directory."""
     here = path.absolute().parent
     tasks = tuple(str(here / name) if name.endswith(TASK_FILES) else name for name in evaluation.tasks)
     return replace(evaluation, tasks=tasks, data_dir=evaluation.data_dir and str(here / evaluation.data_dir))
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
-    """What is wrong with keys beside each other."""
+    """Problems of keys that depend on each other."""
     problems = []
     for before, stage in zip((None, *recipe.stages), recipe.stages, strict=False):
         if stage.global_batch_tokens % recipe.sequence_length:

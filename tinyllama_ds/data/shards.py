@@ -298,11 +298,11 @@ class ShardReader:
         size = self.bin_path.stat().st_size
         if size != self.tokens * self.index.dtype.itemsize:
             raise ConfigError(
-                f"{self.bin_path}: {size} bytes of {self.index.dtype.name}, but its manifest says {self.tokens} tokens"
+                f"{self.bin_path}: {size} bytes of {self.index.dtype.name}, but its manifest has {self.tokens} tokens"
             )
         if self.index.documents != self.manifest.documents:
             raise ConfigError(
-                f"{self.index.path}: {self.index.documents} documents, but its manifest says {self.manifest.documents}"
+                f"{self.index.path}: {self.index.documents} documents, but its manifest has {self.manifest.documents}"
             )
         if self.has_mask and not (self.mask_path.is_file() and self.mask_path.stat().st_size == self.tokens):
             raise ConfigError(f"{self.mask_path}: expected one byte for each of the shard's {self.tokens} tokens")
@@ -325,7 +325,7 @@ class ShardReader:
         """First token of each document, and one past the last token (documents + 1,) int64."""
         starts = self.index.document_starts()
         if starts[-1] != self.tokens:
-            raise ConfigError(f"{self.index.path}: counts {starts[-1]} tokens, but its manifest says {self.tokens}")
+            raise ConfigError(f"{self.index.path}: counts {starts[-1]} tokens, but its manifest has {self.tokens}")
         return starts
 
 

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 import psutil
 
 _ANYWHERE = "192.0.2.1"  # of no network (RFC 5737), so that the default route leads there
-_PORTS = range(20_000, 30_000)  # below those that a kernel gives to whoever connects
+_PORTS = range(20_000, 30_000)  # below the kernel's ephemeral ports
 
 
 def free_port() -> int:
@@ -24,14 +24,14 @@ def free_port() -> int:
             return port
 
 
-def proof(key: bytes, *said: object) -> str:
+def proof(key: bytes, *parts: object) -> str:
     """What shows somebody who has the same key that these words come from one who has it, without telling the key."""
-    return hmac.new(key, repr(said).encode(), hashlib.sha256).hexdigest()
+    return hmac.new(key, repr(parts).encode(), hashlib.sha256).hexdigest()
 
 
-def is_proof(shown: object, key: bytes, *said: object) -> bool:
+def is_proof(shown: object, key: bytes, *parts: object) -> bool:
     """Whether that is what was shown."""
-    return isinstance(shown, str) and hmac.compare_digest(shown.encode(), proof(key, *said).encode())
+    return isinstance(shown, str) and hmac.compare_digest(shown.encode(), proof(key, *parts).encode())
 
 
 def local_address_towards(host: str) -> str | None:

@@ -57,8 +57,8 @@ class DistributedInfo:
 def read_world() -> DistributedInfo:
     """Rank, local rank and world size, alone without a launcher; sets the variables that torch and DeepSpeed read.
 
-    Raises `ConfigError` where a launcher started several ranks and nothing says where rank 0 is, and where this host's
-    GPUs cannot be used as they are.
+    Raises `ConfigError` where a launcher started several ranks and the host of rank 0 is not known, and where this
+    host's GPUs cannot be used as they are.
     """
     rank, local_rank, size = _ranks()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(size)}

@@ -65,7 +65,7 @@ class RunStatus:
 
 
 def run_status(history: History, committed: int, is_held: bool) -> RunStatus:
-    """`committed` tokens are in a checkpoint; `is_held` says whether a supervisor is alive that holds the run."""
+    """`committed` tokens are in a checkpoint; `is_held`: whether a supervisor that holds the run is alive."""
     state = history.state if history.state in ("finished", "stopped") else "running" if is_held else "unfinished"
     plan = history.description.get("plan", {})
     seconds = history.last.get("seconds", math.nan)

@@ -74,7 +74,7 @@ class ProbeClient:
         self._received = b""
 
     def query(self, question: dict) -> dict | str:
-        """The answer, or a sentence that says why there is none."""
+        """The answer, or a sentence with the reason why there is none."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         deadline = time.monotonic() + ANSWER_SECONDS

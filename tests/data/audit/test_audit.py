@@ -148,7 +148,7 @@ def test_a_broken_index_is_a_problem_not_a_crash(copy: Path):
     content = bytearray(path.read_bytes())
     content[34:38] = struct.pack("<i", 5)
     path.write_bytes(content)
-    assert any("but its manifest says" in problem for problem in audit(copy).problems)
+    assert any("but its manifest has" in problem for problem in audit(copy).problems)
 
 
 def test_duplicates_within_and_across_sources_are_counted(tmp_path: Path, tokenizer: Tokenizer):

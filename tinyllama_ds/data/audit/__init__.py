@@ -1,1 +1,1 @@
-"""Whether prepared data is what its manifests say."""
+"""Checks prepared data against its manifests."""
