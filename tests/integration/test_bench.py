@@ -18,7 +18,7 @@ def test_a_grid_is_measured_and_a_failing_setting_is_a_row(tmp_path: Path) -> No
     good, bad = json.loads(finished.stdout)["rows"]
     assert good["attention"] == "blocked"
     assert good["ranks"] == 2
-    tokens = 2 * 4 * 2 * 64  # micro batch, accumulation, ranks, sequence length
+    tokens = 2 * 4 * 2 * 64  # micro-batch, accumulation, ranks, sequence length
     assert abs(good["tokens_per_second"] * good["seconds"] / tokens - 1) < 1e-9
     phases = [good[f"seconds_{name}"] for name in ("data", "forward", "backward", "step")]
     assert all(seconds > 0 for seconds in phases)
@@ -36,8 +36,8 @@ def row(rate: float, memory: float, micro_batch: int) -> dict:
 
 
 def test_advice_is_the_fastest_unless_as_fast_with_less_memory() -> None:
-    assert "recommended: zero3, micro batch 8, sdpa, compiled" in advice([row(100, 10, 8), row(90, 1, 4)])
-    assert "recommended: zero3, micro batch 4" in advice([row(100, 10, 8), row(99, 5, 4)])
+    assert "recommended: zero3, micro-batch 8, sdpa, compiled" in advice([row(100, 10, 8), row(90, 1, 4)])
+    assert "recommended: zero3, micro-batch 4" in advice([row(100, 10, 8), row(99, 5, 4)])
     assert advice([{"error": "out of memory"}]) == "no setting ran"
 
 
