@@ -6,6 +6,7 @@ A file that has its name before its content is on the disk may be empty, cut sho
 import glob
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -15,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SECRETS_FILE = "secrets.json"  # of a run directory: variables for ranks on other hosts, while a supervisor is at work
+# Of files that a manifest or an index names: no path leads out of their folder.
+SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 Kinds = type | tuple[type, ...]
 _MOST = 2**53  # up to which every program that reads JSON keeps whole numbers as they are
 

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from tinyllama_ds.checkpoint.description import Count, check_guard_state, problems, why_no_description
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.files import parse_row
+from tinyllama_ds.files import SAFE_FILE_NAME, parse_row
 from tinyllama_ds.layout import CHECKPOINTS, QUARANTINE
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.probe import Probe
@@ -26,7 +26,6 @@ from tinyllama_ds.model.probe import Probe
 MANIFEST_FILE = "manifest.json"
 FORMAT = 3  # of manifests, to be raised when an older version could not continue from a new one
 _NAME = re.compile(r"step_(\d{8,})")
-_SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def verify_checkpoint(checkpoint: Path) -> CheckpointManifest:
 
 def verify_file(checkpoint: Path, name: str, expected: File) -> None:
     """Raise `ConfigError` unless a file has its size and its hash."""
-    if not _SAFE_FILE_NAME.fullmatch(name):
+    if not SAFE_FILE_NAME.fullmatch(name):
         raise ConfigError(f"{checkpoint / MANIFEST_FILE}: {name!r} is not the name of a checkpoint's file")
     path = checkpoint / name
     if not path.is_file() or path.stat().st_size != expected.size:

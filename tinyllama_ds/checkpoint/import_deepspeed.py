@@ -35,7 +35,7 @@ from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import parse_row, write_durably
 from tinyllama_ds.hf.weights import parameter_shapes
 from tinyllama_ds.layout import CHECKPOINTS
-from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.model.config import LlamaConfig, dtype_name
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -259,7 +259,7 @@ def _optimizer_of(saved: _Saved) -> OptimizerRecord:
 def _describe(saved: _Saved, config: LlamaConfig, step: int) -> dict:
     """The manifest of a checkpoint that is not of a run of ours: its data is unknown, so no run resumes from it."""
     tensors = [tensor for tensor in saved.module["module"].values() if torch.is_tensor(tensor)]
-    dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"
+    dtype = dtype_name(tensors[0].dtype) if tensors else "float32"
     return {
         "progress": asdict(Progress(step, 0, 0)), "world_size": len(saved.ranks), "zero_stage": saved.stage,
         "dtype": dtype, "model": config.to_dict(), "run": {},

@@ -40,7 +40,7 @@ from tinyllama_ds.checkpoint.staging import HostStateBuffer, StagedState
 from tinyllama_ds.distributed.collectives import gather_from_ranks
 from tinyllama_ds.files import remove, sync
 from tinyllama_ds.layout import CHECKPOINTS
-from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.model.config import LlamaConfig, dtype_name
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -155,7 +155,7 @@ class Saver:
             raise OSError(f"the last save failed: {'; '.join(self._last_failures)}")
 
     def _describe(self, engine: "DeepSpeedEngine", progress: Progress, health: Health) -> CheckpointManifest:
-        dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+        dtype = dtype_name(next(engine.module.parameters()).dtype)
         stage = engine.zero_optimization_stage()
         settings = self._settings
         return CheckpointManifest(

@@ -19,6 +19,7 @@ from tinyllama_ds.config.validation import expectation, validate_json
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.data.vocabulary import difference_of, reject_inconvertible
 from tinyllama_ds.errors import ConfigError, shown_as_json
+from tinyllama_ds.files import SAFE_FILE_NAME
 from tinyllama_ds.hf.convert import load_reference_pair, logit_difference
 from tinyllama_ds.hf.model_folder import write_model_folder
 from tinyllama_ds.hf.weights import DTYPES, parameter_shapes, read_tensor, tensor_names
@@ -34,7 +35,6 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that transformers stored until 4.31
-_SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _read_index(path: Path) -> dict[str, Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: not an index of shards with a weight_map ({repr(error):.80})") from error
     for name in names:
-        if not isinstance(name, str) or not _SAFE_FILE_NAME.fullmatch(name):
+        if not isinstance(name, str) or not SAFE_FILE_NAME.fullmatch(name):
             raise ConfigError(f"{path}: weight_map names {name!r:.200}; expected the plain name of a file beside it")
         if not (path.parent / name).is_file():
             raise ConfigError(f"{path.parent / name}: this shard is missing, {path.name} names it")

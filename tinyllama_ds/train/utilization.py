@@ -8,6 +8,7 @@ import torch
 
 from tinyllama_ds.distributed.collectives import gather_from_ranks
 from tinyllama_ds.gpus import gpu_of_device
+from tinyllama_ds.model.config import dtype_name
 
 
 @cache  # a matrix product takes a moment
@@ -22,7 +23,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1) -> tupl
         gpu = gpu_of_device(name)
         if gpu is not None and dtype == torch.bfloat16:
             return gpu.peak_flops, f"spec sheet of {name}"
-    size, kind = _product_size(device), str(dtype).removeprefix("torch.")
+    size, kind = _product_size(device), dtype_name(dtype)
     return measured_together(device, dtype, ranks), f"a measured {size} x {size} x {size} {kind} matrix product"
 
 
