@@ -39,11 +39,12 @@ def best(gpus: int, gbit: float, times: int) -> dict:
     inputs = replace(inputs, recipe=recipe, plan=RunPlan(recipe))
     hosts, flops = Hosts(max(1, gpus // PER_HOST), min(gpus, PER_HOST)), EFFICIENCY * GPU.peak_flops
     machines = Machines(hosts, GPU, network_of(GPU, gbit), flops, "")
-    winner = search(PlanRequest("tinyllama-v1", CONFIG, machines, is_compiled=True), inputs).candidates[0]
+    winner = search(PlanRequest("tinyllama-v1", CONFIG, machines, is_compiled=True), inputs, {}).candidates[0]
     ideal = flops / inputs.model.flops_per_token(recipe.sequence_length)
-    row = {"gpus": gpus, "gbit": gbit, "batch_tokens": recipe.stages[0].global_batch_tokens, "layout": winner.name}
-    row |= {"micro_batch": winner.work.micro_batch, "tokens_per_second_per_gpu": winner.rate}
-    return row | {"efficiency": winner.rate / ideal}
+    rate, batch = winner.longest_step.tokens_per_second_per_gpu, recipe.stages[0].global_batch_tokens
+    row = {"gpus": gpus, "gbit": gbit, "batch_tokens": batch, "layout": winner.layout.name}
+    row |= {"micro_batch": winner.work.micro_batch, "tokens_per_second_per_gpu": rate}
+    return row | {"efficiency": rate / ideal}
 
 
 def draw(rows: list[dict], output: Path) -> None:
