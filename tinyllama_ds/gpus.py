@@ -1,6 +1,6 @@
 """GPUs and networks by name, with the numbers of their spec sheets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinyllama_ds.errors import ConfigError
 
@@ -68,21 +68,10 @@ def gpu_named(name: str) -> Gpu:
 
 def custom_gpu(memory: str, peak_tflops: float, based_on: Gpu) -> Gpu:
     """A GPU of any size, with the bandwidths of another; `memory` is a number with GiB or GB, such as '40GiB'."""
-    factor = {"gib": GIB, "gb": 10**9}
-    for unit, size in factor.items():
-        number = memory.strip().lower().removesuffix(unit)
-        if number != memory.strip().lower() and _is_positive(number):
-            name = f"{memory} GPU"
-            link = based_on.link_bandwidth
-            return Gpu(name, (name,), int(float(number) * size), peak_tflops * 1e12, based_on.memory_bandwidth, link)
-    raise ConfigError(f"--gpu-memory {memory!r}: expected a size such as 40GiB or 24GB")
-
-
-def _is_positive(text: str) -> bool:
-    try:
-        return 0 < float(text) < float("inf")
-    except ValueError:
-        return False
+    number = float(memory.lower().rstrip("gib "))
+    size = int(number * (GIB if memory.lower().endswith("gib") else 10**9))
+    name = f"{memory} GPU"
+    return replace(based_on, name=name, devices=(name,), memory_bytes=size, peak_flops=peak_tflops * 1e12)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> Any:
         for argument in sys.argv[1:] if args is None else args:
-            if not argument.isprintable() and not _is_unicode(argument):  # the first check is cheaper
+            try:
+                argument.encode()
+            except UnicodeEncodeError:
                 self.error(f"{argument!a} is not UTF-8; expected text and paths in UTF-8")
         return super().parse_known_args(args, namespace)
 
@@ -38,11 +40,6 @@ class Parser(argparse.ArgumentParser):
         named = re.sub(r"^argument (\S+): (.+): expected ", r"\1 \2: expected ", message, count=1, flags=re.DOTALL)
         sentence = named.removeprefix("argument ").replace("\r", "\\r").replace("\n", "\\n")
         self.exit(EXIT_CONFIG, f"tinyllama-ds: {sentence}; see {self.prog} --help\n")
-
-
-def _is_unicode(text: str) -> bool:
-    """Without the lone surrogates that stand for bytes which are not UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclass(frozen=True)
