@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama_ds.benchmark import grid as bench
-from tinyllama_ds.commands.arguments import MEMORY_SIZE, SHARE, Number, add_shared, output_file, output_picture
+from tinyllama_ds.commands.arguments import (
+    MEMORY_SIZE,
+    SHARE,
+    Number,
+    add_shared,
+    as_dataclass,
+    output_file,
+    output_picture,
+)
 from tinyllama_ds.commands.placement import local_placement
 from tinyllama_ds.commands.printing import print_result
 from tinyllama_ds.errors import ConfigError
@@ -17,7 +25,7 @@ from tinyllama_ds.outputs import write_figure, write_file
 
 if TYPE_CHECKING:
     from tinyllama_ds.planning.communication import Hosts, Traffic
-    from tinyllama_ds.planning.plan import Inputs, Plan, PlanRequest
+    from tinyllama_ds.planning.plan import Inputs, Plan
     from tinyllama_ds.planning.search import Ranking
     from tinyllama_ds.planning.timing import Machines
 
@@ -59,12 +67,13 @@ def _add_machines(group: "argparse._ArgumentGroup") -> None:
 def _plan(options: argparse.Namespace) -> int:
     """Show what a run needs, costs and does, before it starts."""
     from tinyllama_ds.planning.page import plan_text, ranking_table, tables_of
-    from tinyllama_ds.planning.plan import make_plan, read_inputs, reject_too_large
+    from tinyllama_ds.planning.plan import PlanRequest, make_plan, read_inputs, reject_too_large
     from tinyllama_ds.planning.search import reason, search
 
     _check_arguments(options)
     inputs = read_inputs(options.recipe, options.deepspeed_config)
-    request = _request(options, _machines(options, inputs))
+    options.machines, options.is_compiled = _machines(options, inputs), options.compile != "off"
+    request = as_dataclass(PlanRequest, options)
     sizes = _source_sizes(options.data, inputs)
     ranking = search(request, inputs, sizes) if options.search else None
     plan = ranking.candidates[0] if ranking else make_plan(request, inputs, sizes)
@@ -138,22 +147,6 @@ def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str
     rate = row["tokens_per_second"] / row["ranks"]
     flops = rate * inputs.model.flops_per_token(inputs.recipe.sequence_length)
     return flops, f"measured here: {rate:,.0f} tokens/s per rank on {row['ranks']} ranks, {flops / 1e12:.2f} TFLOP/s"
-
-
-def _request(options: argparse.Namespace, machines: "Machines") -> "PlanRequest":
-    from tinyllama_ds.planning.plan import PlanRequest
-
-    return PlanRequest(
-        options.recipe,
-        options.deepspeed_config,
-        machines,
-        attention=options.attention,
-        is_compiled=options.compile != "off",
-        recompute_every=options.activation_checkpointing,
-        tokens_per_second=options.tokens_per_second,
-        price_per_hour=options.price_per_hour,
-        save_seconds=options.save_seconds,
-    )
 
 
 def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:

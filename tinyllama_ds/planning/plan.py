@@ -35,7 +35,7 @@ class PlanRequest:
     machines: Machines
     attention: str = "auto"  # backend, as in pretrain
     is_compiled: bool = False
-    recompute_every: int = 0
+    activation_checkpointing: int = 0  # every so many blocks are recomputed; 0 is none
     tokens_per_second: float | None = None  # of one GPU, all included, where it is known
     price_per_hour: float | None = None  # of one GPU
     save_seconds: float = 15.0
@@ -146,7 +146,7 @@ def make_plan(request: PlanRequest, inputs: Inputs, sizes: Mapping[str, int]) ->
     resolved = resolve(inputs, micro_batch, ranks)
     layout = read_layout(resolved, request.deepspeed_config.stem, ranks)
     attention = attention_memory(request.attention, recipe.document_mask, layout.weight_bytes)
-    work = Work(micro_batch, recipe.sequence_length, attention, request.recompute_every, request.is_compiled)
+    work = Work(micro_batch, recipe.sequence_length, attention, request.activation_checkpointing, request.is_compiled)
     accumulations = tuple(accumulation_steps(stage.batch, ranks, micro_batch) for stage in inputs.plan.stages)
     return Plan(request, inputs, sizes, resolved, layout, work, accumulations)
 

@@ -31,7 +31,7 @@ def search(request: PlanRequest, inputs: Inputs, sizes: Mapping[str, int]) -> Ra
     hosts, gpu = request.machines.hosts, request.machines.gpu
     found = [
         make_plan(
-            replace(request, deepspeed_config=Path(f"{name}.json"), recompute_every=recompute_every),
+            replace(request, deepspeed_config=Path(f"{name}.json"), activation_checkpointing=recompute_every),
             replace(inputs, raw=raw | {"train_micro_batch_size_per_gpu": micro_batch}),
             sizes,
         )
