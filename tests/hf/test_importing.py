@@ -205,7 +205,7 @@ CONFIG_CASES: dict[str, tuple[dict, str]] = {
     "vocabulary": ({"vocab_size": 520}, "tokenizer.model: has 512 pieces; expected vocab_size 520 of config.json"),
 }
 FOLDER_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: is missing; expected a Hugging Face folder"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: the description of a Hugging Face"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "hf: holds no weights; expected model.safetensors"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model: is missing; expected the sentence"),

@@ -22,6 +22,7 @@ from tinyllama_ds.files import SAFE_FILE_NAME
 from tinyllama_ds.hf.convert import load_reference_pair, logit_difference
 from tinyllama_ds.hf.model_folder import write_model_folder
 from tinyllama_ds.hf.weights import INDEX_FILE, parameter_shapes, read_tensor, tensor_names
+from tinyllama_ds.inputs import read_text
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.outputs import new_folder
 
@@ -129,13 +130,7 @@ class _HuggingFaceConfig(_Shapes):
 
 def read_config(path: Path) -> LlamaConfig:
     """The shapes in a `config.json` of transformers 4 or 5; raises `ConfigError` for what our decoder is not."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: is missing; expected a Hugging Face folder with config.json and weights") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    found = validate_json(_HuggingFaceConfig, content, path)
+    found = validate_json(_HuggingFaceConfig, read_text(path, "the description of a Hugging Face folder"), path)
     rope = found.rope_scaling or found.rope_parameters or _Rope()
     shapes = {key: getattr(found, key) for key in _Shapes.model_fields}
     shapes["num_key_value_heads"] = found.num_key_value_heads or found.num_attention_heads
