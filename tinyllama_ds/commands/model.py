@@ -37,7 +37,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
     add("output", type=output_folder, metavar="OUT", help="Hugging Face folder to create")
-    add("--max-shard-size", type=FILE_SIZE, default="50GB", metavar="SIZE", help="of a safetensors file")
+    add("--max-shard-size", type=FILE_SIZE, default="5GB", metavar="SIZE", help="of a safetensors file")
     add_shared(parser, "--json")
 
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tinyllama_ds.config.key_lines import KeyPath, json_lines, key_path
-from tinyllama_ds.errors import raise_problems, shown, shown_as_json
+from tinyllama_ds.errors import ConfigError, raise_problems, shown, shown_as_json
 
 T = TypeVar("T")
 Lines = Mapping[KeyPath, int]
@@ -76,26 +76,33 @@ def validate(kind: type[T], raw: object, place: object, lines: Lines = NO_LINES)
     """
     try:
         return _adapter(cast(Hashable, kind)).validate_python(raw)
-    except ValidationError as error:
+    except (ValidationError, ConfigError) as error:
         raise_problems(place, problems_of(error, kind, raw, lines))
         raise
 
 
-def validate_json(kind: type[T], content: bytes, place: object) -> T:
+def validate_json(kind: type[T], content: str | bytes, place: object) -> T:
     """The same of a JSON file, whose values have exactly the types of the fields."""
     try:
         return _adapter(cast(Hashable, kind)).validate_json(content, strict=True)
-    except ValidationError as error:
+    except (ValidationError, ConfigError) as error:
         try:
-            raw, lines = json.loads(content), json_lines(content.decode())
+            raw, lines = json.loads(content), json_lines(content if isinstance(content, str) else content.decode())
         except (ValueError, RecursionError):
             raw, lines = None, {}
         raise_problems(place, problems_of(error, kind, raw, lines))
         raise
 
 
-def problems_of(error: ValidationError, kind: Any = None, raw: object = None, lines: Lines = NO_LINES) -> list[str]:
-    """A sentence for each problem. The type tells which keys there are; `raw` is what was validated."""
+def problems_of(
+    error: ValidationError | ConfigError, kind: Any = None, raw: object = None, lines: Lines = NO_LINES
+) -> list[str]:
+    """A sentence for each problem. The type tells which keys there are; `raw` is what was validated.
+
+    A `ConfigError` is that of a dataclass whose fields are valid alone, and contradict each other.
+    """
+    if isinstance(error, ConfigError):
+        return [str(error)]
     errors = error.errors(include_url=False)
     unknown = [found["loc"] for found in errors if found["type"] in _UNKNOWN]
     problems = []

@@ -1,6 +1,6 @@
 """A Hugging Face folder to a model folder of ours; all differences from our decoder are errors that name the key.
 
-No code of the folder is executed: tensors come from safetensors, or from pickles by torch's `weights_only` loader.
+No code of the folder is executed: tensors come from safetensors alone.
 """
 
 import json
@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -22,18 +21,15 @@ from tinyllama_ds.errors import ConfigError, shown_as_json
 from tinyllama_ds.files import SAFE_FILE_NAME
 from tinyllama_ds.hf.convert import load_reference_pair, logit_difference
 from tinyllama_ds.hf.model_folder import write_model_folder
-from tinyllama_ds.hf.weights import DTYPES, parameter_shapes, read_tensor, tensor_names
+from tinyllama_ds.hf.weights import INDEX_FILE, parameter_shapes, read_tensor, tensor_names
+from tinyllama_ds.inputs import read_text
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.outputs import new_folder
 
 CONFIG_FILE = "config.json"
 FAST_TOKENIZER_FILE = "tokenizer.json"
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = ("model.safetensors", INDEX_FILE)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that transformers stored until 4.31
 
 
@@ -134,13 +130,7 @@ class _HuggingFaceConfig(_Shapes):
 
 def read_config(path: Path) -> LlamaConfig:
     """The shapes in a `config.json` of transformers 4 or 5; raises `ConfigError` for what our decoder is not."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: is missing; expected a Hugging Face folder with config.json and weights") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    found = validate_json(_HuggingFaceConfig, content, path)
+    found = validate_json(_HuggingFaceConfig, read_text(path, "the description of a Hugging Face folder"), path)
     rope = found.rope_scaling or found.rope_parameters or _Rope()
     shapes = {key: getattr(found, key) for key in _Shapes.model_fields}
     shapes["num_key_value_heads"] = found.num_key_value_heads or found.num_attention_heads
@@ -197,8 +187,13 @@ def find_tensors(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]
     """
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
-        raise ConfigError(f"{folder}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
-    found = _read_index(path) if path.suffix == ".json" else dict.fromkeys(_names_in(path), path)
+        for other in sorted(folder.glob("pytorch_model*.bin*")):
+            raise ConfigError(
+                f"{other}: weights in PyTorch's format are not read, as they can run code; convert the folder to"
+                " safetensors with from_pretrained and save_pretrained of transformers"
+            )
+        raise ConfigError(f"{folder}: holds no weights; expected {' or '.join(WEIGHT_FILES)}")
+    found = _read_index(path) if path.suffix == ".json" else dict.fromkeys(tensor_names(path), path)
     found = {name: file for name, file in found.items() if not _COMPUTED.fullmatch(name)}
     for names, what in (
         (shapes.keys() - found.keys(), "is missing"),
@@ -225,41 +220,23 @@ def _read_index(path: Path) -> dict[str, Path]:
             raise ConfigError(f"{path}: weight_map names {name!r:.200}; expected the plain name of a file beside it")
         if not (path.parent / name).is_file():
             raise ConfigError(f"{path.parent / name}: this shard is missing, {path.name} names it")
-        lacking = {tensor for tensor, file in places.items() if file == name} - set(_names_in(path.parent / name))
+        lacking = {tensor for tensor, file in places.items() if file == name} - set(tensor_names(path.parent / name))
         if lacking:
             raise ConfigError(f"{path.parent / name}: does not hold {min(lacking)}, which {path.name} lists for it")
     return {tensor: path.parent / name for tensor, name in places.items()}
 
 
-def _names_in(path: Path) -> list[str]:
-    return tensor_names(path) if path.suffix == ".safetensors" else list(_load_pickle(path))
-
-
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """Mapped into memory; it can contain only tensors and plain values, and no code is executed."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, UnpicklingError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path}: not a state dict that torch's weights_only loader can map ({reason})") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
-    ):
-        raise ConfigError(f"{path}: does not hold tensors by name; expected a state dict")
-    return state
-
-
 def _read_all(files: dict[str, Path], config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
-    """All parameters in the order of the model, checked one by one; and no file stays mapped between them."""
+    """All parameters in the order of the model, checked one by one."""
     dtype = None
     for name, shape in parameter_shapes(config).items():
         path = files[name]
-        tensor = read_tensor(path, name) if path.suffix == ".safetensors" else _load_pickle(path)[name].detach()
+        tensor = read_tensor(path, name)
         dtype = dtype or tensor.dtype
         if tensor.shape != shape:
             raise ConfigError(f"{path}: {name} has the shape {list(tensor.shape)}; expected {list(shape)}")
-        if tensor.dtype != dtype or dtype not in DTYPES:
-            expected = dtype if dtype in DTYPES else "float32, bfloat16 or float16"
+        if tensor.dtype != dtype or dtype not in _DTYPES:
+            expected = dtype if dtype in _DTYPES else "float32, bfloat16 or float16"
             raise ConfigError(f"{path}: {name} is {tensor.dtype}; expected {expected}".replace("torch.", ""))
         if not tensor.isfinite().all():
             raise ConfigError(f"{path}: {name} holds values that are not finite; expected weights of a trained model")
