@@ -24,7 +24,7 @@ def numbers_of(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Argum
             yield parser, action
 
 
-ADD_ARGUMENT = ("add_argument", "add", "add_shared")  # `add = parser.add_argument` is a habit of the commands
+ADD_ARGUMENT = ("add_argument", "add")  # `add = parser.add_argument` is a habit of the commands
 NONSENSE = ["nan", "inf", "-inf", "-7", "1e400", "1" + 30 * "0", 5000 * "9", "seven", "", "0x10", "1,000", "True"]
 NUMBERS = [
     pytest.param(parser, action, id=f"{parser.prog.split()[-1]} {action.dest}")
@@ -123,6 +123,27 @@ def test_a_benchmark_is_refused_before_it_is_launched(tmp_path: Path, capsys: py
         arguments = ["bench", "--deepspeed-config", config, "--output", str(tmp_path / "out"), *more]
         assert main(arguments) == EXIT_CONFIG
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "pretrain"])
+def test_all_files_are_checked_at_once(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, config, hosts = tmp_path / "r.toml", tmp_path / "c.json", tmp_path / "hosts"
+    recipe.write_text('name = "mine"\nsed = 1\n')
+    config.write_text('{"gradient_cliping": 1, "amp": {}}')
+    hosts.write_text("node slots=many\n")
+    more = ["--data", str(tmp_path), "--run-dir", str(tmp_path / "run")] if command == "pretrain" else []
+    arguments = ["--recipe", str(recipe), "--deepspeed-config", str(config), "--hostfile", str(hosts)]
+    assert main([command, *arguments, *more]) == EXIT_CONFIG
+    [line] = capsys.readouterr().err.splitlines()
+    for part in (
+        "r.toml: 6 problems",
+        "the key 'seed' is missing",
+        "c.json: 2 problems",
+        "'gradient_clipping'",
+        "hosts:1",
+    ):
+        assert part in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_of_a_library_in_several_lines_is_one() -> None:

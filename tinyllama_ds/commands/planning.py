@@ -18,7 +18,7 @@ from tinyllama_ds.commands.arguments import (
 )
 from tinyllama_ds.commands.placement import local_placement
 from tinyllama_ds.commands.printing import print_result
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.errors import ConfigError, all_of
 from tinyllama_ds.launch.hostfile import read_hostfile
 from tinyllama_ds.launch.launcher import MEASURE, launcher_command, launcher_environment
 from tinyllama_ds.outputs import write_figure, write_file
@@ -71,8 +71,8 @@ def _plan(options: argparse.Namespace) -> int:
     from tinyllama_ds.planning.search import reason, search
 
     _check_arguments(options)
-    inputs = read_inputs(options.recipe, options.deepspeed_config)
-    options.machines, options.is_compiled = _machines(options, inputs), options.compile != "off"
+    inputs, hosts = all_of(lambda: read_inputs(options.recipe, options.deepspeed_config), lambda: _hosts(options))
+    options.machines, options.is_compiled = _machines(options, inputs, hosts), options.compile != "off"
     request = as_dataclass(PlanRequest, options)
     sizes = _source_sizes(options.data, inputs)
     ranking = search(request, inputs, sizes) if options.search else None
@@ -95,7 +95,7 @@ def _check_arguments(options: argparse.Namespace) -> None:
         raise ConfigError("--gpu-memory and --peak-tflops describe one GPU; give both, or --gpu alone")
 
 
-def _machines(options: argparse.Namespace, inputs: "Inputs") -> "Machines":
+def _machines(options: argparse.Namespace, inputs: "Inputs", hosts: "Hosts") -> "Machines":
     from tinyllama_ds.gpus import custom_gpu, gpu_named, network_of
     from tinyllama_ds.planning.timing import Machines
 
@@ -106,7 +106,7 @@ def _machines(options: argparse.Namespace, inputs: "Inputs") -> "Machines":
     source = f"{options.efficiency:.0%} of the spec sheet's {gpu.peak_flops / 1e12:,.0f} TFLOP/s while a GPU computes"
     if options.measure:
         compute, source = _measured(options, inputs)
-    return Machines(_hosts(options), gpu, network_of(gpu, options.network), compute, source)
+    return Machines(hosts, gpu, network_of(gpu, options.network), compute, source)
 
 
 def _hosts(options: argparse.Namespace) -> "Hosts":

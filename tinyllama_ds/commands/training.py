@@ -20,7 +20,7 @@ from tinyllama_ds.commands.placement import (
 from tinyllama_ds.commands.printing import write_no_more
 from tinyllama_ds.devices import Machine
 from tinyllama_ds.distributed.network import free_port
-from tinyllama_ds.errors import EXIT_FINISHED
+from tinyllama_ds.errors import EXIT_FINISHED, all_of
 from tinyllama_ds.launch.fleet import Fleet
 from tinyllama_ds.launch.launcher import Placement, check_partition, check_placement, describe_launch
 from tinyllama_ds.launch.lock import hold_run
@@ -71,7 +71,15 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 def _pretrain(options: argparse.Namespace) -> int:
     """Train under the deepspeed launcher; restarts and resumes automatically."""
-    placement, arguments = read_placement(options), words_of(add_run_arguments, with_absolute_paths(options))
+    from tinyllama_ds.config.deepspeed import load_deepspeed_config
+    from tinyllama_ds.config.recipe import load_recipe
+
+    placement, *_ = all_of(
+        lambda: read_placement(options),
+        lambda: load_recipe(options.recipe),
+        lambda: load_deepspeed_config(options.deepspeed_config),
+    )
+    arguments = words_of(add_run_arguments, with_absolute_paths(options))
     check_placement(placement, arguments)
     placement = query_machines(placement)
     run = _check_run(options, placement)

@@ -14,7 +14,7 @@ from tinyllama_ds.config.deepspeed import (
 from tinyllama_ds.config.recipe import Recipe, load_recipe
 from tinyllama_ds.config.run_plan import RunPlan, accumulation_steps, micro_batch_of
 from tinyllama_ds.config.schedule import Schedule, make_schedule
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.errors import ConfigError, all_of
 from tinyllama_ds.gpus import GIB
 from tinyllama_ds.model.config import LlamaConfig, model_config
 from tinyllama_ds.planning.cost import BAD_FLEET, GOOD_FLEET, Duration, Failures, Storage, failures_of, storage_of
@@ -132,8 +132,7 @@ class Plan:
 
 def read_inputs(recipe_name: str, deepspeed_config: Path) -> Inputs:
     """Recipe, JSON and model; raises `ConfigError` for whatever training would reject."""
-    recipe = load_recipe(recipe_name)
-    raw = load_deepspeed_config(deepspeed_config)
+    recipe, raw = all_of(lambda: load_recipe(recipe_name), lambda: load_deepspeed_config(deepspeed_config))
     model = model_config(recipe.model, recipe.sequence_length)
     plan = RunPlan(recipe)
     return Inputs(recipe, plan, model, deepspeed_config, raw, make_schedule(raw, deepspeed_config, plan))
