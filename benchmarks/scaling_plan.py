@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from tinyllama_ds.commands.arguments import Parser, WholeNumber, output_file, output_picture
 from tinyllama_ds.config.recipe import Recipe
 from tinyllama_ds.config.run_plan import RunPlan
-from tinyllama_ds.gpus import GPUS, network_of
+from tinyllama_ds.gpus import gpu_named, network_of
 from tinyllama_ds.planning.communication import Hosts
 from tinyllama_ds.planning.plan import PlanRequest, read_inputs
 from tinyllama_ds.planning.search import search
 from tinyllama_ds.planning.timing import Machines
 
-GPU, PER_HOST, EFFICIENCY = GPUS["a100-40g"], 8, 0.56
+GPU, PER_HOST, EFFICIENCY = gpu_named("a100-40g"), 8, 0.56
 NETWORKS, SIZES = (25, 100, 400), (8, 16, 64, 512, 1024)  # Gbit/s out of a host; GPUs
 BATCHES = (1, 4)  # times TinyLlama's 2,097,152 tokens
 CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero3.json"

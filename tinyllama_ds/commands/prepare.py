@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,14 +87,8 @@ def _train_tokenizer(options: argparse.Namespace) -> int:
 
 def _texts(directories: list[Path], text_field: str | None) -> Iterator[str]:
     """Texts of all corpora in turn, so that the tokenizer sees as many of each."""
-    readers = [_texts_of(directory, text_field) for directory in directories]
-    while readers:
-        for reader in list(readers):
-            text = next(reader, None)
-            if text is None:
-                readers.remove(reader)
-            else:
-                yield text
+    for texts in zip_longest(*(_texts_of(directory, text_field) for directory in directories)):
+        yield from (text for text in texts if text is not None)
 
 
 def _texts_of(directory: Path, text_field: str | None) -> Iterator[str]:
