@@ -35,6 +35,8 @@ _EXPECTED = {
     "literal_error": "{expected}",
     "expected": "{what}",
 }
+BY_NAME, AS_TABLE = "[name]", "[table]"  # what a value may be by its discriminator, which pydantic adds to the path
+CONTRADICTION = "contradiction"  # of keys that are valid alone: the message is the whole sentence
 
 
 def whole_number(least: int = 0, most: int = 2**63 - 1) -> Any:
@@ -104,6 +106,8 @@ def problems_of(
     if isinstance(error, ConfigError):
         return [str(error)]
     errors = error.errors(include_url=False)
+    for found in errors:
+        found["loc"] = tuple(step for step in found["loc"] if step not in (BY_NAME, AS_TABLE))
     unknown = [found["loc"] for found in errors if found["type"] in _UNKNOWN]
     problems = []
     for found in errors:
@@ -115,6 +119,8 @@ def problems_of(
             unknown = [other for other in unknown if other not in near]
             hint = f" ({near[0][-1]!r} is not a key)" if near else ""
             sentence = f"the key {key_path(path)!r} is missing{hint}"
+        elif found["type"] == CONTRADICTION:
+            sentence = f"{key_path(path)}: {found['msg']}"
         elif found["type"] == "json_invalid":
             sentence = f"not valid JSON ({found['ctx']['error']})"
         else:

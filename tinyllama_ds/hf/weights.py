@@ -67,6 +67,7 @@ def write_weights(
         shards[file][name] = tensor.detach().contiguous()
         if len(shards[file]) == len(plan.filename_to_tensors[file]):
             save_file(shards.pop(file), folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # it is this user's alone else, whatever the umask
     if shapes.keys() != digests.keys():
         raise ValueError(f"missing tensors: {', '.join(shapes.keys() - digests.keys())}")
     if plan.is_sharded:

@@ -16,7 +16,7 @@ from tinyllama_ds.config.run_plan import RunPlan, accumulation_steps, micro_batc
 from tinyllama_ds.config.schedule import Schedule, make_schedule
 from tinyllama_ds.errors import ConfigError, all_of
 from tinyllama_ds.gpus import GIB
-from tinyllama_ds.model.config import LlamaConfig, model_config
+from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.cost import BAD_FLEET, GOOD_FLEET, Duration, Failures, Storage, failures_of, storage_of
 from tinyllama_ds.planning.layout import Layout, gathers_of, persistent_elements, read_layout
 from tinyllama_ds.planning.memory import Memory, Work, attention_memory, memory_of
@@ -133,9 +133,8 @@ class Plan:
 def read_inputs(recipe_name: str, deepspeed_config: Path) -> Inputs:
     """Recipe, JSON and model; raises `ConfigError` for whatever training would reject."""
     recipe, raw = all_of(lambda: load_recipe(recipe_name), lambda: load_deepspeed_config(deepspeed_config))
-    model = model_config(recipe.model, recipe.sequence_length)
     plan = RunPlan(recipe)
-    return Inputs(recipe, plan, model, deepspeed_config, raw, make_schedule(raw, deepspeed_config, plan))
+    return Inputs(recipe, plan, recipe.model, deepspeed_config, raw, make_schedule(raw, deepspeed_config, plan))
 
 
 def make_plan(request: PlanRequest, inputs: Inputs, sizes: Mapping[str, int]) -> Plan:
