@@ -52,7 +52,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    """Score a model on tasks of lm-eval, beside TinyLlama's published scores."""
+    """Score a model on tasks of lm-eval, next to TinyLlama's published scores."""
     prepare(options)
     from tinyllama_ds.distributed.world import read_world
 
