@@ -36,7 +36,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size",
         type=FILE_SIZE,
-        default="50GB",
+        default="5GB",
         metavar="SIZE",
         help="of a safetensors file (default: %(default)s)",
     )

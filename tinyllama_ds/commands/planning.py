@@ -151,7 +151,7 @@ def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str
     micro_batch = requested_micro_batch(inputs.raw) or 1
     settings = bench.grid([options.deepspeed_config], [micro_batch], [options.attention], [is_compiled])
     shared = {
-        "model": inputs.recipe.model,
+        "model": inputs.recipe.model_name,
         "sequence_length": inputs.recipe.sequence_length,
         "activation_checkpointing": options.activation_checkpointing,
         "accumulation": 4,

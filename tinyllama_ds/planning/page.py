@@ -30,7 +30,7 @@ def tables_of(plan: Plan) -> list[Table]:
 def _cost(plan: Plan) -> Table:
     duration, request = plan.duration, plan.request
     per_gpu = duration.tokens_per_second / duration.ranks
-    is_published = (plan.inputs.recipe.model, request.machines.gpu.name) == ("tinyllama-1.1b", "a100-40g")
+    is_published = (plan.inputs.recipe.model_name, request.machines.gpu.name) == ("tinyllama-1.1b", "a100-40g")
     paper = " (TinyLlama's paper: 3,456)" if is_published else ""
     rows = [
         ("tokens", f"{duration.tokens:,}"),
@@ -130,7 +130,7 @@ def _values(plan: Plan) -> Table:
     params, recipe, hosts = plan.resolved["optimizer"]["params"], plan.inputs.recipe, plan.request.machines.hosts
     json_name = str(plan.request.deepspeed_config)
     rows = [
-        ("model", f"{recipe.model}, {plan.inputs.model.num_parameters:,} parameters", "recipe"),
+        ("model", f"{recipe.model_name}, {plan.inputs.model.num_parameters:,} parameters", "recipe"),
         ("sequence length", f"{recipe.sequence_length}", "recipe"),
         ("global batch, tokens", ", ".join(f"{stage.global_batch_tokens:,}" for stage in recipe.stages), "recipe"),
         ("seed", f"{recipe.seed}", "recipe"),

@@ -15,7 +15,7 @@ from tinyllama_ds.config.run_plan import RunPlan, accumulation_steps, micro_batc
 from tinyllama_ds.config.schedule import Schedule, make_schedule
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.gpus import GIB
-from tinyllama_ds.model.config import LlamaConfig, model_config
+from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.communication import Hosts
 from tinyllama_ds.planning.cost import (
     BAD_FLEET,
@@ -101,7 +101,7 @@ def read_inputs(recipe_name: str, deepspeed_config: Path) -> Inputs:
     """Recipe, JSON and model; raises `ConfigError` for whatever training would reject."""
     recipe = load_recipe(recipe_name)
     raw = load_deepspeed_config(deepspeed_config)
-    model = model_config(recipe.model, recipe.sequence_length)
+    model = recipe.model
     plan = RunPlan(recipe)
     return Inputs(recipe, plan, model, raw, make_schedule(raw, deepspeed_config, plan))
 
