@@ -3,7 +3,6 @@
 A file that has its name before its content is on the disk may be empty, cut short or full of zeros afterwards.
 """
 
-import glob
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 SECRETS_FILE = "secrets.json"  # of a run directory: variables for ranks on other hosts, while a supervisor is at work
@@ -160,19 +159,6 @@ def remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
-
-
-@contextmanager
-def without_wildcards(folder: Path) -> Iterator[Path]:
-    """A path to a folder without wildcard characters, for code that finds files with `glob`."""
-    if glob.escape(str(folder)) == str(folder):
-        yield folder
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
 
 
 def _report_damaged(path: Path, numbers: list[int]) -> None:
