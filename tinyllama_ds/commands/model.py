@@ -236,7 +236,7 @@ def _report(options: argparse.Namespace) -> int:
     from tinyllama_ds.checkpoint.format import newest_progress
     from tinyllama_ds.evaluation.charts import run_figure
     from tinyllama_ds.evaluation.history import read_history
-    from tinyllama_ds.evaluation.report import report_page, run_status, summarize
+    from tinyllama_ds.evaluation.report import report_page, summarize
     from tinyllama_ds.launch.lock import is_held
     from tinyllama_ds.outputs import check_file, check_picture, write_figure, write_file
 
@@ -244,16 +244,15 @@ def _report(options: argparse.Namespace) -> int:
     picture = options.picture or options.run / "report.png"
     history = read_history(options.run)
     _, committed = newest_progress(options.run)
-    now = run_status(history, committed, is_held(options.run))
+    summary = summarize(history, committed, is_held(options.run))
     for check, path in ((check_file, output), (check_picture, picture)):
         check(path)
-    write_file(output, report_page(history, now, str(options.run)))
+    write_file(output, report_page(history, summary, str(options.run)))
     write_figure(run_figure(history, str(options.run)), picture)
-    summary = summarize(history, now)
     figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
     text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in figures.items())
     result = summary | {"page": str(output), "picture": str(picture)}
-    return print_result(options, result, f"{text}\n{now.sentence}\n{output}\n{picture}")
+    return print_result(options, result, f"{text}\n{summary['verdict']}\n{output}\n{picture}")
 
 
 COMMANDS = (
