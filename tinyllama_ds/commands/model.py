@@ -222,21 +222,20 @@ def _report(options: argparse.Namespace) -> int:
     from tinyllama_ds.checkpoint.format import newest_progress
     from tinyllama_ds.evaluation.charts import run_figure
     from tinyllama_ds.evaluation.history import read_history
-    from tinyllama_ds.evaluation.report import report_page, run_status, summarize
+    from tinyllama_ds.evaluation.report import report_page, summarize
     from tinyllama_ds.launch.lock import is_held
 
     history = read_history(options.run)
     _, committed = newest_progress(options.run)
-    now = run_status(history, committed, is_held(options.run))
+    summary = summarize(history, committed, is_held(options.run))
     output = options.output or check_file(options.run / "report.html")
     picture = options.picture or check_picture(options.run / "report.png")
-    write_file(output, report_page(history, now, str(options.run)))
+    write_file(output, report_page(history, summary, str(options.run)))
     write_figure(run_figure(history, str(options.run)), picture)
-    summary = summarize(history, now)
     figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
     text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in figures.items())
     result = summary | {"page": str(output), "picture": str(picture)}
-    return print_result(options, result, f"{text}\n{now.sentence}\n{output}\n{picture}")
+    return print_result(options, result, f"{text}\n{summary['verdict']}\n{output}\n{picture}")
 
 
 COMMANDS = (
