@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tinyllama_ds.distributed.network import proof
+from tinyllama_ds.distributed.messages import proof
 
 _AT_ONCE = 100
 _LIES = ({"error": "end it"}, {"report_exit": 0}, {"report_exit": 78}, {"step": 10**6, "doing": "training"})

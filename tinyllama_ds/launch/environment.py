@@ -53,7 +53,11 @@ def forwarded(environment: Mapping[str, str], named: Iterable[str], launcher: st
     chosen |= {name: environment[name] for name in named}
     shown = {name: value for name, value in chosen.items() if not is_secret(name)}
     for name, value in shown.items():
-        _check_value(name, value, launcher)
+        if not _survives_forwarding(value, launcher):
+            raise ConfigError(
+                f"{name}: its value {value!r} would be changed by {launcher} on its way to other hosts; expected"
+                f" letters, digits and @+=:./-, or the variable unset"
+            )
     return shown
 
 
@@ -113,26 +117,12 @@ def read_user_files() -> dict[str, str]:
     return found
 
 
-def write_private_file(path: Path, content: str) -> None:
-    """Write a file that only this user can read."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        file.write(content)
-
-
 def check_argument(argument: str, launcher: str) -> None:
     """Raises `ConfigError` for an argument that pdsh or the remote shell would change."""
     fits = _QUOTABLE if " " in argument else _PLAIN  # DeepSpeed quotes only arguments with blanks
     if launcher == "pdsh" and not fits.fullmatch(argument):
         raise ConfigError(
             f"{argument!r}: a remote shell would change it; expected letters, digits, blanks and @+=:,./-"
-        )
-
-
-def _check_value(name: str, value: str, launcher: str) -> None:
-    if not _survives_forwarding(value, launcher):
-        raise ConfigError(
-            f"{name}: its value {value!r} would be changed by {launcher} on its way to other hosts; expected letters,"
-            f" digits and @+=:./-, or the variable unset"
         )
 
 

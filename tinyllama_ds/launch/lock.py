@@ -133,13 +133,12 @@ def _create(path: Path, content: bytes) -> bool:
 def _create_in_place(path: Path, content: bytes) -> bool:
     """The same not atomically: others may see an incomplete file, which is treated as damaged."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with path.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
     except FileExistsError:
         return False
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
     return True
 
 

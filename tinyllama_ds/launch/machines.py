@@ -12,7 +12,7 @@ from tinyllama_ds.launch.doctor import ANSWER_SECONDS, close_all, open_probe, qu
 from tinyllama_ds.launch.environment import named_value
 from tinyllama_ds.launch.launcher import Placement
 
-_QUESTION = {"machine": True}
+_QUESTION = {"ask": "machine"}
 
 
 def query_hosts(placement: Placement) -> Placement | None:

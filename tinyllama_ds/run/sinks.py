@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from tinyllama_ds.errors import log
 from tinyllama_ds.files import whole_rows, write_durably
 
 _FLUSH_SECONDS = 30.0
@@ -24,11 +24,7 @@ _Row = tuple[int, Mapping[str, float | str | dict]]
 def warn(what: object, error: Exception) -> None:
     """Print that something cannot be written; this never fails."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    with suppress(OSError):
-        print(
-            f"tinyllama-ds: {what}: cannot be written ({reason}); continuing, and retrying",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+    log(f"{what}: cannot be written ({reason}); continuing, and retrying")
 
 
 class JsonlWriter:
