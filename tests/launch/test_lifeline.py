@@ -17,7 +17,7 @@ from launching import TIMEOUT, wait_until
 from tinyllama_ds.distributed.messages import proof
 from tinyllama_ds.distributed.network import free_port
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.files import read_secret
+from tinyllama_ds.files import read_object_if_whole, read_secret
 from tinyllama_ds.launch import lifeline as module
 from tinyllama_ds.launch.lifeline import Lifeline
 from tinyllama_ds.layout import LIFELINE_KEY_FILE, LIFELINE_VARIABLE
@@ -70,6 +70,11 @@ def poll_until(line: Lifeline, path: Path | None = None) -> str | None:
     return failures[0]
 
 
+def read_beat(line: Lifeline, rank: int) -> dict:
+    """The last progress of a rank as the supervisor sees it."""
+    return read_object_if_whole(line._directory / f"rank_{rank}")
+
+
 def group_is_gone(process: subprocess.Popen) -> bool:
     process.wait(TIMEOUT)
     wait_until(lambda: not is_group(process.pid), "a process of the group is alive", seconds=LIFE_SECONDS / 2)
@@ -87,7 +92,7 @@ def is_group(number: int) -> bool:
 def test_heartbeats_and_stacks_arrive_as_files(line: Lifeline, tmp_path: Path) -> None:
     process = start_rank(line)
     assert poll_until(line, tmp_path / "rank_3") is None
-    assert json.loads((tmp_path / "rank_3").read_text()) == {"step": 7, "doing": "training"}
+    assert read_beat(line, 3) == {"step": 7, "doing": "training"}
     line.stacks()
     assert "Thread" in (tmp_path / "stacks_3").read_text()
     os.killpg(process.pid, signal.SIGKILL)
@@ -126,10 +131,10 @@ def test_a_death_comes_before_the_errors_that_it_causes(line: Lifeline, tmp_path
 
 def test_a_reported_exit_is_not_a_death(line: Lifeline) -> None:
     process = start_rank(line, "heartbeat.report_exit(78)")
-    wait_until(lambda: line.poll() or line.code is not None, "no reported exit")
+    wait_until(lambda: line.poll() or read_beat(line, 3).get("code"), "no reported exit")
     process.wait()
     assert line.poll() is None
-    assert line.code == 78
+    assert read_beat(line, 3) == {"step": 7, "doing": "exiting", "code": 78}
     os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -170,7 +175,7 @@ def test_a_stopped_rank_is_silent(line: Lifeline, tmp_path: Path, monkeypatch: p
         b"GET / HTTP/1.1\nHost: here\n\n",
         b'{"rank": 0, "host": "x", "group": 77, "nonce": "", "proof": "guess"}\n',
         b'{"rank": 0, "host": "x", "group": 77, "nonce": "", "proof": "\xc3\xa9"}\n',
-        b'{"rank": 0, "host": "x", "group": 77, "nonce": ""}\n{"report_exit": 0}\n',
+        b'{"rank": 0, "host": "x", "group": 77, "nonce": ""}\n{"step": 1, "doing": "exiting", "code": 0}\n',
         b'{"error": "end it"}\n',
         b"[" * 100_000 + b"\n",
         b" " * 5000,
@@ -265,11 +270,12 @@ def test_a_rank_has_one_connection(line: Lifeline) -> None:
 def test_a_reported_exit_has_the_code_of_a_regular_end(line: Lifeline, code: object) -> None:
     client = AuthenticatedClient(line)
     assert client.greet()
-    client.log_line({"report_exit": code})
     client.log_line({"doing": 5, "step": []})
-    client.log_line({"step": 1, "doing": "training"})
-    wait_until(lambda: line.poll() or (line._directory / "rank_3").exists(), "it is not read any more")
-    assert line.code is None
+    client.log_line({"step": 1, "doing": "exiting", "code": code, "pid": 1})
+    wait_until(lambda: line.poll() or read_beat(line, 3), "it is not read any more")
+    assert read_beat(line, 3) == {"step": 1, "doing": "exiting"}
+    client.connection.close()
+    assert poll_until(line) == "rank 3 on x has died"
 
 
 def test_a_proof_is_of_one_side_and_one_connection(line: Lifeline) -> None:

@@ -51,8 +51,7 @@ class Heartbeat:
     def beat(self, step: int, doing: str) -> None:
         """Report the step that this rank has reached, and what it is doing."""
         self._step, self._doing = step, doing
-        self._send({"step": step, "doing": doing})
-        self._write({"doing": doing})
+        self._report({"step": step, "doing": doing})
 
     @property
     def phase(self) -> str:
@@ -65,23 +64,19 @@ class Heartbeat:
 
     def fail(self, error: BaseException) -> None:
         """Report the error that ends this rank; the supervisor prints the first one of a run."""
-        self._send({"error": f"{type(error).__name__}: {error}"})
+        if self._lifeline is not None:
+            self._lifeline.send({"error": f"{type(error).__name__}: {error}"})
 
     def report_exit(self, code: int) -> None:
-        """Report that this rank exits in order, and its code."""
-        self._send({"report_exit": code})
-        self._write({"doing": "leaving", "code": code})
+        """Report the code of a regular exit."""
+        self._report({"step": self._step, "doing": "exiting", "code": code})
 
-    def _send(self, message: dict) -> None:
+    def _report(self, beat: dict) -> None:
         if self._lifeline is not None:
-            self._lifeline.send(message)
-
-    def _write(self, beat: dict) -> None:
-        if self._file is None:
-            return
-        text = json.dumps({"pid": os.getpid(), "step": self._step} | beat).ljust(_BEAT_BYTES)
-        # In place: the block that the first beat took is still there on a full disk. The time of change is what counts.
-        os.pwrite(self._file.fileno(), text.encode(), 0)
+            self._lifeline.send(beat)
+        if self._file is not None:
+            # In place: the block of the first beat is still there on a full disk. The time of change is what counts.
+            os.pwrite(self._file.fileno(), json.dumps({"pid": os.getpid()} | beat).ljust(_BEAT_BYTES).encode(), 0)
 
 
 def _join(value: str, rank: int, key_file: Path | None) -> MessageConnection:

@@ -33,7 +33,7 @@ _MAX_MESSAGE, _MAX_HANDSHAKE = 1 << 20, 1 << 12  # bytes
 _MAX_UNAUTHENTICATED = 256  # at a time; then the oldest is dropped, as a process has a limit of open files
 _LARGEST_GROUP = 2**22  # the largest process id
 _GREETING: dict[str, Kinds] = {"rank": int, "host": str, "group": int, "nonce": str, "proof": str}
-_EXIT_REPORTS = (EXIT_FINISHED, EXIT_RESTART, EXIT_ROLLBACK, EXIT_CONFIG, EXIT_NUMERICS)
+_EXIT_CODES = (EXIT_FINISHED, EXIT_RESTART, EXIT_ROLLBACK, EXIT_CONFIG, EXIT_NUMERICS)
 
 
 @dataclass(eq=False)
@@ -90,7 +90,6 @@ class Lifeline:
         self._pinged_at = 0.0
         self._error: str | None = None
         self._death: str | None = None  # has priority: the errors of other ranks follow from it
-        self.code: int | None = None  # that the first rank reported at its regular end
 
     def expect(self, hosts: Sequence[str]) -> None:
         """The host of every rank, by rank."""
@@ -175,16 +174,18 @@ class Lifeline:
     def _handle(self, rank: _Rank, message: dict) -> None:
         match message:
             case {"step": int(step), "doing": str(doing)}:
-                (self._directory / f"rank_{rank.number}").write_text(json.dumps({"step": step, "doing": doing}))
+                beat: dict = {"step": step, "doing": doing}
+                code = message.get("code")
+                if isinstance(code, int) and code in _EXIT_CODES:
+                    rank.has_reported_exit = True
+                    beat["code"] = code
+                (self._directory / f"rank_{rank.number}").write_text(json.dumps(beat))
             case {"stacks": str(stacks)}:
                 (self._directory / f"stacks_{rank.number}").write_text(stacks)
                 rank.has_shown_stacks = True
             case {"error": str(error)}:
                 rank.has_reported_exit = True
                 self._error = self._error or f"{rank}: {error}"
-            case {"report_exit": int(code)} if code in _EXIT_REPORTS:
-                rank.has_reported_exit = True
-                self.code = code if self.code is None else self.code
 
     def _authenticate(self, rank: _Rank, message: dict) -> None:
         """Raises ConnectionError unless this is a rank of this run with the key, and its first connection."""

@@ -53,7 +53,9 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
     is_new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
     path = run_dir / LOCK_FILE
-    ours = json.dumps(_owner()).encode()
+    pid = os.getpid()
+    owner = {"pid": pid, "host": socket.gethostname(), "started": _ticks_at_start(pid), "boot": _boot_id()}
+    ours = json.dumps(owner).encode()
     while not _create(path, ours):
         with suppress(FileNotFoundError):  # released by its owner at this moment
             held = path.read_bytes()
@@ -94,11 +96,6 @@ def _describe(path: Path, held: bytes) -> str:
     if owner is None:
         return f"an unknown process, as {path} is damaged,"
     return f"process {owner['pid']} on host {owner['host']}"
-
-
-def _owner() -> dict:
-    pid = os.getpid()
-    return {"pid": pid, "host": socket.gethostname(), "started": _ticks_at_start(pid), "boot": _boot_id()}
 
 
 def _ticks_at_start(pid: int) -> int | None:

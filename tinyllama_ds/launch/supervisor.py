@@ -268,8 +268,6 @@ class _Watchdog:
 
         The launcher polls once a second, so its own code may be that of a rank which only lost its peer.
         """
-        if self._lifeline is not None:
-            return self._lifeline.code or 0
         codes = (_read_beat(file).get("code") for file in sorted(self._directory.glob("rank_*")))
         return next(filter(None, codes), 0)
 

@@ -55,8 +55,8 @@ class MetricsLogger(NoMetrics):
             self._tensorboard = TensorBoardWriter(directory, last_step)
             # A folder of its own: what a resumed run repeats is purged by x, which counts tokens there.
             self._over_tokens = TensorBoardWriter(directory / "over_tokens", last_tokens)
-            self._tensorboard.write_text("run", f"```json\n{config_text}\n```", start.step)
-            self._tensorboard.write_layout(json.loads(_LAYOUT.read_text()), start.step)
+            layout = json.loads(_LAYOUT.read_text())
+            self._tensorboard.write(start.step, {"run": f"```json\n{config_text}\n```", "layout": layout})
         self._monitor = _deepspeed_monitor(monitors, run_dir)
         self._monitor_failed = False
 
@@ -77,7 +77,7 @@ class MetricsLogger(NoMetrics):
             self._samples.write({"step": step, "tokens": tokens, "prompt": prompt, "text": text})
             if self._tensorboard is not None:
                 code = "\n".join(f"    {line}" for line in f"{prompt}|{text}".splitlines())  # code in Markdown
-                self._tensorboard.write_text(f"Samples/{number}", code, step)
+                self._tensorboard.write(step, {f"Samples/{number}": code})
 
     def log_scores(self, step: int, tokens: int, scores: Sequence[Score]) -> None:
         for score in scores:

@@ -186,15 +186,6 @@ def _ledger_of(run_dir: Path, parent: Parent | None) -> list[Entry]:
     return read_ledger(run_dir)
 
 
-def _reject_conversations_without_mask(recipe: Recipe, streams: dict[str, TokenStream]) -> None:
-    for name, stream in streams.items():
-        if stream.has_loss_mask and not recipe.document_mask:
-            raise ConfigError(
-                f"recipe {recipe.name!r}: the source {name!r} holds conversations, which must not see the others of"
-                " their row; expected document_mask = true"
-            )
-
-
 def _encode_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[list[int]]:
     prompts = [tokenizer.encode(prompt) for prompt in recipe.samples.prompts]
     for text, ids in zip(recipe.samples.prompts, prompts, strict=True):
@@ -249,7 +240,12 @@ def _open_data(data: Path, recipe: Recipe, model: LlamaConfig) -> tuple[dict[str
     if not data.is_dir():
         raise ConfigError(f"{data}: the data directory is missing")
     streams = open_streams(data, recipe.sources, "train", model.vocab_size)
-    _reject_conversations_without_mask(recipe, streams)
+    chats = [name for name, stream in streams.items() if stream.has_loss_mask]
+    if chats and not recipe.document_mask:
+        raise ConfigError(
+            f"recipe {recipe.name!r}: the source {chats[0]!r} holds conversations, which must not see the others of"
+            " their row; expected document_mask = true"
+        )
     held_out = [name for name in recipe.sources if (data / name / "validation").is_dir()]
     validation = open_streams(data, held_out, "validation", model.vocab_size)
     return streams, [
