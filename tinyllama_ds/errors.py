@@ -1,10 +1,10 @@
 """Exit codes, which other programs rely on, and the exceptions that become messages to users."""
 
+import contextlib
 import json
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 
 EXIT_FINISHED = 0
 EXIT_RESTART = 75  # saved; restart to continue
@@ -56,7 +56,7 @@ class NumericsError(Exception):
 
 def log(text: str) -> None:
     """Print a line for the user on stderr; a log file on a full disk does not end a run."""
-    with suppress(OSError):
+    with contextlib.suppress(OSError):
         print(f"tinyllama-ds: {text}", file=sys.stderr, flush=True)
 
 
