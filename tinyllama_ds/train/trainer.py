@@ -17,7 +17,7 @@ from tinyllama_ds.config.run_plan import Step, accumulation_steps
 from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.health.guard import AnomalyGuard, StepDecision, StepStatus, all_reduce_step_status, extend_chain
 from tinyllama_ds.health.heartbeat import Heartbeat
-from tinyllama_ds.run.console import SilentConsole
+from tinyllama_ds.run.console import Console
 from tinyllama_ds.run.metrics import NoMetrics
 from tinyllama_ds.run.resolve import Run
 from tinyllama_ds.train.batches import HashingLoader, count_targets, open_loader
@@ -75,7 +75,7 @@ class Outputs(NamedTuple):
     """Where rank 0 logs; those of the other ranks do nothing."""
 
     metrics: NoMetrics
-    console: SilentConsole
+    console: Console
 
 
 class Trainer:
