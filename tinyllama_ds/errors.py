@@ -1,6 +1,8 @@
 """Exit codes, which other programs rely on, and the exceptions that become messages to users."""
 
+import contextlib
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +53,12 @@ class NumericsError(Exception):
 
     Raised on all ranks; no checkpoint is saved, and the run ends with exit code 79 and is not restarted.
     """
+
+
+def log(text: str) -> None:
+    """Print a line for the user on stderr; a log file on a full disk does not end a run."""
+    with contextlib.suppress(OSError):
+        print(f"tinyllama-ds: {text}", file=sys.stderr, flush=True)
 
 
 def raise_problems(place: object, problems: list[str]) -> None:

@@ -9,10 +9,11 @@ import re
 import shutil
 import socket
 import stat
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from tinyllama_ds.errors import log
 
 SECRETS_FILE = "secrets.json"  # of a run directory: variables for ranks on other hosts, while a supervisor is at work
 # Of files that a manifest or an index names: no path leads out of their folder.
@@ -123,7 +124,9 @@ def whole_rows(lines: Iterable[bytes], path: Path, **kinds: Kinds) -> Iterator[t
         else:
             yield line, row
     if damaged:
-        _report_damaged(path, damaged)
+        more = len(damaged) - 1
+        rest = f", and so are {more} more line{'s' if more > 1 else ''} of the file" if more else ""
+        log(f"{path}:{damaged[0]}: damaged line, skipped{rest}")
 
 
 def parse_row(line: bytes, **kinds: Kinds) -> dict | None:
@@ -159,13 +162,3 @@ def remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
-
-
-def _report_damaged(path: Path, numbers: list[int]) -> None:
-    more = len(numbers) - 1
-    end = f", skipped, and so are {more} more line{'s' if more > 1 else ''} of the file" if more else ""
-    with suppress(OSError):  # a log file on a full disk must not end a run
-        print(
-            f"tinyllama-ds: {path}:{numbers[0]}: damaged line{end or ', skipped'}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip

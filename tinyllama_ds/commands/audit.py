@@ -44,14 +44,18 @@ def _audit(options: argparse.Namespace) -> int:
         plan, order, _ = _planned_order(options.recipe, options.data)
         micro_batch_of(plan, None, options.world_size)  # raises for a number of ranks that does not divide the batches
         coverage = check_coverage(order, [stage.batch for stage in plan.stages], options.world_size)
-    audit = audit_data(options.data, _raw_inputs(options.raw), options.samples, options.workers)
-    problems = audit.problems + (coverage.problems if coverage else [])
-    warnings = audit.warnings + (coverage.warnings if coverage else [])
-    page = _write_page(options, audit_page(audit, coverage, f"Audit of {options.data}"))
-    result = {"good": not problems, "problems": problems, "warnings": warnings, "page": page and str(page)}
+    raw = _raw_inputs(options.raw)
+    audit = audit_data(options.data, raw, options.samples, options.workers, coverage=coverage)
+    page = _write_page(options, audit_page(audit, f"Audit of {options.data}"))
+    result = {
+        "good": not audit.problems,
+        "problems": audit.problems,
+        "warnings": audit.warnings,
+        "page": page and str(page),
+    }
     end = f"\n{page}" if page else ""
-    print_result(options, result, f"{verdict(audit, coverage)}{end}")
-    return EXIT_CONFIG if problems or (options.output and not page) else EXIT_FINISHED
+    print_result(options, result, f"{verdict(audit)}{end}")
+    return EXIT_CONFIG if audit.problems or (options.output and not page) else EXIT_FINISHED
 
 
 def _write_page(options: argparse.Namespace, page: str) -> Path | None:

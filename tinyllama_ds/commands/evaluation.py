@@ -19,7 +19,7 @@ from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
 from tinyllama_ds.evaluation.harness import Ranks, evaluate, language_model
 from tinyllama_ds.evaluation.sandbox import open_sandbox
 from tinyllama_ds.evaluation.scores import Evaluation, as_json, as_markdown, read_scores, scores_figure
-from tinyllama_ds.evaluation.suites import HUMANEVAL, Benchmark, suite_named
+from tinyllama_ds.evaluation.suites import HUMANEVAL, suite_named
 from tinyllama_ds.launch.launcher import SCORE, launcher_command, launcher_environment
 from tinyllama_ds.outputs import check_folder, reporting_write_errors, write_figure, write_file
 
@@ -69,9 +69,7 @@ def prepare(options: argparse.Namespace) -> None:
     if options.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # whatever the GPUs are like
     require_lm_eval()
-    if options.data_dir is not None:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    set_offline_if_hub_unreachable()
+    set_offline_if_hub_unreachable(options.data_dir)
 
 
 def _check_arguments(options: argparse.Namespace) -> None:
@@ -117,20 +115,19 @@ def evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> i
 def _evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> int:
     if not world.is_rank0:
         os.environ["TQDM_DISABLE"] = "1"
-    benchmarks = suite_named(options.suite) if options.suite else ()
+    names = {benchmark.task for benchmark in suite_named(options.suite).benchmarks} if options.suite else None
     where = _output_folder(options)
     check_folder(where)
     ranks = _join(world)
-    tasks = _load_tasks(options, benchmarks, world)
+    tasks = _load_tasks(options, world)
     model, tokenizer, tokens = _load_model(options, world)
     results = evaluate(lambda: language_model(model, tokenizer, options.batch_size), tasks, ranks, options.limit)
     if not world.is_rank0:
         return EXIT_FINISHED
     versions = {package: version(package) for package in _PACKAGES}
-    names = {benchmark.task for benchmark in benchmarks} or None
     scores = read_scores(results, names)
     measured = Evaluation(str(options.model), tokens, options.suite, scores, _settings(options, world), versions)
-    return _write(options, measured, benchmarks, results, where)
+    return _write(options, as_json(measured, results), where)
 
 
 def _join(world: "DistributedInfo") -> Ranks:
@@ -143,19 +140,14 @@ def _join(world: "DistributedInfo") -> Ranks:
     return Ranks(world.rank, world.size, gather_from_ranks)
 
 
-def _load_tasks(
-    options: argparse.Namespace, benchmarks: tuple[Benchmark, ...], world: "DistributedInfo"
-) -> dict[str, Any]:
-    from tinyllama_ds.evaluation.tasks import load_named, load_suite
+def _load_tasks(options: argparse.Namespace, world: "DistributedInfo") -> dict[str, Any]:
+    from tinyllama_ds.evaluation.tasks import benchmarks_of, load_named
 
-    names = options.task_file or (options.tasks or "").split(",")
-    chosen = [benchmark.task for benchmark in benchmarks] or names
+    names = [options.suite] if options.suite else options.task_file or options.tasks.split(",")
     passes: Callable[[str], bool] | None = None
-    if options.allow_code_execution and HUMANEVAL in chosen:
+    if options.allow_code_execution and HUMANEVAL in benchmarks_of(names):
         # Every rank has all completions; one of them runs them.
         passes = open_sandbox().passes if world.is_rank0 else lambda program: False
-    if benchmarks:
-        return load_suite(benchmarks, options.data_dir, passes)
     return load_named(names, options.data_dir, passes, options.shots)
 
 
@@ -214,23 +206,16 @@ def _output_folder(options: argparse.Namespace) -> Path:
     return checkpoint.parents[1] / "evaluation" / checkpoint.name
 
 
-def _write(
-    options: argparse.Namespace,
-    measured: Evaluation,
-    benchmarks: tuple[Benchmark, ...],
-    results: dict[str, Any],
-    where: Path,
-) -> int:
+def _write(options: argparse.Namespace, found: dict[str, Any], where: Path) -> int:
     """Print the scores, whatever becomes of the files."""
-    stem = options.suite or "tasks"
-    text, found = as_markdown(measured, benchmarks), as_json(measured, benchmarks, results)
+    stem, text = options.suite or "tasks", as_markdown(found)
     sys.stderr.flush()
     code = print_result(options, found, f"{text}\n{where / stem}.md, .json and .png")
     with reporting_write_errors(where):
         where.mkdir(parents=True, exist_ok=True)
     write_file(where / f"{stem}.md", text)
     write_file(where / f"{stem}.json", json.dumps(found, indent=1, default=str) + "\n")
-    write_figure(scores_figure(measured, benchmarks), where / f"{stem}.png")
+    write_figure(scores_figure(found), where / f"{stem}.png")
     return code
 
 

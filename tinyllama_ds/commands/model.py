@@ -56,11 +56,10 @@ class ModelSource:
 def open_stored(path: Path) -> ModelSource:
     """The model of a checkpoint, a run directory or a model folder, every file verified."""
     from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
-    from tinyllama_ds.checkpoint.format import resolve_checkpoint
+    from tinyllama_ds.checkpoint.format import model_of, resolve_checkpoint
     from tinyllama_ds.checkpoint.reader import stream_weights
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, stored_tokenizer
     from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
-    from tinyllama_ds.model.config import LlamaConfig
     from tinyllama_ds.run.resolve import is_chat_run
 
     if is_model_folder(path):
@@ -72,7 +71,7 @@ def open_stored(path: Path) -> ModelSource:
     tokenizer = stored_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, tokenizer_sha256_of(manifest.run), "this run")
     return ModelSource(
         tensors,
-        LlamaConfig(**manifest.model),
+        model_of(checkpoint, manifest.model),
         tokenizer,
         probe=manifest.health.probe,
         is_chat_model=is_chat_run(manifest.run),
@@ -222,21 +221,20 @@ def _report(options: argparse.Namespace) -> int:
     from tinyllama_ds.checkpoint.format import newest_progress
     from tinyllama_ds.evaluation.charts import run_figure
     from tinyllama_ds.evaluation.history import read_history
-    from tinyllama_ds.evaluation.report import report_page, run_status, summarize
+    from tinyllama_ds.evaluation.report import report_page, summarize
     from tinyllama_ds.launch.lock import is_held
 
     history = read_history(options.run)
     _, committed = newest_progress(options.run)
-    now = run_status(history, committed, is_held(options.run))
+    summary = summarize(history, committed, is_held(options.run))
     output = options.output or check_file(options.run / "report.html")
     picture = options.picture or check_picture(options.run / "report.png")
-    write_file(output, report_page(history, now, str(options.run)))
+    write_file(output, report_page(history, summary, str(options.run)))
     write_figure(run_figure(history, str(options.run)), picture)
-    summary = summarize(history, now)
     figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
     text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in figures.items())
     result = summary | {"page": str(output), "picture": str(picture)}
-    return print_result(options, result, f"{text}\n{now.sentence}\n{output}\n{picture}")
+    return print_result(options, result, f"{text}\n{summary['verdict']}\n{output}\n{picture}")
 
 
 COMMANDS = (
