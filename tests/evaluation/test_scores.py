@@ -70,6 +70,7 @@ def test_json_holds_everything(measured: Evaluation) -> None:
     assert found["average"]["value"] == 50.0
     assert found["percent"][0]["benchmark"] == "HellaSwag"
     assert found["published"][-1]["model"] == "TinyLlama v1.1 Chinese"
+    assert found["nearest"] == "TinyLlama, 240k steps"
     assert found["lm_eval"]["hellaswag"]["acc,none"] == 0.25
 
 

@@ -114,8 +114,9 @@ def as_json(evaluation: Evaluation, results: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def scores_table(found: dict[str, Any], title: str = "") -> Table:
+def scores_table(found: dict[str, Any]) -> Table:
     """The scores in an object of `as_json`, or in what is left of one: a suite and its published rows, or the tasks."""
+    title = found.get("name", "") + (f", {_count(found)} tokens" if _count(found) else "")
     if found.get("percent"):
         return _suite_table(found, title)
     rows = [
