@@ -156,11 +156,11 @@ def _count(row: dict) -> str:
 def as_markdown(found: dict[str, Any]) -> str:
     """The table, misprints of the sources, and how it was measured."""
     table = scores_table(found)
-    *rows, last = table.rows
+    rows = list(table.rows)
     if found["suite"]:
-        last = [f"**{cell}**" for cell in last]
+        rows[-1] = [f"**{cell}**" for cell in rows[-1]]
     rule = ["---" if column in table.text_columns else "---:" for column, _ in enumerate(table.head)]
-    lines = [f"# {found['model']}\n", *(f"| {' | '.join(row)} |" for row in (table.head, rule, *rows, last))]
+    lines = [f"# {found['model']}\n", *(f"| {' | '.join(row)} |" for row in (table.head, rule, *rows))]
     if found["suite"]:
         tasks = (
             f"{score['task']} (version {score['version'] or 'unknown'}, {score['shots'] or 0}-shot, {score['metric']})"
