@@ -4,6 +4,7 @@ import re
 import runpy
 from dataclasses import dataclass, field
 from itertools import repeat
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -127,12 +128,12 @@ def assert_masters_are_of_the_weights(engine: object, layout: Layout) -> None:
 
 
 def read_all(checkpoint: Path) -> dict[str, torch.Tensor]:
-    with CheckpointReader(checkpoint) as reader:
-        return {
-            f"{kind}/{name}": reader.read(kind, name, 0, reader.shape(name).numel())
-            for name in reader.names()
-            for kind in reader.kinds(name)
-        }
+    reader = CheckpointReader(checkpoint)
+    return {
+        f"{kind}/{name}": reader.read(kind, name, 0, prod(shape))
+        for name, shape in reader.manifest.parameters.items()
+        for kind in reader.kinds(name)
+    }
 
 
 def start(root: Path, layout: Layout, first: Path | None) -> list[Path]:

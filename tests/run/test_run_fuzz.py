@@ -104,7 +104,7 @@ def resume(path: Path) -> None:
 
 
 @given(content=mutations(METRICS))
-def test_damaged_figures(content: bytes) -> None:
+def test_damaged_metrics(content: bytes) -> None:
     def read(path: Path) -> None:
         resume(path)
         read_metrics(path.parent)
@@ -115,7 +115,7 @@ def test_damaged_figures(content: bytes) -> None:
 
 @pytest.mark.parametrize("name", SHOWN)
 @given(data=st.data())
-def test_a_damaged_file_beside_the_figures(name: str, data: st.DataObject) -> None:
+def test_a_damaged_file_next_to_the_metrics(name: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "metrics.jsonl").write_bytes(METRICS)
         Path(folder, name).write_bytes(data.draw(mutations(SHOWN[name])))
@@ -132,7 +132,7 @@ def compare(path: Path) -> None:
 
 def read_all_of_manifest(path: Path) -> None:
     manifest = read_manifest(path.parent)
-    model_of(path.parent, manifest)
+    model_of(path.parent, manifest.model)
     AnomalyGuard(GuardSettings(), manifest.health.guard)
     is_chat_run(manifest.run)
     json.dumps(asdict(manifest))
@@ -166,6 +166,6 @@ NEEDED: dict[str, tuple[bytes, Callable[[Path], object]]] = {
 
 @pytest.mark.parametrize("name", NEEDED)
 @given(data=st.data())
-def test_a_damaged_file_that_is_needed(name: str, data: st.DataObject) -> None:
+def test_a_damaged_required_file(name: str, data: st.DataObject) -> None:
     valid, read = NEEDED[name]
     returns_or_refuses(read, data.draw(mutations(valid)), name)

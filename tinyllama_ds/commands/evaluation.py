@@ -12,13 +12,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama_ds.commands.arguments import POSITIVE, RANKS, WholeNumber, output_folder, words_of
-from tinyllama_ds.commands.printing import add_json, print_result
+from tinyllama_ds.commands.arguments import POSITIVE, WholeNumber, add_shared, output_folder, words_of
+from tinyllama_ds.commands.placement import local_placement
+from tinyllama_ds.commands.printing import print_result
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
+from tinyllama_ds.evaluation.harness import Ranks, evaluate, language_model
+from tinyllama_ds.evaluation.sandbox import open_sandbox
+from tinyllama_ds.evaluation.scores import Evaluation, as_json, as_markdown, read_scores, scores_figure
+from tinyllama_ds.evaluation.suites import HUMANEVAL, suite_named
+from tinyllama_ds.launch.launcher import SCORE, launcher_command, launcher_environment
+from tinyllama_ds.outputs import check_folder, reporting_write_errors, write_figure, write_file
 
 if TYPE_CHECKING:
     from tinyllama_ds.distributed.world import DistributedInfo
-    from tinyllama_ds.evaluation.harness import Ranks
 
 _PACKAGES = ("lm-eval", "transformers", "torch", "datasets", "tokenizers")
 _COLLECTIVE_TIMEOUT = timedelta(days=1)  # a rank with shorter texts waits for the others; a dead one ends them all
@@ -26,36 +32,23 @@ _COLLECTIVE_TIMEOUT = timedelta(days=1)  # a rank with shorter texts waits for t
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, which tasks, and how; the ranks are started with the same arguments."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", help="commonsense, instruct or chinese: TinyLlama's published ones")
     what.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-eval")
     what.add_argument("--task-file", nargs="+", metavar="YAML", help="task files of your own, in lm-eval's format")
-    parser.add_argument(
-        "--shots", type=WholeNumber(0, 1000), metavar="N", help="examples in the prompt (default: the task's own)"
-    )
-    parser.add_argument(
-        "--limit", type=POSITIVE, metavar="N", help="only the first N documents of each task, to try it out"
-    )
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="datasets on disk, without access to the hub")
-    parser.add_argument(
-        "--batch-size", type=WholeNumber(1, 100_000), default=32, metavar="B", help="per rank (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of weights and arithmetic (default: %(default)s, as for the published scores)",
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if available")
-    parser.add_argument("--num-gpus", type=RANKS, metavar="N", help="ranks on this machine (default: its GPUs, else 1)")
-    parser.add_argument(
-        "--allow-code-execution", action="store_true", help="HumanEval: run what the model writes, in a sandbox"
-    )
-    parser.add_argument(
-        "--output", type=output_folder, metavar="DIR", help="default: RUN/evaluation/STEP, or evaluation/MODEL"
-    )
-    add_json(parser)
+    add("--shots", type=WholeNumber(0, 1000), metavar="N", help="examples in the prompt (default: the task's own)")
+    add("--limit", type=POSITIVE, metavar="N", help="only the first N documents of each task, to try it out")
+    add("--data-dir", type=Path, metavar="DIR", help="datasets on disk, without access to the hub")
+    add("--batch-size", type=WholeNumber(1, 100_000), default=32, metavar="B", help="per rank")
+    arithmetic = "of weights and arithmetic (default: %(default)s, as for the published scores)"
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help=arithmetic)
+    add("--device", choices=("cuda", "cpu"), help="default: cuda if available")
+    add_shared(parser, "--num-gpus", help="ranks on this machine (default: its GPUs, else 1)")
+    add("--allow-code-execution", action="store_true", help="HumanEval: run what the model writes, in a sandbox")
+    add("--output", type=output_folder, metavar="DIR", help="default: RUN/evaluation/STEP, or evaluation/MODEL")
+    add_shared(parser, "--json")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -89,17 +82,12 @@ def _check_arguments(options: argparse.Namespace) -> None:
 
 
 def _wanted_ranks(options: argparse.Namespace) -> int:
-    from tinyllama_ds.commands.placement import local_placement
-
     placement = local_placement(options.num_gpus)
     return 1 if options.num_gpus is None and placement.on_cpu else placement.world_size
 
 
 def _start_ranks(ranks: int, options: argparse.Namespace) -> int:
     """Run this command on every rank, under the deepspeed launcher."""
-    from tinyllama_ds.commands.placement import local_placement
-    from tinyllama_ds.launch.launcher import SCORE, launcher_command, launcher_environment
-
     placement = local_placement(ranks)
     command = launcher_command(placement, words_of(add_evaluate_arguments, options), SCORE)
     return subprocess.run(command, env=launcher_environment(placement), check=False).returncode
@@ -125,11 +113,6 @@ def evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> i
 
 
 def _evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> int:
-    from tinyllama_ds.evaluation.harness import evaluate, language_model
-    from tinyllama_ds.evaluation.scores import Evaluation, as_json, read_scores
-    from tinyllama_ds.evaluation.suites import suite_named
-    from tinyllama_ds.outputs import check_folder
-
     if not world.is_rank0:
         os.environ["TQDM_DISABLE"] = "1"
     names = {benchmark.task for benchmark in suite_named(options.suite).benchmarks} if options.suite else None
@@ -147,9 +130,8 @@ def _evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> 
     return _write(options, as_json(measured, results), where)
 
 
-def _join(world: "DistributedInfo") -> "Ranks":
+def _join(world: "DistributedInfo") -> Ranks:
     from tinyllama_ds.distributed.collectives import gather_from_ranks
-    from tinyllama_ds.evaluation.harness import Ranks
     from tinyllama_ds.train.engine import start_process_group
 
     if world.size == 1:
@@ -159,8 +141,6 @@ def _join(world: "DistributedInfo") -> "Ranks":
 
 
 def _load_tasks(options: argparse.Namespace, world: "DistributedInfo") -> dict[str, Any]:
-    from tinyllama_ds.evaluation.sandbox import open_sandbox
-    from tinyllama_ds.evaluation.suites import HUMANEVAL
     from tinyllama_ds.evaluation.tasks import benchmarks_of, load_named
 
     names = [options.suite] if options.suite else options.task_file or options.tasks.split(",")
@@ -228,9 +208,6 @@ def _output_folder(options: argparse.Namespace) -> Path:
 
 def _write(options: argparse.Namespace, found: dict[str, Any], where: Path) -> int:
     """Print the scores, whatever becomes of the files."""
-    from tinyllama_ds.evaluation.scores import as_markdown, scores_figure
-    from tinyllama_ds.outputs import reporting_write_errors, write_figure, write_file
-
     stem, text = options.suite or "tasks", as_markdown(found)
     sys.stderr.flush()
     code = print_result(options, found, f"{text}\n{where / stem}.md, .json and .png")

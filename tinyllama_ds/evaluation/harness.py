@@ -72,8 +72,8 @@ def _message(failure: Exception) -> str:
 class ShardedLM:
     """lm-eval's model on every rank: each answers its share of the requests, then all gather all answers.
 
-    lm-eval sees a single rank. Its own distribution shards documents, fails where a rank gets none, and unpickles
-    what other ranks send. The requests of a document stay together, because they share their context.
+    lm-eval sees a single rank. Its own distribution shards documents, fails where a rank gets none, and loads objects
+    that other ranks send. The requests of a document stay together, because they share their context.
     """
 
     rank, world_size = 0, 1
