@@ -1,14 +1,14 @@
-"""Writes docs/configs.md from the tables of `tinyllama_ds.config.deepspeed_keys`."""
+"""Writes docs/configs.md from the tables of `tinyllama_ds/config/deepspeed_keys.toml`."""
 
 from pathlib import Path
 
-from tinyllama_ds.config.deepspeed_keys import REJECTED, SUPPORTED, WARNED, Key
+from tinyllama_ds.config.deepspeed_keys import Key, key_tables
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configs.md"
 _HEAD = """# Keys of a DeepSpeed configuration
 
-Made by `python scripts/write_config_table.py` from `tinyllama_ds/config/deepspeed_keys.py`; a test walks the classes of
-DeepSpeed 0.19.8 and fails for a key that is in none of the three tables. The shipped files are described in
+Made by `python scripts/write_config_table.py` from `tinyllama_ds/config/deepspeed_keys.toml`; a test walks the classes
+of DeepSpeed 0.19.8 and fails for a key that is in none of the three tables. The shipped files are described in
 [ds_configs/README.md](../ds_configs/README.md).
 
 `pretrain` checks all keys and values, and then starts DeepSpeed's engine once with a small model, before anything is
@@ -21,8 +21,10 @@ A key without effect at the ZeRO stage of the file gives a warning, so that a st
 
 def page() -> str:
     """The text of docs/configs.md."""
-    supported = _accepted("Supported", _SUPPORTED, SUPPORTED)
-    return "\n".join([_HEAD, *supported, *_accepted("Passed on with a warning", _WARNED, WARNED), *_rejected()])
+    keys = key_tables()
+    supported = _accepted("Supported", _SUPPORTED, keys.supported)
+    warned = _accepted("Passed on with a warning", _WARNED, keys.warned)
+    return "\n".join([_HEAD, *supported, *warned, *_rejected(keys.rejected)])
 
 
 _SUPPORTED = (
@@ -40,8 +42,8 @@ def _accepted(title: str, text: str, keys: dict[str, Key]) -> list[str]:
     return [f"## {title}\n\n{text}\n", "| key | value | stages | effect |", "| --- | --- | --- | --- |", *rows, ""]
 
 
-def _rejected() -> list[str]:
-    rows = [f"| `{full}` | {reason} |" for full, reason in REJECTED.items()]
+def _rejected(keys: dict[str, str]) -> list[str]:
+    rows = [f"| `{full}` | {reason} |" for full, reason in keys.items()]
     text = "A section takes all its keys with it.\n"
     return ["## Rejected\n", text, "| key | why, and what to use |", "| --- | --- |", *rows, ""]
 

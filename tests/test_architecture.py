@@ -17,8 +17,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "numbers", "text_table"},
     {"bars", "files", "inputs", "page", "devices", "gpus", "shipped"},
-    {"outputs", "layout"},
-    {"config", "distributed", "model", "fault_injection"},
+    {"outputs", "layout", "model"},
+    {"config", "distributed", "fault_injection"},
     {"data"},
     {"evaluation", "hf"},
     {"checkpoint", "launch"},

@@ -5,6 +5,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 EXIT_FINISHED = 0
 EXIT_RESTART = 75  # saved; restart to continue
@@ -68,6 +69,19 @@ def raise_problems(place: object, problems: list[str]) -> None:
         listed = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems[:_MOST_PROBLEMS], start=1))
         more = len(problems) - _MOST_PROBLEMS
         raise ConfigError(f"{place}: {len(problems)} problems: {listed}{f'; and {more} more' if more > 0 else ''}")
+
+
+def all_of(*calls: Callable[[], Any]) -> list:
+    """The results of all calls; raises one `ConfigError` with the sentences of all that raise one."""
+    results, sentences = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except ConfigError as error:
+            sentences.append(str(error))
+    if sentences:
+        raise ConfigError("; ".join(sentences))
+    return results
 
 
 def shown(value: object) -> str:

@@ -3,7 +3,6 @@
 A file that has its name before its content is on the disk may be empty, cut short or full of zeros afterwards.
 """
 
-import glob
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from tinyllama_ds.errors import log
@@ -163,16 +162,3 @@ def remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
-
-
-@contextmanager
-def without_wildcards(folder: Path) -> Iterator[Path]:
-    """A path to a folder without wildcard characters, for code that finds files with `glob`."""
-    if glob.escape(str(folder)) == str(folder):
-        yield folder
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
-    finally:
-        os.close(descriptor)

@@ -127,12 +127,12 @@ def assert_masters_are_of_the_weights(engine: object, layout: Layout) -> None:
 
 
 def read_all(checkpoint: Path) -> dict[str, torch.Tensor]:
-    with CheckpointReader(checkpoint) as reader:
-        return {
-            f"{kind}/{name}": reader.read(kind, name, 0, reader.shape(name).numel())
-            for name in reader.names()
-            for kind in reader.kinds(name)
-        }
+    reader = CheckpointReader(checkpoint)
+    return {
+        f"{kind}/{name}": reader.read(kind, name, 0, reader.shape(name).numel())
+        for name in reader.names()
+        for kind in reader.kinds(name)
+    }
 
 
 def start(root: Path, layout: Layout, first: Path | None) -> list[Path]:

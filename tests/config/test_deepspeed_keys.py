@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_ds.config.deepspeed_keys import ACCEPTED, REJECTED, SECTIONS, SUPPORTED, WARNED, is_off
+from tinyllama_ds.config.deepspeed_keys import key_tables
 
+KEYS = key_tables()
 ROOT = Path(__file__).parents[2]
 # Sections that DeepSpeed reads with a class of its own.
 CLASSES = {
@@ -70,7 +71,8 @@ def asked() -> dict[str, set[str]]:
 
 
 def is_listed(full: str) -> bool:
-    return full in ACCEPTED or full in SECTIONS or any(f"{full}.".startswith(f"{rejected}.") for rejected in REJECTED)
+    is_rejected = any(f"{full}.".startswith(f"{rejected}.") for rejected in KEYS.rejected)
+    return full in KEYS.accepted or full in KEYS.sections or is_rejected
 
 
 def test_every_key_that_deepspeeds_parser_asks_for_is_listed(asked: dict[str, set[str]]) -> None:
@@ -122,10 +124,11 @@ def test_no_class_of_deepspeeds_config_is_passed_over(asked: dict[str, set[str]]
 
 
 def test_a_key_is_in_one_table_and_no_cell_is_empty() -> None:
-    tables = (SUPPORTED, WARNED, REJECTED)
-    assert sum(map(len, tables)) == len({*SUPPORTED, *WARNED, *REJECTED})
-    assert all(key.effect and key.expectation and key.stages for key in ACCEPTED.values())
-    assert all(REJECTED.values())
+    tables = (KEYS.supported, KEYS.warned, KEYS.rejected)
+    assert sum(map(len, tables)) == len({*KEYS.supported, *KEYS.warned, *KEYS.rejected})
+    assert all(key.effect and key.expectation and key.stages for key in KEYS.accepted.values())
+    assert all(KEYS.rejected.values())
+    assert KEYS.on_by_default <= KEYS.rejected.keys()
     text = (ROOT / "docs" / "configs.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) == sum(map(len, tables))
@@ -149,12 +152,12 @@ def test_the_page_is_made_of_the_tables() -> None:
     ],
 )
 def test_what_is_off_may_stay(full: str, value: object, off: bool) -> None:
-    assert is_off(full, value) == off
+    assert KEYS.is_off(full, value) == off
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, "4e-4", None, [], {}, [float("nan"), 2], 10**400])
 def test_no_key_takes_an_odd_value(value: object) -> None:
-    taken = {full for full, key in ACCEPTED.items() if key.accepts(value)}
+    taken = {full for full, key in KEYS.accepted.items() if key.accepts(value)}
     if isinstance(value, str | list):
-        taken -= {full for full, key in ACCEPTED.items() if key.expectation in ("a text", "a list of names")}
+        taken -= {full for full, key in KEYS.accepted.items() if key.expectation in ("a text", "a list of names")}
     assert taken == set()

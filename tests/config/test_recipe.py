@@ -35,7 +35,7 @@ save_tokens = 640
 def test_shipped_recipes_load_and_fit_their_model(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.sequence_length <= MODEL_SIZES[recipe.model].max_position_embeddings
+    assert recipe.sequence_length <= recipe.model.max_position_embeddings
     assert RunPlan(recipe).total_tokens >= sum(stage.tokens for stage in recipe.stages)
 
 
@@ -51,7 +51,7 @@ ZERO3 = RECIPE_DIRECTORY.parents[1] / "ds_configs" / "zero3.json"
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes_share_model_context_and_seed(name: str) -> None:
     recipe = load_recipe(name)
-    assert MODEL_SIZES[recipe.model].num_parameters == 1_100_048_384
+    assert recipe.model.num_parameters == 1_100_048_384
     assert (recipe.sequence_length, recipe.seed, recipe.document_mask) == (2048, 3407, False)
 
 
@@ -94,6 +94,13 @@ def test_the_learning_rate_is_one_cosine_over_all_tokens(name: str) -> None:
         assert peak * schedule.ratio(1_850 * 10**9) == pytest.approx(4.50e-5, rel=0.01)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("tinyllama-v1", 2000), ("demo", 1)])
+def test_an_automatic_warmup_has_the_published_share_of_the_run(name: str, steps: int) -> None:
+    plan, config = RunPlan(load_recipe(name)), load_deepspeed_config(ZERO3)
+    config["scheduler"]["params"]["warmup_num_steps"] = "auto"
+    assert make_schedule(config, ZERO3, plan).warmup_tokens == steps * plan.first_batch_tokens
+
+
 @pytest.mark.parametrize(("name", "shares"), VARIANTS.items())
 def test_the_rehearsal_has_the_stages_of_v1_1_in_proportion(name: str, shares: dict[str, float]) -> None:
     small, large = (load_recipe(which) for which in (name.replace("tinyllama", "demo"), name))
@@ -111,8 +118,8 @@ def test_the_code_model_has_the_published_numbers() -> None:
     plan = RunPlan(recipe)
     assert (plan.stages[0].batch, recipe.sequence_length) == (360, 8192)
     assert plan.total_tokens == pytest.approx(7e9, rel=1e-3)
-    assert MODEL_SIZES[recipe.model].rope_scaling_factor == 4
-    assert MODEL_SIZES[recipe.model].num_parameters == MODEL_SIZES["tinyllama-1.1b"].num_parameters
+    assert recipe.model.rope_scaling_factor == 4
+    assert recipe.model.num_parameters == MODEL_SIZES["tinyllama-1.1b"].num_parameters
 
 
 RAMP = """

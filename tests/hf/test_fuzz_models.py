@@ -67,6 +67,6 @@ def test_a_damaged_model_json(content: bytes) -> None:
 @given(content=mutations(json.dumps(INDEX).encode()))
 def test_a_damaged_index_of_weights(content: bytes) -> None:
     def find(path: Path) -> object:
-        return find_tensors(path.parent, parameter_shapes(MODEL_SIZES["test"]))
+        return find_tensors(path.parent, MODEL_SIZES["test"])
 
     returns_or_refuses(find, content, "model.safetensors.index.json")

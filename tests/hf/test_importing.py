@@ -17,8 +17,8 @@ from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
 from tinyllama_ds.hf.convert import ExportOptions, export, hf_config, hf_tokenizer
 from tinyllama_ds.hf.import_model import import_hf_folder, read_config
 from tinyllama_ds.hf.model_folder import ModelFolder, open_model_folder, verify_model_folder
-from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
-from tinyllama_ds.model.llama import build_model, empty_model
+from tinyllama_ds.model.config import MODEL_SIZES, Llama3Scaling, LlamaConfig, YarnScaling
+from tinyllama_ds.model.llama import assign_weights, build_model, empty_model
 
 GROUPED = MODEL_SIZES["test"]
 SHAPES = {
@@ -26,37 +26,24 @@ SHAPES = {
     "multi-head": LlamaConfig(512, 48, 100, 3, 4, 4, 64),
     "one key head": LlamaConfig(512, 96, 64, 1, 6, 1, 64, rms_norm_eps=1e-6, rope_theta=500.0),
     "interpolated": replace(GROUPED, rope_scaling_factor=4.0),
+    "tied": replace(GROUPED, tie_word_embeddings=True, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 32), head_dim=32),
+    "yarn": replace(GROUPED, rope_scaling=YarnScaling(4.0, 32, mscale=0.7, mscale_all_dim=0.5, truncate=False)),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMATS = ["safetensors", "safetensors shards", "pickle", "pickle shards"]
 
 
 def write_hf_folder(
     folder: Path, shape: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer, form: str = "safetensors"
 ) -> Path:
-    """A randomly initialised model as transformers itself writes it, or wrote it before there was safetensors."""
+    """A randomly initialised model as transformers itself writes it."""
     transformers.set_seed(1)
     model = transformers.LlamaForCausalLM(hf_config(shape, dtype)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))  # larger than transformers' initialisation
     model.save_pretrained(folder, max_shard_size="100KB" if "shards" in form else "5GB")
-    if "pickle" in form:
-        pickle_weights(folder)
     shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
     return folder
-
-
-def pickle_weights(folder: Path) -> None:
-    for path in sorted(folder.glob("*.safetensors")):
-        name = path.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
-        torch.save(load_file(path), path.with_name(name))
-        path.unlink()
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        text = index.read_text().replace("model-0", "pytorch_model-0").replace(".safetensors", ".bin")
-        (folder / "pytorch_model.bin.index.json").write_text(text)
-        index.unlink()
 
 
 def as_transformers_4_wrote_it(folder: Path) -> None:
@@ -64,8 +51,9 @@ def as_transformers_4_wrote_it(folder: Path) -> None:
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     rope = raw.pop("rope_parameters")
-    raw["rope_theta"] = rope["rope_theta"]
-    raw["rope_scaling"] = {"type": "linear", "factor": rope["factor"]} if rope["rope_type"] == "linear" else None
+    raw["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    raw["rope_scaling"] = {"type": kind} | rope if kind != "default" else None
     raw["torch_dtype"] = raw.pop("dtype")
     if raw["num_key_value_heads"] == raw["num_attention_heads"]:
         del raw["num_key_value_heads"]
@@ -74,7 +62,7 @@ def as_transformers_4_wrote_it(folder: Path) -> None:
 
 def logits_of(folder: ModelFolder, ids: torch.Tensor) -> torch.Tensor:
     model = empty_model(folder.model, "eager")
-    model.load_state_dict(dict(folder.tensors()), strict=True)
+    assign_weights(model, {name: tensor.float() for name, tensor in folder.tensors()})
     with torch.no_grad():
         return model(ids)
 
@@ -84,7 +72,7 @@ def logits_of(folder: ModelFolder, ids: torch.Tensor) -> torch.Tensor:
     ("shape", "dtype", "form"),
     [
         *((shape, torch.float32, "safetensors") for shape in SHAPES),
-        *(("grouped", dtype, form) for dtype, form in zip(DTYPES, FORMATS[1:], strict=True)),
+        *(("grouped", dtype, "safetensors shards") for dtype in DTYPES),
     ],
 )
 def test_imported_logits_equal_transformers(
@@ -104,10 +92,13 @@ def test_imported_logits_equal_transformers(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", ["50GB", "100KB"])
-def test_export_and_import_are_inverse(dtype: torch.dtype, size: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["interpolated", "tied"])
+def test_export_and_import_are_inverse(
+    name: str, dtype: torch.dtype, size: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     """Ours to theirs to ours, and theirs to ours to theirs: the same bits, shapes and tokenizer."""
-    shape = SHAPES["interpolated"]
-    weights = {name: tensor.to(dtype) for name, tensor in build_model(shape, "eager", seed=1).state_dict().items()}
+    shape = SHAPES[name]
+    weights = {name: tensor.to(dtype) for name, tensor in build_model(shape, "eager", seed=1).named_parameters()}
     export(weights.items(), shape, tokenizer, tmp_path / "hf", ExportOptions(max_shard_size=size))
     import_hf_folder(tmp_path / "hf", tmp_path / "ours")
     ours = open_model_folder(tmp_path / "ours")
@@ -116,6 +107,8 @@ def test_export_and_import_are_inverse(dtype: torch.dtype, size: str, tokenizer:
     assert found.keys() == weights.keys()
     assert all(found[name].dtype == dtype and torch.equal(found[name], weights[name]) for name in weights)
 
+    import_hf_folder(tmp_path / "hf", tmp_path / "ours again")
+    assert open_model_folder(tmp_path / "ours again").files == ours.files
     export(ours.tensors(), ours.model, ours.tokenizer, tmp_path / "again", ExportOptions(max_shard_size=size))
     files = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
@@ -136,6 +129,25 @@ def test_the_released_description_is_tinyllama(tmp_path: Path) -> None:
     path.write_text(RELEASED.replace('"rope_scaling": null', '"rope_scaling": {"type": "linear", "factor": 4}')
                     .replace('embeddings": 2048', 'embeddings": 8192'))  # fmt: skip
     assert read_config(path) == MODEL_SIZES["tinyllama-1.1b-8k"]
+
+
+def test_both_copies_of_a_tied_table_may_be_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = write_hf_folder(tmp_path / "hf", SHAPES["tied"], torch.float32, tokenizer)
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensors(folder, lambda held: held.update({"lm_head.weight": table.clone()}))
+    import_hf_folder(folder, tmp_path / "ours")
+    assert "lm_head.weight" not in dict(open_model_folder(tmp_path / "ours").tensors())
+
+
+def test_a_padded_vocabulary_is_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Rows beyond the tokenizer's pieces come in and go out like all others."""
+    folder = write_hf_folder(tmp_path / "hf", replace(GROUPED, vocab_size=576), torch.float32, tokenizer)
+    import_hf_folder(folder, tmp_path / "ours")
+    ours = open_model_folder(tmp_path / "ours")
+    export(ours.tensors(), ours.model, ours.tokenizer, tmp_path / "out")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "out"))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert len(after["lm_head.weight"]) == 576
 
 
 def test_buffers_that_old_versions_stored_are_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -194,21 +206,28 @@ CONFIG_CASES: dict[str, tuple[dict, str]] = {
         {"architectures": ["LlamaForSequenceClassification"]},
         'config.json: architectures is ["LlamaForSequenceClassification"]; expected "LlamaForCausalLM"',
     ),
-    "tied": ({"tie_word_embeddings": True}, "config.json: tie_word_embeddings is true; expected false"),
+    "tied": (
+        {"tie_word_embeddings": True},
+        "model.safetensors: lm_head.weight differs from model.embed_tokens.weight, and config.json has tie_word_embedd",
+    ),
     "attention bias": ({"attention_bias": True}, "config.json: attention_bias is true; expected false"),
     "mlp bias": ({"mlp_bias": True}, "config.json: mlp_bias is true; expected false"),
     "activation": ({"hidden_act": "gelu"}, 'config.json: hidden_act is "gelu"; expected "silu"'),
     "code": ({"auto_map": {"AutoModel": "m.M"}}, 'config.json: auto_map is {"AutoModel": "m.M"}; expected null'),
     "quantized": ({"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}; expected null'),
     "end of text": ({"eos_token_id": 0}, "config.json: eos_token_id is 0; expected 2"),
-    "head size": ({"head_dim": 32}, "head_dim is 32; expected hidden_size / num_attention_heads, 16"),
+    "head size": ({"head_dim": 32}, "layers.0.self_attn.q_proj.weight has the shape [64, 64]; expected [128, 64]"),
     "rope": (
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
-        """config.json: rope_parameters.rope_type is "yarn"; expected 'default' or 'linear'""",
+        {"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4}},
+        """config.json: rope_parameters.rope_type is "longrope"; expected 'default', 'linear', 'llama3' or 'yarn'""",
     ),
     "old rope": (
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        """config.json: rope_scaling.type is "dynamic"; expected 'default' or 'linear'""",
+        """config.json: rope_scaling.type is "dynamic"; expected 'default', 'linear', 'llama3' or 'yarn'""",
+    ),
+    "incomplete rope": (
+        {"rope_scaling": {"type": "llama3", "factor": 2.0}},
+        "expected low_freq_factor and high_freq_factor with the type llama3",
     ),
     "rope factor": (
         {"rope_scaling": {"type": "linear", "factor": 0.5}},
@@ -217,12 +236,15 @@ CONFIG_CASES: dict[str, tuple[dict, str]] = {
     "no size": ({"hidden_size": None}, "config.json: hidden_size is null; expected a whole number"),
     "no epsilon": ({"rms_norm_eps": "1e-5"}, 'config.json: rms_norm_eps is "1e-5"; expected a number'),
     "heads": ({"num_attention_heads": 3}, "config.json: hidden_size 64 must be a multiple of num_attention_heads 3"),
-    "vocabulary": ({"vocab_size": 520}, "tokenizer.model: has 512 pieces; expected vocab_size 520 of config.json"),
+    "vocabulary": (
+        {"vocab_size": 500},
+        "tokenizer.model: has 512 pieces; expected at most vocab_size 500 of config.json",
+    ),
 }
 FOLDER_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: is missing; expected a Hugging Face folder"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: the description of a Hugging Face"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "hf: holds no weights; expected one of model.saf"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "hf: holds no weights; expected model.safetensors"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model: is missing; expected the sentence"),
     "damaged tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"?"), "tokenizer.model: not a sentencepiece"),
     "other pieces": (
@@ -232,6 +254,10 @@ FOLDER_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "other merges": (
         lambda f: spoil_tokenizer_json(f, lambda raw: raw["model"]["merges"].reverse()),
         "tokenizer.json: its ids of ",
+    ),
+    "untied without a head": (
+        lambda f: edit_tensors(f, lambda held: held.pop("lm_head.weight")),
+        "tensor lm_head.weight is missing; expected the 21 of a Llama decoder with the shapes of config.json, where",
     ),
     "missing tensor": (
         lambda f: edit_tensors(f, lambda held: held.pop(NORM)),
@@ -257,7 +283,11 @@ FOLDER_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
         "model.safetensors: not a whole safetensors file",
     ),
-    "code in a pickle": (trap, "pytorch_model.bin: not a state dict that torch's weights_only loader can map"),
+    "code in a pickle": (trap, "pytorch_model.bin: weights in PyTorch's format are not read, as they can run code"),
+    "pickled shards": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model-00001-of-00002.bin"),
+        "pytorch_model-00001-of-00002.bin: weights in PyTorch's format are not read, as they can run code; convert the",
+    ),
 }  # fmt: skip
 SHARD_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (

@@ -12,7 +12,6 @@ from plain_loop import open_samples, train
 
 from tinyllama_ds.config.recipe import load_recipe
 from tinyllama_ds.data.tokenizer import EOS_ID, TOKENIZER_FILE, Tokenizer
-from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
 
 
@@ -33,7 +32,7 @@ def main(recipe_path: str, data: str, steps: int) -> None:
     recipe = load_recipe(recipe_path)
     streams, order, batch = open_samples(recipe, data, steps)
     header = Tokenizer(Path(data) / TOKENIZER_FILE).encode("\n<|assistant|>\n")
-    model = build_model(model_config(recipe.model), "eager", recipe.seed)
+    model = build_model(recipe.model, "eager", recipe.seed)
 
     def loss_of(step: int) -> torch.Tensor:
         located = order.locate(np.arange(step * batch, (step + 1) * batch))

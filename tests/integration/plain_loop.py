@@ -16,7 +16,6 @@ from tinyllama_ds.config.recipe import Recipe, load_recipe
 from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
 
 PEAK, WARMUP, FLOOR = 3e-3, 5, 0.1
@@ -35,7 +34,7 @@ def open_samples(recipe: Recipe, data: str, steps: int) -> tuple[dict[str, Token
     """The sources, the order of their samples, and how many are in a step."""
     T = recipe.sequence_length
     batch = recipe.stages[0].global_batch_tokens // T
-    streams = open_streams(Path(data), recipe.sources, "train", model_config(recipe.model).vocab_size)
+    streams = open_streams(Path(data), recipe.sources, "train", recipe.model.vocab_size)
     sizes = {name: stream.num_samples(T) for name, stream in streams.items()}
     return streams, SampleOrder(recipe.seed, sizes, [MixtureStage(steps * batch, recipe.stages[0].weights)]), batch
 
@@ -58,7 +57,7 @@ def train(model: LlamaForCausalLM, loss_of: Callable[[int], torch.Tensor], steps
 
 def main(recipe_path: str, data: str, steps: int) -> None:
     recipe = load_recipe(recipe_path)
-    config = model_config(recipe.model)
+    config = recipe.model
     streams, order, batch = open_samples(recipe, data, steps)
     reader = SampleReader(streams, order, recipe.sequence_length, config.vocab_size)
     model = build_model(config, "eager", recipe.seed)

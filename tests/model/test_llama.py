@@ -3,14 +3,16 @@
 import math
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import transformers
 
 from tinyllama_ds.hf.convert import hf_config, hf_model
-from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
-from tinyllama_ds.model.llama import LlamaForCausalLM, apply_rope, build_model, initialize_weights, rope_tables
+from tinyllama_ds.model.config import MODEL_SIZES, Llama3Scaling, LlamaConfig, RopeScaling, YarnScaling
+from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, initialize_weights
+from tinyllama_ds.model.rope import apply_rope, rope_tables
 
 TOLERANCE = 1e-5
 SHAPES = {
@@ -19,7 +21,18 @@ SHAPES = {
     "one key head": LlamaConfig(50, 96, 64, 1, 6, 1, 64),
     "other rope and eps": LlamaConfig(97, 64, 176, 2, 4, 2, 64, rms_norm_eps=1e-3, rope_theta=500.0),
     "interpolated": LlamaConfig(97, 64, 176, 2, 4, 2, 64, rope_scaling_factor=4.0),
-}
+    "tied": LlamaConfig(97, 64, 176, 2, 4, 2, 64, tie_word_embeddings=True),
+    "narrow heads": LlamaConfig(97, 64, 176, 2, 4, 2, 64, head_dim=8),
+    "yarn": LlamaConfig(97, 64, 176, 2, 4, 2, 64, rope_scaling=YarnScaling(4.0, 16)),
+    "yarn with all its keys": LlamaConfig(
+        97, 64, 176, 2, 4, 2, 64, rope_scaling=YarnScaling(4.0, 16, None, 8.0, 2.0, 0.7, 0.9, truncate=False)
+    ),
+    "yarn with sharper attention": LlamaConfig(97, 64, 176, 2, 4, 2, 64, rope_scaling=YarnScaling(4.0, 16, 1.5)),
+    "tied, with wide heads and Llama 3's rotation": LlamaConfig(
+        97, 64, 176, 2, 4, 2, 64, rope_theta=500.0, head_dim=32, tie_word_embeddings=True,
+        rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 16),
+    ),
+}  # fmt: skip
 
 
 def twins(config: LlamaConfig) -> tuple[LlamaForCausalLM, transformers.LlamaForCausalLM]:
@@ -31,7 +44,7 @@ def twins(config: LlamaConfig) -> tuple[LlamaForCausalLM, transformers.LlamaForC
                 parameter.mul_(3)
             else:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
-    return ours, hf_model({name: tensor.detach().clone() for name, tensor in ours.state_dict().items()}, config)
+    return ours, hf_model({name: tensor.detach().clone() for name, tensor in ours.named_parameters()}, config)
 
 
 @pytest.mark.parametrize("length", [1, 7, 33, 64])
@@ -53,8 +66,9 @@ def test_logits_and_gradients_equal_transformers(shape: str, length: int) -> Non
         torch.testing.assert_close(parameter.grad, their_gradients[name], rtol=TOLERANCE, atol=TOLERANCE, msg=name)
 
 
-def test_parameter_names_are_hugging_faces() -> None:
-    ours, theirs = twins(SHAPES["grouped"])
+@pytest.mark.parametrize("shape", ["grouped", "tied"])
+def test_parameter_names_are_hugging_faces(shape: str) -> None:
+    ours, theirs = twins(SHAPES[shape])
     assert {name: p.shape for name, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
 
 
@@ -63,6 +77,33 @@ def test_parameter_counts_of_named_sizes(name: str) -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(MODEL_SIZES[name])
     assert sum(parameter.numel() for parameter in model.parameters()) == MODEL_SIZES[name].num_parameters
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameters_are_counted_once(shape: str) -> None:
+    model = build_model(SHAPES[shape], "sdpa", seed=1)
+    assert sum(parameter.numel() for parameter in model.parameters()) == SHAPES[shape].num_parameters
+
+
+# Shapes of the family, from their config.json.
+tied = partial(LlamaConfig, tie_word_embeddings=True)
+FAMILY = {
+    "SmolLM2-135M": (tied(49_152, 576, 1536, 30, 9, 3, 8192), 134_515_008),
+    "SmolLM2-360M": (tied(49_152, 960, 2560, 32, 15, 5, 8192), 361_821_120),
+    "SmolLM2-1.7B": (tied(49_152, 2048, 8192, 24, 32, 32, 8192), 1_711_376_384),
+    "Llama-3.2-1B": (tied(128_256, 2048, 8192, 16, 32, 8, 131_072), 1_235_814_400),
+    "Llama-3.2-3B": (tied(128_256, 3072, 8192, 28, 24, 8, 131_072), 3_212_749_824),
+    "OpenLLaMA-3B": (LlamaConfig(32_000, 3200, 8640, 26, 32, 32, 2048), 3_426_473_600),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_published_parameter_counts_of_the_family(name: str) -> None:
+    config, parameters = FAMILY[name]
+    assert config.num_parameters == parameters
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 def test_published_numbers_of_tinyllama() -> None:
@@ -98,6 +139,23 @@ def test_interpolation_is_transformers_to_the_last_position() -> None:
     plain = rope_tables(MODEL_SIZES["tinyllama-1.1b"], 2048, torch.device("cpu"))
     scaled = rope_tables(config, 8192, torch.device("cpu"))
     assert all(torch.equal(a, b[::4]) for a, b in zip(plain, scaled, strict=True))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        Llama3Scaling(32.0, 1.0, 4.0, 8192),  # Llama 3.2's
+        YarnScaling(4.0, 32_768),
+        YarnScaling(40.0, 4096, None, 32.0, 1.0, 0.707, 0.5),
+    ],
+)
+def test_rotations_are_transformers_to_the_last_position(scaling: RopeScaling) -> None:
+    """At 131,072 positions a relative error of one rounding is visible."""
+    config = LlamaConfig(97, 256, 176, 1, 4, 2, 131_072, rope_theta=5e5, rope_scaling=scaling)
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf_config(config, torch.float32))
+    expected = rotary(torch.zeros(1), torch.arange(131_072)[None])
+    for found, table in zip(rope_tables(config, 131_072, torch.device("cpu")), expected, strict=True):
+        torch.testing.assert_close(found, table[0], rtol=0, atol=1e-5)
 
 
 def test_initialisation_is_tinyllamas() -> None:

@@ -16,7 +16,8 @@ from tinyllama_ds.model.attention import (
     resolve_attention_backend,
 )
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
-from tinyllama_ds.model.llama import build_model, rope_tables
+from tinyllama_ds.model.llama import build_model
+from tinyllama_ds.model.rope import rope_tables
 from tinyllama_ds.planning.communication import Collective
 from tinyllama_ds.planning.layout import gathers_of, modules_of, read_layout
 from tinyllama_ds.planning.memory import BACKENDS, Work, attention_memory, block_bytes_per_token

@@ -9,7 +9,7 @@ from launching import read_series
 from tinyllama_ds.checkpoint.format import Progress
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.history import read_history, read_metrics
-from tinyllama_ds.evaluation.report import report_page, run_status
+from tinyllama_ds.evaluation.report import report_page, summarize
 from tinyllama_ds.run.ledger import LEDGER_FILE, SKIPPED, Entry, read_ledger, record
 from tinyllama_ds.run.metrics import MetricsLogger
 from tinyllama_ds.run.starts import append_line
@@ -90,7 +90,7 @@ def test_a_report_skips_the_line_and_names_it(
     history = read_history(tmp_path)
     assert [len(rows) for rows in (history.samples, history.starts, history.tasks, history.ledger)] == [3, 2, 2, 2]
     assert history.points("Train/Loss")[1].tolist() == [1, 3, 4]
-    assert report_page(history, run_status(history, 0, is_held=False), "here")
+    assert report_page(history, summarize(history, 0, is_held=False), "here")
     said = capsys.readouterr().err.splitlines()
     assert sorted(said[-5:]) == sorted(f"tinyllama-ds: {tmp_path / name}:2: damaged line, skipped" for name in names)
     put_in_place_of(tmp_path / "metrics.jsonl", 3, damage)

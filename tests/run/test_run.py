@@ -49,7 +49,8 @@ def test_schedule_counts_tokens(options: Options) -> None:
 
 def test_a_warmup_as_long_as_the_run_is_rejected(options: Options, tmp_path: Path) -> None:
     short = write_recipe(tmp_path / "short.toml", 5, save_every=5)
-    with pytest.raises(ConfigError, match="warmup_num_steps 5 leaves nothing of the run's 5 steps"):
+    expected = "warmup_num_steps 5 leaves nothing of the run's 5 steps; expected fewer than 5, such as 1, or .auto."
+    with pytest.raises(ConfigError, match=expected):
         resolve(replace(options, recipe=str(short)))
 
 

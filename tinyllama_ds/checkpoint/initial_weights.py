@@ -28,7 +28,8 @@ from tinyllama_ds.model.llama import LlamaForCausalLM
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-_POSITIONS = ("max_position_embeddings", "rope_scaling_factor")  # may differ: that is what interpolation changes
+# may differ: that is what interpolation changes
+_POSITIONS = ("max_position_embeddings", "rope_scaling_factor", "rope_scaling")
 
 
 @dataclass(frozen=True)

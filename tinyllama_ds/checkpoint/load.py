@@ -26,15 +26,15 @@ def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path) -> None:
     Values are copied bit for bit; hyper-parameters stay as the engine's config has them. Raises `ConfigError` where the
     checkpoint is of a different model or optimizer.
     """
-    with CheckpointReader(checkpoint) as reader:
-        _check_shapes(engine, reader)
-        for fragment in local_fragments(engine):
-            _create_state(engine, reader, fragment)
-            state = optimizer_state(engine, fragment)
-            for kind in reader.kinds(fragment.name):
-                fragment.fill(state, kind, reader.read(kind, fragment.name, *fragment.kept(kind)))
-        for name, count in reader.manifest.optimizer.counters.items():
-            setattr(engine, name, count)
+    reader = CheckpointReader(checkpoint)
+    _check_shapes(engine, reader)
+    for fragment in local_fragments(engine):
+        _create_state(engine, reader, fragment)
+        state = optimizer_state(engine, fragment)
+        for kind in reader.kinds(fragment.name):
+            fragment.fill(state, kind, reader.read(kind, fragment.name, *fragment.kept(kind)))
+    for name, count in reader.manifest.optimizer.counters.items():
+        setattr(engine, name, count)
     refresh_weights(engine)
 
 

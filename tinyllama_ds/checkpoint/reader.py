@@ -1,16 +1,14 @@
 """Reads the tensors of a checkpoint, whole or any range of them, for any number of ranks and ZeRO stage that wrote it.
 
-Files are mapped: a reader holds nothing in memory, and the ranks of a host share what they read.
+Files are mapped while they are read: a reader holds nothing in memory, and the ranks of a host share what they read.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,23 +31,15 @@ class _Stored:
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint that has been verified; what is read stays valid. A context manager."""
+    """The tensors of a checkpoint that has been verified; what is read stays valid."""
 
     def __init__(self, checkpoint: Path) -> None:
         """Raises `ConfigError` where the manifest or the header of a file cannot be read."""
         self.checkpoint = checkpoint
         self.manifest: CheckpointManifest = read_manifest(checkpoint)
-        self._opened = ExitStack()
-        self._files: dict[Path, Any] = {}
         self._stored: dict[str, dict[str, list[_Stored]]] = defaultdict(lambda: defaultdict(list))
         for name in self.manifest.files:
-            self._open(checkpoint / name)
-
-    def __enter__(self) -> "CheckpointReader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._opened.close()
+            self._list(checkpoint / name)
 
     def names(self) -> list[str]:
         """All parameters, in the order of the model."""
@@ -72,12 +62,14 @@ class CheckpointReader:
 
         Raises `ConfigError` where the files do not hold each of them once.
         """
+        from safetensors import safe_open
+
         pieces, place = [], start
         for stored in sorted(self._stored[name][kind]):
             if stored.start <= place < min(stop, stored.stop):
                 end = min(stop, stored.stop)
-                values = self._files[stored.path].get_slice(stored.key)
-                pieces.append(values[place - stored.start : end - stored.start])
+                with safe_open(stored.path, "pt") as file:
+                    pieces.append(file.get_slice(stored.key)[place - stored.start : end - stored.start])
                 place = end
         if place != stop or not pieces:
             raise ConfigError(f"{self.checkpoint}: does not hold elements {place} to {stop} of {kind}/{name}")
@@ -90,14 +82,15 @@ class CheckpointReader:
             whole = self.read(MASTER, name, 0, prod(shape)).view(shape)
             yield name, whole if dtype is None else whole.to(dtype)
 
-    def _open(self, path: Path) -> None:
+    def _list(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
         try:
-            file = self._files[path] = self._opened.enter_context(safe_open(path, "pt"))
+            with safe_open(path, "pt") as file:
+                keys = list(file.keys())
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: not a whole safetensors file ({error})") from error
-        for key in file.keys():  # noqa: SIM118
+        for key in keys:
             match = _KEY.fullmatch(key)
             if match is None:
                 raise ConfigError(f"{path}: holds {key!r}; expected names such as master/NAME[0:100]")
@@ -116,5 +109,4 @@ def stream_weights(checkpoint: Path) -> tuple[CheckpointManifest, Iterator[tuple
 
 def master_weights(checkpoint: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """The same of a verified checkpoint, by default as exact as they are stored."""
-    with CheckpointReader(checkpoint) as reader:
-        yield from reader.weights(dtype)
+    yield from CheckpointReader(checkpoint).weights(dtype)

@@ -1,6 +1,6 @@
 """DeepSpeed's JSON: rejects what has no effect, fills "auto", and checks it against the recipe.
 
-Which keys there are, and the values that they may have, is in `deepspeed_keys`.
+Which keys there are, and the values that they may have, is in `deepspeed_keys.toml`.
 """
 
 import copy
@@ -12,16 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyllama_ds.config.deepspeed_keys import (
-    ACCEPTED,
-    AUTO,
-    KNOWN,
-    OPTIMIZER_PARAMS,
-    REJECTED,
-    SECTIONS,
-    WARNED,
-    is_off,
-)
+from tinyllama_ds.config.deepspeed_keys import AUTO, key_tables
 from tinyllama_ds.config.key_lines import json_lines
 from tinyllama_ds.config.run_plan import accumulation_steps
 from tinyllama_ds.config.validation import with_line
@@ -30,6 +21,7 @@ from tinyllama_ds.inputs import read_text
 
 # TinyLlama's optimizer (paper section 2.4), for values left "auto".
 _AUTO_OPTIMIZER = {"lr": 4e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+_WARMUP_SHARE = 2_000 / 1_430_512  # TinyLlama's steps of warmup, and all of its steps
 _MONITORS = ("tensorboard", "wandb", "comet", "csv_monitor")
 
 
@@ -40,7 +32,7 @@ class ScheduleParams:
     WarmupLR, which stays at the peak, has a minimum of 1.
     """
 
-    warmup_num_steps: int
+    warmup_num_steps: int | None  # None is "auto"
     warmup_min_ratio: float
     cos_min_ratio: float
 
@@ -69,7 +61,7 @@ def flatten(section: dict, name: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in section.items():
         full = f"{name}{json.dumps(key) if '.' in key else key}"
-        if full in SECTIONS and isinstance(value, dict) and value:
+        if full in key_tables().sections and isinstance(value, dict) and value:
             flat |= flatten(value, f"{full}.")
         else:
             flat[full] = value
@@ -86,17 +78,18 @@ def _reject_duplicate_keys(pairs: list[tuple[str, object]], path: Path) -> dict:
 
 def _problems(flat: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What is wrong with single keys and values: each key in full, and a sentence."""
+    keys = key_tables()
     for full, value in flat.items():
-        if full in REJECTED:
-            if not is_off(full, value):
-                yield full, f"{full} {REJECTED[full]}"
-        elif full in SECTIONS:
+        if full in keys.rejected:
+            if not keys.is_off(full, value):
+                yield full, f"{full} {keys.rejected[full]}"
+        elif full in keys.sections:
             if not isinstance(value, dict):
                 yield full, _expected(full, value, "a section in braces")
-        elif full not in ACCEPTED:
+        elif full not in keys.accepted:
             yield full, f"unknown key {shown(full)}{_hint(full)}"
-        elif not ACCEPTED[full].accepts(value):
-            yield full, _expected(full, value, ACCEPTED[full].expectation)
+        elif not keys.accepted[full].accepts(value):
+            yield full, _expected(full, value, keys.accepted[full].expectation)
 
 
 def _expected(full: str, value: object, expectation: str) -> str:
@@ -106,9 +99,11 @@ def _expected(full: str, value: object, expectation: str) -> str:
 def _hint(full: str) -> str:
     """The key of the section with the nearest spelling, or the section that has the key."""
     section, _, key = full.rpartition(".")
-    names = {known.rpartition(".")[2]: known for known in KNOWN if known.rpartition(".")[0] == section}
+    keys = key_tables()
+    known_keys = (*keys.accepted, *keys.sections)
+    names = {known.rpartition(".")[2]: known for known in known_keys if known.rpartition(".")[0] == section}
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
-    elsewhere = sorted(known for known in ACCEPTED if known.rpartition(".")[2] == key)
+    elsewhere = sorted(known for known in keys.accepted if known.rpartition(".")[2] == key)
     if close:
         return f"; did you mean {names[close[0]]!r}?"
     return f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else ""
@@ -136,11 +131,11 @@ def _problems_together(flat: dict[str, Any]) -> list[str]:
 def _problems_of_optimizer(flat: dict[str, Any], stage: int) -> list[str]:
     if "optimizer.type" not in flat:
         return ["optimizer.type is missing; expected AdamW, Adam or Muon"]
-    kind = flat["optimizer.type"].lower()
+    kind, keys = flat["optimizer.type"].lower(), key_tables().accepted
     found = [
         f"{full} has no effect with {flat['optimizer.type']}; remove it"
         for full in flat
-        if full.startswith("optimizer.params.") and kind not in OPTIMIZER_PARAMS.get(full.rpartition(".")[2], (kind,))
+        if full in keys and keys[full].optimizers and kind not in keys[full].optimizers
     ]
     if kind == "muon" and stage == 3 and flat.get("zero_optimization.reduce_scatter", True):
         found.append("optimizer.type Muon at stage 3 needs zero_optimization.reduce_scatter: false")
@@ -150,16 +145,16 @@ def _problems_of_optimizer(flat: dict[str, Any], stage: int) -> list[str]:
 def warnings_of(raw: dict) -> list[str]:
     """What a checked config asks for that may have no effect, a sentence for each key."""
     flat = flatten(raw)
-    stage = flat.get("zero_optimization.stage", 0)
-    known = {full: value for full, value in flat.items() if full in ACCEPTED}
-    return [sentence for full, value in known.items() if (sentence := _warning_of(full, value, stage))]
-
-
-def _warning_of(full: str, value: object, stage: int) -> str | None:
-    if stage not in ACCEPTED[full].stages:
-        stages = ", ".join(map(str, ACCEPTED[full].stages))
-        return f"{full} has no effect at zero_optimization.stage {stage}, only at {stages}"
-    return f"{full}: {WARNED[full].effect}" if full in WARNED and value not in (False, "") else None
+    keys, stage = key_tables(), flat.get("zero_optimization.stage", 0)
+    sentences = []
+    for full, value in flat.items():
+        stages = keys.accepted[full].stages if full in keys.accepted else (stage,)
+        if stage not in stages:
+            only = ", ".join(map(str, stages))
+            sentences.append(f"{full} has no effect at zero_optimization.stage {stage}, only at {only}")
+        elif full in keys.warned and value not in (False, ""):
+            sentences.append(f"{full}: {keys.warned[full].effect}")
+    return sentences
 
 
 def read_schedule(raw: dict, path: Path) -> ScheduleParams | None:
@@ -176,15 +171,21 @@ def read_schedule(raw: dict, path: Path) -> ScheduleParams | None:
         f"scheduler.params.{key} belongs to WarmupCosineLR; WarmupLR never falls" for key in misplaced if key in params
     ]
     raise_problems(path, problems)
+    warmup = params["warmup_num_steps"]
     return ScheduleParams(
-        int(params["warmup_num_steps"]),
+        None if warmup == AUTO else int(warmup),
         float(params.get("warmup_min_ratio", 0.0)),
         float(params.get("cos_min_ratio", 1)),
     )
 
 
+def auto_warmup_steps(total_steps: int) -> int:
+    """TinyLlama's share of a run, one step at least; none of a run of one step."""
+    return min(max(1, round(_WARMUP_SHARE * total_steps)), total_steps - 1)
+
+
 def _missing(full: str) -> str:
-    return f"{full} is missing; expected {ACCEPTED[full].expectation}"
+    return f"{full} is missing; expected {key_tables().accepted[full].expectation}"
 
 
 @dataclass(frozen=True)
@@ -214,8 +215,10 @@ def resolve_deepspeed_config(raw: dict, path: Path, values: AutoValues) -> dict:
     _fill(resolved, {"gradient_clipping": 1.0})
     if "bf16" in resolved:
         _fill(resolved["bf16"], {"enabled": values.bf16})
-    if resolved.get("scheduler", {}).get("type") == "WarmupCosineLR":
-        resolved["scheduler"]["params"]["total_num_steps"] = values.total_steps
+    if "scheduler" in resolved:
+        _fill(resolved["scheduler"]["params"], {"warmup_num_steps": auto_warmup_steps(values.total_steps)})
+        if resolved["scheduler"]["type"] == "WarmupCosineLR":
+            resolved["scheduler"]["params"]["total_num_steps"] = values.total_steps
     zero = resolved.setdefault("zero_optimization", {})
     _fill(
         zero,
@@ -231,13 +234,14 @@ def resolve_deepspeed_config(raw: dict, path: Path, values: AutoValues) -> dict:
 
 def _normalize(raw: dict) -> dict:
     resolved: dict = {}
+    keys = key_tables()
     for full, value in flatten(raw).items():
-        if full in ACCEPTED or full in SECTIONS:
+        if full in keys.accepted or full in keys.sections:
             *sections, key = full.split(".")
             section = resolved
             for name in sections:
                 section = section.setdefault(name, {})
-            is_whole = full in ACCEPTED and ACCEPTED[full].is_whole and isinstance(value, float)
+            is_whole = full in keys.accepted and keys.accepted[full].is_whole and isinstance(value, float)
             section[key] = int(value) if is_whole else copy.deepcopy(value)
     return resolved
 

@@ -8,9 +8,11 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import ConfigDict, Field, StrictBool
 
 from tinyllama_ds.config.key_lines import toml_lines
+from tinyllama_ds.config.model_table import Model
 from tinyllama_ds.config.validation import PositiveNumber, Text, validate, whole_number
 from tinyllama_ds.errors import ConfigError, raise_problems, shown
 from tinyllama_ds.inputs import read_text
+from tinyllama_ds.model.config import MODEL_SIZES
 
 RECIPE_DIRECTORY = Path(__file__).parents[1] / "recipes"
 TASK_FILES = (".yaml", ".yml")  # of lm-eval
@@ -89,7 +91,7 @@ class Recipe:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     name: Text
-    model: Text
+    model: Model
     sequence_length: Annotated[int, whole_number(1, 10_000_000)]
     seed: Annotated[int, whole_number()]
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
@@ -105,8 +107,15 @@ class Recipe:
         """All sources of all stages, in the order in which they are first named."""
         return list(dict.fromkeys(name for stage in self.stages for name in stage.weights))
 
+    @property
+    def model_name(self) -> str:
+        """The name of its size, or "custom"."""
+        return next((name for name, size in MODEL_SIZES.items() if size == self.model), "custom")
+
     def to_dict(self) -> dict:
-        return asdict(self)
+        """What run.json remembers, with a model of a named size by its name."""
+        model = self.model_name if self.model_name in MODEL_SIZES else self.model.to_dict()
+        return asdict(self) | {"model": model}
 
 
 def load_recipe(name_or_path: str) -> Recipe:
@@ -141,6 +150,11 @@ def _resolve_paths(path: Path, evaluation: Evaluation) -> Evaluation:
 def _contradictions(recipe: Recipe) -> list[str]:
     """Problems of keys that depend on each other."""
     problems = []
+    if recipe.sequence_length > recipe.model.max_position_embeddings:
+        problems.append(
+            f"sequence_length {recipe.sequence_length} is beyond the {recipe.model.max_position_embeddings} positions"
+            f" of model {recipe.model_name!r}"
+        )
     for before, stage in zip((None, *recipe.stages), recipe.stages, strict=False):
         if stage.global_batch_tokens % recipe.sequence_length:
             problems.append(

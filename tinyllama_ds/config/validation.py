@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tinyllama_ds.config.key_lines import KeyPath, json_lines, key_path
-from tinyllama_ds.errors import raise_problems, shown, shown_as_json
+from tinyllama_ds.errors import ConfigError, raise_problems, shown, shown_as_json
 
 T = TypeVar("T")
 Lines = Mapping[KeyPath, int]
@@ -35,6 +35,8 @@ _EXPECTED = {
     "literal_error": "{expected}",
     "expected": "{what}",
 }
+BY_NAME, AS_TABLE = "[name]", "[table]"  # what a value may be by its discriminator, which pydantic adds to the path
+CONTRADICTION = "contradiction"  # of keys that are valid alone: the message is the whole sentence
 
 
 def whole_number(least: int = 0, most: int = 2**63 - 1) -> Any:
@@ -76,27 +78,36 @@ def validate(kind: type[T], raw: object, place: object, lines: Lines = NO_LINES)
     """
     try:
         return _adapter(cast(Hashable, kind)).validate_python(raw)
-    except ValidationError as error:
+    except (ValidationError, ConfigError) as error:
         raise_problems(place, problems_of(error, kind, raw, lines))
         raise
 
 
-def validate_json(kind: type[T], content: bytes, place: object) -> T:
+def validate_json(kind: type[T], content: str | bytes, place: object) -> T:
     """The same of a JSON file, whose values have exactly the types of the fields."""
     try:
         return _adapter(cast(Hashable, kind)).validate_json(content, strict=True)
-    except ValidationError as error:
+    except (ValidationError, ConfigError) as error:
         try:
-            raw, lines = json.loads(content), json_lines(content.decode())
+            raw, lines = json.loads(content), json_lines(content if isinstance(content, str) else content.decode())
         except (ValueError, RecursionError):
             raw, lines = None, {}
         raise_problems(place, problems_of(error, kind, raw, lines))
         raise
 
 
-def problems_of(error: ValidationError, kind: Any = None, raw: object = None, lines: Lines = NO_LINES) -> list[str]:
-    """A sentence for each problem. The type tells which keys there are; `raw` is what was validated."""
+def problems_of(
+    error: ValidationError | ConfigError, kind: Any = None, raw: object = None, lines: Lines = NO_LINES
+) -> list[str]:
+    """A sentence for each problem. The type tells which keys there are; `raw` is what was validated.
+
+    A `ConfigError` is that of a dataclass whose fields are valid alone, and contradict each other.
+    """
+    if isinstance(error, ConfigError):
+        return [str(error)]
     errors = error.errors(include_url=False)
+    for found in errors:
+        found["loc"] = tuple(step for step in found["loc"] if step not in (BY_NAME, AS_TABLE))
     unknown = [found["loc"] for found in errors if found["type"] in _UNKNOWN]
     problems = []
     for found in errors:
@@ -108,6 +119,8 @@ def problems_of(error: ValidationError, kind: Any = None, raw: object = None, li
             unknown = [other for other in unknown if other not in near]
             hint = f" ({near[0][-1]!r} is not a key)" if near else ""
             sentence = f"the key {key_path(path)!r} is missing{hint}"
+        elif found["type"] == CONTRADICTION:
+            sentence = f"{key_path(path)}: {found['msg']}"
         elif found["type"] == "json_invalid":
             sentence = f"not valid JSON ({found['ctx']['error']})"
         else:

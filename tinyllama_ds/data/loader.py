@@ -19,7 +19,7 @@ def open_streams(data: Path, sources: Iterable[str], split: str, vocab_size: int
     size other than the model's, and ids beyond it.
     """
     tokenizer = Tokenizer(data / TOKENIZER_FILE)
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, but the model's vocabulary is {vocab_size}"
         )

@@ -16,7 +16,7 @@ from tinyllama_ds.data.vocabulary import PROBE_TEXTS, difference_of, fast_tokeni
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.weights import MAX_SHARD_SIZE, WeightsInfo, digest, parameter_shapes, write_weights
 from tinyllama_ds.model.config import LlamaConfig
-from tinyllama_ds.model.llama import LlamaForCausalLM
+from tinyllama_ds.model.llama import LlamaForCausalLM, assign_weights
 from tinyllama_ds.model.probe import TOLERANCE, Probe, loss_difference, probe_loss
 from tinyllama_ds.outputs import new_folder
 
@@ -94,14 +94,15 @@ def hf_config(config: LlamaConfig, dtype: torch.dtype) -> Any:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling_factor != 1:
         rope |= {"rope_type": "linear", "factor": config.rope_scaling_factor}
-    shapes = {key: value for key, value in config.to_dict().items() if not key.startswith("rope_")}
+    if config.rope_scaling is not None:
+        rope |= {key: value for key, value in vars(config.rope_scaling).items() if value is not None}
+    shapes = {key: value for key, value in vars(config).items() if not key.startswith("rope_")}
     return transformers.LlamaConfig(
         **shapes,
         rope_parameters=rope,
         architectures=["LlamaForCausalLM"],
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
-        tie_word_embeddings=False,
         dtype=dtype,
     )
 
@@ -113,7 +114,7 @@ def hf_model(weights: Mapping[str, Tensor], config: LlamaConfig) -> Any:
     described = hf_config(config, next(iter(weights.values())).dtype)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(described)
-    model.load_state_dict(weights, strict=True, assign=True)
+    assign_weights(model, weights)
     model.model.rotary_emb = type(model.model.rotary_emb)(described)  # its buffers are computed, not stored
     model.generation_config = _generation_config()
     return model.eval()
@@ -177,7 +178,7 @@ def load_reference_pair(folder: Path, written: WeightsInfo, config: LlamaConfig)
     theirs = transformers.LlamaForCausalLM.from_pretrained(
         folder, dtype=written.dtype, attn_implementation="sdpa", local_files_only=True
     )
-    loaded = theirs.state_dict()
+    loaded = {name: parameter.detach() for name, parameter in theirs.named_parameters()}
     if loaded.keys() != written.digests.keys():
         raise ConfigError(
             f"{folder}: transformers' parameters differ from ours: {sorted(loaded.keys() ^ written.digests.keys())}"
@@ -187,7 +188,7 @@ def load_reference_pair(folder: Path, written: WeightsInfo, config: LlamaConfig)
             raise ConfigError(f"{folder}: transformers loads different bits of {name}")
     with torch.device("meta"):
         ours = LlamaForCausalLM(config)
-    ours.load_state_dict(loaded, strict=True, assign=True)
+    assign_weights(ours, loaded)
     for model in (ours, theirs):
         _compute_in_fp32(model)
     return ours, theirs

@@ -1,6 +1,6 @@
 """A Hugging Face folder to a model folder of ours; all differences from our decoder are errors that name the key.
 
-No code of the folder is executed: tensors come from safetensors, or from pickles by torch's `weights_only` loader.
+No code of the folder is executed: tensors come from safetensors alone.
 """
 
 import json
@@ -8,32 +8,29 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, Field, model_validator
 from torch import Tensor
 
-from tinyllama_ds.config.validation import expectation, validate_json
+from tinyllama_ds.config.model_table import HuggingFaceConfig, only
+from tinyllama_ds.config.validation import validate_json
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.data.vocabulary import difference_of, reject_inconvertible
-from tinyllama_ds.errors import ConfigError, shown_as_json
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import SAFE_FILE_NAME
 from tinyllama_ds.hf.convert import load_reference_pair, logit_difference
 from tinyllama_ds.hf.model_folder import write_model_folder
-from tinyllama_ds.hf.weights import DTYPES, parameter_shapes, read_tensor, tensor_names
+from tinyllama_ds.hf.weights import INDEX_FILE, parameter_shapes, read_tensor, tensor_names
+from tinyllama_ds.inputs import read_text
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.outputs import new_folder
 
 CONFIG_FILE = "config.json"
 FAST_TOKENIZER_FILE = "tokenizer.json"
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = ("model.safetensors", INDEX_FILE)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that transformers stored until 4.31
 
 
@@ -55,106 +52,27 @@ def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) 
     """
     config = read_config(folder / CONFIG_FILE)
     sentencepiece = _tokenizer_of(folder, config, tokenizer)
-    files = find_tensors(folder, parameter_shapes(config))
+    files = find_tensors(folder, config)
     with new_folder(output) as partial:
         written = write_model_folder(partial, _read_all(files, config), config, sentencepiece.path)
         difference = logit_difference(*load_reference_pair(folder, written, config), sentencepiece)
     return ImportResult(config, written.dtype, difference)
 
 
-def _ours(value: object) -> Any:
-    """For a key that has one value with our decoder, which older versions wrote into a list."""
+class _FolderConfig(HuggingFaceConfig):
+    """What decides about a folder of TinyLlama's tokenizer, too."""
 
-    def check(found: object) -> object:
-        if found not in (value, [value]):
-            raise expectation(f"{shown_as_json(value)}, as in TinyLlama")
-        return found
-
-    return AfterValidator(check)
-
-
-_Size = Annotated[int, Field(ge=1, lt=2**31)]
-_Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_RopeType = Literal["default", "linear"]
-
-
-class _Rope(BaseModel):
-    """`rope_parameters` of transformers 5, `rope_scaling` of transformers 4."""
-
-    rope_type: _RopeType | None = None
-    type: _RopeType | None = None  # as transformers 4 called it
-    factor: _Number | None = None
-    rope_theta: _Number | None = None
-    partial_rotary_factor: Annotated[Any, _ours(1.0)] = 1.0
-
-    @model_validator(mode="after")
-    def _has_factor(self) -> Self:
-        if self.is_linear and self.factor is None:
-            raise expectation("a factor beside the type linear")
-        return self
-
-    @property
-    def is_linear(self) -> bool:
-        return (self.rope_type or self.type) == "linear"
-
-
-class _Shapes(BaseModel):
-    """The keys that our decoder has under the same names."""
-
-    vocab_size: _Size
-    hidden_size: _Size
-    intermediate_size: _Size
-    num_hidden_layers: _Size
-    num_attention_heads: _Size
-    num_key_value_heads: _Size | None = None  # absent before transformers 4.31
-    max_position_embeddings: _Size
-    rms_norm_eps: _Number
-    rope_theta: _Number = 10_000.0
-
-
-class _HuggingFaceConfig(_Shapes):
-    """The keys of transformers' `config.json` that determine what its decoder computes."""
-
-    head_dim: _Size | None = None
-    rope_scaling: _Rope | None = None
-    rope_parameters: _Rope | None = None
-    # What transformers' LlamaForCausalLM can be and our decoder is not. Ours is also transformers' default.
-    model_type: Annotated[Any, _ours("llama")] = "llama"
-    architectures: Annotated[Any, _ours("LlamaForCausalLM")] = "LlamaForCausalLM"
-    hidden_act: Annotated[Any, _ours("silu")] = "silu"
-    tie_word_embeddings: Annotated[Any, _ours(False)] = False
-    attention_bias: Annotated[Any, _ours(False)] = False
-    mlp_bias: Annotated[Any, _ours(False)] = False
-    partial_rotary_factor: Annotated[Any, _ours(1.0)] = 1.0
-    auto_map: Annotated[Any, _ours(None)] = None
-    quantization_config: Annotated[Any, _ours(None)] = None
-    bos_token_id: Annotated[Any, _ours(BOS_ID)] = BOS_ID
-    eos_token_id: Annotated[Any, _ours(EOS_ID)] = EOS_ID
+    bos_token_id: Annotated[Any, only(BOS_ID)] = BOS_ID
+    eos_token_id: Annotated[Any, only(EOS_ID)] = EOS_ID
 
 
 def read_config(path: Path) -> LlamaConfig:
-    """The shapes in a `config.json` of transformers 4 or 5; raises `ConfigError` for what our decoder is not."""
+    """The model in a `config.json` of transformers 4 or 5; raises `ConfigError` for what our decoder is not."""
+    found = validate_json(_FolderConfig, read_text(path, "the description of a Hugging Face folder"), path)
     try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: is missing; expected a Hugging Face folder with config.json and weights") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    found = validate_json(_HuggingFaceConfig, content, path)
-    rope = found.rope_scaling or found.rope_parameters or _Rope()
-    shapes = {key: getattr(found, key) for key in _Shapes.model_fields}
-    shapes["num_key_value_heads"] = found.num_key_value_heads or found.num_attention_heads
-    shapes["rope_theta"] = rope.rope_theta or found.rope_theta
-    shapes["rope_scaling_factor"] = (rope.factor or 1.0) if rope.is_linear else 1.0
-    try:
-        config = LlamaConfig(**shapes)
+        return found.config()
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    if found.head_dim not in (None, config.head_dim):
-        raise ConfigError(
-            f"{path}: head_dim is {found.head_dim}; expected hidden_size / num_attention_heads, {config.head_dim}"
-        )
-    return config
 
 
 def _tokenizer_of(folder: Path, config: LlamaConfig, instead: Path | None) -> Tokenizer:
@@ -164,9 +82,10 @@ def _tokenizer_of(folder: Path, config: LlamaConfig, instead: Path | None) -> To
             f"{path}: is missing; expected the sentencepiece model that gives the ids (or --tokenizer FILE)"
         )
     tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
-            f"{path}: has {tokenizer.vocab_size} pieces; expected vocab_size {config.vocab_size} of {CONFIG_FILE}"
+            f"{path}: has {tokenizer.vocab_size} pieces; expected at most vocab_size {config.vocab_size} of"
+            f" {CONFIG_FILE}"
         )
     reject_inconvertible(tokenizer)
     fast = folder / FAST_TOKENIZER_FILE
@@ -191,24 +110,39 @@ def _reject_other_ids(path: Path, tokenizer: Tokenizer) -> None:
         raise ConfigError(f"{path}: its ids of {text!r} are not those of {tokenizer.path}{expected}")
 
 
-def find_tensors(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:
-    """In which file of the folder each parameter is; raises `ConfigError` unless exactly those of `shapes` are
-    there.
+def find_tensors(folder: Path, config: LlamaConfig) -> dict[str, Path]:
+    """In which file of the folder each parameter is; raises `ConfigError` unless exactly those of the model are there.
+
+    Of tied embeddings there may be both copies, if they are equal.
     """
+    shapes = parameter_shapes(config)
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
-        raise ConfigError(f"{folder}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
-    found = _read_index(path) if path.suffix == ".json" else dict.fromkeys(_names_in(path), path)
+        for other in sorted(folder.glob("pytorch_model*.bin*")):
+            raise ConfigError(
+                f"{other}: weights in PyTorch's format are not read, as they can run code; convert the folder to"
+                " safetensors with from_pretrained and save_pretrained of transformers"
+            )
+        raise ConfigError(f"{folder}: holds no weights; expected {' or '.join(WEIGHT_FILES)}")
+    found = _read_index(path) if path.suffix == ".json" else dict.fromkeys(tensor_names(path), path)
     found = {name: file for name, file in found.items() if not _COMPUTED.fullmatch(name)}
+    if config.tie_word_embeddings and {_HEAD, _TABLE} <= found.keys():
+        if not torch.equal(read_tensor(found[_HEAD], _HEAD), read_tensor(found[_TABLE], _TABLE)):
+            raise ConfigError(
+                f"{found[_HEAD]}: {_HEAD} differs from {_TABLE}, and {CONFIG_FILE} has tie_word_embeddings true;"
+                " expected equal tensors, or false"
+            )
+        del found[_HEAD]
     for names, what in (
         (shapes.keys() - found.keys(), "is missing"),
         (found.keys() - shapes.keys(), "is not expected"),
     ):
         if names:
             more = f" and so are {len(names) - 1} more" if len(names) > 1 else ""
+            ties = "" if config.tie_word_embeddings else ", where tie_word_embeddings is false"
             raise ConfigError(
                 f"{path}: the tensor {min(names)} {what}{more}; expected the {len(shapes)} of a Llama decoder"
-                f" with the shapes of {CONFIG_FILE}"
+                f" with the shapes of {CONFIG_FILE}{ties if _HEAD in names else ''}"
             )
     return found
 
@@ -225,41 +159,23 @@ def _read_index(path: Path) -> dict[str, Path]:
             raise ConfigError(f"{path}: weight_map names {name!r:.200}; expected the plain name of a file beside it")
         if not (path.parent / name).is_file():
             raise ConfigError(f"{path.parent / name}: this shard is missing, {path.name} names it")
-        lacking = {tensor for tensor, file in places.items() if file == name} - set(_names_in(path.parent / name))
+        lacking = {tensor for tensor, file in places.items() if file == name} - set(tensor_names(path.parent / name))
         if lacking:
             raise ConfigError(f"{path.parent / name}: does not hold {min(lacking)}, which {path.name} lists for it")
     return {tensor: path.parent / name for tensor, name in places.items()}
 
 
-def _names_in(path: Path) -> list[str]:
-    return tensor_names(path) if path.suffix == ".safetensors" else list(_load_pickle(path))
-
-
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """Mapped into memory; it can contain only tensors and plain values, and no code is executed."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, UnpicklingError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path}: not a state dict that torch's weights_only loader can map ({reason})") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
-    ):
-        raise ConfigError(f"{path}: does not hold tensors by name; expected a state dict")
-    return state
-
-
 def _read_all(files: dict[str, Path], config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
-    """All parameters in the order of the model, checked one by one; and no file stays mapped between them."""
+    """All parameters in the order of the model, checked one by one."""
     dtype = None
     for name, shape in parameter_shapes(config).items():
         path = files[name]
-        tensor = read_tensor(path, name) if path.suffix == ".safetensors" else _load_pickle(path)[name].detach()
+        tensor = read_tensor(path, name)
         dtype = dtype or tensor.dtype
         if tensor.shape != shape:
             raise ConfigError(f"{path}: {name} has the shape {list(tensor.shape)}; expected {list(shape)}")
-        if tensor.dtype != dtype or dtype not in DTYPES:
-            expected = dtype if dtype in DTYPES else "float32, bfloat16 or float16"
+        if tensor.dtype != dtype or dtype not in _DTYPES:
+            expected = dtype if dtype in _DTYPES else "float32, bfloat16 or float16"
             raise ConfigError(f"{path}: {name} is {tensor.dtype}; expected {expected}".replace("torch.", ""))
         if not tensor.isfinite().all():
             raise ConfigError(f"{path}: {name} holds values that are not finite; expected weights of a trained model")

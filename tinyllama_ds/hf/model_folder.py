@@ -22,6 +22,7 @@ from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokeni
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import parse_row, write_object
 from tinyllama_ds.hf.weights import WeightsInfo, parameter_shapes, read_tensor, tensor_names, write_weights
+from tinyllama_ds.inputs import read_text
 from tinyllama_ds.model.config import LlamaConfig, dtype_name
 
 MODEL_FILE = "model.json"
@@ -93,21 +94,11 @@ def write_model_folder(
 def open_model_folder(path: Path) -> ModelFolder:
     """The folder by its `model.json`; raises `ConfigError` where there is none or a later version wrote it."""
     file = path / MODEL_FILE
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path}: is not a model folder, it has no {MODEL_FILE}; expected what `import` wrote"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
-    version = (parse_row(content, format=int) or {}).get("format", FORMAT)
+    content = read_text(file, "the description of a model folder")
+    version = (parse_row(content.encode(), format=int) or {}).get("format", FORMAT)
     if version > FORMAT:
         raise ConfigError(f"{file}: has format {version} and is known up to {FORMAT}; use the version that wrote it")
-    try:
-        found = validate_json(_Description, content, file)
-    except ConfigError as error:
-        raise error if str(file) in str(error) else ConfigError(f"{file}: {error}") from error
+    found = validate_json(_Description, content, file)
     files = {name: identity.model_dump() for name, identity in found.files.items()}
     return ModelFolder(path, found.model, getattr(torch, found.dtype), files)
 

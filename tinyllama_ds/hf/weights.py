@@ -1,17 +1,13 @@
-"""Weights in safetensors files, written and read tensor by tensor, so that a model is never in memory as a whole.
-
-The format (https://github.com/huggingface/safetensors): the header's length as 8 bytes, the header in JSON, the bytes
-of the tensors one after another. The library writes it from a whole dictionary only; it reads what is written here.
-"""
+"""Weights in safetensors files, as transformers names and divides them."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,9 +16,11 @@ from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM
 
+if TYPE_CHECKING:
+    from huggingface_hub import StateDictSplit
+
 INDEX_FILE = "model.safetensors.index.json"
-MAX_SHARD_SIZE = "50GB"  # transformers' default
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+MAX_SHARD_SIZE = "5GB"  # of huggingface_hub
 
 Shapes = dict[str, torch.Size]
 
@@ -47,38 +45,31 @@ def write_weights(
 ) -> WeightsInfo:
     """Write `model.safetensors`, or numbered shards and their index, as transformers names them.
 
-    The tensors come in any order and in one dtype. `max_shard_size` is bytes or a text such as "5GB".
+    The tensors come in any order and in one dtype. `max_shard_size` is bytes or a text such as "5GB". A shard is
+    written once all its tensors have come: in the order of the model, one shard at most is in memory, and of mapped
+    tensors nothing.
 
     Raises `ConfigError` for an invalid size, ValueError for tensors that do not match `shapes`.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
 
     tensors = iter(tensors)
     first = next(tensors)
     dtype = first[1].dtype
-    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    try:
-        plan = split_torch_state_dict_into_shards(
-            empty, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-        )
-    except ValueError as error:
-        raise ConfigError(f"--max-shard-size {max_shard_size}: expected a size such as 5GB or 500MB") from error
+    plan = _plan_shards(shapes, dtype, max_shard_size)
     digests = {}
-    with ExitStack() as opened:
-        places: dict[str, tuple[BinaryIO, int]] = {}
-        for file_name, names in plan.filename_to_tensors.items():
-            new = opened.enter_context((folder / file_name).open("xb"))
-            places |= _write_header(new, {name: empty[name] for name in names})
-        for name, tensor in chain([first], tensors):
-            if (tensor.shape, tensor.dtype) != (empty[name].shape, dtype):
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {empty[name]}")
-            file, offset = places.pop(name)
-            content = _bytes_of(tensor)
-            file.seek(offset)
-            file.write(content)
-            digests[name] = hashlib.sha256(content).hexdigest()
-    if places:
-        raise ValueError(f"missing tensors: {', '.join(places)}")
+    shards: dict[str, dict[str, Tensor]] = defaultdict(dict)  # that are not whole yet
+    for name, tensor in chain([first], tensors):
+        if (tensor.shape, tensor.dtype) != (shapes[name], dtype):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {tuple(shapes[name])}")
+        digests[name] = digest(tensor)
+        file = plan.tensor_to_filename[name]
+        shards[file][name] = tensor.detach().contiguous()
+        if len(shards[file]) == len(plan.filename_to_tensors[file]):
+            save_file(shards.pop(file), folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # it is this user's alone else, whatever the umask
+    if shapes.keys() != digests.keys():
+        raise ValueError(f"missing tensors: {', '.join(shapes.keys() - digests.keys())}")
     if plan.is_sharded:
         metadata = plan.metadata | {"total_parameters": sum(shape.numel() for shape in shapes.values())}
         index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
@@ -86,26 +77,21 @@ def write_weights(
     return WeightsInfo(dtype, digests)
 
 
-def _write_header(file: BinaryIO, tensors: Mapping[str, Tensor]) -> dict[str, tuple[BinaryIO, int]]:
-    """Returns the file and offset of each tensor's bytes."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    file.write(len(text).to_bytes(8, "little") + text)
-    return {name: (file, 8 + len(text) + header[name]["data_offsets"][0]) for name in tensors}
+def _plan_shards(shapes: Shapes, dtype: torch.dtype, max_shard_size: int | str) -> "StateDictSplit":
+    from huggingface_hub import split_torch_state_dict_into_shards
 
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().view(torch.uint8).numpy().data.cast("B")
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    try:
+        return split_torch_state_dict_into_shards(
+            empty, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+    except ValueError as error:
+        raise ConfigError(f"--max-shard-size {max_shard_size}: expected a size such as 5GB or 500MB") from error
 
 
 def digest(tensor: Tensor) -> str:
     """The SHA-256 of a tensor's bytes, as `write_weights` gives it."""
-    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
+    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

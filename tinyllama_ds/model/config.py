@@ -1,21 +1,79 @@
 """Shapes of the decoder, and the table of named sizes."""
 
 from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from tinyllama_ds.errors import ConfigError
 
 _LARGEST = 2**31 - 1
+_UNUSED = {"rope_scaling_factor": 1.0, "tie_word_embeddings": False, "rope_scaling": None}
 _MOST_LAYERS = 1000  # building each takes time
 # fp32 logits alive at once: 2,048 rows of Llama's vocabulary keep a GPU busy. On a CPU every chunk adds a gradient of
 # the whole weight, which is slow for small chunks, and large ones do not fit the cache (docs/performance.md).
 MAX_CHUNK_LOGITS = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 
 
+_EXACT = {"extra": "forbid"}  # for pydantic, where a description of a model is read
+
+
+def _reject_out_of_range(values: dict) -> None:
+    numbers = {key: value for key, value in values.items() if type(value) in (int, float)}
+    for key, value in numbers.items():
+        most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
+        if not 0 < value <= most:
+            raise ConfigError(f"{key} {value:.12g} is not above 0 and up to {most:,}")
+        if key in ("factor", "rope_scaling_factor") and value < 1:
+            raise ConfigError(f"{key} {value:.12g} must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's rotation beyond the positions of pretraining: long waves are stretched, short ones are not."""
+
+    __pydantic_config__ = _EXACT
+    factor: float
+    low_freq_factor: float  # waves longer than the original positions divided by it are stretched by `factor`
+    high_freq_factor: float  # waves shorter than the original positions divided by it stay; between, a blend
+    original_max_position_embeddings: int
+    rope_type: Literal["llama3"] = "llama3"
+
+    def __post_init__(self) -> None:
+        _reject_out_of_range(vars(self))
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(
+                f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor {self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (Peng et al. 2023): a blend of stretched and original waves by dimension, and sharper attention."""
+
+    __pydantic_config__ = _EXACT
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None  # that queries and keys are multiplied by; None: from the factor
+    beta_fast: float = 32.0  # rotations over the original positions above which a dimension stays
+    beta_slow: float = 1.0  # and below which it is stretched by `factor`
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True  # the blend begins and ends at whole dimensions
+    rope_type: Literal["yarn"] = "yarn"
+
+    def __post_init__(self) -> None:
+        _reject_out_of_range(vars(self))
+
+
+RopeScaling = Llama3Scaling | YarnScaling
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shapes of a Llama-2-architecture decoder, under the names that Hugging Face's `config.json` uses."""
+    """A Llama decoder, under the names that Hugging Face's `config.json` uses."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  where a description of a model is read
+    __pydantic_config__ = _EXACT
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -26,12 +84,14 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     rope_scaling_factor: float = 1.0  # position interpolation: positions are divided by it (Chen et al. 2023)
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads, which then is its value
+    tie_word_embeddings: bool = False  # the LM head is the embedding table
+    rope_scaling: Annotated[RopeScaling, Field(discriminator="rope_type")] | None = None  # other than interpolation
 
     def __post_init__(self) -> None:
-        for key, value in asdict(self).items():
-            most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
-            if not 0 < value <= most:
-                raise ConfigError(f"{key} {value:.12g} is not above 0 and up to {most:,}")
+        if self.head_dim == 0 and self.num_attention_heads > 0:
+            vars(self)["head_dim"] = self.hidden_size // self.num_attention_heads  # past the frozen attributes
+        _reject_out_of_range(vars(self))
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
@@ -42,13 +102,9 @@ class LlamaConfig:
                 f" num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ConfigError(f"head size {self.head_dim} must be even, because RoPE rotates pairs")
-        if not 1 <= self.rope_scaling_factor < float("inf"):
-            raise ConfigError(f"rope_scaling_factor {self.rope_scaling_factor} must be 1 or more")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+            raise ConfigError(f"head_dim {self.head_dim} must be even, because RoPE rotates pairs")
+        if self.rope_scaling_factor > 1 and self.rope_scaling is not None:
+            raise ConfigError("rope_scaling_factor and rope_scaling: both scale positions; expected one of them")
 
     @property
     def num_matmul_parameters(self) -> int:
@@ -59,26 +115,29 @@ class LlamaConfig:
 
     @property
     def num_parameters(self) -> int:
-        """All parameters: the matrix products', the embedding table and the norms."""
+        """All parameters: the matrix products', the embedding table unless it is the LM head, and the norms."""
         norms = self.hidden_size * (2 * self.num_hidden_layers + 1)
-        return self.num_matmul_parameters + self.hidden_size * self.vocab_size + norms
+        table = 0 if self.tie_word_embeddings else self.hidden_size * self.vocab_size
+        return self.num_matmul_parameters + table + norms
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Floating-point operations of one training token, forward and backward: 6 N + 12 L d T.
+        """Floating-point operations of one training token, forward and backward: 6 N + 12 L H E T.
 
         N counts the matrix-product parameters with the LM head and without the embedding; attention is counted in
         full (not halved for causality). This is the formula behind TinyLlama's published 56 % MFU: 7.313 GFLOP per
         token for the 1.1B model at 2,048 tokens.
         """
-        attention = 12 * self.num_hidden_layers * self.hidden_size * sequence_length
+        query_width = self.num_attention_heads * self.head_dim
+        attention = 12 * self.num_hidden_layers * query_width * sequence_length
         return 6 * self.num_matmul_parameters + attention
 
     def to_dict(self) -> dict:
-        """All values, without `rope_scaling_factor` where it is 1, as in runs of versions without it."""
-        values = asdict(self)
-        if self.rope_scaling_factor == 1:
-            del values["rope_scaling_factor"]
-        return values
+        """The description in run.json and manifests, which is the identity of a model.
+
+        Options of later versions are in it only if they are used, so that a model of an older one keeps its identity.
+        """
+        unused = _UNUSED | {"head_dim": self.hidden_size // self.num_attention_heads}
+        return {key: value for key, value in asdict(self).items() if key not in unused or value != unused[key]}
 
 
 def dtype_name(dtype: object) -> str:
@@ -97,14 +156,8 @@ MODEL_SIZES: dict[str, LlamaConfig] = {
 }
 
 
-def model_config(name: str, sequence_length: int = 0) -> LlamaConfig:
-    """The shapes of a named size of `MODEL_SIZES`; raises `ConfigError` for other names, and for longer sequences."""
+def model_config(name: str) -> LlamaConfig:
+    """The shapes of a named size of `MODEL_SIZES`; raises `ConfigError` for other names."""
     if name not in MODEL_SIZES:
         raise ConfigError(f"model {name!r} is unknown; the known sizes are {', '.join(MODEL_SIZES)}")
-    model = MODEL_SIZES[name]
-    if sequence_length > model.max_position_embeddings:
-        raise ConfigError(
-            f"sequence_length {sequence_length} is beyond the {model.max_position_embeddings} positions of model"
-            f" {name!r}"
-        )
-    return model
+    return MODEL_SIZES[name]

@@ -1,19 +1,22 @@
-"""The decoder, read top to bottom: RMSNorm, RoPE, grouped-query attention, SwiGLU, block, model.
+"""The decoder, read top to bottom: RMSNorm, grouped-query attention, SwiGLU, block, model.
 
 Shapes: B batch, T tokens, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
 Parameters carry the names of Hugging Face's LlamaForCausalLM, so that exporting is a copy.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyllama_ds.model.attention import attention_function, attention_metadata, document_starts
+from tinyllama_ds.model.attention import attention_function, attention_metadata
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.loss import LMHeadLoss
+from tinyllama_ds.model.rope import apply_rope, positions_in_documents, rope_tables
 
 
 class RMSNorm(nn.Module):
@@ -28,33 +31,6 @@ class RMSNorm(nn.Module):
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
-
-
-def rope_tables(config: LlamaConfig, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's rotation angles, each (T, E) in fp32 (Su et al. 2021).
-
-    Positions are divided by the config's `rope_scaling_factor` (position interpolation, Chen et al. 2023).
-    Dimension i of the first half is paired with dimension i of the second half: Hugging Face's half-rotation.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents / config.rope_scaling_factor  # (E/2,)
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequencies)  # (T, E/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (T, E)
-    return angles.cos(), angles.sin()
-
-
-def positions_in_documents(document_ids: Tensor) -> Tensor:
-    """How far each token is from the start of its document (B, T), given the documents' numbers (B, T)."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    return index - index.where(document_starts(document_ids), 0).cummax(dim=1).values
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each head of x (B, T, H, E) by its position's angle, in fp32; tables are (T, E) or (B, T, E)."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return (wide * cos[..., None, :] + rotated * sin[..., None, :]).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -153,6 +129,15 @@ class LlamaForCausalLM(nn.Module):
         self.model = LlamaModel(config, attention, recompute_every)
         self.lm_head = LMHeadLoss(config.hidden_size, config.vocab_size)
         self.is_compiled = False  # set by the code that compiles its blocks
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the embedding table the LM head's parameter where the config ties them; after either was replaced.
+
+        Both modules own the one parameter, so that ZeRO-3 gathers it for each of them.
+        """
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]  # torch says Tensor
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         return self.lm_head(self.model(input_ids, document_ids), labels)
@@ -179,6 +164,17 @@ def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:
             parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(std=std, generator=generator))
 
 
+def assign_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Let a decoder, ours or transformers', use these tensors as its parameters, without copies; a tied one comes once.
+
+    Raises RuntimeError where names or shapes are not the model's.
+    """
+    if model.config.tie_word_embeddings:
+        weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+
+
 def empty_model(
     config: LlamaConfig,
     attention: str,
@@ -189,7 +185,9 @@ def empty_model(
     """A decoder with uninitialized parameters; nothing else is allocated."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config, attention, recompute_every)
-    return model.to(dtype).to_empty(device=device)
+    model = model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    return model
 
 
 def build_model(

@@ -75,7 +75,10 @@ def read_layout(resolved: dict, name: str, world_size: int) -> Layout:
 
 
 def modules_of(model: LlamaConfig) -> list[tuple[int, ...]]:
-    """Elements of each parameter of each unit that ZeRO-3 gathers, in forward order: embedding, blocks, norm, head."""
+    """Elements of each parameter of each unit that ZeRO-3 gathers, in forward order: embedding, blocks, norm, head.
+
+    A head that is tied to the embedding is the same parameter, gathered again.
+    """
     D, E, F = model.hidden_size, model.head_dim, model.intermediate_size
     query, key = D * E * model.num_attention_heads, D * E * model.num_key_value_heads
     block = (query, key, key, query, D * F, D * F, D * F, D, D)
@@ -85,7 +88,8 @@ def modules_of(model: LlamaConfig) -> list[tuple[int, ...]]:
 
 def persistent_elements(model: LlamaConfig, layout: Layout) -> int:
     """Elements that ZeRO-3 keeps on every rank."""
-    return sum(size for size in chain.from_iterable(modules_of(model)) if layout.persists(size))
+    units = modules_of(model)[: -1 if model.tie_word_embeddings else None]
+    return sum(size for size in chain.from_iterable(units) if layout.persists(size))
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ class _Coordinator:
             [(unit, index, size) for index, size in enumerate(sizes) if not layout.persists(size)]
             for unit, sizes in enumerate(modules_of(model))
         ]
+        if model.tie_word_embeddings:
+            units[-1] = units[0]
         self.order: list[list[_Parameter]] = [*units, *reversed(units)]  # forward, then backward
         self.peak_live = 0
         self._layout = layout

@@ -7,6 +7,7 @@ from tinyllama_ds.planning.plan import Plan
 from tinyllama_ds.planning.search import Ranking, reason
 
 _TOKENS_300B = 300e9  # what published tables of GPU-hours count
+_SHOWN = 12  # candidates of a search
 
 
 def headline(plan: Plan) -> str:
@@ -30,7 +31,7 @@ def tables_of(plan: Plan) -> list[Table]:
 def _cost(plan: Plan) -> Table:
     duration, request = plan.duration, plan.request
     per_gpu = duration.tokens_per_second / duration.ranks
-    is_published = (plan.inputs.recipe.model, request.machines.gpu.name) == ("tinyllama-1.1b", "a100-40g")
+    is_published = (plan.inputs.recipe.model_name, request.machines.gpu.name) == ("tinyllama-1.1b", "a100-40g")
     paper = " (TinyLlama's paper: 3,456)" if is_published else ""
     rows = [
         ("tokens", f"{duration.tokens:,}"),
@@ -130,7 +131,7 @@ def _values(plan: Plan) -> Table:
     params, recipe, hosts = plan.resolved["optimizer"]["params"], plan.inputs.recipe, plan.request.machines.hosts
     json_name = str(plan.request.deepspeed_config)
     rows = [
-        ("model", f"{recipe.model}, {plan.inputs.model.num_parameters:,} parameters", "recipe"),
+        ("model", f"{recipe.model_name}, {plan.inputs.model.num_parameters:,} parameters", "recipe"),
         ("sequence length", f"{recipe.sequence_length}", "recipe"),
         ("global batch, tokens", ", ".join(f"{stage.global_batch_tokens:,}" for stage in recipe.stages), "recipe"),
         ("seed", f"{recipe.seed}", "recipe"),
@@ -145,10 +146,10 @@ def _values(plan: Plan) -> Table:
     return Table("Values and their owners", ("", "value", "owner"), rows, text_columns=(0, 2))
 
 
-def ranking_table(ranking: Ranking, memory_bytes: int, shown: int = 12) -> Table:
+def ranking_table(ranking: Ranking) -> Table:
     """The best candidates of a search with their reasons."""
-    best = enumerate(ranking.candidates[:shown], start=1)
-    rows = [(f"{place}.", reason(candidate, memory_bytes)) for place, candidate in best]
+    best = enumerate(ranking.candidates[:_SHOWN], start=1)
+    rows = [(f"{place}.", reason(candidate)) for place, candidate in best]
     note = f"{len(ranking.candidates)} of {ranking.tried} combinations fit; the first is planned below."
     return Table("Ranking", ("", "reason"), rows, note, text_columns=(0, 1))
 

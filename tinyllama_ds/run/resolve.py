@@ -35,7 +35,7 @@ from tinyllama_ds.evaluation.tasks import load_tasks
 from tinyllama_ds.evaluation.validation import ValidationSet
 from tinyllama_ds.layout import RUN_FILE, reject_unusable_directory
 from tinyllama_ds.model.attention import AttentionChoice, Demands, Device, resolve_attention_backend
-from tinyllama_ds.model.config import LlamaConfig, model_config
+from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.run.identity import Parent, find_parent, inherited_ledger, recorded_parent
 from tinyllama_ds.run.ledger import Entry, excluded_samples, read_ledger
 from tinyllama_ds.run.run_file import read_run_file
@@ -124,7 +124,7 @@ def resolve_run(
     reject_unusable_directory(options.run_dir)
     recipe = load_recipe(options.recipe)
     raw = load_deepspeed_config(options.deepspeed_config)
-    model, plan = model_config(recipe.model, recipe.sequence_length), RunPlan(recipe)
+    model, plan = recipe.model, RunPlan(recipe)
     micro_batch = micro_batch_of(plan, requested_micro_batch(raw), world_size)
     values = AutoValues(micro_batch, plan.stages[0].batch, world_size, plan.total_steps, model.hidden_size, bf16)
     resolved = resolve_deepspeed_config(raw, options.deepspeed_config, values)

@@ -159,7 +159,7 @@ def describe_run(run: Run, world: DistributedInfo, engine: "DeepSpeedEngine", co
     batch = run.plan.stages[0].batch
     accumulation = accumulation_steps(batch, world.size, run.micro_batch)
     return (
-        f"{run.recipe.model}: {run.model.num_parameters:,} parameters in {str(dtype).removeprefix('torch.')} on"
+        f"{run.recipe.model_name}: {run.model.num_parameters:,} parameters in {str(dtype).removeprefix('torch.')} on"
         f" {world.size} x {world.device.type}, ZeRO-{engine.zero_optimization_stage()}, {run.kernels},"
         f" torch.compile: {compilation}\n"
         f"{run.plan.total_steps:,} steps, {run.plan.total_tokens:,} tokens; a step is {batch} sequences of"

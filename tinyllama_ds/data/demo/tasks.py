@@ -20,12 +20,10 @@ QUESTIONS, CHOICES = 100, 4
 _QUESTION_WORDS, _ENDING_WORDS = 60, 12
 _FEWEST_WORDS = 6  # different ones in an ending
 
-_TASK = """# Which of four orders of the last words is the text's own? Made by `tinyllama-ds demo-data --tasks`.
-task: demo_endings
+_TASK = """
+task: {name}
 dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
+dataset_kwargs: {{data_files: {{test: {data}}}}}
 output_type: multiple_choice
 test_split: test
 doc_to_text: "{{{{question}}}}"
@@ -36,6 +34,11 @@ metric_list:
   - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
 metadata: {{version: 1.0}}
 """
+
+
+def multiple_choice_task(name: str, data: Path) -> str:
+    """A task file of lm-eval for JSON lines of `question`, `choices` and `answer`, the number of the right one."""
+    return _TASK.format(name=name, data=json.dumps(str(data.absolute())))
 
 
 def make_demo_task(corpora: Path) -> Path:
@@ -60,7 +63,8 @@ def make_demo_task(corpora: Path) -> Path:
         output.mkdir(exist_ok=True)
     data = output / "demo_endings.jsonl"
     write_file(data, "".join(json.dumps(question) + "\n" for question in _questions(passages, rng)))
-    write_file(output / TASK_FILE, _TASK.format(data=json.dumps(str(data.absolute()))))
+    comment = "# Which of four orders of the last words is the text's own? Made by `tinyllama-ds demo-data --tasks`."
+    write_file(output / TASK_FILE, comment + multiple_choice_task("demo_endings", data))
     return output / TASK_FILE
 
 
