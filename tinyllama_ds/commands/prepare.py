@@ -23,7 +23,7 @@ from tinyllama_ds.commands.arguments import (
     words_of,
 )
 from tinyllama_ds.commands.printing import print_result
-from tinyllama_ds.errors import EXIT_RESTART, ConfigError
+from tinyllama_ds.errors import EXIT_RESTART, ConfigError, log
 from tinyllama_ds.launch.hostfile import read_hostfile
 
 if TYPE_CHECKING:
@@ -167,10 +167,7 @@ def _prepare(options: argparse.Namespace) -> int:
     try:
         table = summarise(prepare(job, workers, _share_of_task(options), options.mpi))
     except BrokenExecutor:
-        print(
-            "tinyllama-ds: a worker was killed, perhaps for its memory; run prepare again, finished shards are kept",
-            file=sys.stderr,
-        )
+        log("a worker was killed, perhaps for its memory; run prepare again, finished shards are kept")
         return EXIT_RESTART
     return print_result(options, table, _prepare_text(options.source, table))
 
@@ -178,7 +175,7 @@ def _prepare(options: argparse.Namespace) -> int:
 def _print_notes(inputs: "Inputs") -> None:
     """Print which files are held out or not read, before any is read."""
     for note in inputs.notes():
-        print(f"tinyllama-ds: {note}", file=sys.stderr, flush=True)
+        log(note)
 
 
 def _format_of(options: argparse.Namespace) -> "SourceFormat":

@@ -68,7 +68,7 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
         read_secrets(options.run_dir)
         code = run_training(options, world, heartbeat, estimate_memory)
     except OutOfMemory as error:
-        log(str(error))  # the other ranks wait in a collective
+        log(error)  # the other ranks wait in a collective
         code = EXIT_CONFIG
     except ConfigError as error:
         log_rank0(world, str(error))
@@ -155,7 +155,7 @@ def exit_before_start(error: ConfigError, run_dir: Path) -> int:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         wait_for_termination(TURN_SECONDS)
     Heartbeat(int(os.environ.get("RANK", "0")), run_dir).report_exit(EXIT_CONFIG)
-    log(str(error))
+    log(error)
     return EXIT_CONFIG
 
 
