@@ -130,7 +130,7 @@ def compare(path: Path) -> None:
 
 def read_all_of_manifest(path: Path) -> None:
     manifest = read_manifest(path.parent)
-    model_of(path.parent, manifest)
+    model_of(path.parent, manifest.model)
     AnomalyGuard(GuardSettings(), manifest.health.guard)
     is_chat_run(manifest.run)
     json.dumps(asdict(manifest))

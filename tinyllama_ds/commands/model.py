@@ -55,11 +55,10 @@ class ModelSource:
 def open_stored(path: Path) -> ModelSource:
     """The model of a checkpoint, a run directory or a model folder, every file verified."""
     from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
-    from tinyllama_ds.checkpoint.format import resolve_checkpoint
+    from tinyllama_ds.checkpoint.format import model_of, resolve_checkpoint
     from tinyllama_ds.checkpoint.reader import stream_weights
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, stored_tokenizer
     from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
-    from tinyllama_ds.model.config import LlamaConfig
     from tinyllama_ds.run.resolve import is_chat_run
 
     if is_model_folder(path):
@@ -71,7 +70,7 @@ def open_stored(path: Path) -> ModelSource:
     tokenizer = stored_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, tokenizer_sha256_of(manifest.run), "this run")
     return ModelSource(
         tensors,
-        LlamaConfig(**manifest.model),
+        model_of(checkpoint, manifest.model),
         tokenizer,
         probe=manifest.health.probe,
         is_chat_model=is_chat_run(manifest.run),

@@ -51,6 +51,10 @@ class StepResult:
         """Whether training ends here, because the plan is complete or a stop was requested."""
         return self.is_final or self.status.stop
 
+    def is_due(self, every_tokens: int) -> bool:
+        """Whether something that happens by tokens, and at the end of the plan, happens after this step."""
+        return self.is_final or self.step.crosses(every_tokens)
+
 
 class Callback:
     """Something that happens around a step, on all ranks; hooks of different callbacks run in the registered order."""
