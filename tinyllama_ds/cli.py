@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = options.command(options)
         sys.stdout.flush()
     except ConfigError as config_error:
-        log(str(config_error))
+        log(config_error)
         return EXIT_CONFIG
     except BrokenPipeError:
         write_no_more()

@@ -1,7 +1,6 @@
 """One measurement of the training step: random tokens, the real engine, the real step, no data and no run directory."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from tinyllama_ds.config.deepspeed import (
 )
 from tinyllama_ds.config.run_plan import Step
 from tinyllama_ds.distributed.world import DistributedInfo, read_world
-from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError, log
 from tinyllama_ds.model.attention import Demands, Device, capability_of, resolve_attention_backend
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import build_model
@@ -150,7 +149,7 @@ def main(setting: Setting, output: Path) -> int:
     try:
         metrics = measure(setting)
     except ConfigError as error:
-        print(f"tinyllama-ds: {error}", file=sys.stderr)
+        log(error)
         return EXIT_CONFIG
     if torch.distributed.get_rank() == 0:
         output.write_text(json.dumps(metrics) + "\n")

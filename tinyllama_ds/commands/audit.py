@@ -63,7 +63,7 @@ def _write_page(options: argparse.Namespace, page: str) -> Path | None:
     try:
         write_file(output, page)
     except ConfigError as error:
-        log(str(error))
+        log(error)
         return None
     return output
 

@@ -12,5 +12,5 @@ if __name__ == "__main__":
         prepare(options)
         hard_exit(evaluate_on_rank(options, read_world()))
     except ConfigError as error:
-        log(str(error))
+        log(error)
         hard_exit(EXIT_CONFIG)
