@@ -25,6 +25,23 @@ _WITHOUT_EFFECT = {
 }
 
 
+MAX_PADDING = 1023  # rows: vocabularies are rounded up to multiples of 64 to 1,024
+
+
+def padding_of(vocab_size: int, tokenizer_size: int, place: object) -> int:
+    """The rows of a model's embeddings beyond the tokenizer's ids, which no text has.
+
+    Raises `ConfigError` where the tokenizer, which `place` names, has more ids, or far fewer.
+    """
+    padding = vocab_size - tokenizer_size
+    if not 0 <= padding <= MAX_PADDING:
+        raise ConfigError(
+            f"{place}: has {tokenizer_size} pieces, but the model's vocabulary is {vocab_size}; expected {vocab_size},"
+            f" or up to {MAX_PADDING:,} fewer, where it is padded"
+        )
+    return padding
+
+
 def only(value: object) -> Any:
     """For a field that has one value with our decoder, which older versions wrote into a list."""
 
@@ -112,20 +129,15 @@ class HuggingFaceConfig(BaseModel):
     def config(self) -> LlamaConfig:
         """Our description of the same model. Raises `ConfigError` where values contradict each other."""
         rope = self.rope_scaling or self.rope_parameters or _Rope()
+        values = {key: value for key, value in self if key in LlamaConfig.__annotations__ and value is not None}
         return LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
-            max_position_embeddings=self.max_position_embeddings,
-            rms_norm_eps=self.rms_norm_eps,
-            rope_theta=rope.rope_theta or self.rope_theta,
-            rope_scaling_factor=rope.factor if rope.kind == "linear" and rope.factor else 1.0,
-            head_dim=self.head_dim or 0,
-            tie_word_embeddings=self.tie_word_embeddings,
-            rope_scaling=rope.scaling(self.max_position_embeddings),
+            **{"num_key_value_heads": self.num_attention_heads}
+            | values
+            | {
+                "rope_theta": rope.rope_theta or self.rope_theta,
+                "rope_scaling_factor": rope.factor if rope.kind == "linear" else 1.0,
+                "rope_scaling": rope.scaling(self.max_position_embeddings),
+            }
         )
 
 
