@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=[*find_packages(include=["tinyllama_ds", "tinyllama_ds.*"]), *SHIPPED],
     package_dir={package: package.rpartition(".")[2] for package in SHIPPED},
-    package_data={"tinyllama_ds": ["config/*.toml", "recipes/*.toml", "templates/*"]} | dict.fromkeys(SHIPPED, ["*"]),
+    package_data={"tinyllama_ds": ["**/*.toml", "templates/*"]} | dict.fromkeys(SHIPPED, ["*"]),
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19.8,<0.20",

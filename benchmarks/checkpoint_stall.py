@@ -4,8 +4,9 @@
 
 Two ranks train tinyllama-120m under ZeRO 1, 2 and 3, and save some times as `pretrain` does (`checkpoint/save.py`).
 They also copy the same state in two other ways: whole parameters, gathered through DeepSpeed's
-`safe_get_full_*`, and `torch.distributed.checkpoint.async_save` with its safetensors storage. `--before CHECKOUT` lets
-the saves of an older version of this repository take turns with those of this one. Everything is real but the tokens.
+`safe_get_full_*`, and `torch.distributed.checkpoint.async_save` with its safetensors storage. With
+`--before CHECKOUT`, the saves of an older version of this repository are measured instead of these two, in turns
+with those of this one. Everything is real but the tokens.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count, repeat
 from pathlib import Path
 from time import perf_counter
@@ -48,16 +50,20 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 class Bench:
     """An engine that takes steps, each timed."""
 
-    def __init__(self, model: str, stage: int) -> None:
+    def __init__(self, model: str, layers: int | None, stage: int, states: str) -> None:
         self.world = read_world()
         start_process_group(self.world)
         self.model = model_config(model)
+        if layers:
+            self.model = replace(self.model, num_hidden_layers=layers)
         zero: dict = {"stage": stage, "reduce_bucket_size": 10_000_000}
         zero |= {"stage3_prefetch_bucket_size": 10_000_000} if stage == 3 else {"allgather_bucket_size": 10_000_000}
+        in_bf16 = states == "bf16"
+        bf16 = {"enabled": True, "bf16_master_weights_and_grads": in_bf16, "bf16_optimizer_states": in_bf16}
         adam = {"lr": 4e-4, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True, "fused": True}
         config = {
             "train_micro_batch_size_per_gpu": MICRO_BATCH, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
-            "bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": adam}, "zero_optimization": zero,
+            "bf16": bf16, "optimizer": {"type": "AdamW", "params": adam}, "zero_optimization": zero,
             "timers": {"throughput": {"enabled": False}},
         }  # fmt: skip
         self.engine = wrap(build_model(self.model, "sdpa", 1, dtype=torch.bfloat16), config, 1.0)
@@ -76,9 +82,8 @@ class Bench:
         return perf_counter() - started
 
 
-def measure(run_dir: Path, model: str, stage: int, candidates: bool) -> dict:
+def measure(bench: Bench, run_dir: Path, candidates: bool) -> dict:
     """The figures of one process group. Collective."""
-    bench = Bench(model, stage)
     quiet = [bench.step() for _ in range(4)][1:]
     saves: list[Save] = []
     saver = Saver(SaveSettings(run_dir, Retention(2, 10**15), 1e9, bench.model, {}), bench.world, saves.append)
@@ -170,12 +175,14 @@ class DistributedCheckpoint:
         self._pending.result()  # type: ignore[union-attr]
 
 
-def start(model: str, stage: int, checkout: Path | None, directory: Path) -> dict:
+def start(options: argparse.Namespace, stage: int, checkout: Path | None, directory: Path) -> dict:
     """The figures of two ranks that this call starts, of this version or of another checkout."""
     output, run_dir = directory / "figures.json", directory / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), __file__]
-    arguments = ["--model", model, "--stage", str(stage), "--json", output, "--directory", run_dir]
-    arguments += ["--before", checkout] if checkout else []
+    arguments = ["--model", options.model, "--states", options.states, "--stage", stage]
+    arguments += ["--json", output, "--directory", run_dir]
+    arguments += ["--layers", options.layers] if options.layers else []
+    arguments += ["--before", options.before] if options.before else []
     paths = os.pathsep.join(map(str, filter(None, [checkout, *sys.path[1:]])))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     subprocess.run([*command, *map(str, arguments)], check=True, env=environment)
@@ -202,9 +209,12 @@ def main() -> None:
     parser.add_argument("--model", default="tinyllama-120m", help="named size (default: %(default)s)")
     parser.add_argument("--stage", type=WholeNumber(1, 3), metavar="N", help="this ZeRO stage only")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an older version to compare with")
+    parser.add_argument("--layers", type=WholeNumber(1, 1000), metavar="N", help="of the model (default: all)")
+    parser.add_argument("--states", choices=("fp32", "bf16"), default="fp32", help="of the optimizer, and masters")
     options = parser.parse_args()
     if "RANK" in os.environ:
-        figures = measure(options.directory, options.model, options.stage, candidates=options.before is None)
+        bench = Bench(options.model, options.layers, options.stage, options.states)
+        figures = measure(bench, options.directory, candidates=options.before is None)
         if dist.get_rank() == 0:
             options.json.write_text(json.dumps(figures))
         os._exit(0)
@@ -213,16 +223,15 @@ def main() -> None:
         for _ in range(ROUNDS):
             for stage in [options.stage] if options.stage else STAGES:
                 for checkout in [options.before, None] if options.before else [None]:
-                    figures = start(options.model, stage, checkout, Path(directory))
+                    figures = start(options, stage, checkout, Path(directory))
                     kept = found.setdefault(f"ZeRO-{stage}, {'before' if checkout else 'now'}", {})
                     for key, values in figures.items():
                         kept[key] = [*kept.get(key, []), *values]
     print(table(found))
     machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
+    measured = {"size": options.model, "layers": options.layers, "states": options.states}
     if options.json:
-        options.json.write_text(
-            json.dumps({"machine": machine, "model": options.model, "seconds": found}, indent=1) + "\n"
-        )
+        options.json.write_text(json.dumps({"machine": machine, "model": measured, "seconds": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,18 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 from plan_launching import deepspeed_config, run_ranks
 from tinyllama_ds.commands.arguments import RANKS, Parser, output_file
 from tinyllama_ds.model.config import MAX_CHUNK_LOGITS, LlamaConfig
 from tinyllama_ds.planning.layout import read_layout
-from tinyllama_ds.planning.memory import Memory, Work, host_bytes, memory_of
+from tinyllama_ds.planning.memory import Memory, Work, memory_of
 
 MODEL = LlamaConfig(4096, 256, 704, 4, 4, 2, 512)  # 5.0M parameters
 T, MICRO_BATCH, ACCUMULATION = 256, 2, 2
+STATES = ("weights", "gradients", "optimizer", "gathered weights, persistent")  # rows of a plan
 LAYOUTS = ("zero0", "zero1", "zero2", "zero3", "zero3_keep", "zero3_hpz", "zero3_offload")
 
 
@@ -27,7 +29,8 @@ def planned(name: str, ranks: int) -> tuple[Memory, int]:
     """The plan's rows for a rank of the measurement, and what it puts into host memory."""
     layout = read_layout(deepspeed_config(name, MICRO_BATCH, ACCUMULATION, **hpz(name, ranks)), name, ranks)
     work = replace(Work(MICRO_BATCH, T), chunk_logits=MAX_CHUNK_LOGITS["cpu"])
-    return memory_of(MODEL, layout, work, ranks), host_bytes(MODEL, layout, ranks)
+    offloaded = (2 * layout.master_bytes + layout.moment_bytes) if layout.offload_optimizer else 0  # and its gradients
+    return memory_of(MODEL, layout, work, ranks), offloaded * ceil(MODEL.num_parameters / ranks)
 
 
 def hpz(name: str, ranks: int) -> dict[str, int]:
@@ -49,7 +52,7 @@ def compare(name: str, ranks: int, folder: Path) -> dict:
     return {
         "layout": name,
         "ranks": ranks,
-        "planned_states": memory.model_states + on_host,
+        "planned_states": sum(row.bytes for row in memory.rows if row.name in STATES) + on_host,
         "measured_states": sum(held[kind] for kind in kinds) + (held["other"] if on_host else 0),
         "planned_peak": memory.allocated + on_host,
         "measured_peak": max(found["peak"].values()),

@@ -6,22 +6,8 @@ from pathlib import Path
 
 from conftest import made_up_text
 
-MULTIPLE_CHOICE = """
-task: local_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}, train: {data}}}}}
-output_type: multiple_choice
-training_split: train
-test_split: test
-num_fewshot: 2
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1.5}}
-"""
+from tinyllama_ds.data.demo.tasks import multiple_choice_task
+
 PERPLEXITY = """
 task: local_perplexity
 dataset_path: json
@@ -72,7 +58,9 @@ def write_tasks(folder: Path, documents: int) -> list[Path]:
             file.write(json.dumps(row) + "\n")
     (folder / "answers.py").write_text(ANSWERS)
     paths = []
-    for name, template in (("choice", MULTIPLE_CHOICE), ("perplexity", PERPLEXITY), ("generation", GENERATION)):
+    choice = f"{multiple_choice_task('local_choice', data)}fewshot_split: test\nnum_fewshot: 2\n"
+    perplexity, generation = (template.format(data=data) for template in (PERPLEXITY, GENERATION))
+    for name, task in (("choice", choice), ("perplexity", perplexity), ("generation", generation)):
         paths.append(folder / f"{name}.yaml")
-        paths[-1].write_text(template.format(data=data))
+        paths[-1].write_text(task)
     return paths

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinyllama_ds.gpus import GPUS, gpu_of_device
+from tinyllama_ds.gpus import gpu_of_device, known_gpus
 
 
 @pytest.mark.parametrize(
@@ -53,5 +53,5 @@ def test_a_device_of_another_name_has_no_data_sheet(device_name: str) -> None:
 
 
 def test_a_device_is_one_gpu() -> None:
-    devices = [device for gpu in GPUS.values() for device in gpu.devices]
+    devices = [device for gpu in known_gpus().values() for device in gpu.devices]
     assert len(set(devices)) == len(devices)

@@ -8,7 +8,18 @@ import sys
 from collections.abc import Sequence
 
 from tinyllama_ds import __version__
-from tinyllama_ds.commands import benchmark, cluster, data, evaluation, model, planning, training
+from tinyllama_ds.commands import (
+    audit,
+    benchmark,
+    cluster,
+    evaluation,
+    import_tokens,
+    model,
+    planning,
+    prepare,
+    recipe,
+    training,
+)
 from tinyllama_ds.commands.arguments import Parser
 from tinyllama_ds.commands.printing import write_no_more
 from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
@@ -46,7 +57,7 @@ def command_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="tinyllama-ds", description="Raw text to a TinyLlama-class model.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    modules = (data, planning, cluster, training, benchmark, model, evaluation)
+    modules = (prepare, import_tokens, audit, recipe, planning, cluster, training, benchmark, model, evaluation)
     for name, add_arguments, command in (entry for module in modules for entry in module.COMMANDS):
         help_text = (command.__doc__ or "").splitlines()[0]
         child = commands.add_parser(name, help=help_text, description=help_text)

@@ -1,4 +1,4 @@
-"""Whether ranks compute on GPUs or on the CPU, by PyTorch, nvidia-smi and the environment.
+"""Whether ranks compute on GPUs or on the CPU, by PyTorch, nvidia-smi and the environment; installed packages.
 
 The decisions take plain values; `detect_gpus` asks this machine for them.
 """
@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tinyllama_ds.errors import ConfigError
@@ -17,6 +19,7 @@ from tinyllama_ds.errors import ConfigError
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # DeepSpeed's runner forgets CUDA_VISIBLE_DEVICES of this shell; in this one it arrives at the ranks of this machine.
 VISIBLE_HERE_VARIABLE = "TINYLLAMA_DS_VISIBLE_DEVICES"
+PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "sentencepiece", "flash-attn")  # that affect a result
 _HIDING = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all GPUs on purpose
 _NAME = re.compile(r"(GPU|MIG)-\S+")
 _FIRST_WITH_BF16 = (8, 0)
@@ -235,3 +238,12 @@ def common_machine(machines: Mapping[str, Machine]) -> Machine:
         cores=min(machine.cores for machine in everyone),
         capability=min(capabilities, default=None),
     )
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The version of each package that is installed on this machine."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,8 +1,11 @@
 """Exit codes, which other programs rely on, and the exceptions that become messages to users."""
 
+import contextlib
 import json
+import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 EXIT_FINISHED = 0
 EXIT_RESTART = 75  # saved; restart to continue
@@ -52,6 +55,12 @@ class NumericsError(Exception):
     """
 
 
+def log(text: str) -> None:
+    """Print a line for the user on stderr; a log file on a full disk does not end a run."""
+    with contextlib.suppress(OSError):
+        print(f"tinyllama-ds: {text}", file=sys.stderr, flush=True)
+
+
 def raise_problems(place: object, problems: list[str]) -> None:
     """Raise one `ConfigError` with all problems of a file, if there are any."""
     if len(problems) == 1:
@@ -60,6 +69,19 @@ def raise_problems(place: object, problems: list[str]) -> None:
         listed = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems[:_MOST_PROBLEMS], start=1))
         more = len(problems) - _MOST_PROBLEMS
         raise ConfigError(f"{place}: {len(problems)} problems: {listed}{f'; and {more} more' if more > 0 else ''}")
+
+
+def all_of(*calls: Callable[[], Any]) -> list:
+    """The results of all calls; raises one `ConfigError` with the sentences of all that raise one."""
+    results, sentences = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except ConfigError as error:
+            sentences.append(str(error))
+    if sentences:
+        raise ConfigError("; ".join(sentences))
+    return results
 
 
 def shown(value: object) -> str:

@@ -6,8 +6,8 @@ first N restarts.
 """
 
 import ctypes
-import importlib
 import os
+import pkgutil
 import re
 import signal
 import time
@@ -36,29 +36,28 @@ class Point:
     arguments (`_step_in`); where there is none it is the step that is being trained.
     """
 
-    module: str
-    function: str  # with its class, if it is a method
+    function: str  # with its module, and its class if it is a method
     when: Literal["before", "after"] = "before"
 
 
-_TRAIN_STEP = Point("train.trainer", "Trainer.train_step")
+_TRAIN_STEP = Point("train.trainer.Trainer.train_step")
 POINTS = {
-    "start": Point("train.pretrain", "resolve"),
-    "data.read": Point("train.batches", "_read_step"),
+    "start": Point("train.pretrain.resolve"),
+    "data.read": Point("train.batches._read_step"),
     "step.begin": _TRAIN_STEP,
-    "step.forward": Point("train.step", "forward", "after"),
-    "step.backward": Point("train.step", "backward"),
-    "step.before_optimizer": Point("train.trainer", "apply_gradients"),
-    "save.copy": Point("checkpoint.staging", "HostStateBuffer.copy_from"),
-    "save.begin": Point("checkpoint.save", "write_file"),
-    "save.mid_shard": Point("checkpoint.save", "_sync_and_hash"),
-    "save.after_shard": Point("checkpoint.save", "write_file", "after"),
-    "save.agreed": Point("checkpoint.save", "Saver._conclude_or_abandon"),
-    "save.before_manifest": Point("checkpoint.save", "_commit"),
-    "save.before_rename": Point("checkpoint.save", "_rename"),
-    "save.after_rename": Point("checkpoint.save", "_rename", "after"),
-    "save.ended": Point("checkpoint.save", "Saver._end"),
-    "purge.mid": Point("checkpoint.retention", "_move_to_trash", "after"),
+    "step.forward": Point("train.step.forward", "after"),
+    "step.backward": Point("train.step.backward"),
+    "step.before_optimizer": Point("train.trainer.apply_gradients"),
+    "save.copy": Point("checkpoint.staging.HostStateBuffer.copy_from"),
+    "save.begin": Point("checkpoint.save.write_file"),
+    "save.mid_shard": Point("checkpoint.save._sync_and_hash"),
+    "save.after_shard": Point("checkpoint.save.write_file", "after"),
+    "save.agreed": Point("checkpoint.save.Saver._agree"),
+    "save.before_manifest": Point("checkpoint.save._commit"),
+    "save.before_rename": Point("checkpoint.save._rename"),
+    "save.after_rename": Point("checkpoint.save._rename", "after"),
+    "save.ended": Point("checkpoint.save.Saver._end"),
+    "purge.mid": Point("checkpoint.retention._move_to_trash", "after"),
 }
 
 
@@ -92,13 +91,10 @@ def install() -> None:
 
 
 def _wrap(point: Point, inject: Callable[[tuple], float]) -> None:
-    *path, name = f"tinyllama_ds.{point.module}:{point.function}".replace(":", ".").split(".")
-    owner = importlib.import_module(f"tinyllama_ds.{point.module}")
-    for part in path[len(owner.__name__.split(".")) :]:
-        owner = getattr(owner, part)
+    owner_name, _, name = f"tinyllama_ds.{point.function}".rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
     function = getattr(owner, name)
-
-    first = point.function.count(".")  # of a method's arguments, after self
+    first = int(isinstance(owner, type))  # of a method's arguments, after self
 
     @wraps(function)
     def wrapped(*arguments: Any, **named: Any) -> Any:

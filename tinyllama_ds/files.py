@@ -3,17 +3,17 @@
 A file that has its name before its content is on the disk may be empty, cut short or full of zeros afterwards.
 """
 
-import glob
 import json
 import os
 import re
 import shutil
 import socket
 import stat
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+
+from tinyllama_ds.errors import log
 
 SECRETS_FILE = "secrets.json"  # of a run directory: variables for ranks on other hosts, while a supervisor is at work
 # Of files that a manifest or an index names: no path leads out of their folder.
@@ -124,7 +124,9 @@ def whole_rows(lines: Iterable[bytes], path: Path, **kinds: Kinds) -> Iterator[t
         else:
             yield line, row
     if damaged:
-        _report_damaged(path, damaged)
+        more = len(damaged) - 1
+        rest = f", and so are {more} more line{'s' if more > 1 else ''} of the file" if more else ""
+        log(f"{path}:{damaged[0]}: damaged line, skipped{rest}")
 
 
 def parse_row(line: bytes, **kinds: Kinds) -> dict | None:
@@ -160,26 +162,3 @@ def remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
-
-
-@contextmanager
-def without_wildcards(folder: Path) -> Iterator[Path]:
-    """A path to a folder without wildcard characters, for code that finds files with `glob`."""
-    if glob.escape(str(folder)) == str(folder):
-        yield folder
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
-
-
-def _report_damaged(path: Path, numbers: list[int]) -> None:
-    more = len(numbers) - 1
-    end = f", skipped, and so are {more} more line{'s' if more > 1 else ''} of the file" if more else ""
-    with suppress(OSError):  # a log file on a full disk must not end a run
-        print(
-            f"tinyllama-ds: {path}:{numbers[0]}: damaged line{end or ', skipped'}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip

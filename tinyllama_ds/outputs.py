@@ -20,35 +20,39 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 _DPI = 110
 
 
-def check_file(path: Path) -> None:
-    """Raise `ConfigError` unless a file of that name can be made or replaced. Changes nothing."""
+def check_file(given: str | Path) -> Path:
+    """The path of a file that can be made or replaced, else `ConfigError`. Changes nothing."""
+    path = Path(given)
     with reporting_write_errors(path):
         target = Path(os.path.realpath(path))
         if target.is_dir():
             raise ConfigError(f"{path}: is a directory; expected the name of a file to write")
         if _is_special(target):
             os.close(os.open(target, os.O_WRONLY | os.O_NONBLOCK))
-            return
+            return path
         _check_directory(path, target.parent)
         temporary_name(target).exists()  # raises where the name is too long
+    return path
 
 
-def check_picture(path: Path) -> None:
+def check_picture(given: str | Path) -> Path:
     """The same for a picture, whose suffix is its format."""
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
+    if Path(given).suffix.lower() not in PICTURE_SUFFIXES:
         raise ConfigError(
-            f"{path}: is not the name of a picture; expected one that ends with {', '.join(PICTURE_SUFFIXES)}"
+            f"{given}: is not the name of a picture; expected one that ends with {', '.join(PICTURE_SUFFIXES)}"
         )
-    check_file(path)
+    return check_file(given)
 
 
-def check_folder(path: Path) -> None:
-    """Raise `ConfigError` unless files can be made in a folder, which may have to be created with its parents."""
+def check_folder(given: str | Path) -> Path:
+    """The path of a folder in which files can be made, else `ConfigError`; its parents may be missing."""
+    path = Path(given)
     with reporting_write_errors(path):
         place = Path(os.path.realpath(path))
         while not place.exists():
             place = place.parent
         _check_directory(path, place)
+    return path
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -69,7 +69,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in NAMES.items() for name in names])
-def test_a_kernel_is_of_the_kind_that_its_name_says(kind: str, name: str) -> None:
+def test_the_kind_of_a_kernel_follows_from_its_name(kind: str, name: str) -> None:
     assert kind_of(name) == kind
 
 
@@ -78,7 +78,7 @@ def event(category: str, name: str, start: float, duration: float, thread: int =
 
 
 def test_a_gpus_trace_counts_kernels_gaps_and_calls_of_the_host() -> None:
-    """Two streams overlap, and what the host did beside them is not time of the GPU."""
+    """Two streams overlap, and what the host did meanwhile is not time of the GPU."""
     found = summarize(
         [
             event("kernel", "nvjet_tst_128x256_64x4", 0, 100),
@@ -101,7 +101,7 @@ def test_a_gpus_trace_counts_kernels_gaps_and_calls_of_the_host() -> None:
     assert found["host_calls"] == {"cudaMemcpyAsync": 1, "cudaStreamSynchronize": 2}
 
 
-def test_an_operator_on_a_cpu_counts_without_what_it_called() -> None:
+def test_an_operator_on_a_cpu_counts_with_its_self_time() -> None:
     found = summarize(
         [
             event("cpu_op", "aten::add", 10, 20),

@@ -49,12 +49,12 @@ def test_what_is_there_already_needs_no_more_room(tmp_path: Path, small_disk: Ca
 
 def test_inodes_run_out_too(small_disk: Callable[..., Path]) -> None:
     disk = small_disk(size=64 * MIB, inodes=20)
-    with pytest.raises(ConfigError, match="4 checkpoints need 24 files, and the file system has 19 inodes left"):
+    with pytest.raises(ConfigError, match="4 checkpoints need 24 files, and 19 inodes are left"):
         check_free_space(disk / "run", Need(2 * MIB, 6), keep_last=3)
     check_disk_space(disk, Need(2 * MIB, 6))
     for number in range(15):
         (disk / str(number)).touch()
-    with pytest.raises(OSError, match="a checkpoint needs 6 files, and 4 inodes are left"):
+    with pytest.raises(OSError, match="1 checkpoint needs 6 files, and 4 inodes are left"):
         check_disk_space(disk, Need(2 * MIB, 6))
 
 
@@ -62,5 +62,5 @@ def test_a_save_asks_before_it_writes(small_disk: Callable[..., Path]) -> None:
     disk = small_disk(size=4 * MIB)
     check_disk_space(disk, Need(2 * MIB, 6))
     (disk / "others").write_bytes(os.urandom(3 * MIB))
-    with pytest.raises(OSError, match=r"a checkpoint needs 2\.00 MiB, and [01]\.\d\d MiB are free there"):
+    with pytest.raises(OSError, match=r"1 checkpoint needs 2\.00 MiB, and [01]\.\d\d MiB are free there"):
         check_disk_space(disk, Need(2 * MIB, 6))

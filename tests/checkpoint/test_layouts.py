@@ -4,6 +4,7 @@ import re
 import runpy
 from dataclasses import dataclass, field
 from itertools import repeat
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +130,8 @@ def assert_masters_are_of_the_weights(engine: object, layout: Layout) -> None:
 def read_all(checkpoint: Path) -> dict[str, torch.Tensor]:
     reader = CheckpointReader(checkpoint)
     return {
-        f"{kind}/{name}": reader.read(kind, name, 0, reader.shape(name).numel())
-        for name in reader.names()
+        f"{kind}/{name}": reader.read(kind, name, 0, prod(shape))
+        for name, shape in reader.manifest.parameters.items()
         for kind in reader.kinds(name)
     }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tinyllama_ds.cli import command_parser, main
-from tinyllama_ds.commands.arguments import Number, Size, WholeNumber
+from tinyllama_ds.commands.arguments import Number, Parser, Size, WholeNumber
 from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +24,7 @@ def numbers_of(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Argum
             yield parser, action
 
 
+ADD_ARGUMENT = ("add_argument", "add")  # `add = parser.add_argument` is a habit of the commands
 NONSENSE = ["nan", "inf", "-inf", "-7", "1e400", "1" + 30 * "0", 5000 * "9", "seven", "", "0x10", "1,000", "True"]
 NUMBERS = [
     pytest.param(parser, action, id=f"{parser.prog.split()[-1]} {action.dest}")
@@ -35,7 +36,7 @@ NUMBERS = [
 def test_every_number_has_a_range(path: Path) -> None:
     """`type=int` and `type=float` take anything; without a type a number stays text."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ADD_ARGUMENT:
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             where = f"{path}:{node.lineno}: {ast.unparse(node.args[0])}"
             assert given.get("type") not in ("int", "float", "complex"), where
@@ -65,6 +66,17 @@ def test_no_number_takes_nonsense(
 def test_a_whole_number_is_written_as_one(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number from 1 to 1000000000"):
         WholeNumber()(text)
+
+
+def test_help_has_the_default_once() -> None:
+    parser = Parser(prog="program")
+    parser.add_argument("--steps", type=WholeNumber(0), default=0, help="of training")
+    parser.add_argument("--ranks", type=WholeNumber(), default=2, help="processes (default: %(default)s on a CPU)")
+    parser.add_argument("--quick", action="store_true", help="without the network")
+    for _ in range(2):
+        text = " ".join(parser.format_help().split())
+        assert "of training (default: 0)" in text
+        assert text.count("default:") == 2
 
 
 def test_bounds() -> None:
@@ -111,6 +123,27 @@ def test_a_benchmark_is_refused_before_it_is_launched(tmp_path: Path, capsys: py
         arguments = ["bench", "--deepspeed-config", config, "--output", str(tmp_path / "out"), *more]
         assert main(arguments) == EXIT_CONFIG
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "pretrain"])
+def test_all_files_are_checked_at_once(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, config, hosts = tmp_path / "r.toml", tmp_path / "c.json", tmp_path / "hosts"
+    recipe.write_text('name = "mine"\nsed = 1\n')
+    config.write_text('{"gradient_cliping": 1, "amp": {}}')
+    hosts.write_text("node slots=many\n")
+    more = ["--data", str(tmp_path), "--run-dir", str(tmp_path / "run")] if command == "pretrain" else []
+    arguments = ["--recipe", str(recipe), "--deepspeed-config", str(config), "--hostfile", str(hosts)]
+    assert main([command, *arguments, *more]) == EXIT_CONFIG
+    [line] = capsys.readouterr().err.splitlines()
+    for part in (
+        "r.toml: 6 problems",
+        "the key 'seed' is missing",
+        "c.json: 2 problems",
+        "'gradient_clipping'",
+        "hosts:1",
+    ):
+        assert part in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_of_a_library_in_several_lines_is_one() -> None:

@@ -10,7 +10,7 @@ import pytest
 from tinyllama_ds.checkpoint.format import Progress
 from tinyllama_ds.commands.training import _print_goodput, _watch, add_run_arguments
 from tinyllama_ds.evaluation.history import read_history
-from tinyllama_ds.evaluation.report import report_page, run_status
+from tinyllama_ds.evaluation.report import report_page, summarize
 from tinyllama_ds.launch.launcher import Placement
 from tinyllama_ds.launch.supervisor import SupervisionResult
 from tinyllama_ds.run.metrics import MetricsLogger
@@ -56,8 +56,8 @@ def test_before_the_first_logged_step_it_is_not_known(tmp_path: Path, capsys: py
     expected = "512 tokens committed in 50 s; no step was logged, so goodput is not known\n"
     assert capsys.readouterr().out == expected
     history = read_history(tmp_path)
-    now = run_status(history, 512, is_held=False)
-    assert now.sentence.endswith("; no step was logged yet")
+    now = summarize(history, 512, is_held=False)
+    assert now["verdict"].endswith("; no step was logged yet")
     assert ">nan" not in report_page(history, now, "here")
 
 

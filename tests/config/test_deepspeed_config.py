@@ -130,8 +130,8 @@ def test_shipped_configs_resolve_and_pass_deepspeeds_own_parser(path: Path, monk
             "cos_min_ratio is 1.0; expected a number of 0 or more and less than 1",
         ),
         (
-            {"scheduler": {"type": "WarmupCosineLR", "params": COSINE | {"warmup_num_steps": "auto"}}},
-            'warmup_num_steps is "auto"; expected a whole number',
+            {"scheduler": {"type": "WarmupCosineLR", "params": COSINE | {"warmup_num_steps": "long"}}},
+            'warmup_num_steps is "long"; expected a whole number',
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -166,7 +166,7 @@ def test_auto_is_filled() -> None:
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
-        "scheduler": {"type": "WarmupCosineLR", "params": COSINE},
+        "scheduler": {"type": "WarmupCosineLR", "params": COSINE | {"warmup_num_steps": "auto"}},
         "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
                               "stage3_param_persistence_threshold": "auto"},
     }  # fmt: skip
@@ -178,6 +178,7 @@ def test_auto_is_filled() -> None:
     assert resolved["bf16"] == {"enabled": False}
     assert resolved["optimizer"]["params"] == {"lr": 4e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
     assert resolved["scheduler"]["params"]["total_num_steps"] == 100
+    assert resolved["scheduler"]["params"]["warmup_num_steps"] == 1
     assert resolved["zero_optimization"]["reduce_bucket_size"] == 64 * 64
     assert config["train_batch_size"] == "auto", "the config that was read must not change"
 

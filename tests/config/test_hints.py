@@ -62,7 +62,7 @@ def test_messages_name_options_and_commands_that_there_are(path: Path) -> None:
 def named_together(text: str) -> Iterator[tuple[str, str]]:
     """Options that follow the name of their command: `evaluate --task-file`, `pretrain --a X --b`."""
     names = "|".join(prog.split()[-1] for prog in PARSERS if " " in prog)
-    for command, rest in re.findall(rf"\b({names})((?: (?:[A-Za-z]+ )?--[a-z][\w-]*)+)", text):
+    for command, rest in re.findall(rf"(?<![\w-])({names})((?: (?:[A-Za-z]+ )?--[a-z][\w-]*)+)", text):
         for option in re.findall(r"--[a-z][\w-]*", rest):
             yield option, next(prog for prog in PARSERS if prog.split()[-1] == command)
 

@@ -94,6 +94,13 @@ def test_the_learning_rate_is_one_cosine_over_all_tokens(name: str) -> None:
         assert peak * schedule.ratio(1_850 * 10**9) == pytest.approx(4.50e-5, rel=0.01)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("tinyllama-v1", 2000), ("demo", 1)])
+def test_an_automatic_warmup_has_the_published_share_of_the_run(name: str, steps: int) -> None:
+    plan, config = RunPlan(load_recipe(name)), load_deepspeed_config(ZERO3)
+    config["scheduler"]["params"]["warmup_num_steps"] = "auto"
+    assert make_schedule(config, ZERO3, plan).warmup_tokens == steps * plan.first_batch_tokens
+
+
 @pytest.mark.parametrize(("name", "shares"), VARIANTS.items())
 def test_the_rehearsal_has_the_stages_of_v1_1_in_proportion(name: str, shares: dict[str, float]) -> None:
     small, large = (load_recipe(which) for which in (name.replace("tinyllama", "demo"), name))

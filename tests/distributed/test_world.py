@@ -36,7 +36,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_launcher_is_understood(launcher: str, no_launcher: pytest.MonkeyPatch) -> None:
+def test_ranks_of_every_launcher_are_read(launcher: str, no_launcher: pytest.MonkeyPatch) -> None:
     for name, value in zip(LAUNCHERS[launcher], ("5", "1", "8"), strict=True):
         no_launcher.setenv(name, value)
     no_launcher.setenv("MASTER_ADDR", "node1")
@@ -63,7 +63,7 @@ def test_rank_0_of_slurm_is_on_the_first_host(names: str, first: str, no_launche
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == f"{first} 29500\n"
 
 
-def test_several_ranks_and_no_master_are_refused(no_launcher: pytest.MonkeyPatch) -> None:
+def test_several_ranks_without_a_master_are_rejected(no_launcher: pytest.MonkeyPatch) -> None:
     for name, value in zip(LAUNCHERS["OpenMPI"], ("1", "0", "2"), strict=True):
         no_launcher.setenv(name, value)
     with pytest.raises(ConfigError, match="MASTER_ADDR is not set"):
@@ -135,7 +135,7 @@ def test_a_rank_that_sees_one_gpu_takes_it(one_visible_gpu: pytest.MonkeyPatch) 
     assert os.environ["LOCAL_RANK"] == "0", "DeepSpeed takes the device of this number"
 
 
-def test_a_rank_whose_gpu_it_was_not_built_for_is_refused(one_visible_gpu: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_was_not_built_for_is_rejected(one_visible_gpu: pytest.MonkeyPatch) -> None:
     one_visible_gpu.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
     with pytest.raises(
         ConfigError, match="NVIDIA H100 80GB HBM3 has compute capability 7.0, and torch .* is built for"
@@ -143,7 +143,7 @@ def test_a_rank_whose_gpu_it_was_not_built_for_is_refused(one_visible_gpu: pytes
         read_world()
 
 
-def test_ranks_that_share_one_gpu_are_refused(one_visible_gpu: pytest.MonkeyPatch) -> None:
+def test_ranks_that_share_one_gpu_are_rejected(one_visible_gpu: pytest.MonkeyPatch) -> None:
     """All eight see the same device, which nothing has masked."""
     one_visible_gpu.delenv("CUDA_VISIBLE_DEVICES")
     with pytest.raises(ConfigError, match="8 ranks on this host, and PyTorch sees 1 GPUs"):

@@ -51,7 +51,10 @@ def test_a_model_is_scored_from_local_data(
     arguments = ["evaluate", str(tmp_path / "hf"), "--tasks", "humaneval", "--data-dir", str(tmp_path / "data")]
     arguments += ["--device", "cpu", "--output", str(tmp_path / "scores")]
     assert main(arguments) == 78
-    assert "humaneval runs model-written code; expected --allow-code-execution" in capsys.readouterr().err
+    assert (
+        "humaneval runs model-written code; expected `tinyllama-ds evaluate` with --allow-code-execution"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "scores").exists()
     assert main([*arguments, "--allow-code-execution"]) == 0
     (score,) = json.loads((tmp_path / "scores" / "tasks.json").read_text())["scores"]

@@ -1,4 +1,4 @@
-"""The report of a run: figures thinned out without changing the picture, every text escaped, looked at in a browser."""
+"""The report of a run: downsampled without changing the picture, every text escaped, rendered in a browser."""
 
 import json
 import math
@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.evaluation.charts import achieved_mixture, draw_losses, planned_mixture, stage_starts
+from tinyllama_ds.evaluation.charts import achieved_mixture, draw_losses, planned_mixture
 from tinyllama_ds.evaluation.history import Series, read_history, read_metrics
-from tinyllama_ds.evaluation.report import report_page, run_status, summarize
+from tinyllama_ds.evaluation.report import report_page, summarize
 
 LENGTH, BATCH, STEPS = 32, 8, 240
 STEP_TOKENS = LENGTH * BATCH
@@ -113,17 +113,17 @@ def run(tmp_path: Path) -> Path:
 
 def page_of(run: Path, is_held: bool = False) -> str:
     history = read_history(run)
-    return report_page(history, run_status(history, history.tokens, is_held), str(run))
+    return report_page(history, summarize(history, history.tokens, is_held), str(run))
 
 
-def test_a_row_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_a_truncated_row_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8}\n{"step": 2, "tokens": 16}\n{"step": 3, "Train/')
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
     assert read_history(tmp_path).last == {"step": 2, "tokens": 16}
 
 
 @pytest.mark.parametrize(("text", "expected"), [(None, "is missing"), ("", "holds no row yet")])
-def test_a_directory_without_figures_is_refused(text: str | None, expected: str, tmp_path: Path) -> None:
+def test_a_directory_without_metrics_is_rejected(text: str | None, expected: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(
@@ -132,7 +132,7 @@ def test_a_directory_without_figures_is_refused(text: str | None, expected: str,
         read_history(tmp_path)
 
 
-def test_thinning_out_keeps_the_first_last_smallest_and_largest_of_every_column() -> None:
+def test_downsampling_keeps_the_first_last_smallest_and_largest_of_every_column() -> None:
     rng = np.random.default_rng(0)
     tokens, values = np.arange(300_000) * 7.0, rng.standard_normal(300_000).cumsum()
     series = Series(int(tokens[-1]))
@@ -148,8 +148,8 @@ def test_thinning_out_keeps_the_first_last_smallest_and_largest_of_every_column(
         assert (thin[0], thin[-1], thin.min(), thin.max()) == (whole[0], whole[-1], whole.min(), whole.max())
 
 
-def test_the_planned_mixture_is_what_the_order_draws(run: Path) -> None:
-    """Both as trained, from the figures, and as planned, from the recipe, against the counts of the real order."""
+def test_the_planned_mixture_is_that_of_the_sample_order(run: Path) -> None:
+    """Both as trained, from the metrics, and as planned, from the recipe, against the counts of the real order."""
     history, drawn = read_history(run), order()
     corners = planned_mixture(history, ["a", "b$x$"])
     borders, shares = achieved_mixture(history, ["a", "b$x$"])
@@ -179,7 +179,7 @@ def test_the_charts_of_a_branch_begin_where_it_began(run: Path) -> None:
         page_of(run)
 
 
-def test_every_text_is_escaped_and_nothing_is_fetched(run: Path) -> None:
+def test_every_text_is_escaped_and_nothing_is_loaded(run: Path) -> None:
     page = page_of(run)
     assert "<script" not in page
     assert page.count("&lt;script&gt;") > 10
@@ -188,7 +188,7 @@ def test_every_text_is_escaped_and_nothing_is_fetched(run: Path) -> None:
     assert "default-src 'none'" in page
 
 
-def test_the_page_tells_everything(run: Path) -> None:
+def test_the_page_shows_everything(run: Path) -> None:
     page = page_of(run)
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.S)
     assert len([ElementTree.fromstring(drawing) for drawing in drawings]) == 12
@@ -207,7 +207,7 @@ def test_the_page_tells_everything(run: Path) -> None:
         assert text in page, text
     for text in ("n1 (2 ranks)", "torch", "b$x$", "clipped at 1"):
         assert text in page, text
-    assert [name for name, _ in stage_starts(read_history(run))] == ["basic", HOSTILE]
+    assert [stage["name"] for stage, _, _ in read_history(run).stages()] == ["basic", HOSTILE]
 
 
 @pytest.mark.parametrize(
@@ -221,41 +221,40 @@ def test_the_page_tells_everything(run: Path) -> None:
 )  # fmt: skip
 def test_the_verdict(state: str, is_held: bool, steps: int, expected: str, tmp_path: Path) -> None:
     history = read_history(write_run(tmp_path / "run", steps, state))
-    now = run_status(history, 50 * STEP_TOKENS, is_held)
-    assert now.sentence.startswith(expected)
-    assert now.goodput == pytest.approx(50 * STEP_TOKENS / (506 * (11 + steps)))
-    assert now.seconds_left == pytest.approx((STEPS - steps) * STEP_TOKENS / 503, rel=1e-2)
-    summary = summarize(history, now)
-    assert json.loads(json.dumps(summary))["rollbacks"] == 1
-    assert (summary["step"], summary["tokens"]) == (steps, steps * STEP_TOKENS)
+    now = summarize(history, 50 * STEP_TOKENS, is_held)
+    assert now["verdict"].startswith(expected)
+    assert now["goodput"] == pytest.approx(50 * STEP_TOKENS / (506 * (11 + steps)))
+    assert now["seconds_left"] == pytest.approx((STEPS - steps) * STEP_TOKENS / 503, rel=1e-2)
+    assert json.loads(json.dumps(now))["rollbacks"] == 1
+    assert (now["step"], now["tokens"]) == (steps, steps * STEP_TOKENS)
 
 
-def test_the_verdict_tells_a_branchs_own_tokens_from_those_of_its_parent(tmp_path: Path) -> None:
+def test_the_verdict_separates_a_branchs_own_tokens_from_those_of_its_parent(tmp_path: Path) -> None:
     history = read_history(write_run(tmp_path / "run"))
     history.starts[0]["tokens"] = 1440
-    assert "61,440 tokens, 60,000 of its own in 4 min 11 s" in run_status(history, 61_440, is_held=False).sentence
+    assert "61,440 tokens, 60,000 of its own in 4 min 11 s" in summarize(history, 61_440, is_held=False)["verdict"]
 
 
 def test_the_goodput_of_a_branch_is_its_own(run: Path) -> None:
     lines = (run / "starts.jsonl").read_text().splitlines()
     first = json.loads(lines[0]) | {"step": 40, "tokens": 40 * STEP_TOKENS}
     write_lines(run / "starts.jsonl", [first, *map(json.loads, lines[1:3])])
-    now = run_status(read_history(run), 50 * STEP_TOKENS, False)
-    assert now.goodput == pytest.approx(10 * STEP_TOKENS / (506 * 251))
+    now = summarize(read_history(run), 50 * STEP_TOKENS, False)
+    assert now["goodput"] == pytest.approx(10 * STEP_TOKENS / (506 * 251))
 
 
-def test_figures_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
+def test_metrics_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
     row = '{{"step": {0}, "tokens": {0}, "Train/Loss": {1}, "Train/GradNorm": Infinity, "Validation/Loss/a": NaN}}\n'
     (tmp_path / "metrics.jsonl").write_text(row.format(1, 3.5) + row.format(2, "NaN"))
     history = read_history(tmp_path)
     assert [points.tolist() for points in history.points("Train/Loss")] == [[1.0], [3.5]]
     assert list(history.series) == ["Train/Loss"]
-    summary = summarize(history, run_status(history, 0, False))
+    summary = summarize(history, 0, False)
     assert (summary["Train/Loss"], summary["goodput"]) == (None, None)
     assert "loss nan" in page_of(tmp_path)
 
 
-def test_a_bare_directory_of_figures_is_enough(tmp_path: Path) -> None:
+def test_metrics_alone_give_a_report(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "Train/Loss": 3.5}\n')
     page = page_of(tmp_path)
     assert "loss 3.500" in page
@@ -286,7 +285,7 @@ def browser() -> str:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_it_without_complaint(scheme: str, browser: str, run: Path, tmp_path: Path) -> None:
+def test_a_browser_shows_it_without_errors(scheme: str, browser: str, run: Path, tmp_path: Path) -> None:
     page, picture = tmp_path / "report.html", tmp_path / "page.png"
     page.write_text(page_of(run))
     command = [

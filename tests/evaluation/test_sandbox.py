@@ -1,4 +1,4 @@
-"""Programs of strangers: each tries to do harm, ends as failed, and nothing outside has changed."""
+"""Untrusted programs: each tries to do harm, fails, and changes nothing outside."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ def sandbox() -> Sandbox:
     return open_sandbox()
 
 
-def test_an_honest_program_passes(sandbox: Sandbox) -> None:
+def test_a_harmless_program_passes(sandbox: Sandbox) -> None:
     program = "import math\nfrom typing import List\nopen('notes', 'w').write('mine')\nassert math.gcd(12, 18) == 6"
     assert sandbox.passes(program)
     assert not sandbox.passes(program.replace("== 6", "== 7"))
@@ -35,11 +35,11 @@ def test_an_honest_program_passes(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize(
     "program", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "def f(:", "x = '\ud800'[1]"]
 )
-def test_what_does_not_come_to_its_end_has_failed(sandbox: Sandbox, program: str) -> None:
+def test_a_program_that_does_not_reach_its_end_fails(sandbox: Sandbox, program: str) -> None:
     assert not sandbox.passes(program.encode("utf-8", "replace").decode())
 
 
-def test_a_secret_in_the_environment_is_out_of_reach(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_cannot_be_read(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CANARY_TOKEN", "very-secret")
     assert not sandbox.passes("import os; os.environ['CANARY_TOKEN']")
     assert not sandbox.passes(
@@ -70,23 +70,23 @@ def test_nothing_is_written_outside(sandbox: Sandbox, tmp_path: Path) -> None:
     assert not Path("/tmp/tinyllama-ds-canary").exists()
 
 
-def test_a_fork_bomb_is_bounded_and_leaves_no_process(sandbox: Sandbox) -> None:
+def test_a_fork_bomb_is_limited_and_leaves_no_process(sandbox: Sandbox) -> None:
     before = {process.pid for process in psutil.process_iter()}
     bomb = (
         "import os, time\nfor _ in range(200):\n    if os.fork() == 0:\n        os.setsid()\n"
         f"        time.sleep({LIFE_SECONDS})\n"
     )
     assert not sandbox.passes(bomb)
-    wait_until(lambda: not programs_beside(before), "a process is left", seconds=LIFE_SECONDS / 2)
+    wait_until(lambda: not programs_except(before), "a process is left", seconds=LIFE_SECONDS / 2)
 
 
-def programs_beside(before: set[int]) -> list[psutil.Process]:
+def programs_except(before: set[int]) -> list[psutil.Process]:
     """Programs of sandboxes among all processes of this machine; another test may have one for a moment."""
     processes = psutil.process_iter(["cmdline"])
     return [p for p in processes if p.pid not in before and "program.py" in str(p.info["cmdline"])]
 
 
-def test_memory_time_and_files_are_bounded(sandbox: Sandbox) -> None:
+def test_memory_time_and_files_are_limited(sandbox: Sandbox) -> None:
     # Never touched: filling it would run into the bound on time.
     assert sandbox.passes("import mmap; mmap.mmap(-1, 2**28)")
     assert not sandbox.passes("import mmap; mmap.mmap(-1, 2**31)")
@@ -119,7 +119,7 @@ def test_there_is_no_network(sandbox: Sandbox) -> None:
         thread.join()
 
 
-def test_a_machine_on_which_it_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machine_without_confinement_is_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same sandbox with its confinement taken out: the attempts get through, and that is noticed."""
     source = Path(confine.__file__).read_text()
     open_door = tmp_path / "confine.py"
@@ -130,7 +130,7 @@ def test_a_machine_on_which_it_does_not_hold_is_refused(monkeypatch: pytest.Monk
         open_sandbox()
 
 
-def test_it_holds_for_a_user_who_is_not_root(tmp_path: Path) -> None:
+def test_the_sandbox_confines_programs_of_a_user_other_than_root(tmp_path: Path) -> None:
     """Inside a namespace where this user is 1000 and has no power over what is outside."""
     as_user = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
     if subprocess.run([*as_user, "true"], capture_output=True, check=False).returncode:

@@ -82,7 +82,7 @@ def test_a_run_scores_what_its_checkpoints_do_and_is_the_same_without(
     """The same few examples are drawn each time; the random numbers of training go on as if nothing had been."""
     choice, _, generation = write_tasks(tmp_path, DOCUMENTS)
     config, how = write_config(tmp_path / "ds.json", stage, dtype)
-    tasks = [choice.name, generation.name]  # beside the recipe
+    tasks = [choice.name, generation.name]  # next to the recipe
     recipe = write_scored_recipe(tmp_path / "with.toml", 6, 4, tasks, every=4, more=f"limit = {LIMIT}\n")
     run, without = tmp_path / "with", tmp_path / "without"
     for where, which in ((run, recipe), (without, write_recipe(tmp_path / "without.toml", 6, 4))):
@@ -120,7 +120,7 @@ def write_config(path: Path, stage: int, dtype: str) -> tuple[Path, list[str]]:
     return path, ["--compile", "on"]
 
 
-def test_what_goes_wrong_ends_no_run_and_a_stop_is_heeded(data_dir: Path, tmp_path: Path) -> None:
+def test_a_failure_does_not_end_the_run_and_a_stop_ends_scoring(data_dir: Path, tmp_path: Path) -> None:
     """On one rank only, after the model is asked and before; then all is well; then a stop while it is asked."""
     write_tasks(tmp_path, 3)
     run, task = tmp_path / "run", tmp_path / "broken.yaml"
@@ -148,12 +148,12 @@ def test_what_goes_wrong_ends_no_run_and_a_stop_is_heeded(data_dir: Path, tmp_pa
         (
             ["instruct"],
             "",
-            "humaneval runs model-written code; expected `tinyllama-ds evaluate",
+            "humaneval runs model-written code; expected `tinyllama-ds evaluate` with",
         ),
         (["local.yaml"], "", "task local_generation generates up to 200 tokens; expected fewer than the 128 positions"),
     ],
 )
-def test_tasks_that_cannot_be_scored_are_refused_before_anything_starts(
+def test_tasks_that_cannot_be_scored_are_rejected_before_anything_starts(
     tasks: list[str],
     more: str,
     sentence: str,

@@ -55,7 +55,7 @@ def test_loss_equals_pytorchs_over_the_same_tokens(sets: list[ValidationSet]) ->
         assert found[held_out.source] == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_less_than_a_sample_is_refused(sets: list[ValidationSet]) -> None:
+def test_less_than_a_sample_is_rejected(sets: list[ValidationSet]) -> None:
     with pytest.raises(ConfigError, match="are less than one sample"):
         ValidationSet("slimpajama", sets[0].stream, 10**6, 7)
 

@@ -22,7 +22,7 @@ def guard_with(policy: str, rollbacks: int = 0) -> AnomalyGuard:
     return guard
 
 
-def test_log_applies_a_spike_and_says_so() -> None:
+def test_log_applies_and_reports_a_spike() -> None:
     guard = guard_with("log")
     verdict = guard.check(ENGINE, 5, SAMPLES, SPIKE)
     assert verdict.is_applied
@@ -30,14 +30,14 @@ def test_log_applies_a_spike_and_says_so() -> None:
     assert (guard.spikes, guard.skipped) == (1, 0)
 
 
-def test_a_loss_on_a_new_level_is_taken_in_after_half_a_window() -> None:
+def test_a_loss_on_a_new_level_is_accepted_after_half_a_window() -> None:
     guard = guard_with("log")
     reasons = [guard.check(ENGINE, step, SAMPLES, SPIKE).reason for step in range(5)]
     assert reasons[0] is not None
     assert reasons[-1] is None
 
 
-def test_what_is_skipped_never_enters_the_window() -> None:
+def test_a_skipped_step_never_enters_the_window() -> None:
     guard = guard_with("skip")
     before = guard.state()["window"]
     assert not guard.check(ENGINE, 5, SAMPLES, SPIKE).is_applied
@@ -48,7 +48,7 @@ def test_what_is_skipped_never_enters_the_window() -> None:
 
 
 @pytest.mark.parametrize("bad", [SPIKE, BAD])
-def test_skips_in_a_row_stop_the_run_across_a_restart_too(bad: StepStatus) -> None:
+def test_consecutive_skips_end_the_run_across_a_restart_too(bad: StepStatus) -> None:
     guard = guard_with("skip")
     for step in range(MAX_SKIPS_IN_A_ROW - 1):
         guard.check(ENGINE, step, SAMPLES, bad)

@@ -35,7 +35,7 @@ def test_the_limit_is_median_and_deviation_of_the_window() -> None:
     )
 
 
-def test_a_few_spikes_in_the_window_hide_no_later_one() -> None:
+def test_a_few_spikes_in_the_window_do_not_hide_a_later_one() -> None:
     """A mean and a standard deviation would be carried off by them."""
     rng = random.Random(1)
     losses = [rng.gauss(2.5, 0.02) for _ in range(128)]
@@ -44,7 +44,7 @@ def test_a_few_spikes_in_the_window_hide_no_later_one() -> None:
     assert np.mean(losses) + 6 * np.std(losses) > 4.0
 
 
-def test_a_gradient_norm_spikes_too_and_downwards_is_no_spike() -> None:
+def test_a_gradient_norm_spikes_too_and_only_upwards() -> None:
     window = full_window([2.5 + 0.01 * math.sin(n) for n in range(32)])
     assert window.find(0.1, 1.0) is None
     spike = window.find(2.5, 30.0)
@@ -52,7 +52,7 @@ def test_a_gradient_norm_spikes_too_and_downwards_is_no_spike() -> None:
     assert spike.metric == "gradient norm"
 
 
-def test_the_long_tail_of_gradient_norms_is_no_spike() -> None:
+def test_the_long_tail_of_gradient_norms_is_not_a_spike() -> None:
     """Six deviations above the median are reached every hundred steps; two and a half times the median is not."""
     window = full_window([2.5] * 128)
     norms = random.Random(1)
@@ -63,7 +63,7 @@ def test_the_long_tail_of_gradient_norms_is_no_spike() -> None:
     assert window.find(2.5, 3.0) is not None
 
 
-def test_a_loss_that_stands_still_does_not_make_every_tremble_a_spike() -> None:
+def test_noise_on_a_plateau_is_not_a_spike() -> None:
     window = full_window([0.01] * 16)
     assert window.find(0.010001, 1.0) is None
     assert window.find(0.02, 1.0) is not None

@@ -104,6 +104,6 @@ def test_a_slow_rank_is_named_and_those_that_wait_for_it_are_not(phase: str, row
         assert told[-1]["said"][0].startswith(f"straggler: rank {SLOW_RANK} (")
 
 
-def test_waiting_in_a_collective_is_not_a_ranks_own_work(rows: list[dict]) -> None:
+def test_waiting_in_a_collective_is_not_measured(rows: list[dict]) -> None:
     """What is lost in the backward is not measured, on neither side."""
     assert max(row["ranks"]["Ranks/Max"] for row in rows if row["slow"] == "backward") < DELAY

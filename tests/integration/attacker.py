@@ -1,6 +1,6 @@
-"""Somebody on a host of a run, who knows words that may be its key, and tries each of them until the run is over.
+"""An attacker on a host of a run, with candidates for its key, who tries each of them until the run is over.
 
-`attacker.py ADDRESS PORT GROUP WORDS`, one a line; prints how many greetings he tried and how often he was let in.
+`attacker.py ADDRESS PORT GROUP WORDS`, one per line; prints how many greetings were tried and how many accepted.
 """
 
 import json
@@ -10,14 +10,19 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tinyllama_ds.distributed.network import proof
+from tinyllama_ds.distributed.messages import proof
 
 _AT_ONCE = 100
-_LIES = ({"error": "end it"}, {"report_exit": 0}, {"report_exit": 78}, {"step": 10**6, "doing": "training"})
+_FALSE_MESSAGES = (
+    {"error": "end it"},
+    {"step": 1, "doing": "exiting", "code": 0},
+    {"step": 1, "doing": "exiting", "code": 78},
+    {"step": 10**6, "doing": "training"},
+)
 
 
 def main(address: str, port: int, group: int, words: list[str]) -> None:
-    """Try until nobody listens any more."""
+    """Try until the port is closed."""
     tried = let_in = place = 0
     held: list[socket.socket] = []  # open to the end, when a supervisor kills the groups of those that are left
     while True:
@@ -37,15 +42,15 @@ def main(address: str, port: int, group: int, words: list[str]) -> None:
 
 
 def log_line(connection: socket.socket, word: str, rank: int, group: int) -> None:
-    """The greeting of a rank with this word for the key or the token, and lies after it."""
+    """Send the greeting of a rank with this word as key and token, and false messages after it."""
     nonce = json.loads(connection.recv(1000))["nonce"]
     greeting = {"rank": rank, "host": "node1", "group": group, "nonce": "n", "token": word}
     greeting["proof"] = proof(word.encode(), "rank", nonce, rank, "node1", group, "n")
-    connection.sendall("".join(json.dumps(line) + "\n" for line in (greeting, *_LIES)).encode())
+    connection.sendall("".join(json.dumps(line) + "\n" for line in (greeting, *_FALSE_MESSAGES)).encode())
 
 
 def is_let_in(connection: socket.socket) -> bool:
-    """Whether the supervisor has said more than its nonce, and nothing of hanging up."""
+    """Whether the supervisor has sent more than its nonce and kept the connection."""
     connection.settimeout(0.01)
     try:
         return b"proof" in connection.recv(1000)

@@ -35,7 +35,7 @@ def row(rate: float, memory: float, micro_batch: int) -> dict:
     return setting | {"tokens_per_second": rate, "peak_gib": memory, "mfu": 0.5, "measured_mfu": 0.5}
 
 
-def test_advice_is_the_fastest_unless_as_fast_with_less_memory() -> None:
+def test_the_recommendation_is_the_fastest_unless_as_fast_with_less_memory() -> None:
     assert "recommended: zero3, micro-batch 8, sdpa, compiled" in advice([row(100, 10, 8), row(90, 1, 4)])
     assert "recommended: zero3, micro-batch 4" in advice([row(100, 10, 8), row(99, 5, 4)])
     assert advice([{"error": "out of memory"}]) == "no setting ran"
@@ -47,7 +47,7 @@ def test_table_has_a_line_per_setting() -> None:
     assert lines[2].endswith("out of memory")
 
 
-def test_the_cause_is_named_and_not_what_it_did_to_the_other_ranks() -> None:
+def test_the_cause_is_named_and_not_its_consequences_on_other_ranks() -> None:
     reset = "torch.distributed.DistNetworkError: Connection reset by peer\n"
     assert (
         cause("tinyllama-ds: attention backend 'x' is unknown\n" + reset)

@@ -23,7 +23,7 @@ from tinyllama_ds.cli import main
 from tinyllama_ds.commands.model import open_stored
 from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
 from tinyllama_ds.evaluation.history import read_history, read_metrics
-from tinyllama_ds.evaluation.report import run_status, summarize
+from tinyllama_ds.evaluation.report import summarize
 from tinyllama_ds.launch.lock import is_held
 from tinyllama_ds.run.directory import check_run_directory
 from tinyllama_ds.run.ledger import ROLLED_BACK, Entry, read_ledger, write_ledger
@@ -131,7 +131,7 @@ def purge(options: Options) -> None:
 
 def show(options: Options) -> None:
     history = read_history(options.run_dir)
-    json.dumps(summarize(history, run_status(history, newest_progress(options.run_dir)[1], is_held(options.run_dir))))
+    json.dumps(summarize(history, newest_progress(options.run_dir)[1], is_held(options.run_dir)))
     read_metrics(options.run_dir)
 
 

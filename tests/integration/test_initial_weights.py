@@ -10,7 +10,7 @@ from forked import pretrain
 from launching import BATCH, SEQUENCE_LENGTH, read_series, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.checkpoint.format import find_checkpoints
-from tinyllama_ds.checkpoint.reader import master_weights, stream_weights
+from tinyllama_ds.checkpoint.reader import CheckpointReader, stream_weights
 from tinyllama_ds.data.loader import open_streams
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG
@@ -71,7 +71,7 @@ def test_the_masters_have_the_imported_bits(
     finished = pretrain(recipe, config, data_dir, tmp_path / "run", 2, "--init-from", str(folder))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     checkpoint = find_checkpoints(tmp_path / "run")[-1]
-    masters = dict(master_weights(checkpoint))
+    masters = dict(CheckpointReader(checkpoint).weights())
     imported = dict(open_model_folder(folder).tensors())
     assert masters.keys() == imported.keys()
     for name, tensor in imported.items():
@@ -94,8 +94,8 @@ def test_another_runs_masters_are_taken_over(stage: int, data_dir: Path, tmp_pat
     assert finished.returncode == 0, finished.stdout + finished.stderr
     before, after = (find_checkpoints(tmp_path / name)[-1] for name in ("first", "second"))
     assert json.loads((tmp_path / "second" / "run.json").read_text())["init_from"]["path"] == str(before)
-    found = dict(master_weights(after))
-    for name, tensor in master_weights(before):
+    found = dict(CheckpointReader(after).weights())
+    for name, tensor in CheckpointReader(before).weights():
         assert torch.equal(found[name], tensor), name
         assert tensor.dim() == 1 or not torch.equal(tensor, tensor.bfloat16().float()), "bf16 would do"
 

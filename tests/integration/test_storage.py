@@ -45,7 +45,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(
     assert finished.returncode == 0, finished.stderr
     (line,) = [line for line in finished.stdout.splitlines() if "checkpoint save failed" in line]
     assert f"step {2 * STEPS // SAVES}: checkpoint save failed" in line
-    assert "a checkpoint needs 2.18 MiB, and 0.00 MiB are free there" in line
+    assert "1 checkpoint needs 2.18 MiB, and 0.00 MiB are free there" in line
     assert f"step {STEPS}: checkpoint saved" in finished.stdout
     assert verify_checkpoint(find_checkpoints(run_dir)[-1]).progress.step == STEPS
     assert_every_step_once(run_dir)

@@ -39,7 +39,7 @@ class Cluster:
         return finished.returncode, result["findings"]
 
     def replace(self, path: Path, content: str) -> None:
-        """Another content of a file, for node2 alone."""
+        """Replace a file on node2 alone."""
         other = self.hostfile.with_name(f"other_{path.name}")
         other.write_text(content)
         self.hosts[1].mount("--bind", other, path)
@@ -56,7 +56,7 @@ def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield Cluster(hosts, tmp_path / "hostfile", tmp_path / "data", tmp_path / "run")
 
 
-def test_healthy_hosts_are_green_and_left_as_they_were(cluster: Cluster) -> None:
+def test_healthy_hosts_pass_and_stay_unchanged(cluster: Cluster) -> None:
     code, findings = cluster.doctor()
     assert code == 0, findings
     checks = {finding["check"] for finding in findings if finding["host"] == "node2"}
@@ -152,23 +152,23 @@ def test_a_broken_host_is_named(what: str, cluster: Cluster) -> None:
     break_it(cluster)
     code, findings = cluster.doctor()
     assert code == EXIT_CONFIG
-    red = [finding for finding in findings if not finding["is_green"]]
-    hit = [finding for finding in red if finding["check"] == check and found in finding["found"]]
-    assert hit, red
+    failed = [finding for finding in findings if not finding["is_green"]]
+    hit = [finding for finding in failed if finding["check"] == check and found in finding["found"]]
+    assert hit, failed
     expected = "node7" if what == "no such host" else "node2"
-    assert {finding["host"] for finding in hit} == {expected}, red
+    assert {finding["host"] for finding in hit} == {expected}, failed
     assert hit[0]["mend"]
 
 
-def test_the_machine_of_the_doctor_may_have_other_gpus_than_the_hosts(cluster: Cluster) -> None:
+def test_gpus_of_this_machine_may_differ_from_those_of_the_hosts(cluster: Cluster) -> None:
     cluster.hosts[1].give_gpus(2)
     cluster.hostfile.write_text("node2 slots=2\n")
     code, findings = cluster.doctor()
     assert code == 0, findings
 
 
-def test_rank_0_may_know_itself_by_a_loopback_name(cluster: Cluster) -> None:
-    """As Debian's installer writes it: the others know its address, and gloo takes the interface that they reach."""
+def test_rank_0_may_resolve_its_own_name_to_the_loopback(cluster: Cluster) -> None:
+    """As Debian's installer writes it: the others resolve its address, and gloo uses the interface that they reach."""
     cluster.hosts[0].name_is_loopback(cluster.hosts[1])
     code, findings = cluster.doctor()
     assert code == 0, findings

@@ -65,7 +65,7 @@ def test_no_host_has_so_many_slots(slots: str, tmp_path: Path) -> None:
     assert len(str(r.value)) < 300
 
 
-def test_all_bad_lines_are_told_at_once(tmp_path: Path) -> None:
+def test_all_bad_lines_are_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text("node1 slots=8\nnode2\n\nnode1 slots=8\nnode3 slots=0\n")
     with pytest.raises(ConfigError) as error:
@@ -109,7 +109,7 @@ def test_other_files_are_refused(content: bytes | None, sentence: str, tmp_path:
         read_hostfile(path)
 
 
-def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
+def test_missing_and_empty_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the hostfile is missing"):
         read_hostfile(tmp_path / "hosts")
     (tmp_path / "hosts").write_text("# nobody\n")
@@ -150,6 +150,6 @@ def test_filters_choose_what_deepspeed_chooses(
         ("node1", "node2", "were both given"),
     ],
 )
-def test_bad_filters_are_refused(include: str | None, exclude: str | None, sentence: str) -> None:
+def test_bad_filters_are_rejected(include: str | None, exclude: str | None, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         filter_hosts(POOL, include, exclude)

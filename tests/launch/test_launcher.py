@@ -46,7 +46,7 @@ def test_hostfile_command_names_the_first_host_as_master() -> None:
     assert option(command, "--launcher") == "pdsh"
     assert option(command, "--include") == "node1@node2"
     assert REMOTE.world_size == 16
-    assert [REMOTE.host_of(rank) for rank in (0, 7, 8)] == ["node1", "node1", "node2"]
+    assert [REMOTE.host_of_rank[rank] for rank in (0, 7, 8)] == ["node1", "node1", "node2"]
 
 
 def test_a_single_host_that_is_not_this_one_is_reached_over_the_network() -> None:
@@ -72,7 +72,7 @@ def test_without_ssh_every_host_has_its_command() -> None:
         ("slurm", [Host("node1", 8), Host("node2", 4)], "slurm needs the same slots on every host"),
     ],
 )
-def test_what_a_launcher_cannot_do_is_refused(launcher: str, hosts: list[Host], sentence: str) -> None:
+def test_unsupported_placements_are_rejected(launcher: str, hosts: list[Host], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         check_placement(Placement(Path("h"), hosts, 0, on_cpu=False, launcher=launcher), [])
 

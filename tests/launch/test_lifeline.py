@@ -1,4 +1,4 @@
-"""The line to ranks on other hosts: what breaks it, who notices, and who may not take part."""
+"""The connection to ranks on other hosts: how failures are detected, and who is rejected."""
 
 import json
 import os
@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 from launching import TIMEOUT, wait_until
 
-from tinyllama_ds.distributed.network import free_port, proof
+from tinyllama_ds.distributed.messages import proof
+from tinyllama_ds.distributed.network import free_port
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.files import read_secret
+from tinyllama_ds.files import read_object_if_whole, read_secret
 from tinyllama_ds.launch import lifeline as module
 from tinyllama_ds.launch.lifeline import Lifeline
 from tinyllama_ds.layout import LIFELINE_KEY_FILE, LIFELINE_VARIABLE
 
-LIFE_SECONDS = 600  # of a rank and its child, where nobody ends them
+LIFE_SECONDS = 600  # of a rank and its child, unless they are ended
 RANK = """
 import sys, time
 from pathlib import Path
@@ -40,14 +41,14 @@ def line(tmp_path: Path) -> Iterator[Lifeline]:
 
 
 def open_line(directory: Path, port: int = 0) -> Lifeline:
-    """With its key in a run directory beside."""
+    """With its key in a run directory next to it."""
     run_dir = directory.with_name(f"{directory.name}_run")
     run_dir.mkdir(exist_ok=True)
     return Lifeline(directory, "127.0.0.1", port, run_dir / LIFELINE_KEY_FILE)
 
 
 def start_rank(line: Lifeline, then: str = f"time.sleep({LIFE_SECONDS})", rank: int = 3) -> subprocess.Popen:
-    """A rank with a process group of its own, and a child that stands for the launcher and the other ranks."""
+    """A rank in its own process group, and a child in place of the launcher and the other ranks."""
     program = f"import subprocess; subprocess.Popen(['sleep', '{LIFE_SECONDS}'])\n" + RANK.format(then=then)
     return subprocess.Popen(
         [sys.executable, "-c", program, str(line._key_file.parent), str(rank)],
@@ -58,20 +59,25 @@ def start_rank(line: Lifeline, then: str = f"time.sleep({LIFE_SECONDS})", rank: 
 
 
 def poll_until(line: Lifeline, path: Path | None = None) -> str | None:
-    """What the line says first; nothing where a file is there before it says anything."""
-    said: list[str | None] = []
+    """The first failure; None if a file exists before one is reported."""
+    failures: list[str | None] = []
 
     def happened() -> bool:
-        said[:] = [line.poll()]
-        return bool(said[0]) or (path is not None and path.exists())
+        failures[:] = [line.poll()]
+        return bool(failures[0]) or (path is not None and path.exists())
 
     wait_until(happened, "nothing happened")
-    return said[0]
+    return failures[0]
+
+
+def read_beat(line: Lifeline, rank: int) -> dict:
+    """The last progress of a rank as the supervisor sees it."""
+    return read_object_if_whole(line._directory / f"rank_{rank}")
 
 
 def group_is_gone(process: subprocess.Popen) -> bool:
     process.wait(TIMEOUT)
-    wait_until(lambda: not is_group(process.pid), "somebody of the group lives on", seconds=LIFE_SECONDS / 2)
+    wait_until(lambda: not is_group(process.pid), "a process of the group is alive", seconds=LIFE_SECONDS / 2)
     return True
 
 
@@ -83,17 +89,17 @@ def is_group(number: int) -> bool:
     return True
 
 
-def test_beats_and_stacks_arrive_as_files(line: Lifeline, tmp_path: Path) -> None:
+def test_heartbeats_and_stacks_arrive_as_files(line: Lifeline, tmp_path: Path) -> None:
     process = start_rank(line)
     assert poll_until(line, tmp_path / "rank_3") is None
-    assert json.loads((tmp_path / "rank_3").read_text()) == {"step": 7, "doing": "training"}
+    assert read_beat(line, 3) == {"step": 7, "doing": "training"}
     line.stacks()
     assert "Thread" in (tmp_path / "stacks_3").read_text()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def test_a_dead_rank_is_known_at_once(line: Lifeline, tmp_path: Path) -> None:
+def test_a_dead_rank_is_detected_at_once(line: Lifeline, tmp_path: Path) -> None:
     process = start_rank(line)
     poll_until(line, tmp_path / "rank_3")
     os.killpg(process.pid, signal.SIGKILL)
@@ -101,7 +107,7 @@ def test_a_dead_rank_is_known_at_once(line: Lifeline, tmp_path: Path) -> None:
     process.wait()
 
 
-def test_a_rank_says_why_or_that_it_leaves(line: Lifeline, tmp_path: Path) -> None:
+def test_a_rank_reports_its_error(line: Lifeline, tmp_path: Path) -> None:
     process = start_rank(line, "heartbeat.fail(OSError('disk'))")
     assert poll_until(line) == f"rank 3 on {socket.gethostname()}: OSError: disk"
     process.wait()
@@ -109,13 +115,13 @@ def test_a_rank_says_why_or_that_it_leaves(line: Lifeline, tmp_path: Path) -> No
 
 
 def test_a_death_comes_before_the_errors_that_it_causes(line: Lifeline, tmp_path: Path) -> None:
-    """Also where a sign of life of the dead one has not been read yet, and everything is found at one look."""
+    """Also if a heartbeat of the dead one has not been read yet, and one poll reads everything."""
     victim = start_rank(line)
     poll_until(line, tmp_path / "rank_3")
     other = start_rank(line, "sys.stdin.read(); heartbeat.fail(OSError('connection closed by peer'))", rank=4)
     poll_until(line, tmp_path / "rank_4")
     connections = [rank.connection for rank in line._ranks]
-    wait_until(lambda: select.select(connections, [], [], 0)[0] == connections, "a sign of life of each")
+    wait_until(lambda: select.select(connections, [], [], 0)[0] == connections, "a heartbeat of each")
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
     other.communicate(timeout=TIMEOUT)
@@ -123,12 +129,12 @@ def test_a_death_comes_before_the_errors_that_it_causes(line: Lifeline, tmp_path
     os.killpg(other.pid, signal.SIGKILL)
 
 
-def test_a_farewell_is_no_death(line: Lifeline) -> None:
+def test_a_reported_exit_is_not_a_death(line: Lifeline) -> None:
     process = start_rank(line, "heartbeat.report_exit(78)")
-    wait_until(lambda: line.poll() or line.code is not None, "no farewell")
+    wait_until(lambda: line.poll() or read_beat(line, 3).get("code"), "no reported exit")
     process.wait()
     assert line.poll() is None
-    assert line.code == 78
+    assert read_beat(line, 3) == {"step": 7, "doing": "exiting", "code": 78}
     os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -147,7 +153,7 @@ def test_silence_ends_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     line = open_line(tmp_path)
     process = start_rank(line)
     poll_until(line, tmp_path / "rank_3")
-    assert group_is_gone(process), "the supervisor has said nothing for 3 s"
+    assert group_is_gone(process), "the supervisor has been silent for 3 s"
     line.close()
 
 
@@ -169,7 +175,7 @@ def test_a_stopped_rank_is_silent(line: Lifeline, tmp_path: Path, monkeypatch: p
         b"GET / HTTP/1.1\nHost: here\n\n",
         b'{"rank": 0, "host": "x", "group": 77, "nonce": "", "proof": "guess"}\n',
         b'{"rank": 0, "host": "x", "group": 77, "nonce": "", "proof": "\xc3\xa9"}\n',
-        b'{"rank": 0, "host": "x", "group": 77, "nonce": ""}\n{"report_exit": 0}\n',
+        b'{"rank": 0, "host": "x", "group": 77, "nonce": ""}\n{"step": 1, "doing": "exiting", "code": 0}\n',
         b'{"error": "end it"}\n',
         b"[" * 100_000 + b"\n",
         b" " * 5000,
@@ -177,19 +183,19 @@ def test_a_stopped_rank_is_silent(line: Lifeline, tmp_path: Path, monkeypatch: p
         b"1\n",
     ],
 )
-def test_strangers_are_hung_up_on(line: Lifeline, words: bytes, tmp_path: Path) -> None:
+def test_unauthenticated_connections_are_closed(line: Lifeline, words: bytes, tmp_path: Path) -> None:
     _, port, *_ = line.value.split(":")
     with socket.create_connection(("127.0.0.1", int(port))) as rank:
         with suppress(ConnectionError):
             rank.sendall(words)
         rank.settimeout(0.1)
-        wait_until(lambda: line.poll() or is_hung_up(rank), "the line is still open")
+        wait_until(lambda: line.poll() or is_closed(rank), "the connection is still open")
     assert line.poll() is None
     assert list(tmp_path.iterdir()) == []
 
 
-def is_hung_up(connection: socket.socket) -> bool:
-    """The nonce apart, with which every connection begins."""
+def is_closed(connection: socket.socket) -> bool:
+    """Ignores the nonce with which every connection begins."""
     try:
         while connection.recv(100):
             pass
@@ -200,8 +206,8 @@ def is_hung_up(connection: socket.socket) -> bool:
     return True
 
 
-class Insider:
-    """Somebody who has the key, and says what he likes."""
+class AuthenticatedClient:
+    """A client that has the key and sends any message."""
 
     def __init__(self, line: Lifeline) -> None:
         self.connection = socket.create_connection(("127.0.0.1", int(line.value.split(":")[1])))
@@ -209,7 +215,7 @@ class Insider:
         self._line = line
 
     def greet(self, number: object = 3, group: object = 4000, side: str = "rank") -> bool:
-        """Whether he is let in."""
+        """Whether it is accepted."""
         wait_until(lambda: self._line.poll() or self._reads(), "no nonce")
         theirs = self.nonce
         greeting = {"rank": number, "host": "x", "group": group, "nonce": "n"}
@@ -234,70 +240,73 @@ GROUPS = [0, 1, -1, -4000, 2**22, 2**70, True, 2.5, "4000", None, [4000]]
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=repr)
-def test_a_group_that_would_be_all_processes_is_not_believed(line: Lifeline, group: object) -> None:
+def test_a_group_that_would_be_all_processes_is_rejected(line: Lifeline, group: object) -> None:
     """The supervisor kills the groups of ranks that do not end: -1 would be all processes of this user."""
-    assert not Insider(line).greet(group=group)
+    assert not AuthenticatedClient(line).greet(group=group)
     assert line.poll() is None
     assert line.close() == []
 
 
 @pytest.mark.parametrize("number", [-1, 2, 2**70, True, "0", 0.0, None], ids=repr)
-def test_a_rank_that_the_run_does_not_have_is_not_let_in(line: Lifeline, number: object) -> None:
+def test_a_rank_outside_the_run_is_rejected(line: Lifeline, number: object) -> None:
     line.expect(["node1", "node2"])
-    assert not Insider(line).greet(number)
-    assert Insider(line).greet(1)
+    assert not AuthenticatedClient(line).greet(number)
+    assert AuthenticatedClient(line).greet(1)
 
 
 def test_a_rank_has_one_connection(line: Lifeline) -> None:
-    first = Insider(line)
+    first = AuthenticatedClient(line)
     assert first.greet(1)
-    assert not Insider(line).greet(1)
-    second = Insider(line)
+    assert not AuthenticatedClient(line).greet(1)
+    second = AuthenticatedClient(line)
     assert second.greet(2)
     first.log_line({"step": 7, "doing": "training"})
-    wait_until(lambda: line.poll() or (line._directory / "rank_1").exists(), "the first one is heard no more")
+    wait_until(lambda: line.poll() or (line._directory / "rank_1").exists(), "the first one is not read any more")
     assert line.poll() is None
     second.connection.close()
 
 
 @pytest.mark.parametrize("code", [1, -9, 255, "0", None, 1e400, [0]], ids=repr)
-def test_a_farewell_has_a_code_of_a_regular_end(line: Lifeline, code: object) -> None:
-    insider = Insider(line)
-    assert insider.greet()
-    insider.log_line({"report_exit": code})
-    insider.log_line({"doing": 5, "step": []})
-    insider.log_line({"step": 1, "doing": "training"})
-    wait_until(lambda: line.poll() or (line._directory / "rank_3").exists(), "it is heard no more")
-    assert line.code is None
+def test_a_reported_exit_has_the_code_of_a_regular_end(line: Lifeline, code: object) -> None:
+    client = AuthenticatedClient(line)
+    assert client.greet()
+    client.log_line({"doing": 5, "step": []})
+    client.log_line({"step": 1, "doing": "exiting", "code": code, "pid": 1})
+    wait_until(lambda: line.poll() or read_beat(line, 3), "it is not read any more")
+    assert read_beat(line, 3) == {"step": 1, "doing": "exiting"}
+    client.connection.close()
+    assert poll_until(line) == "rank 3 on x has died"
 
 
 def test_a_proof_is_of_one_side_and_one_connection(line: Lifeline) -> None:
-    """What was heard on one cannot be said again on another, nor what the supervisor said by a rank."""
-    assert not Insider(line).greet(side="supervisor")
-    insider = Insider(line)
-    wait_until(lambda: line.poll() or insider._reads(), "no nonce")
+    """A proof cannot be replayed on a different connection, nor can a rank replay the supervisor's."""
+    assert not AuthenticatedClient(line).greet(side="supervisor")
+    client = AuthenticatedClient(line)
+    wait_until(lambda: line.poll() or client._reads(), "no nonce")
     words = {"rank": 3, "host": "x", "group": 4000, "nonce": "n"}
-    words["proof"] = proof(line._key, "rank", insider.nonce, 3, "x", 4000, "n")
-    other = Insider(line)
+    words["proof"] = proof(line._key, "rank", client.nonce, 3, "x", 4000, "n")
+    other = AuthenticatedClient(line)
     other.log_line(words)
-    wait_until(lambda: line.poll() or is_hung_up(other.connection), "it is let in with the words of another")
+    wait_until(
+        lambda: line.poll() or is_closed(other.connection), "it is accepted with the proof of a different connection"
+    )
 
 
-def test_a_crowd_of_strangers_keeps_no_rank_out(line: Lifeline) -> None:
-    """Nor does it take all files that the supervisor may have open."""
+def test_many_unauthenticated_connections_do_not_block_a_rank(line: Lifeline) -> None:
+    """Nor do they exhaust the open files of the supervisor."""
     port = int(line.value.split(":")[1])
-    crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(600)]
+    many = [socket.create_connection(("127.0.0.1", port)) for _ in range(600)]
     process = start_rank(line)
     assert poll_until(line, line._directory / "rank_3") is None
     assert len(line._ranks) <= module._MAX_UNAUTHENTICATED + 1
-    for rank in crowd:
+    for rank in many:
         rank.close()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def test_a_rank_does_not_take_somebody_else_for_its_supervisor(tmp_path: Path) -> None:
-    """Who listens in its place before it is there learns no key and ends no rank."""
+def test_a_rank_rejects_a_false_supervisor(tmp_path: Path) -> None:
+    """A program that listens in its place before it starts neither learns the key nor ends a rank."""
     port = free_port()
     line = open_line(tmp_path)
     line.value = module.lifeline_value("127.0.0.1", port)
@@ -306,7 +315,7 @@ def test_a_rank_does_not_take_somebody_else_for_its_supervisor(tmp_path: Path) -
         process = start_rank(line)
         for words in (b"", b'{"nonce": "0"}\n{"proof": "guess"}\n', b'{"nonce": "0"}\n{"stacks": true}\n{}\n'):
             connection, _ = false.accept()
-            with connection, suppress(OSError):  # the rank may have hung up first
+            with connection, suppress(OSError):  # the rank may have closed it first
                 connection.sendall(words)
                 connection.shutdown(socket.SHUT_WR)
                 heard += connection.recv(1000)
@@ -333,7 +342,7 @@ def test_the_key_is_for_this_user_alone(line: Lifeline, tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_storage_without_permissions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_without_permissions_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fstat", lambda descriptor: os.stat_result([0o100777, *[0] * 9]))
     with pytest.raises(
         ConfigError, match=r"lifeline\.key: cannot be made private .*; expected storage with permissions"

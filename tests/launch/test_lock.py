@@ -32,7 +32,7 @@ def owner(**changes: object) -> str:
     return json.dumps(ours | changes)
 
 
-def test_a_directory_is_made_held_and_let_go(tmp_path: Path) -> None:
+def test_a_directory_is_created_locked_and_released(tmp_path: Path) -> None:
     with hold_run(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == os.getpid()
         assert (tmp_path / "run").stat().st_mode & 0o777 == 0o750
@@ -49,7 +49,7 @@ def test_the_lock_of_a_dead_owner_is_taken_over(change: dict, tmp_path: Path) ->
         assert json.loads((tmp_path / LOCK_FILE).read_text()) == json.loads(owner())
 
 
-def test_whether_somebody_alive_holds_it(tmp_path: Path) -> None:
+def test_whether_a_live_process_holds_it(tmp_path: Path) -> None:
     assert not is_held(tmp_path)
     for held, expected in ((owner(), True), (owner(host="elsewhere"), True), (owner(pid=dead_process()), False)):
         (tmp_path / LOCK_FILE).write_text(held)
@@ -122,7 +122,7 @@ def test_a_lock_is_on_the_disk_before_it_holds(tmp_path: Path, monkeypatch: pyte
         assert synced == [(tmp_path / LOCK_FILE).read_bytes()]
 
 
-def test_a_lock_that_is_let_go_at_the_last_moment_is_no_obstacle(
+def test_a_lock_that_is_released_at_the_last_moment_does_not_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After it stood in the way, and before it is read."""
@@ -146,7 +146,7 @@ def test_a_lock_that_was_taken_over_is_not_removed_by_its_old_owner(tmp_path: Pa
     assert json.loads((tmp_path / LOCK_FILE).read_text())["host"] == "elsewhere"
 
 
-def test_an_owner_learns_that_it_was_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_detects_a_takeover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a network that was down for a while there may be two: the one without the lock ends its run."""
     monkeypatch.setattr(lock, "_REFRESH_SECONDS", 0.0)
     with hold_run(tmp_path) as held:
@@ -188,7 +188,7 @@ def test_storage_without_hard_links_holds_a_lock_too(
         assert (tmp_path / LOCK_FILE).read_text() == owner()
 
 
-def test_storage_that_is_out_of_reach_for_a_while_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_storage_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "_REFRESH_SECONDS", 0.0)
 
     def fail(*_: object) -> bytes:

@@ -1,4 +1,4 @@
-"""A start from a machine that is unlike its hosts: what runs there is decided by what they have."""
+"""A start from a machine that differs from its hosts: their hardware decides."""
 
 import shlex
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, data_dir: 
         yield Cluster(hosts[0], hosts[1:], arguments)
 
 
-# What a user's shell on the head node may hold; hosts.py hands OMP_NUM_THREADS on by the user's file.
+# What a user's shell on the head node may hold; hosts.py forwards OMP_NUM_THREADS by the user's file.
 SHELL = {"DS_ACCELERATOR": "cpu", "KMP_BLOCKTIME": "0", "MALLOC_ARENA_MAX": "1", "DS_ENV_FILE": ".deepspeed_env"}
 
 
@@ -54,14 +54,14 @@ def test_a_head_node_without_gpus_starts_ranks_on_gpus(cluster: Cluster) -> None
     assert "no host reported" not in finished.stderr
 
 
-def test_a_kernel_for_gpus_is_not_refused_by_a_head_node_without(cluster: Cluster) -> None:
+def test_a_head_node_without_gpus_accepts_a_kernel_for_gpus(cluster: Cluster) -> None:
     for host in cluster.hosts:
         host.give_gpus(2)
     finished = cluster.dry_run("--attention", "sdpa_cudnn")
     assert finished.returncode == 0, finished.stderr
 
 
-def test_hosts_without_gpus_get_what_fits_them(cluster: Cluster) -> None:
+def test_hosts_without_gpus_get_settings_for_cpus(cluster: Cluster) -> None:
     cluster.head.give_gpus(8)
     finished = cluster.dry_run(**SHELL)
     assert finished.returncode == 0, finished.stderr
@@ -71,7 +71,7 @@ def test_hosts_without_gpus_get_what_fits_them(cluster: Cluster) -> None:
     assert not [line for line in lines if line.startswith(("KMP_BLOCKTIME=", "MALLOC_ARENA_MAX="))]
 
 
-def test_hosts_of_two_kinds_are_refused(cluster: Cluster, tmp_path: Path) -> None:
+def test_hosts_of_two_kinds_are_rejected(cluster: Cluster, tmp_path: Path) -> None:
     cluster.hosts[0].give_gpus(2)
     finished = cluster.head.tinyllama_ds(*cluster.arguments)
     assert finished.returncode == EXIT_CONFIG
@@ -83,7 +83,7 @@ def test_hosts_of_two_kinds_are_refused(cluster: Cluster, tmp_path: Path) -> Non
     assert cluster.dry_run("--exclude", "node3").returncode == 0
 
 
-def test_hosts_that_do_not_answer_are_taken_for_machines_like_this_one(cluster: Cluster) -> None:
+def test_hosts_that_do_not_answer_are_assumed_to_equal_this_machine(cluster: Cluster) -> None:
     for host in cluster.hosts:
         host.stop_sshd()
     finished = cluster.dry_run()
@@ -92,14 +92,14 @@ def test_hosts_that_do_not_answer_are_taken_for_machines_like_this_one(cluster: 
     assert "DS_ACCELERATOR=cpu" in finished.stdout.splitlines()
 
 
-def test_without_ssh_every_host_decides_for_itself(cluster: Cluster) -> None:
-    """Nobody is asked: the command is given on each host, and this one has no GPU."""
+def test_without_ssh_the_hardware_is_that_of_this_host(cluster: Cluster) -> None:
+    """No host is queried: the command runs on each host, and this one has no GPU."""
     for host in cluster.hosts:
         host.give_gpus(2)
     finished = cluster.dry_run("--no-ssh", "--node-rank", 0)
     assert finished.returncode == 0, finished.stderr
-    refused = cluster.dry_run("--no-ssh", "--node-rank", 0, "--attention", "sdpa_cudnn")
-    assert "attention backend 'sdpa_cudnn' needs a GPU" in refused.stderr
+    rejected = cluster.dry_run("--no-ssh", "--node-rank", 0, "--attention", "sdpa_cudnn")
+    assert "attention backend 'sdpa_cudnn' needs a GPU" in rejected.stderr
 
 
 def test_the_interface_is_never_the_loopback_of_debian(cluster: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""What doctor finds on this machine alone, without root and without ssh."""
+"""The checks of doctor on this machine alone, without root and without ssh."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tinyllama_ds.launch.launcher import Placement
 from tinyllama_ds.launch.probe import code_digest, data_digest, nccl_packages
 
 
-def test_this_machine_alone_is_green(tmp_path: Path) -> None:
+def test_this_machine_alone_passes(tmp_path: Path) -> None:
     finished = tinyllama_ds("doctor", "--quick", "--json", "--run-dir", tmp_path / "run")
     result = json.loads(finished.stdout)
     assert finished.returncode == 0, result
@@ -23,14 +23,14 @@ def test_this_machine_alone_is_green(tmp_path: Path) -> None:
     assert result["hosts"]["this machine"]["code"] == code_digest()
 
 
-def test_a_missing_data_directory_is_red(tmp_path: Path) -> None:
+def test_a_missing_data_directory_fails(tmp_path: Path) -> None:
     finished = tinyllama_ds("doctor", "--quick", "--data", tmp_path / "nothing")
     assert finished.returncode == EXIT_CONFIG
     lines = [line.split(maxsplit=2) for line in finished.stdout.splitlines()]
     assert ["FAIL", "data", f"this machine: {tmp_path / 'nothing'} is missing"] in lines
 
 
-def test_the_hash_sees_every_manifest_and_size(tmp_path: Path) -> None:
+def test_the_digest_covers_every_manifest_and_size(tmp_path: Path) -> None:
     for suffix in (".bin", ".idx", ".json"):
         (tmp_path / f"shard{suffix}").write_text("{}")
     digests = [data_digest(tmp_path)]
@@ -44,7 +44,7 @@ def test_the_hash_sees_every_manifest_and_size(tmp_path: Path) -> None:
 
 
 def put_gpus(directory: Path, *used_mib: int) -> None:
-    """A program in the place of nvidia-smi."""
+    """A program in place of nvidia-smi."""
     lines = "".join(f"NVIDIA A100-SXM4-40GB, 40960, {used}, 550.54, 8.0\n" for used in used_mib)
     (directory / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{lines}END\n")
     (directory / "nvidia-smi").chmod(0o755)
@@ -54,7 +54,7 @@ def gpus_of(placement: Placement) -> Finding:
     return next(finding for finding in check_hosts(placement, None, None).findings if finding.check == "GPUs")
 
 
-def test_a_busy_gpu_can_be_left_out_as_doctor_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_gpu_can_be_excluded_by_the_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_gpus(tmp_path, 9000, 0, 0)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "hosts").write_text("localhost slots=3\n")
@@ -71,10 +71,10 @@ def test_a_busy_gpu_can_be_left_out_as_doctor_says(tmp_path: Path, monkeypatch: 
     alone = gpus_of(replace(placement, hosts=filter_hosts(hosts, "localhost:0", None)))
     assert alone.hint == "end the processes that use it"
     by_slurm = gpus_of(replace(placement, hosts=hosts, launcher="slurm"))
-    assert by_slurm.hint == "end the processes that use it", "Slurm cannot be asked for some of a host's GPUs"
+    assert by_slurm.hint == "end the processes that use it", "Slurm cannot select some of a host's GPUs"
 
 
-def test_without_a_hostfile_the_visible_gpus_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_hostfile_the_visible_gpus_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_gpus(tmp_path, 9000, 0, 0)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")

@@ -1,4 +1,4 @@
-"""What the supervisor makes of the ends of ranks, and of the end of its time: with a launcher of a few lines."""
+"""How the supervisor reacts to the ends of ranks and of the wall time, with launchers of a few lines."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from tinyllama_ds.launch import out_of_memory
 from tinyllama_ds.launch.supervisor import Job, SupervisorConfig, supervise
 
 # Of two ranks, which ends with the code of the one that only lost its peer, as DeepSpeed's may.
-LAUNCHER_OF_ONE_THAT_SAYS_WHY = """
+LAUNCHER_WITH_A_REPORTED_CODE = """
 import sys
 from tinyllama_ds.health.heartbeat import Heartbeat
 first, second = Heartbeat(0), Heartbeat(1)
@@ -23,7 +23,7 @@ second.beat(3, "training")
 second.report_exit({code})
 sys.exit(1)
 """
-LAUNCHER_THAT_HEEDS_A_STOP = """
+LAUNCHER_THAT_STOPS = """
 import json, time
 from pathlib import Path
 while not Path("stop").exists():
@@ -40,7 +40,7 @@ Path("status.json").write_text(json.dumps({"state": state}))
 """
 
 
-LAUNCHER_OF_A_RANK_THAT_THE_KERNEL_ENDS = """
+LAUNCHER_KILLED_BY_THE_KERNEL = """
 import os, signal
 from pathlib import Path
 Path("memory.events").write_text("low 0\\noom_kill {kills}\\n")
@@ -51,7 +51,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def supervise_here(launcher: str, folder: Path, max_seconds: float | None) -> None:
     """Prints exit code and restarts."""
     os.chdir(folder)
-    out_of_memory._CGROUPS, out_of_memory._MOUNT = Path("cgroup"), folder  # counters of which a test may dispose
+    out_of_memory._CGROUPS, out_of_memory._MOUNT = Path("cgroup"), folder  # counters written by the test
 
     def launch(variables: dict[str, str], _directory: Path) -> Job:
         command = [sys.executable, "-c", launcher]
@@ -68,8 +68,8 @@ def supervised(launcher: str, folder: Path, max_seconds: float | None = None, pl
 
 
 @pytest.mark.parametrize("code", [EXIT_NUMERICS, EXIT_CONFIG])
-def test_a_rank_that_says_why_it_ends_is_believed_before_the_launcher(code: int, tmp_path: Path) -> None:
-    finished = supervised(LAUNCHER_OF_ONE_THAT_SAYS_WHY.format(code=code), tmp_path)
+def test_the_exit_code_of_a_rank_precedes_that_of_the_launcher(code: int, tmp_path: Path) -> None:
+    finished = supervised(LAUNCHER_WITH_A_REPORTED_CODE.format(code=code), tmp_path)
     assert finished.stdout == f"{code} 0\n", finished.stderr
 
 
@@ -80,48 +80,46 @@ def test_it_gives_up_after_three_failures_without_a_new_checkpoint(tmp_path: Pat
     assert "giving up after 3 consecutive failures without a new checkpoint, the last with code 5" in finished.stderr
 
 
-def test_a_rollback_is_no_failure_and_starts_at_once(tmp_path: Path) -> None:
+def test_a_rollback_is_not_a_failure_and_restarts_at_once(tmp_path: Path) -> None:
     finished = supervised(LAUNCHER_OF_A_ROLLBACK, tmp_path)
     assert finished.stdout == "0 1\n", finished.stderr
     assert "rolling back to checkpoint 0, excluding the samples of the spike" in finished.stderr
     assert "restarting in" not in finished.stderr
 
 
-def test_wall_time_asks_the_ranks_to_stop(tmp_path: Path) -> None:
-    finished = supervised(LAUNCHER_THAT_HEEDS_A_STOP, tmp_path, max_seconds=0.001)
+def test_the_end_of_the_wall_time_stops_the_ranks(tmp_path: Path) -> None:
+    finished = supervised(LAUNCHER_THAT_STOPS, tmp_path, max_seconds=0.001)
     assert finished.stdout == f"{EXIT_RESTART} 0\n", finished.stderr
     assert not (tmp_path / "stop").exists()
 
 
 @pytest.mark.parametrize("version", ["0::/", "4:cpu,memory:/"])
-def test_a_run_that_the_out_of_memory_killer_ends_is_told_so_and_not_started_again(
-    version: str, tmp_path: Path
-) -> None:
-    """It needs as much again. The counters are those of control groups of version 2 and 1."""
+def test_a_run_ended_by_the_out_of_memory_killer_is_not_restarted(version: str, tmp_path: Path) -> None:
+    """It would need as much again. The counters are those of cgroup v2 and v1."""
     (tmp_path / "cgroup").write_text(f"1:name=systemd:/\n{version}\n")
     if "memory" in version:
         (tmp_path / "memory").mkdir()
         (tmp_path / "memory" / "memory.oom_control").symlink_to(tmp_path / "memory.events")
     (tmp_path / "memory.events").write_text("low 0\noom_kill 7\n")
-    finished = supervised(LAUNCHER_OF_A_RANK_THAT_THE_KERNEL_ENDS.format(kills=8), tmp_path)
+    finished = supervised(LAUNCHER_KILLED_BY_THE_KERNEL.format(kills=8), tmp_path)
     assert finished.stdout == f"{EXIT_CONFIG} 0\n", finished.stderr
     assert "the kernel's out-of-memory killer has ended a process on this machine" in finished.stderr
 
 
-def test_another_kill_is_a_failure_like_others(tmp_path: Path) -> None:
+def test_any_other_kill_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "cgroup").write_text("0::/\n")
     (tmp_path / "memory.events").write_text("oom_kill 7\n")
-    finished = supervised(LAUNCHER_OF_A_RANK_THAT_THE_KERNEL_ENDS.format(kills=7), tmp_path)
+    finished = supervised(LAUNCHER_KILLED_BY_THE_KERNEL.format(kills=7), tmp_path)
     assert finished.stdout == "137 2\n", finished.stderr
-    assert "want of memory" not in finished.stderr
+    assert "out-of-memory killer" not in finished.stderr
 
 
-def test_files_that_cannot_be_made_or_removed_are_a_failure_in_a_sentence(tmp_path: Path) -> None:
-    """No place for the supervisor's own files; a stop file and a status that stay."""
+def test_files_that_cannot_be_created_or_removed_are_a_failure(tmp_path: Path) -> None:
+    """No directory for the supervisor's files; a stop file and a status that cannot be removed."""
     (tmp_path / "file").touch()
     finished = supervised("raise SystemExit(5)", tmp_path, place=str(tmp_path / "file"))
     assert finished.stdout == "1 2\n", finished.stderr
     assert "the run cannot be started or watched: [Errno 20] Not a directory" in finished.stderr
     assert "Traceback" not in finished.stderr
     (tmp_path / "stop").mkdir()
-    assert supervised(LAUNCHER_OF_ONE_THAT_SAYS_WHY.format(code=78), tmp_path).stdout == "78 0\n"
+    assert supervised(LAUNCHER_WITH_A_REPORTED_CODE.format(code=78), tmp_path).stdout == "78 0\n"

@@ -7,7 +7,7 @@ import pytest
 from launching import write_recipe
 
 from tinyllama_ds.config.run_plan import RunPlan
-from tinyllama_ds.gpus import GIB, GPUS
+from tinyllama_ds.gpus import GIB, gpu_named
 from tinyllama_ds.model.attention import AttentionChoice
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.planning.fit import estimate_memory
@@ -27,7 +27,7 @@ def run(data_dir: Path, tmp_path: Path) -> Run:
 
 def test_it_is_what_plan_counts(run: Run) -> None:
     """20 bytes of state per parameter on one GPU, and the activations of 16k tokens."""
-    estimate = estimate_memory(run, 1, True, GPUS["h100"].memory_bytes)
+    estimate = estimate_memory(run, 1, True, gpu_named("h100").memory_bytes)
     states = 20 * run.model.num_parameters
     assert states < estimate.bytes < states + 25 * GIB
 

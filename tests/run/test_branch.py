@@ -74,7 +74,7 @@ def commit_parent(options: Options, *steps: int, left_out: list[list[int]] = [])
     return folders
 
 
-def test_the_newest_checkpoint_with_the_same_past_is_taken(options: Options) -> None:
+def test_the_newest_checkpoint_with_the_same_history_is_chosen(options: Options) -> None:
     folders = commit_parent(options, 4, BASIC, 8)
     run = resolve(options)
     assert run.parent is not None
@@ -106,7 +106,7 @@ def test_the_newest_checkpoint_with_the_same_past_is_taken(options: Options) -> 
         ({"later": 5 * STEP_TOKENS}, "plan.tokens is 2560 there and 2816 now"),
     ],
 )
-def test_another_past_is_refused_with_what_differs(options: Options, change: dict, difference: str) -> None:
+def test_a_different_history_is_rejected_with_the_differences(options: Options, change: dict, difference: str) -> None:
     (folder,) = commit_parent(options, BASIC)
     write_recipe(Path(options.recipe), **change)
     with pytest.raises(
@@ -125,7 +125,7 @@ def test_another_past_is_refused_with_what_differs(options: Options, change: dic
         ("sequence_length = 32", "sequence_length = 16", "recipe.sequence_length is 32 there and 16 now"),
     ],
 )  # fmt: skip
-def test_other_settings_are_another_past(options: Options, old: str, new: str, difference: str) -> None:
+def test_different_settings_are_a_different_history(options: Options, old: str, new: str, difference: str) -> None:
     commit_parent(options, BASIC)
     recipe = Path(options.recipe)
     recipe.write_text(recipe.read_text().replace(old, new, 1))
@@ -133,7 +133,7 @@ def test_other_settings_are_another_past(options: Options, old: str, new: str, d
         resolve(options)
 
 
-def test_another_optimizer_is_refused_unless_it_is_allowed_by_name(options: Options) -> None:
+def test_a_different_optimizer_is_rejected_unless_allowed_by_name(options: Options) -> None:
     commit_parent(options, BASIC)
     config = json.loads(options.deepspeed_config.read_text())
     config["optimizer"]["params"]["lr"] = 1.0
@@ -144,7 +144,7 @@ def test_another_optimizer_is_refused_unless_it_is_allowed_by_name(options: Opti
     assert resolve(replace(options, allow_change=(key,))).parent is not None
 
 
-def test_only_the_data_of_the_past_count(options: Options) -> None:
+def test_only_the_data_of_the_history_count(options: Options) -> None:
     (folder,) = commit_parent(options, BASIC)
     manifest = json.loads((folder / "manifest.json").read_text())
     for source, is_past in (("starcoderdata", False), ("slimpajama", True)):
@@ -157,7 +157,7 @@ def test_only_the_data_of_the_past_count(options: Options) -> None:
             assert resolve(options).parent is not None
 
 
-def test_equal_weights_in_another_order_are_another_past(options: Options) -> None:
+def test_equal_weights_in_a_different_order_are_a_different_history(options: Options) -> None:
     """Of two sources with one weight the first named goes first."""
     for name, first in (
         ("parent", "slimpajama = 1, starcoderdata = 1"),
@@ -179,7 +179,7 @@ def test_a_run_that_is_complete_leaves_nothing_to_train(options: Options) -> Non
 
 
 @pytest.mark.parametrize("place", ["parent", "parent/checkpoints/step_00000004"])
-def test_a_parent_without_a_checkpoint_is_refused(options: Options, tmp_path: Path, place: str) -> None:
+def test_a_parent_without_a_checkpoint_is_rejected(options: Options, tmp_path: Path, place: str) -> None:
     with pytest.raises(ConfigError, match=f"^{tmp_path / place}: holds no checkpoint"):
         resolve(replace(options, branch_from=tmp_path / place))
 
@@ -208,7 +208,7 @@ def test_a_run_that_is_there_does_not_become_a_branch(options: Options) -> None:
         resolve(options)
 
 
-def test_what_the_parent_passed_over_stays_passed_over(options: Options) -> None:
+def test_samples_excluded_by_the_parent_stay_excluded(options: Options) -> None:
     """Two rollbacks that touch, and a skipped step; not what came after the checkpoint."""
     parent_dir = options.run_dir.with_name("parent")
     parent_dir.mkdir()

@@ -9,7 +9,7 @@ from launching import read_series
 from tinyllama_ds.checkpoint.format import Progress
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.history import read_history, read_metrics
-from tinyllama_ds.evaluation.report import report_page, run_status
+from tinyllama_ds.evaluation.report import report_page, summarize
 from tinyllama_ds.run.ledger import LEDGER_FILE, SKIPPED, Entry, read_ledger, record
 from tinyllama_ds.run.metrics import MetricsLogger
 from tinyllama_ds.run.starts import append_line
@@ -74,7 +74,7 @@ def test_a_run_goes_on_where_nothing_is_left(tmp_path: Path) -> None:
 
 
 @damaged
-def test_a_report_leaves_the_line_out_and_names_it(
+def test_a_report_skips_the_line_and_names_it(
     damage: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log_steps(tmp_path, 0, 4)
@@ -90,7 +90,7 @@ def test_a_report_leaves_the_line_out_and_names_it(
     history = read_history(tmp_path)
     assert [len(rows) for rows in (history.samples, history.starts, history.tasks, history.ledger)] == [3, 2, 2, 2]
     assert history.points("Train/Loss")[1].tolist() == [1, 3, 4]
-    assert report_page(history, run_status(history, 0, is_held=False), "here")
+    assert report_page(history, summarize(history, 0, is_held=False), "here")
     said = capsys.readouterr().err.splitlines()
     assert sorted(said[-5:]) == sorted(f"tinyllama-ds: {tmp_path / name}:2: damaged line, skipped" for name in names)
     put_in_place_of(tmp_path / "metrics.jsonl", 3, damage)
@@ -108,7 +108,7 @@ def test_a_report_finds_the_end_before_a_long_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_ledger_has_to_be_whole(damage: bytes, tmp_path: Path) -> None:
+def test_a_damaged_ledger_is_rejected(damage: bytes, tmp_path: Path) -> None:
     """What it leaves out decides which samples come next."""
     for number in range(3):
         record(tmp_path, Entry(SKIPPED, number, 0, 1, "not finite"))
@@ -117,7 +117,7 @@ def test_a_ledger_has_to_be_whole(damage: bytes, tmp_path: Path) -> None:
         read_ledger(tmp_path)
 
 
-def test_a_start_is_noted_after_one_that_was_cut_short(tmp_path: Path) -> None:
+def test_a_start_is_recorded_after_an_incomplete_line(tmp_path: Path) -> None:
     log_steps(tmp_path, 0, 1)
     path = tmp_path / "starts.jsonl"
     append_line(path, {"step": 0, "tokens": 0})

@@ -32,7 +32,7 @@ def test_entries_are_read_back_in_their_order(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [LEDGER_FILE]
 
 
-def test_skips_that_will_be_done_again_are_forgotten_and_rollbacks_are_not(tmp_path: Path) -> None:
+def test_skips_that_will_be_repeated_are_dropped_and_rollbacks_are_not(tmp_path: Path) -> None:
     for entry in ENTRIES:
         record(tmp_path, entry)
     forget_skips_after(tmp_path, 4)
@@ -44,7 +44,7 @@ def test_skips_that_will_be_done_again_are_forgotten_and_rollbacks_are_not(tmp_p
     ["{", '{"event": "skipped"}', '{"event": "eaten", "step": 1, "first_sample": 0, "last_sample": 1, "reason": ""}',
      '{"event": "skipped", "step": 1, "first_sample": 8, "last_sample": 1, "reason": ""}'],
 )  # fmt: skip
-def test_a_line_that_is_no_entry_is_refused_with_its_number(line: str, tmp_path: Path) -> None:
+def test_a_line_that_is_not_an_entry_is_rejected_with_its_number(line: str, tmp_path: Path) -> None:
     record(tmp_path, ENTRIES[0])
     with (tmp_path / LEDGER_FILE).open("a") as file:
         file.write(line + "\n")

@@ -42,7 +42,7 @@ def log_steps(run_dir: Path, first: int, last: int, offset: float = 0.0) -> None
     metrics.close()
 
 
-def test_resumed_run_replaces_the_rows_that_it_does_again(tmp_path: Path) -> None:
+def test_a_resumed_run_replaces_the_rows_that_it_repeats(tmp_path: Path) -> None:
     log_steps(tmp_path, 0, 6)
     log_steps(tmp_path, 4, 8, offset=0.5)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -106,7 +106,7 @@ def fill(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_folder_that_cannot_be_made_is_tried_again(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_retried(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
     metrics = MetricsLogger(tmp_path, {}, Progress(0, 0, 0), "{}")
     metrics.log(1, 100, {"Train/Loss": 1.0})
@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_made_is_tried_again(tmp_path: Path) -> None:
     assert sorted(events.Tags()["tensors"]) == ["custom_scalars__config__", "run/text_summary"]
 
 
-def test_tensorboard_opens_with_the_figures_in_groups(tmp_path: Path) -> None:
+def test_tensorboard_groups_the_metrics(tmp_path: Path) -> None:
     """Read back by TensorBoard's own plugin, after a resume too; every figure of a run is in some chart."""
     names = ["Train/Loss", "Train/LearningRate", "Train/BatchTokens", "Train/GradNorm", "Validation/Loss/a", "Tokens/a"]
     names += ["Speed/TokensPerSecond", "Speed/MFU", "Seconds/data", "Ranks/Median", "Memory/PeakGiB"]
@@ -143,7 +143,7 @@ def test_tensorboard_opens_with_the_figures_in_groups(tmp_path: Path) -> None:
     assert [sum(bool(re.fullmatch(pattern, name)) for pattern in patterns) for name in over_tokens] == [1, 1, 1]
 
 
-def test_scores_have_rows_with_their_errors_and_are_forgotten_with_the_steps_that_are_done_again(
+def test_scores_have_rows_with_errors_and_are_dropped_with_repeated_steps(
     tmp_path: Path,
 ) -> None:
     for first, value in ((0, 0.25), (2, 0.5)):
@@ -161,7 +161,7 @@ def test_scores_have_rows_with_their_errors_and_are_forgotten_with_the_steps_tha
     ]
 
 
-def test_samples_are_forgotten_with_the_steps_that_are_done_again(tmp_path: Path) -> None:
+def test_samples_are_dropped_with_repeated_steps(tmp_path: Path) -> None:
     for first, text in ((0, "before"), (2, "after")):
         metrics = MetricsLogger(tmp_path, {}, Progress(first, first * 8, first * 100), "{}")
         for step in range(first + 1, first + 4):
@@ -176,7 +176,7 @@ def test_samples_are_forgotten_with_the_steps_that_are_done_again(tmp_path: Path
     assert texts[-1] == b"    two\n    lines|after"
 
 
-def test_the_time_that_a_run_was_up_goes_on_after_a_resume(tmp_path: Path) -> None:
+def test_uptime_continues_after_a_resume(tmp_path: Path) -> None:
     log_steps(tmp_path, 0, 6)
     log_steps(tmp_path, 4, 8)
     seconds = [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -193,7 +193,7 @@ def test_the_time_that_a_run_was_up_goes_on_after_a_resume(tmp_path: Path) -> No
     assert JsonlWriter(tmp_path / "metrics.jsonl", 8).last_step == 9
 
 
-def test_what_a_run_logged_before_its_first_save_is_done_again(tmp_path: Path) -> None:
+def test_steps_logged_before_the_first_save_are_repeated(tmp_path: Path) -> None:
     """It starts over at step 0, whose validation was logged too."""
     for _ in range(2):
         metrics = MetricsLogger(tmp_path, {}, Progress(0, 0, 0), "{}")
@@ -221,11 +221,11 @@ def test_tensorboard_can_be_off(tmp_path: Path) -> None:
         ({"output_path": "logs", "job_name": "llama"}, "logs/llama"),
     ],
 )
-def test_tensorboard_goes_where_the_json_says(section: dict, expected: str) -> None:
+def test_tensorboard_writes_to_the_directory_of_the_json(section: dict, expected: str) -> None:
     assert tensorboard_directory(section, Path("run")) == Path(expected)
 
 
-def test_figures_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
+def test_metrics_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
     """jq, pandas and browsers read no NaN and no Infinity; the report takes null for what those were in older runs."""
     figures = {"Train/Loss": float("nan"), "Train/GradNorm": float("inf"), "Speed/MFU": float("-inf"), "Train/A": 1.5}
     metrics = MetricsLogger(tmp_path, {"tensorboard": {"enabled": False}}, Progress(0, 0, 0), "{}")

@@ -47,9 +47,10 @@ def test_schedule_counts_tokens(options: Options) -> None:
     assert run.schedule.total_tokens == 10 * BATCH * SEQUENCE_LENGTH
 
 
-def test_a_warmup_as_long_as_the_run_is_refused(options: Options, tmp_path: Path) -> None:
+def test_a_warmup_as_long_as_the_run_is_rejected(options: Options, tmp_path: Path) -> None:
     short = write_recipe(tmp_path / "short.toml", 5, save_every=5)
-    with pytest.raises(ConfigError, match="warmup_num_steps 5 leaves nothing of the run's 5 steps"):
+    expected = "warmup_num_steps 5 leaves nothing of the run's 5 steps; expected fewer than 5, such as 1, or .auto."
+    with pytest.raises(ConfigError, match=expected):
         resolve(replace(options, recipe=str(short)))
 
 
@@ -62,7 +63,7 @@ def test_a_warmup_as_long_as_the_run_is_refused(options: Options, tmp_path: Path
         (True, None, "auto", ""),  # on a machine that does not see the ranks' GPUs
     ],
 )
-def test_attention_of_a_gpu_is_resolved_and_said_by_its_ranks(
+def test_attention_of_a_gpu_is_resolved_and_logged(
     document_mask: bool, capability: tuple[int, int] | None, attention: str, reason: str, options: Options
 ) -> None:
     recipe = write_recipe(Path(options.recipe), 10, save_every=5, document_mask=document_mask)
@@ -96,7 +97,7 @@ def change_config(options: Options, section: str, **params: object) -> None:
         ({"document_mask": True}, "recipe.document_mask is false there and true now"),
     ],
 )
-def test_another_recipe_is_another_run(options: Options, tmp_path: Path, change: dict, difference: str) -> None:
+def test_a_different_recipe_is_a_different_run(options: Options, tmp_path: Path, change: dict, difference: str) -> None:
     open_run_directory(resolve(options))
     write_recipe(tmp_path / "small.toml", 10, save_every=5, **change)
     with pytest.raises(ConfigError, match="holds a different run: ") as error:
@@ -104,7 +105,7 @@ def test_another_recipe_is_another_run(options: Options, tmp_path: Path, change:
     assert difference in str(error.value)
 
 
-def test_a_refusal_shows_every_change_and_the_names_that_allow_them(options: Options, tmp_path: Path) -> None:
+def test_the_error_lists_every_change_and_the_names_that_allow_them(options: Options, tmp_path: Path) -> None:
     open_run_directory(resolve(options))
     change_config(options, "optimizer", lr=1.0, betas=[0.9, 0.99])
     change_config(options, "scheduler", cos_min_ratio=0.5)
@@ -129,7 +130,7 @@ def test_a_refusal_shows_every_change_and_the_names_that_allow_them(options: Opt
     assert check_run_directory(resolve(replace(options, allow_change=tuple(changes)))) is None
 
 
-def test_what_is_looked_at_along_the_way_may_change(options: Options) -> None:
+def test_evaluation_settings_may_change(options: Options) -> None:
     run = resolve(options)
     open_run_directory(run)
     recipe = replace(run.recipe, evaluation=Evaluation(("piqa",), 640), samples=Samples(("the",), 640, 2))
@@ -138,7 +139,7 @@ def test_what_is_looked_at_along_the_way_may_change(options: Options) -> None:
     assert "recipe.evaluation.tasks" in [change.key for change in open_run_directory(changed, step=2)]
 
 
-def test_what_was_run_with_what_is_never_lost(options: Options) -> None:
+def test_the_history_keeps_every_change(options: Options) -> None:
     open_run_directory(resolve(options))
     change_config(options, "optimizer", lr=1.0)
     changed = resolve(replace(options, allow_change=("deepspeed_config.optimizer.params.lr",)), world_size=1)
@@ -154,9 +155,7 @@ def test_what_was_run_with_what_is_never_lost(options: Options) -> None:
     assert found == {change.key: (change.there, change.now) for change in changes}
 
 
-def test_other_packages_are_a_change_that_is_no_reason_to_refuse(
-    options: Options, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_different_packages_are_recorded_and_accepted(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     open_run_directory(resolve(options))
     held = json.loads((options.run_dir / RUN_FILE).read_text())
     now = held["versions"]["torch"]
@@ -170,7 +169,7 @@ def test_other_packages_are_a_change_that_is_no_reason_to_refuse(
     assert f"warning: package versions differ from the last start: {differ}\n" in told
 
 
-def test_other_data_is_refused_unless_it_is_allowed_by_name(options: Options, data_dir: Path) -> None:
+def test_different_data_is_rejected_unless_allowed_by_name(options: Options, data_dir: Path) -> None:
     open_run_directory(resolve(options))
     held = json.loads((options.run_dir / RUN_FILE).read_text())
     held["data"]["train"]["slimpajama"]["bin_sha256"] = ["0" * 64]
@@ -182,7 +181,7 @@ def test_other_data_is_refused_unless_it_is_allowed_by_name(options: Options, da
     assert check_run_directory(resolve(replace(options, allow_change=("data",)))) is None
 
 
-def test_another_model_cannot_be_allowed(options: Options) -> None:
+def test_a_different_model_cannot_be_allowed(options: Options) -> None:
     open_run_directory(resolve(options))
     held = json.loads((options.run_dir / RUN_FILE).read_text())
     held["model"]["hidden_size"] = 1
@@ -235,7 +234,7 @@ def test_samples_may_begin_later_and_must_fit_a_row(options: Options, tmp_path: 
         resolve_run(options, 2, "cpu", False)
 
 
-def test_a_directory_that_cannot_be_written_is_refused(options: Options, small_disk: Callable[..., Path]) -> None:
+def test_a_directory_that_cannot_be_written_is_rejected(options: Options, small_disk: Callable[..., Path]) -> None:
     """A file system that was mounted read-only; whether the run directory is there already or not."""
     disk = small_disk(size=64 * 2**20)
     here, new = (resolve(replace(options, run_dir=disk / name)) for name in ("here", "new"))
@@ -247,7 +246,7 @@ def test_a_directory_that_cannot_be_written_is_refused(options: Options, small_d
             check_run_directory(run)
 
 
-def test_never_resume_refuses_a_run_that_exists(options: Options) -> None:
+def test_resume_never_rejects_an_existing_run(options: Options) -> None:
     open_run_directory(resolve(options))
     with pytest.raises(ConfigError, match="already holds this run, and --resume never was given"):
         check_run_directory(resolve(replace(options, resume="never")))

@@ -66,7 +66,7 @@ def test_it_is_restored_from_the_newest_checkpoint(
 
 
 @damages
-def test_another_run_is_refused_all_the_same(damage: bytes, options: Options, tmp_path: Path) -> None:
+def test_a_different_run_is_still_rejected(damage: bytes, options: Options, tmp_path: Path) -> None:
     run = resolve(options)
     open_run_directory(run)
     commit(run, 2)
@@ -77,7 +77,7 @@ def test_another_run_is_refused_all_the_same(damage: bytes, options: Options, tm
 
 
 @damages
-def test_without_a_checkpoint_it_is_refused(damage: bytes, options: Options) -> None:
+def test_without_a_checkpoint_it_is_rejected(damage: bytes, options: Options) -> None:
     """Nothing says what was logged so far, or to what `--branch-from` was given."""
     run = resolve(options)
     open_run_directory(run)
@@ -102,6 +102,6 @@ def test_a_branch_keeps_its_parent(options: Options, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", bytes(64), b"[1]", b"3", b"{}", b'{"state": ["finished"]}'], ids=repr)
-def test_a_damaged_status_says_nothing(damage: bytes, tmp_path: Path) -> None:
+def test_a_damaged_status_is_ignored(damage: bytes, tmp_path: Path) -> None:
     (tmp_path / "status.json").write_bytes(damage)
     assert _read_state(tmp_path / "status.json") is None

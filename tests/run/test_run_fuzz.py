@@ -25,12 +25,13 @@ from tinyllama_ds.config.recipe import GuardSettings
 from tinyllama_ds.evaluation import report
 from tinyllama_ds.evaluation.charts import achieved_mixture, planned_mixture
 from tinyllama_ds.evaluation.history import read_history, read_metrics
-from tinyllama_ds.evaluation.report import run_status, summarize
+from tinyllama_ds.evaluation.report import summarize
 from tinyllama_ds.health.guard import AnomalyGuard
 from tinyllama_ds.launch.lock import _owner_of
 from tinyllama_ds.launch.supervisor import _read_state
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.probe import Probe
+from tinyllama_ds.numbers import duration
 from tinyllama_ds.run.identity import changes_between, identity_of
 from tinyllama_ds.run.ledger import ROLLED_BACK, SKIPPED, Entry, read_ledger
 from tinyllama_ds.run.resolve import is_chat_run
@@ -78,12 +79,12 @@ SHOWN = {
 def show(run_dir: Path) -> None:
     """All text of a report; drawing would take too long."""
     history = read_history(run_dir)
-    now = run_status(history, 200, is_held=False)
-    json.dumps(summarize(history, now), allow_nan=False)
-    assert report._metrics(history, now)
+    now = summarize(history, 200, is_held=False)
+    json.dumps(now, allow_nan=False)
+    duration(now.get("seconds") or 0.0)
     for section in (report._starts, report._spikes, report._samples, report._scores, report._machine):
         section(history)
-    report._configuration(history)
+    json.dumps(history.description, ensure_ascii=False)
     planned_mixture(history, ["a", "b"])
     achieved_mixture(history, ["a", "b"])
 
@@ -101,7 +102,7 @@ def resume(path: Path) -> None:
 
 
 @given(content=mutations(METRICS))
-def test_damaged_figures(content: bytes) -> None:
+def test_damaged_metrics(content: bytes) -> None:
     def read(path: Path) -> None:
         resume(path)
         read_metrics(path.parent)
@@ -112,7 +113,7 @@ def test_damaged_figures(content: bytes) -> None:
 
 @pytest.mark.parametrize("name", SHOWN)
 @given(data=st.data())
-def test_a_damaged_file_beside_the_figures(name: str, data: st.DataObject) -> None:
+def test_a_damaged_file_next_to_the_metrics(name: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "metrics.jsonl").write_bytes(METRICS)
         Path(folder, name).write_bytes(data.draw(mutations(SHOWN[name])))
@@ -129,7 +130,7 @@ def compare(path: Path) -> None:
 
 def read_all_of_manifest(path: Path) -> None:
     manifest = read_manifest(path.parent)
-    model_of(path.parent, manifest)
+    model_of(path.parent, manifest.model)
     AnomalyGuard(GuardSettings(), manifest.health.guard)
     is_chat_run(manifest.run)
     json.dumps(asdict(manifest))
@@ -163,6 +164,6 @@ NEEDED: dict[str, tuple[bytes, Callable[[Path], object]]] = {
 
 @pytest.mark.parametrize("name", NEEDED)
 @given(data=st.data())
-def test_a_damaged_file_that_is_needed(name: str, data: st.DataObject) -> None:
+def test_a_damaged_required_file(name: str, data: st.DataObject) -> None:
     valid, read = NEEDED[name]
     returns_or_refuses(read, data.draw(mutations(valid)), name)

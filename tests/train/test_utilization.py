@@ -63,4 +63,4 @@ def test_ranks_measure_once_together_and_keep_the_best() -> None:
 def test_unknown_device_is_measured_and_says_so() -> None:
     peak, origin = peak_flops(CPU, torch.float32)
     assert 1e9 < peak < 1e14
-    assert origin == "a measured 2048 x 2048 x 2048 float32 matrix product"
+    assert origin == "a measured float32 matrix product"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Setting = dict[str, str | int | bool]
-Row = dict  # a setting and its figures, or a setting and its `error`
+Row = dict  # a setting and its measurements, or a setting and its `error`
 
 _COLUMNS = (
     ("tokens/s", "tokens_per_second", "{:,.0f}"),
@@ -84,7 +84,7 @@ def cause(stderr: str) -> str:
     for found in (config_errors, causes, errors):
         if found:
             return found[-1][:200]
-    return "no figures and no error; run it alone to see why"
+    return "no result and no error; run it alone to see why"
 
 
 def table(rows: list[Row]) -> str:

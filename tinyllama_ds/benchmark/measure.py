@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from time import perf_counter
@@ -23,7 +25,7 @@ from tinyllama_ds.config.run_plan import Step
 from tinyllama_ds.distributed.world import DistributedInfo, read_world
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
 from tinyllama_ds.model.attention import Demands, Device, capability_of, resolve_attention_backend
-from tinyllama_ds.model.config import LlamaConfig, model_config
+from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.train.batches import Batch
 from tinyllama_ds.train.compile import compile_blocks
@@ -79,66 +81,58 @@ def measure(setting: Setting) -> dict:
     engine = wrap(decoder, {"timers": {"throughput": {"enabled": False}}} | engine_config, 1.0)
     micro = Batch(torch.randint(config.vocab_size, (setting.micro_batch, sequence_length + 1)))
     step = Step(0, "bench", 0, batch, 0, batch * sequence_length)
-    timed = _time_steps(engine, step, micro, setting.micro_batch, world, setting.steps)
-    figures = _figures(engine, config, world, sequence_length, step.tokens_after, timed)
-    profiled = _profile_step(engine, step, micro, setting.micro_batch, world)
+    run_step = partial(train_step, engine, step, repeat(micro), setting.micro_batch, world)
+    timed = _time_steps(run_step, world, setting.steps)
+    flops = step.tokens_after * config.flops_per_token(sequence_length)
+    figures = _figures(engine, world, step.tokens_after, flops, timed)
+    profiled = _profile_step(run_step, world)
     communication = profiled["kinds"]["collectives"]["seconds"]
     return figures | {"attention": attention.backend, "seconds_communication": communication, "kernels": profiled}
 
 
-def _time_steps(
-    engine: "DeepSpeedEngine", step: Step, batch: Batch, micro_batch: int, world: DistributedInfo, steps: int
-) -> dict[str, float]:
+def _time_steps(run_step: Callable[[PhaseClock], object], world: DistributedInfo, steps: int) -> dict[str, float]:
     """Seconds of one step as a whole and by phase, averaged over `steps` after the warmup."""
     clock = PhaseClock(world.device)
     for _ in range(_WARMUP_STEPS):
-        train_step(engine, step, repeat(batch), micro_batch, world, clock)
+        run_step(clock)
     _wait(world)
     clock.read()
     started = perf_counter()
     for _ in range(steps):
-        train_step(engine, step, repeat(batch), micro_batch, world, clock)
+        run_step(clock)
     _wait(world)
     whole = (perf_counter() - started) / steps
-    phases = {f"seconds_{name}": seconds / steps for name, seconds in clock.read().items()}
-    return {"seconds": whole} | phases
+    return {"seconds": whole} | {f"seconds_{name}": seconds / steps for name, seconds in clock.read().items()}
 
 
 def _figures(
-    engine: "DeepSpeedEngine",
-    config: LlamaConfig,
-    world: DistributedInfo,
-    sequence_length: int,
-    tokens: int,
-    timed: dict[str, float],
+    engine: "DeepSpeedEngine", world: DistributedInfo, tokens: int, flops: float, timed: dict[str, float]
 ) -> dict:
+    """Of a step of all ranks: its tokens, its FLOPs and its seconds."""
     memory = memory_bytes(world.device)  # before the matrix products below take some, too
     dtype = next(engine.module.parameters()).dtype
     peak, origin = peak_flops(world.device, dtype, world.size)
     measured = measured_together(world.device, dtype, world.size)
     if world.device.type == "cpu":  # where that is the peak: the better one
         peak = measured = max(peak, measured)
-    rate = tokens / timed["seconds"]
-    flops = config.flops_per_token(sequence_length) * rate / world.size
+    rate = flops / timed["seconds"] / world.size
     return timed | {
-        "tokens_per_second": rate,
-        "mfu": utilisation(flops, peak),
+        "tokens_per_second": tokens / timed["seconds"],
+        "mfu": utilisation(rate, peak),
         "peak_from": origin,
-        "measured_mfu": utilisation(flops, measured),
+        "measured_mfu": utilisation(rate, measured),
         "measured_peak_tflops": measured / 1e12,
         "peak_gib": memory / 2**30,
         "ranks": world.size,
     }
 
 
-def _profile_step(
-    engine: "DeepSpeedEngine", step: Step, batch: Batch, micro_batch: int, world: DistributedInfo
-) -> dict:
+def _profile_step(run_step: Callable[[PhaseClock], object], world: DistributedInfo) -> dict:
     """One more step by kinds of kernels, overlapped or not, as PyTorch's profiler saw them on rank 0."""
     on_gpu = world.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
-        train_step(engine, step, repeat(batch), micro_batch, world, PhaseClock(world.device))
+        run_step(PhaseClock(world.device))
         if on_gpu:
             torch.cuda.synchronize()
     _wait(world)

@@ -42,18 +42,28 @@ def check_free_space(run_dir: Path, need: Need, keep_last: int) -> None:
     Checkpoints that are there already have their place, and leftovers of a killed process are going to be swept.
     """
     times = max(1, keep_last + 1 - len(find_checkpoints(run_dir)))
-    wanted, place = need * times, _existing(run_dir / CHECKPOINTS)
-    found = _free(place)
     swept = sum(map(_bytes_in, find_leftovers(run_dir)))
-    what = f"{times} checkpoint{'s' if times > 1 else ''}"
-    if found.size + swept < wanted.size:
-        raise ConfigError(
-            f"{place}: {what} need {_bytes(wanted.size)}, and {_bytes(found.size + swept)} are free there"
-        )
-    if found.files < wanted.files:
-        raise ConfigError(
-            f"{place}: {what} need {wanted.files} files, and the file system has {found.files} inodes left"
-        )
+    what = "1 checkpoint needs" if times == 1 else f"{times} checkpoints need"
+    shortage = _shortage(_existing(run_dir / CHECKPOINTS), what, need * times, swept)
+    if shortage:
+        raise ConfigError(shortage)
+
+
+def check_disk_space(folder: Path, need: Need) -> None:
+    """Raise OSError where one more checkpoint does not fit."""
+    shortage = _shortage(folder, "1 checkpoint needs", need)
+    if shortage:
+        raise OSError(shortage)
+
+
+def _shortage(folder: Path, what: str, need: Need, swept: int = 0) -> str | None:
+    """What the file system of a folder lacks, if anything; `swept` bytes are going to be free."""
+    free = _free(folder)
+    if free.size + swept < need.size:
+        return f"{folder}: {what} {_bytes(need.size)}, and {_bytes(free.size + swept)} are free there"
+    if free.files < need.files:
+        return f"{folder}: {what} {need.files} files, and {free.files} inodes are left there"
+    return None
 
 
 def _bytes_in(leftover: Path) -> int:
@@ -61,15 +71,6 @@ def _bytes_in(leftover: Path) -> int:
         return sum(file.stat().st_size for file in leftover.rglob("*"))
     except OSError:  # the run is at work, and has committed it in this moment, or it cannot be read
         return 0
-
-
-def check_disk_space(folder: Path, need: Need) -> None:
-    """Raise OSError where one more checkpoint does not fit."""
-    found = _free(folder)
-    if found.size < need.size:
-        raise OSError(f"{folder}: a checkpoint needs {_bytes(need.size)}, and {_bytes(found.size)} are free there")
-    if found.files < need.files:
-        raise OSError(f"{folder}: a checkpoint needs {need.files} files, and {found.files} inodes are left")
 
 
 def _existing(path: Path) -> Path:

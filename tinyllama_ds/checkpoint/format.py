@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field
 
-from tinyllama_ds.checkpoint.description import Count, check_guard_state, problems, why_no_description
+from tinyllama_ds.checkpoint.description import Count, check_description, check_guard_state
+from tinyllama_ds.config.validation import validate, validate_json
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import SAFE_FILE_NAME, parse_row
 from tinyllama_ds.layout import CHECKPOINTS, QUARANTINE
@@ -86,6 +87,11 @@ class DifferentFormat(ConfigError):
     """A checkpoint that another version of the toolkit wrote: not damaged, and never quarantined."""
 
 
+def tensor_name(kind: str, parameter: str, start: int, stop: int) -> str:
+    """The name of a range of a flattened parameter: "exp_avg/lm_head.weight[0:100]". `CheckpointReader` parses it."""
+    return f"{kind}/{parameter}[{start}:{stop}]"
+
+
 def checkpoint_name(step: int) -> str:
     """The folder of the checkpoint after `step` optimizer steps."""
     return f"step_{step:08d}"
@@ -122,21 +128,18 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     """The manifest of a checkpoint. Nothing of it is verified yet."""
     path = checkpoint / MANIFEST_FILE
     try:
-        text = path.read_bytes()
-        _reject_different_format(path, text)
-        manifest = TypeAdapter(CheckpointManifest).validate_json(text, strict=True)
-        reason = why_no_description(manifest.run)
+        content = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); take another checkpoint") from error
-    except ValidationError as error:
-        reason = problems(error)
-    if reason is not None:
-        raise ConfigError(f"{path}: not a checkpoint manifest ({reason}); take another checkpoint")
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); use a different checkpoint") from error
+    _reject_different_format(path, content)
+    place = f"{path}: not a checkpoint manifest; use a different checkpoint"
+    manifest = validate_json(CheckpointManifest, content, place)
+    check_description(manifest.run, place)
     return manifest
 
 
-def _reject_different_format(path: Path, text: bytes) -> None:
-    row = parse_row(text, format=int)
+def _reject_different_format(path: Path, content: bytes) -> None:
+    row = parse_row(content, format=int)
     version = FORMAT if row is None else row["format"]
     if version > FORMAT:
         raise DifferentFormat(f"{path}: has format {version} and is known up to {FORMAT}; use what wrote it")
@@ -147,13 +150,12 @@ def _reject_different_format(path: Path, text: bytes) -> None:
         )
 
 
-def model_of(checkpoint: Path, manifest: CheckpointManifest) -> LlamaConfig:
-    """The shapes of the model in a checkpoint. Raises `ConfigError` where they are none."""
+def model_of(checkpoint: Path, shapes: dict) -> LlamaConfig:
+    """The model by the shapes in the manifest of a checkpoint. Raises `ConfigError` where they are not valid."""
     try:
-        return TypeAdapter(LlamaConfig).validate_python(manifest.model)
-    except (ValidationError, ZeroDivisionError, ConfigError) as error:
-        reason = problems(error) if isinstance(error, ValidationError) else error
-        raise ConfigError(f"{checkpoint / MANIFEST_FILE}: model: {reason}") from error
+        return validate(LlamaConfig, shapes, "model")
+    except ConfigError as error:
+        raise ConfigError(f"{checkpoint / MANIFEST_FILE}: {error}") from error
 
 
 def newest_progress(run_dir: Path) -> tuple[int, int]:

@@ -19,12 +19,13 @@ _MOMENTUM = "momentum_buffer"  # of Muon
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """Where the optimizer keeps the state of a whole parameter, though this rank has a part of its weights only."""
+class Slot:
+    """The elements `start` to `stop` of a flattened parameter, from `offset` on in a tensor of `total` elements."""
 
-    elements: int  # of the parameter
-    offset: int  # where they begin
-    total: int  # elements of all parameters of the partition
+    start: int
+    stop: int
+    offset: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -36,30 +37,27 @@ class Fragment:
     stop: int
     partition: Tensor  # (elements,), or the parameter itself; a key of the optimizer's state
     offset: int
-    momentum: _Whole | None = None  # of Muon at stages 1 and 2
+    momentum: Slot | None = None  # of Muon at stages 1 and 2: of the whole parameter, though its weights are divided
 
     def values(self, state: dict[str, Tensor], kind: str) -> Tensor:
         """A view of the fragment's values of a kind; `state` is the optimizer's for the partition."""
-        first, _ = self.kept(kind)
-        return self._kept_values(state, kind)[self.start - first : self.stop - first]
+        first = self.slot(kind).start
+        return self._slot_values(state, kind)[self.start - first : self.stop - first]
 
     def fill(self, state: dict[str, Tensor], kind: str, values: Tensor) -> None:
-        """Overwrite this rank's part of the parameter."""
-        self._kept_values(state, kind).copy_(values)
+        """Overwrite the values of a kind in its slot."""
+        self._slot_values(state, kind).copy_(values)
 
-    def kept(self, kind: str) -> tuple[int, int]:
-        """The range of the parameter that `fill` takes."""
-        return (0, self.momentum.elements) if self.momentum and kind == _MOMENTUM else (self.start, self.stop)
+    def slot(self, kind: str) -> Slot:
+        """Where the optimizer has values of a kind of the parameter, in its state for the partition."""
+        if self.momentum and kind == _MOMENTUM:
+            return self.momentum
+        return Slot(self.start, self.stop, self.offset, self.partition.numel())
 
-    def size(self, kind: str) -> int:
-        """Elements of the partition's state of a kind."""
-        return self.momentum.total if self.momentum and kind == _MOMENTUM else self.partition.numel()
-
-    def _kept_values(self, state: dict[str, Tensor], kind: str) -> Tensor:
+    def _slot_values(self, state: dict[str, Tensor], kind: str) -> Tensor:
+        slot = self.slot(kind)
         flat = (self.partition.detach() if kind == MASTER else state[kind]).view(-1)
-        offset = self.momentum.offset if self.momentum and kind == _MOMENTUM else self.offset
-        start, stop = self.kept(kind)
-        return flat[offset : offset + stop - start]
+        return flat[slot.offset : slot.offset + slot.stop - slot.start]
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def _of_zero_1_and_2(engine: "DeepSpeedEngine", names: dict[torch.nn.Parameter, 
         total, before = sum(map(Tensor.numel, inside)), 0
         for parameter in inside:
             part, offset = ranges[parameter], max(0, parameter.storage_offset() - start)
-            momentum = _Whole(parameter.numel(), before, total) if _keeps_whole_momentum(optimizer) else None
+            momentum = Slot(0, parameter.numel(), before, total) if _keeps_whole_momentum(optimizer) else None
             yield Fragment(names[parameter], part.start, part.stop, partition, offset, momentum)
             before += parameter.numel()
 

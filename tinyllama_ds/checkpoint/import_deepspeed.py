@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from tinyllama_ds.checkpoint.description import problems
 from tinyllama_ds.checkpoint.format import (
     FORMAT,
     MANIFEST_FILE,
@@ -27,12 +26,16 @@ from tinyllama_ds.checkpoint.format import (
     OptimizerRecord,
     Progress,
     checkpoint_name,
+    model_of,
+    tensor_name,
     verify_file,
 )
 from tinyllama_ds.checkpoint.fragments import MASTER
-from tinyllama_ds.checkpoint.save import write_file
+from tinyllama_ds.checkpoint.save import COUNTERS, optimizer_record, write_files
+from tinyllama_ds.checkpoint.staging import StagedState
+from tinyllama_ds.config.validation import validate_json
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.files import parse_row, write_durably
+from tinyllama_ds.files import parse_row, write_object
 from tinyllama_ds.hf.weights import parameter_shapes
 from tinyllama_ds.layout import CHECKPOINTS
 from tinyllama_ds.model.config import LlamaConfig, dtype_name
@@ -40,7 +43,6 @@ from tinyllama_ds.model.config import LlamaConfig, dtype_name
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _RENAMED = {"segments": "document_ids", "circumstances": "numerics_environment"}  # of the probe, since format 2
-Staged = dict[str, dict[str, Tensor]]  # kind -> name of the fragment -> values
 Shapes = dict[str, torch.Size]
 
 
@@ -69,26 +71,20 @@ def import_checkpoint(folder: Path, run_dir: Path, model: LlamaConfig | None) ->
     saved = _unpickle(folder)
     if old is None and model is None:
         raise ConfigError(f"{folder}: has no {MANIFEST_FILE} that tells the model's shapes; expected --model NAME")
-    config = model if old is None else TypeAdapter(LlamaConfig).validate_python(old["model"])
+    config = model if old is None else model_of(folder, old["model"])
     assert config is not None
     shapes = parameter_shapes(config)
     step = saved.module.get("global_steps", 0) if old is None else old["progress"]["step"]
     output = run_dir / CHECKPOINTS / checkpoint_name(step)
     output.mkdir(parents=True)
-    files = {}
+    files: dict[str, dict] = {}
     for rank, staged in enumerate(_fragments_by_rank(folder, saved, shapes)):
-        for kind, tensors in staged.items():
-            name = f"rank_{rank:05d}.{kind}.safetensors"
-            files[name] = asdict(write_file(output / name, tensors))
+        files |= write_files(output, rank, staged)
     written = {"parameters": {name: list(shape) for name, shape in shapes.items()}, "files": files, "format": FORMAT}
     written["optimizer"] = asdict(_optimizer_of(saved))
-    description = old or _describe(saved, config, step)
-    content = json.dumps(description | written, indent=1)
-    try:
-        TypeAdapter(CheckpointManifest).validate_json(content, strict=True)
-    except ValidationError as error:
-        raise ConfigError(f"{folder / MANIFEST_FILE}: {problems(error)}") from error
-    write_durably(output / MANIFEST_FILE, f"{content}\n".encode())
+    manifest = (old or _describe(saved, config, step)) | written
+    validate_json(CheckpointManifest, json.dumps(manifest).encode(), folder / MANIFEST_FILE)
+    write_object(output / MANIFEST_FILE, manifest)
     return output
 
 
@@ -148,7 +144,7 @@ def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
-def _fragments_by_rank(folder: Path, saved: _Saved, shapes: Shapes) -> Iterator[Staged]:
+def _fragments_by_rank(folder: Path, saved: _Saved, shapes: Shapes) -> Iterator[StagedState]:
     if saved.stage == 0:
         yield _of_stage_0(folder, saved, shapes)
         return
@@ -160,18 +156,14 @@ def _fragments_by_rank(folder: Path, saved: _Saved, shapes: Shapes) -> Iterator[
         raise ConfigError(f"{folder}: has other parameters or shapes than the model: {', '.join(different[:5])}")
     if saved.module.get("ds_config", {}).get("zero_optimization", {}).get("round_robin_gradients"):
         raise ConfigError(f"{folder}: was saved with round_robin_gradients, whose order DeepSpeed does not save")
-    for rank, state in enumerate(saved.ranks):
-        is_stage_3 = saved.stage == 3
-        yield (
-            _of_stage_3(state, rank, len(saved.ranks), stored)
-            if is_stage_3
-            else _of_stages_1_and_2(saved, rank, groups)
-        )
+    for rank in range(len(saved.ranks)):
+        yield _of_stage_3(saved, rank, stored) if saved.stage == 3 else _of_stages_1_and_2(saved, rank, groups)
 
 
-def _of_stage_3(state: dict, rank: int, ranks: int, shapes: Shapes) -> Staged:
+def _of_stage_3(saved: _Saved, rank: int, shapes: Shapes) -> StagedState:
     """A rank has an equal part of every parameter, the last ones padded, in one sub-group after another."""
-    staged: Staged = {}
+    staged: StagedState = {}
+    state = saved.ranks[rank]
     partitions = iter(enumerate(state["fp32_flat_groups"]))
     moments = state["optimizer_state_dict"]["state"]
     kinds: dict[str, Tensor] = {MASTER: torch.empty(0)}
@@ -180,7 +172,7 @@ def _of_stage_3(state: dict, rank: int, ranks: int, shapes: Shapes) -> Staged:
         if offset == kinds[MASTER].numel():
             number, master = next(partitions)
             kinds, offset = _kinds(master, moments.get(number, {})), 0
-        size, count = ceil(shape.numel() / ranks), shape.numel()
+        size, count = ceil(shape.numel() / len(saved.ranks)), shape.numel()
         start, stop = min(rank * size, count), min((rank + 1) * size, count)
         for kind, flat in kinds.items():
             _add(staged, kind, name, start, flat[offset : offset + stop - start])
@@ -188,12 +180,12 @@ def _of_stage_3(state: dict, rank: int, ranks: int, shapes: Shapes) -> Staged:
     return staged
 
 
-def _of_stages_1_and_2(saved: _Saved, rank: int, groups: list[Shapes]) -> Staged:
+def _of_stages_1_and_2(saved: _Saved, rank: int, groups: list[Shapes]) -> StagedState:
     """The parameters of a group are contiguous, and each rank has an equal part of them.
 
     Muon may have the momentum of every parameter whole that the rank has a part of.
     """
-    staged: Staged = {}
+    staged: StagedState = {}
     state = saved.ranks[rank]
     for number, shapes in enumerate(groups):
         partitions = [other["single_partition_of_fp32_groups"][number] for other in saved.ranks]
@@ -215,7 +207,7 @@ def _of_stages_1_and_2(saved: _Saved, rank: int, groups: list[Shapes]) -> Staged
     return staged
 
 
-def _of_stage_0(folder: Path, saved: _Saved, shapes: Shapes) -> Staged:
+def _of_stage_0(folder: Path, saved: _Saved, shapes: Shapes) -> StagedState:
     """Whole parameters of one group in the order of the model: under bf16 with masters, end to end or one each."""
     state = saved.ranks[0]
     groups = saved.base_state["param_groups"]
@@ -228,7 +220,7 @@ def _of_stage_0(folder: Path, saved: _Saved, shapes: Shapes) -> Staged:
     for number, master in enumerate(masters):
         for kind, tensor in _kinds(master.detach(), moments.get(number, {})).items():
             kinds.setdefault(kind, []).append(tensor.flatten())
-    staged: Staged = {}
+    staged: StagedState = {}
     for kind, tensors in kinds.items():
         pieces = (
             tensors if len(tensors) == len(shapes) else tensors[0].split([shape.numel() for shape in shapes.values()])
@@ -243,17 +235,14 @@ def _kinds(master: Tensor, moments: dict) -> dict[str, Tensor]:
     return {MASTER: master.detach()} | tensors
 
 
-def _add(staged: Staged, kind: str, name: str, start: int, values: Tensor) -> None:
+def _add(staged: StagedState, kind: str, name: str, start: int, values: Tensor) -> None:
     if values.numel():
-        staged.setdefault(kind, {})[f"{kind}/{name}[{start}:{start + values.numel()}]"] = values
+        staged.setdefault(kind, {})[tensor_name(kind, name, start, start + values.numel())] = values
 
 
 def _optimizer_of(saved: _Saved) -> OptimizerRecord:
-    base = saved.base_state
-    step = max((int(state["step"]) for state in base["state"].values() if "step" in state), default=0)
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in base["param_groups"]]
-    counters = {name: int(saved.module.get(name, 0)) for name in ("global_steps", "global_samples", "skipped_steps")}
-    return OptimizerRecord("imported", step, groups, counters)
+    base, counters = saved.base_state, {name: saved.module.get(name, 0) for name in COUNTERS}
+    return optimizer_record("imported", base["state"].values(), base["param_groups"], counters)
 
 
 def _describe(saved: _Saved, config: LlamaConfig, step: int) -> dict:

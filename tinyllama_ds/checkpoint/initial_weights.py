@@ -8,7 +8,6 @@ makes its fp32 masters from weights that are already rounded, so the masters are
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,15 @@ import torch
 from torch import Tensor
 
 from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
-from tinyllama_ds.checkpoint.format import manifest_sha256, read_manifest, resolve_checkpoint, verify_checkpoint
+from tinyllama_ds.checkpoint.format import (
+    manifest_sha256,
+    model_of,
+    read_manifest,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
 from tinyllama_ds.checkpoint.fragments import MASTER, local_fragments
-from tinyllama_ds.checkpoint.reader import master_weights
+from tinyllama_ds.checkpoint.reader import CheckpointReader
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
@@ -39,7 +44,7 @@ class InitialWeights:
     path: Path
     sha256: str  # of the weights; of a checkpoint's manifest, which has that of every file
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]  # one after another, as exact as they are stored
-    verify: Callable[[], None]  # raises `ConfigError` where a file is damaged
+    verify: Callable[[], object]  # raises `ConfigError` where a file is damaged
 
     def to_dict(self) -> dict:
         """What run.json remembers."""
@@ -53,14 +58,18 @@ def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Tokenizer) -
     """
     if is_model_folder(path):
         folder = open_model_folder(path)
-        found = InitialWeights(path, folder.weights_sha256, folder.tensors, partial(verify_model_folder, folder))
+        found = InitialWeights(path, folder.weights_sha256, folder.tensors, lambda: verify_model_folder(folder))
         there, held = folder.model, folder.tokenizer
     elif path.is_dir():
         checkpoint = resolve_checkpoint(path)
         manifest = read_manifest(checkpoint)
-        tensors = partial(master_weights, checkpoint)
-        found = InitialWeights(checkpoint, manifest_sha256(checkpoint), tensors, partial(_verify, checkpoint))
-        there, made_with = LlamaConfig(**manifest.model), tokenizer_sha256_of(manifest.run)
+        found = InitialWeights(
+            checkpoint,
+            manifest_sha256(checkpoint),
+            lambda: CheckpointReader(checkpoint).weights(),
+            lambda: verify_checkpoint(checkpoint),
+        )
+        there, made_with = model_of(checkpoint, manifest.model), tokenizer_sha256_of(manifest.run)
         held = stored_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, made_with, "this run")
     else:
         raise ConfigError(f"--init-from {path}: is not a directory; expected an imported model, a run or a checkpoint")
@@ -72,10 +81,6 @@ def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Tokenizer) -
             f"{held.path}: is the tokenizer of the weights, and not {tokenizer.path}; prepare the data with it"
         )
     return found
-
-
-def _verify(checkpoint: Path) -> None:
-    verify_checkpoint(checkpoint)
 
 
 def fill_model(model: LlamaForCausalLM, initial: InitialWeights) -> None:

@@ -32,7 +32,8 @@ def load_checkpoint(engine: "DeepSpeedEngine", checkpoint: Path) -> None:
         _create_state(engine, reader, fragment)
         state = optimizer_state(engine, fragment)
         for kind in reader.kinds(fragment.name):
-            fragment.fill(state, kind, reader.read(kind, fragment.name, *fragment.kept(kind)))
+            slot = fragment.slot(kind)
+            fragment.fill(state, kind, reader.read(kind, fragment.name, slot.start, slot.stop))
     for name, count in reader.manifest.optimizer.counters.items():
         setattr(engine, name, count)
     refresh_weights(engine)
@@ -47,7 +48,7 @@ def _create_state(engine: "DeepSpeedEngine", reader: CheckpointReader, fragment:
         if kind not in state:
             is_as_master = reader.dtype(kind, fragment.name) == reader.dtype(MASTER, fragment.name)
             dtype = partition.dtype if is_as_master else reader.dtype(kind, fragment.name)
-            size = fragment.size(kind)
+            size = fragment.slot(kind).total
             shape = partition.shape if size == partition.numel() else (size,)
             state[kind] = torch.zeros(shape, dtype=dtype, device=partition.device)
     if "exp_avg" in kinds and "step" not in state:
@@ -64,7 +65,7 @@ def _step_for(optimizer: torch.optim.Optimizer, partition: torch.Tensor, step: i
 
 
 def _check_shapes(engine: "DeepSpeedEngine", reader: CheckpointReader) -> None:
-    stored = {name: list(reader.shape(name)) for name in reader.names()}
+    stored = dict(reader.manifest.parameters)
     for name, shape in parameter_shapes(engine).items():
         if stored.pop(name, None) != shape:
             raise ConfigError(f"{reader.checkpoint}: does not hold parameter {name} of shape {shape}")

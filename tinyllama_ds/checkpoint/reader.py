@@ -6,9 +6,9 @@ Files are mapped while they are read: a reader holds nothing in memory, and the 
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from tinyllama_ds.errors import ConfigError
 _KEY = re.compile(r"(?P<kind>\w+)/(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
 
 
-@dataclass(frozen=True, order=True)
-class _Stored:
+class _Stored(NamedTuple):
     """The elements `start` to `stop` of a flattened parameter, and where they are."""
 
     start: int
@@ -40,14 +39,6 @@ class CheckpointReader:
         self._stored: dict[str, dict[str, list[_Stored]]] = defaultdict(lambda: defaultdict(list))
         for name in self.manifest.files:
             self._list(checkpoint / name)
-
-    def names(self) -> list[str]:
-        """All parameters, in the order of the model."""
-        return list(self.manifest.parameters)
-
-    def shape(self, name: str) -> torch.Size:
-        """The shape of a whole parameter."""
-        return torch.Size(self.manifest.parameters[name])
 
     def kinds(self, name: str) -> list[str]:
         """What is stored of a parameter: "master", "exp_avg", ..."""
@@ -77,8 +68,7 @@ class CheckpointReader:
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, one after another: the master weights, or what they are rounded to."""
-        for name in self.names():
-            shape = self.shape(name)
+        for name, shape in self.manifest.parameters.items():
             whole = self.read(MASTER, name, 0, prod(shape)).view(shape)
             yield name, whole if dtype is None else whole.to(dtype)
 
@@ -104,9 +94,4 @@ def stream_weights(checkpoint: Path) -> tuple[CheckpointManifest, Iterator[tuple
     Under bf16 training these are the master weights rounded once, exactly what the last step left in the model.
     """
     manifest = verify_checkpoint(checkpoint)
-    return manifest, master_weights(checkpoint, getattr(torch, manifest.dtype))
-
-
-def master_weights(checkpoint: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The same of a verified checkpoint, by default as exact as they are stored."""
-    yield from CheckpointReader(checkpoint).weights(dtype)
+    return manifest, CheckpointReader(checkpoint).weights(getattr(torch, manifest.dtype))

@@ -14,14 +14,16 @@ The threads never talk to each other: whether a rank is busy is part of the one 
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from threading import Thread
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
 
 from tinyllama_ds.checkpoint.disk_space import check_disk_space, checkpoint_need
 from tinyllama_ds.checkpoint.format import (
@@ -38,15 +40,18 @@ from tinyllama_ds.checkpoint.fragments import parameter_shapes
 from tinyllama_ds.checkpoint.retention import Retention, remove_old_checkpoints
 from tinyllama_ds.checkpoint.staging import HostStateBuffer, StagedState
 from tinyllama_ds.distributed.collectives import gather_from_ranks
-from tinyllama_ds.files import remove, sync
+from tinyllama_ds.distributed.world import DistributedInfo
+from tinyllama_ds.files import remove, sync, write_object
 from tinyllama_ds.layout import CHECKPOINTS
 from tinyllama_ds.model.config import LlamaConfig, dtype_name
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-    from torch import Tensor
 
-from tinyllama_ds.distributed.world import DistributedInfo
+Outcome: TypeAlias = tuple[Any, str | None]  # what an action returned, and what went wrong
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the DeepSpeed engine
+_Work: TypeAlias = Future[Outcome]
+_NOTHING: Outcome = None, None
 
 
 @dataclass
@@ -77,8 +82,8 @@ class SaveSettings:
 class Saver:
     """Saves a run's checkpoints in the background, one at a time, and tracks when the next one is due.
 
-    `save` begins one, `advance` after every step takes it on, `finish` waits for its end. `on_end` is told, on all
-    ranks, how each of them went.
+    `save` begins one, `advance` after every step takes it on, `finish` waits for its end. `on_end` is called with the
+    outcome of each, on all ranks.
     """
 
     def __init__(self, settings: SaveSettings, world: DistributedInfo, on_end: Callable[[Save], None]) -> None:
@@ -87,7 +92,8 @@ class Saver:
         self._on_end = on_end
         self._saved_at = monotonic()
         self._buffer = HostStateBuffer(world)
-        self._pending_save: _PendingSave | None = None
+        self._pool = ThreadPoolExecutor(1, "saving")
+        self._pending: _PendingSave | None = None
         self._failures = self._failures_in_a_row = 0
         self._last_failures: list[str] = []
 
@@ -97,7 +103,7 @@ class Saver:
 
     def is_busy(self) -> bool:
         """Whether this rank still has something to do for a save."""
-        return self._pending_save is not None and self._pending_save.work.is_alive()
+        return self._pending is not None and not self._pending.work.done()
 
     def save(self, engine: "DeepSpeedEngine", progress: Progress, health: Callable[[], Health]) -> None:
         """Collective. Begin a save, after the end of the one before; `health` is called for what goes with it.
@@ -105,21 +111,9 @@ class Saver:
         The caller has checked that the weights are finite and equal on all ranks (`health.guard.check_parameters`).
         """
         self.finish()
-        started = perf_counter()
         self._saved_at = monotonic()
-        final = self._settings.run_dir / CHECKPOINTS / checkpoint_name(progress.step)
-        partial = final.with_name(f".{final.name}.partial")
-        save = Save(progress, started)
-        manifest = self._describe(engine, progress, health())
-        _, failure = _attempt(lambda: self._make_room(partial)) if self._world.is_rank0 else (None, None)
-        save.failures = _failures_of_all(failure)
-        if save.failures:
-            self._end(save)
-            return
-        staged, failure = _attempt(lambda: self._buffer.copy_from(engine, progress))
-        work = _Background(lambda: self._write_files(staged, partial), failure)
-        self._pending_save = _PendingSave(save, partial, final, manifest, work, self._commit_or_abandon)
-        save.stall += perf_counter() - started
+        save = Save(progress, perf_counter())
+        self._continue(save, self._protocol(save, engine, health))
 
     def copy_state(self, engine: "DeepSpeedEngine", progress: Progress) -> None:
         """Only the copy into host memory, whose buffers are kept for later saves. Raises OSError."""
@@ -129,20 +123,15 @@ class Saver:
 
     def advance(self, is_any_busy: bool) -> None:
         """Collective where a save is under way and no rank is busy with it: agree on what was done, begin the rest."""
-        if self._pending_save is None or is_any_busy:
-            return
-        pending_save, started = self._pending_save, perf_counter()
-        pending_save.next(pending_save)
-        pending_save.save.stall += perf_counter() - started
-        if self._pending_save is None:
-            self._end(pending_save.save)
+        if self._pending is not None and not is_any_busy:
+            self._continue(self._pending.save, self._pending.protocol)
 
     def finish(self) -> None:
         """Collective. Wait for the end of the save that is under way."""
-        while self._pending_save is not None:
+        while self._pending is not None:
             started = perf_counter()
-            self._pending_save.work.wait()
-            self._pending_save.save.stall += perf_counter() - started
+            self._pending.work.result()
+            self._pending.save.stall += perf_counter() - started
             self.advance(is_any_busy=False)
 
     def finish_or_raise(self) -> None:
@@ -153,6 +142,38 @@ class Saver:
         self.finish()
         if self._last_failures:
             raise OSError(f"the last save failed: {'; '.join(self._last_failures)}")
+
+    def _continue(self, save: Save, protocol: "Iterator[_Work]") -> None:
+        """Collective. Take a save on to its next work in the background, or to its end."""
+        started = perf_counter()
+        work = next(protocol, None)
+        self._pending = None if work is None else _PendingSave(save, protocol, work)
+        save.stall += perf_counter() - started
+        if work is None:
+            self._end(save)
+
+    def _protocol(self, save: Save, engine: "DeepSpeedEngine", health: Callable[[], Health]) -> "Iterator[_Work]":
+        """A save from its begin to its end. What is yielded is done in the background; no rank is busy after it."""
+        final = self._settings.run_dir / CHECKPOINTS / checkpoint_name(save.progress.step)
+        partial = final.with_name(f".{final.name}.partial")
+        manifest = self._describe(engine, save.progress, health())
+        _, failure = _attempt(lambda: self._make_room(partial)) if self._world.is_rank0 else _NOTHING
+        save.failures = _name_ranks(gather_from_ranks(failure))
+        if save.failures:
+            return
+        staged, failure = _attempt(lambda: self._buffer.copy_from(engine, save.progress))
+        writing = self._begin(lambda: write_files(partial, self._world.rank, staged), is_needed=failure is None)
+        yield writing
+        files, write_failure = writing.result()
+        files = self._agree(save, gather_from_ranks([files, failure or write_failure]))
+        manifest = replace(manifest, files=files)
+        concluding = self._begin(lambda: self._conclude(save, partial, final, manifest), self._world.is_rank0)
+        yield concluding
+        _, failure = concluding.result()
+        save.failures = save.failures or _name_ranks(gather_from_ranks(failure))
+
+    def _begin(self, action: Callable[[], Any], is_needed: bool) -> "_Work":
+        return self._pool.submit(_attempt, action if is_needed else lambda: None)
 
     def _describe(self, engine: "DeepSpeedEngine", progress: Progress, health: Health) -> CheckpointManifest:
         dtype = dtype_name(next(engine.module.parameters()).dtype)
@@ -182,43 +203,21 @@ class Saver:
             partial.rmdir()
             raise
 
-    def _write_files(self, staged: StagedState, folder: Path) -> dict[str, dict]:
-        """Write this rank's files, one for each kind; returns the manifest entry of each."""
-        files = {}
-        for kind, tensors in staged.items():
-            name = f"rank_{self._world.rank:05d}.{kind}.safetensors"
-            files[name] = asdict(write_file(folder / name, tensors))
+    def _agree(self, save: Save, reports: list) -> dict[str, File]:
+        """The files of all ranks, which have written them or failed to."""
+        save.failures = _name_ranks([failure for _, failure in reports])
+        files = {name: File(**file) for written, _ in reports for name, file in (written or {}).items()}
+        save.size = sum(file.size for file in files.values())
         return files
 
-    def _commit_or_abandon(self, pending_save: "_PendingSave") -> None:
-        """Collective. Every rank has written its files, or failed to."""
-        reports = gather_from_ranks([pending_save.work.failure, pending_save.work.result])
-        self._conclude_or_abandon(pending_save.save, reports)
-
-    def _conclude_or_abandon(self, save: Save, reports: list) -> None:
-        """Let rank 0 commit the files of all ranks in the background, or remove them."""
-        pending_save = self._pending_save
-        assert pending_save is not None
-        save.failures = _name_ranks([failure for failure, _ in reports])
-        files = {name: File(**file) for _, written in reports for name, file in (written or {}).items()}
-        save.size = sum(file.size for file in files.values())
-        manifest = replace(pending_save.manifest, files=files)
-        pending_save.work = _Background(lambda: self._conclude(pending_save, manifest), wanted=self._world.is_rank0)
-        pending_save.next = self._agree_on_end
-
-    def _conclude(self, pending_save: "_PendingSave", manifest: CheckpointManifest) -> None:
-        """On rank 0, in the background."""
+    def _conclude(self, save: Save, partial: Path, final: Path, manifest: CheckpointManifest) -> None:
+        """On rank 0, in the background: commit the files of all ranks, or remove them."""
         try:
-            if not pending_save.save.failures:
-                _commit(pending_save.partial, pending_save.final, manifest)
+            if not save.failures:
+                _commit(partial, final, manifest)
                 remove_old_checkpoints(self._settings.run_dir, self._settings.retention)
         finally:
-            remove(pending_save.partial)
-
-    def _agree_on_end(self, pending_save: "_PendingSave") -> None:
-        """Collective. Rank 0 has committed the save, or abandoned it."""
-        pending_save.save.failures = pending_save.save.failures or _failures_of_all(pending_save.work.failure)
-        self._pending_save = None
+            remove(partial)
 
     def _end(self, save: Save) -> None:
         save.seconds = perf_counter() - save.started
@@ -229,48 +228,37 @@ class Saver:
         self._on_end(save)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _PendingSave:
     """A save between its begin and its end, as this rank sees it."""
 
     save: Save
-    partial: Path
-    final: Path
-    manifest: CheckpointManifest
-    work: "_Background"
-    next: Callable[["_PendingSave"], None]  # what all ranks do once none is busy
-
-
-class _Background(Thread):
-    """Runs an action in the background; keeps its result or its failure."""
-
-    def __init__(self, action: Callable[[], Any], failure: str | None = None, wanted: bool = True) -> None:
-        super().__init__(name="saving", daemon=True)
-        self.result: Any = None
-        self.failure = failure
-        self._action = action
-        self._is_started = wanted and failure is None
-        if self._is_started:
-            self.start()
-
-    def run(self) -> None:
-        self.result, self.failure = _attempt(self._action)
-
-    def wait(self) -> None:
-        if self._is_started:
-            self.join()
+    protocol: "Iterator[_Work]"
+    work: "_Work"
 
 
 def describe_optimizer(engine: "DeepSpeedEngine") -> OptimizerRecord:
     """The manifest entry of the optimizer of an engine."""
     optimizer = engine.basic_optimizer
-    step = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    counters = {name: int(getattr(engine, name)) for name in ("global_steps", "global_samples", "skipped_steps")}
-    return OptimizerRecord(type(optimizer).__name__, step, groups, counters)
+    counters = {name: getattr(engine, name) for name in COUNTERS}
+    return optimizer_record(type(optimizer).__name__, optimizer.state.values(), optimizer.param_groups, counters)
 
 
-def write_file(path: Path, tensors: "dict[str, Tensor]") -> File:
+def optimizer_record(name: str, states: Iterable[dict], groups: list[dict], counters: dict) -> OptimizerRecord:
+    """The manifest entry of an optimizer with these states and parameter groups."""
+    steps = [torch.as_tensor(state["step"]) for state in states if "step" in state]
+    step = int(torch.stack(steps).max()) if steps else 0  # of fused kernels on the device: one wait for all
+    hyper_parameters = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    return OptimizerRecord(name, step, hyper_parameters, {name: int(count) for name, count in counters.items()})
+
+
+def write_files(folder: Path, rank: int, staged: StagedState) -> dict[str, dict]:
+    """Write the files of a rank, one for each kind; returns the manifest entry of each by its name."""
+    names = {kind: f"rank_{rank:05d}.{kind}.safetensors" for kind in staged}
+    return {names[kind]: asdict(write_file(folder / names[kind], tensors)) for kind, tensors in staged.items()}
+
+
+def write_file(path: Path, tensors: dict[str, Tensor]) -> File:
     """Write a safetensors file durably; returns its size and hash."""
     from safetensors.torch import save_file
 
@@ -285,7 +273,7 @@ def _sync_and_hash(path: Path) -> File:
         return File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
+def _attempt(action: Callable[[], Any]) -> Outcome:
     """What an action returns, and what went wrong."""
     try:
         return action(), None
@@ -293,19 +281,13 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
         return None, f"{type(error).__name__}: {error}"
 
 
-def _failures_of_all(failure: str | None) -> list[str]:
-    """What failed on all ranks, the same list on each."""
-    return _name_ranks(gather_from_ranks(failure))
-
-
 def _name_ranks(failures: list[str | None]) -> list[str]:
+    """What failed on all ranks, the same list on each."""
     return [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
 
 
 def _commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
-    (partial / MANIFEST_FILE).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-    sync(partial / MANIFEST_FILE)
-    sync(partial)
+    write_object(partial / MANIFEST_FILE, asdict(manifest))
     _rename(partial, final)
     sync(final.parent)
 

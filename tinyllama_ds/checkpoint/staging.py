@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tinyllama_ds.checkpoint.format import Progress
+from tinyllama_ds.checkpoint.format import Progress, tensor_name
 from tinyllama_ds.checkpoint.fragments import fragments_to_save, kinds_of, optimizer_state
 from tinyllama_ds.distributed.world import DistributedInfo
 
@@ -32,7 +32,7 @@ class HostStateBuffer:
         for fragment in fragments_to_save(engine, self._world.rank, self._world.size):
             state = optimizer_state(engine, fragment)
             for kind in kinds_of(state):
-                key = f"{kind}/{fragment.name}[{fragment.start}:{fragment.stop}]"
+                key = tensor_name(kind, fragment.name, fragment.start, fragment.stop)
                 staged.setdefault(kind, {})[key] = self._copy(key, fragment.values(state, kind))
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies from the device are under way

@@ -22,19 +22,24 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> Any:
         for argument in sys.argv[1:] if args is None else args:
-            if not argument.isprintable() and not _is_unicode(argument):  # the first check is cheaper
+            try:
+                argument.encode()
+            except UnicodeEncodeError:
                 self.error(f"{argument!a} is not UTF-8; expected text and paths in UTF-8")
         return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        """With the default of every option that has one, unless its help mentions it."""
+        for action in self._actions:
+            is_value = type(action.default) in (str, int, float) and action.default not in ("", argparse.SUPPRESS)
+            if is_value and action.help and "default" not in action.help:
+                action.help += " (default: %(default)s)"
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         named = re.sub(r"^argument (\S+): (.+): expected ", r"\1 \2: expected ", message, count=1, flags=re.DOTALL)
         sentence = named.removeprefix("argument ").replace("\r", "\\r").replace("\n", "\\n")
         self.exit(EXIT_CONFIG, f"tinyllama-ds: {sentence}; see {self.prog} --help\n")
-
-
-def _is_unicode(text: str) -> bool:
-    """Without the lone surrogates that stand for bytes which are not UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclass(frozen=True)
@@ -93,44 +98,71 @@ class Size:
         return text.strip()
 
 
-def deepspeed_config(text: str) -> Path:
-    """An argument type: a DeepSpeed JSON by its path, or a shipped one by its name."""
-    return _found(text, shipped_config)
+def argument_type(convert: Callable[[str], T]) -> Callable[[str], T]:
+    """An argument type of a function that raises `ConfigError` for a wrong text."""
+
+    def checked(text: str) -> T:
+        try:
+            return convert(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return checked
 
 
-def hostfile(text: str) -> Path:
-    """An argument type: the same for a hostfile."""
-    return _found(text, shipped_hostfile)
+deepspeed_config = argument_type(shipped_config)  # a DeepSpeed JSON by its path, or a shipped one by its name
+hostfile = argument_type(shipped_hostfile)
+output_file = argument_type(check_file)  # that can be written, or replaced
+output_picture = argument_type(check_picture)
+output_folder = argument_type(check_folder)  # in which files can be made; it need not exist
+
+POSITIVE = WholeNumber()
+COUNT = WholeNumber(0)
+RANKS = WholeNumber(1, 1024)  # of one machine, or processes
+SEED = WholeNumber(0, 2**63 - 1)
+PORT = WholeNumber(1, 65_534)  # the lifeline takes the next one
+SHARE = Number(most=1.0)
+SECONDS = Number(most=1e8)
+MINUTES = Number(most=1e6)
+MEMORY_SIZE = Size(("GiB", "GB"))
+FILE_SIZE = Size(("GB", "MB", "KB", "TB"))
+
+_SHARED: dict[str, dict[str, Any]] = {
+    "--recipe": {"required": True, "help": "name of a shipped recipe, or a TOML file"},
+    "--deepspeed-config": {
+        "type": deepspeed_config,
+        "required": True,
+        "metavar": "JSON",
+        "help": "DeepSpeed config, or the name of a shipped one",
+    },
+    "--data": {"type": Path, "required": True, "metavar": "DIR", "help": "data directory made by prepare"},
+    "--run-dir": {"type": Path, "required": True, "metavar": "DIR", "help": "directory of the run"},
+    "--output": {"type": output_folder, "required": True, "metavar": "DIR", "help": "the data directory"},
+    "--source": {"required": True, "help": "the name that recipes give it"},
+    "--tokenizer": {"type": Path, "required": True, "metavar": "tokenizer.model", "help": "sentencepiece model"},
+    "--text-field": {"help": "where the text is, for corpora of your own (default: text)"},
+    "--hostfile": {"type": hostfile, "metavar": "H", "help": "lines of 'host slots=N'; or a shipped one by name"},
+    "--num-gpus": {"type": RANKS, "metavar": "N", "help": "ranks on this machine (default: its GPUs, else 2)"},
+    "--attention": {"default": "auto", "help": "auto, flash_attention_2, varlen, sdpa, blocked ..."},
+    "--compile": {
+        "choices": ("auto", "on", "off"),
+        "default": "auto",
+        "help": "torch.compile each decoder block; auto (the default): on GPUs, if it works",
+    },
+    "--activation-checkpointing": {
+        "type": WholeNumber(0, 10_000),
+        "default": 0,
+        "metavar": "K",
+        "help": "recompute every K-th block in the backward pass to save memory; 1: all, 0: none (default)",
+    },
+    "--json": {"action": "store_true", "help": "print the result as JSON"},
+}
 
 
-def _found(text: str, find: Callable[[str], Path]) -> Path:
-    try:
-        return find(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def output_file(text: str) -> Path:
-    """An argument type: a file that can be written, or replaced."""
-    return _checked(text, check_file)
-
-
-def output_picture(text: str) -> Path:
-    """An argument type: the same for a picture."""
-    return _checked(text, check_picture)
-
-
-def output_folder(text: str) -> Path:
-    """An argument type: a folder in which files can be made; it need not be there."""
-    return _checked(text, check_folder)
-
-
-def _checked(text: str, check: Callable[[Path], None]) -> Path:
-    def find(given: str) -> Path:
-        check(Path(given))
-        return Path(given)
-
-    return _found(text, find)
+def add_shared(parser: "argparse._ActionsContainer", *names: str, aliases: Sequence[str] = (), **changes: Any) -> None:
+    """Add options that several commands have, with what differs in this one, such as the help."""
+    for name in names:
+        parser.add_argument(name, *aliases, **_SHARED[name] | changes)
 
 
 def words_of(add_arguments: Callable[[argparse.ArgumentParser], None], options: argparse.Namespace) -> list[str]:
@@ -182,16 +214,3 @@ def parse_rank_arguments(
         add(parser)
     parser.add_argument("--local_rank", type=COUNT, help="appended by the launcher; the environment is what counts")
     return parser.parse_args()
-
-
-POSITIVE = WholeNumber()
-COUNT = WholeNumber(0)
-RANKS = WholeNumber(1, 1024)  # of one machine, or processes
-CHECKPOINTED_BLOCKS = WholeNumber(0, 10_000)
-SEED = WholeNumber(0, 2**63 - 1)
-PORT = WholeNumber(1, 65_534)  # the lifeline takes the next one
-SHARE = Number(most=1.0)
-SECONDS = Number(most=1e8)
-MINUTES = Number(most=1e6)
-MEMORY_SIZE = Size(("GiB", "GB"))
-FILE_SIZE = Size(("GB", "MB", "KB", "TB"))

@@ -8,31 +8,30 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from tinyllama_ds.commands.arguments import add_shared
 from tinyllama_ds.commands.placement import add_placement_arguments, lifeline_opener, read_placement
-from tinyllama_ds.commands.printing import add_json
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED
+from tinyllama_ds.launch.doctor import HERE, Finding, check_hosts, table
+from tinyllama_ds.launch.launcher import ALL_REDUCE, Placement, start_launcher
+from tinyllama_ds.launch.lifeline import Lifeline
+from tinyllama_ds.launch.machines import common_machine_of
+from tinyllama_ds.launch.supervisor import end_group
+from tinyllama_ds.layout import LIFELINE_VARIABLE
 
-if TYPE_CHECKING:
-    from tinyllama_ds.launch.doctor import Finding
-    from tinyllama_ds.launch.launcher import Placement
-    from tinyllama_ds.launch.lifeline import Lifeline
 _BANDWIDTH_SECONDS = 180  # including imports on every host
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     add_placement_arguments(parser)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data directory that all hosts need")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run directory, shared by all hosts")
+    add_shared(parser, "--data", required=False, help="data directory that all hosts need")
+    add_shared(parser, "--run-dir", required=False, help="run directory, shared by all hosts")
     parser.add_argument("--quick", action="store_true", help="without measuring the network")
-    add_json(parser)
+    add_shared(parser, "--json")
 
 
 def _doctor(options: argparse.Namespace) -> int:
     """Check whether this machine, or all hosts of a hostfile, are ready for a run; each FAIL has a fix."""
-    from tinyllama_ds.launch.doctor import check_hosts, table
-
     placement = read_placement(options)
     report = check_hosts(placement, options.data, options.run_dir)
     if report.passed and not options.quick and placement.world_size > 1:
@@ -46,10 +45,8 @@ def _doctor(options: argparse.Namespace) -> int:
     return EXIT_FINISHED if report.passed else EXIT_CONFIG
 
 
-def _as_found(placement: "Placement", reports: dict[str, dict]) -> "Placement":
+def _as_found(placement: Placement, reports: dict[str, dict]) -> Placement:
     """The placement with a port that is free on the first host, and with the hosts' hardware."""
-    from tinyllama_ds.launch.machines import common_machine_of
-
     if not placement.hosts:
         return placement
     port = placement.master_port or reports[placement.hosts[0].name]["free_port"]
@@ -59,13 +56,8 @@ def _as_found(placement: "Placement", reports: dict[str, dict]) -> "Placement":
     return replace(placement, master_port=port, on_cpu=machine.device_type == "cpu", machine=machine)
 
 
-def _bandwidth(placement: "Placement") -> "Finding":
+def _bandwidth(placement: Placement) -> Finding:
     """Measure an all-reduce over all ranks, started like a run."""
-    from tinyllama_ds.launch.doctor import HERE, Finding
-    from tinyllama_ds.launch.launcher import ALL_REDUCE, start_launcher
-    from tinyllama_ds.launch.supervisor import end_group
-    from tinyllama_ds.layout import LIFELINE_VARIABLE
-
     host = f"{len(placement.hosts)} hosts" if placement.hosts else HERE
     hint = f"start it by hand to see why: the command of pretrain --dry-run, with {ALL_REDUCE}"
     open_lifeline = lifeline_opener(placement, run_dir=None)
@@ -92,7 +84,7 @@ def _bandwidth(placement: "Placement") -> "Finding":
     return Finding("all-reduce", host, True, f"{rate:.2f} GB/s of bus bandwidth over {result['ranks']} ranks")
 
 
-def _wait(process: subprocess.Popen, lifeline: "Lifeline | None") -> str | None:
+def _wait(process: subprocess.Popen, lifeline: Lifeline | None) -> str | None:
     """Wait for the end of the job; a sentence if a rank failed or the time is over."""
     deadline = time.monotonic() + _BANDWIDTH_SECONDS
     while process.poll() is None:

@@ -12,15 +12,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama_ds.commands.arguments import POSITIVE, RANKS, WholeNumber, output_folder, words_of
-from tinyllama_ds.commands.printing import add_json, print_result
+from tinyllama_ds.commands.arguments import POSITIVE, WholeNumber, add_shared, output_folder, words_of
+from tinyllama_ds.commands.placement import local_placement
+from tinyllama_ds.commands.printing import print_result
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
+from tinyllama_ds.evaluation.harness import Ranks, evaluate, language_model
+from tinyllama_ds.evaluation.sandbox import open_sandbox
+from tinyllama_ds.evaluation.scores import Evaluation, as_json, as_markdown, read_scores, scores_figure
+from tinyllama_ds.evaluation.suites import HUMANEVAL, suite_named
+from tinyllama_ds.launch.launcher import SCORE, launcher_command, launcher_environment
+from tinyllama_ds.outputs import check_folder, reporting_write_errors, write_figure, write_file
 
 if TYPE_CHECKING:
     from tinyllama_ds.distributed.world import DistributedInfo
-    from tinyllama_ds.evaluation.harness import Ranks
-    from tinyllama_ds.evaluation.scores import Evaluation
-    from tinyllama_ds.evaluation.suites import Benchmark
 
 _PACKAGES = ("lm-eval", "transformers", "torch", "datasets", "tokenizers")
 _COLLECTIVE_TIMEOUT = timedelta(days=1)  # a rank with shorter texts waits for the others; a dead one ends them all
@@ -28,36 +32,23 @@ _COLLECTIVE_TIMEOUT = timedelta(days=1)  # a rank with shorter texts waits for t
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, which tasks, and how; the ranks are started with the same arguments."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", help="commonsense, instruct or chinese: TinyLlama's published ones")
     what.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-eval")
     what.add_argument("--task-file", nargs="+", metavar="YAML", help="task files of your own, in lm-eval's format")
-    parser.add_argument(
-        "--shots", type=WholeNumber(0, 1000), metavar="N", help="examples in the prompt (default: the task's own)"
-    )
-    parser.add_argument(
-        "--limit", type=POSITIVE, metavar="N", help="only the first N documents of each task, to try it out"
-    )
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="datasets on disk, without access to the hub")
-    parser.add_argument(
-        "--batch-size", type=WholeNumber(1, 100_000), default=32, metavar="B", help="per rank (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of weights and arithmetic (default: %(default)s, as for the published scores)",
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if available")
-    parser.add_argument("--num-gpus", type=RANKS, metavar="N", help="ranks on this machine (default: its GPUs, else 1)")
-    parser.add_argument(
-        "--allow-code-execution", action="store_true", help="HumanEval: run what the model writes, in a sandbox"
-    )
-    parser.add_argument(
-        "--output", type=output_folder, metavar="DIR", help="default: RUN/evaluation/STEP, or evaluation/MODEL"
-    )
-    add_json(parser)
+    add("--shots", type=WholeNumber(0, 1000), metavar="N", help="examples in the prompt (default: the task's own)")
+    add("--limit", type=POSITIVE, metavar="N", help="only the first N documents of each task, to try it out")
+    add("--data-dir", type=Path, metavar="DIR", help="datasets on disk, without access to the hub")
+    add("--batch-size", type=WholeNumber(1, 100_000), default=32, metavar="B", help="per rank")
+    arithmetic = "of weights and arithmetic (default: %(default)s, as for the published scores)"
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help=arithmetic)
+    add("--device", choices=("cuda", "cpu"), help="default: cuda if available")
+    add_shared(parser, "--num-gpus", help="ranks on this machine (default: its GPUs, else 1)")
+    add("--allow-code-execution", action="store_true", help="HumanEval: run what the model writes, in a sandbox")
+    add("--output", type=output_folder, metavar="DIR", help="default: RUN/evaluation/STEP, or evaluation/MODEL")
+    add_shared(parser, "--json")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -78,9 +69,7 @@ def prepare(options: argparse.Namespace) -> None:
     if options.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # whatever the GPUs are like
     require_lm_eval()
-    if options.data_dir is not None:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    set_offline_if_hub_unreachable()
+    set_offline_if_hub_unreachable(options.data_dir)
 
 
 def _check_arguments(options: argparse.Namespace) -> None:
@@ -93,17 +82,12 @@ def _check_arguments(options: argparse.Namespace) -> None:
 
 
 def _wanted_ranks(options: argparse.Namespace) -> int:
-    from tinyllama_ds.commands.placement import local_placement
-
     placement = local_placement(options.num_gpus)
     return 1 if options.num_gpus is None and placement.on_cpu else placement.world_size
 
 
 def _start_ranks(ranks: int, options: argparse.Namespace) -> int:
     """Run this command on every rank, under the deepspeed launcher."""
-    from tinyllama_ds.commands.placement import local_placement
-    from tinyllama_ds.launch.launcher import SCORE, launcher_command, launcher_environment
-
     placement = local_placement(ranks)
     command = launcher_command(placement, words_of(add_evaluate_arguments, options), SCORE)
     return subprocess.run(command, env=launcher_environment(placement), check=False).returncode
@@ -129,32 +113,25 @@ def evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> i
 
 
 def _evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> int:
-    from tinyllama_ds.evaluation.harness import evaluate, language_model
-    from tinyllama_ds.evaluation.scores import Evaluation, read_scores
-    from tinyllama_ds.evaluation.suites import suite_named
-    from tinyllama_ds.outputs import check_folder
-
     if not world.is_rank0:
         os.environ["TQDM_DISABLE"] = "1"
-    benchmarks = suite_named(options.suite) if options.suite else ()
+    names = {benchmark.task for benchmark in suite_named(options.suite).benchmarks} if options.suite else None
     where = _output_folder(options)
     check_folder(where)
     ranks = _join(world)
-    tasks = _load_tasks(options, benchmarks, world)
+    tasks = _load_tasks(options, world)
     model, tokenizer, tokens = _load_model(options, world)
     results = evaluate(lambda: language_model(model, tokenizer, options.batch_size), tasks, ranks, options.limit)
     if not world.is_rank0:
         return EXIT_FINISHED
     versions = {package: version(package) for package in _PACKAGES}
-    names = {benchmark.task for benchmark in benchmarks} or None
     scores = read_scores(results, names)
     measured = Evaluation(str(options.model), tokens, options.suite, scores, _settings(options, world), versions)
-    return _write(options, measured, benchmarks, results, where)
+    return _write(options, as_json(measured, results), where)
 
 
-def _join(world: "DistributedInfo") -> "Ranks":
+def _join(world: "DistributedInfo") -> Ranks:
     from tinyllama_ds.distributed.collectives import gather_from_ranks
-    from tinyllama_ds.evaluation.harness import Ranks
     from tinyllama_ds.train.engine import start_process_group
 
     if world.size == 1:
@@ -163,21 +140,14 @@ def _join(world: "DistributedInfo") -> "Ranks":
     return Ranks(world.rank, world.size, gather_from_ranks)
 
 
-def _load_tasks(
-    options: argparse.Namespace, benchmarks: "tuple[Benchmark, ...]", world: "DistributedInfo"
-) -> dict[str, Any]:
-    from tinyllama_ds.evaluation.sandbox import open_sandbox
-    from tinyllama_ds.evaluation.suites import HUMANEVAL
-    from tinyllama_ds.evaluation.tasks import load_named, load_suite
+def _load_tasks(options: argparse.Namespace, world: "DistributedInfo") -> dict[str, Any]:
+    from tinyllama_ds.evaluation.tasks import benchmarks_of, load_named
 
-    names = options.task_file or (options.tasks or "").split(",")
-    chosen = [benchmark.task for benchmark in benchmarks] or names
+    names = [options.suite] if options.suite else options.task_file or options.tasks.split(",")
     passes: Callable[[str], bool] | None = None
-    if options.allow_code_execution and HUMANEVAL in chosen:
+    if options.allow_code_execution and HUMANEVAL in benchmarks_of(names):
         # Every rank has all completions; one of them runs them.
         passes = open_sandbox().passes if world.is_rank0 else lambda program: False
-    if benchmarks:
-        return load_suite(benchmarks, options.data_dir, passes)
     return load_named(names, options.data_dir, passes, options.shots)
 
 
@@ -236,26 +206,16 @@ def _output_folder(options: argparse.Namespace) -> Path:
     return checkpoint.parents[1] / "evaluation" / checkpoint.name
 
 
-def _write(
-    options: argparse.Namespace,
-    measured: "Evaluation",
-    benchmarks: "tuple[Benchmark, ...]",
-    results: dict[str, Any],
-    where: Path,
-) -> int:
+def _write(options: argparse.Namespace, found: dict[str, Any], where: Path) -> int:
     """Print the scores, whatever becomes of the files."""
-    from tinyllama_ds.evaluation.scores import as_json, as_markdown, scores_figure
-    from tinyllama_ds.outputs import reporting_write_errors, write_figure, write_file
-
-    stem = options.suite or "tasks"
-    text, found = as_markdown(measured, benchmarks), as_json(measured, benchmarks, results)
+    stem, text = options.suite or "tasks", as_markdown(found)
     sys.stderr.flush()
     code = print_result(options, found, f"{text}\n{where / stem}.md, .json and .png")
     with reporting_write_errors(where):
         where.mkdir(parents=True, exist_ok=True)
     write_file(where / f"{stem}.md", text)
     write_file(where / f"{stem}.json", json.dumps(found, indent=1, default=str) + "\n")
-    write_figure(scores_figure(measured, benchmarks), where / f"{stem}.png")
+    write_figure(scores_figure(found), where / f"{stem}.png")
     return code
 
 

@@ -12,12 +12,15 @@ from tinyllama_ds.commands.arguments import (
     SEED,
     SHARE,
     Number,
+    add_shared,
+    as_dataclass,
     output_file,
     output_folder,
     output_picture,
 )
-from tinyllama_ds.commands.printing import add_json, print_result
+from tinyllama_ds.commands.printing import print_result
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
+from tinyllama_ds.outputs import check_file, check_picture, new_folder, write_figure, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,22 +28,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tinyllama_ds.data.tokenizer import Tokenizer
-    from tinyllama_ds.hf.generate import LoadedModel, Sampling
+    from tinyllama_ds.hf.generate import LoadedModel
     from tinyllama_ds.model.config import LlamaConfig
     from tinyllama_ds.model.probe import Probe
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
-    parser.add_argument("output", type=output_folder, metavar="OUT", help="Hugging Face folder to create")
-    parser.add_argument(
-        "--max-shard-size",
-        type=FILE_SIZE,
-        default="5GB",
-        metavar="SIZE",
-        help="of a safetensors file (default: %(default)s)",
-    )
-    add_json(parser)
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
+    add("output", type=output_folder, metavar="OUT", help="Hugging Face folder to create")
+    add("--max-shard-size", type=FILE_SIZE, default="5GB", metavar="SIZE", help="of a safetensors file")
+    add_shared(parser, "--json")
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,10 @@ class ModelSource:
 def open_stored(path: Path) -> ModelSource:
     """The model of a checkpoint, a run directory or a model folder, every file verified."""
     from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
-    from tinyllama_ds.checkpoint.format import resolve_checkpoint
+    from tinyllama_ds.checkpoint.format import model_of, resolve_checkpoint
     from tinyllama_ds.checkpoint.reader import stream_weights
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, stored_tokenizer
     from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
-    from tinyllama_ds.model.config import LlamaConfig
     from tinyllama_ds.run.resolve import is_chat_run
 
     if is_model_folder(path):
@@ -74,7 +71,7 @@ def open_stored(path: Path) -> ModelSource:
     tokenizer = stored_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, tokenizer_sha256_of(manifest.run), "this run")
     return ModelSource(
         tensors,
-        LlamaConfig(**manifest.model),
+        model_of(checkpoint, manifest.model),
         tokenizer,
         probe=manifest.health.probe,
         is_chat_model=is_chat_run(manifest.run),
@@ -97,14 +94,11 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="HF_DIR", help="of Llama architecture, on this machine")
-    parser.add_argument(
-        "output", type=output_folder, metavar="OUT", help="model folder to create, for pretrain --init-from"
-    )
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="sentencepiece model to take in place of the folder's own"
-    )
-    add_json(parser)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="HF_DIR", help="of Llama architecture, on this machine")
+    add("output", type=output_folder, metavar="OUT", help="model folder to create, for pretrain --init-from")
+    add("--tokenizer", type=Path, metavar="FILE", help="sentencepiece model to take in place of the folder's own")
+    add_shared(parser, "--json")
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -130,16 +124,13 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _add_import_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder",
-        type=Path,
-        metavar="FOLDER",
-        help="checkpoint of format 2 or older, its run, or DeepSpeed's TAG folder",
-    )
-    parser.add_argument("output", type=output_folder, metavar="OUT", help="run directory to create with the checkpoint")
-    parser.add_argument("--model", metavar="NAME", help="named size, of a checkpoint that is not of tinyllama-ds")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="sentencepiece model of such a checkpoint")
-    add_json(parser)
+    add = parser.add_argument
+    old = "checkpoint of format 2 or older, its run, or DeepSpeed's TAG folder"
+    add("folder", type=Path, metavar="FOLDER", help=old)
+    add("output", type=output_folder, metavar="OUT", help="run directory to create with the checkpoint")
+    add("--model", metavar="NAME", help="named size, of a checkpoint that is not of tinyllama-ds")
+    add("--tokenizer", type=Path, metavar="FILE", help="sentencepiece model of such a checkpoint")
+    add_shared(parser, "--json")
 
 
 def _import_checkpoint(options: argparse.Namespace) -> int:
@@ -151,7 +142,6 @@ def _import_checkpoint(options: argparse.Namespace) -> int:
     from tinyllama_ds.data.tokenizer import TOKENIZER_FILE
     from tinyllama_ds.layout import CHECKPOINTS, RUN_FILE
     from tinyllama_ds.model.config import model_config
-    from tinyllama_ds.outputs import new_folder
 
     is_of_run = (options.folder / CHECKPOINTS).is_dir()
     checkpoint = resolve_checkpoint(options.folder) if is_of_run else options.folder
@@ -169,26 +159,27 @@ def _import_checkpoint(options: argparse.Namespace) -> int:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
-    parser.add_argument("prompt", metavar="TEXT")
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
+    add("prompt", metavar="TEXT")
     _add_sampling_arguments(parser, max_new_tokens=100, temperature=0.8)
-    add_json(parser)
+    add_shared(parser, "--json")
 
 
 def _add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
-    parser.add_argument("--max-new-tokens", type=POSITIVE, default=max_new_tokens, help="default: %(default)s")
-    parser.add_argument(
-        "--temperature", type=Number(least=0, most=100), default=temperature, help="0 is greedy (default: %(default)s)"
-    )
-    parser.add_argument("--top-p", type=SHARE, default=0.95, help="default: %(default)s")
-    parser.add_argument("--seed", type=SEED, default=0, help="default: %(default)s")
+    """The fields of `Sampling`."""
+    add = parser.add_argument
+    add("--max-new-tokens", type=POSITIVE, default=max_new_tokens, help="the longest answer")
+    add("--temperature", type=Number(least=0, most=100), default=temperature, help="0 is greedy")
+    add("--top-p", type=SHARE, default=0.95, help="nucleus sampling: the share of probability to sample from")
+    add("--seed", type=SEED, default=0, help="of the sampling")
 
 
 def _generate(options: argparse.Namespace) -> int:
     """Continue a text from a checkpoint or a Hugging Face folder."""
-    from tinyllama_ds.hf.generate import generate
+    from tinyllama_ds.hf.generate import Sampling, generate
 
-    text = generate(_load(options.model), options.prompt, _sampling(options))
+    text = generate(_load(options.model), options.prompt, as_dataclass(Sampling, options))
     return print_result(options, {"prompt": options.prompt, "text": text}, text)
 
 
@@ -201,12 +192,6 @@ def _load(model: Path) -> "LoadedModel":
     return load_from_weights(dict(stored.tensors), stored.config, stored.tokenizer, stored.is_chat_model)
 
 
-def _sampling(options: argparse.Namespace) -> "Sampling":
-    from tinyllama_ds.hf.generate import Sampling
-
-    return Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
-
-
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
@@ -216,21 +201,21 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 def _chat(options: argparse.Namespace) -> int:
     """Talk to a chat model; questions come from the terminal, or a line each from standard input."""
     from tinyllama_ds.hf.chat import Conversation, chat_loop
+    from tinyllama_ds.hf.generate import Sampling
 
     loaded = _load(options.model)
     if loaded.encode_chat is None:
         raise ConfigError(f"{options.model}: was not trained on conversations; expected a chat model (docs/chat.md)")
-    chat_loop(Conversation(loaded, _sampling(options), options.system))
+    chat_loop(Conversation(loaded, as_dataclass(Sampling, options), options.system))
     return EXIT_FINISHED
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--output", type=output_file, metavar="HTML", help="default: RUN/report.html")
-    parser.add_argument(
-        "--picture", type=output_picture, metavar="PNG", help="the main curves (default: RUN/report.png)"
-    )
-    add_json(parser)
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN")
+    add("--output", type=output_file, metavar="HTML", help="default: RUN/report.html")
+    add("--picture", type=output_picture, metavar="PNG", help="the main curves (default: RUN/report.png)")
+    add_shared(parser, "--json")
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -238,24 +223,20 @@ def _report(options: argparse.Namespace) -> int:
     from tinyllama_ds.checkpoint.format import newest_progress
     from tinyllama_ds.evaluation.charts import run_figure
     from tinyllama_ds.evaluation.history import read_history
-    from tinyllama_ds.evaluation.report import report_page, run_status, summarize
+    from tinyllama_ds.evaluation.report import report_page, summarize
     from tinyllama_ds.launch.lock import is_held
-    from tinyllama_ds.outputs import check_file, check_picture, write_figure, write_file
 
-    output = options.output or options.run / "report.html"
-    picture = options.picture or options.run / "report.png"
     history = read_history(options.run)
     _, committed = newest_progress(options.run)
-    now = run_status(history, committed, is_held(options.run))
-    for check, path in ((check_file, output), (check_picture, picture)):
-        check(path)
-    write_file(output, report_page(history, now, str(options.run)))
+    summary = summarize(history, committed, is_held(options.run))
+    output = options.output or check_file(options.run / "report.html")
+    picture = options.picture or check_picture(options.run / "report.png")
+    write_file(output, report_page(history, summary, str(options.run)))
     write_figure(run_figure(history, str(options.run)), picture)
-    summary = summarize(history, now)
     figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
     text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in figures.items())
     result = summary | {"page": str(output), "picture": str(picture)}
-    return print_result(options, result, f"{text}\n{now.sentence}\n{output}\n{picture}")
+    return print_result(options, result, f"{text}\n{summary['verdict']}\n{output}\n{picture}")
 
 
 COMMANDS = (

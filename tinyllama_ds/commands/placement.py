@@ -6,53 +6,39 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tinyllama_ds.commands.arguments import COUNT, PORT, RANKS, hostfile
+from tinyllama_ds.commands.arguments import COUNT, PORT, add_shared
+from tinyllama_ds.devices import VISIBLE, detect_gpus, device_type_of, hidden_gpus, reject_unsupported_devices
+from tinyllama_ds.distributed.network import local_address_towards
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.launch.launcher import LAUNCHERS
-
-if TYPE_CHECKING:
-    from tinyllama_ds.launch.launcher import Placement
-    from tinyllama_ds.launch.lifeline import Lifeline
+from tinyllama_ds.launch.hostfile import filter_hosts, is_host, read_hostfile
+from tinyllama_ds.launch.launcher import DEFAULT_PORT, LAUNCHERS, Placement, is_this_machine
+from tinyllama_ds.launch.lifeline import Lifeline, lifeline_value
+from tinyllama_ds.launch.machines import query_hosts
+from tinyllama_ds.layout import LIFELINE_KEY_FILE
 
 
 def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for this machine, or for a hostfile and how its hosts are reached."""
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--hostfile", type=hostfile, metavar="H", help="machines, lines of 'host slots=N'; or a shipped one by name"
-    )
-    where.add_argument("--num-gpus", type=RANKS, metavar="N", help="ranks on this machine (default: its GPUs, else 2)")
+    add_shared(parser.add_mutually_exclusive_group(), "--hostfile", "--num-gpus")
     hosts = parser.add_argument_group("with a hostfile")
     some = hosts.add_mutually_exclusive_group()
     some.add_argument("--include", metavar="HOSTS", help="only these, as 'node1@node2:0,2' (node2: slots 0 and 2)")
     some.add_argument("--exclude", metavar="HOSTS", help="all but these")
-    hosts.add_argument(
-        "--launcher", choices=LAUNCHERS, default="pdsh", help="how DeepSpeed reaches the hosts (default: %(default)s)"
-    )
-    hosts.add_argument("--launcher-args", default="", metavar="ARGS", help="further arguments of pdsh, mpirun or srun")
-    hosts.add_argument(
-        "--ssh-port", type=PORT, metavar="PORT", help="of sshd on the hosts (default: as ssh is configured)"
-    )
-    hosts.add_argument(
-        "--no-ssh", action="store_true", help="start only this host's ranks; every host gets its own command"
-    )
-    hosts.add_argument(
-        "--node-rank", type=COUNT, metavar="N", help="with --no-ssh: the index of this host in the hostfile, from 0"
-    )
-    hosts.add_argument("--master-addr", metavar="HOST", help="host of rank 0 (default: the first host)")
-    hosts.add_argument("--master-port", type=PORT, metavar="PORT", help="its port (default: a free one)")
-    hosts.add_argument(
-        "--forward-env",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="forward this variable to the ranks; secrets go through a private file",
-    )
+    add = hosts.add_argument
+    add("--launcher", choices=LAUNCHERS, default="pdsh", help="how DeepSpeed reaches the hosts")
+    add("--launcher-args", default="", metavar="ARGS", help="further arguments of pdsh, mpirun or srun")
+    add("--ssh-port", type=PORT, metavar="PORT", help="of sshd on the hosts (default: as ssh is configured)")
+    add("--no-ssh", action="store_true", help="start only this host's ranks; every host gets its own command")
+    index = "with --no-ssh: the index of this host in the hostfile, from 0"
+    add("--node-rank", type=COUNT, metavar="N", help=index)
+    add("--master-addr", metavar="HOST", help="host of rank 0 (default: the first host)")
+    add("--master-port", type=PORT, metavar="PORT", help="its port (default: a free one)")
+    forward = "forward this variable to the ranks; secrets go through a private file"
+    add("--forward-env", action="append", default=[], metavar="NAME", help=forward)
 
 
-def read_placement(options: argparse.Namespace) -> "Placement":
+def read_placement(options: argparse.Namespace) -> Placement:
     """Where the ranks run; raises `ConfigError` for hosts, slots or GPUs that do not exist.
 
     The hardware of other hosts is not known yet: `query_machines` adds it.
@@ -65,10 +51,8 @@ def read_placement(options: argparse.Namespace) -> "Placement":
     return local_placement(options.num_gpus)
 
 
-def local_placement(ranks: int | None) -> "Placement":
+def local_placement(ranks: int | None) -> Placement:
     """Ranks on this machine: the given number, else one per GPU, else two on the CPU."""
-    from tinyllama_ds.launch.launcher import Placement
-
     on_cpu, available = _local_devices()
     wanted = available if ranks is None else ranks
     if wanted < 1 or (not on_cpu and wanted > available):
@@ -78,8 +62,6 @@ def local_placement(ranks: int | None) -> "Placement":
 
 def _local_devices() -> tuple[bool, int]:
     """Whether ranks of this machine compute on the CPU, and the default number of ranks."""
-    from tinyllama_ds.devices import detect_gpus, device_type_of, reject_unsupported_devices
-
     gpus = detect_gpus()
     if device_type_of(gpus) == "cpu":
         return True, min(2, os.cpu_count() or 1)
@@ -87,19 +69,15 @@ def _local_devices() -> tuple[bool, int]:
     return False, gpus.count
 
 
-def warn_of_hidden_gpus(placement: "Placement") -> None:
+def warn_of_hidden_gpus(placement: Placement) -> None:
     """Warn on stderr if local ranks compute on the CPU because the environment hides the GPUs."""
-    from tinyllama_ds.devices import detect_gpus, hidden_gpus
-
     sentence = hidden_gpus(detect_gpus()) if placement.on_cpu and not placement.is_remote else None
     if sentence is not None:
         print(f"tinyllama-ds: {sentence}", file=sys.stderr, flush=True)
 
 
-def query_machines(placement: "Placement") -> "Placement":
+def query_machines(placement: Placement) -> Placement:
     """The placement with the hardware of its hosts; unchanged if they are this machine."""
-    from tinyllama_ds.launch.machines import query_hosts
-
     if not placement.is_remote:
         return placement
     known = query_hosts(placement)
@@ -113,10 +91,7 @@ def query_machines(placement: "Placement") -> "Placement":
     return replace(placement, on_cpu=on_cpu)
 
 
-def _on_hosts(options: argparse.Namespace) -> "Placement":
-    from tinyllama_ds.launch.hostfile import filter_hosts, is_host, read_hostfile
-    from tinyllama_ds.launch.launcher import DEFAULT_PORT, Placement
-
+def _on_hosts(options: argparse.Namespace) -> Placement:
     hosts = filter_hosts(read_hostfile(options.hostfile), options.include, options.exclude)
     if options.no_ssh != (options.node_rank is not None):
         raise ConfigError("--no-ssh and --node-rank require each other: host N of the hostfile gets --node-rank N")
@@ -140,10 +115,8 @@ def _on_hosts(options: argparse.Namespace) -> "Placement":
     return placement if placement.is_remote else _on_this_host(placement)
 
 
-def _on_this_host(placement: "Placement") -> "Placement":
+def _on_this_host(placement: Placement) -> Placement:
     """The placement with the hardware of this machine: the only host, or the one that this command is for."""
-    from tinyllama_ds.devices import VISIBLE
-
     on_cpu, available = _local_devices()
     host = placement.hosts[placement.node_rank or 0]
     last = max(host.devices or range(host.slots))
@@ -154,16 +127,11 @@ def _on_this_host(placement: "Placement") -> "Placement":
     return replace(placement, on_cpu=on_cpu)
 
 
-def lifeline_opener(placement: "Placement", run_dir: Path | None) -> "Callable[[Path], Lifeline] | None":
+def lifeline_opener(placement: Placement, run_dir: Path | None) -> Callable[[Path], Lifeline] | None:
     """How the supervisor opens the lifeline; None if all ranks are local, or another host's supervisor opens it.
 
     Its key is in the run directory; without one it has no key.
     """
-    from tinyllama_ds.distributed.network import local_address_towards
-    from tinyllama_ds.launch.launcher import is_this_machine
-    from tinyllama_ds.launch.lifeline import Lifeline
-    from tinyllama_ds.layout import LIFELINE_KEY_FILE
-
     if not placement.spans_hosts or placement.node_rank:
         return None
     key_file = None if run_dir is None else run_dir / LIFELINE_KEY_FILE
@@ -177,13 +145,11 @@ def lifeline_opener(placement: "Placement", run_dir: Path | None) -> "Callable[[
     return lambda directory: Lifeline(directory, address, key_file=key_file)
 
 
-def lifeline_to_first(placement: "Placement") -> str:
+def lifeline_to_first(placement: Placement) -> str:
     """Without ssh: the lifeline of the first host's supervisor, which may start minutes later than this one."""
-    from tinyllama_ds.launch.lifeline import lifeline_value
-
     return lifeline_value(placement.master_address, _lifeline_port(placement), patience=600)
 
 
-def _lifeline_port(placement: "Placement") -> int:
+def _lifeline_port(placement: Placement) -> int:
     assert placement.master_port is not None
     return placement.master_port + 1

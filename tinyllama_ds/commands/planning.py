@@ -6,102 +6,86 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.benchmark import grid as bench
 from tinyllama_ds.commands.arguments import (
-    CHECKPOINTED_BLOCKS,
     MEMORY_SIZE,
-    RANKS,
     SHARE,
     Number,
-    deepspeed_config,
-    hostfile,
+    add_shared,
+    as_dataclass,
     output_file,
     output_picture,
 )
-from tinyllama_ds.commands.printing import add_json, print_result
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.commands.placement import local_placement
+from tinyllama_ds.commands.printing import print_result
+from tinyllama_ds.errors import ConfigError, all_of
+from tinyllama_ds.launch.hostfile import read_hostfile
+from tinyllama_ds.launch.launcher import MEASURE, launcher_command, launcher_environment
+from tinyllama_ds.outputs import write_figure, write_file
 
 if TYPE_CHECKING:
     from tinyllama_ds.planning.communication import Hosts, Traffic
-    from tinyllama_ds.planning.plan import Inputs, Plan, PlanRequest
-    from tinyllama_ds.planning.search import Candidate, Ranking
+    from tinyllama_ds.planning.plan import Inputs, Plan
+    from tinyllama_ds.planning.search import Ranking
     from tinyllama_ds.planning.timing import Machines
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or a TOML file")
-    parser.add_argument(
-        "--deepspeed-config", type=deepspeed_config, required=True, metavar="JSON", help="DeepSpeed config"
-    )
+    add_shared(parser, "--recipe", "--deepspeed-config")
     _add_machines(parser.add_argument_group("machines"))
-    speed = parser.add_argument_group("speed")
-    add = speed.add_argument
+    add = parser.add_argument_group("speed").add_argument
     share = "share of the peak while a GPU computes (default: TinyLlama's %(default)s)"
     add("--efficiency", type=SHARE, default=0.56, help=share)
     add("--tokens-per-second", type=Number(most=1e12), metavar="X", help="measured rate of one GPU, all included")
     add("--measure", action="store_true", help="measure the step here with bench, instead of --efficiency")
-    add = parser.add_argument_group("training").add_argument
-    add("--attention", default="auto", help="backend, as in pretrain (default: %(default)s)")
-    add("--compile", choices=("auto", "on", "off"), default="auto", help="as in pretrain: auto is on")
-    add("--activation-checkpointing", type=CHECKPOINTED_BLOCKS, default=0, metavar="K", help="as in pretrain")
+    training = parser.add_argument_group("training")
+    add_shared(training, "--attention", "--activation-checkpointing", help="as in pretrain")
+    add_shared(training, "--compile", help="as in pretrain; auto (the default) is on")
+    add = training.add_argument
     add("--search", action="store_true", help="try every layout, micro-batch and checkpointing; rank them")
     add("--write-config", type=output_file, metavar="JSON", help="with --search: the winner's DeepSpeed config")
+    add_shared(parser, "--data", required=False, help="prepared data, for the sizes of the sources")
     add = parser.add_argument
-    add("--data", type=Path, metavar="DIR", help="prepared data, for the sizes of the sources")
     add("--price-per-hour", type=Number(least=0, most=1e6), metavar="USD", help="of one GPU")
-    add("--save-seconds", type=Number(most=1e6), default=15, metavar="S", help="stall of a save (default: %(default)s)")
+    add("--save-seconds", type=Number(most=1e6), default=15, metavar="S", help="stall of a save")
     add("--picture", type=output_picture, metavar="PNG", help="learning rate, batch and mixture over tokens")
     add("--html", type=output_file, metavar="FILE", help="the whole plan as one self-contained page")
-    add_json(parser)
+    add_shared(parser, "--json")
 
 
 def _add_machines(group: "argparse._ArgumentGroup") -> None:
     hosts = group.add_mutually_exclusive_group()
-    hosts.add_argument("--hostfile", type=hostfile, metavar="H", help="machines, lines of 'host slots=N'")
-    hosts.add_argument("--num-gpus", type=RANKS, default=8, metavar="N", help="of one host, without a hostfile (8)")
+    add_shared(hosts, "--hostfile")
+    add_shared(hosts, "--num-gpus", default=8, help="of one host, without a hostfile")
     add = group.add_argument
-    add("--gpu", default="a100-40g", help="by name: a100-40g, h100, rtx-4090 ... (default: %(default)s)")
+    add("--gpu", default="a100-40g", help="by name: a100-40g, h100, rtx-4090 ...")
     add("--gpu-memory", type=MEMORY_SIZE, metavar="SIZE", help="of any other GPU, such as 40GiB")
     add("--peak-tflops", type=Number(most=1e6), metavar="X", help="dense bf16 rate of any other GPU")
-    network = "out of each host, Gbit/s (default: %(default)s)"
-    add("--network", type=Number(most=1e6), default=100, metavar="GBIT", help=network)
+    add("--network", type=Number(most=1e6), default=100, metavar="GBIT", help="out of each host, Gbit/s")
 
 
 def _plan(options: argparse.Namespace) -> int:
     """Show what a run needs, costs and does, before it starts."""
     from tinyllama_ds.planning.page import plan_text, ranking_table, tables_of
-    from tinyllama_ds.planning.plan import make_plan, read_inputs, reject_if_too_large
+    from tinyllama_ds.planning.plan import PlanRequest, make_plan, read_inputs, reject_too_large
     from tinyllama_ds.planning.search import reason, search
 
     _check_arguments(options)
-    inputs = read_inputs(options.recipe, options.deepspeed_config)
-    request = _request(options, _machines(options, inputs))
+    inputs, hosts = all_of(lambda: read_inputs(options.recipe, options.deepspeed_config), lambda: _hosts(options))
+    options.machines, options.is_compiled = _machines(options, inputs, hosts), options.compile != "off"
+    request = as_dataclass(PlanRequest, options)
     sizes = _source_sizes(options.data, inputs)
-    ranking = search(request, inputs) if options.search else None
-    if ranking:
-        request, inputs = _apply_best(options, ranking, request, inputs)
-    plan = make_plan(request, inputs, sizes)
-    memory = request.machines.gpu.memory_bytes
+    ranking = search(request, inputs, sizes) if options.search else None
+    plan = ranking.candidates[0] if ranking else make_plan(request, inputs, sizes)
+    if options.write_config:
+        write_file(options.write_config, json.dumps(plan.inputs.raw, indent=2) + "\n")
     if not plan.fits:
-        reject_if_too_large(plan, [reason(best, memory) for best in search(request, inputs).candidates[:3]])
-    tables = [*([ranking_table(ranking, memory)] if ranking else []), *tables_of(plan)]
-    text = plan_text(plan, tables) + (_how_to_start(options, ranking) if ranking else "")
+        reject_too_large(plan, [reason(best) for best in search(request, inputs, sizes).candidates[:3]])
+    tables = [*([ranking_table(ranking)] if ranking else []), *tables_of(plan)]
+    text = plan_text(plan, tables) + (_how_to_start(options, plan) if ranking else "")
     code = print_result(options, _result(plan, ranking), text)
     _write_files(options, plan, tables)
     return code
-
-
-def _apply_best(
-    options: argparse.Namespace, ranking: "Ranking", request: "PlanRequest", inputs: "Inputs"
-) -> "tuple[PlanRequest, Inputs]":
-    """The winner of the search in place of the user's JSON; `--write-config` gets it."""
-    from tinyllama_ds.outputs import write_file
-    from tinyllama_ds.planning.plan import with_config
-
-    best = ranking.candidates[0]
-    if options.write_config:
-        write_file(options.write_config, json.dumps(best.config, indent=2) + "\n")
-    name, recompute_every = Path(f"{best.name}.json"), best.work.recompute_every
-    return replace(request, deepspeed_config=name, recompute_every=recompute_every), with_config(inputs, best.config)
 
 
 def _check_arguments(options: argparse.Namespace) -> None:
@@ -111,7 +95,7 @@ def _check_arguments(options: argparse.Namespace) -> None:
         raise ConfigError("--gpu-memory and --peak-tflops describe one GPU; give both, or --gpu alone")
 
 
-def _machines(options: argparse.Namespace, inputs: "Inputs") -> "Machines":
+def _machines(options: argparse.Namespace, inputs: "Inputs", hosts: "Hosts") -> "Machines":
     from tinyllama_ds.gpus import custom_gpu, gpu_named, network_of
     from tinyllama_ds.planning.timing import Machines
 
@@ -122,11 +106,10 @@ def _machines(options: argparse.Namespace, inputs: "Inputs") -> "Machines":
     source = f"{options.efficiency:.0%} of the spec sheet's {gpu.peak_flops / 1e12:,.0f} TFLOP/s while a GPU computes"
     if options.measure:
         compute, source = _measured(options, inputs)
-    return Machines(_hosts(options), gpu, network_of(gpu, options.network), compute, source)
+    return Machines(hosts, gpu, network_of(gpu, options.network), compute, source)
 
 
 def _hosts(options: argparse.Namespace) -> "Hosts":
-    from tinyllama_ds.launch.hostfile import read_hostfile
     from tinyllama_ds.planning.communication import Hosts
 
     if options.hostfile is None:
@@ -140,10 +123,7 @@ def _hosts(options: argparse.Namespace) -> "Hosts":
 
 def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str]:
     """FLOP/s of one rank in the real step on this machine, and how that was measured."""
-    from tinyllama_ds.benchmark import grid as bench
-    from tinyllama_ds.commands.placement import local_placement
     from tinyllama_ds.config.deepspeed import requested_micro_batch
-    from tinyllama_ds.launch.launcher import MEASURE, launcher_command, launcher_environment
 
     here = local_placement(None)
     placement = replace(here, num_local=1) if here.on_cpu else here
@@ -169,22 +149,6 @@ def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str
     return flops, f"measured here: {rate:,.0f} tokens/s per rank on {row['ranks']} ranks, {flops / 1e12:.2f} TFLOP/s"
 
 
-def _request(options: argparse.Namespace, machines: "Machines") -> "PlanRequest":
-    from tinyllama_ds.planning.plan import PlanRequest
-
-    return PlanRequest(
-        options.recipe,
-        options.deepspeed_config,
-        machines,
-        attention=options.attention,
-        is_compiled=options.compile != "off",
-        recompute_every=options.activation_checkpointing,
-        tokens_per_second=options.tokens_per_second,
-        price_per_hour=options.price_per_hour,
-        save_seconds=options.save_seconds,
-    )
-
-
 def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
     """Tokens of each source, padding of packs included: of the prepared data, or as published."""
     from tinyllama_ds.planning.timeline import PUBLISHED_TOKENS
@@ -202,7 +166,6 @@ def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
 
 
 def _write_files(options: argparse.Namespace, plan: "Plan", tables: list) -> None:
-    from tinyllama_ds.outputs import write_figure, write_file
     from tinyllama_ds.planning.charts import plan_figure
     from tinyllama_ds.planning.page import plan_page
 
@@ -212,8 +175,7 @@ def _write_files(options: argparse.Namespace, plan: "Plan", tables: list) -> Non
         write_file(options.html, plan_page(plan, tables))
 
 
-def _how_to_start(options: argparse.Namespace, ranking: "Ranking") -> str:
-    best = ranking.candidates[0]
+def _how_to_start(options: argparse.Namespace, best: "Plan") -> str:
     config = options.write_config or "FILE (--write-config FILE writes it)"
     flags = f" --activation-checkpointing {best.work.recompute_every}" if best.work.recompute_every else ""
     flags += f" --compile {options.compile}" if options.compile != "auto" else ""
@@ -253,7 +215,7 @@ def _result(plan: "Plan", ranking: "Ranking | None") -> dict:
         "failures": [asdict(expectation) for expectation in plan.failures],
         "storage": asdict(plan.storage) | {"total": plan.storage.total},
         "deepspeed_config": plan.resolved,
-        "warnings": list(plan.warnings),
+        "warnings": plan.warnings,
         **({"ranking": [_candidate_result(candidate) for candidate in ranking.candidates]} if ranking else {}),
     }
 
@@ -264,12 +226,12 @@ def _traffic_result(part: "Traffic") -> dict:
     return asdict(part) | {"collective": collective}
 
 
-def _candidate_result(candidate: "Candidate") -> dict:
+def _candidate_result(candidate: "Plan") -> dict:
     return {
-        "layout": candidate.name,
+        "layout": candidate.layout.name,
         "micro_batch": candidate.work.micro_batch,
         "activation_checkpointing": candidate.work.recompute_every,
-        "tokens_per_second_per_gpu": candidate.rate,
+        "tokens_per_second_per_gpu": candidate.longest_step.tokens_per_second_per_gpu,
         "memory": candidate.memory.total,
     }
 

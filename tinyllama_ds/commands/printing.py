@@ -19,8 +19,3 @@ def write_no_more() -> None:
     """Drop the buffered rest of stdout: Python would fail again to write it at exit."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """The `--json` that `print_result` looks at."""
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -8,15 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.commands.arguments import (
-    CHECKPOINTED_BLOCKS,
-    MINUTES,
-    SECONDS,
-    as_dataclass,
-    deepspeed_config,
-    with_absolute_paths,
-    words_of,
-)
+from tinyllama_ds.commands.arguments import MINUTES, SECONDS, add_shared, as_dataclass, with_absolute_paths, words_of
 from tinyllama_ds.commands.placement import (
     add_placement_arguments,
     lifeline_opener,
@@ -26,82 +18,35 @@ from tinyllama_ds.commands.placement import (
     warn_of_hidden_gpus,
 )
 from tinyllama_ds.commands.printing import write_no_more
-from tinyllama_ds.errors import EXIT_FINISHED
+from tinyllama_ds.devices import Machine
+from tinyllama_ds.distributed.network import free_port
+from tinyllama_ds.errors import EXIT_FINISHED, all_of
+from tinyllama_ds.launch.fleet import Fleet
+from tinyllama_ds.launch.launcher import Placement, check_partition, check_placement, describe_launch
+from tinyllama_ds.launch.lock import hold_run
+from tinyllama_ds.launch.supervisor import SupervisionResult, SupervisorConfig, supervise
+from tinyllama_ds.layout import LIFELINE_VARIABLE, STATUS_FILE, STOP_FILE
 
 if TYPE_CHECKING:
-    from tinyllama_ds.devices import Machine
-    from tinyllama_ds.launch.launcher import Placement
-    from tinyllama_ds.launch.supervisor import SupervisionResult, SupervisorConfig
     from tinyllama_ds.run.resolve import Options, Run
 _START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """What a run is; the ranks are started with the same arguments."""
-    parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or a TOML file")
-    parser.add_argument(
-        "--deepspeed-config",
-        "--deepspeed_config",
-        type=deepspeed_config,
-        required=True,
-        metavar="JSON",
-        help="DeepSpeed config, or the name of a shipped one",
-    )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data directory made by prepare")
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="directory of the run")
-    _add_start_arguments(parser)
-    _add_compute_arguments(parser)
-
-
-def _add_start_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint (%(default)s)"
-    )
-    parser.add_argument(
-        "--branch-from",
-        type=Path,
-        metavar="RUN",
-        help="begin with another run's checkpoint: the newest whose history this recipe shares, or a step_* folder",
-    )
-    parser.add_argument(
-        "--init-from",
-        type=Path,
-        metavar="DIR",
-        help="start with only the weights of an imported model, a run or a checkpoint",
-    )
-    parser.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="resume although this differs from the run in --run-dir, named as in the error: recipe.seed, data ...",
-    )
-
-
-def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--attention",
-        default="auto",
-        help="auto, flash_attention_2, varlen, sdpa, blocked ... (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--compile",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="torch.compile each decoder block; auto (the default): on GPUs, if it works",
-    )
-    parser.add_argument(
-        "--activation-checkpointing",
-        type=CHECKPOINTED_BLOCKS,
-        default=0,
-        metavar="K",
-        help="recompute every K-th block in the backward pass to save memory; 1: all, 0: none (default)",
-    )
-    parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="bit-identical kernels on GPUs, at some cost; on CPUs they always are",
-    )
+    add = parser.add_argument
+    add_shared(parser, "--recipe", "--data", "--run-dir")
+    add_shared(parser, "--deepspeed-config", aliases=["--deepspeed_config"])
+    add("--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint")
+    branch = "begin with another run's checkpoint: the newest whose history this recipe shares, or a step_* folder"
+    add("--branch-from", type=Path, metavar="RUN", help=branch)
+    weights = "start with only the weights of an imported model, a run or a checkpoint"
+    add("--init-from", type=Path, metavar="DIR", help=weights)
+    change = "resume although this differs from the run in --run-dir, named as in the error: recipe.seed, data ..."
+    add("--allow-change", action="append", default=[], metavar="KEY", help=change)
+    add_shared(parser, "--attention", "--compile", "--activation-checkpointing")
+    exact = "bit-identical kernels on GPUs, at some cost; on CPUs they always are"
+    add("--deterministic", action="store_true", help=exact)
 
 
 def run_options(namespace: argparse.Namespace) -> "Options":
@@ -114,32 +59,27 @@ def run_options(namespace: argparse.Namespace) -> "Options":
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
     add_placement_arguments(parser)
-    parser.add_argument(
-        "--allow-shrink",
-        action="store_true",
-        help="after a failure continue on the remaining hosts, with the same batch",
-    )
-    parser.add_argument("--skip-doctor", action="store_true", help="start without the checks of doctor")
-    parser.add_argument("--dry-run", action="store_true", help="print all commands and start nothing")
-    parser.add_argument(
-        "--step-timeout",
-        type=SECONDS,
-        default=600,
-        metavar="SECONDS",
-        help="restart a run without a completed step for so long",
-    )
-    parser.add_argument("--max-wall-time", type=MINUTES, metavar="MINUTES", help="then save and exit with code 75")
+    add = parser.add_argument
+    shrink = "after a failure continue on the remaining hosts, with the same batch"
+    add("--allow-shrink", action="store_true", help=shrink)
+    add("--skip-doctor", action="store_true", help="start without the checks of doctor")
+    add("--dry-run", action="store_true", help="print all commands and start nothing")
+    stall = "restart a run without a completed step for so long"
+    add("--step-timeout", type=SECONDS, default=600, metavar="SECONDS", help=stall)
+    add("--max-wall-time", type=MINUTES, metavar="MINUTES", help="then save and exit with code 75")
 
 
 def _pretrain(options: argparse.Namespace) -> int:
     """Train under the deepspeed launcher; restarts and resumes automatically."""
-    from tinyllama_ds.launch.fleet import Fleet
-    from tinyllama_ds.launch.launcher import check_placement
-    from tinyllama_ds.launch.lock import hold_run
-    from tinyllama_ds.launch.supervisor import supervise
-    from tinyllama_ds.layout import LIFELINE_VARIABLE
+    from tinyllama_ds.config.deepspeed import load_deepspeed_config
+    from tinyllama_ds.config.recipe import load_recipe
 
-    placement, arguments = read_placement(options), words_of(add_run_arguments, with_absolute_paths(options))
+    placement, *_ = all_of(
+        lambda: read_placement(options),
+        lambda: load_recipe(options.recipe),
+        lambda: load_deepspeed_config(options.deepspeed_config),
+    )
+    arguments = words_of(add_run_arguments, with_absolute_paths(options))
     check_placement(placement, arguments)
     placement = query_machines(placement)
     run = _check_run(options, placement)
@@ -168,22 +108,17 @@ def _pretrain(options: argparse.Namespace) -> int:
     return _end(options.run_dir, supervised)
 
 
-def _describe(placement: "Placement", arguments: list[str]) -> int:
+def _describe(placement: Placement, arguments: list[str]) -> int:
     """Print the dry run. Its port is free on this machine; a start takes one that is free on the first host."""
-    from tinyllama_ds.distributed.network import free_port
-    from tinyllama_ds.launch.launcher import describe_launch
-
     port = placement.master_port or free_port()
     directory = Path(tempfile.gettempdir()) / f"tinyllama-ds-{os.getpid()}"
     print(describe_launch(replace(placement, master_port=port), arguments, directory))
     return EXIT_FINISHED
 
 
-def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int, int]) -> "SupervisorConfig":
+def _watch(options: argparse.Namespace, placement: Placement, begun: tuple[int, int]) -> SupervisorConfig:
     """`begun` are the steps and tokens of a branch without a checkpoint of its own."""
     from tinyllama_ds.checkpoint.format import newest_progress
-    from tinyllama_ds.launch.supervisor import SupervisorConfig
-    from tinyllama_ds.layout import STATUS_FILE, STOP_FILE
 
     return SupervisorConfig(
         status_file=options.run_dir / STATUS_FILE,
@@ -197,8 +132,7 @@ def _watch(options: argparse.Namespace, placement: "Placement", begun: tuple[int
     )
 
 
-def _check_run(options: argparse.Namespace, placement: "Placement") -> "Run":
-    from tinyllama_ds.launch.launcher import check_partition
+def _check_run(options: argparse.Namespace, placement: Placement) -> "Run":
     from tinyllama_ds.run.directory import check_run_directory
     from tinyllama_ds.run.resolve import resolve_run
 
@@ -211,7 +145,7 @@ def _check_run(options: argparse.Namespace, placement: "Placement") -> "Run":
     return run
 
 
-def _check_engine(options: argparse.Namespace, placement: "Placement", run: "Run") -> None:
+def _check_engine(options: argparse.Namespace, placement: Placement, run: "Run") -> None:
     """Warn of keys of the DeepSpeed JSON that may have no effect, and start its engine once if this machine can."""
     import torch
 
@@ -228,18 +162,17 @@ def _check_engine(options: argparse.Namespace, placement: "Placement", run: "Run
         check_engine_start(run.engine_config, path, device_type)
 
 
-def _this_machine(placement: "Placement") -> "Machine":
+def _this_machine(placement: Placement) -> Machine:
     """The hardware of this machine for its ranks."""
     import torch
 
-    from tinyllama_ds.devices import Machine
     from tinyllama_ds.train.engine import supports_fast_bf16
 
     device_type = "cpu" if placement.on_cpu else "cuda"
     return Machine(device_type, supports_fast_bf16(torch.device(device_type)), os.cpu_count() or 1)
 
 
-def _end(run_dir: Path, supervised: "SupervisionResult") -> int:
+def _end(run_dir: Path, supervised: SupervisionResult) -> int:
     try:
         _print_goodput(run_dir, supervised)
         sys.stdout.flush()
@@ -248,7 +181,7 @@ def _end(run_dir: Path, supervised: "SupervisionResult") -> int:
     return supervised.code
 
 
-def _print_goodput(run_dir: Path, supervised: "SupervisionResult") -> None:
+def _print_goodput(run_dir: Path, supervised: SupervisionResult) -> None:
     from tinyllama_ds.evaluation.history import read_metrics
 
     if not supervised.tokens:

@@ -21,6 +21,7 @@ from tinyllama_ds.inputs import read_text
 
 # TinyLlama's optimizer (paper section 2.4), for values left "auto".
 _AUTO_OPTIMIZER = {"lr": 4e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+_WARMUP_SHARE = 2_000 / 1_430_512  # TinyLlama's steps of warmup, and all of its steps
 _MONITORS = ("tensorboard", "wandb", "comet", "csv_monitor")
 
 
@@ -31,7 +32,7 @@ class ScheduleParams:
     WarmupLR, which stays at the peak, has a minimum of 1.
     """
 
-    warmup_num_steps: int
+    warmup_num_steps: int | None  # None is "auto"
     warmup_min_ratio: float
     cos_min_ratio: float
 
@@ -170,11 +171,17 @@ def read_schedule(raw: dict, path: Path) -> ScheduleParams | None:
         f"scheduler.params.{key} belongs to WarmupCosineLR; WarmupLR never falls" for key in misplaced if key in params
     ]
     raise_problems(path, problems)
+    warmup = params["warmup_num_steps"]
     return ScheduleParams(
-        int(params["warmup_num_steps"]),
+        None if warmup == AUTO else int(warmup),
         float(params.get("warmup_min_ratio", 0.0)),
         float(params.get("cos_min_ratio", 1)),
     )
+
+
+def auto_warmup_steps(total_steps: int) -> int:
+    """TinyLlama's share of a run, one step at least; none of a run of one step."""
+    return min(max(1, round(_WARMUP_SHARE * total_steps)), total_steps - 1)
 
 
 def _missing(full: str) -> str:
@@ -208,8 +215,10 @@ def resolve_deepspeed_config(raw: dict, path: Path, values: AutoValues) -> dict:
     _fill(resolved, {"gradient_clipping": 1.0})
     if "bf16" in resolved:
         _fill(resolved["bf16"], {"enabled": values.bf16})
-    if resolved.get("scheduler", {}).get("type") == "WarmupCosineLR":
-        resolved["scheduler"]["params"]["total_num_steps"] = values.total_steps
+    if "scheduler" in resolved:
+        _fill(resolved["scheduler"]["params"], {"warmup_num_steps": auto_warmup_steps(values.total_steps)})
+        if resolved["scheduler"]["type"] == "WarmupCosineLR":
+            resolved["scheduler"]["params"]["total_num_steps"] = values.total_steps
     zero = resolved.setdefault("zero_optimization", {})
     _fill(
         zero,

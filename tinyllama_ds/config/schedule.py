@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
 
-from tinyllama_ds.config.deepspeed import read_schedule
+from tinyllama_ds.config.deepspeed import auto_warmup_steps, read_schedule
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.errors import ConfigError
 
@@ -53,10 +53,12 @@ def make_schedule(raw: dict, path: Path, plan: RunPlan) -> Schedule:
     params = read_schedule(raw, path)
     if params is None:
         return ConstantSchedule()
-    warmup_tokens = params.warmup_num_steps * plan.first_batch_tokens
+    auto = auto_warmup_steps(plan.total_steps)
+    steps = auto if params.warmup_num_steps is None else params.warmup_num_steps
+    warmup_tokens = steps * plan.first_batch_tokens
     if warmup_tokens >= plan.total_tokens:
         raise ConfigError(
-            f"{path}: warmup_num_steps {params.warmup_num_steps} leaves nothing of the run's {plan.total_steps} steps;"
-            f" expected fewer than {plan.total_tokens // plan.first_batch_tokens}"
+            f"{path}: warmup_num_steps {steps} leaves nothing of the run's {plan.total_steps} steps; expected fewer"
+            f' than {plan.total_tokens // plan.first_batch_tokens}, such as {auto}, or "auto", which makes it {auto}'
         )
     return CosineSchedule(warmup_tokens, plan.total_tokens, params.warmup_min_ratio, params.cos_min_ratio)

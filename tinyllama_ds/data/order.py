@@ -259,12 +259,15 @@ def _feistel(values: np.ndarray, half_bits: int, round_keys: np.ndarray) -> np.n
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
     for round_key in round_keys:
-        left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        left, right = right, left ^ (splitmix64(right ^ round_key) & mask)
     return (left << shift) | right
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """A 64-bit finaliser (the constants of splitmix64, Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """Splitmix64's last steps, in place (Steele, Lea and Flood 2014): every bit depends on all."""
+    values ^= values >> np.uint64(30)
+    values *= np.uint64(0xBF58476D1CE4E5B9)
+    values ^= values >> np.uint64(27)
+    values *= np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values

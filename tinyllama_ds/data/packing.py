@@ -88,8 +88,8 @@ class ConversationStream(TokenStream):
 
     def _read_mask(self, start: int, count: int) -> np.ndarray:
         """A conversation is in one shard."""
-        number = int(np.searchsorted(self._starts, start, side="right")) - 1
-        return self.shards[number].read_mask(start - self._starts[number], count)
+        number, offset = self._locate(start)
+        return self.shards[number].read_mask(offset, count)
 
 
 def _count_answers(shard: ShardReader) -> np.ndarray:

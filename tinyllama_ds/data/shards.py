@@ -33,7 +33,7 @@ from tinyllama_ds.files import PartialFile, parse_row, write_durably, write_obje
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _READ_AGAIN_SECONDS = (1.0, 2.0, 4.0)  # to wait after a short read
-DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # LITPKDS has the same
+_DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # LITPKDS has the same
 MANIFEST_VERSION: Literal[1] = 1
 _Count = Annotated[int, whole_number()]
 _Id = Annotated[int, whole_number(-(2**31), 2**31)]  # of a token
@@ -47,10 +47,10 @@ class InputFile:
     bytes: _Count
     records: _Count
     documents: _Count
-    rejected: dict[str, _Count]
-    faults: list[str]
-    text_bytes: _Count
-    encoder: str
+    rejected: dict[str, _Count] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    text_bytes: _Count = 0
+    encoder: str = "imported"
     shortened: dict[str, _Count] = field(default_factory=dict)  # conversations that were cut, among the documents
 
 
@@ -74,7 +74,7 @@ class Manifest:
     end_of_document: str
     source_format: dict  # how the inputs were read
     inputs: list[InputFile]
-    tool_version: str
+    tool_version: str = __version__
     manifest_version: Literal[1] = MANIFEST_VERSION
     mask_sha256: str | None = None  # of a shard of conversations
 
@@ -112,6 +112,13 @@ class ShardName:
 def token_dtype(vocab_size: int) -> np.dtype:
     """uint16 while every id fits, else int32 (Megatron has no uint32)."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
+
+
+def read_dtype(version: int, code: int, path: Path) -> np.dtype:
+    """The type of the ids of an MMIDIDX or LITPKDS file, by its header; raises `ConfigError` for an unknown one."""
+    if version != 1 or code not in _DTYPE_CODES:
+        raise ConfigError(f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype")
+    return np.dtype(_DTYPE_CODES[code]).newbyteorder("<")
 
 
 def shard_suffixes(has_mask: bool) -> list[str]:
@@ -184,7 +191,6 @@ class ShardWriter:
             end_of_document=end_of_document,
             source_format=source_format,
             inputs=inputs,
-            tool_version=__version__,
             mask_sha256=self._mask_hash.hexdigest() if self._mask is not None else None,
         )
         self._bin.commit()
@@ -204,7 +210,7 @@ class ShardWriter:
         lengths = np.array(self._lengths, dtype="<i4")
         ends = np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
         document_starts = np.arange(len(lengths) + 1, dtype="<i8")
-        code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self._dtype.type)
+        code = next(code for code, dtype in _DTYPE_CODES.items() if dtype == self._dtype.type)
         header = _HEADER.pack(_MAGIC, 1, code, len(lengths), len(document_starts))
         offsets = ends - lengths * self._dtype.itemsize
         return header + lengths.tobytes() + offsets.tobytes() + document_starts.tobytes()
@@ -230,15 +236,12 @@ class IndexHeader:
         if len(head) < _HEADER.size or head[:9] != _MAGIC:
             raise ConfigError(f"{path}: not a MMIDIDX index")
         _, version, code, sequences, boundaries = _HEADER.unpack(head)
-        if version != 1 or code not in DTYPE_CODES:
-            raise ConfigError(
-                f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype"
-            )
+        dtype = read_dtype(version, code, path)
         if boundaries < 1 or size != _HEADER.size + 12 * sequences + 8 * boundaries:
             raise ConfigError(
                 f"{path}: {size} bytes do not hold {sequences} sequences and {boundaries} document boundaries"
             )
-        return IndexHeader(path, np.dtype(DTYPE_CODES[code]).newbyteorder("<"), sequences, boundaries - 1)
+        return IndexHeader(path, dtype, sequences, boundaries - 1)
 
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence (sequences,) int32; raises `ConfigError` for a negative one."""

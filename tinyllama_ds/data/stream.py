@@ -94,9 +94,9 @@ class TokenStream:
         """Tokens [start, start + count) of the stream."""
         pieces = []
         while count > 0:
-            number = bisect_right(self._starts, start) - 1
+            number, offset = self._locate(start)
             available = min(count, self._starts[number + 1] - start)
-            pieces.append(self.shards[number].read(start - self._starts[number], available))
+            pieces.append(self.shards[number].read(offset, available))
             start, count = start + available, count - available
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -105,14 +105,19 @@ class TokenStream:
         found = [np.empty(0, dtype=np.int64)]
         end = start + count
         while start < end:
-            number = bisect_right(self._starts, start) - 1
+            number, offset = self._locate(start)
             first, following = self._starts[number], min(end, self._starts[number + 1])
             index = self.shards[number].index
-            found.append(index.document_starts_between(start - first, following - first) + first)
+            found.append(index.document_starts_between(offset, following - first) + first)
             start = following
         return np.concatenate(found)
 
     def place(self, position: int) -> str:
         """Shard file and token offset of a stream position, for error messages."""
+        number, offset = self._locate(position)
+        return f"{self.shards[number].bin_path} at token {offset}"
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """The number of the shard that holds a position of the stream, and the token's place in it."""
         number = bisect_right(self._starts, position) - 1
-        return f"{self.shards[number].bin_path} at token {position - self._starts[number]}"
+        return number, position - self._starts[number]

@@ -1,19 +1,17 @@
-"""Which way packets take from here, and where others may knock."""
+"""Ports, addresses and network interfaces of this machine."""
 
-import hashlib
-import hmac
 import secrets
 import socket
 from ipaddress import ip_address
 
 import psutil
 
-_ANYWHERE = "192.0.2.1"  # of no network (RFC 5737), so that the default route leads there
+_ANYWHERE = "192.0.2.1"  # not in any network (RFC 5737), so it is reached by the default route
 _PORTS = range(20_000, 30_000)  # below the kernel's ephemeral ports
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on, and that no connection takes before the ranks do, many seconds later."""
+    """A TCP port without a listener, which no connection takes before the ranks do, many seconds later."""
     while True:
         port = secrets.choice(_PORTS)
         with socket.socket() as probe:
@@ -24,18 +22,8 @@ def free_port() -> int:
             return port
 
 
-def proof(key: bytes, *parts: object) -> str:
-    """What shows somebody who has the same key that these words come from one who has it, without telling the key."""
-    return hmac.new(key, repr(parts).encode(), hashlib.sha256).hexdigest()
-
-
-def is_proof(shown: object, key: bytes, *parts: object) -> bool:
-    """Whether that is what was shown."""
-    return isinstance(shown, str) and hmac.compare_digest(shown.encode(), proof(key, *parts).encode())
-
-
 def local_address_towards(host: str) -> str | None:
-    """This machine's address as a host would see it; None where its name is unknown or no way leads there."""
+    """This machine's address as a host would see it; None if its name is unknown or there is no route to it."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -54,10 +42,10 @@ def interface_of(address: str | None) -> str | None:
 
 
 def interface_towards(host: str, *, may_be_loopback: bool) -> str | None:
-    """The network interface that leads to a host; None where there is none.
+    """The network interface of the route to a host; None if there is none.
 
-    Debian gives a host's own name to 127.0.1.1, so that on the host itself the way is the loopback. Where the other
-    ranks could not be reached by that, it is the interface of the default route, else one that is up and has IPv4.
+    Debian maps a host's own name to 127.0.1.1, so on the host itself the route is the loopback. If the other ranks
+    cannot be reached by that, it is the interface of the default route, else one that is up and has IPv4.
     """
     address = local_address_towards(host)
     if may_be_loopback or address is None or not is_loopback(address):
@@ -67,7 +55,7 @@ def interface_towards(host: str, *, may_be_loopback: bool) -> str | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address reaches this machine alone."""
+    """Whether an address reaches only this machine."""
     return ip_address(address.split("%")[0]).is_loopback
 
 

@@ -1,6 +1,7 @@
 """The charts of a run over tokens, each drawn into given matplotlib axes, with the starts of its stages."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +15,6 @@ if TYPE_CHECKING:
 
 _MIXTURE_COLUMNS = 96
 _LINES = ("-", "--", ":", "-.")  # where lines outnumber colors
-
-
-def first_token(history: History) -> int:
-    """The start of the run: of a branch, its parent's checkpoint."""
-    return history.description.get("parent", {}).get("tokens", 0)
-
-
-def stage_starts(history: History) -> list[tuple[str, int]]:
-    """Name and first token of every stage that was reached."""
-    starts, first = [], 0
-    for stage in history.description.get("recipe", {}).get("stages", []):
-        starts.append((stage["name"], first))
-        first += -(-stage["tokens"] // stage["global_batch_tokens"]) * stage["global_batch_tokens"]
-    return [start for start in starts if start[1] < history.tokens]
 
 
 def draw_losses(axis: Any, history: History) -> None:
@@ -46,15 +33,11 @@ def draw_losses(axis: Any, history: History) -> None:
         low = min([highest - 0.1, losses.min(), *lowest])
         axis.set_ylim(low - 0.05 * (highest - low), highest + 0.15 * (highest - low))
     _mark(axis, [start["tokens"] for start in history.starts[1:]], "^", "start", height=0.02)
-    _mark(axis, _skipped(history), "x", "step skipped or rolled back", height=0.07)
+    length = history.description.get("recipe", {}).get("sequence_length", 0)
+    skipped = [entry["first_sample"] * length for entry in history.ledger]
+    _mark(axis, skipped, "x", "step skipped or rolled back", height=0.07)
     _finish(axis, history, "loss, nats per token", with_names=True)
     axis.legend(loc="upper right")
-
-
-def _skipped(history: History) -> list[int]:
-    """Steps that were skipped or rolled back, in tokens."""
-    length = history.description.get("recipe", {}).get("sequence_length", 0)
-    return [entry["first_sample"] * length for entry in history.ledger if "first_sample" in entry]
 
 
 def _mark(axis: Any, tokens: list[int], marker: str, label: str, height: float) -> None:
@@ -65,29 +48,19 @@ def _mark(axis: Any, tokens: list[int], marker: str, label: str, height: float) 
         )  # fmt: skip
 
 
-def line_of(name: str, label: str, scale: float = 1.0) -> Callable[[Any, History], None]:
-    """A function that draws one metric as a line."""
-
-    def draw(axis: Any, history: History) -> None:
-        tokens, values = history.points(name)
-        axis.plot(tokens, values * scale, linewidth=0.9)
-        _from_zero(axis)
-        _finish(axis, history, label)
-
-    return draw
+def draw_line(axis: Any, history: History, name: str, label: str, scale: float = 1.0) -> None:
+    """One metric as a line."""
+    tokens, values = history.points(name)
+    axis.plot(tokens, values * scale, linewidth=0.9)
+    _finish(axis, history, label, headroom=1.1)
 
 
 def draw_phases(axis: Any, history: History) -> None:
     """The phases of the time between two logged steps."""
     for phase in history.names("Seconds/"):
         axis.plot(*history.points(f"Seconds/{phase}"), linewidth=0.9, label=phase)
-    _from_zero(axis, headroom=1.3)  # for the legend
+    _finish(axis, history, "seconds on rank 0", headroom=1.3)
     axis.legend(loc="upper right", ncols=4)
-    _finish(axis, history, "seconds on rank 0")
-
-
-def _from_zero(axis: Any, headroom: float = 1.1) -> None:
-    axis.set_ylim(0, headroom * axis.dataLim.y1 or 1)
 
 
 def draw_gradient_norm(axis: Any, history: History) -> None:
@@ -96,7 +69,7 @@ def draw_gradient_norm(axis: Any, history: History) -> None:
 
     axis.plot(*history.points("Train/GradNorm"), linewidth=0.9)
     clipping = history.description.get("deepspeed_config", {}).get("gradient_clipping")
-    if isinstance(clipping, int | float) and clipping:
+    if clipping:
         axis.axhline(clipping, color="C1", linewidth=0.9, linestyle="--", label=f"clipped at {clipping:g}")
         axis.legend(loc="upper right")
     axis.set_yscale("log")
@@ -111,8 +84,7 @@ def draw_stalls(axis: Any, history: History) -> None:
     tokens, seconds = history.points("Checkpoint/StallSeconds")
     axis.vlines(tokens, 0, seconds, linewidth=0.8)
     axis.plot(tokens, seconds, "o", markersize=3.5, clip_on=False)
-    _from_zero(axis)
-    _finish(axis, history, "stall, seconds")
+    _finish(axis, history, "stall, seconds", headroom=1.1)
 
 
 def draw_tasks(axis: Any, history: History, metric: str) -> None:
@@ -158,9 +130,9 @@ def achieved_mixture(history: History, sources: list[str]) -> tuple[np.ndarray, 
     """Edges (N + 1,) in tokens, starts of stages included, and the sources' shares between them (N, sources)."""
     if not sources:
         return np.empty(0), np.empty((0, 0))
-    start = first_token(history)
-    ends = np.linspace(start, history.tokens, _MIXTURE_COLUMNS + 1)
-    edges = np.unique(np.concatenate((ends, [max(first, start) for _, first in stage_starts(history)])))
+    start = history.first_token
+    columns = np.linspace(start, history.tokens, _MIXTURE_COLUMNS + 1)
+    edges = np.unique(np.concatenate((columns, [max(first, start) for _, first, _ in history.stages()])))
     trained = []
     for source in sources:
         tokens, counts = history.points(f"Tokens/{source}")
@@ -172,49 +144,50 @@ def achieved_mixture(history: History, sources: list[str]) -> tuple[np.ndarray, 
 def planned_mixture(history: History, sources: list[str]) -> list[tuple[float, np.ndarray]]:
     """Corners of the planned shares: tokens, and the share of each source (sources,); straight in between."""
     corners: list[tuple[float, np.ndarray]] = []
-    stages = history.description.get("recipe", {}).get("stages", [])
-    starts = stage_starts(history)
-    ends = [first for _, first in starts[1:]] + [history.tokens]
-    for stage, (_, first), end in zip(stages, starts, ends, strict=False):
+    for stage, first, end in history.stages():
         weights = np.array([stage["weights"].get(source, 0.0) for source in sources])
         shares = weights / max(weights.sum(), 1e-12)
         ramp = stage.get("ramp_tokens", 0)
         before = corners[-1][1] if ramp and corners else shares
         reached = min(1.0, (end - first) / ramp) if ramp else 1.0
-        corners.append((first, before))
-        corners.append((min(first + ramp, end), before + (shares - before) * reached))
-        corners.append((end, corners[-1][1]))
+        after = before + (shares - before) * reached
+        corners += [(first, before), (min(first + ramp, end), after), (end, after)]
     return corners
 
 
-def _finish(axis: Any, history: History, label: str, with_names: bool = False) -> None:
-    start = first_token(history)
+def _finish(axis: Any, history: History, label: str, headroom: float | None = None, with_names: bool = False) -> None:
+    """Labels, limits and stages; with headroom, values from 0 to that many times the largest."""
+    if headroom is not None:
+        axis.set_ylim(0, headroom * axis.dataLim.y1 or 1)
+    start, stages = history.first_token, history.stages()
     axis.set_xlim(start, max(start + 1, history.tokens))
     axis.set_xlabel("tokens")
     axis.set_ylabel(label)
     axis.xaxis.set_major_formatter(lambda value, _: short_count(value))
     faint = axis.xaxis.label.get_color()
-    stages = stage_starts(history)
-    ends = [first for _, first in stages[1:]] + [history.tokens]
-    for (name, first), end in zip(stages if len(stages) > 1 else [], ends, strict=False):
+    for stage, first, end in stages if len(stages) > 1 else []:
         if end <= start:
             continue
         axis.axvline(first, color=faint, linewidth=0.8, linestyle=":")
         if with_names:
             axis.annotate(
-                name, (max(first, start), 1), xycoords=("data", "axes fraction"), xytext=(2, 3),
+                stage["name"], (max(first, start), 1), xycoords=("data", "axes fraction"), xytext=(2, 3),
                 textcoords="offset points", color=faint,
             )  # fmt: skip
 
 
-PANELS: tuple[tuple[str, str, Callable[[Any, History], None]], ...] = (  # metric, title, and the function that draws it
-    ("Train/LearningRate", "Learning rate", line_of("Train/LearningRate", "learning rate")),
-    ("Train/BatchTokens", "Batch size", line_of("Train/BatchTokens", "tokens per step")),
+PANELS: tuple[tuple[str, str, Callable[..., None]], ...] = (  # metric, title, and the function that draws it
+    ("Train/LearningRate", "Learning rate", partial(draw_line, name="Train/LearningRate", label="learning rate")),
+    ("Train/BatchTokens", "Batch size", partial(draw_line, name="Train/BatchTokens", label="tokens per step")),
     ("Train/GradNorm", "Gradient norm", draw_gradient_norm),
-    ("Speed/TokensPerSecond", "Throughput", line_of("Speed/TokensPerSecond", "tokens per second")),
-    ("Speed/MFU", "Model FLOPs utilization", line_of("Speed/MFU", "% of peak", scale=100)),
+    (
+        "Speed/TokensPerSecond",
+        "Throughput",
+        partial(draw_line, name="Speed/TokensPerSecond", label="tokens per second"),
+    ),
+    ("Speed/MFU", "Model FLOPs utilization", partial(draw_line, name="Speed/MFU", label="% of peak", scale=100)),
     ("Seconds/forward", "Phases of a step", draw_phases),
-    ("Memory/PeakGiB", "Memory", line_of("Memory/PeakGiB", "peak GiB on rank 0")),
+    ("Memory/PeakGiB", "Memory", partial(draw_line, name="Memory/PeakGiB", label="peak GiB on rank 0")),
     ("Checkpoint/StallSeconds", "Checkpoint stalls", draw_stalls),
 )
 

@@ -28,12 +28,8 @@ class EvaluationFailed(Exception):
     """The rank and the reason; raised on every rank."""
 
 
-class _FailureOnAllRanks(Exception):
-    """Every rank knows of the failure of one; holds the exception to raise."""
-
-    def __init__(self, failure: Exception) -> None:
-        super().__init__(str(failure))
-        self.failure = failure
+class _KnownFailure(Exception):
+    """A failure that every rank knows of already; its argument is the exception to raise."""
 
 
 @contextmanager
@@ -43,34 +39,30 @@ def _raising_on_all_ranks(ranks: Ranks) -> Iterator[Ranks]:
     Raises the first failure on every rank, as `ConfigError` or `EvaluationFailed`. A failure of the gather itself is
     raised unchanged.
     """
-    is_exchanging = False
 
     def exchange(value: Any, failure: Exception | None = None) -> list[Any]:
-        nonlocal is_exchanging
-        is_exchanging = True
         report = None if failure is None else [isinstance(failure, ConfigError), _message(failure)]
-        reports = ranks.gather([report, value])
-        is_exchanging = False
+        try:
+            reports = ranks.gather([report, value])
+        except Exception as error:
+            raise _KnownFailure(error) from None
         for rank, (report, _) in enumerate(reports):
             if report is not None:
                 is_config_error, message = report
-                raise _FailureOnAllRanks(
-                    ConfigError(message) if is_config_error else EvaluationFailed(f"rank {rank}: {message}")
-                )
+                known = ConfigError(message) if is_config_error else EvaluationFailed(f"rank {rank}: {message}")
+                raise _KnownFailure(known) from failure
         return [value for _, value in reports]
 
     try:
         try:
             yield replace(ranks, gather=exchange)
             exchange(None)  # a finished rank leaves when none can fail any more
-        except _FailureOnAllRanks:
+        except _KnownFailure:
             raise
         except Exception as error:
-            if is_exchanging:
-                raise
             exchange(None, error)
-    except _FailureOnAllRanks as known:
-        raise known.failure from known.__context__
+    except _KnownFailure as known:
+        raise known.args[0] from known.__cause__
 
 
 def _message(failure: Exception) -> str:
@@ -136,7 +128,9 @@ def evaluate(
     from lm_eval.evaluator import evaluate as lm_evaluate
 
     _silence_logs()
-    with _raising_on_all_ranks(ranks) as together, _multiprocessing(may_fork):
+    if not may_fork:
+        os.environ[_NO_FORKS] = "1"
+    with _raising_on_all_ranks(ranks) as together:
         lm = build()
         reject_long_generations(tasks["tasks"], lm.max_length, lm.max_gen_toks)
         _seed(tasks["tasks"])
@@ -161,19 +155,6 @@ def _seed(tasks: dict[str, Any]) -> None:
     torch.manual_seed(_SEED)
     for task in tasks.values():
         task.set_fewshot_seed(seed=_SEED)
-
-
-@contextmanager
-def _multiprocessing(may_fork: bool) -> Iterator[None]:
-    """Without forks, lm-eval resamples in this process."""
-    if may_fork or _NO_FORKS in os.environ:
-        yield
-        return
-    os.environ[_NO_FORKS] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[_NO_FORKS]
 
 
 def _silence_logs() -> None:

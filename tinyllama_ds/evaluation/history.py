@@ -11,10 +11,10 @@ import numpy as np
 
 from tinyllama_ds.bars import progress
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.evaluation.run_files import Description, Scores, Start, TaskScore, is_number, validated
+from tinyllama_ds.evaluation.run_files import LARGEST, Description, Scores, Start, TaskScore, validated
 from tinyllama_ds.files import Kinds, parse_row, read_object_if_whole, whole_rows
+from tinyllama_ds.layout import LEDGER_FILE, METRICS_FILE, RUN_FILE, STARTS_FILE, STATUS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 _COLUMNS = 500  # of a drawing
 _MOST_POINTS = 65_536  # of a series, before it is thinned out
 _TAIL_BYTES = 65_536
@@ -89,6 +89,26 @@ class History:
     def tokens(self) -> int:
         return int(self.last.get("tokens", 0))
 
+    @property
+    def first_token(self) -> int:
+        """The start of the run: of a branch, its parent's checkpoint."""
+        return self.description.get("parent", {}).get("tokens", 0)
+
+    @property
+    def inherited_tokens(self) -> int:
+        """Tokens at the first start: those of a branch's parent."""
+        return self.starts[0]["tokens"] if self.starts else 0
+
+    def stages(self) -> list[tuple[dict, int, int]]:
+        """Every stage of the recipe that was reached, with its first token and the first one after it."""
+        found, first = [], 0
+        for stage in self.description.get("recipe", {}).get("stages", []):
+            if first < self.tokens:
+                end = first + -(-stage["tokens"] // stage["global_batch_tokens"]) * stage["global_batch_tokens"]
+                found.append((stage, first, min(end, self.tokens)))
+                first = end
+        return found
+
     def points(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and values of a metric, each (N,); empty where it was never logged."""
         return self.series[name].points() if name in self.series else (np.empty(0), np.empty(0))
@@ -106,13 +126,15 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 def read_history(run_dir: Path) -> History:
     """Reads row by row in constant memory. Raises `ConfigError` where nothing was logged."""
-    path = _metrics_of(run_dir)
-    state = read_object_if_whole(run_dir / "status.json").get("state")
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        raise ConfigError(f"{path}: is missing; expected the directory of a run that has logged a step")
+    state = read_object_if_whole(run_dir / STATUS_FILE).get("state")
     history = History(
-        validated(read_object_if_whole(run_dir / "run.json"), Description),
+        validated(read_object_if_whole(run_dir / RUN_FILE), Description),
         state if isinstance(state, str) else "",
-        starts=[start for row in _read_lines(run_dir / "starts.jsonl", _STEPS) if (start := validated(row, Start))],
-        ledger=_read_lines(run_dir / "ledger.jsonl", _SKIPS),
+        starts=[start for row in _read_lines(run_dir / STARTS_FILE, _STEPS) if (start := validated(row, Start))],
+        ledger=_read_lines(run_dir / LEDGER_FILE, _SKIPS),
         samples=_read_lines(run_dir / "samples.jsonl", _SAMPLES),
         tasks=[score for row in _read_lines(run_dir / "tasks.jsonl", _TASKS) if (score := validated(row, TaskScore))],
         scores=[
@@ -124,13 +146,6 @@ def read_history(run_dir: Path) -> History:
     )
     _read_metrics(path, history)
     return history
-
-
-def _metrics_of(run_dir: Path) -> Path:
-    path = run_dir / METRICS_FILE
-    if not path.is_file():
-        raise ConfigError(f"{path}: is missing; expected the directory of a run that has logged a step")
-    return path
 
 
 def _read_metrics(path: Path, history: History) -> None:
@@ -160,18 +175,15 @@ def _read_metrics(path: Path, history: History) -> None:
 def _reached(path: Path) -> tuple[int, int]:
     """The largest step and number of tokens, from the end of the file."""
     tail, size = _TAIL_BYTES, path.stat().st_size
-    while not (rows := _rows_of_tail(path, tail)):
+    while True:
+        with path.open("rb") as file:
+            file.seek(max(0, size - tail))
+            rows = [row for line in file.read().split(b"\n")[:-1] if (row := parse_row(line, **_STEPS))]
+        if rows:
+            return max(row["step"] for row in rows), max(row["tokens"] for row in rows)
         if tail >= size:
             raise ConfigError(f"{path}: holds no row yet; expected the directory of a run that has logged a step")
         tail *= 16  # past the damaged rows
-    return max(row["step"] for row in rows), max(row["tokens"] for row in rows)
-
-
-def _rows_of_tail(path: Path, tail: int) -> list[dict]:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - tail))
-        lines = file.read().split(b"\n")[:-1]
-    return [row for line in lines if (row := parse_row(line, **_STEPS)) is not None]
 
 
 def _rows(path: Path) -> Iterator[dict]:
@@ -179,17 +191,21 @@ def _rows(path: Path) -> Iterator[dict]:
         total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=2, leave=False
     ) as bar:  # fmt: skip
         for number, (_, row) in enumerate(whole_rows(file, path, **_STEPS)):
-            yield {name: value for name, value in map(_metric, row.items()) if value is not None}
+            numbers = {name: _number(value) for name, value in row.items()}
+            yield {name: number for name, number in numbers.items() if number is not None}
             if number % 4096 == 0:
                 bar.update(file.tell() - bar.n)
 
 
-def _metric(item: tuple[str, Any]) -> tuple[str, float | None]:
-    """NaN is written as null, by older versions as NaN; values that are not numbers are dropped."""
-    name, value = item
-    if is_number(value):
-        return name, value
-    return name, math.nan if value is None or isinstance(value, float) else None
+def _number(value: object) -> float | None:
+    """A number that can be drawn; NaN, which is written as null, for any other one; None for what is not a number."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if abs(value) < LARGEST:
+        return value
+    return math.nan if isinstance(value, float) else None
 
 
 def _read_lines(path: Path, kinds: dict[str, Kinds]) -> list[dict]:

@@ -5,10 +5,10 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field, OnErrorOmit, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-_LARGEST = 1e30  # of a number that can be drawn
+LARGEST = 1e30  # of a number that can be drawn
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
 _Positive = Annotated[int, Field(gt=0, lt=2**53)]
-_Number = Annotated[float, Field(gt=-_LARGEST, lt=_LARGEST, allow_inf_nan=False)]
+_Number = Annotated[float, Field(gt=-LARGEST, lt=LARGEST, allow_inf_nan=False)]
 _Hosts = OnErrorOmit[dict[str, _Count]]
 
 
@@ -70,6 +70,9 @@ class TaskScore(TypedDict):
     value: _Number
     tokens: NotRequired[_Count]
     stderr: NotRequired[OnErrorOmit[_Number | None]]
+    version: NotRequired[OnErrorOmit[str]]
+    shots: NotRequired[OnErrorOmit[_Count | None]]
+    documents: NotRequired[OnErrorOmit[_Count | None]]
 
 
 class _Percent(TypedDict):
@@ -93,6 +96,8 @@ class Scores(TypedDict, total=False):
     percent: OnErrorOmit[list[_Percent]]
     average: OnErrorOmit[_Percent]
     published: OnErrorOmit[list[OnErrorOmit[_Published]]]
+    nearest: OnErrorOmit[str | None]
+    note: OnErrorOmit[str]
     scores: OnErrorOmit[list[OnErrorOmit[TaskScore]]]
 
 
@@ -102,8 +107,3 @@ def validated(content: object, shape: Any) -> dict:
         return TypeAdapter(shape).validate_python(content, strict=True, extra="allow")
     except (ValidationError, RecursionError):
         return {}
-
-
-def is_number(value: object) -> bool:
-    """Whether a value can be computed with and drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST

@@ -1,22 +1,18 @@
-"""Scores next to the published ones: as a table, as JSON and as a picture."""
+"""Scores next to the published ones: as JSON, as a table and as a picture."""
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from math import sqrt
+from dataclasses import asdict, dataclass, replace
+from math import hypot
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from tinyllama_ds.evaluation.published import PUBLISHED, PublishedRow, nearest_checkpoint
-from tinyllama_ds.evaluation.suites import Benchmark
+from tinyllama_ds.evaluation.suites import Suite, suite_named
 from tinyllama_ds.numbers import short_count
+from tinyllama_ds.page import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_INSTRUCT_EVAL = (
-    "The published rows of this suite come from InstructEval, whose prompts differ from lm-eval's and whose DROP scores"
-    " questions with one answer by their first words (here: F1); compare them with care."
-)
 
 
 @dataclass(frozen=True)
@@ -84,167 +80,150 @@ def _shots(task: str, results: dict[str, Any]) -> int | None:
     return below.pop() if len(below) == 1 else None
 
 
-def benchmark_scores(scores: tuple[Score, ...], benchmarks: tuple[Benchmark, ...]) -> list[Score]:
+def benchmark_scores(scores: tuple[Score, ...], suite: Suite) -> list[Score]:
     """The score of each benchmark by its published metric, in percent, in the published order."""
     by_key = {(score.task, score.metric): score for score in scores}
-    chosen = [by_key[benchmark.task, benchmark.metric] for benchmark in benchmarks]
-    return [
-        Score(**asdict(score) | {"value": 100 * score.value, "stderr": score.stderr and 100 * score.stderr})
-        for score in chosen
-    ]
+    chosen = [by_key[benchmark.task, benchmark.metric] for benchmark in suite.benchmarks]
+    return [replace(score, value=100 * score.value, stderr=score.stderr and 100 * score.stderr) for score in chosen]
 
 
 def average(scores: list[Score]) -> tuple[float, float | None]:
     """Mean of the benchmarks and its standard error, the benchmarks taken as independent."""
-    errors = [score.stderr for score in scores]
-    mean = sum(score.value for score in scores) / len(scores)
-    known = [error for error in errors if error is not None]
-    return mean, sqrt(sum(error**2 for error in known)) / len(scores) if len(known) == len(errors) else None
+    known = [score.stderr for score in scores if score.stderr is not None]
+    stderr = hypot(*known) / len(scores) if len(known) == len(scores) else None
+    return fmean(score.value for score in scores), stderr
 
 
-def as_markdown(evaluation: Evaluation, benchmarks: tuple[Benchmark, ...]) -> str:
-    """The table, misprints of the sources, and how it was measured."""
-    body = _suite_table(evaluation, benchmarks) if evaluation.suite else _task_table(evaluation.scores)
-    settings = ", ".join(f"{name} {value}" for name, value in evaluation.settings.items())
-    versions = ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())
-    return f"# {evaluation.model}\n\n{body}\n\nSettings: {settings}.\n\nVersions: {versions}.\n"
-
-
-def _task_table(scores: tuple[Score, ...]) -> str:
-    lines = ["| task | metric | score | version | shots | documents |", "| --- | --- | ---: | --- | ---: | ---: |"]
-    for score in scores:
-        value = _with_error(score.value, score.stderr, 4)
-        documents = "" if score.documents is None else f"{score.documents:,}"
-        lines.append(f"| {score.task} | {score.metric} | {value} | {score.version} | {score.shots} | {documents} |")
-    return "\n".join(lines)
-
-
-def _suite_table(evaluation: Evaluation, benchmarks: tuple[Benchmark, ...]) -> str:
-    assert evaluation.suite is not None
-    rows = PUBLISHED[evaluation.suite]
-    near = nearest_checkpoint(evaluation.suite, evaluation.tokens) if evaluation.tokens else None
-    lines = [
-        "| model | tokens | " + " | ".join(benchmark.title for benchmark in benchmarks) + " | average |",
-        "| --- | ---: |" + " ---: |" * (len(benchmarks) + 1),
-    ]
-    notes = []
-    for row in rows:
-        mark = ""
-        if row.misprint:
-            notes.append(row.misprint)
-            mark = f" [{len(notes)}]"
-        name = f"**{row.model}**, same number of tokens" if row is near else row.model
-        cells = " | ".join(f"{score:.2f}" for score in row.scores)
-        lines.append(f"| {name}{mark} | {_count(row.tokens)} | {cells} | {row.average:.2f} |")
-    ours = benchmark_scores(evaluation.scores, benchmarks)
-    cells = " | ".join(f"**{_with_error(score.value, score.stderr)}**" for score in ours)
-    mean = _with_error(*average(ours))
-    lines.append(f"| **this model** | {_count(evaluation.tokens)} | {cells} | **{mean}** |")
-    lines += ["", "In percent, ± one standard error. The averages are computed from the scores."]
-    lines += ["", *(f"[{number}] {note}  " for number, note in enumerate(notes, start=1))]
-    if evaluation.suite == "instruct":
-        lines += ["", _INSTRUCT_EVAL]
-    lines += ["", "Tasks: " + ", ".join(_task_words(score) for score in ours) + "."]
-    return "\n".join(lines)
-
-
-def _task_words(score: Score) -> str:
-    return f"{score.task} (version {score.version or 'unknown'}, {score.shots or 0}-shot, {score.metric})"
-
-
-def _with_error(value: float, stderr: float | None, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" if stderr is None else f"{value:.{digits}f} ± {stderr:.{digits}f}"
-
-
-def _count(tokens: float | None) -> str:
-    return "" if tokens is None else short_count(tokens)
-
-
-def as_json(evaluation: Evaluation, benchmarks: tuple[Benchmark, ...], results: dict[str, Any]) -> dict[str, Any]:
+def as_json(evaluation: Evaluation, results: dict[str, Any]) -> dict[str, Any]:
     """Everything: the scores, in percent for a suite with its published rows, and lm-eval's own results."""
     found: dict[str, Any] = asdict(evaluation) | {"lm_eval": json.loads(json.dumps(results["results"], default=str))}
     if evaluation.suite:
-        ours = benchmark_scores(evaluation.scores, benchmarks)
-        mean, stderr = average(ours)
+        suite = suite_named(evaluation.suite)
+        ours, near = benchmark_scores(evaluation.scores, suite), suite.nearest_checkpoint(evaluation.tokens)
+        value, stderr = average(ours)
         found |= {
-            "percent": [{"benchmark": b.title} | asdict(s) for b, s in zip(benchmarks, ours, strict=True)],
-            "average": {"value": mean, "stderr": stderr},
-            "published": [asdict(row) | {"average": row.average} for row in PUBLISHED[evaluation.suite]],
+            "percent": [{"benchmark": b.title} | asdict(s) for b, s in zip(suite.benchmarks, ours, strict=True)],
+            "average": {"value": value, "stderr": stderr},
+            "published": [
+                asdict(row) | {"average": row.average, "misprint": suite.misprints.get(row.model, "")}
+                for row in suite.published
+            ],
+            "nearest": near and near.model,  # the published row with the same number of tokens
+            "note": suite.note,
         }
     return found
 
 
-def scores_figure(evaluation: Evaluation, benchmarks: tuple[Benchmark, ...]) -> "Figure":
-    """One panel for each benchmark: published scores as dots, ours with its standard error."""
-    import matplotlib
+def scores_table(found: dict[str, Any], title: str = "") -> Table:
+    """The scores in an object of `as_json`, or in what is left of one: a suite and its published rows, or the tasks."""
+    if found.get("percent"):
+        return _suite_table(found, title)
+    rows = [
+        (row["task"], row["metric"], _with_error(row, digits=4), row.get("version", ""))
+        + tuple("" if row.get(key) is None else f"{row[key]:,}" for key in ("shots", "documents"))
+        for row in found.get("scores", [])
+    ]
+    return Table(title, ("task", "metric", "score", "version", "shots", "documents"), rows, text_columns=(0, 1, 3))
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    if evaluation.suite:
-        figure = _draw_suite(plt, evaluation, evaluation.suite, benchmarks)
+def _suite_table(found: dict[str, Any], title: str) -> Table:
+    published, ours = found.get("published", []), found["percent"]
+    notes: list[str] = []
+    rows = []
+    for row in published:
+        name = row["model"] + (", same number of tokens" if row["model"] == found.get("nearest") else "")
+        if row.get("misprint"):
+            notes.append(f"[{len(notes) + 1}] {row['misprint']}.")
+            name += f" [{len(notes)}]"
+        rows.append((name, _count(row), *(f"{value:.2f}" for value in (*row["scores"], row["average"]))))
+    mean = [found["average"]] if "average" in found else []
+    rows.append(("this model", _count(found), *map(_with_error, (*ours, *mean))))
+    head = ("model", "tokens", *(score.get("benchmark", "") for score in ours), "average")
+    note = "In percent, ± one standard error. The averages are computed from the scores."
+    return Table(title, head, rows, " ".join(filter(None, [note, *notes, found.get("note")])))
+
+
+def _with_error(score: dict, digits: int = 2) -> str:
+    error = score.get("stderr")
+    return f"{score['value']:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def _count(row: dict) -> str:
+    return short_count(row["tokens"]) if row.get("tokens") else ""
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """The table, misprints of the sources, and how it was measured."""
+    table = scores_table(found)
+    *rows, last = table.rows
+    if found["suite"]:
+        last = [f"**{cell}**" for cell in last]
+    rule = ["---" if column in table.text_columns else "---:" for column, _ in enumerate(table.head)]
+    lines = [f"# {found['model']}\n", *(f"| {' | '.join(row)} |" for row in (table.head, rule, *rows, last))]
+    if found["suite"]:
+        tasks = (
+            f"{score['task']} (version {score['version'] or 'unknown'}, {score['shots'] or 0}-shot, {score['metric']})"
+            for score in found["percent"]
+        )
+        lines.append(f"\n{table.note}\n\nTasks: {', '.join(tasks)}.")
+    for title in ("settings", "versions"):
+        lines.append(f"\n{title.capitalize()}: {', '.join(f'{name} {value}' for name, value in found[title].items())}.")
+    return "\n".join(lines) + "\n"
+
+
+def scores_figure(found: dict[str, Any]) -> "Figure":
+    """A panel for each benchmark, with published scores as dots, or for each metric; ours with standard errors."""
+    from matplotlib.figure import Figure
+
+    published = found.get("published", [])
+    names = [_label(row["model"], row) for row in published]
+    panels: dict[str, dict[int, dict]] = {}  # by title: our scores by their height
+    if found["suite"]:
+        names.append(_label("this model", found))
+        for score in (*found["percent"], found["average"]):
+            panels[score.get("benchmark", "average")] = {len(published): score}
     else:
-        figure = _draw_tasks(plt, evaluation.scores)
-    has_near = evaluation.suite and evaluation.tokens and nearest_checkpoint(evaluation.suite, evaluation.tokens)
-    figure.suptitle(f"{evaluation.model}{', orange: TinyLlama at the same number of tokens' if has_near else ''}")
-    plt.close(figure)
-    return figure
-
-
-def _draw_suite(plt: Any, evaluation: Evaluation, suite: str, benchmarks: tuple[Benchmark, ...]) -> Any:
-    rows = PUBLISHED[suite]
-    ours = benchmark_scores(evaluation.scores, benchmarks)
-    near = nearest_checkpoint(suite, evaluation.tokens) if evaluation.tokens else None
-    names = [*(_label(row.model, row.tokens) for row in rows), _label("this model", evaluation.tokens)]
-    panels = len(benchmarks) + 1
-    figure, axes = plt.subplots(
-        1, panels, figsize=(3.2 + 1.55 * panels, 1.6 + 0.3 * len(names)), sharey=True, layout="constrained"
-    )
-    values = [*((score.value, score.stderr) for score in ours), average(ours)]
-    titles = [*(benchmark.title for benchmark in benchmarks), "average"]
-    for number, (axis, title, (value, stderr)) in enumerate(zip(axes, titles, values, strict=True)):
-        published = [row.scores[number] if number < len(benchmarks) else row.average for row in rows]
-        colors = [_color(row, near) for row in rows]
-        axis.axvspan(value - (stderr or 0), value + (stderr or 0), color="tab:red", alpha=0.15, linewidth=0)
-        axis.axvline(value, color="tab:red", linewidth=1)
-        axis.scatter(published, range(len(rows)), c=colors, s=22, zorder=2)
-        axis.errorbar(value, len(rows), xerr=stderr, color="tab:red", marker="D", markersize=5, capsize=2)
+        names = list(dict.fromkeys(score["task"] for score in found["scores"]))
+        for score in found["scores"]:
+            panels.setdefault(score["metric"], {})[names.index(score["task"])] = score
+    figure = Figure(figsize=(3.2 + 1.55 * len(panels), 1.6 + 0.3 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    colors = [_color(row["model"], found.get("nearest")) for row in published]
+    for number, (axis, (title, scores)) in enumerate(zip(axes, panels.items(), strict=True)):
+        dots = [(*row["scores"], row["average"])[number] for row in published]
+        axis.scatter(dots, range(len(dots)), c=colors, s=22, zorder=2)
+        _draw_ours(axis, scores, with_line=bool(dots))
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("%")
-        axis.margins(x=0.12)
-        axis.grid(axis="y", alpha=0.2)
-        axis.tick_params(axis="y", length=0)
+        axis.set_xlabel("%" if found["suite"] else "")
     axes[0].set_yticks(range(len(names)), names)
-    axes[0].get_yticklabels()[-1].set(color="tab:red", fontweight="bold")
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    if found["suite"]:
+        axes[0].get_yticklabels()[-1].set(color="tab:red", fontweight="bold")
+    near = ", orange: TinyLlama at the same number of tokens" if found.get("nearest") else ""
+    figure.suptitle(f"{found['model']}{near}")
     return figure
 
 
-def _label(model: str, tokens: float | None) -> str:
-    return f"{model} ({short_count(tokens)})" if tokens else model
+def _draw_ours(axis: Any, scores: dict[int, dict], with_line: bool) -> None:
+    """Our scores by their height, with a line through them for the comparison with others."""
+    for height, score in scores.items():
+        value, stderr = score["value"], score["stderr"]
+        if with_line:
+            axis.axvspan(value - (stderr or 0), value + (stderr or 0), color="tab:red", alpha=0.15, linewidth=0)
+            axis.axvline(value, color="tab:red", linewidth=1)
+        axis.errorbar(value, height, xerr=stderr, color="tab:red", marker="D", markersize=5, capsize=2)
+    axis.margins(x=0.12)
+    if all(0 <= score["value"] <= 1 for score in scores.values()):
+        axis.set_xlim(-0.02, 1.02)
+    axis.grid(axis="y", alpha=0.2)
+    axis.tick_params(axis="y", length=0)
 
 
-def _color(row: PublishedRow, near: PublishedRow | None) -> str:
-    if row is near:
+def _label(model: str, row: dict) -> str:
+    return f"{model} ({_count(row)})" if _count(row) else model
+
+
+def _color(model: str, near: str | None) -> str:
+    if model == near:
         return "tab:orange"
-    return "tab:blue" if row.model.startswith("TinyLlama") else "tab:gray"
-
-
-def _draw_tasks(plt: Any, scores: tuple[Score, ...]) -> Any:
-    """A panel for each metric, because their scales differ."""
-    metrics = list(dict.fromkeys(score.metric for score in scores))
-    figure, axes = plt.subplots(
-        len(metrics), 1, figsize=(8, 1.2 + 0.4 * len(scores) + 0.7 * len(metrics)), layout="constrained", squeeze=False
-    )
-    for axis, metric in zip(axes[:, 0], metrics, strict=True):
-        chosen = [score for score in scores if score.metric == metric]
-        for height, score in enumerate(chosen):
-            axis.errorbar(score.value, height, xerr=score.stderr, color="tab:red", marker="D", markersize=5, capsize=2)
-        axis.set_yticks(range(len(chosen)), [score.task for score in chosen])
-        axis.set_ylim(len(chosen) - 0.5, -0.5)
-        axis.set_xlabel(metric)
-        axis.margins(x=0.2)
-        if all(0 <= score.value <= 1 for score in chosen):
-            axis.set_xlim(-0.02, 1.02)
-        axis.grid(alpha=0.3)
-    return figure
+    return "tab:blue" if model.startswith("TinyLlama") else "tab:gray"

@@ -1,7 +1,11 @@
-"""TinyLlama's three published suites as tasks of lm-eval."""
+"""TinyLlama's published suites: tasks of lm-eval, and the scores of published models (`suites.toml`)."""
 
-from dataclasses import dataclass
+import tomllib
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
+from tinyllama_ds.config.validation import validate
 from tinyllama_ds.errors import ConfigError
 
 HUMANEVAL = "humaneval"
@@ -17,36 +21,47 @@ class Benchmark:
     shots: int = 0
 
 
-# The published commonsense and Chinese scores come from lm-eval (EVAL.md of TinyLlama's repository: zero-shot,
-# fp32, batches of 32). Those of `instruct` come from InstructEval (github.com/declare-lab/instruct-eval), whose prompts
-# differ: its DROP asks only questions with one answer, and counts an output that starts with it.
-SUITES: dict[str, tuple[Benchmark, ...]] = {
-    "commonsense": (
-        Benchmark("HellaSwag", "hellaswag", "acc_norm"),
-        Benchmark("OpenBookQA", "openbookqa", "acc_norm"),
-        Benchmark("WinoGrande", "winogrande", "acc"),
-        Benchmark("ARC-c", "arc_challenge", "acc_norm"),
-        Benchmark("ARC-e", "arc_easy", "acc_norm"),
-        Benchmark("BoolQ", "boolq", "acc"),
-        Benchmark("PIQA", "piqa", "acc_norm"),
-    ),
-    "instruct": (
-        Benchmark("MMLU", "mmlu", "acc", shots=5),
-        Benchmark("BBH", "bbh_fewshot", "exact_match", shots=3),
-        Benchmark("HumanEval", HUMANEVAL, "pass@1"),
-        Benchmark("DROP", "drop", "f1", shots=3),
-    ),
-    "chinese": (
-        Benchmark("xwinograd_zh", "xwinograd_zh", "acc"),
-        Benchmark("xstorycloze_zh", "xstorycloze_zh", "acc"),
-        Benchmark("xnli_zh", "xnli_zh", "acc"),
-        Benchmark("xcopa_zh", "xcopa_zh", "acc"),
-    ),
-}
+@dataclass(frozen=True)
+class PublishedRow:
+    """One line of a published table."""
+
+    model: str
+    scores: tuple[float, ...]  # percent, in the order of the suite's benchmarks
+    tokens: float | None = None  # trained on; None if unpublished
+    printed_average: float | None = None
+
+    @property
+    def average(self) -> float:
+        """The mean of the scores; the printed one may differ."""
+        return sum(self.scores) / len(self.scores)
 
 
-def suite_named(name: str) -> tuple[Benchmark, ...]:
-    """The benchmarks of a suite, in the order of the published table."""
-    if name not in SUITES:
-        raise ConfigError(f"suite {name!r} is unknown; choose {', '.join(SUITES)}")
-    return SUITES[name]
+@dataclass(frozen=True)
+class Suite:
+    """The benchmarks in the order of the published table, and its rows."""
+
+    benchmarks: tuple[Benchmark, ...]
+    published: tuple[PublishedRow, ...]
+    misprints: dict[str, str] = field(default_factory=dict)  # of the sources, by model
+    note: str = ""  # where scores of lm-eval are hard to compare
+
+    def nearest_checkpoint(self, tokens: int | None) -> PublishedRow | None:
+        """TinyLlama's published row within a tenth of the tokens, without v1.1 and its variants."""
+        rows = [row for row in self.published if row.model.startswith(("TinyLlama,", "TinyLlama v1.0"))]
+        distances = {row: abs(row.tokens - tokens) for row in rows if row.tokens and tokens}
+        close = [row for row, distance in distances.items() if distance <= (row.tokens or 0) / 10]
+        return min(close, key=distances.__getitem__, default=None)
+
+
+@cache
+def load_suites() -> dict[str, Suite]:
+    """The suites by name."""
+    path = Path(__file__).with_name("suites.toml")
+    return validate(dict[str, Suite], tomllib.loads(path.read_text("utf-8")), path)
+
+
+def suite_named(name: str) -> Suite:
+    """Raises `ConfigError` for an unknown name."""
+    if name not in load_suites():
+        raise ConfigError(f"suite {name!r} is unknown; choose {', '.join(load_suites())}")
+    return load_suites()[name]

@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 from tinyllama_ds.config.recipe import Recipe
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.harness import reject_long_generations
-from tinyllama_ds.evaluation.suites import HUMANEVAL, SUITES, Benchmark
+from tinyllama_ds.evaluation.humaneval import humaneval_config
+from tinyllama_ds.evaluation.suites import HUMANEVAL, Benchmark, load_suites
 from tinyllama_ds.model.config import LlamaConfig
 
 _HUB = "https://huggingface.co"
@@ -34,29 +35,29 @@ def require_lm_eval() -> None:
             )
 
 
-def set_offline_if_hub_unreachable(seconds: float = 3.0) -> None:
+def set_offline_if_hub_unreachable(data_dir: Path | None = None, seconds: float = 3.0) -> None:
     """Set HF_HUB_OFFLINE without a network, so that datasets uses its cache at once and does not retry for minutes.
 
-    Call it before any Hugging Face import. A proxy is assumed to reach the hub.
+    Data in `data_dir` need no network either. Call it before any Hugging Face import. A proxy is assumed to reach the
+    hub.
     """
+    proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", _OFFLINE)
+    if data_dir is not None or not (any(map(os.environ.get, proxies)) or _reaches_hub(seconds)):
+        os.environ[_OFFLINE] = "1"
+
+
+def _reaches_hub(seconds: float) -> bool:
     hub = urlsplit(os.environ.get("HF_ENDPOINT", _HUB))
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", _OFFLINE)):
-        return
     found = threading.Event()
 
     def connect() -> None:
-        try:
+        with suppress(OSError):
             address = (hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443))
             socket.create_connection(address, seconds).close()
             found.set()
-        except OSError:
-            pass
 
-    thread = threading.Thread(target=connect, daemon=True)  # a name that does not resolve may take half a minute
-    thread.start()
-    thread.join(seconds)
-    if not found.is_set():
-        os.environ[_OFFLINE] = "1"
+    threading.Thread(target=connect, daemon=True).start()  # a name that does not resolve may take half a minute
+    return found.wait(seconds)
 
 
 def load_tasks(recipe: Recipe, model: LlamaConfig) -> dict[str, Any] | None:
@@ -67,13 +68,12 @@ def load_tasks(recipe: Recipe, model: LlamaConfig) -> dict[str, Any] | None:
     evaluation = recipe.evaluation
     if not evaluation.tasks:
         return None
+    data_dir = Path(evaluation.data_dir) if evaluation.data_dir else None
     try:
         require_lm_eval()
-        if evaluation.data_dir is not None:
-            os.environ[_OFFLINE] = "1"
-        set_offline_if_hub_unreachable()
+        set_offline_if_hub_unreachable(data_dir)
         with silence():
-            tasks = load_chosen(evaluation.tasks, Path(evaluation.data_dir) if evaluation.data_dir else None)
+            tasks = load_named(evaluation.tasks, data_dir)
         reject_long_generations(tasks["tasks"], model.max_position_embeddings)
     except ConfigError as error:
         raise ConfigError(f"recipe {recipe.name!r}: evaluation: {error}") from error
@@ -87,110 +87,82 @@ def silence() -> Iterator[None]:
         yield
 
 
-def load_suite(
-    benchmarks: tuple[Benchmark, ...], data_dir: Path | None, humaneval_passes: Callable[[str], bool] | None
-) -> dict[str, Any]:
-    """The benchmarks' tasks as lm-eval's `evaluate` takes them, with the published number of examples.
-
-    `humaneval_passes` runs a model-written program and returns whether its tests pass; without it HumanEval is
-    rejected.
-    """
-    loaded = _load(
-        [item.task for item in benchmarks], data_dir, humaneval_passes, {b.task: b.shots for b in benchmarks}
-    )
-    for benchmark in benchmarks:
-        group = loaded["groups"].get(benchmark.task)
-        for task in group.get_all_tasks() if group else [loaded["tasks"][benchmark.task]]:
-            if benchmark.metric not in task.aggregation():
-                raise ConfigError(
-                    f"task {task.task_name} of this lm-eval has no {benchmark.metric}; expected lm-eval 0.4.13"
-                )
-    return loaded
-
-
 def load_named(
-    names: list[str], data_dir: Path | None, humaneval_passes: Callable[[str], bool] | None, shots: int | None
+    names: Sequence[str],
+    data_dir: Path | None,
+    humaneval_passes: Callable[[str], bool] | None = None,
+    shots: int | None = None,
 ) -> dict[str, Any]:
-    """Tasks, groups and tags of lm-eval by name, or YAML files of tasks; `shots` replaces the tasks' own number."""
-    return _load(names, data_dir, humaneval_passes, {} if shots is None else dict.fromkeys(names, shots))
-
-
-def load_chosen(names: Sequence[str], data_dir: Path | None) -> dict[str, Any]:
     """Suites with their published shots, tasks, groups and tags of lm-eval, and YAML files of tasks, all together.
 
-    For unattended runs: tasks that run model-written code are rejected.
+    In the form that lm-eval's `evaluate` takes. `humaneval_passes` runs a model-written program and returns whether its
+    tests pass; without it HumanEval is rejected. `shots` replaces the tasks' own number.
     """
-    suites = [SUITES[name] for name in names if name in SUITES]
-    others = [name for name in names if name not in SUITES]
-    if HUMANEVAL in [*others, *(benchmark.task for suite in suites for benchmark in suite)]:
-        raise ConfigError(
-            f"{HUMANEVAL} runs model-written code; expected `tinyllama-ds evaluate --allow-code-execution` instead"
-        )
-    parts = [load_suite(suite, data_dir, None) for suite in suites]
-    if others:
-        parts.append(load_named(others, data_dir, None, shots=None))
-    return {kind: {name: it for part in parts for name, it in part[kind].items()} for kind in ("tasks", "groups")}
-
-
-def _load(
-    names: list[str], data_dir: Path | None, humaneval_passes: Callable[[str], bool] | None, shots: dict[str, int]
-) -> dict[str, Any]:
-    from tinyllama_ds.evaluation.humaneval import humaneval_config
-
-    manager = _manager(names)
-    specs: list[Any] = []
-    for name in names:
-        if name != HUMANEVAL:
-            _reject_unknown_or_unsafe(name, manager)
-            specs.append(name)
-        elif humaneval_passes is None:
-            raise ConfigError("humaneval runs model-written code; expected --allow-code-execution with it")
-        else:
-            specs.append(humaneval_config(humaneval_passes))
-    tasks: dict[str, Any] = {}
-    groups: dict[str, Any] = {}
+    benchmarks = benchmarks_of(names)
+    manager = _manager(list(benchmarks))
+    specs = {name: _spec(name, manager, humaneval_passes) for name in benchmarks}
+    together: dict[str, Any] = {"tasks": {}, "groups": {}}
     with _datasets_from(data_dir):
-        for name, spec in zip(names, specs, strict=True):
-            loaded = _load_one(manager, name, spec)
-            _prepare(loaded["tasks"], shots.get(name))
-            tasks |= loaded["tasks"]
-            groups |= loaded["groups"]
-    return {"tasks": tasks, "groups": groups}
+        for name, spec in specs.items():
+            benchmark, loaded = benchmarks[name], _load_one(manager, name, spec)
+            for task in loaded["tasks"].values():
+                _prepare(task, benchmark.shots if benchmark and shots is None else shots)
+                if benchmark and benchmark.metric not in task.aggregation():
+                    raise ConfigError(
+                        f"task {task.task_name} of this lm-eval has no {benchmark.metric}; expected lm-eval 0.4.13"
+                    )
+            together = {kind: found | loaded[kind] for kind, found in together.items()}
+    return together
 
 
-def _manager(names: list[str]) -> Any:
+def benchmarks_of(names: Sequence[str]) -> dict[str, Benchmark | None]:
+    """Tasks by name, those of the suites among `names` with their benchmarks."""
+    suites = load_suites()
+    found: dict[str, Benchmark | None] = {
+        b.task: b for name in names if name in suites for b in suites[name].benchmarks
+    }
+    return found | {name: None for name in names if name not in suites}
+
+
+def _manager(names: Sequence[str]) -> Any:
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
-    ours = {benchmark.task for suite in SUITES.values() for benchmark in suite}
-    if all(name in ours or _is_file(name) for name in names):
+    if all(name in benchmarks_of(list(load_suites())) or _is_file(name) for name in names):
         folders: list[str | Path] = [root / folder for folder in _FOLDERS if not all(map(_is_file, names))]
         return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
     return lm_eval.tasks.TaskManager()
+
+
+def _spec(name: str, manager: Any, humaneval_passes: Callable[[str], bool] | None) -> Any:
+    """What lm-eval loads a task by. Before anything is loaded: its code tasks run programs when they are imported."""
+    if name == HUMANEVAL:
+        if humaneval_passes is None:
+            raise ConfigError(
+                f"{HUMANEVAL} runs model-written code; expected `tinyllama-ds evaluate` with --allow-code-execution"
+            )
+        return humaneval_config(humaneval_passes)
+    if _is_file(name):
+        if not Path(name).is_file():
+            what = "is a directory" if Path(name).is_dir() else "is missing"
+            raise ConfigError(f"{name}: {what}; expected a task file of lm-eval")
+        return name  # may name functions of its author anyway; `_prepare` sees what it loads
+    if name not in manager.task_index:
+        raise ConfigError(f"task {name!r} is unknown to lm-eval; `lm-eval ls tasks` lists its tasks")
+    for config in _configs_below(name, manager.task_index):
+        _reject_unsafe(config.get("task", name), config.get("unsafe_code"))
+    return name
 
 
 def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def _reject_unknown_or_unsafe(name: str, manager: Any) -> None:
-    """Before anything is loaded: lm-eval's code tasks run programs when their modules are imported."""
-    if _is_file(name):
-        if not Path(name).is_file():
-            what = "is a directory" if Path(name).is_dir() else "is missing"
-            raise ConfigError(f"{name}: {what}; expected a task file of lm-eval")
-        return  # may name functions of its author anyway; `_prepare` sees what it loads
-    if name not in manager.task_index:
-        raise ConfigError(f"task {name!r} is unknown to lm-eval; `lm-eval ls tasks` lists its tasks")
-    for config in _configs_below(name, manager.task_index):
-        if config.get("unsafe_code"):
-            raise _unsafe(config.get("task", name))
-
-
-def _unsafe(task: str) -> ConfigError:
-    return ConfigError(
-        f"task {task} runs model-written code without a sandbox; expected {HUMANEVAL}, which runs in a sandbox here"
-    )
+def _reject_unsafe(task: str, is_unsafe: object) -> None:
+    if is_unsafe:
+        raise ConfigError(
+            f"task {task} runs model-written code without a sandbox; expected {HUMANEVAL}, which runs in a sandbox here"
+        )
 
 
 def _configs_below(name: str, index: Any) -> Iterator[dict]:
@@ -215,20 +187,19 @@ def _load_one(manager: Any, name: str, spec: Any) -> dict[str, Any]:
         raise ConfigError(f"task {name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def _prepare(tasks: dict[str, Any], shots: int | None) -> None:
+def _prepare(task: Any, shots: int | None) -> None:
     """Set the number of examples as lm-eval's `simple_evaluate` does; reject unsafe and sampling tasks."""
-    for name, task in tasks.items():
-        if task.config.unsafe_code:
-            raise _unsafe(name)
-        if (task.config.generation_kwargs or {}).get("do_sample"):
-            raise ConfigError(f"task {name} samples; expected do_sample: false, for a reproducible score")
-        if shots is not None and task.config.num_fewshot != 0:
-            task.set_config(key="num_fewshot", value=shots)
-            examples = len(list(task.fewshot_docs())) if shots else 0
-            if examples < shots:
-                raise ConfigError(f"task {name} has {examples} documents for examples; expected {shots}, one per shot")
-        elif task.config.num_fewshot is None:
-            task.set_config(key="num_fewshot", value=0)
+    name = task.task_name
+    _reject_unsafe(name, task.config.unsafe_code)
+    if (task.config.generation_kwargs or {}).get("do_sample"):
+        raise ConfigError(f"task {name} samples; expected do_sample: false, for a reproducible score")
+    if shots is not None and task.config.num_fewshot != 0:
+        task.set_config(key="num_fewshot", value=shots)
+        examples = len(list(task.fewshot_docs())) if shots else 0
+        if examples < shots:
+            raise ConfigError(f"task {name} has {examples} documents for examples; expected {shots}, one per shot")
+    elif task.config.num_fewshot is None:
+        task.set_config(key="num_fewshot", value=0)
 
 
 @contextmanager

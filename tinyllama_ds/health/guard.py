@@ -5,7 +5,7 @@ A step is bad when its loss or gradient is not finite on any rank, and suspiciou
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -107,7 +107,10 @@ class AnomalyGuard:
         if spike and self._settings.spike_policy == "skip":
             return self._skip(step, samples, f"spike of the {spike}")
         if spike and self._settings.spike_policy == "rollback":
-            self._roll_back(step, samples, f"spike of the {spike}")
+            reason, allowed = f"spike of the {spike}", self._settings.max_rollbacks
+            if self._rollbacks < allowed:
+                raise Rollback(step, samples, reason)
+            raise NumericsError(f"{_place(step, samples)}: {reason}, and the run has used up its {allowed} rollbacks")
         self._in_a_row = 0
         self.spikes += spike is not None
         self._window.add(status.loss, status.grad_norm)
@@ -128,12 +131,6 @@ class AnomalyGuard:
         if self._in_a_row == MAX_SKIPS_IN_A_ROW:
             raise NumericsError(f"{_place(step, samples)}: {reason} for the {self._in_a_row}th step in a row")
         return StepDecision(False, reason)
-
-    def _roll_back(self, step: int, samples: range, reason: str) -> NoReturn:
-        allowed = self._settings.max_rollbacks
-        if self._rollbacks >= allowed:
-            raise NumericsError(f"{_place(step, samples)}: {reason}, and the run has used up its {allowed} rollbacks")
-        raise Rollback(step, samples, reason)
 
 
 def _place(step: int, samples: range) -> str:

@@ -7,15 +7,15 @@ import secrets
 import select
 import signal
 import socket
-import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Thread
 
-from tinyllama_ds.distributed.network import is_proof, proof
-from tinyllama_ds.files import parse_row, read_secret
+from tinyllama_ds.distributed.messages import HANDSHAKE_SECONDS, MessageConnection, is_proof, proof
+from tinyllama_ds.errors import log
+from tinyllama_ds.files import read_secret
 from tinyllama_ds.layout import (
     FIRST_STEP,
     HEARTBEAT_VARIABLE,
@@ -28,15 +28,14 @@ from tinyllama_ds.layout import (
 
 _BEAT_BYTES = 128
 _PING_SECONDS = 2
-_ANSWER_SECONDS = 30
 _LONGEST_ANSWER = 1024  # bytes
 
 
 class Heartbeat:
-    """Tells the supervisor how far this rank is: by a file on its machine, by a connection from other hosts."""
+    """Reports the progress of this rank to the supervisor: by a file on its machine, from other hosts over TCP."""
 
     def __init__(self, rank: int, run_dir: Path | None = None) -> None:
-        """`run_dir` is where the key of a supervisor on another host lies; without one it has none."""
+        """`run_dir` has the key of a supervisor on another host; without one it has none."""
         self.began = time.perf_counter()
         directory = os.environ.get(HEARTBEAT_VARIABLE)
         self._file = None if directory is None else (Path(directory) / f"rank_{rank}").open("w")
@@ -46,15 +45,13 @@ class Heartbeat:
             faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
             _die_with(int(os.environ[SUPERVISOR_VARIABLE]))
         self._step, self._doing = 0, STARTING
-        line = os.environ.get(LIFELINE_VARIABLE)
-        self._lifeline = None if line is None else _Lifeline(line, rank, run_dir and run_dir / LIFELINE_KEY_FILE)
+        value = os.environ.get(LIFELINE_VARIABLE)
+        self._lifeline = None if value is None else _join(value, rank, run_dir and run_dir / LIFELINE_KEY_FILE)
 
     def beat(self, step: int, doing: str) -> None:
         """Report the step that this rank has reached, and what it is doing."""
         self._step, self._doing = step, doing
-        if self._lifeline is not None:
-            self._lifeline.log_line({"step": step, "doing": doing})
-        self._write({"doing": doing})
+        self._report({"step": step, "doing": doing})
 
     @property
     def phase(self) -> str:
@@ -68,94 +65,64 @@ class Heartbeat:
     def fail(self, error: BaseException) -> None:
         """Report the error that ends this rank; the supervisor prints the first one of a run."""
         if self._lifeline is not None:
-            self._lifeline.log_line({"error": f"{type(error).__name__}: {error}"})
+            self._lifeline.send({"error": f"{type(error).__name__}: {error}"})
 
     def report_exit(self, code: int) -> None:
-        """Report that this rank exits in order, and its code."""
+        """Report the code of a regular exit."""
+        self._report({"step": self._step, "doing": "exiting", "code": code})
+
+    def _report(self, beat: dict) -> None:
         if self._lifeline is not None:
-            self._lifeline.log_line({"report_exit": code})
-        self._write({"doing": "leaving", "code": code})
-
-    def _write(self, beat: dict) -> None:
-        if self._file is None:
-            return
-        text = json.dumps({"pid": os.getpid(), "step": self._step} | beat).ljust(_BEAT_BYTES)
-        # In place: the block that the first beat took is still there on a full disk. The time of change is what counts.
-        os.pwrite(self._file.fileno(), text.encode(), 0)
+            self._lifeline.send(beat)
+        if self._file is not None:
+            # In place: the block of the first beat is still there on a full disk. The time of change is what counts.
+            os.pwrite(self._file.fileno(), json.dumps({"pid": os.getpid()} | beat).ljust(_BEAT_BYTES).encode(), 0)
 
 
-class _Lifeline:
+def _join(value: str, rank: int, key_file: Path | None) -> MessageConnection:
     """The connection to a supervisor on another host. When it breaks or falls silent, this host's ranks end."""
-
-    def __init__(self, line: str, rank: int, key_file: Path | None) -> None:
-        address, port, silence, patience = line.rsplit(":", 3)
-        self._silence = float(silence)
-        self._connection = _connect(address, int(port), float(patience), rank, key_file)
-        self._sending = Lock()
-        Thread(target=self._keep, name="supervisor is alive", daemon=True).start()
-
-    def log_line(self, message: dict) -> None:
-        with self._sending, suppress(OSError):  # a broken line is noticed by `_keep`
-            self._connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def _keep(self) -> None:
-        self._connection.settimeout(_PING_SECONDS)
-        heard_at = time.monotonic()
-        while time.monotonic() - heard_at < self._silence:
-            try:
-                received = self._connection.recv(1 << 16)
-            except TimeoutError:
-                received = None
-            except OSError:
-                received = b""
-            if received == b"":
-                break
-            if received is not None:
-                heard_at = time.monotonic()
-                if b"stacks" in received:
-                    self.log_line({"stacks": _stacks()})
-            self.log_line({})
-        _end_host("the connection to the supervisor is gone")
-
-
-def _connect(address: str, port: int, patience: float, rank: int, key_file: Path | None) -> socket.socket:
-    """The connection, after both ends have proven that they have the key; whoever else listens there is left alone."""
-    deadline = time.monotonic() + patience
-    while True:
-        connection = None
+    address, port, silence, patience = value.rsplit(":", 3)
+    deadline = time.monotonic() + float(patience)
+    connection = None
+    while connection is None:
         try:
             key = b"" if key_file is None else read_secret(key_file)
-            connection = socket.create_connection((address, port), timeout=_ANSWER_SECONDS)
-            _greet(connection, key, rank)
-            return connection
+            connection = _connect(address, int(port), key, rank)
         except OSError as error:
-            if connection is not None:
-                connection.close()
             if time.monotonic() > deadline:
                 _end_host(f"the supervisor at {address}:{port} does not answer: {error}")
-        time.sleep(1)
+            time.sleep(1)
+    Thread(target=_keep, args=(connection, float(silence)), name="supervisor is alive", daemon=True).start()
+    return connection
 
 
-def _greet(connection: socket.socket, key: bytes, rank: int) -> None:
-    """Raises OSError where the other end is not the supervisor."""
+def _connect(address: str, port: int, key: bytes, rank: int) -> MessageConnection:
+    """A connection, after both ends have proven that they have the key. Raises OSError if it is not the supervisor."""
     host, group, nonce = socket.gethostname(), os.getpgid(0), secrets.token_hex(16)
-    theirs = _answer(connection).get("nonce")
-    greeting = {"rank": rank, "host": host, "group": group, "nonce": nonce}
-    greeting["proof"] = proof(key, "rank", theirs, rank, host, group, nonce)
-    connection.sendall(json.dumps(greeting).encode() + b"\n")
-    if not is_proof(_answer(connection).get("proof"), key, "supervisor", nonce):
-        raise OSError("somebody else listens there, or the key is that of another start")
+    with ExitStack() as on_error:
+        opened = socket.create_connection((address, port), timeout=HANDSHAKE_SECONDS)
+        connection = MessageConnection(on_error.enter_context(opened))
+        theirs = (connection.receive(_LONGEST_ANSWER) or {}).get("nonce")
+        greeting = {"rank": rank, "host": host, "group": group, "nonce": nonce}
+        connection.send(greeting | {"proof": proof(key, "rank", theirs, rank, host, group, nonce)})
+        answer = connection.receive(_LONGEST_ANSWER) or {}
+        if not is_proof(answer.get("proof"), key, "supervisor", nonce):
+            raise OSError("a different program listens there, or the key is that of a different start")
+        on_error.pop_all()
+    return connection
 
 
-def _answer(connection: socket.socket) -> dict:
-    """The next line, byte by byte: what follows it is for somebody else."""
-    line, deadline = b"", time.monotonic() + _ANSWER_SECONDS
-    while not line.endswith(b"\n") and len(line) < _LONGEST_ANSWER and time.monotonic() < deadline:
-        received = connection.recv(1)
-        if not received:
-            raise OSError("hung up")
-        line += received
-    return parse_row(line) or {}
+def _keep(connection: MessageConnection, silence: float) -> None:
+    """Answer the supervisor until the connection breaks, then end this host's ranks."""
+    connection.socket.settimeout(_PING_SECONDS)
+    heard_at = time.monotonic()
+    with suppress(ConnectionError):
+        while time.monotonic() - heard_at < silence:
+            message = connection.receive(_LONGEST_ANSWER)
+            if message is not None:
+                heard_at = time.monotonic()
+            connection.send({"stacks": _stacks()} if message and "stacks" in message else {})
+    _end_host("the connection to the supervisor is gone")
 
 
 def _stacks() -> str:
@@ -178,6 +145,5 @@ def _die_with(supervisor: int) -> None:
 
 def _end_host(reason: str) -> None:
     """End the process group: this host's launcher and all of its ranks, or under MPI this rank."""
-    with suppress(OSError):
-        print(f"tinyllama-ds: {socket.gethostname()}: {reason}; ending", file=sys.stderr, flush=True)
+    log(f"{socket.gethostname()}: {reason}; ending")
     os.killpg(0, signal.SIGKILL)

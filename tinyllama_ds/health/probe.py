@@ -1,4 +1,4 @@
-"""The probe of a run: its loss is stored with every checkpoint, and has to come out again after every load."""
+"""The probe of a run: its loss is stored with every checkpoint and recomputed after every load."""
 
 import platform
 from pathlib import Path
@@ -36,7 +36,7 @@ def take_probe(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo) -> P
 
 
 def numerics_environment(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo) -> dict:
-    """What a loss depends on in its last bits, beside weights and sample."""
+    """What the last bits of a loss depend on, besides weights and sample."""
     return {
         "world_size": world.size,
         "zero_optimization": run.description["deepspeed_config"]["zero_optimization"],

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import secrets
-import select
 import socket
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,38 +67,28 @@ class ProbeClient:
         self.name = name
         python = [sys.executable, "-m", "tinyllama_ds.launch.probe"]
         command = python if is_here else ssh_command(name, python, ssh_port)
+        self._stderr = os.memfd_create("stderr")
+        pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+            command, stdin=pipe, stdout=pipe, stderr=self._stderr, bufsize=1, text=True, errors="replace"
         )
-        self._received = b""
+        self._thread = ThreadPoolExecutor(1)  # reads the answers, so that waiting for one has a timeout
 
     def query(self, question: dict) -> dict | str:
         """The answer, or a sentence with the reason why there is none."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        deadline = time.monotonic() + ANSWER_SECONDS
         try:
-            self._process.stdin.write(json.dumps(question).encode() + b"\n")
-        except OSError:
-            return self._stderr_tail()
-        while b"\n" not in self._received:
-            if not select.select([self._process.stdout], [], [], max(0, deadline - time.monotonic()))[0]:
-                return f"no answer in {ANSWER_SECONDS} s"
-            received = os.read(self._process.stdout.fileno(), 1 << 16)
-            if not received:
-                return self._stderr_tail()
-            self._received += received
-        line, _, self._received = self._received.partition(b"\n")
-        try:
-            return json.loads(line)
+            line = self._thread.submit(self._ask, json.dumps(question)).result(ANSWER_SECONDS)
+            return json.loads(line) if line else self._last_error()
+        except TimeoutError:
+            return f"no answer in {ANSWER_SECONDS} s"
         except ValueError:
-            return f"answered {line[:80].decode(errors='replace')!r} instead of JSON"
+            return f"answered {line[:80]!r} instead of JSON"
 
     def close(self) -> None:
         """Close the probe's input, at which it removes its token and exits."""
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                pipe.close()
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it has exited
+            self._process.stdin.close()
 
     def end(self, deadline: float) -> None:
         """Wait for the probe to exit; kill it at the deadline."""
@@ -107,18 +96,22 @@ class ProbeClient:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+        with self._process, self._thread:  # which wait for both and close the pipes
+            os.close(self._stderr)
 
-    def _stderr_tail(self) -> str:
-        assert self._process.stderr is not None
-        text, deadline = b"", time.monotonic() + _STDERR_SECONDS
-        while select.select([self._process.stderr], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            received = os.read(self._process.stderr.fileno(), 1 << 16)
-            if not received:
-                break
-            text += received
-        lines = [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "the connection was closed"
+    def _ask(self, question: str) -> str:
+        """The line with the answer; empty if the process has exited."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(f"{question}\n")
+        return self._process.stdout.readline()
+
+    def _last_error(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STDERR_SECONDS)
+        lines = os.pread(self._stderr, 1 << 16, 0).decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "the connection was closed")
 
 
 def close_all(clients: Sequence[ProbeClient]) -> None:
@@ -134,7 +127,7 @@ def check_hosts(placement: Placement, data: Path | None, run_dir: Path | None) -
     """Check all hosts of a placement, or this machine if it has none, against this machine."""
     examined = DoctorReport()
     token = f".doctor-{secrets.token_hex(6)}"
-    question = {"data": data and str(data.absolute()), "run_dir": run_dir and str(run_dir.absolute())}
+    question = {"ask": "report", "data": data and str(data.absolute()), "run_dir": run_dir and str(run_dir.absolute())}
     with ExitStack() as stack:
         here = ProbeClient(HERE, is_here=True)
         clients = [open_probe(host, placement) for host in placement.hosts]
@@ -181,8 +174,8 @@ def _check_connections(
     for client in clients:
         peers = {other.name: [other.name, reports[other.name]["port"]] for other in clients if other is not client}
         peers[HERE] = [local_address_towards(client.name) or socket.gethostname(), port]
-        tokens = [token] if token else []
-        questions.append({"peers": peers, "run_dir": shared, "tokens": tokens, "master": placement.master_address})
+        question = {"ask": "connections", "peers": peers, "master": placement.master_address}
+        questions.append(question | {"run_dir": shared, "tokens": [token] if token else []})
     findings, unreached = [], []
     for client, view in zip(clients, query_all(clients, questions), strict=True):
         if not isinstance(view, dict):
@@ -190,7 +183,11 @@ def _check_connections(
             continue
         reports[client.name] |= {"address": view["address"], "interface": view["interface"]}
         findings.append(_interface(client.name, view, placement))
-        findings += [_clock(client)] + ([_shared(client.name, view, run_dir)] if token else [])
+        findings.append(_clock(client))
+        if token:
+            found = f"{run_dir} is a different directory there" if view["unseen_tokens"] else "shared and writable"
+            hint = "mount the same storage at the same path on all hosts"
+            findings.append(Finding("run directory", client.name, not view["unseen_tokens"], found, hint))
         unreached += [(client.name, name, error) for name, error in view["unreached"].items()]
     return findings + _ports([client.name for client in clients], unreached)
 
@@ -217,7 +214,10 @@ def _compare(host: str, report: dict, reference: dict) -> list[Finding]:
         findings.append(Finding("packages", host, True, installed))
     hint = f"install the same version there; its revision is {report['revision']}, here {reference['revision']}"
     findings.append(_equal("code", host, report["code"], reference["code"], hint))
-    findings += _disk_space(host, report)
+    for path, size in report["free"].items():
+        hint = f"free disk space under {path}, for checkpoints or temporary files"
+        is_enough = size / 2**30 >= _LEAST_FREE_GIB
+        findings.append(Finding("free space", host, is_enough, f"{size / 2**30:.1f} GiB under {path}", hint))
     if report["data"] is not None:
         findings.append(_data(host, report["data"], reference["data"]))
     if report["run_dir_error"]:
@@ -280,15 +280,6 @@ def _hint_without_gpu(host: Host, gpu: int, placement: Placement) -> str:
     return f", or exclude that GPU with --exclude {host.name}{f':{gpu}' if smaller else ''}"
 
 
-def _disk_space(host: str, report: dict) -> list[Finding]:
-    findings = []
-    for path, size in report["free"].items():
-        hint = f"free disk space under {path}, for checkpoints or temporary files"
-        is_enough = size / 2**30 >= _LEAST_FREE_GIB
-        findings.append(Finding("free space", host, is_enough, f"{size / 2**30:.1f} GiB under {path}", hint))
-    return findings
-
-
 def _data(host: str, found: dict, wanted: dict) -> Finding:
     if "error" in found:
         return Finding("data", host, False, found["error"], "mount the data directory there at the same path")
@@ -297,13 +288,6 @@ def _data(host: str, found: dict, wanted: dict) -> Finding:
         other = wanted.get("digest") or wanted["error"]
         return Finding("data", host, False, f"manifests {found['digest']}, here {other}", hint)
     return Finding("data", host, True, f"{found['manifests']} manifests, {found['digest']}")
-
-
-def _shared(host: str, view: dict, run_dir: Path | None) -> Finding:
-    if not view["unseen_tokens"]:
-        return Finding("run directory", host, True, "shared and writable")
-    hint = "mount the same storage at the same path on all hosts"
-    return Finding("run directory", host, False, f"{run_dir} is a different directory there", hint)
 
 
 def _interface(host: str, view: dict, placement: Placement) -> Finding:
@@ -334,7 +318,7 @@ def _ports(hosts: list[str], unreached: list[tuple[str, str, str]]) -> list[Find
 
 def _clock(client: ProbeClient) -> Finding:
     before = time.time()
-    answer = client.query({"clock": True})
+    answer = client.query({"ask": "clock"})
     after = time.time()
     if not isinstance(answer, dict):
         return _ssh(client.name, answer)
@@ -356,12 +340,10 @@ def table(report: DoctorReport, in_color: bool) -> str:
         for finding in filter(lambda finding: not finding.passed, of_check):
             rows += [("FAIL", check, f"{finding.host}: {finding.found}"), ("", "", f"fix: {finding.hint}")]
     text = text_table(rows, words=range(3))
-    return re.sub("^(?:PASS|FAIL)", _paint, text, flags=re.MULTILINE) if in_color else text
+    for state, color in {"PASS": 32, "FAIL": 31}.items() if in_color else ():
+        text = re.sub(f"^{state}", f"\033[{color}m{state}\033[0m", text, flags=re.MULTILINE)
+    return text
 
 
 def _join_names(hosts: list[str]) -> str:
     return ", ".join(hosts) if len(hosts) <= 4 else f"{len(hosts)} hosts"
-
-
-def _paint(state: re.Match[str]) -> str:
-    return f"\033[{32 if state[0] == 'PASS' else 31}m{state[0]}\033[0m"

@@ -49,18 +49,20 @@ def forwarded(environment: Mapping[str, str], named: Iterable[str], launcher: st
     }
     # The other hosts have their own paths to fall back on, so these are skipped if they cannot be forwarded.
     chosen |= {name: environment[name] for name in _NAMES if _survives_forwarding(environment.get(name, ""), launcher)}
-    chosen |= read_user_files()
-    chosen |= {name: environment[name] for name in named}
+    chosen |= named_variables(environment, named)
     shown = {name: value for name, value in chosen.items() if not is_secret(name)}
     for name, value in shown.items():
-        _check_value(name, value, launcher)
+        if not _survives_forwarding(value, launcher):
+            raise ConfigError(
+                f"{name}: its value {value!r} would be changed by {launcher} on its way to other hosts; expected"
+                f" letters, digits and @+=:./-, or the variable unset"
+            )
     return shown
 
 
 def named_secrets(environment: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
     """The secrets for all ranks: of the user's `.deepspeed_env`, and those named."""
-    chosen = read_user_files() | {name: environment[name] for name in named if name in environment}
-    return {name: value for name, value in chosen.items() if is_secret(name)}
+    return {name: value for name, value in named_variables(environment, named).items() if is_secret(name)}
 
 
 def forward_secrets(path: Path, secrets: dict[str, str]) -> None:
@@ -90,9 +92,9 @@ def _is_local(name: str) -> bool:
     return is_secret(name) or name.startswith(_MACHINE)
 
 
-def named_value(name: str, named: Iterable[str]) -> str | None:
-    """The value of a variable that the user forwards to all hosts by name."""
-    return os.environ.get(name) if name in named else read_user_files().get(name)
+def named_variables(environment: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
+    """The variables that the user forwards to all hosts: of the `.deepspeed_env`, and those named."""
+    return read_user_files() | {name: environment[name] for name in named if name in environment}
 
 
 def read_user_files() -> dict[str, str]:
@@ -113,26 +115,12 @@ def read_user_files() -> dict[str, str]:
     return found
 
 
-def write_private_file(path: Path, content: str) -> None:
-    """Write a file that only this user can read."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        file.write(content)
-
-
 def check_argument(argument: str, launcher: str) -> None:
     """Raises `ConfigError` for an argument that pdsh or the remote shell would change."""
     fits = _QUOTABLE if " " in argument else _PLAIN  # DeepSpeed quotes only arguments with blanks
     if launcher == "pdsh" and not fits.fullmatch(argument):
         raise ConfigError(
             f"{argument!r}: a remote shell would change it; expected letters, digits, blanks and @+=:,./-"
-        )
-
-
-def _check_value(name: str, value: str, launcher: str) -> None:
-    if not _survives_forwarding(value, launcher):
-        raise ConfigError(
-            f"{name}: its value {value!r} would be changed by {launcher} on its way to other hosts; expected letters,"
-            f" digits and @+=:./-, or the variable unset"
         )
 
 

@@ -1,7 +1,6 @@
 """The hosts of one run: checked before each start, waited for or excluded when they are lost."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from tinyllama_ds.distributed.network import free_port
 from tinyllama_ds.distributed.ssh import ssh_command
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.errors import ConfigError, log
 from tinyllama_ds.files import SECRETS_FILE, remove
 from tinyllama_ds.launch.doctor import DoctorReport, check_hosts, table
 from tinyllama_ds.launch.environment import forward_secrets, named_secrets
@@ -44,27 +43,27 @@ class Fleet:
         Without ssh, and through Slurm, the hosts are not checked.
         """
         placement = self.placement
+        first: dict = {}  # report of the first host
         if placement.is_remote and placement.launcher != "slurm" and (self.check_first or not self._is_first):
             examined = check_hosts(placement, self.data, self.run_dir)
             left = self._choose_hosts(examined)
             if left is None:
                 return None
             placement = replace(placement, hosts=left)
-            port = examined.reports.get(left[0].name, {}).get("free_port")
-            interface = examined.reports.get(left[0].name, {}).get("interface")
-        else:
-            port, interface = None, None
-        placement = replace(placement, master_port=placement.master_port or port or free_port())
+            first = examined.reports.get(left[0].name, {})
+        placement = replace(placement, master_port=placement.master_port or first.get("free_port") or free_port())
         self._is_first = False
         if placement.spans_hosts:
-            via = f", network interface {interface}" if interface else ""
-            _log(f"rank 0 on {placement.master_address}, port {placement.master_port}{via}; {_count(placement)}")
+            via = f", network interface {first['interface']}" if first.get("interface") else ""
+            through = f" through {placement.launcher}" if placement.is_remote else ""
+            log(
+                f"rank 0 on {placement.master_address}, port {placement.master_port}{via};"
+                f" {placement.world_size} ranks on {len(placement.hosts)} hosts{through}"
+            )
         if placement.is_remote:
             forward_secrets(self.run_dir / SECRETS_FILE, named_secrets(os.environ, placement.forward))
         process = start_launcher(placement, self.arguments, variables, directory)
-        here = socket.gethostname()
-        hosts = [placement.host_of(rank) if placement.hosts else here for rank in range(placement.world_size)]
-        return Job(process, hosts, self._kill)
+        return Job(process, placement.host_of_rank, self._kill)
 
     def remove_secrets(self) -> None:
         """To be called after the last start."""
@@ -84,7 +83,7 @@ class Fleet:
             self._waiting_since = None
             return self.placement.hosts
         failed = DoctorReport([finding for finding in examined.findings if not finding.passed])
-        _log(f"not all hosts are ready:\n{table(failed, sys.stderr.isatty())}")
+        log(f"not all hosts are ready:\n{table(failed, sys.stderr.isatty())}")
         left = examined.healthy(self.placement.hosts)
         if self._is_first:
             raise ConfigError(
@@ -109,22 +108,11 @@ class Fleet:
             works = self._largest_valid_subset(left)
             way = f"valid subset: --include {write_filter(works)}" if works else "no subset of them is valid"
             raise ConfigError(f"only {names} are left, and {error}; {way}") from error
-        _log(f"continuing on {names}")
+        log(f"continuing on {names}")
 
     def _largest_valid_subset(self, left: list[Host]) -> list[Host] | None:
         for count in range(len(left) - 1, 0, -1):
-            try:
+            with suppress(ConfigError):
                 self.check(replace(self.placement, hosts=left[:count]))
-            except ConfigError:
-                continue
-            return left[:count]
+                return left[:count]
         return None
-
-
-def _count(placement: Placement) -> str:
-    through = f" through {placement.launcher}" if placement.is_remote else ""
-    return f"{placement.world_size} ranks on {len(placement.hosts)} hosts{through}"
-
-
-def _log(text: str) -> None:
-    print(f"tinyllama-ds: {text}", file=sys.stderr, flush=True)

@@ -6,16 +6,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
-
 from tinyllama_ds.devices import VISIBLE, VISIBLE_HERE_VARIABLE, Machine
-from tinyllama_ds.distributed.network import free_port
+from tinyllama_ds.distributed.network import free_port, interface_of
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.launch.environment import check_argument, forwarded, runner_environment, write_private_file
+from tinyllama_ds.launch.environment import check_argument, forwarded, runner_environment, write_private
 from tinyllama_ds.launch.hostfile import Host, write_filter
 
 # The modules that run on every rank.
@@ -77,13 +76,11 @@ class Placement:
             return self.master
         return self.hosts[0].name if self.hosts and not self._is_all_here else "127.0.0.1"
 
-    def host_of(self, rank: int) -> str:
-        """The host of a rank; ranks are assigned in the order of the hostfile."""
-        for host in self.hosts:
-            if rank < host.ranks:
-                return host.name
-            rank -= host.ranks
-        return socket.gethostname()
+    @property
+    def host_of_rank(self) -> list[str]:
+        """The host of every rank; ranks are assigned in the order of the hostfile."""
+        names = [host.name for host in self.hosts for _ in range(host.ranks)]
+        return names or [socket.gethostname()] * self.num_local
 
 
 def check_placement(placement: Placement, arguments: list[str]) -> None:
@@ -169,12 +166,9 @@ def is_this_machine(name: str) -> bool:
     """Whether a host's name or address is this machine's."""
     if name in ("localhost", socket.gethostname()):
         return True
-    try:
-        address = socket.gethostbyname(name)
-    except OSError:
-        return False
-    ours = [found.address for addresses in psutil.net_if_addrs().values() for found in addresses]
-    return address in ours
+    with suppress(OSError):
+        return interface_of(socket.gethostbyname(name)) is not None
+    return False
 
 
 def start_launcher(
@@ -192,7 +186,7 @@ def start_launcher(
     environment = launcher_environment(placement) | variables
     if placement.is_remote:
         for name, content in launch_files(placement, environment).items():
-            write_private_file(directory / name, content)
+            write_private(directory / name, content.encode())
         environment = runner_environment(environment, placement.forward) | _runner_settings(placement, directory)
     command = launcher_command(placement, arguments, module, directory)
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)

@@ -19,9 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinyllama_ds.distributed.network import is_proof, proof
+from tinyllama_ds.distributed.messages import HANDSHAKE_SECONDS, MessageConnection, is_proof, proof
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_NUMERICS, EXIT_RESTART, EXIT_ROLLBACK
-from tinyllama_ds.files import parse_row
+from tinyllama_ds.files import Kinds
 from tinyllama_ds.launch.environment import write_private
 
 SILENCE_SECONDS = 30
@@ -30,17 +30,17 @@ _JOIN_SECONDS = 240  # from the first rank that connects to the last
 _END_SECONDS = 3  # from closing the connections to the end of the ranks
 _STACKS_SECONDS = 10  # for stacks to arrive
 _MAX_MESSAGE, _MAX_HANDSHAKE = 1 << 20, 1 << 12  # bytes
-_HANDSHAKE_SECONDS = 30  # for a connection to authenticate
 _MAX_UNAUTHENTICATED = 256  # at a time; then the oldest is dropped, as a process has a limit of open files
 _LARGEST_GROUP = 2**22  # the largest process id
-_EXIT_REPORTS = (EXIT_FINISHED, EXIT_RESTART, EXIT_ROLLBACK, EXIT_CONFIG, EXIT_NUMERICS)
+_GREETING: dict[str, Kinds] = {"rank": int, "host": str, "group": int, "nonce": str, "proof": str}
+_EXIT_CODES = (EXIT_FINISHED, EXIT_RESTART, EXIT_ROLLBACK, EXIT_CONFIG, EXIT_NUMERICS)
 
 
 @dataclass(eq=False)
 class _Rank:
     """One connection; `number` is None until the rank has authenticated."""
 
-    connection: socket.socket
+    connection: MessageConnection
     last_seen: float
     nonce: str = field(default_factory=lambda: secrets.token_hex(16))  # challenge for the rank's proof of its key
     number: int | None = None
@@ -48,11 +48,14 @@ class _Rank:
     group: int = 0
     has_reported_exit: bool = False
     has_shown_stacks: bool = False
-    received: bytes = field(default=b"", repr=False)
 
-    @property
-    def is_expected_to_answer(self) -> bool:
-        return self.number is not None and not self.has_shown_stacks
+    def __str__(self) -> str:
+        return f"rank {self.number} on {self.host}"
+
+    def receive(self) -> dict | None:
+        if self.number is None:
+            return self.connection.receive(_MAX_HANDSHAKE, **_GREETING)
+        return self.connection.receive(_MAX_MESSAGE)
 
 
 def lifeline_value(address: str, port: int, patience: int = 120) -> str:
@@ -87,7 +90,6 @@ class Lifeline:
         self._pinged_at = 0.0
         self._error: str | None = None
         self._death: str | None = None  # has priority: the errors of other ranks follow from it
-        self.code: int | None = None  # that the first rank reported at its regular end
 
     def expect(self, hosts: Sequence[str]) -> None:
         """The host of every rank, by rank."""
@@ -111,7 +113,7 @@ class Lifeline:
         """Request the stacks of all ranks, and wait up to 10 s for them."""
         self._broadcast({"stacks": True})
         end = time.monotonic() + _STACKS_SECONDS
-        while any(rank.is_expected_to_answer for rank in self._ranks) and time.monotonic() < end:
+        while time.monotonic() < end and not all(rank.has_shown_stacks for rank in self._authenticated()):
             self.poll()
             time.sleep(0.1)
 
@@ -119,15 +121,15 @@ class Lifeline:
         """Close all connections, at which the ranks end; returns host and process group of those that did not."""
         for rank in self._ranks:
             with suppress(OSError):
-                rank.connection.shutdown(socket.SHUT_WR)
+                rank.connection.socket.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + _END_SECONDS
         while self._ranks and time.monotonic() < deadline:
             for key, _ in self._selector.select(0.1):
                 if key.fileobj is not self._server:
                     self._receive_from(key.data, time.monotonic())
-        left = [(self._host_of(rank), rank.group) for rank in self._ranks if rank.number is not None]
+        left = [(self._host_of(rank), rank.group) for rank in self._authenticated()]
         for rank in self._ranks:
-            rank.connection.close()
+            rank.connection.socket.close()
         self._ranks.clear()
         self._selector.close()
         self._server.close()
@@ -146,81 +148,70 @@ class Lifeline:
             for _ in range(_MAX_UNAUTHENTICATED):
                 connection, _ = self._server.accept()
                 connection.setblocking(False)
-                rank = _Rank(connection, now)
+                rank = _Rank(MessageConnection(connection), now)
                 self._ranks.append(rank)
-                self._selector.register(connection, selectors.EVENT_READ, rank)
-                self._send(rank, {"nonce": rank.nonce})
+                self._selector.register(rank.connection, selectors.EVENT_READ, rank)
+                rank.connection.send({"nonce": rank.nonce})
 
     def _drop_unauthenticated(self, now: float) -> None:
         unauthenticated = [rank for rank in self._ranks if rank.number is None]
         too_many = len(unauthenticated) - _MAX_UNAUTHENTICATED
         for place, rank in enumerate(unauthenticated):  # the oldest first
-            if place < too_many or now - rank.last_seen > _HANDSHAKE_SECONDS:
+            if place < too_many or now - rank.last_seen > HANDSHAKE_SECONDS:
                 self._drop(rank)
 
     def _receive_from(self, rank: _Rank, now: float) -> None:
         """Read all data up to the end of the connection, so that a death is seen before the errors that it causes."""
-        while rank in self._ranks and (received := _receive(rank.connection)) is not None:
-            if rank.number is not None:
+        try:
+            while (message := rank.receive()) is not None:
+                if rank.number is None:
+                    self._authenticate(rank, message)
                 rank.last_seen = now
-            rank.received += received
-            *lines, rank.received = rank.received.split(b"\n")
-            for line in lines:
-                self._handle(rank, line)
-            longest = _MAX_HANDSHAKE if rank.number is None else _MAX_MESSAGE
-            if not received or len(rank.received) > longest:
-                self._drop(rank)
-
-    def _handle(self, rank: _Rank, line: bytes) -> None:
-        message = parse_row(line)
-        if message is None or (rank.number is None and not self._authenticate(rank, message)):
+                self._handle(rank, message)
+        except ConnectionError:
             self._drop(rank)
-            return
+
+    def _handle(self, rank: _Rank, message: dict) -> None:
         match message:
             case {"step": int(step), "doing": str(doing)}:
-                (self._directory / f"rank_{rank.number}").write_text(json.dumps({"step": step, "doing": doing}))
+                beat: dict = {"step": step, "doing": doing}
+                code = message.get("code")
+                if isinstance(code, int) and code in _EXIT_CODES:
+                    rank.has_reported_exit = True
+                    beat["code"] = code
+                (self._directory / f"rank_{rank.number}").write_text(json.dumps(beat))
             case {"stacks": str(stacks)}:
                 (self._directory / f"stacks_{rank.number}").write_text(stacks)
                 rank.has_shown_stacks = True
             case {"error": str(error)}:
                 rank.has_reported_exit = True
-                self._error = self._error or f"{_describe(rank)}: {error}"
-            case {"report_exit": int(code)} if code in _EXIT_REPORTS:
-                rank.has_reported_exit = True
-                self.code = code if self.code is None else self.code
+                self._error = self._error or f"{rank}: {error}"
 
-    def _authenticate(self, rank: _Rank, message: dict) -> bool:
-        """Whether this is a rank of this run with the key, and its first connection."""
-        names = ("rank", "host", "group", "nonce")
-        if parse_row(json.dumps(message).encode(), rank=int, host=str, group=int, nonce=str) is None:
-            return False
-        number, host, group, nonce = (message[name] for name in names)
-        is_ours = is_proof(message.get("proof"), self._key, "rank", rank.nonce, number, host, group, nonce)
+    def _authenticate(self, rank: _Rank, message: dict) -> None:
+        """Raises ConnectionError unless this is a rank of this run with the key, and its first connection."""
+        number, host, group, nonce, shown = (message[name] for name in _GREETING)
+        is_ours = is_proof(shown, self._key, "rank", rank.nonce, number, host, group, nonce)
         is_known = not self._hosts or number < len(self._hosts)
         is_new = all(other.number != number for other in self._ranks)
         if not (is_ours and is_known and is_new and 1 < group < _LARGEST_GROUP):  # kill -1 would kill all processes
-            return False
+            raise ConnectionError("is not a rank of this run")
         rank.number, rank.host, rank.group = number, host, group
-        rank.last_seen = time.monotonic()
-        self._first_at = self._first_at or rank.last_seen
-        self._send(rank, {"proof": proof(self._key, "supervisor", nonce)})
-        return True
+        self._first_at = self._first_at or time.monotonic()
+        rank.connection.send({"proof": proof(self._key, "supervisor", nonce)})
 
     def _drop(self, rank: _Rank) -> None:
-        if rank not in self._ranks:  # already dropped at an earlier line
-            return
         self._ranks.remove(rank)
         self._selector.unregister(rank.connection)
-        rank.connection.close()
+        rank.connection.socket.close()
         if rank.number is not None and not rank.has_reported_exit:
-            self._death = self._death or f"{_describe(rank)} has died"
+            self._death = self._death or f"{rank} has died"
 
     def _silent(self, now: float) -> str | None:
-        silent = [rank for rank in self._ranks if rank.number is not None and now - rank.last_seen > SILENCE_SECONDS]
+        silent = [rank for rank in self._authenticated() if now - rank.last_seen > SILENCE_SECONDS]
         if not silent:
             return None
         why = "it is stopped, or its host or the network is down"
-        return f"{_describe(silent[0])} has not responded for {SILENCE_SECONDS} s: {why}"
+        return f"{silent[0]} has not responded for {SILENCE_SECONDS} s: {why}"
 
     def _missing(self, now: float) -> str | None:
         if self._first_at is None or now - self._first_at < _JOIN_SECONDS:
@@ -233,24 +224,8 @@ class Lifeline:
         return f"rank {missing[0]} on {self._hosts[missing[0]]} did not start within {_JOIN_SECONDS} s"
 
     def _broadcast(self, message: dict) -> None:
-        for rank in self._ranks:
-            if rank.number is not None:
-                self._send(rank, message)
+        for rank in self._authenticated():
+            rank.connection.send(message)
 
-    def _send(self, rank: _Rank, message: dict) -> None:
-        with suppress(OSError):  # a broken connection is detected when reading
-            rank.connection.send(json.dumps(message).encode() + b"\n")
-
-
-def _describe(rank: _Rank) -> str:
-    return f"rank {rank.number} on {rank.host}"
-
-
-def _receive(connection: socket.socket) -> bytes | None:
-    """Received bytes; empty at the end of the connection, None if there are none at the moment."""
-    try:
-        return connection.recv(1 << 16)
-    except BlockingIOError:
-        return None
-    except OSError:
-        return b""
+    def _authenticated(self) -> list[_Rank]:
+        return [rank for rank in self._ranks if rank.number is not None]

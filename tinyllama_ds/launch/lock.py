@@ -53,7 +53,9 @@ def hold_run(run_dir: Path) -> Iterator[RunLock]:
     is_new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
     path = run_dir / LOCK_FILE
-    ours = json.dumps(_owner()).encode()
+    pid = os.getpid()
+    owner = {"pid": pid, "host": socket.gethostname(), "started": _ticks_at_start(pid), "boot": _boot_id()}
+    ours = json.dumps(owner).encode()
     while not _create(path, ours):
         with suppress(FileNotFoundError):  # released by its owner at this moment
             held = path.read_bytes()
@@ -96,11 +98,6 @@ def _describe(path: Path, held: bytes) -> str:
     return f"process {owner['pid']} on host {owner['host']}"
 
 
-def _owner() -> dict:
-    pid = os.getpid()
-    return {"pid": pid, "host": socket.gethostname(), "started": _ticks_at_start(pid), "boot": _boot_id()}
-
-
 def _ticks_at_start(pid: int) -> int | None:
     """The start time of a process in clock ticks since boot, independent of the clock; None if it has ended."""
     try:
@@ -133,13 +130,12 @@ def _create(path: Path, content: bytes) -> bool:
 def _create_in_place(path: Path, content: bytes) -> bool:
     """The same not atomically: others may see an incomplete file, which is treated as damaged."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with path.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
     except FileExistsError:
         return False
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
     return True
 
 

@@ -1,6 +1,7 @@
 """The hardware of the hosts that ranks will run on, queried there, as this machine may differ."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -9,10 +10,10 @@ from dataclasses import replace
 from tinyllama_ds.devices import Machine, common_machine, machine_of
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.launch.doctor import ANSWER_SECONDS, close_all, open_probe, query_all
-from tinyllama_ds.launch.environment import named_value
+from tinyllama_ds.launch.environment import named_variables
 from tinyllama_ds.launch.launcher import Placement
 
-_QUESTION = {"machine": True}
+_QUESTION = {"ask": "machine"}
 
 
 def query_hosts(placement: Placement) -> Placement | None:
@@ -24,7 +25,7 @@ def query_hosts(placement: Placement) -> Placement | None:
     reports = _query_by_srun(placement) if placement.launcher == "slurm" else _query_by_ssh(placement)
     if not reports:
         return None
-    if named_value("DS_ACCELERATOR", placement.forward) == "cpu":
+    if named_variables(os.environ, placement.forward).get("DS_ACCELERATOR") == "cpu":
         reports = {host: report | {"gpus": []} for host, report in reports.items()}
     try:
         machine = common_machine({host: machine_of(report) for host, report in reports.items()})

@@ -1,7 +1,7 @@
 """The process that `doctor` starts on every host. It answers questions, one line of JSON each, and leaves no files.
 
-`{"data": ..., "run_dir": ..., "token": ...}` is answered by a report of this host, `{"peers": ..., "tokens": ...,
-"master": ...}` by its connections to the others, `{"clock": true}` by the time, `{"machine": true}` by its hardware.
+`{"ask": "report"}` is answered by a report of this host, `"connections"` by its connections to the others, `"clock"` by
+the time, `"machine"` by the hardware; the other keys are the arguments of the function that answers.
 """
 
 import hashlib
@@ -15,31 +15,34 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, requires, version
+from contextlib import ExitStack
+from importlib.metadata import requires
 from pathlib import Path
 from threading import Thread
 
-from tinyllama_ds.devices import cpu_has_bf16, list_gpus
+from tinyllama_ds.devices import PACKAGES, cpu_has_bf16, installed_versions, list_gpus
 from tinyllama_ds.distributed.network import free_port, interface_towards, local_address_towards
 
-_PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "sentencepiece", "flash-attn")
 _PACKAGE = Path(__file__).parents[1]
 _CONNECT_SECONDS = 5
 
 
 def report(data: str | None, run_dir: str | None, token: str) -> dict:
-    """The report of this host; writes a token into the run directory."""
+    """The report of this host, which accepts connections on its `port`; writes a token into the run directory."""
+    packages = (*PACKAGES, *nccl_packages(requires("torch") or []))
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in (*_PACKAGES, *nccl_packages(requires("torch") or []))},
+        "packages": dict.fromkeys(packages) | installed_versions(packages),
         "code": code_digest(),
         "revision": _revision(),
         **machine(),
         "free": {path: _free_bytes(Path(path)) for path in (run_dir, tempfile.gettempdir()) if path},
         "data": None if data is None else data_digest(Path(data)),
-        "run_dir_error": None if run_dir is None else _leave_token(Path(run_dir), token),
+        "run_dir_error": None if run_dir is None else _write_token(Path(run_dir), token),
         "free_port": free_port(),
+        "port": listen(),
     }
 
 
@@ -90,13 +93,6 @@ def data_digest(data: Path) -> dict:
     return {"digest": digest.hexdigest()[:12], "manifests": len(manifests)}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _revision() -> str | None:
     git = ["git", "-C", str(_PACKAGE.parent), "describe", "--always", "--dirty"]
     try:
@@ -111,7 +107,7 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _leave_token(run_dir: Path, token: str) -> str | None:
+def _write_token(run_dir: Path, token: str) -> str | None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
         (run_dir / token).write_text(socket.gethostname())
@@ -140,25 +136,22 @@ def listen() -> int:
     return server.getsockname()[1]
 
 
+_ANSWERS: dict[str, Callable[..., dict]] = {
+    "report": report,
+    "connections": check_peers,
+    "clock": lambda: {"time": time.time()},
+    "machine": machine,
+}
+
+
 def main() -> None:
     """Answer until the input is closed; then remove the token."""
-    port, token = listen(), None
-    try:
+    with ExitStack() as stack:
         for line in sys.stdin:
             question = json.loads(line)
-            if "clock" in question:
-                answer: dict = {"time": time.time()}
-            elif "machine" in question:
-                answer = machine()
-            elif "peers" in question:
-                answer = check_peers(**question)
-            else:
-                token = Path(question["run_dir"]) / question["token"] if question["run_dir"] else None
-                answer = report(**question) | {"port": port}
-            print(json.dumps(answer), flush=True)
-    finally:
-        if token is not None:
-            token.unlink(missing_ok=True)
+            if question.get("token") and question["run_dir"]:
+                stack.callback(Path(question["run_dir"], question["token"]).unlink, missing_ok=True)
+            print(json.dumps(_ANSWERS[question.pop("ask")](**question)), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_NUMERICS, EXIT_RESTART, EXIT_ROLLBACK
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_NUMERICS, EXIT_RESTART, EXIT_ROLLBACK, log
 from tinyllama_ds.files import read_object_if_whole
 from tinyllama_ds.launch.lifeline import Lifeline
 from tinyllama_ds.launch.lock import RunLock
@@ -91,7 +90,11 @@ def supervise(launch: Launch, config: SupervisorConfig, lock: RunLock | None) ->
     restarts = failures = 0
     while True:
         kills = count_oom_kills()
-        code = _try_once(launch, config, stop, lock, restarts)
+        try:
+            code = _run_once(launch, config, stop, lock, restarts)
+        except OSError as error:  # of this machine, such as a full disk
+            log(f"the run cannot be started or watched: {error}")
+            code = _CRASHED
         if code is None:
             stop.wait(_HOSTS_SECONDS)
             if stop.requested_at is None:
@@ -99,15 +102,15 @@ def supervise(launch: Launch, config: SupervisorConfig, lock: RunLock | None) ->
             code = EXIT_RESTART
         last_step, (step, tokens) = step, _committed(config, (step, tokens))
         if code not in (*_FINAL_CODES, EXIT_ROLLBACK) and count_oom_kills() > kills:
-            _log(_OUT_OF_MEMORY)
+            log(_OUT_OF_MEMORY)
             code = code if step > last_step else EXIT_CONFIG  # it would run out of memory again
         if code == EXIT_ROLLBACK:  # not a failure; the run itself limits the number of rollbacks
-            _log(f"rolling back to checkpoint {step:,}, excluding the samples of the spike")
+            log(f"rolling back to checkpoint {step:,}, excluding the samples of the spike")
         else:
             failures = 0 if step > last_step else failures + 1
             if code in _FINAL_CODES or failures == _MAX_FAILURES:
                 break
-            _log(f"the run exited with code {code} at checkpoint {step:,}; restarting in {2**failures} s")
+            log(f"the run exited with code {code} at checkpoint {step:,}; restarting in {2**failures} s")
             stop.wait(2**failures)
         if stop.requested_at is not None:
             code = EXIT_RESTART
@@ -115,7 +118,7 @@ def supervise(launch: Launch, config: SupervisorConfig, lock: RunLock | None) ->
         restarts += 1
     stop.clear()
     if code not in _FINAL_CODES:
-        _log(f"giving up after {failures} consecutive failures without a new checkpoint, the last with code {code}")
+        log(f"giving up after {failures} consecutive failures without a new checkpoint, the last with code {code}")
     return SupervisionResult(code, restarts, time.monotonic() - started, tokens - tokens_before)
 
 
@@ -125,17 +128,6 @@ def _committed(config: SupervisorConfig, before: tuple[int, int]) -> tuple[int, 
         return config.committed()
     except OSError:
         return before
-
-
-def _try_once(
-    launch: Launch, config: SupervisorConfig, stop: "_StopRequest", lock: RunLock | None, restarts: int
-) -> int | None:
-    """As `_run_once`; an OSError of this machine, such as a full disk, counts as a failed start."""
-    try:
-        return _run_once(launch, config, stop, lock, restarts)
-    except OSError as error:
-        _log(f"the run cannot be started or watched: {error}")
-        return _CRASHED
 
 
 def _run_once(
@@ -216,25 +208,25 @@ def _wait(
     process: subprocess.Popen, watchdog: "_Watchdog", stop: _StopRequest, lock: RunLock | None, status_file: Path
 ) -> int:
     """The exit code of the run. Returns while the launcher is alive if a rank is stuck or stopping takes too long."""
-    while process.poll() is None:
+    failed = watchdog.failed_rank()
+    while process.poll() is None and failed is None:
         if lock is not None:
             lock.refresh()
         stop.poll()
         if stop.is_overdue():
-            _log("the ranks did not stop in time; the last checkpoint is kept")
+            log("the ranks did not stop in time; the last checkpoint is kept")
             return EXIT_RESTART
-        failed = watchdog.failed_rank()
-        if failed is not None:
-            return watchdog.code_of_failure(failed, status_file)
         stuck = watchdog.stuck_rank()
         if stuck is not None:
-            _log(f"{stuck}; stacks of all ranks:\n{watchdog.stacks()}")
+            log(f"{stuck}; stacks of all ranks:\n{watchdog.stacks()}")
             return _CRASHED
         time.sleep(_POLL_SECONDS)
-    failed = watchdog.failed_rank()  # what it reported last
-    if failed is not None:
-        return watchdog.code_of_failure(failed, status_file)
-    return _exit_code(watchdog.reported_code() or process.returncode, status_file)
+        failed = watchdog.failed_rank()
+    failed = failed or watchdog.failed_rank()  # what it reported last
+    code = _exit_code(watchdog.reported_code() or (_CRASHED if failed else process.returncode), status_file)
+    if failed and code not in (*_FINAL_CODES, EXIT_ROLLBACK):  # else the launcher ended it when another had finished
+        log(failed)
+    return code
 
 
 def _exit_code(code: int, status_file: Path) -> int:
@@ -276,18 +268,8 @@ class _Watchdog:
 
         The launcher polls once a second, so its own code may be that of a rank which only lost its peer.
         """
-        if self._lifeline is not None:
-            return self._lifeline.code or 0
         codes = (_read_beat(file).get("code") for file in sorted(self._directory.glob("rank_*")))
         return next(filter(None, codes), 0)
-
-    def code_of_failure(self, failed: str, status_file: Path) -> int:
-        """The exit code for a failed rank; it did not fail if the launcher ended it after another rank had finished."""
-        code = None if self._lifeline is None else self._lifeline.code
-        code = _exit_code(code or _CRASHED, status_file)
-        if code not in (*_FINAL_CODES, EXIT_ROLLBACK):
-            _log(failed)
-        return code
 
     def stuck_rank(self) -> str | None:
         """A sentence about the first stuck rank, else None."""
@@ -357,8 +339,3 @@ def _session(leader: int) -> list[psutil.Process]:
             if os.getsid(candidate.pid) == leader and candidate.info["status"] != psutil.STATUS_ZOMBIE:
                 members.append(candidate)
     return members
-
-
-def _log(text: str) -> None:
-    with suppress(OSError):  # a log on a full disk must not end the run
-        print(f"tinyllama-ds: {text}", file=sys.stderr, flush=True)

@@ -21,19 +21,16 @@ def draw_learning_rate(axis: Any, plan: Plan) -> None:
     points = _points(plan)
     axis.plot([point.tokens for point in points], [point.learning_rate for point in points])
     axis.set(ylabel="learning rate", ylim=(0, 1.35 * max(point.learning_rate for point in points)))
-    color = axis.xaxis.label.get_color()
     for stage, start, end in _labeled_stages(plan):
         ramp = stage.ramp_samples * plan.inputs.plan.sequence_length
         label = f"{stage.name}\n{short_count(end - start)}" + (f"\nramp {short_count(ramp)}" if ramp else "")
-        axis.annotate(label, ((start + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, -4),
-                      textcoords="offset points", ha="center", va="top", color=color)  # fmt: skip
+        _label(axis, label, ((start + end) / 2, 1), (0, -4), xycoords=("data", "axes fraction"), va="top")
     for milestone in plan.timeline.milestones:
         if milestone.name.startswith("end of") and "ramp" not in milestone.name:
             is_early = milestone.tokens < plan.inputs.plan.total_tokens / 9
             at = milestone.tokens, milestone.learning_rate
-            axis.plot(*at, "o", color=color, markersize=3)
-            axis.annotate(f"{milestone.learning_rate:.3g}", at, xytext=(-3, 7), textcoords="offset points",
-                          ha="left" if is_early else "right", color=color)  # fmt: skip
+            axis.plot(*at, "o", color=axis.xaxis.label.get_color(), markersize=3)
+            _label(axis, f"{milestone.learning_rate:.3g}", at, (-3, 7), ha="left" if is_early else "right")
     _finish(axis, plan)
 
 
@@ -45,9 +42,14 @@ def draw_batch(axis: Any, plan: Plan) -> None:
     axis.yaxis.set_major_formatter(lambda value, _: short_count(value))
     for stage, start, end in _labeled_stages(plan):
         tokens = stage.batch * plan.inputs.plan.sequence_length
-        axis.annotate(f"{tokens:,}", ((start + end) / 2, tokens), xytext=(0, 4), textcoords="offset points",
-                      ha="center", color=axis.xaxis.label.get_color())  # fmt: skip
+        _label(axis, f"{tokens:,}", ((start + end) / 2, tokens), (0, 4))
     _finish(axis, plan)
+
+
+def _label(axis: Any, text: str, at: tuple[float, float], offset: tuple[int, int], **options: Any) -> None:
+    """Text at some points from a place."""
+    look = {"ha": "center", "color": axis.xaxis.label.get_color()} | options
+    axis.annotate(text, at, xytext=offset, textcoords="offset points", **look)
 
 
 def draw_mixture(axis: Any, plan: Plan) -> None:

@@ -53,12 +53,6 @@ class Memory:
         return sum(row.bytes for row in self.rows if row.phase == phase)
 
     @property
-    def model_states(self) -> int:
-        """Weights, gradients and optimizer states."""
-        names = ("weights", "gradients", "optimizer", "gathered weights, persistent")
-        return sum(row.bytes for row in self.rows if row.name in names)
-
-    @property
     def peak_phase(self) -> str:
         return max(("micro-batch", "optimizer step"), key=self._sum)
 
@@ -86,13 +80,6 @@ def memory_of(model: LlamaConfig, layout: Layout, work: Work, world_size: int) -
     rows = [*_states(model, layout, world_size), *_buffers(model, layout, world_size)]
     rows += [_activations(model, layout, work), _loss(model, layout, work)]
     return Memory(tuple(row for row in rows if row.bytes))
-
-
-def host_bytes(model: LlamaConfig, layout: Layout, world_size: int) -> int:
-    """Bytes of host memory per rank: the optimizer and its gradients where they are offloaded."""
-    if not layout.offload_optimizer:
-        return 0
-    return (2 * layout.master_bytes + layout.moment_bytes) * ceil(model.num_parameters / world_size)
 
 
 def _states(model: LlamaConfig, layout: Layout, world_size: int) -> list[MemoryRow]:

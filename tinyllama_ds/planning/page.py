@@ -7,6 +7,7 @@ from tinyllama_ds.planning.plan import Plan
 from tinyllama_ds.planning.search import Ranking, reason
 
 _TOKENS_300B = 300e9  # what published tables of GPU-hours count
+_SHOWN = 12  # candidates of a search
 
 
 def headline(plan: Plan) -> str:
@@ -145,10 +146,10 @@ def _values(plan: Plan) -> Table:
     return Table("Values and their owners", ("", "value", "owner"), rows, text_columns=(0, 2))
 
 
-def ranking_table(ranking: Ranking, memory_bytes: int, shown: int = 12) -> Table:
+def ranking_table(ranking: Ranking) -> Table:
     """The best candidates of a search with their reasons."""
-    best = enumerate(ranking.candidates[:shown], start=1)
-    rows = [(f"{place}.", reason(candidate, memory_bytes)) for place, candidate in best]
+    best = enumerate(ranking.candidates[:_SHOWN], start=1)
+    rows = [(f"{place}.", reason(candidate)) for place, candidate in best]
     note = f"{len(ranking.candidates)} of {ranking.tried} combinations fit; the first is planned below."
     return Table("Ranking", ("", "reason"), rows, note, text_columns=(0, 1))
 

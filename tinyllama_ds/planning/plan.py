@@ -1,7 +1,8 @@
 """What a run is asked (`PlanRequest`), and everything known about it before it starts (`Plan`)."""
 
-import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tinyllama_ds.config.deepspeed import (
@@ -13,27 +14,13 @@ from tinyllama_ds.config.deepspeed import (
 from tinyllama_ds.config.recipe import Recipe, load_recipe
 from tinyllama_ds.config.run_plan import RunPlan, accumulation_steps, micro_batch_of
 from tinyllama_ds.config.schedule import Schedule, make_schedule
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.errors import ConfigError, all_of
 from tinyllama_ds.gpus import GIB
 from tinyllama_ds.model.config import LlamaConfig
-from tinyllama_ds.planning.communication import Hosts
-from tinyllama_ds.planning.cost import (
-    BAD_FLEET,
-    GOOD_FLEET,
-    Duration,
-    Failures,
-    Storage,
-    failures_of,
-    storage_of,
-)
+from tinyllama_ds.planning.cost import BAD_FLEET, GOOD_FLEET, Duration, Failures, Storage, failures_of, storage_of
 from tinyllama_ds.planning.layout import Layout, gathers_of, persistent_elements, read_layout
 from tinyllama_ds.planning.memory import Memory, Work, attention_memory, memory_of
-from tinyllama_ds.planning.timeline import (
-    Timeline,
-    data_warnings,
-    schedule_warnings,
-    timeline_of,
-)
+from tinyllama_ds.planning.timeline import Timeline, data_warnings, schedule_warnings, timeline_of
 from tinyllama_ds.planning.timing import Machines, StepTime, step_time
 
 TINY_MICRO_BATCH_TOKENS = 4096
@@ -48,7 +35,7 @@ class PlanRequest:
     machines: Machines
     attention: str = "auto"  # backend, as in pretrain
     is_compiled: bool = False
-    recompute_every: int = 0
+    activation_checkpointing: int = 0  # every so many blocks are recomputed; 0 is none
     tokens_per_second: float | None = None  # of one GPU, all included, where it is known
     price_per_hour: float | None = None  # of one GPU
     save_seconds: float = 15.0
@@ -61,129 +48,139 @@ class Inputs:
     recipe: Recipe
     plan: RunPlan
     model: LlamaConfig
-    raw: dict
+    path: Path  # of the DeepSpeed JSON
+    raw: dict  # its content
     schedule: Schedule
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of one run on one layout."""
+    """One run on one layout. What it needs, costs and does is computed when it is asked for."""
 
     request: PlanRequest
     inputs: Inputs
+    sizes: Mapping[str, int]  # tokens of the sources whose size is known
     resolved: dict
     layout: Layout
     work: Work
     accumulations: tuple[int, ...]  # of each stage
-    memory: Memory
-    steps: tuple[StepTime, ...]  # one of each stage
-    duration: Duration
-    failures: tuple[Failures, Failures]  # in a good fleet and in a bad one
-    storage: Storage
-    timeline: Timeline
-    warnings: tuple[str, ...]
+
+    @cached_property
+    def memory(self) -> Memory:
+        return memory_of(self.inputs.model, self.layout, self.work, self.request.machines.hosts.ranks)
 
     @property
     def fits(self) -> bool:
         return self.memory.total <= self.request.machines.gpu.memory_bytes
 
+    @cached_property
+    def steps(self) -> tuple[StepTime, ...]:
+        """One of each stage."""
+        model, machines = self.inputs.model, self.request.machines
+        return tuple(step_time(model, self.layout, self.work, count, machines) for count in self.accumulations)
+
     @property
-    def peak_learning_rate(self) -> float:
-        return self.resolved["optimizer"]["params"].get("lr", 1e-3)
+    def longest_step(self) -> StepTime:
+        """The one of the stage with most samples."""
+        _, step = max(zip(self.inputs.plan.stages, self.steps, strict=True), key=lambda pair: pair[0].samples)
+        return step
+
+    @cached_property
+    def duration(self) -> Duration:
+        plan, ranks, rate = self.inputs.plan, self.request.machines.hosts.ranks, self.request.tokens_per_second
+        if rate is not None:
+            return Duration(plan.total_tokens, ranks, rate * ranks)
+        seconds = sum(stage.steps * step.seconds for stage, step in zip(plan.stages, self.steps, strict=True))
+        return Duration(plan.total_tokens, ranks, plan.total_tokens / seconds)
 
     @property
     def dollars(self) -> float | None:
         price = self.request.price_per_hour
         return None if price is None else price * self.duration.gpu_hours
 
+    @cached_property
+    def failures(self) -> tuple[Failures, ...]:
+        """In a good fleet and in a bad one."""
+        days, nodes, minutes = self.duration.days, self.request.machines.hosts.nodes, self.inputs.recipe.intervals
+        return tuple(
+            failures_of(days, nodes, self.request.save_seconds, minutes.save_minutes, rate)
+            for rate in (GOOD_FLEET, BAD_FLEET)
+        )
+
+    @cached_property
+    def storage(self) -> Storage:
+        recipe = self.inputs.recipe
+        corpus = sum(self.sizes.get(name, 0) for name in recipe.sources)
+        return storage_of(self.inputs.model, self.layout, recipe.intervals, self.inputs.plan, corpus)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.resolved["optimizer"]["params"].get("lr", 1e-3)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """Raises `ConfigError` for a source with less than a sample."""
+        inputs = self.inputs
+        return timeline_of(inputs.recipe, inputs.plan, inputs.schedule, self.peak_learning_rate, self.sizes)
+
+    @property
+    def warnings(self) -> list[str]:
+        """About schedule, data and layout."""
+        found = schedule_warnings(self.inputs.plan, self.inputs.schedule) + data_warnings(self.timeline)
+        return found + _layout_warnings(self) + _divisibility_warnings(self)
+
 
 def read_inputs(recipe_name: str, deepspeed_config: Path) -> Inputs:
     """Recipe, JSON and model; raises `ConfigError` for whatever training would reject."""
-    recipe = load_recipe(recipe_name)
-    raw = load_deepspeed_config(deepspeed_config)
+    recipe, raw = all_of(lambda: load_recipe(recipe_name), lambda: load_deepspeed_config(deepspeed_config))
     model = recipe.model
     plan = RunPlan(recipe)
-    return Inputs(recipe, plan, model, raw, make_schedule(raw, deepspeed_config, plan))
+    return Inputs(recipe, plan, model, deepspeed_config, raw, make_schedule(raw, deepspeed_config, plan))
 
 
-def resolve(inputs: Inputs, path: Path, raw: dict, micro_batch: int, ranks: int) -> dict:
-    """A DeepSpeed JSON as the run would use it on GPUs, where bf16 "auto" is true."""
+def make_plan(request: PlanRequest, inputs: Inputs, sizes: Mapping[str, int]) -> Plan:
+    """The plan of a run, whether it fits or not; raises `ConfigError` for a batch that does not divide."""
+    ranks, recipe = request.machines.hosts.ranks, inputs.recipe
+    micro_batch = micro_batch_of(inputs.plan, requested_micro_batch(inputs.raw), ranks)
+    resolved = resolve(inputs, micro_batch, ranks)
+    layout = read_layout(resolved, request.deepspeed_config.stem, ranks)
+    attention = attention_memory(request.attention, recipe.document_mask, layout.weight_bytes)
+    work = Work(micro_batch, recipe.sequence_length, attention, request.activation_checkpointing, request.is_compiled)
+    accumulations = tuple(accumulation_steps(stage.batch, ranks, micro_batch) for stage in inputs.plan.stages)
+    return Plan(request, inputs, sizes, resolved, layout, work, accumulations)
+
+
+def resolve(inputs: Inputs, micro_batch: int, ranks: int) -> dict:
+    """The DeepSpeed JSON as the run would use it on GPUs, where bf16 "auto" is true."""
     plan = inputs.plan
     values = AutoValues(micro_batch, plan.stages[0].batch, ranks, plan.total_steps, inputs.model.hidden_size, True)
-    return resolve_deepspeed_config(raw, path, values)
+    return resolve_deepspeed_config(inputs.raw, inputs.path, values)
 
 
-def work_of(request: PlanRequest, inputs: Inputs, layout: Layout, micro_batch: int, recompute_every: int) -> Work:
-    """One micro-batch of the run on a layout."""
-    recipe = inputs.recipe
-    attention = attention_memory(request.attention, recipe.document_mask, layout.weight_bytes)
-    return Work(micro_batch, recipe.sequence_length, attention, recompute_every, request.is_compiled)
-
-
-def make_plan(request: PlanRequest, inputs: Inputs, sizes: dict[str, int]) -> Plan:
-    """Everything about the run, whether it fits too; raises `ConfigError` for a batch that does not divide."""
-    machines, path = request.machines, request.deepspeed_config
-    ranks = machines.hosts.ranks
-    micro_batch = micro_batch_of(inputs.plan, requested_micro_batch(inputs.raw), ranks)
-    resolved = resolve(inputs, path, inputs.raw, micro_batch, ranks)
-    layout = read_layout(resolved, path.stem, ranks)
-    work = work_of(request, inputs, layout, micro_batch, request.recompute_every)
-    accumulations = tuple(accumulation_steps(stage.batch, ranks, micro_batch) for stage in inputs.plan.stages)
-    steps = tuple(step_time(inputs.model, layout, work, count, machines) for count in accumulations)
-    duration = _duration(inputs.plan, steps, ranks, request.tokens_per_second)
-    intervals = inputs.recipe.intervals
-    good, bad = (
-        failures_of(duration.days, machines.hosts.nodes, request.save_seconds, intervals.save_minutes, rate)
-        for rate in (GOOD_FLEET, BAD_FLEET)
-    )
-    peak_rate = resolved["optimizer"]["params"].get("lr", 1e-3)
-    timeline = timeline_of(inputs.recipe, inputs.plan, inputs.schedule, peak_rate, sizes)
-    corpus = sum(sizes.get(name, 0) for name in inputs.recipe.sources)
-    return Plan(
-        request, inputs, resolved, layout, work, accumulations,
-        memory_of(inputs.model, layout, work, ranks), steps, duration, (good, bad),
-        storage_of(inputs.model, layout, intervals, inputs.plan, corpus),
-        timeline,
-        (
-            *schedule_warnings(inputs.plan, inputs.schedule),
-            *data_warnings(timeline),
-            *_machine_warnings(inputs, layout, work, accumulations, machines.hosts),
-        ),
-    )  # fmt: skip
-
-
-def _duration(plan: RunPlan, steps: tuple[StepTime, ...], ranks: int, tokens_per_second: float | None) -> Duration:
-    if tokens_per_second is not None:
-        return Duration(plan.total_tokens, ranks, tokens_per_second * ranks)
-    seconds = sum(stage.steps * step.seconds for stage, step in zip(plan.stages, steps, strict=True))
-    return Duration(plan.total_tokens, ranks, plan.total_tokens / seconds)
-
-
-def _machine_warnings(
-    inputs: Inputs, layout: Layout, work: Work, accumulations: tuple[int, ...], hosts: Hosts
-) -> list[str]:
+def _layout_warnings(plan: Plan) -> list[str]:
+    model, layout, tokens = plan.inputs.model, plan.layout, plan.work.tokens
     found = []
-    if layout.stage == 3 and min(accumulations) == 1 and work.tokens < TINY_MICRO_BATCH_TOKENS:
+    if layout.stage == 3 and min(plan.accumulations) == 1 and tokens < TINY_MICRO_BATCH_TOKENS:
         found.append(
-            f"accumulation 1 with micro-batches of {work.tokens:,} tokens under ZeRO-3: all weights cross the network"
-            f" for every {work.tokens:,} tokens of a GPU; use fewer GPUs, ZeRO-1, or a larger micro-batch"
+            f"accumulation 1 with micro-batches of {tokens:,} tokens under ZeRO-3: all weights cross the network"
+            f" for every {tokens:,} tokens of a GPU; use fewer GPUs, ZeRO-1, or a larger micro-batch"
         )
-    if layout.hpz > 1 and gathers_of(inputs.model, layout).backward == 0:
-        copy = layout.weight_bytes * (inputs.model.num_parameters - persistent_elements(inputs.model, layout))
+    if layout.hpz > 1 and gathers_of(model, layout).backward == 0:
+        copy = layout.weight_bytes * (model.num_parameters - persistent_elements(model, layout))
         found.append(
             f"zero_hpz_partition_size {layout.hpz} keeps a second copy ({copy / layout.hpz / 1e9:.2f} GB per GPU), but"
             " with stage3_max_live_parameters and stage3_max_reuse_distance above the model's size no weight is"
             " gathered in the backward pass; it helps only the later micro-batches of a step"
         )
-    found += _divisibility_warnings(inputs.plan, hosts, work.micro_batch)
     return found
 
 
-def _divisibility_warnings(plan: RunPlan, hosts: Hosts, micro_batch: int) -> list[str]:
+def _divisibility_warnings(plan: Plan) -> list[str]:
+    hosts, micro_batch = plan.request.machines.hosts, plan.work.micro_batch
     works = [
         nodes
         for nodes in range(1, hosts.nodes + 1)
-        if all(stage.batch % (nodes * hosts.gpus * micro_batch) == 0 for stage in plan.stages)
+        if all(stage.batch % (nodes * hosts.gpus * micro_batch) == 0 for stage in plan.inputs.plan.stages)
     ]
     if hosts.nodes == 1 or len(works) == hosts.nodes:
         return []
@@ -193,18 +190,11 @@ def _divisibility_warnings(plan: RunPlan, hosts: Hosts, micro_batch: int) -> lis
     ]
 
 
-def reject_if_too_large(plan: Plan, candidates: list[str]) -> None:
+def reject_too_large(plan: Plan, candidates: list[str]) -> None:
     """Raise `ConfigError` for a plan beyond the GPU's memory, with what would fit."""
-    if plan.fits:
-        return
     gpu = plan.request.machines.gpu
     ways = "; what fits: " + "; ".join(candidates) if candidates else "; nothing fits on these GPUs, use larger ones"
     raise ConfigError(
         f"{plan.request.deepspeed_config}: micro-batch {plan.work.micro_batch} needs"
         f" {plan.memory.total / GIB:.1f} of the {gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name}{ways}"
     )
-
-
-def with_config(inputs: Inputs, config: dict) -> Inputs:
-    """The same files with a different DeepSpeed config."""
-    return replace(inputs, raw=json.loads(json.dumps(config)))

@@ -1,5 +1,6 @@
 """A run over time: learning rate, batch and mixture at every milestone, epochs per source, and warnings."""
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -108,13 +109,10 @@ def _share(stage: PlannedStage, source: str) -> float:
 
 def _steps_to(plan: RunPlan, tokens: int) -> int:
     """The number of steps after which that many tokens are complete."""
-    steps = done = 0
-    for stage in plan.stages:
-        per_step = stage.batch * plan.sequence_length
-        if done + stage.steps * per_step >= tokens:
-            return steps + -(-(tokens - done) // per_step)
-        steps, done = steps + stage.steps, done + stage.steps * per_step
-    return plan.total_steps
+    return min(
+        plan.total_steps,
+        1 + bisect_left(range(plan.total_steps), tokens, key=lambda number: plan.step(number).tokens_after),
+    )
 
 
 def _tokens_between_saves(recipe: Recipe, plan: RunPlan) -> int:

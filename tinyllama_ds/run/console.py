@@ -1,4 +1,4 @@
-"""The console of a run, and its copy in `logs/`. Rank 0 prints lines above a progress bar."""
+"""The console of a run, and its copy in `logs/`: rank 0 prints lines above a progress bar."""
 
 import os
 import subprocess
@@ -11,40 +11,34 @@ from tinyllama_ds.bars import progress
 from tinyllama_ds.layout import LOGS
 
 
-class SilentConsole:
-    """The console of the other ranks."""
+class Console:
+    """Prints on rank 0. A console that cannot be written, such as a log file on a full disk, does not stop the run."""
 
-    def log_line(self, text: str) -> None:
-        """Print a line above the progress bar."""
-
-    def advance(self, step: int, text: str) -> None:
-        """Move the progress bar to a step, with the newest metrics beside it."""
-
-    def close(self) -> None:
-        """Close the progress bar."""
-
-
-class Console(SilentConsole):
-    """That of rank 0. A console that cannot be written, such as a log file on a full disk, does not stop the run."""
-
-    def __init__(self, total_steps: int, first_step: int, terminal: TextIO | None = None) -> None:
-        """`terminal` gets the progress bar; without one it is printed as lines on stderr."""
+    def __init__(
+        self, total_steps: int, first_step: int, terminal: TextIO | None = None, is_silent: bool = False
+    ) -> None:
+        """`terminal` gets the progress bar; without one it is printed as lines on stderr. Ranks but 0 are silent."""
         self._bar = progress(
             file=terminal, total=total_steps, initial=first_step, desc="pretrain", unit="step", dynamic_ncols=True,
-            mininterval=1,
+            mininterval=1, disable=is_silent,
         )  # fmt: skip
 
     def log_line(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self._bar.disable:
+            return
         with suppress(OSError):
             self._bar.clear()  # drawn again at the next step
             print(text, flush=True)
 
     def advance(self, step: int, text: str) -> None:
+        """Move the progress bar to a step, with the newest metrics next to it."""
         with suppress(OSError):
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
+        """Close the progress bar."""
         with suppress(OSError):
             self._bar.close()
 

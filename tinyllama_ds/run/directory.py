@@ -1,14 +1,13 @@
 """A run directory: checked against the run, and opened."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from tinyllama_ds.checkpoint.disk_space import Need, check_free_space, checkpoint_need
+from tinyllama_ds.checkpoint.disk_space import check_free_space, checkpoint_need
 from tinyllama_ds.checkpoint.format import Health, Progress, find_checkpoints, find_folders
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.errors import ConfigError, log
 from tinyllama_ds.files import write_durably
 from tinyllama_ds.layout import LEDGER_FILE, RUN_FILE, reject_unusable_directory
 from tinyllama_ds.run.identity import Change, changes_between, identity_of, inherited_ledger, reject_changes
@@ -40,12 +39,9 @@ def check_run_directory(run: Run) -> Path | None:
         reject_lost_checkpoints(run.run_dir, run.first_step)
     if not checkpoints and run.options.resume == "must":
         raise ConfigError(f"{run.run_dir}: holds no checkpoint to resume from, and --resume must was given")
-    check_free_space(run.run_dir, _checkpoint_usage(run), run.recipe.intervals.keep_last)
+    usage = checkpoint_need(run.model.num_parameters, run.engine_config, run.description["world_size"])
+    check_free_space(run.run_dir, usage, run.recipe.intervals.keep_last)
     return checkpoints[-1] if checkpoints else None
-
-
-def _checkpoint_usage(run: Run) -> Need:
-    return checkpoint_need(run.model.num_parameters, run.engine_config, run.description["world_size"])
 
 
 def reject_different_history(run: Run, start: Progress, health: Health) -> None:
@@ -86,12 +82,6 @@ def open_run_directory(run: Run, step: int = 0) -> list[Change]:
         history = [*history, change]
     write_run_file(run.run_dir, RunFile(run.description, history))
     if content.restored_from is not None:
-        _warn_restored(run.run_dir / RUN_FILE, content.restored_from)
+        path = run.run_dir / RUN_FILE
+        log(f"warning: {path}: was damaged, and is restored from {content.restored_from}, without its history")
     return changes
-
-
-def _warn_restored(path: Path, checkpoint: Path) -> None:
-    print(
-        f"tinyllama-ds: warning: {path}: was damaged, and is restored from {checkpoint}, without its history",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip

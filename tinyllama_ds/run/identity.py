@@ -20,7 +20,7 @@ from tinyllama_ds.checkpoint.format import (
     resolve_checkpoint,
     verify_checkpoint,
 )
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.errors import ConfigError, shown_as_json
 from tinyllama_ds.run.ledger import ROLLED_BACK, Entry, read_ledger
 
 ABSENT = "absent"
@@ -37,7 +37,6 @@ _FREE = {  # may differ between starts
     "init_from": ("path",),
 }
 _FIXED = ("model", "order_version")  # cannot be changed on resume
-_MAX_WIDTH = 80  # of a printed value
 _MAX_CHANGES = 20  # printed
 
 
@@ -50,7 +49,8 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.key} is {_short(self.there)} there and {_short(self.now)} now"
+        there, now = (ABSENT if value == ABSENT else shown_as_json(value) for value in (self.there, self.now))
+        return f"{self.key} is {there} there and {now} now"
 
     def is_below(self, key: str) -> bool:
         """Whether a key names this value or a table that contains it."""
@@ -67,11 +67,6 @@ def identity_of(description: dict) -> dict:
     names = (name for stage in stages for name in stage.get("weights", {}))
     identity["sources"] = list(dict.fromkeys(names))  # their order decides ties
     return identity
-
-
-def _short(value: Any) -> str:
-    text = ABSENT if value == ABSENT else json.dumps(value)
-    return text if len(text) <= _MAX_WIDTH else f"{text[: _MAX_WIDTH - 3]}..."
 
 
 def changes_between(there: Any, now: Any, key: str = "") -> Iterator[Change]:

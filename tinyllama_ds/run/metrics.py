@@ -1,5 +1,6 @@
 """Metrics of a run: metrics.jsonl, TensorBoard and the monitors of the DeepSpeed JSON. Rank 0 writes them."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,39 +15,7 @@ from tinyllama_ds.run.sinks import JsonlWriter, TensorBoardWriter, warn
 SAMPLES_FILE = "samples.jsonl"
 SCORES_FILE = "tasks.jsonl"
 # What TensorBoard's page "Custom Scalars" shows: charts by category, each with patterns of names.
-_LAYOUT = {
-    "Loss": {
-        "training and validation, over steps": ["Multiline", ["Train/Loss", "Validation/Loss/.*"]],
-        "training and validation, over tokens": ["Multiline", ["OverTokens/(Train|Validation)/.*"]],
-    },
-    "Tasks": {
-        "scores, over steps": ["Multiline", ["Tasks/.*"]],
-        "scores, over tokens": ["Multiline", ["OverTokens/Tasks/.*"]],
-    },
-    "Schedule": {
-        "learning rate": ["Multiline", ["Train/LearningRate"]],
-        "batch in tokens": ["Multiline", ["Train/BatchTokens"]],
-        "tokens of each source": ["Multiline", ["Tokens/.*"]],
-    },
-    "Speed": {
-        "tokens per second": ["Multiline", ["Speed/TokensPerSecond"]],
-        "MFU": ["Multiline", ["Speed/MFU"]],
-        "seconds by phase": ["Multiline", ["Seconds/.*"]],
-        "seconds of work by rank": ["Multiline", ["Ranks/(Min|Median|Max)"]],
-        "memory in GiB": ["Multiline", ["Memory/PeakGiB"]],
-    },
-    "Guard": {
-        "gradient norm before clipping": ["Multiline", ["Train/GradNorm"]],
-        "skipped steps and spikes": ["Multiline", ["Guard/(SkippedSteps|Spikes)"]],
-    },
-    "Checkpoint": {
-        "seconds of a save, and of its stall": [
-            "Multiline",
-            ["Checkpoint/Seconds", "Checkpoint/StallSeconds"],
-        ],
-        "failed saves": ["Multiline", ["Checkpoint/Failures"]],
-    },
-}
+_LAYOUT = Path(__file__).parents[1] / "templates" / "tensorboard.json"
 
 
 class NoMetrics:
@@ -86,8 +55,8 @@ class MetricsLogger(NoMetrics):
             self._tensorboard = TensorBoardWriter(directory, last_step)
             # A folder of its own: what a resumed run repeats is purged by x, which counts tokens there.
             self._over_tokens = TensorBoardWriter(directory / "over_tokens", last_tokens)
-            self._tensorboard.write_text("run", f"```json\n{config_text}\n```", start.step)
-            self._tensorboard.write_layout(_LAYOUT, start.step)
+            layout = json.loads(_LAYOUT.read_text())
+            self._tensorboard.write(start.step, {"run": f"```json\n{config_text}\n```", "layout": layout})
         self._monitor = _deepspeed_monitor(monitors, run_dir)
         self._monitor_failed = False
 
@@ -108,7 +77,7 @@ class MetricsLogger(NoMetrics):
             self._samples.write({"step": step, "tokens": tokens, "prompt": prompt, "text": text})
             if self._tensorboard is not None:
                 code = "\n".join(f"    {line}" for line in f"{prompt}|{text}".splitlines())  # code in Markdown
-                self._tensorboard.write_text(f"Samples/{number}", code, step)
+                self._tensorboard.write(step, {f"Samples/{number}": code})
 
     def log_scores(self, step: int, tokens: int, scores: Sequence[Score]) -> None:
         for score in scores:

@@ -5,7 +5,6 @@ Nothing here writes, and nothing here imports deepspeed.
 
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import ORDER_VERSION, SampleOrder, planned_order
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
+from tinyllama_ds.devices import PACKAGES, installed_versions
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.tasks import load_tasks
 from tinyllama_ds.evaluation.validation import ValidationSet
@@ -41,7 +41,8 @@ from tinyllama_ds.run.ledger import Entry, excluded_samples, read_ledger
 from tinyllama_ds.run.run_file import read_run_file
 
 _MASKS = "mask_sha256"  # in run.json: of a source of conversations
-_PACKAGES = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy", "flash-attn", "lm-eval")
+# DeepSpeed's throughput timer is on by default and waits for the device at every micro-batch.
+_NO_TIMER = {"timers": {"throughput": {"enabled": False}}}
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def resolve_run(
         "attention": attention.backend,
         "data": _fingerprints(streams, validation),
     }
-    tokenizer = _tokenizer_of(options.data, description)
+    sha256 = tokenizer_sha256_of(description)
+    tokenizer = stored_tokenizer(options.data / TOKENIZER_FILE, sha256, "the tokens next to it")
     parent, init_from = _origin_of(options, model, tokenizer, description)
     excluded = excluded_samples(_ledger_of(options.run_dir, parent))
     sizes = {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()}
@@ -145,7 +147,7 @@ def resolve_run(
     reader = SampleReader(streams, order, recipe.sequence_length, model.vocab_size)
     return Run(
         options, recipe, plan, make_schedule(raw, options.deepspeed_config, plan), model, attention,
-        _without_throughput_timer(engine_config), monitors, micro_batch, TrainingData(order, reader, tokenizer),
+        _NO_TIMER | engine_config, monitors, micro_batch, TrainingData(order, reader, tokenizer),
         Evaluation(validation, _encode_prompts(recipe, tokenizer), load_tasks(recipe, model)),
         len(excluded), parent, init_from, description,
     )  # fmt: skip
@@ -182,15 +184,6 @@ def _ledger_of(run_dir: Path, parent: Parent | None) -> list[Entry]:
     if parent is not None and not (run_dir / RUN_FILE).exists():
         return inherited_ledger(parent)
     return read_ledger(run_dir)
-
-
-def _reject_conversations_without_mask(recipe: Recipe, streams: dict[str, TokenStream]) -> None:
-    for name, stream in streams.items():
-        if stream.has_loss_mask and not recipe.document_mask:
-            raise ConfigError(
-                f"recipe {recipe.name!r}: the source {name!r} holds conversations, which must not see the others of"
-                " their row; expected document_mask = true"
-            )
 
 
 def _encode_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[list[int]]:
@@ -247,17 +240,18 @@ def _open_data(data: Path, recipe: Recipe, model: LlamaConfig) -> tuple[dict[str
     if not data.is_dir():
         raise ConfigError(f"{data}: the data directory is missing")
     streams = open_streams(data, recipe.sources, "train", model.vocab_size)
-    _reject_conversations_without_mask(recipe, streams)
+    chats = [name for name, stream in streams.items() if stream.has_loss_mask]
+    if chats and not recipe.document_mask:
+        raise ConfigError(
+            f"recipe {recipe.name!r}: the source {chats[0]!r} holds conversations, which must not see the others of"
+            " their row; expected document_mask = true"
+        )
     held_out = [name for name in recipe.sources if (data / name / "validation").is_dir()]
     validation = open_streams(data, held_out, "validation", model.vocab_size)
     return streams, [
         ValidationSet(name, stream, recipe.sequence_length, recipe.validation_samples, recipe.document_mask)
         for name, stream in validation.items()
     ]
-
-
-def _tokenizer_of(data: Path, description: dict) -> Tokenizer:
-    return stored_tokenizer(data / TOKENIZER_FILE, tokenizer_sha256_of(description), "the tokens beside it")
 
 
 def _fingerprint(stream: TokenStream) -> dict:
@@ -278,18 +272,9 @@ def is_chat_run(description: dict) -> bool:
     return any(_MASKS in source for source in description.get("data", {}).get("train", {}).values())
 
 
-def _without_throughput_timer(engine_config: dict) -> dict:
-    """DeepSpeed's throughput timer is on by default and waits for the device at every micro batch."""
-    return {"timers": {"throughput": {"enabled": False}}} | engine_config
-
-
 def _versions() -> dict[str, str]:
     found = {"tinyllama_ds": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    found |= installed_versions((*PACKAGES, "lm-eval"))
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
     return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tinyllama_ds.checkpoint.description import why_no_description
+from tinyllama_ds.checkpoint.description import check_description
 from tinyllama_ds.checkpoint.format import Progress, find_checkpoints, read_manifest
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import read_object, write_object
@@ -37,9 +37,11 @@ def read_run_file(run_dir: Path) -> RunFile | None:
         return None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    if content and why_no_description(content) is None:
-        history = content.pop(_HISTORY, [])
-        return RunFile(content, history if isinstance(history, list) else [])
+    with suppress(ConfigError):
+        if content:
+            check_description(content, path)
+            history = content.pop(_HISTORY, [])
+            return RunFile(content, history if isinstance(history, list) else [])
     for checkpoint in reversed(find_checkpoints(run_dir)):
         with suppress(ConfigError):
             return RunFile(read_manifest(checkpoint).run, [], checkpoint)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,24 +10,20 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from tinyllama_ds.errors import log
 from tinyllama_ds.files import whole_rows, write_durably
 
 _FLUSH_SECONDS = 30.0
 _RETRY_SECONDS = 30.0
 _PROBE_BYTES = 2**16
 
-Metrics = Mapping[str, float]
-_Row = tuple[int, Mapping[str, float | str | dict]]
+Values = Mapping[str, float | str | dict]
 
 
 def warn(what: object, error: Exception) -> None:
     """Print that something cannot be written; this never fails."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    with suppress(OSError):
-        print(
-            f"tinyllama-ds: {what}: cannot be written ({reason}); continuing, and retrying",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+    log(f"{what}: cannot be written ({reason}); continuing, and retrying")
 
 
 class JsonlWriter:
@@ -95,45 +90,37 @@ class TensorBoardWriter:
         """What is there after `last_x` is purged: a resumed run repeats it."""
         self._directory = directory
         self._flushed_x = last_x
-        self._rows: list[_Row] = []  # not known to be on the disk
+        self._rows: list[tuple[int, Values]] = []  # not known to be on the disk
+        self._written = 0  # of them, by the current writer
         self._is_failing = False
         self._flush_at = self._retry_at = 0.0
         self._writer: SummaryWriter | None = None
-        self._add(None)
+        self._write_rows()
 
-    def write(self, x: int, metrics: Metrics) -> None:
-        """Write metrics at x."""
-        self._add((x, metrics))
-
-    def write_text(self, name: str, text: str, x: int) -> None:
-        """Write a text at x."""
-        self._add((x, {name: text}))
-
-    def write_layout(self, layout: dict, x: int) -> None:
-        """Write how TensorBoard's custom scalars group the metrics: charts by category, patterns of names by chart."""
-        self._add((x, {"layout": layout}))
+    def write(self, x: int, values: Values) -> None:
+        """Write metrics and texts at x, and a dict: charts by category, for TensorBoard's custom scalars."""
+        self._rows.append((x, values))
+        self._write_rows()
 
     def close(self) -> None:
         """Make one last attempt for what is not on the disk yet, and close."""
         self._flush_at = self._retry_at = 0.0
-        self._add(None)
+        self._write_rows()
         if self._writer is not None:
             with suppress(Exception):  # it was flushed
                 self._writer.close()
 
-    def _add(self, row: _Row | None) -> None:
-        if row is not None:
-            self._rows.append(row)
+    def _write_rows(self) -> None:
         if self._writer is None and time.monotonic() < self._retry_at:
             return
         try:
             if self._writer is None:
                 _check_writable(self._directory)
                 self._writer = SummaryWriter(str(self._directory), purge_step=self._flushed_x + 1)
-                for waiting in self._rows:
-                    _write(self._writer, waiting)
-            elif row is not None:
-                _write(self._writer, row)
+                self._written = 0
+            for x, values in self._rows[self._written :]:
+                _write(self._writer, x, values)
+                self._written += 1
             if time.monotonic() >= self._flush_at:
                 self._flush(self._writer)
         except Exception as error:  # whatever its thread raises
@@ -142,7 +129,7 @@ class TensorBoardWriter:
     def _flush(self, writer: SummaryWriter) -> None:
         writer.flush()
         self._flushed_x = max([self._flushed_x, *(x for x, _ in self._rows)])
-        self._rows.clear()
+        self._rows, self._written = [], 0
         self._flush_at = time.monotonic() + _FLUSH_SECONDS
         self._is_failing = False
 
@@ -164,8 +151,7 @@ def _check_writable(directory: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _write(writer: SummaryWriter, row: _Row) -> None:
-    x, values = row
+def _write(writer: SummaryWriter, x: int, values: Values) -> None:
     for name, value in values.items():
         if isinstance(value, str):
             writer.add_text(name, value, x)

@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tinyllama_ds.checkpoint.format import Progress, find_folders
@@ -19,27 +18,20 @@ from tinyllama_ds.run.sinks import warn
 _SAVED_METRIC = "Checkpoint/GiB"  # 0 of a save that failed
 
 
-@dataclass(frozen=True)
-class Start:
-    """One line."""
-
-    time: str
-    step: int  # at which training begins
-    tokens: int
-    reached: int  # the last step that was logged before; those after `step` are repeated
-    hosts: dict[str, int]  # ranks by host
-    restart: int  # restarts by the supervisor before this one
-    left_out: int  # samples excluded by rollbacks
-
-
 def record_start(run: Run, start: Progress, reached: int, hosts: list[str]) -> None:
     """Append a line; `hosts` is that of each rank. Called by one rank. A full disk is a warning only."""
-    restart = int(os.environ.get(RESTART_VARIABLE, "0"))
-    left_out = sum(map(len, run.data.order.excluded_samples))
-    line = Start(utc_date(), start.step, start.tokens, reached, dict(Counter(hosts)), restart, left_out)
+    line = {
+        "time": utc_date(),
+        "step": start.step,  # at which training begins
+        "tokens": start.tokens,
+        "reached": reached,  # the last step that was logged before; those after `step` are repeated
+        "hosts": Counter(hosts),  # ranks by host
+        "restart": int(os.environ.get(RESTART_VARIABLE, "0")),  # by the supervisor, before this start
+        "left_out": sum(map(len, run.data.order.excluded_samples)),  # samples excluded by rollbacks
+    }
     path = run.run_dir / STARTS_FILE
     try:
-        append_line(path, asdict(line))
+        append_line(path, line)
     except OSError as error:
         warn(path, error)
 

@@ -1,9 +1,9 @@
 """The micro-batches of a rank: read ahead by a thread, copied to the GPU on a stream of their own, and hashed."""
 
 import hashlib
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -135,38 +135,12 @@ class HashingLoader:
 
 def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
     """The same items, produced up to `depth` ahead by a thread; its exception is raised in the consumer."""
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    abandoned = threading.Event()
-    finished = object()
-
-    def put(entry: object) -> None:
-        while not abandoned.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for item in items:
-                put((item, None))
-                if abandoned.is_set():
-                    return
-            put((finished, None))
-        except BaseException as error:  # raised in the consumer
-            put((finished, error))
-
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
+    iterator, end = iter(items), object()
+    pool = ThreadPoolExecutor(1, "prefetch")
     try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is finished:
-                return
+        ahead: deque[Future] = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(next, iterator, end))
             yield item
     finally:
-        abandoned.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

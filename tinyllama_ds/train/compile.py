@@ -11,7 +11,8 @@ from tinyllama_ds.model.llama import LlamaForCausalLM
 def compile_blocks(model: LlamaForCausalLM) -> None:
     """Compile each decoder block by itself, one graph for all of them, and the softmax of the loss.
 
-    The unit is the block because ZeRO-3's hooks run between blocks, where a graph would break anyway.
+    The unit is the block because ZeRO-3's hooks run between blocks, where a graph would break anyway. It is `forward`,
+    and not the module by `compile()`, whose graph would begin before those hooks.
     """
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward)
@@ -29,7 +30,8 @@ def decide_compilation(choice: str, world: DistributedInfo) -> tuple[bool, str]:
         return False, "off"
     if choice == "auto" and world.device.type == "cpu":
         return False, "off (on CPUs --compile on is 10 % faster, after half a minute)"
-    failures = _failures_of_all(world)
+    reasons = gather_from_ranks(compile_unavailable_reason(world.device))
+    failures = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
     if not failures:
         return True, "on"
     if choice == "on":
@@ -37,22 +39,13 @@ def decide_compilation(choice: str, world: DistributedInfo) -> tuple[bool, str]:
     return False, f"off, which is slower ({failures[0]})"
 
 
-def _failures_of_all(world: DistributedInfo) -> list[str]:
-    reasons = gather_from_ranks(compile_unavailable_reason(world.device))
-    return [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
-
-
 def compile_unavailable_reason(device: torch.device) -> str | None:
     """What PyTorch's compiler lacks here (a C compiler, Python's headers, Triton), found by compiling one line."""
     try:
-        torch.compile(_one_line)(torch.ones(8, device=device))
+        torch.compile(lambda x: x.square() + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever a compiler raises
         return f"torch.compile does not work ({summarize_exception(error)})"
     return None
-
-
-def _one_line(x: torch.Tensor) -> torch.Tensor:
-    return x.square() + 1
 
 
 def summarize_exception(error: Exception) -> str:

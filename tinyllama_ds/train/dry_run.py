@@ -24,7 +24,7 @@ from tinyllama_ds.gpus import GIB
 from tinyllama_ds.health.probe import take_probe
 from tinyllama_ds.run.resolve import Run
 from tinyllama_ds.train.batches import read_batch
-from tinyllama_ds.train.callbacks.samples import continue_prompts
+from tinyllama_ds.train.callbacks.evaluation import continue_prompts
 from tinyllama_ds.train.compile import summarize_exception
 from tinyllama_ds.train.gradients import drop_gradients
 from tinyllama_ds.train.scoring import score_one_prompt
@@ -54,21 +54,10 @@ class DryRunFailed(RuntimeError):
     """In which part, and why: a crash, which may pass at the next start."""
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """How the dry-run batch went."""
+def dry_run_batch(trainer: Trainer, estimate_memory: EstimateMemory) -> str:
+    """Collective. Returns a line for the log: seconds, and peak memory of a GPU, else of this process.
 
-    seconds: float
-    peak_bytes: int  # of a GPU, else of this process in host memory
-    estimate: MemoryEstimate | None  # for GPUs
-
-    def __str__(self) -> str:
-        beside = f" ({self.estimate})" if self.estimate else " of host memory"
-        return f"dry-run batch passed in {self.seconds:.1f} s: peak {self.peak_bytes / GIB:.2f} GiB{beside}"
-
-
-def dry_run_batch(trainer: Trainer, estimate_memory: EstimateMemory) -> DryRun:
-    """Collective. Raises `OutOfMemory` where memory does not suffice, `NumericsError` where the probe is not finite,
+    Raises `OutOfMemory` where memory does not suffice, `NumericsError` where the probe is not finite,
     and `DryRunFailed` for any other failure; each names the part.
     """
     started, device, estimate = perf_counter(), trainer.world.device, None
@@ -78,7 +67,9 @@ def dry_run_batch(trainer: Trainer, estimate_memory: EstimateMemory) -> DryRun:
     for name, part in _parts(trainer):
         with _named(name, trainer.run, trainer.world, estimate):
             part()
-    return DryRun(perf_counter() - started, memory_bytes(device), estimate)
+    compared = f" ({estimate})" if estimate else " of host memory"
+    seconds, peak = perf_counter() - started, memory_bytes(device) / GIB
+    return f"dry-run batch passed in {seconds:.1f} s: peak {peak:.2f} GiB{compared}"
 
 
 def _parts(trainer: Trainer) -> Iterator[tuple[str, Callable[[], object]]]:

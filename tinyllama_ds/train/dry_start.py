@@ -10,6 +10,7 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,8 +26,7 @@ def check_engine_start(engine_config: dict, path: Path, device_type: str) -> Non
     Raises `ConfigError` with DeepSpeed's reason. A device without enough free memory is not an error.
     """
     # A process that has used CUDA cannot be forked; without it, a fork has all imports already.
-    on_gpu = device_type == "cuda"
-    context = multiprocessing.get_context("spawn") if on_gpu else multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context("spawn" if device_type == "cuda" else "fork")
     receiver, sender = context.Pipe(duplex=False)
     arguments = (_on_one_rank(engine_config), device_type, sender)
     process = context.Process(target=_start, args=arguments, daemon=True)

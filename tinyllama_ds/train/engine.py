@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from io import StringIO
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -19,9 +18,11 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from tinyllama_ds.config.validation import problems_of
+from tinyllama_ds.devices import cpu_has_bf16
 from tinyllama_ds.distributed.collectives import gather_from_ranks
 from tinyllama_ds.distributed.world import DistributedInfo, choose_interface
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.errors import ConfigError, raise_problems
 from tinyllama_ds.model.llama import Block, LlamaForCausalLM
 
 if TYPE_CHECKING:
@@ -38,10 +39,7 @@ def supports_fast_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products have hardware: GPUs since Ampere, CPUs with AMX or AVX-512 BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return not {"amx_tile", "avx512_bf16"}.isdisjoint(flags.split())
+    return cpu_has_bf16()
 
 
 def start_process_group(world: DistributedInfo, timeout: timedelta = _START_TIMEOUT) -> None:
@@ -73,16 +71,14 @@ def expect_steps(world: DistributedInfo) -> None:
 
 
 def check_with_deepspeed(config: dict, path: str) -> None:
-    """Let DeepSpeed's own parser see the config; its complaints become one sentence."""
+    """Let DeepSpeed's own parser check the config. Raises `ConfigError` with what it rejects."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
 
     try:
         DeepSpeedConfig(config)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: {place}: {first['msg']}") from error
+        raise_problems(path, problems_of(error))
     except (DeepSpeedConfigError, ValueError, AssertionError) as error:
         raise ConfigError(f"{path}: {error}") from error
 

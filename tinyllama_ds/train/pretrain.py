@@ -102,7 +102,7 @@ def run_training(
     check_with_deepspeed(run.engine_config, str(options.deepspeed_config))
     trainer = build_trainer(run, world, heartbeat, terminal)
     if trainer.start.step < run.plan.total_steps:
-        trainer.console.log_line(str(dry_run_batch(trainer, estimate_memory)))
+        trainer.console.log_line(dry_run_batch(trainer, estimate_memory))
     expect_steps(world)
     heartbeat.beat(trainer.start.step, FIRST_STEP)
     try:

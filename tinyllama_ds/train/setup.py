@@ -22,7 +22,7 @@ from tinyllama_ds.health.heartbeat import Heartbeat
 from tinyllama_ds.health.probe import check_probe
 from tinyllama_ds.layout import CHECKPOINTS, LEDGER_FILE, QUARANTINE
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, empty_model
-from tinyllama_ds.run.console import Console, SilentConsole
+from tinyllama_ds.run.console import Console
 from tinyllama_ds.run.directory import open_run_directory, reject_different_history
 from tinyllama_ds.run.identity import Change, verify_parent
 from tinyllama_ds.run.ledger import forget_skips_after
@@ -62,15 +62,16 @@ def build_trainer(run: Run, world: DistributedInfo, heartbeat: Heartbeat, termin
     hosts = gather_from_ranks(socket.gethostname())
     # Measured by all ranks together the first time, and cached.
     peak_flops(world.device, next(engine.module.parameters()).dtype, world.size)
-    outputs = Outputs(NoMetrics(), SilentConsole())
+    console = Console(run.plan.total_steps, point.progress.step, terminal, is_silent=not world.is_rank0)
+    outputs = Outputs(NoMetrics(), console)
     if world.is_rank0:
         metrics = MetricsLogger(
             run.run_dir, run.monitors, point.progress, json.dumps(run.description, indent=1), heartbeat.began
         )
-        outputs = Outputs(metrics, Console(run.plan.total_steps, point.progress.step, terminal))
-        outputs.console.log_line(describe_run(run, world, engine, compilation))
+        outputs = Outputs(metrics, console)
+        console.log_line(describe_run(run, world, engine, compilation))
         for line in describe_start(run, point.progress, metrics.last_logged_step):
-            outputs.console.log_line(line)
+            console.log_line(line)
         write_status(run.run_dir, "running", point.progress)
         record_start(run, point.progress, metrics.last_logged_step, hosts)
     trainer = Trainer(engine, run, world, (point.progress, point.health), outputs, heartbeat)

@@ -17,7 +17,7 @@ from tinyllama_ds.config.run_plan import Step, accumulation_steps
 from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.health.guard import AnomalyGuard, StepDecision, StepStatus, all_reduce_step_status, extend_chain
 from tinyllama_ds.health.heartbeat import Heartbeat
-from tinyllama_ds.run.console import SilentConsole
+from tinyllama_ds.run.console import Console
 from tinyllama_ds.run.metrics import NoMetrics
 from tinyllama_ds.run.resolve import Run
 from tinyllama_ds.train.batches import HashingLoader, count_targets, open_loader
@@ -51,6 +51,10 @@ class StepResult:
         """Whether training ends here, because the plan is complete or a stop was requested."""
         return self.is_final or self.status.stop
 
+    def is_due(self, every_tokens: int) -> bool:
+        """Whether something that happens by tokens, and at the end of the plan, happens after this step."""
+        return self.is_final or self.step.crosses(every_tokens)
+
 
 class Callback:
     """Something that happens around a step, on all ranks; hooks of different callbacks run in the registered order."""
@@ -75,7 +79,7 @@ class Outputs(NamedTuple):
     """Where rank 0 logs; those of the other ranks do nothing."""
 
     metrics: NoMetrics
-    console: SilentConsole
+    console: Console
 
 
 class Trainer:

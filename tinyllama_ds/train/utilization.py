@@ -7,8 +7,10 @@ from functools import cache
 import torch
 
 from tinyllama_ds.distributed.collectives import gather_from_ranks
-from tinyllama_ds.gpus import gpu_of_device
+from tinyllama_ds.gpus import GIB, gpu_of_device
 from tinyllama_ds.model.config import dtype_name
+
+_LEAST_SECONDS = 0.005  # of a matrix product whose rate is taken
 
 
 @cache  # a matrix product takes a moment
@@ -23,8 +25,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1) -> tupl
         gpu = gpu_of_device(name)
         if gpu is not None and dtype == torch.bfloat16:
             return gpu.peak_flops, f"spec sheet of {name}"
-    size, kind = _product_size(device), dtype_name(dtype)
-    return measured_together(device, dtype, ranks), f"a measured {size} x {size} x {size} {kind} matrix product"
+    return measured_together(device, dtype, ranks), f"a measured {dtype_name(dtype)} matrix product"
 
 
 def measured_together(device: torch.device, dtype: torch.dtype, ranks: int) -> float:
@@ -40,13 +41,17 @@ def utilisation(flops: float, peak: float) -> float | None:
     return flops / peak if flops <= peak else None
 
 
-def _product_size(device: torch.device) -> int:
-    return 8192 if device.type == "cuda" else 2048
-
-
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of several: 8,192 on a GPU, 2,048 elsewhere."""
-    size, products = _product_size(device), 10 if device.type == "cuda" else 1
+    """FLOP/s of a large matrix product, the best of several: size 8,192 on a GPU, elsewhere 1,024 or 2,048."""
+    sizes, products = ((8192,), 10) if device.type == "cuda" else ((1024, 2048), 1)
+    for size in sizes:
+        seconds = _product_seconds(size, products, device, dtype)
+        if seconds > _LEAST_SECONDS:
+            break
+    return 2 * size**3 / seconds
+
+
+def _product_seconds(size: int, products: int, device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
 
@@ -59,7 +64,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
         return (time.perf_counter() - started) / products
 
     seconds()  # loads the kernel
-    return 2 * size**3 / min(seconds() for _ in range(4))
+    return min(seconds() for _ in range(4))
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -71,7 +76,7 @@ def memory_bytes(device: torch.device) -> int:
 
 def peak_memory(device: torch.device) -> str:
     """Peak memory as text, for a GPU with its total memory."""
-    held = f"{memory_bytes(device) / 2**30:.1f} GiB"
+    held = f"{memory_bytes(device) / GIB:.1f} GiB"
     if device.type == "cuda":
-        held += f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB"
+        held += f" of {torch.cuda.get_device_properties(device).total_memory / GIB:.1f} GiB"
     return held

@@ -1,4 +1,4 @@
-"""The audit finds what was planted, one fault at a time, and calls honest data good."""
+"""The audit finds every planted fault, and correct data pass."""
 
 import hashlib
 import json
@@ -63,12 +63,12 @@ def rewrite(root: Path, change: Callable[[np.ndarray], np.ndarray], keep_hash: b
         prefix.with_suffix(".json").write_text(json.dumps(manifest))
 
 
-def test_honest_data_is_called_good(honest: Path):
+def test_correct_data_passes(honest: Path):
     found = audit(honest)
     assert found.problems == []
     assert [warning for warning in found.warnings if "words differ" not in warning] == []
     assert found.compared_with_raw == 6 * 5 + 2
-    assert verdict(found, None).startswith("PASS")
+    assert verdict(found).startswith("PASS")
     for shard in found.shards:
         manifest = Manifest.read((honest / "data" / shard.name).with_suffix(".json"))
         assert shard.unigrams.sum() == shard.tokens == manifest.tokens
@@ -84,7 +84,7 @@ def test_a_flipped_bit_is_found_by_its_hash(copy: Path):
     assert audit(copy).problems == ["first/train/shard_00001: .bin differs from the hash in its manifest"]
 
 
-def test_a_consistent_lie_is_found_by_the_raw_input(copy: Path):
+def test_tokens_changed_with_their_hash_are_found_by_the_raw_input(copy: Path):
     """Tokens and hash changed together: only the comparison with the raw text can tell."""
 
     def lie(tokens: np.ndarray) -> np.ndarray:
@@ -97,7 +97,7 @@ def test_a_consistent_lie_is_found_by_the_raw_input(copy: Path):
     assert all(re.search(r"document \d+ differs from document \d+ of .*1\.jsonl", problem) for problem in problems)
 
 
-def test_a_lost_document_is_found_by_the_accounts(copy: Path):
+def test_a_lost_document_is_found_by_the_counts_of_the_inputs(copy: Path):
     prefix = copy / "data" / "first" / "train" / "shard_00001"
     manifest = json.loads(prefix.with_suffix(".json").read_text())
     manifest["inputs"][0]["documents"] += 1
@@ -119,7 +119,7 @@ def test_an_unsorted_listing_is_found(tmp_path: Path, tokenizer: Tokenizer, monk
     ]
 
 
-def test_filler_as_in_tinyllamas_bug_83_is_found(copy: Path):
+def test_padding_as_in_tinyllamas_bug_83_is_found(copy: Path):
     """The tail of a shard overwritten with BOS, as partly filled chunks were."""
 
     def fill(tokens: np.ndarray) -> np.ndarray:
@@ -130,7 +130,7 @@ def test_filler_as_in_tinyllamas_bug_83_is_found(copy: Path):
     found = audit(copy)
     assert f"first/train/shard_00001: {SUSPICIOUS_RUN} BOS tokens (id 1), which prepare never writes" in found.problems
     assert f"first/train/shard_00001: {SUSPICIOUS_RUN} times the id 1 in a row; is it padding?" in found.warnings
-    assert verdict(found, None).startswith("FAIL")
+    assert verdict(found).startswith("FAIL")
 
 
 @pytest.mark.parametrize("token", [512, 60_000])
@@ -173,7 +173,7 @@ def test_duplicates_within_and_across_sources_are_counted(tmp_path: Path, tokeni
     assert "a/train and a/validation: 1 documents are exact duplicates of each other" in found.warnings
 
 
-def test_a_shard_of_other_words_is_noticed(tmp_path: Path, tokenizer: Tokenizer):
+def test_a_shard_with_a_different_distribution_is_found(tmp_path: Path, tokenizer: Tokenizer):
     for number in range(4):
         write_jsonl(tmp_path / "raw" / f"{number}.jsonl", [made_up_text(number, 500)])
     write_jsonl(tmp_path / "raw" / "9.jsonl", ["北京是中国的首都。" * 30])
@@ -186,7 +186,7 @@ def test_a_shard_of_other_words_is_noticed(tmp_path: Path, tokenizer: Tokenizer)
     ]
 
 
-def test_a_wrong_raw_directory_is_refused_or_reported(honest: Path):
+def test_a_wrong_raw_directory_is_rejected_or_reported(honest: Path):
     with pytest.raises(ConfigError, match="holds no source 'third'"):
         audit_data(honest / "data", {"third": honest}, samples=1, workers=1)
     found = audit_data(honest / "data", {"first": honest / "raw" / "second" / "validation"}, samples=1, workers=1)
@@ -203,7 +203,7 @@ STAGES = [
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-def test_a_plan_is_proven(world_size: int):
+def test_a_plan_is_verified(world_size: int):
     coverage = check_coverage(SampleOrder(1, SIZES, STAGES), [24, 48], world_size)
     assert coverage.problems == []
     assert coverage.checked_samples == coverage.total_samples == 1440
@@ -249,7 +249,7 @@ def test_a_run_of_a_trillion_tokens_is_checked_in_windows():
     assert [warning.split(":")[0] for warning in coverage.warnings] == ["b"]
 
 
-def test_what_is_never_read_is_announced():
+def test_samples_that_are_never_read_are_reported():
     coverage = check_coverage(SampleOrder(1, {"a": 1000}, [MixtureStage(650, {"a": 1.0})]), [65], 1)
     assert coverage.warnings == ["a: 35.0% of it is never read"]
 
@@ -304,7 +304,7 @@ def test_the_command_prints_a_verdict_and_writes_a_page(
 def test_the_page_escapes_what_it_shows(honest: Path):
     found = audit(honest)
     found.problems.append("<script>alert(1)</script>")
-    assert "<script>" not in audit_page(found, None, "<script>")
+    assert "<script>" not in audit_page(found, "<script>")
 
 
 def test_data_show_prints_what_a_step_trains_on(
@@ -326,7 +326,7 @@ def test_data_show_prints_what_a_step_trains_on(
     assert main([*arguments[:2], "99", *arguments[3:]]) == 78
 
 
-def test_data_show_passes_over_what_a_run_left_out(
+def test_data_show_skips_the_samples_that_a_run_excluded(
     honest: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     record(tmp_path, Entry(ROLLED_BACK, 2, 10, 19, "spike"))
@@ -339,7 +339,7 @@ def test_data_show_passes_over_what_a_run_left_out(
     assert main([*arguments, str(tmp_path / "absent")]) == 78
 
 
-def test_shown_text_cannot_command_a_terminal():
+def test_shown_text_has_no_control_characters():
     from tinyllama_ds.errors import printable
 
     assert printable("a\x1b[2J\u202eb\n\t中") == "a\\x1b[2J\\u202eb\n\t中"

@@ -210,7 +210,7 @@ def test_what_is_held_out_by_one_of_its_names_only_is_refused(raw: Path, name: s
 def test_a_file_packed_and_unpacked_is_refused(raw: Path, end: str):
     write_jsonl(raw / f"a.jsonl{end}", ["one"])
     with pytest.raises(
-        ConfigError, match=rf"raw/a.jsonl{end}: has the name of a.jsonl beside it, apart from the compression"
+        ConfigError, match=rf"raw/a.jsonl{end}: has the name of a.jsonl next to it, apart from the compression"
     ):
         find_inputs(raw, PLAIN)
 

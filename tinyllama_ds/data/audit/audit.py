@@ -15,6 +15,7 @@ import numpy as np
 from tinyllama_ds.bars import progress
 from tinyllama_ds.data.chat import conversation_ids
 from tinyllama_ds.data.prepare.conversations import ChatFormat, format_from_dict
+from tinyllama_ds.data.prepare.coverage import Coverage
 from tinyllama_ds.data.prepare.duplicates import count_duplicates, hash_documents
 from tinyllama_ds.data.prepare.reading import read_records
 from tinyllama_ds.data.prepare.sources import SPLITS, Record, SourceFormat
@@ -34,8 +35,7 @@ class ShardAudit:
     """What one shard holds, counted from its tokens; `problems` are contradictions to its manifest."""
 
     name: str
-    source: str
-    split: str
+    group: str  # source and split
     tokens: int
     unigrams: np.ndarray  # occurrences of each id (vocab_size,)
     document_lengths: np.ndarray  # documents by the power of two of their tokens (32,)
@@ -45,12 +45,17 @@ class ShardAudit:
     inputs: list[str]  # the raw files in it; none for imported tokens
     problems: list[str]
 
+    @property
+    def documents(self) -> int:
+        return len(self.document_hashes)
+
 
 @dataclass
 class DataAudit:
     """All shards, and the results of comparing them."""
 
     shards: list[ShardAudit]
+    coverage: Coverage | None = None  # of a run by its samples
     duplicates: dict[str, int] = field(default_factory=dict)  # "a/train" or "a/train and b/train" to documents
     drift: dict[str, float] = field(default_factory=dict)  # shard to its distance from its source
     problems: list[str] = field(default_factory=list)
@@ -60,70 +65,65 @@ class DataAudit:
     def compared_with_raw(self) -> int:
         return sum(shard.compared_with_raw for shard in self.shards)
 
+    @property
+    def groups(self) -> dict[str, list[ShardAudit]]:
+        """The shards of each source and split."""
+        groups: dict[str, list[ShardAudit]] = {}
+        for shard in self.shards:
+            groups.setdefault(shard.group, []).append(shard)
+        return groups
 
-def audit_data(data: Path, raw: Mapping[str, Path], samples: int, workers: int, seed: int = 0) -> DataAudit:
+
+def audit_data(
+    data: Path, raw: Mapping[str, Path], samples: int, workers: int, coverage: Coverage | None = None
+) -> DataAudit:
     """Read every token of a data directory, and compare `samples` documents of every shard with the raw input.
 
-    `raw` has the input directories of the sources to compare.
+    `raw` has the input directories of the sources to compare. The problems and warnings of `coverage` are added.
     """
     tokenizer = Tokenizer(data / TOKENIZER_FILE)
-    directories = [
-        directory for source in sorted(data.iterdir()) if source.is_dir() for directory in _splits_of(source)
-    ]
+    directories = [path for source in sorted(data.iterdir()) for split in SPLITS if (path := source / split).is_dir()]
     if not directories:
         raise ConfigError(f"{data}: holds no prepared source; expected <source>/<split>/ with shards")
     unknown = sorted(set(raw) - {directory.parent.name for directory in directories})
     if unknown:
         raise ConfigError(f"{data}: holds no source {unknown[0]!r}, which --raw names")
-    tasks = [
-        _ShardTask(shard.bin_path.with_suffix(""), tokenizer.path, raw.get(directory.parent.name), samples, seed)
-        for directory in directories
-        for shard in TokenStream(directory).shards
-    ]
+    prefixes = [shard.bin_path.with_suffix("") for directory in directories for shard in TokenStream(directory).shards]
+    raws = [raw.get(prefix.parent.parent.name) for prefix in prefixes]
+    audit_shard = functools.partial(_audit_shard, tokenizer.path, samples)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        shards = list(progress(pool.map(_audit_shard, tasks), total=len(tasks), desc="audit", unit="shard"))
-    audit = DataAudit(shards, problems=[f"{shard.name}: {problem}" for shard in shards for problem in shard.problems])
+        audited = pool.map(audit_shard, prefixes, raws)
+        shards = list(progress(audited, total=len(prefixes), desc="audit", unit="shard"))
+    audit = DataAudit(shards, coverage)
+    audit.problems = [f"{shard.name}: {problem}" for shard in shards for problem in shard.problems]
     _compare_shards(audit)
+    if coverage is not None:
+        audit.problems += coverage.problems
+        audit.warnings += coverage.warnings
     return audit
-
-
-def _splits_of(source: Path) -> list[Path]:
-    return [source / split for split in SPLITS if (source / split).is_dir()]
 
 
 # --- one shard --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _ShardTask:
-    prefix: Path
-    tokenizer: Path
-    raw: Path | None
-    samples: int
-    seed: int
-
-
-def _audit_shard(task: _ShardTask) -> ShardAudit:
-    tokenizer = Tokenizer(task.tokenizer)
-    shard = ShardReader(task.prefix)
+def _audit_shard(tokenizer_file: Path, samples: int, prefix: Path, raw: Path | None) -> ShardAudit:
+    tokenizer = Tokenizer(tokenizer_file)
+    shard = ShardReader(prefix)
     manifest = shard.manifest
     tokens = shard.read(0, shard.tokens)
     try:
-        starts = shard.document_starts
+        starts, problems = shard.document_starts, []
     except ConfigError as error:
         starts, problems = np.array([0, shard.tokens]), [str(error)]
-    else:
-        problems = []
     unigrams = _count_ids(tokens, tokenizer.vocab_size)
     problems += _contradictions(shard, tokens, starts, unigrams, tokenizer)
     compared = 0
-    if task.raw is not None and not problems:
-        compared, differences = _compare_with_raw(task, shard, tokens, starts, tokenizer)
-        problems += differences
+    if raw is not None and not problems:
+        compared, problems = _compare_with_raw(raw, samples, shard, starts, tokenizer)
+    group = f"{manifest.source}/{manifest.split}"
     return ShardAudit(
-        name=f"{manifest.source}/{manifest.split}/{task.prefix.name}",
-        source=manifest.source,
-        split=manifest.split,
+        name=f"{group}/{prefix.name}",
+        group=group,
         tokens=shard.tokens,
         unigrams=unigrams[:-1].astype(np.min_scalar_type(unigrams.max())),
         document_lengths=_count_lengths(np.diff(starts)),
@@ -139,9 +139,8 @@ def _count_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """Occurrences of each id of the vocabulary, and of all ids beyond it (vocab_size + 1,)."""
     counts = np.zeros(vocab_size + 1, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK):
-        chunk = tokens[start : start + _CHUNK].astype(np.int64)
-        chunk[(chunk < 0) | (chunk > vocab_size)] = vocab_size
-        counts += np.bincount(chunk, minlength=vocab_size + 1)
+        chunk = tokens[start : start + _CHUNK].astype(np.uint32)  # negative ids become large ones
+        counts += np.bincount(np.minimum(chunk, vocab_size), minlength=vocab_size + 1)
     return counts
 
 
@@ -161,21 +160,20 @@ def _contradictions(
         (unigrams[-1] == 0, f"{unigrams[-1]} ids beyond the vocabulary of {tokenizer.vocab_size}"),
         (unigrams[UNK_ID] == 0, f"{unigrams[UNK_ID]} unknown tokens (id {UNK_ID})"),
     ]
-    if manifest.mask_sha256 is not None:
-        claims += _claims_about_mask(shard, tokens, starts, unigrams)
-    if manifest.end_of_document == END_OF_DOCUMENT:
+    is_chat = manifest.mask_sha256 is not None
+    if is_chat or manifest.end_of_document == END_OF_DOCUMENT:
         ends_with_eos = bool((tokens[starts[1:] - 1] == EOS_ID).all())
         claims += [
-            (ends_with_eos, "a document does not end with EOS"),
-            (unigrams[EOS_ID] == documents, f"{unigrams[EOS_ID]} EOS tokens for {documents} documents"),
+            (ends_with_eos, f"a {'conversation' if is_chat else 'document'} does not end with EOS"),
+            (is_chat or unigrams[EOS_ID] == documents, f"{unigrams[EOS_ID]} EOS tokens for {documents} documents"),
             (unigrams[BOS_ID] == 0, f"{unigrams[BOS_ID]} BOS tokens (id {BOS_ID}), which prepare never writes"),
         ]
+    if is_chat:
+        claims += _claims_about_mask(shard, starts)
     return [problem for holds, problem in claims if not holds]
 
 
-def _claims_about_mask(
-    shard: ShardReader, tokens: np.ndarray, starts: np.ndarray, unigrams: np.ndarray
-) -> list[tuple[bool, str]]:
+def _claims_about_mask(shard: ShardReader, starts: np.ndarray) -> list[tuple[bool, str]]:
     """Every conversation begins with a question, and ends with an answer whose EOS is a target too."""
     mask = shard.read_mask(0, shard.tokens)
     answers = np.add.reduceat(mask, starts[:-1], dtype=np.int64) if len(starts) > 1 else np.ones(1)
@@ -184,9 +182,7 @@ def _claims_about_mask(
         (int(mask.max(initial=0)) <= 1, ".mask has values other than 0 and 1"),
         (bool((answers > 0).all()), "a conversation has no answer"),
         (bool((mask[starts[:-1]] == 0).all()), "a conversation begins with an answer"),
-        (bool((tokens[starts[1:] - 1] == EOS_ID).all()), "a conversation does not end with EOS"),
         (bool((mask[starts[1:] - 1] == 1).all()), "a conversation does not end with an answer"),
-        (unigrams[BOS_ID] == 0, f"{unigrams[BOS_ID]} BOS tokens (id {BOS_ID}), which prepare never writes"),
     ]
 
 
@@ -219,19 +215,18 @@ def _longest_run(tokens: np.ndarray) -> tuple[int, int]:
 
 
 def _compare_with_raw(
-    task: _ShardTask, shard: ShardReader, tokens: np.ndarray, starts: np.ndarray, tokenizer: Tokenizer
+    raw: Path, samples: int, shard: ShardReader, starts: np.ndarray, tokenizer: Tokenizer
 ) -> tuple[int, list[str]]:
     """Random documents of one random input file, encoded again and decoded, against the shard."""
-    assert task.raw is not None
-    rng = random.Random(f"{task.seed}/{task.prefix.name}")
+    rng = random.Random(f"0/{shard.bin_path.stem}")
     inputs = shard.manifest.inputs
-    firsts = np.cumsum([0] + [entry.documents for entry in inputs])
     candidates = [number for number, entry in enumerate(inputs) if entry.documents]
     if not candidates:
         return 0, []
     number = rng.choice(candidates)
-    chosen = set(rng.sample(range(inputs[number].documents), min(task.samples, inputs[number].documents)))
-    path = task.raw / inputs[number].path if task.raw.is_dir() else task.raw
+    first = sum(entry.documents for entry in inputs[:number])
+    chosen = set(rng.sample(range(inputs[number].documents), min(samples, inputs[number].documents)))
+    path = raw / inputs[number].path if raw.is_dir() else raw
     if not path.is_file():
         return 0, [f"its input {path} is missing"]
     try:
@@ -240,14 +235,15 @@ def _compare_with_raw(
         return 0, [str(error)]
     differences = []
     for index, record in enumerate(islice(_kept_records(path, fmt, tokenizer), max(chosen) + 1)):
-        document = int(firsts[number]) + index
-        start, end = int(starts[document]), int(starts[document + 1])
         if index not in chosen:
             continue
+        document = first + index
+        start, count = int(starts[document]), int(starts[document + 1] - starts[document])
+        ids = shard.read(start, count)
         if isinstance(fmt, ChatFormat):
-            is_same = _is_conversation(tokens[start:end], shard.read_mask(start, end - start), record, fmt, tokenizer)
+            is_same = _is_conversation(ids, shard.read_mask(start, count), record, fmt, tokenizer)
         else:
-            is_same = _is_text(tokens[start : end - 1].tolist(), record.text, tokenizer)
+            is_same = _is_text(ids[:-1].tolist(), record.text, tokenizer)
         if not is_same:
             differences.append(f"document {document} differs from document {index} of {path}")
     return len(chosen), differences
@@ -282,9 +278,7 @@ def _kept_turns(record: Record, fmt: ChatFormat, tokenizer: Tokenizer) -> int:
 
 
 def _compare_shards(audit: DataAudit) -> None:
-    groups: dict[str, list[ShardAudit]] = {}
-    for shard in audit.shards:
-        groups.setdefault(f"{shard.source}/{shard.split}", []).append(shard)
+    groups = audit.groups
     _find_duplicates(audit, groups)
     _check_listing(audit, groups)
     for shards in groups.values():
@@ -308,7 +302,7 @@ def _find_duplicates(audit: DataAudit, groups: Mapping[str, list[ShardAudit]]) -
     )
     for name, shards in groups.items():
         if audit.duplicates[name]:
-            documents = sum(len(shard.document_hashes) for shard in shards)
+            documents = sum(shard.documents for shard in shards)
             audit.warnings.append(f"{name}: {audit.duplicates[name]} of {documents} documents are exact duplicates")
     for name, shared in audit.duplicates.items():
         if shared and name not in groups:

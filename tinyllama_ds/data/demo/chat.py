@@ -5,15 +5,12 @@ Written in all formats that are read: Guanaco's text and messages, JSON lines an
 
 import ast
 import hashlib
-import json
 import sysconfig
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
-from tinyllama_ds.data.demo.corpus import is_held_out, parse_source, python_files
+from tinyllama_ds.data.demo.corpus import is_held_out, parse_source, python_files, write_columns
 from tinyllama_ds.outputs import new_folder
 
 SOURCE = "chat"
@@ -23,8 +20,6 @@ _QUESTIONS = {
     "function": ("What does {} do?", "What is {} for?", "Explain {}."),
     "class": ("What is {}?", "What is {} for?", "Explain {}."),
 }
-_ROLES = ("user", "assistant")
-_GUANACO_NAMES = ("Human", "Assistant")
 
 _Exchanges = list[str]  # question, answer, question, answer ...
 _Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -42,11 +37,13 @@ def make_demo_chat(output: Path, code_root: Path | None = None) -> dict[str, int
     for module, exchanges in _conversations(code_root or Path(sysconfig.get_paths()["stdlib"])):
         splits["validation" if is_held_out(module) else "train"].append(exchanges)
     with new_folder(root) as folder:
-        for split in splits:
-            (folder / split).mkdir(parents=True)
-        _write_guanaco(folder / "train" / "guanaco.jsonl", splits["train"][::2])
-        _write_parquet(folder / "train" / "messages.parquet", splits["train"][1::2])
-        _write_messages(folder / "validation" / "messages.jsonl", splits["validation"])
+        write_columns(folder / "train" / "guanaco.jsonl", {"text": [_guanaco(one) for one in splits["train"][::2]]})
+        write_columns(
+            folder / "train" / "messages.parquet", {"messages": [_messages(one) for one in splits["train"][1::2]]}
+        )
+        write_columns(
+            folder / "validation" / "messages.jsonl", {"messages": [_messages(one) for one in splits["validation"]]}
+        )
     return {f"{split} conversations": len(held) for split, held in splits.items()}
 
 
@@ -86,21 +83,11 @@ def _exchanges(module: str, name: str, kind: str, answer: str) -> _Exchanges:
     return [*first, "Where is it defined?", f"In the module {module}."] if choice[1] % 2 else first
 
 
+def _guanaco(exchanges: _Exchanges) -> str:
+    turns = zip(cycle(("Human", "Assistant")), exchanges, strict=False)
+    return "".join(f"### {speaker}: {text}" for speaker, text in turns)
+
+
 def _messages(exchanges: _Exchanges) -> list[dict[str, str]]:
-    return [{"role": _ROLES[number % 2], "content": text} for number, text in enumerate(exchanges)]
-
-
-def _write_messages(path: Path, conversations: list[_Exchanges]) -> None:
-    path.write_text("".join(json.dumps({"messages": _messages(one)}) + "\n" for one in conversations))
-
-
-def _write_parquet(path: Path, conversations: list[_Exchanges]) -> None:
-    turn = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
-    column = pyarrow.array([_messages(one) for one in conversations], pyarrow.list_(turn))
-    pyarrow.parquet.write_table(pyarrow.table({"messages": column}), path)
-
-
-def _write_guanaco(path: Path, conversations: list[_Exchanges]) -> None:
-    texts = ["".join(f"### {_GUANACO_NAMES[number % 2]}: {text}" for number, text in enumerate(one))
-             for one in conversations]  # fmt: skip
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    turns = zip(cycle(("user", "assistant")), exchanges, strict=False)
+    return [{"role": role, "content": text} for role, text in turns]

@@ -13,9 +13,10 @@ import multiprocessing
 import os
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import pyarrow
@@ -29,6 +30,13 @@ PROSE_PACKAGES = ("numpy", "torch", "transformers")
 MATHEMATICS_PACKAGES = ("sympy", "mpmath")
 DEMO_SOURCES = ("slimpajama", "starcoderdata", "proof-pile-2", "skypile")
 FILES_PER_SPLIT = {"train": 4, "validation": 1}
+_FILE_NAMES = {  # as published; SkyPile has no held-out part
+    "slimpajama": "{split}/chunk{chunk}/example_{split}_0.jsonl.zst",
+    "starcoderdata": "{split}/python/train-{number:05d}-of-{files:05d}.parquet",
+    "proof-pile-2": "{subset}/{split}/part{number:04d}.jsonl.zst",
+    "skypile": "{folder}/part_{number:04d}.jsonl",
+}
+_SUBSETS = {"proof-pile-2": ("open-web-math", "algebraic-stack")}
 MAX_BYTES_PER_SOURCE = 8_000_000
 _HELD_OUT_PERCENT = 4
 _MIN_DOCSTRING = 200  # characters; shorter ones are one-liners, not prose
@@ -40,9 +48,6 @@ class Document:
     path: str
     text: str
     subset: str = ""  # the folder that it lies in
-
-
-_Writer = Callable[[Path, str, int, list[Document]], None]
 
 
 def make_demo_corpus(
@@ -61,15 +66,15 @@ def make_demo_corpus(
     # Packages come first, because their docstrings are the longest.
     prose = [stdlib] if code_root else [*_package_roots(PROSE_PACKAGES), stdlib]
     mathematics = [stdlib] if code_root else list(_package_roots(MATHEMATICS_PACKAGES))
-    collectors = {
-        "slimpajama": (lambda: _prose(prose), _write_slimpajama),
-        "starcoderdata": (lambda: _code(stdlib), _write_starcoderdata),
-        "proof-pile-2": (lambda: _mathematics(mathematics), _write_proof_pile),
-        "skypile": (_chinese, _write_skypile),
+    collections = {
+        "slimpajama": _prose(prose),
+        "starcoderdata": _code(stdlib),
+        "proof-pile-2": _mathematics(mathematics),
+        "skypile": _chinese(),
     }
     return {
-        name: _write_source(output / name, collect(), write, max_bytes)
-        for name, (collect, write) in collectors.items()
+        name: _write_source(output / name, documents, max_bytes)
+        for name, documents in collections.items()
         if name in sources and not (output / name).exists()
     }
 
@@ -95,7 +100,11 @@ def _code(root: Path) -> Iterator[Document]:
 
 
 def _prose(roots: list[Path]) -> Iterator[Document]:
-    yield from _pydoc_topics()
+    """pydoc's topics, then the docstrings of modules."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield Document(f"pydoc/{name}", f"pydoc/{name}", topics[name])
     files = [(root, path) for root in roots for path in python_files(root)]
     for root, path, text in _with_docstrings(files):
         if text:
@@ -125,13 +134,6 @@ def _with_docstrings(files: list[tuple[Path, Path]]) -> Iterator[tuple[Path, Pat
         docstrings_of = pool.imap(_docstrings, [path for _, path in files], chunksize=32)
         for (root, path), docstrings in zip(files, docstrings_of, strict=True):
             yield root, path, "\n\n".join(docstring for docstring in docstrings if _is_new(docstring, seen))
-
-
-def _pydoc_topics() -> Iterator[Document]:
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield Document(f"pydoc/{name}", f"pydoc/{name}", topics[name])
 
 
 def _docstrings(path: Path) -> list[str]:
@@ -176,7 +178,7 @@ def is_held_out(module: str) -> bool:
     return int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "little") % 100 < _HELD_OUT_PERCENT
 
 
-def _write_source(root: Path, documents: Iterable[Document], write: _Writer, max_bytes: int) -> dict[str, int]:
+def _write_source(root: Path, documents: Iterable[Document], max_bytes: int) -> dict[str, int]:
     splits: dict[str, list[Document]] = {"train": [], "validation": []}
     seen: set[bytes] = set()
     total = 0
@@ -191,48 +193,47 @@ def _write_source(root: Path, documents: Iterable[Document], write: _Writer, max
                 bar.update(size)
     with new_folder(root) as folder:
         for split, held in splits.items():
-            for number in range(FILES_PER_SPLIT[split]):
-                write(folder, split, number, held[number :: FILES_PER_SPLIT[split]])
+            for number, subset in product(range(FILES_PER_SPLIT[split]), _SUBSETS.get(root.name, [""])):
+                chosen = [document for document in held[number :: FILES_PER_SPLIT[split]] if document.subset == subset]
+                name = _FILE_NAMES[root.name].format(
+                    split=split,
+                    folder="data" if split == "train" else split,
+                    subset=subset,
+                    number=number,
+                    chunk=number + 1,
+                    files=FILES_PER_SPLIT[split],
+                )
+                write_columns(folder / name, _columns(root.name, chosen))
     return {"bytes": total} | {f"{split} documents": len(held) for split, held in splits.items()}
 
 
-def _write_slimpajama(root: Path, split: str, number: int, documents: list[Document]) -> None:
-    meta = {"meta": {"redpajama_set_name": "RedPajamaCommonCrawl"}}
-    records = [{"text": document.text} | meta for document in documents]
-    _write_lines(root / split / f"chunk{number + 1}" / f"example_{split}_0.jsonl.zst", records)
+def _columns(source: str, documents: list[Document]) -> dict[str, list]:
+    """The fields of the documents as the published corpus has them."""
+    texts, paths = [document.text for document in documents], [document.path for document in documents]
+    match source:
+        case "slimpajama":
+            return {"text": texts, "meta": [{"redpajama_set_name": "RedPajamaCommonCrawl"}] * len(texts)}
+        case "starcoderdata":
+            return {
+                "max_stars_repo_path": paths,
+                "max_stars_repo_name": ["python/cpython"] * len(texts),
+                "max_stars_count": [0] * len(texts),
+                "id": list(map(str, range(len(texts)))),
+                "content": texts,
+            }
+        case "proof-pile-2":
+            return {"text": texts, "meta": [{"path": path} for path in paths]}
+        case _:
+            return {"text": texts}
 
 
-def _write_proof_pile(root: Path, split: str, number: int, documents: list[Document]) -> None:
-    for subset in ("open-web-math", "algebraic-stack"):
-        records = [
-            {"text": document.text, "meta": {"path": document.path}}
-            for document in documents
-            if document.subset == subset
-        ]
-        _write_lines(root / subset / split / f"part{number:04d}.jsonl.zst", records)
-
-
-def _write_skypile(root: Path, split: str, number: int, documents: list[Document]) -> None:
-    folder = "data" if split == "train" else split  # the published corpus has no held-out part
-    _write_lines(root / folder / f"part_{number:04d}.jsonl", [{"text": document.text} for document in documents])
-
-
-def _write_lines(path: Path, records: list[dict]) -> None:
+def write_columns(path: Path, columns: Mapping[str, list]) -> None:
+    """Write records, given by column, as parquet or as JSON lines, by the suffix of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        return
+    records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     with pyarrow.output_stream(path, compression="zstd" if path.suffix == ".zst" else None) as file:
         file.write(text)
-
-
-def _write_starcoderdata(root: Path, split: str, number: int, documents: list[Document]) -> None:
-    folder = root / split / "python"
-    folder.mkdir(parents=True, exist_ok=True)
-    columns = {
-        "max_stars_repo_path": [document.path for document in documents],
-        "max_stars_repo_name": ["python/cpython"] * len(documents),
-        "max_stars_count": [0] * len(documents),
-        "id": [str(index) for index in range(len(documents))],
-        "content": [document.text for document in documents],
-    }
-    name = f"train-{number:05d}-of-{FILES_PER_SPLIT[split]:05d}.parquet"
-    pyarrow.parquet.write_table(pyarrow.table(columns), folder / name)

@@ -7,12 +7,14 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from string import Template
 
 from tinyllama_ds.data.prepare.inputs import find_inputs
 from tinyllama_ds.data.prepare.reading import read_texts
 from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.outputs import reporting_write_errors, write_file
+from tinyllama_ds.shipped import shipped_folder
 
 SOURCE = "slimpajama"
 TASK_FILE = "demo_endings.yaml"
@@ -20,22 +22,11 @@ QUESTIONS, CHOICES = 100, 4
 _QUESTION_WORDS, _ENDING_WORDS = 60, 12
 _FEWEST_WORDS = 6  # different ones in an ending
 
-_TASK = """# Which of four orders of the last words is the text's own? Made by `tinyllama-ds demo-data --tasks`.
-task: demo_endings
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1.0}}
-"""
+
+def multiple_choice_task(name: str, data: Path) -> str:
+    """A task file of lm-eval for JSON lines of `question`, `choices` and `answer`, the number of the right one."""
+    template = Template((shipped_folder("templates") / "multiple_choice.yaml").read_text())
+    return template.substitute(name=name, data=json.dumps(str(data.absolute())))
 
 
 def make_demo_task(corpora: Path) -> Path:
@@ -60,7 +51,8 @@ def make_demo_task(corpora: Path) -> Path:
         output.mkdir(exist_ok=True)
     data = output / "demo_endings.jsonl"
     write_file(data, "".join(json.dumps(question) + "\n" for question in _questions(passages, rng)))
-    write_file(output / TASK_FILE, _TASK.format(data=json.dumps(str(data.absolute()))))
+    comment = "# Which of four orders of the last words is the text's own? Made by `tinyllama-ds demo-data --tasks`.\n"
+    write_file(output / TASK_FILE, comment + multiple_choice_task("demo_endings", data))
     return output / TASK_FILE
 
 

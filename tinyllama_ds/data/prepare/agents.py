@@ -6,17 +6,12 @@ shard that it was making, which a later run makes.
 
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import IO
+from concurrent.futures import ThreadPoolExecutor
 
 from tinyllama_ds.data.prepare.prepare import Preparation, plan_shards, watch_shards
 from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.distributed.ssh import ssh_command
-
-_POLL_SECONDS = 0.5
 
 
 def prepare_on_hosts(job: Preparation, hosts: Sequence[str], arguments: Sequence[str]) -> list[str]:
@@ -26,32 +21,26 @@ def prepare_on_hosts(job: Preparation, hosts: Sequence[str], arguments: Sequence
     """
     open_tasks = [task for task in plan_shards(job) if not task.manifest.exists()]
     vocab_size = Tokenizer(job.tokenizer).vocab_size
-    with ExitStack() as files:
-        logs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in hosts]
-        agents = [
-            _start(host, [*arguments, "--share", f"{rank}/{len(hosts)}"], log)
-            for rank, (host, log) in enumerate(zip(hosts, logs, strict=True))
-        ]
+    agents = [_start(host, [*arguments, "--share", f"{rank}/{len(hosts)}"]) for rank, host in enumerate(hosts)]
+    watching = watch_shards(f"prepare {job.source} on {len(hosts)} hosts", open_tasks, vocab_size).watching()
+    with watching, ThreadPoolExecutor(len(agents)) as pool:
         try:
-            with watch_shards(f"prepare {job.source} on {len(hosts)} hosts", open_tasks, vocab_size).watching():
-                while any(agent.poll() is None for agent in agents):
-                    time.sleep(_POLL_SECONDS)
+            logs = list(pool.map(lambda agent: agent.communicate()[1], agents))
         finally:
             for agent in agents:
                 agent.terminate()
-        return [
-            f"{host}: exit code {agent.returncode}: {_last_line(log)}"
-            for host, agent, log in zip(hosts, agents, logs, strict=True)
-            if agent.returncode
-        ]
+    return [
+        f"{host}: exit code {agent.returncode}: {_last_line(log)}"
+        for host, agent, log in zip(hosts, agents, logs, strict=True)
+        if agent.returncode
+    ]
 
 
-def _start(host: str, arguments: list[str], log: IO[str]) -> subprocess.Popen:
+def _start(host: str, arguments: list[str]) -> subprocess.Popen[str]:
     ssh = ssh_command(host, [sys.executable, "-m", "tinyllama_ds.cli", *arguments])
-    return subprocess.Popen(ssh, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, text=True)
+    return subprocess.Popen(ssh, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def _last_line(log: IO[str]) -> str:
-    log.seek(0)
-    lines = [line for line in log.read().replace("\r", "\n").splitlines() if line.strip()]
+def _last_line(log: str) -> str:
+    lines = [line for line in log.replace("\r", "\n").splitlines() if line.strip()]
     return lines[-1] if lines else "it printed nothing"

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from tinyllama_ds.data.order import splitmix64
+
 _HASHED_TOGETHER = 2**16  # tokens; their intermediate results fit the processor's cache
 _COMPARED_TOGETHER = 2**22  # hashes
 
@@ -22,19 +24,9 @@ def hash_documents(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
         places = np.arange(start + 1, end + 1) - np.repeat(
             boundaries[first:last], np.diff(np.append(here, end - start))
         )
-        mixed = _mix((places.astype(np.uint64) << np.uint64(32)) + tokens[start:end].astype(np.uint64))
+        mixed = splitmix64((places.astype(np.uint64) << np.uint64(32)) + tokens[start:end].astype(np.uint64))
         hashes[filled[first:last]] += np.add.reduceat(mixed, here)
     return hashes
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """Splitmix64's last steps, in place (Steele, Lea and Flood 2014): every bit depends on all."""
-    values ^= values >> np.uint64(30)
-    values *= np.uint64(0xBF58476D1CE4E5B9)
-    values ^= values >> np.uint64(27)
-    values *= np.uint64(0x94D049BB133111EB)
-    values ^= values >> np.uint64(31)
-    return values
 
 
 def count_duplicates(groups: Mapping[str, Sequence[np.ndarray]]) -> dict[str, int]:

@@ -2,29 +2,22 @@
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from tinyllama_ds import __version__
 from tinyllama_ds.bars import progress
-from tinyllama_ds.data.shards import (
-    DTYPE_CODES,
-    IndexHeader,
-    InputFile,
-    Manifest,
-    ShardName,
-    ShardWriter,
-)
+from tinyllama_ds.data.prepare.inputs import grouped_by_size
+from tinyllama_ds.data.shards import IndexHeader, InputFile, Manifest, ShardName, ShardWriter, read_dtype
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, Tokenizer, store_tokenizer
 from tinyllama_ds.data.vocabulary import reject_inconvertible
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import temporary_name, write_object
 
 _READ_TOKENS = 2**22
+_NO_TOKENS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -37,6 +30,16 @@ class Import:
     output: Path
 
 
+def _store_tokenizer(job: Import, inputs: list[Path], read: Callable[[Path], object]) -> Tokenizer:
+    """The tokenizer, stored with the tokens once the headers of all inputs were read without an error."""
+    tokenizer = Tokenizer(job.tokenizer)
+    reject_inconvertible(tokenizer)
+    for path in inputs:
+        read(path)
+    store_tokenizer(tokenizer, job.output)
+    return tokenizer
+
+
 # --- Megatron ---------------------------------------------------------------------------------------------------------
 
 
@@ -45,11 +48,7 @@ def import_megatron(job: Import, inputs: list[Path]) -> list[Manifest]:
 
     `inputs` are the .idx files. Raises `ConfigError` for a pair that is damaged or holds ids beyond the vocabulary.
     """
-    tokenizer = Tokenizer(job.tokenizer)
-    reject_inconvertible(tokenizer)
-    for index in inputs:
-        IndexHeader.read(index)  # before anything is written
-    store_tokenizer(tokenizer, job.output)
+    tokenizer = _store_tokenizer(job, inputs, IndexHeader.read)
     manifests = []
     for number, index in enumerate(progress(inputs, desc=f"import {job.source}", unit="shard")):
         name = ShardName(job.output, job.source, job.split, number, len(inputs))
@@ -94,7 +93,6 @@ def _describe_megatron(index: Path, name: ShardName, tokenizer: Tokenizer) -> Ma
         end_of_document="as in the imported shard",
         source_format={"imported_from": "MMIDIDX"},
         inputs=[_imported_file(path, header.documents)],
-        tool_version=__version__,
     )
 
 
@@ -106,16 +104,7 @@ def _link(target: Path, link: Path) -> None:
 
 
 def _imported_file(path: Path, documents: int) -> InputFile:
-    return InputFile(
-        path=path.name,
-        bytes=path.stat().st_size,
-        records=documents,
-        documents=documents,
-        rejected={},
-        faults=[],
-        text_bytes=0,
-        encoder="imported",
-    )
+    return InputFile(path.name, path.stat().st_size, records=documents, documents=documents)
 
 
 # --- LITPKDS ----------------------------------------------------------------------------------------------------------
@@ -131,59 +120,48 @@ def import_litpkds(job: Import, inputs: list[Path], shard_bytes: int = 256 * 2**
     Documents are cut after EOS, or before BOS where a file knows no EOS; one that runs on in the next chunk of the same
     process stays whole. Padding, a run of BOS at the end of a chunk, is dropped and counted (TinyLlama's issue 83).
     """
-    tokenizer = Tokenizer(job.tokenizer)
-    reject_inconvertible(tokenizer)
-    for path in inputs:
-        _chunk_of(path)  # before anything is written
-    store_tokenizer(tokenizer, job.output)
-    groups = list(_fill(inputs, shard_bytes))
+    tokenizer = _store_tokenizer(job, inputs, _chunk_of)
+    groups = list(grouped_by_size(inputs, lambda path: path.stat().st_size, shard_bytes))
+    chunks = _documents(inputs)
     manifests = []
     with progress(total=len(inputs), desc=f"import {job.source}", unit="chunk") as bar:
-        open_document = np.empty(0, dtype=np.int64)
         for number, group in enumerate(groups):
-            following = groups[number + 1][0] if number + 1 < len(groups) else None
-            writer = ShardWriter(
-                ShardName(job.output, job.source, job.split, number, len(groups)), tokenizer.vocab_size
-            )
+            name = ShardName(job.output, job.source, job.split, number, len(groups))
+            writer = ShardWriter(name, tokenizer.vocab_size)
             try:
-                manifest, open_document = _import_group(writer, tokenizer, group, following, open_document)
+                manifests.append(_import_group(writer, tokenizer, group, chunks))
             finally:
                 writer.abandon()
-            manifests.append(manifest)
             bar.update(len(group))
     return manifests
 
 
-def _fill(inputs: list[Path], shard_bytes: int) -> Iterator[list[Path]]:
-    size = 0
-    numbers = []
-    for path in inputs:
-        numbers.append(size // shard_bytes)
-        size += path.stat().st_size
-    for _, members in groupby(zip(numbers, inputs, strict=True), key=lambda member: member[0]):
-        yield [path for _, path in members]
-
-
 def _import_group(
-    writer: ShardWriter, tokenizer: Tokenizer, group: list[Path], following: Path | None, open_document: np.ndarray
-) -> tuple[Manifest, np.ndarray]:
-    """Write the chunks of one shard; returns its manifest and the document that continues in the next shard."""
+    writer: ShardWriter, tokenizer: Tokenizer, group: list[Path], chunks: Iterator[tuple[list[np.ndarray], int]]
+) -> Manifest:
+    """Write the chunks of one shard."""
     inputs, padding = [], 0
-    for path, after in zip(group, [*group[1:], following], strict=True):
-        ids = read_litpkds(path)
-        text = _without_padding(ids)
-        padding += len(ids) - len(text)
-        documents = _cut(np.concatenate((open_document, text)))
-        runs_on = after is not None and _process_of(after) == _process_of(path) and len(documents) > 0
-        open_document = documents.pop() if runs_on and documents[-1][-1] != EOS_ID else np.empty(0, dtype=np.int64)
-        if documents:
-            try:
-                writer.add(np.concatenate(documents), np.array([len(document) for document in documents]))
-            except ValueError as error:
-                raise ConfigError(f"{path}: {error}") from error
+    for path, (documents, dropped) in zip(group, chunks, strict=False):
+        padding += dropped
+        try:
+            writer.add(np.concatenate([_NO_TOKENS, *documents]), np.array(list(map(len, documents)), dtype=np.int64))
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
         inputs.append(_imported_file(path, len(documents)))
     origin = {"imported_from": "LITPKDS", "filler_tokens_left_out": padding}
-    return writer.commit(tokenizer.sha256, "as in the imported chunks", origin, inputs), open_document
+    return writer.commit(tokenizer.sha256, "as in the imported chunks", origin, inputs)
+
+
+def _documents(inputs: list[Path]) -> Iterator[tuple[list[np.ndarray], int]]:
+    """The documents that end in each chunk, and the number of its padding tokens."""
+    open_document = _NO_TOKENS
+    for path, following in zip(inputs, [*inputs[1:], None], strict=True):
+        ids = read_litpkds(path)
+        text = _without_padding(ids)
+        documents = _cut(np.concatenate((open_document, text)))
+        runs_on = following is not None and _process_of(following) == _process_of(path) and len(documents) > 0
+        open_document = documents.pop() if runs_on and documents[-1][-1] != EOS_ID else _NO_TOKENS
+        yield documents, len(ids) - len(text)
 
 
 def read_litpkds(path: Path) -> np.ndarray:
@@ -201,9 +179,7 @@ def _chunk_of(path: Path) -> np.dtype:
     if len(head) < _LITPKDS_HEADER.size or head[:7] != _LITPKDS_MAGIC:
         raise ConfigError(f"{path}: not a LITPKDS chunk")
     _, version, code, tokens = _LITPKDS_HEADER.unpack(head)
-    if version != 1 or code not in DTYPE_CODES:
-        raise ConfigError(f"{path}: version {version} and dtype code {code}; expected version 1 and an integer dtype")
-    dtype = np.dtype(DTYPE_CODES[code]).newbyteorder("<")
+    dtype = read_dtype(version, code, path)
     if size != tokens * dtype.itemsize:
         raise ConfigError(f"{path}: {size} bytes do not hold {tokens} tokens of {dtype.name}")
     return dtype

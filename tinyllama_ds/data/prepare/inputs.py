@@ -6,11 +6,12 @@ No file is skipped silently, and files with a held-out name are never training d
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from tinyllama_ds.data.prepare.reading import READERS
+from tinyllama_ds.data.prepare.reading import READERS, known_suffix
 from tinyllama_ds.data.prepare.sources import SPLITS, SourceFormat
 from tinyllama_ds.errors import ConfigError
 
@@ -23,6 +24,7 @@ _SPLIT_WORD = re.compile(
 OTHER_KIND = "unsupported file type"
 _NAMED = 5  # at most, of the files of one reason, on the console
 
+_Item = TypeVar("_Item")
 Identity = tuple[int, int]  # of a file or folder: device and inode
 
 
@@ -76,7 +78,9 @@ def find_inputs(directory: Path, fmt: SourceFormat) -> Inputs:
         raise ConfigError(f"{directory}: the input is missing")
     inputs = Inputs(directory)
     if not directory.is_dir():
-        _reject_unreadable(directory)
+        if not directory.is_file():
+            raise ConfigError(f"{directory}: is neither a file nor a folder; expected files on a disk")
+        known_suffix(directory)
         inputs.splits = {split_of(Path(directory.name), frozenset()): [directory]}
         return inputs
     found = _select(inputs, _readable(inputs), fmt)
@@ -86,17 +90,6 @@ def find_inputs(directory: Path, fmt: SourceFormat) -> Inputs:
         split: sorted(path for path in found if splits[path] == split) for split in SPLITS if split in splits.values()
     }
     return inputs
-
-
-def _reject_unreadable(path: Path) -> None:
-    if not path.is_file():
-        raise ConfigError(f"{path}: is neither a file nor a folder; expected files on a disk")
-    if not _is_known(path):
-        raise ConfigError(f"{path}: unknown kind of file; expected one of {', '.join(READERS)}")
-
-
-def _is_known(path: Path) -> bool:
-    return path.name.lower().endswith(tuple(READERS))
 
 
 # --- the files below the directory ------------------------------------------------------------------------------------
@@ -118,7 +111,7 @@ def _readable(inputs: Inputs) -> list[Path]:
                 (linked_folders if path.is_symlink() else waiting).append(path)
             elif not stat.S_ISREG(mode):
                 inputs.skip(path, "not a regular file")
-            elif not _is_known(path):
+            elif not path.name.lower().endswith(tuple(READERS)):
                 inputs.skip(path, OTHER_KIND)
             elif path.is_symlink():
                 linked_files.append(path)
@@ -174,13 +167,12 @@ def _reject_twice_packed(paths: Iterable[Path]) -> None:
     """`gunzip --keep` and similar programs leave the same documents twice."""
     unpacked: dict[Path, Path] = {}
     for path in paths:
-        lower = path.name.lower()
-        end = next(suffix for suffix in READERS if lower.endswith(suffix))
-        if ".json" in end:
-            name = path.with_name(path.name[: -len(end)])
+        suffix = known_suffix(path)
+        if ".json" in suffix:
+            name = path.with_name(path.name[: -len(suffix)])
             if name in unpacked:
                 raise ConfigError(
-                    f"{path}: has the name of {unpacked[name].name} beside it, apart from the compression; the same"
+                    f"{path}: has the name of {unpacked[name].name} next to it, apart from the compression; the same"
                     " documents would count twice; remove one or rename it"
                 )
             unpacked[name] = path
@@ -225,6 +217,20 @@ def _select(inputs: Inputs, paths: list[Path], fmt: SourceFormat) -> list[Path]:
             f"{inputs.directory}: holds no file of a known kind; expected one of {', '.join(READERS)}{there}"
         )
     return paths
+
+
+def grouped_by_size(items: Iterable[_Item], size_of: Callable[[_Item], float], limit: float) -> Iterator[list[_Item]]:
+    """Consecutive items in groups, each closed by the item with which its size reaches the limit."""
+    group: list[_Item] = []
+    size = 0.0
+    for item in items:
+        group.append(item)
+        size += size_of(item)
+        if size >= limit:
+            yield group
+            group, size = [], 0.0
+    if group:
+        yield group
 
 
 def _belong(count: int, split: str) -> str:

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +17,7 @@ from pathlib import Path
 from tinyllama_ds.data.chat import END_OF_TURN, encode_conversations, header_tokens, reject_merged_line_breaks
 from tinyllama_ds.data.encoding import FileEncoder, load_gigatoken
 from tinyllama_ds.data.prepare.conversations import ChatFormat
-from tinyllama_ds.data.prepare.inputs import find_inputs
+from tinyllama_ds.data.prepare.inputs import find_inputs, grouped_by_size
 from tinyllama_ds.data.prepare.progress import ShardProgress
 from tinyllama_ds.data.prepare.reading import read_records
 from tinyllama_ds.data.prepare.sources import Record, SourceFormat
@@ -26,7 +26,8 @@ from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, Tokenizer, store_tokeni
 from tinyllama_ds.data.vocabulary import reject_inconvertible
 from tinyllama_ds.errors import ConfigError
 
-_ENCODE_BYTES = 2**20  # of text in one call of the encoder
+# Of text in one call of the encoder, so that neither many small documents nor a large one fill the memory.
+_ENCODE_BYTES = 2**20
 _RECORD_BYTES = 100  # of memory for a record without its text: most may be rejected
 # Bytes of uint16 tokens per byte on disk, for planning only: 4 bytes of text per token, zstd and parquet about 3:1.
 _TOKEN_BYTES_PER_INPUT_BYTE = {".zst": 1.5, ".gz": 1.5, ".parquet": 1.5}
@@ -101,23 +102,10 @@ def plan_shards(job: Preparation) -> list[ShardTask]:
     """Sorted inputs, filled greedily into shards of about `shard_bytes`, split by split."""
     tasks = []
     for split, inputs in find_inputs(job.input, job.format).splits.items():
-        groups = list(_fill(inputs, job.shard_bytes))
+        groups = list(grouped_by_size(inputs, _expected_token_bytes, job.shard_bytes))
         for number, group in enumerate(groups):
             tasks.append(ShardTask(job, ShardName(job.output, job.source, split, number, len(groups)), tuple(group)))
     return tasks
-
-
-def _fill(inputs: list[Path], shard_bytes: int) -> Iterator[list[Path]]:
-    group: list[Path] = []
-    size = 0.0
-    for path in inputs:
-        group.append(path)
-        size += _expected_token_bytes(path)
-        if size >= shard_bytes:
-            yield group
-            group, size = [], 0.0
-    if group:
-        yield group
 
 
 def _expected_token_bytes(path: Path) -> float:
@@ -258,13 +246,21 @@ def _add_file(writer: ShardWriter, encoder: FileEncoder, task: ShardTask, path: 
     shortened: Counter[str] = Counter()
     faults: list[str] = []
     before, records, text_bytes = writer.documents, 0, 0
-    for batch in _batches(read_records(path, task.job.format)):
+    fmt = task.job.format
+    for batch in grouped_by_size(read_records(path, fmt), _memory, _ENCODE_BYTES):
         records += len(batch)
         rejected.update(record.rejected for record in batch if record.rejected)
+        shortened.update(record.shortened for record in batch if record.shortened)
         faults += [record.fault for record in batch if record.fault]
         _check_faults(faults, task.job.max_bad_records)
-        if isinstance(task.job.format, ChatFormat):
-            _add_conversations(writer, encoder, task.job.format, batch, rejected, shortened)
+        if isinstance(fmt, ChatFormat):
+            conversations = [record.messages for record in batch if record.messages]
+            encoded = encode_conversations(
+                encoder.encode, conversations, header_tokens(encoder.tokenizer), fmt.max_tokens
+            )
+            writer.add(encoded.ids, encoded.lengths, encoded.assistant_mask)
+            shortened += Counter({f"turns beyond {fmt.max_tokens} tokens": encoded.shortened})
+            rejected += Counter({f"first answer beyond {fmt.max_tokens} tokens": encoded.rejected})
         else:
             writer.add(*encoder.encode([record.text for record in batch if record.text]))
         text_bytes += sum(record.text_bytes for record in batch)
@@ -281,37 +277,8 @@ def _add_file(writer: ShardWriter, encoder: FileEncoder, task: ShardTask, path: 
     )
 
 
-def _add_conversations(
-    writer: ShardWriter,
-    encoder: FileEncoder,
-    fmt: ChatFormat,
-    batch: list[Record],
-    rejected: Counter[str],
-    shortened: Counter[str],
-) -> None:
-    """Write the conversations of a batch, and count those that were cut or do not fit."""
-    shortened.update(record.shortened for record in batch if record.shortened)
-    conversations = [record.messages for record in batch if record.messages]
-    encoded = encode_conversations(encoder.encode, conversations, header_tokens(encoder.tokenizer), fmt.max_tokens)
-    writer.add(encoded.ids, encoded.lengths, encoded.assistant_mask)
-    if encoded.shortened:
-        shortened[f"turns beyond {fmt.max_tokens} tokens"] += encoded.shortened
-    if encoded.rejected:
-        rejected[f"first answer beyond {fmt.max_tokens} tokens"] += encoded.rejected
-
-
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """The records in batches of a megabyte, so that neither many small documents nor a large one fill the memory."""
-    batch: list[Record] = []
-    size = 0
-    for record in records:
-        batch.append(record)
-        size += record.text_bytes + _RECORD_BYTES
-        if size >= _ENCODE_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _memory(record: Record) -> int:
+    return record.text_bytes + _RECORD_BYTES
 
 
 def summarise(manifests: list[Manifest]) -> dict[str, dict]:

@@ -47,12 +47,17 @@ def read_texts(path: Path, fmt: SourceFormat) -> Iterator[str]:
             yield record.text
 
 
+def known_suffix(path: Path) -> str:
+    """The key of `READERS` that the name of a file ends with; raises `ConfigError` for a file of a different kind."""
+    suffix = next(filter(path.name.lower().endswith, READERS), None)
+    if suffix is None:
+        raise ConfigError(f"{path}: unknown kind of file; expected one of {', '.join(READERS)}")
+    return suffix
+
+
 def read_records(path: Path, fmt: SourceFormat) -> Iterator[Record]:
     """All records of one file, in order, in constant memory. Damage of the file itself is a last record's fault."""
-    lower = path.name.lower()
-    reader = next((reader for suffix, reader in READERS.items() if lower.endswith(suffix)), None)
-    if reader is None:
-        raise ConfigError(f"{path}: unknown kind of file; expected one of {', '.join(READERS)}")
+    reader = READERS[known_suffix(path)]
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)

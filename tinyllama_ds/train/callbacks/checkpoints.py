@@ -2,8 +2,21 @@
 
 from tinyllama_ds.checkpoint.format import Health
 from tinyllama_ds.checkpoint.save import Save
+from tinyllama_ds.gpus import GIB
+from tinyllama_ds.health.guard import check_parameters
 from tinyllama_ds.health.probe import take_probe
 from tinyllama_ds.train.trainer import Callback, StepResult
+
+
+class ParameterCheck(Callback):
+    """Checks that weights are finite and equal on all ranks: every few steps, and before every save.
+
+    Raises `NumericsError` on all ranks.
+    """
+
+    def after_step(self, result: StepResult) -> None:
+        if result.is_save_due or result.progress.step % self.trainer.run.recipe.intervals.check_steps == 0:
+            check_parameters(self.trainer.engine)
 
 
 class Checkpoints(Callback):
@@ -25,7 +38,7 @@ class Checkpoints(Callback):
         return Health(trainer.guard.state(), left_out, take_probe(trainer.engine, trainer.run, trainer.world))
 
     def after_save(self, save: Save) -> None:
-        progress, size = save.progress, save.size / 2**30
+        progress, size = save.progress, save.size / GIB
         metrics = {
             "Checkpoint/StallSeconds": save.stall,
             "Checkpoint/Seconds": save.seconds,

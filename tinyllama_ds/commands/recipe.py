@@ -1,0 +1,76 @@
+"""The command that writes a first recipe."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllama_ds.commands.arguments import add_shared, output_file
+from tinyllama_ds.commands.printing import print_result
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.outputs import check_file, write_file
+
+if TYPE_CHECKING:
+    from tinyllama_ds.config.new_recipe import Draft
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="action")
+    new = actions.add_parser("new", help="write a commented recipe with every key, and a DeepSpeed JSON for it")
+    new.add_argument("file", type=output_file, metavar="FILE", help="TOML file to create; the JSON lies next to it")
+    source = new.add_mutually_exclusive_group()
+    source.add_argument("--like", metavar="NAME", help="with the values of a shipped recipe, or of a TOML file")
+    source.add_argument("--from-hf", type=Path, metavar="FOLDER", help="with the model of a Hugging Face folder")
+    add_shared(new, "--json")
+
+
+def _recipe(options: argparse.Namespace) -> int:
+    """Write a first recipe: `new` makes a commented one, and a DeepSpeed JSON that fits it."""
+    from tinyllama_ds.config.new_recipe import config_text, recipe_text
+    from tinyllama_ds.model.config import MODEL_SIZES
+
+    recipe = options.file
+    if recipe.suffix != ".toml":
+        raise ConfigError(f"{recipe}: is not the name of a recipe; expected one that ends with .toml")
+    config = check_file(recipe.with_suffix(".json"))
+    for path in (recipe, config):
+        if path.exists():
+            raise ConfigError(f"{path}: already exists; expected a new file")
+    text = recipe_text(_draft(options), MODEL_SIZES)
+    write_file(recipe, text)
+    write_file(config, config_text())
+    to_fill_in = [line.split()[1] for line in text.splitlines() if " # REQUIRED: " in line]
+    first = f"fill in {', '.join(to_fill_in)} in {recipe}, then\n" if to_fill_in else ""
+    arguments = f"--recipe {recipe} --deepspeed-config {config}"
+    steps = f"tinyllama-ds plan {arguments}\ntinyllama-ds pretrain {arguments} --data DATA --run-dir RUN"
+    result = {"recipe": str(recipe), "deepspeed_config": str(config), "required": to_fill_in}
+    return print_result(options, result, f"{recipe}\n{config}\n{first}{steps}")
+
+
+def _draft(options: argparse.Namespace) -> "Draft":
+    from tinyllama_ds.config.new_recipe import Draft
+    from tinyllama_ds.config.recipe import load_recipe
+
+    name = options.file.stem
+    if options.like is not None:
+        return Draft(name, like=load_recipe(options.like))
+    if options.from_hf is None:
+        return Draft(name)
+    model, positions = _named_size(options.from_hf)
+    return Draft(name, model, positions)
+
+
+def _named_size(folder: Path) -> tuple[str, int]:
+    """Name and positions of the model in a Hugging Face folder."""
+    from tinyllama_ds.hf.import_model import CONFIG_FILE, read_config
+    from tinyllama_ds.model.config import MODEL_SIZES
+
+    shapes = read_config(folder / CONFIG_FILE)
+    name = next((name for name, known in MODEL_SIZES.items() if known == shapes), None)
+    if name is None:
+        raise ConfigError(
+            f"{folder / CONFIG_FILE}: is not a named size; expected the shapes of {', '.join(MODEL_SIZES)}"
+        )
+    return name, shapes.max_position_embeddings
+
+
+COMMANDS = (("recipe", _add_recipe, _recipe),)

@@ -1,0 +1,76 @@
+"""A user's first recipe: a commented TOML file with every key, and a DeepSpeed JSON that fits any model and machine."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tinyllama_ds.config.recipe import Evaluation, GuardSettings, Intervals, Recipe, Samples
+from tinyllama_ds.shipped import shipped_config
+
+_SEED = 3407  # TinyLlama's
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a new recipe begins with; None is for the user to fill in."""
+
+    name: str
+    model: str | None = None
+    sequence_length: int = 2048
+    like: Recipe | None = None  # whose values are taken instead
+
+
+def recipe_text(draft: Draft, sizes: Iterable[str]) -> str:
+    """The recipe as TOML; `sizes` are the named sizes of models that there are."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("tinyllama_ds"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["toml"] = toml_value
+    values = draft.like.to_dict() if draft.like else _defaults(draft.sequence_length)
+    model = draft.like.model if draft.like else draft.model
+    template = environment.get_template("recipe.toml")
+    return template.render(name=draft.name, model=model, recipe=values, sizes=", ".join(sizes)) + "\n"
+
+
+def _defaults(sequence_length: int) -> dict[str, Any]:
+    stage = {"name": "pretraining", "tokens": None, "global_batch_tokens": 256 * sequence_length, "weights": None}
+    return {
+        "sequence_length": sequence_length,
+        "seed": _SEED,
+        "validation_samples": 512,
+        "document_mask": Recipe.document_mask,
+        "stages": [stage | {"ramp_tokens": 0}],
+        "intervals": asdict(Intervals(log_steps=10, evaluate_tokens=100_000_000, save_tokens=500_000_000)),
+        "guard": asdict(GuardSettings()),
+        "samples": asdict(Samples()),
+        "evaluation": asdict(Evaluation()),
+    }
+
+
+def config_text() -> str:
+    """The DeepSpeed JSON: ZeRO 3, with sizes, warmup and precision for the model, the run and the machines."""
+    config = json.loads(shipped_config("zero3").read_bytes())
+    config["train_micro_batch_size_per_gpu"] = config["bf16"]["enabled"] = "auto"
+    config["scheduler"]["params"]["warmup_num_steps"] = "auto"
+    sizes = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    config["zero_optimization"] |= dict.fromkeys(sizes, "auto")
+    return json.dumps(config, indent=2) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML has it; raises TypeError for a type that TOML lacks."""
+    if isinstance(value, dict):
+        pairs = [
+            f"{key if _BARE_KEY.fullmatch(key) else json.dumps(key)} = {toml_value(of)}" for key, of in value.items()
+        ]
+        return f"{{ {', '.join(pairs)} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:_}" if abs(value) >= 10_000 else str(value)
+    return json.dumps(value, ensure_ascii=False)
