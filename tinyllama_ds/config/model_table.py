@@ -25,23 +25,6 @@ _WITHOUT_EFFECT = {
 }
 
 
-MAX_PADDING = 1023  # rows: vocabularies are rounded up to multiples of 64 to 1,024
-
-
-def padding_of(vocab_size: int, tokenizer_size: int, place: object) -> int:
-    """The rows of a model's embeddings beyond the tokenizer's ids, which no text has.
-
-    Raises `ConfigError` where the tokenizer, which `place` names, has more ids, or far fewer.
-    """
-    padding = vocab_size - tokenizer_size
-    if not 0 <= padding <= MAX_PADDING:
-        raise ConfigError(
-            f"{place}: has {tokenizer_size} pieces, but the model's vocabulary is {vocab_size}; expected {vocab_size},"
-            f" or up to {MAX_PADDING:,} fewer, where it is padded"
-        )
-    return padding
-
-
 def only(value: object) -> Any:
     """For a field that has one value with our decoder, which older versions wrote into a list."""
 

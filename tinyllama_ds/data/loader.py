@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_ds.config.model_table import padding_of
 from tinyllama_ds.data.order import SampleOrder
 from tinyllama_ds.data.packing import open_stream
 from tinyllama_ds.data.stream import TokenStream
@@ -17,10 +16,13 @@ def open_streams(data: Path, sources: Iterable[str], split: str, vocab_size: int
     """The token streams of all sources of a split, validated against the tokenizer and the model.
 
     Raises `ConfigError` for a missing source, shards of a tokenizer other than `data/tokenizer.model`, a vocabulary
-    that is not the model's, and ids beyond it.
+    size other than the model's, and ids beyond it.
     """
     tokenizer = Tokenizer(data / TOKENIZER_FILE)
-    padding_of(vocab_size, tokenizer.vocab_size, tokenizer.path)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, but the model's vocabulary is {vocab_size}"
+        )
     streams = {name: open_stream(data / name / split) for name in sources}
     reject_different_tokenizer(streams, tokenizer)
     for stream in streams.values():

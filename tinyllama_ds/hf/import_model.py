@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from tinyllama_ds.config.model_table import HuggingFaceConfig, only, padding_of
+from tinyllama_ds.config.model_table import HuggingFaceConfig, only
 from tinyllama_ds.config.validation import validate_json
 from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, Tokenizer
 from tinyllama_ds.data.vocabulary import difference_of, reject_inconvertible
@@ -41,7 +41,6 @@ class ImportResult:
     model: LlamaConfig
     dtype: torch.dtype
     largest_logit_difference: float
-    padding: int  # rows of the embeddings beyond the tokenizer's ids
 
 
 def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) -> ImportResult:
@@ -57,8 +56,7 @@ def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) 
     with new_folder(output) as partial:
         written = write_model_folder(partial, _read_all(files, config), config, sentencepiece.path)
         difference = logit_difference(*load_reference_pair(folder, written, config), sentencepiece)
-    padding = config.vocab_size - sentencepiece.vocab_size
-    return ImportResult(config, written.dtype, difference, padding)
+    return ImportResult(config, written.dtype, difference)
 
 
 class _FolderConfig(HuggingFaceConfig):
@@ -84,7 +82,11 @@ def _tokenizer_of(folder: Path, config: LlamaConfig, instead: Path | None) -> To
             f"{path}: is missing; expected the sentencepiece model that gives the ids (or --tokenizer FILE)"
         )
     tokenizer = Tokenizer(path)
-    padding_of(config.vocab_size, tokenizer.vocab_size, path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{path}: has {tokenizer.vocab_size} pieces; expected at most vocab_size {config.vocab_size} of"
+            f" {CONFIG_FILE}"
+        )
     reject_inconvertible(tokenizer)
     fast = folder / FAST_TOKENIZER_FILE
     if instead is None and fast.is_file():
