@@ -103,10 +103,7 @@ CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
         "cannot accumulate in fp32 at stage 0 with bf16",
     ),
     "recipe typo": (lambda i: edit_text(i.recipe, "seed", "sede"), "the key 'seed' is missing"),
-    "unknown model": (
-        lambda i: edit_text(i.recipe, '"test"', '"tset"'),
-        'line 2: model is "tset"; expected tinyllama-1.1b, ',
-    ),
+    "unknown model": (lambda i: edit_text(i.recipe, '"test"', '"tset"'), 'model is "tset"; expected tinyllama-1.1b, '),
     "too long": (
         lambda i: edit_text(i.recipe, "sequence_length = 32", "sequence_length = 256"),
         "beyond the 128 positions of model 'test'",
@@ -114,7 +111,7 @@ CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
     "missing source": (lambda i: edit_text(i.recipe, "slimpajama", "slimpyjama"), "slimpyjama/train: holds no token"),
     "missing data": (lambda i: shutil.rmtree(i.data), "the data directory is missing"),
     "missing tokenizer": (lambda i: (i.data / "tokenizer.model").unlink(), "the tokenizer is missing"),
-    "tokenizer of another size": (other_tokenizer(600), "has 600 pieces, but the model's vocabulary is 512"),
+    "larger tokenizer": (other_tokenizer(600), "has 600 pieces, but the model's vocabulary is 512"),
     "tokenizer of another hash": (other_tokenizer(512), "was made with a different tokenizer than"),
     "ids beyond the vocabulary": (lower_vocabulary, "holds token id 512, beyond the model's vocabulary of 512"),
     "shard cut short": (
