@@ -1,5 +1,6 @@
 """What planning repeats of the model, because it imports no torch, is the same there."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.model.rope import rope_tables
 from tinyllama_ds.planning.communication import Collective
-from tinyllama_ds.planning.layout import gathers_of, modules_of, read_layout
+from tinyllama_ds.planning.layout import gathers_of, modules_of, persistent_elements, read_layout
 from tinyllama_ds.planning.memory import BACKENDS, Work, attention_memory, block_bytes_per_token
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -29,6 +30,23 @@ CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 def test_units_hold_all_parameters(name: str) -> None:
     model = MODEL_SIZES[name]
     assert sum(map(sum, modules_of(model))) == model.num_parameters
+
+
+def test_a_tied_table_is_kept_once_and_gathered_twice() -> None:
+    """In the forward pass for the embedding and, once it is released, for the head."""
+    untied = MODEL_SIZES["test"]
+    tied, table = replace(untied, tie_word_embeddings=True), untied.vocab_size * untied.hidden_size
+    assert tied.num_parameters == untied.num_parameters - table
+    zero = {"stage": 3, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+    keeps = read_layout({"zero_optimization": zero | {"stage3_param_persistence_threshold": 2**40}}, "keeps", 2)
+    assert [persistent_elements(model, keeps) for model in (tied, untied)] == [
+        tied.num_parameters,
+        untied.num_parameters,
+    ]
+    gathers = read_layout({"zero_optimization": zero | {"stage3_param_persistence_threshold": 0}}, "gathers", 2)
+    assert gathers_of(tied, gathers).forward == untied.num_parameters
+    reuses = replace(gathers, max_reuse=2**40)
+    assert gathers_of(tied, reuses).forward == tied.num_parameters
 
 
 def test_the_backends_are_the_models() -> None:

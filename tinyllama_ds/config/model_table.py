@@ -112,20 +112,15 @@ class HuggingFaceConfig(BaseModel):
     def config(self) -> LlamaConfig:
         """Our description of the same model. Raises `ConfigError` where values contradict each other."""
         rope = self.rope_scaling or self.rope_parameters or _Rope()
+        values = {key: value for key, value in self if key in LlamaConfig.__annotations__ and value is not None}
         return LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
-            max_position_embeddings=self.max_position_embeddings,
-            rms_norm_eps=self.rms_norm_eps,
-            rope_theta=rope.rope_theta or self.rope_theta,
-            rope_scaling_factor=rope.factor if rope.kind == "linear" and rope.factor else 1.0,
-            head_dim=self.head_dim or 0,
-            tie_word_embeddings=self.tie_word_embeddings,
-            rope_scaling=rope.scaling(self.max_position_embeddings),
+            **{"num_key_value_heads": self.num_attention_heads}
+            | values
+            | {
+                "rope_theta": rope.rope_theta or self.rope_theta,
+                "rope_scaling_factor": rope.factor if rope.kind == "linear" else 1.0,
+                "rope_scaling": rope.scaling(self.max_position_embeddings),
+            }
         )
 
 

@@ -158,14 +158,16 @@ def describe_run(run: Run, world: DistributedInfo, engine: "DeepSpeedEngine", co
     peak, origin = peak_flops(world.device, dtype, world.size)
     batch = run.plan.stages[0].batch
     accumulation = accumulation_steps(batch, world.size, run.micro_batch)
+    padding = run.model.vocab_size - run.data.tokenizer.vocab_size
+    padded = f" ({padding} rows of the vocabulary are padding, which no text uses)" if padding else ""
     return (
-        f"{run.recipe.model_name}: {run.model.num_parameters:,} parameters in {str(dtype).removeprefix('torch.')} on"
-        f" {world.size} x {world.device.type}, ZeRO-{engine.zero_optimization_stage()}, {run.kernels},"
-        f" torch.compile: {compilation}\n"
+        f"{run.recipe.model_name}: {run.model.num_parameters:,} parameters{padded} in"
+        f" {str(dtype).removeprefix('torch.')} on {world.size} x {world.device.type},"
+        f" ZeRO-{engine.zero_optimization_stage()}, {run.kernels}, torch.compile: {compilation}\n"
         f"{run.plan.total_steps:,} steps, {run.plan.total_tokens:,} tokens; a step is {batch} sequences of"
         f" {run.recipe.sequence_length} tokens in {accumulation} micro-batches of"
         f" {run.micro_batch} on each rank\n"
-        f"MFU = tokens/s x (6 x matmul parameters + 12 x layers x hidden x sequence) / peak;"
+        f"MFU = tokens/s x (6 x matmul parameters + 12 x layers x heads x head size x sequence) / peak;"
         f" peak {peak / 1e12:.2f} TFLOP/s per rank from {origin}"
     )
 
