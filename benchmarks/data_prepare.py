@@ -177,7 +177,7 @@ def measure_start(run: Contender, tokenizer: Tokenizer) -> float:
 
 
 def main() -> None:
-    """Print a row per contender: million tokens per second, and our fastest single worker beside it."""
+    """Print a row per contender: million tokens per second, and our fastest single worker next to it."""
     parser = Parser(description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--megabytes", type=Number(most=1e6), default=120, help="of text")

@@ -1,4 +1,4 @@
-"""The plan's bytes and seconds beside real ones: ranks on network namespaces, one thread each, links throttled by tc.
+"""The plan's bytes and seconds next to real ones: ranks on network namespaces, one thread each, links throttled by tc.
 
     python benchmarks/network_plan.py bytes --json benchmarks/results/network_bytes.json
     python benchmarks/network_plan.py time --json benchmarks/results/network_time.json

@@ -94,7 +94,7 @@ def test_an_encoder_that_fails_the_probes_is_never_used(tokenizer: Tokenizer, mo
 
 
 @pytest.mark.parametrize("module", ["gigatoken", "awkward"])
-def test_an_encoder_that_does_not_import_is_refused_only_where_it_was_asked_for(
+def test_an_encoder_that_does_not_import_is_rejected_only_where_it_was_asked_for(
     module: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     """gigatoken itself, or what it needs: a wheel that was installed without its dependencies."""

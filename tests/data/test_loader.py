@@ -95,7 +95,7 @@ def test_one_document_in_one_shard_is_enough(tmp_path: Path, tokenizer: Tokenize
     assert reader.read(np.arange(8)).shape == (8, T + 1)
 
 
-def test_an_id_beyond_the_vocabulary_is_refused_with_its_place(tmp_path: Path, tokenizer: Tokenizer):
+def test_an_id_beyond_the_vocabulary_is_rejected_with_its_place(tmp_path: Path, tokenizer: Tokenizer):
     data = make_data(tmp_path, tokenizer, {"bad": [[made_up_text(1, 300)]]})
     (path,) = (data / "bad" / "train").glob("*.bin")
     tokens = np.fromfile(path, "<u2")
@@ -108,7 +108,7 @@ def test_an_id_beyond_the_vocabulary_is_refused_with_its_place(tmp_path: Path, t
         reader.read(np.arange(10))
 
 
-def test_what_does_not_fit_together_is_refused(tmp_path: Path, data: Path, tokenizer: Tokenizer):
+def test_what_does_not_fit_together_is_rejected(tmp_path: Path, data: Path, tokenizer: Tokenizer):
     with pytest.raises(ConfigError, match="has 512 pieces, but the model's vocabulary is 32000"):
         open_streams(data, ["first"], "train", 32_000)
     with pytest.raises(ConfigError, match="holds no token shards"):

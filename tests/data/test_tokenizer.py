@@ -39,13 +39,13 @@ def test_training_stops_at_its_share_of_text(tmp_path: Path):
     assert train_tokenizer(texts(), 300, tmp_path / "t.model", max_bytes=10_000).vocab_size == 300
 
 
-def test_too_little_text_is_refused_and_leaves_nothing(tmp_path: Path):
+def test_too_little_text_is_rejected_and_leaves_nothing(tmp_path: Path):
     with pytest.raises(ConfigError, match="training a tokenizer with 5000 pieces failed"):
         train_tokenizer(["a few words"], 5000, tmp_path / "t.model")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_or_foreign_file_is_refused(tmp_path: Path):
+def test_a_missing_or_foreign_file_is_rejected(tmp_path: Path):
     with pytest.raises(ConfigError, match="the tokenizer is missing"):
         Tokenizer(tmp_path / "absent.model")
     (tmp_path / "text.model").write_text("not a model")
@@ -53,7 +53,7 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path: Path):
         Tokenizer(tmp_path / "text.model")
 
 
-def test_other_special_ids_are_refused(tmp_path: Path):
+def test_other_special_ids_are_rejected(tmp_path: Path):
     with (tmp_path / "odd.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(made_up_text(0, 2000).splitlines()),
@@ -81,7 +81,7 @@ NO_MODELS = {
 
 
 @pytest.mark.parametrize("case", NO_MODELS)
-def test_a_file_that_is_no_model_is_refused_with_the_reason(tokenizer: Tokenizer, tmp_path: Path, case: str):
+def test_a_file_that_is_no_model_is_rejected_with_the_reason(tokenizer: Tokenizer, tmp_path: Path, case: str):
     spoil, sentence = NO_MODELS[case]
     path = tmp_path / "tokenizer.model"
     path.write_bytes(spoil(tokenizer.content))

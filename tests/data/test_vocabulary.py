@@ -37,7 +37,7 @@ def with_symbols(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.mark.parametrize("case", UNLIKE_LLAMAS)
-def test_what_export_cannot_convert_is_refused_before_anything_is_made(tmp_path: Path, case: str):
+def test_what_export_cannot_convert_is_rejected_before_anything_is_made(tmp_path: Path, case: str):
     settings, what = UNLIKE_LLAMAS[case]
     path = vocabularies.train(tmp_path / "tokenizer.model", **settings)
     sentence = f"tokenizer.model: .*{what}.*, which export cannot convert; expected Llama's settings"

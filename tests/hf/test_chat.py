@@ -103,7 +103,7 @@ def test_an_export_brings_the_template_only_where_the_model_chats(
     assert "plain: was not trained on conversations" in capsys.readouterr().err
 
 
-def test_a_template_that_gives_other_ids_is_refused(
+def test_a_template_that_gives_other_ids_is_rejected(
     weights: dict[str, torch.Tensor], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinyllama_ds.hf.convert.CHAT_TEMPLATE", CHAT_TEMPLATE.replace("|>\\n", "|> "))
@@ -160,7 +160,7 @@ def test_the_oldest_exchanges_are_forgotten_first_and_the_system_message_never(l
     assert any("question 4" in message.content for message in conversation.messages)
 
 
-def test_a_question_that_does_not_fit_is_refused_and_not_kept(loaded: LoadedModel) -> None:
+def test_a_question_that_does_not_fit_is_rejected_and_not_kept(loaded: LoadedModel) -> None:
     conversation = Conversation(loaded, GREEDY)
     conversation.ask("the loss", str)
     before = list(conversation.messages)

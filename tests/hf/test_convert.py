@@ -75,7 +75,7 @@ def test_exported_weights_are_the_same_bits(tokenizer: Tokenizer, weights: dict,
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in (tmp_path / "hf").iterdir())
 
 
-def test_weights_that_differ_are_refused_and_leave_nothing(
+def test_weights_that_differ_are_rejected_and_leave_nothing(
     tokenizer: Tokenizer, weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault in the writing itself: two projections swapped in the file."""
@@ -96,7 +96,7 @@ def test_weights_that_differ_are_refused_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_logits_that_differ_are_refused_and_leave_nothing(
+def test_logits_that_differ_are_rejected_and_leave_nothing(
     tokenizer: Tokenizer, weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault in the description: another base of the rotation."""
@@ -132,7 +132,7 @@ def test_the_description_is_what_transformers_writes(tokenizer: Tokenizer, weigh
         assert ours == theirs
 
 
-def test_token_ids_that_differ_are_refused(
+def test_token_ids_that_differ_are_rejected(
     tokenizer: Tokenizer, weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault in the tokenizer's conversion: merges in the opposite order."""

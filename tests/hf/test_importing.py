@@ -322,7 +322,7 @@ def refuse(folder: Path, sentence: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("case", CONFIG_CASES)
-def test_other_models_are_refused(
+def test_other_models_are_rejected(
     case: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer)
@@ -332,7 +332,7 @@ def test_other_models_are_refused(
 
 
 @pytest.mark.parametrize("case", FOLDER_CASES)
-def test_damaged_folders_are_refused(
+def test_damaged_folders_are_rejected(
     case: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer)
@@ -342,7 +342,7 @@ def test_damaged_folders_are_refused(
 
 
 @pytest.mark.parametrize("case", SHARD_CASES)
-def test_damaged_shards_are_refused(
+def test_damaged_shards_are_rejected(
     case: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer, "safetensors shards")
@@ -351,7 +351,7 @@ def test_damaged_shards_are_refused(
     refuse(folder, sentence, tmp_path, monkeypatch)
 
 
-def test_the_command_imports_once_and_refuses_with_78(
+def test_the_command_imports_once_and_rejects_with_78(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The folder lacks the tokenizer that the weights were trained with, until it is given."""

@@ -55,7 +55,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_others_are_refused(case: str, folder: Path, tokenizer: Tokenizer) -> None:
+def test_others_are_rejected(case: str, folder: Path, tokenizer: Tokenizer) -> None:
     spoil, sentence = CASES[case]
     spoil(folder)
     with pytest.raises(ConfigError) as error:

@@ -29,7 +29,7 @@ def test_all_switches_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_the_other_workspace_is_left_and_a_third_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_workspace_is_left_and_a_third_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     use_deterministic_kernels()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
