@@ -152,7 +152,7 @@ def test_mistakes_are_named(tmp_path: Path, change: dict, sentence: str) -> None
         ("[]", "expected a JSON object"),
     ],
 )
-def test_broken_files_are_refused(tmp_path: Path, text: str, sentence: str) -> None:
+def test_broken_files_are_rejected(tmp_path: Path, text: str, sentence: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=sentence):
@@ -267,5 +267,5 @@ def load_and_resolve(path: Path) -> None:
 
 
 @given(content=mutations(SHIPPED[0].read_bytes()))
-def test_a_damaged_config_is_read_or_refused(content: bytes) -> None:
+def test_a_damaged_config_is_read_or_rejected(content: bytes) -> None:
     returns_or_refuses(load_and_resolve, content, "ds.json")

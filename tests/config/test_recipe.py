@@ -146,7 +146,7 @@ def test_a_ramp_reaches_the_plan_in_whole_samples(tmp_path: Path) -> None:
         (("tokens = 6400", "tokens = 6400\nramp_tokens = 5"), "'only': ramp_tokens, but it is the first stage"),
     ],
 )
-def test_an_impossible_ramp_is_refused(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:
+def test_an_impossible_ramp_is_rejected(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(VALID.replace("[intervals]", RAMP).replace(*change, 1))
     with pytest.raises(ConfigError, match=sentence):
@@ -214,7 +214,7 @@ def test_the_guard_is_the_recipes(tmp_path: Path) -> None:
         ("spike_window", "spike_windows", "unknown key 'guard.spike_windows'; did you mean 'guard.spike_window'"),
     ],
 )
-def test_a_wrong_guard_is_refused(old: str, new: str, sentence: str, tmp_path: Path) -> None:
+def test_a_wrong_guard_is_rejected(old: str, new: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(VALID + GUARD.replace(old, new))
     with pytest.raises(ConfigError, match=sentence):
@@ -247,7 +247,7 @@ def test_samples_are_off_unless_the_recipe_has_prompts(tmp_path: Path) -> None:
         ("new_tokens = 5", "", "the key 'samples.new_tokens' is missing"),
     ],
 )
-def test_wrong_samples_are_refused(old: str, new: str, sentence: str, tmp_path: Path) -> None:
+def test_wrong_samples_are_rejected(old: str, new: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(VALID + SAMPLES.replace(old, new))
     with pytest.raises(ConfigError, match=sentence):
@@ -258,7 +258,7 @@ EVALUATION = '\n[evaluation]\ntasks = ["commonsense", "mine.yaml", "/a/b.yml"]\n
 
 
 def test_nothing_is_scored_unless_the_recipe_has_tasks(tmp_path: Path) -> None:
-    """Files are beside the recipe, wherever the ranks are started."""
+    """Files are next to the recipe, wherever the ranks are started."""
     path = tmp_path / "mine.toml"
     path.write_text(VALID)
     assert load_recipe(str(path)).evaluation == Evaluation()
@@ -283,7 +283,7 @@ def test_nothing_is_scored_unless_the_recipe_has_tasks(tmp_path: Path) -> None:
         ("every_tokens", "shots = 5\nevery_tokens", "unknown key 'evaluation.shots'; the keys are tasks, "),
     ],
 )
-def test_a_wrong_evaluation_is_refused(old: str, new: str, sentence: str, tmp_path: Path) -> None:
+def test_a_wrong_evaluation_is_rejected(old: str, new: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(VALID + EVALUATION.replace(old, new))
     with pytest.raises(ConfigError, match=sentence):
@@ -384,7 +384,7 @@ def test_a_hint_calls_no_valid_key_invalid(tmp_path: Path) -> None:
         (b"", "the key 'name' is missing"),
     ],
 )
-def test_other_files_are_refused(content: bytes | None, sentence: str, tmp_path: Path) -> None:
+def test_other_files_are_rejected(content: bytes | None, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ConfigError, match=sentence):

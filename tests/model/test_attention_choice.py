@@ -26,7 +26,7 @@ BF16_MASKED = Demands(sixteen_bit=True, document_mask=True)
 
 
 @pytest.mark.parametrize("device", [CPU, A100, Device("cuda")], ids=str)
-def test_unknown_backend_is_refused(device: Device) -> None:
+def test_unknown_backend_is_rejected(device: Device) -> None:
     with pytest.raises(ConfigError, match="'flash' is unknown; choose auto"):
         resolve_attention_backend("flash", device, BF16)
 
@@ -100,13 +100,13 @@ def test_auto_takes_what_works_on_this_gpu() -> None:
         ("sdpa_cudnn", H100, Demands(True, deterministic=True), "has no deterministic gradients"),
     ],
 )
-def test_a_backend_that_cannot_do_it_is_refused(name: str, device: Device, demands: Demands, sentence: str) -> None:
+def test_a_backend_that_cannot_do_it_is_rejected(name: str, device: Device, demands: Demands, sentence: str) -> None:
     with pytest.raises(ConfigError, match=rf"^attention backend '{name}' {sentence}[^;]*; choose auto or sdpa$"):
         resolve_attention_backend(name, device, demands)
 
 
 @pytest.mark.parametrize("name", ["varlen", "sdpa", "sdpa_flash"])
-def test_a_backend_that_can_be_deterministic_is_not_refused_for_it(name: str) -> None:
+def test_a_backend_that_can_be_deterministic_is_not_rejected_for_it(name: str) -> None:
     assert resolve_attention_backend(name, H100, Demands(True, deterministic=True)).backend == name
 
 
@@ -149,7 +149,7 @@ def print_choices(name: str, packages: str) -> None:
 @pytest.mark.parametrize(
     ("name", "case"), [*(("flash_attention_2", case) for case in BROKEN), ("flash_attention_3", "another torch's")]
 )
-def test_a_package_that_does_not_import_is_passed_over_and_refused_by_name(
+def test_a_package_that_does_not_import_is_passed_over_and_rejected_by_name(
     name: str, case: str, tmp_path: Path
 ) -> None:
     module = PACKAGES[name]

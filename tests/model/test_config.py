@@ -1,4 +1,4 @@
-"""Shapes that cannot be are refused in a sentence."""
+"""Shapes that cannot be are rejected in a sentence."""
 
 import json
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from tinyllama_ds.model.config import MODEL_SIZES, Llama3Scaling, LlamaConfig, Y
         ((10**400, 60, 128, 2, 4, 2, 64), "vocab_size 1000.* is not above 0 and up to 2,147,483,647"),
     ],
 )
-def test_impossible_shapes_are_refused(shape: tuple[int, ...], sentence: str) -> None:
+def test_impossible_shapes_are_rejected(shape: tuple[int, ...], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         LlamaConfig(*shape)
 
 
 @pytest.mark.parametrize("factor", [0.5, float("inf"), float("nan")])
-def test_impossible_interpolation_is_refused(factor: float) -> None:
+def test_impossible_interpolation_is_rejected(factor: float) -> None:
     with pytest.raises(ConfigError, match="rope_scaling_factor .* (must be 1 or more|is not above 0)"):
         LlamaConfig(100, 64, 128, 2, 4, 2, 64, rope_scaling_factor=factor)
 

@@ -29,7 +29,7 @@ def test_all_switches_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_the_other_workspace_is_left_and_a_third_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_workspace_is_left_and_a_third_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     use_deterministic_kernels()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
@@ -54,6 +54,6 @@ def test_the_compiled_loss_stays_the_same() -> None:
 
 
 def test_bits_are_expected_of_a_gpu_with_the_flag_alone() -> None:
-    """A good checkpoint that a GPU gives another last bit of the probe's loss for is not to be refused."""
+    """A good checkpoint that a GPU gives another last bit of the probe's loss for is not to be rejected."""
     expected = {("cpu", False): True, ("cpu", True): True, ("cuda", False): False, ("cuda", True): True}
     assert {case: gives_same_bits(torch.device(case[0]), case[1]) for case in expected} == expected
