@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tinyllama_ds.errors import ConfigError, shown_as_json
+from tinyllama_ds.errors import ConfigError, shown
 
 _LARGEST = 2**31 - 1
 _UNUSED = {"rope_scaling_factor": 1.0, "tie_word_embeddings": False, "rope_scaling": None}
@@ -23,9 +23,9 @@ def _reject_out_of_range(values: dict) -> None:
     for key, value in numbers.items():
         most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
         if not 0 < value <= most:
-            raise ConfigError(f"{key} {shown_as_json(value)} is not above 0 and up to {most:,}")
+            raise ConfigError(f"{key} {shown(value)} is not above 0 and up to {most:,}")
         if key in ("factor", "rope_scaling_factor") and value < 1:
-            raise ConfigError(f"{key} {shown_as_json(value)} must be 1 or more")
+            raise ConfigError(f"{key} {value:.12g} must be 1 or more")
 
 
 @dataclass(frozen=True)
