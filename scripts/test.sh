@@ -10,5 +10,5 @@ cd "$root"
 ruff format --check .
 ruff check .
 mypy
-# More than there are cores: some tests wait for time-outs and restarts most of the time.
-exec pytest --numprocesses 3 --dist loadfile "$@"
+# More than there are cores: many tests wait for processes, time-outs and restarts most of the time.
+exec pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

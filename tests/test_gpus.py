@@ -24,7 +24,7 @@ from tinyllama_ds.gpus import gpu_of_device, known_gpus
         ("NVIDIA GeForce RTX 4090", 165),
     ],
 )
-def test_the_peak_of_a_device_is_its_data_sheets(device_name: str, teraflops: int) -> None:
+def test_the_peak_of_a_device_is_that_of_its_spec_sheet(device_name: str, teraflops: int) -> None:
     gpu = gpu_of_device(device_name)
     assert gpu is not None
     assert gpu.peak_flops == teraflops * 1e12
@@ -48,7 +48,7 @@ def test_the_peak_of_a_device_is_its_data_sheets(device_name: str, teraflops: in
         "NVIDIA RTX 6000 Ada Generation",
     ],
 )
-def test_a_device_of_another_name_has_no_data_sheet(device_name: str) -> None:
+def test_a_device_of_a_different_name_has_no_spec_sheet(device_name: str) -> None:
     assert gpu_of_device(device_name) is None
 
 

@@ -32,7 +32,7 @@ def everything(place: Path) -> list[tuple[str, int]]:
         ("/proc/page.html", "cannot be written: "),
     ],
 )
-def test_a_file_that_cannot_be_written_is_refused(name: str, sentence: str, place: Path) -> None:
+def test_a_file_that_cannot_be_written_is_rejected(name: str, sentence: str, place: Path) -> None:
     before = everything(place)
     with pytest.raises(ConfigError, match=sentence):
         check_file(place / name)
@@ -48,14 +48,14 @@ def test_a_file_that_cannot_be_written_is_refused(name: str, sentence: str, plac
         (300 * "x", "cannot be written: File name too long"),
     ],
 )
-def test_a_folder_that_cannot_be_written_is_refused(name: str, sentence: str, place: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_rejected(name: str, sentence: str, place: Path) -> None:
     before = everything(place)
     with pytest.raises(ConfigError, match=sentence):
         check_folder(place / name)
     assert everything(place) == before
 
 
-def test_storage_without_write_permission_is_refused(place: Path) -> None:
+def test_storage_without_write_permission_is_rejected(place: Path) -> None:
     """Root may write everywhere but on what is mounted read-only or belongs to the kernel, as /proc above."""
     if os.geteuid() == 0:
         pytest.skip("root needs no permission")
@@ -77,7 +77,7 @@ def test_what_can_be_written_passes(place: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "a.xyz", "a.png.gz", ".png"])
-def test_a_picture_says_its_format(name: str, place: Path) -> None:
+def test_the_suffix_of_a_picture_is_its_format(name: str, place: Path) -> None:
     with pytest.raises(ConfigError, match="is not the name of a picture; expected one that ends with .png, .svg, "):
         check_picture(place / name)
 

@@ -41,9 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    chosen = [item for item in items if _is_chosen(item, config)]
+    """Files that start processes come first: they are slow, and one at the end would keep a single worker busy."""
+    chosen = {item: None for item in items if _is_chosen(item, config)}
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    items[:] = sorted(chosen, key=starts_processes, reverse=True)
 
 
 def flag_of(marker: str) -> str:

@@ -22,7 +22,7 @@ from tinyllama_ds.commands import (
 )
 from tinyllama_ds.commands.arguments import Parser
 from tinyllama_ds.commands.printing import write_no_more
-from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
+from tinyllama_ds.errors import EXIT_CONFIG, ConfigError, log
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # which name no file
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = options.command(options)
         sys.stdout.flush()
     except ConfigError as config_error:
-        print(f"tinyllama-ds: {config_error}", file=sys.stderr)
+        log(config_error)
         return EXIT_CONFIG
     except BrokenPipeError:
         write_no_more()
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno not in _FULL:
             raise
-        print(f"tinyllama-ds: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        log(f"{error.filename or 'output'}: {error.strerror}")
         write_no_more()
         return EXIT_CONFIG
     except KeyboardInterrupt:

@@ -55,7 +55,7 @@ class NumericsError(Exception):
     """
 
 
-def log(text: str) -> None:
+def log(text: object) -> None:
     """Print a line for the user on stderr; a log file on a full disk does not end a run."""
     with contextlib.suppress(OSError):
         print(f"tinyllama-ds: {text}", file=sys.stderr, flush=True)

@@ -32,7 +32,7 @@ def sync(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside a file for its unfinished content, unique to this process."""
+    """A name next to a file for its unfinished content, unique to this process."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
 
 

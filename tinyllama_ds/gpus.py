@@ -42,7 +42,7 @@ def known_gpus() -> dict[str, Gpu]:
 def gpu_of_device(device_name: str) -> Gpu | None:
     """The GPU behind a name such as `NVIDIA A100-SXM4-40GB`; None for one that is not in the table.
 
-    The whole name counts: one word more is another chip, a slower board or a slice of the GPU (`MIG 3g.40gb`).
+    The whole name counts: one word more is a different chip, a slower board or a slice of the GPU (`MIG 3g.40gb`).
     """
     name = " ".join(device_name.removeprefix("NVIDIA ").split())
     return next((gpu for gpu in known_gpus().values() if name in gpu.devices), None)

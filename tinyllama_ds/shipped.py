@@ -1,4 +1,4 @@
-"""What travels with the package beside its code, found by name: `ds_configs/` and `hostfiles/`."""
+"""What travels with the package next to its code, found by name: `ds_configs/` and `hostfiles/`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def shipped_folder(name: str) -> Path:
-    """Inside the installed package, or in a checkout beside it."""
+    """Inside the installed package, or in a checkout next to it."""
     installed = _PACKAGE / name
     return installed if installed.is_dir() else _PACKAGE.parent / name
 

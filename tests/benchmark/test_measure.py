@@ -1,4 +1,4 @@
-"""The figures of `bench` are those of the step, and not of what was measured after it."""
+"""The metrics of `bench` are those of the step, and not of what was measured after it."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ def test_memory_is_read_before_the_matrix_products_take_some(monkeypatch: pytest
         monkeypatch.setattr(measure, name, lambda *given, name=name, whole=whole: called.append(name) or whole(*given))
     engine = SimpleNamespace(module=torch.nn.Linear(2, 2))
     world = DistributedInfo(0, 0, 1, torch.device("cpu"))
-    figures = measure._figures(engine, world, 128, 1e6, {"seconds": 1.0})
+    metrics = measure._metrics(engine, world, 128, 1e6, {"seconds": 1.0})
     assert called[0] == "memory_bytes"
     assert sorted(called) == ["measured_together", "memory_bytes", "peak_flops"]
-    assert figures["peak_gib"] > 0
+    assert metrics["peak_gib"] > 0

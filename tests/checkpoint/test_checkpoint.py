@@ -60,7 +60,7 @@ def test_a_file_named_latest_is_not_believed(content: str, tmp_path: Path) -> No
     assert choose_checkpoint(tmp_path).checkpoint == resolve_checkpoint(tmp_path) == folder
 
 
-def test_what_has_no_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     (commit(tmp_path, "step_00000002") / "manifest.json").unlink()
     commit(tmp_path, ".step_00000003.partial")
     commit(tmp_path, "step_latest")
@@ -114,7 +114,7 @@ def test_storage_that_shows_everyone_as_owner_is_used(tmp_path: Path) -> None:
     reject_unusable_directory(tmp_path)
 
 
-def test_the_newest_that_verifies_is_chosen_and_damaged_ones_are_put_aside(tmp_path: Path) -> None:
+def test_the_newest_that_verifies_is_chosen_and_damaged_ones_are_quarantined(tmp_path: Path) -> None:
     good, *damaged = (commit(tmp_path, f"step_0000000{step}") for step in (2, 4, 6))
     for folder in damaged:
         flip_a_byte(folder)
@@ -191,7 +191,7 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"progress": 3}'])
-def test_broken_manifest_is_refused(tmp_path: Path, content: str) -> None:
+def test_broken_manifest_is_rejected(tmp_path: Path, content: str) -> None:
     folder = commit(tmp_path, "step_00000004")
     (folder / "manifest.json").write_text(content)
     with pytest.raises(ConfigError, match="not a checkpoint manifest"):

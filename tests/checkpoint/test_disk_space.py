@@ -58,7 +58,7 @@ def test_inodes_run_out_too(small_disk: Callable[..., Path]) -> None:
         check_disk_space(disk, Need(2 * MIB, 6))
 
 
-def test_a_save_asks_before_it_writes(small_disk: Callable[..., Path]) -> None:
+def test_a_save_checks_the_space_before_it_writes(small_disk: Callable[..., Path]) -> None:
     disk = small_disk(size=4 * MIB)
     check_disk_space(disk, Need(2 * MIB, 6))
     (disk / "others").write_bytes(os.urandom(3 * MIB))

@@ -43,7 +43,7 @@ def test_every_number_has_a_range(path: Path) -> None:
             assert "type" in given or not given.get("default", "text").lstrip("-").replace(".", "").isdecimal(), where
 
 
-def test_every_program_refuses_in_one_way() -> None:
+def test_every_program_reports_errors_in_one_way() -> None:
     for path in PROGRAMS:
         assert "ArgumentParser(" not in path.read_text().replace("class Parser(argparse.ArgumentParser)", ""), path
 
@@ -114,15 +114,15 @@ def test_what_is_wrong_is_one_sentence(arguments: list[str], sentence: str, caps
     assert line.startswith(f"tinyllama-ds: {sentence}")
 
 
-def test_a_benchmark_is_refused_before_it_is_launched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_is_rejected_before_it_is_launched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "ds_configs" / "zero1.json")
-    for more, said in (
+    for more, sentence in (
         (["--sequence-length", "129", "--model", "test"], "--sequence-length 129: test has 128 positions"),
         (["--model", "tset"], "model 'tset' is unknown"),
     ):
         arguments = ["bench", "--deepspeed-config", config, "--output", str(tmp_path / "out"), *more]
         assert main(arguments) == EXIT_CONFIG
-        assert said in capsys.readouterr().err
+        assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["plan", "pretrain"])

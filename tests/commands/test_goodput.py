@@ -1,4 +1,4 @@
-"""What `pretrain` says of its goodput at its end."""
+"""The goodput that `pretrain` prints at its end."""
 
 import argparse
 import subprocess
@@ -72,8 +72,6 @@ def test_the_tokens_of_a_branchs_parent_are_not_its_own(tmp_path: Path) -> None:
     assert _watch(options, here, begun=(0, 0)).committed() == (0, 0)
 
 
-def test_figures_that_found_no_room_do_not_change_the_exit_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_metrics_do_not_change_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _print_goodput(tmp_path, STOPPED)
     assert "goodput is not known" in capsys.readouterr().out

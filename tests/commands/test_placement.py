@@ -42,13 +42,13 @@ def test_as_many_ranks_as_gpus(two_gpus: pytest.MonkeyPatch) -> None:
         placement_of("--num-gpus", 3)
 
 
-def test_gpus_without_kernels_are_refused_before_the_start(two_gpus: pytest.MonkeyPatch) -> None:
+def test_gpus_without_kernels_are_rejected_before_the_start(two_gpus: pytest.MonkeyPatch) -> None:
     two_gpus.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
     with pytest.raises(ConfigError, match="Tesla V100-SXM2-16GB has compute capability 7.0, and torch"):
         placement_of()
 
 
-def test_slots_without_a_gpu_are_refused(two_gpus: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_slots_without_a_gpu_are_rejected(two_gpus: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("localhost slots=4\n")
     with pytest.raises(ConfigError, match="hosts: localhost has no GPU for slot 3; this machine has 2 GPUs"):
         placement_of("--hostfile", tmp_path / "hosts")

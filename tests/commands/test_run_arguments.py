@@ -1,4 +1,4 @@
-"""What the command line of `pretrain` says reaches the ranks, which read it again from their own."""
+"""The command line of `pretrain` reaches the ranks, which parse it again."""
 
 import argparse
 import shlex
@@ -52,11 +52,11 @@ def test_every_option_reaches_the_ranks(add: object) -> None:
     parser = Parser()
     add(parser)
     exclusive = {action for group in parser._mutually_exclusive_groups for action in group._group_actions[1:]}
-    said = []
+    words = []
     for action in parser._actions:
         if action.dest != "help" and action not in exclusive:
-            said += [*action.option_strings[-1:], *value_unlike_the_default(action)]
-    here = parser.parse_args(said)
+            words += [*action.option_strings[-1:], *value_unlike_the_default(action)]
+    here = parser.parse_args(words)
     for name, value in vars(here).items():
         assert value != parser.get_default(name) or name in {action.dest for action in exclusive}, name
     assert parsed(add, words_of(add, here)) == here

@@ -14,7 +14,7 @@ from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED
 CONFIG = str(Path(__file__).parents[2] / "ds_configs" / "zero1.json")
 PLAN = ["plan", "--recipe", "tinyllama-v1", "--deepspeed-config", CONFIG]
 PREPARE = ["--source", "mine", "--tokenizer", "tokenizer.model"]
-# What is wrong with other arguments would be said, if the output were not looked at first.
+# Other arguments are wrong as well: the output is checked first.
 FILES = {
     "train-tokenizer": ["train-tokenizer", "--input", "absent", "--output"],
     "audit": ["audit", "absent", "--output"],
@@ -36,7 +36,7 @@ FOLDERS = {
 }
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def rejected(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     try:
         code = main(arguments)
     except SystemExit as end:
@@ -48,23 +48,23 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_file_is_refused_before_the_work(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_is_rejected_before_the_work(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "x.png").mkdir()
     for name, reason in (("no/x.png", "/no is missing"), ("file/x.png", "is not a directory"), ("x.png", "directory")):
-        line = refused([*FILES[case], str(tmp_path / name)], capsys)
+        line = rejected([*FILES[case], str(tmp_path / name)], capsys)
         assert str(tmp_path / name) in line
         assert reason in line
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_a_folder_is_refused_before_the_work(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_is_rejected_before_the_work(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert "is not a directory" in refused([*FOLDERS[case], str(tmp_path / "file" / "x")], capsys)
+    assert "is not a directory" in rejected([*FOLDERS[case], str(tmp_path / "file" / "x")], capsys)
 
 
-def test_a_picture_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "is not the name of a picture" in refused(["report", "run", "--picture", str(tmp_path / "r.xyz")], capsys)
+def test_a_picture_of_an_unknown_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not the name of a picture" in rejected(["report", "run", "--picture", str(tmp_path / "r.xyz")], capsys)
 
 
 def test_plan_writes_pictures_in_the_format_of_their_name(tmp_path: Path) -> None:
@@ -74,14 +74,14 @@ def test_plan_writes_pictures_in_the_format_of_their_name(tmp_path: Path) -> Non
     assert "<svg" in page.read_text()
 
 
-def test_nothing_is_left_of_a_tokenizer_that_was_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_left_of_a_rejected_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out" / "tokenizer.model"
     output.parent.mkdir()
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.jsonl").write_text(json.dumps({"text": "a few words"}) + "\n")
     for raw in ("raw", "absent"):
         arguments = ["train-tokenizer", "--input", str(tmp_path / raw), "--vocab-size", "5000"]
-        refused([*arguments, "--output", str(output)], capsys)
+        rejected([*arguments, "--output", str(output)], capsys)
         assert not list(output.parent.iterdir())
 
 

@@ -12,7 +12,7 @@ from launching import write_recipe
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.config.deepspeed import load_deepspeed_config
-from tinyllama_ds.config.new_recipe import Draft, recipe_text, toml_value
+from tinyllama_ds.config.new_recipe import Draft, draft_like, recipe_text, toml_value
 from tinyllama_ds.config.recipe import (
     RECIPE_DIRECTORY,
     Evaluation,
@@ -24,12 +24,13 @@ from tinyllama_ds.config.recipe import (
     load_recipe,
 )
 from tinyllama_ds.errors import EXIT_CONFIG
+from tinyllama_ds.hf.import_model import read_config
 
 SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
 
 
 def test_every_key_is_there_with_its_default() -> None:
-    text = recipe_text(Draft("mine"), ["test"])
+    text = recipe_text(Draft("mine"))
     keys = set(re.findall(r"^(?:# )?\[*(\w+)[\] ]", text, flags=re.M))
     tables = (Recipe, Stage, Intervals, GuardSettings, Samples, Evaluation)
     assert {field.name for table in tables for field in fields(table)} - keys == {"ramp_tokens"}, "of later stages"
@@ -56,7 +57,7 @@ def test_what_has_no_default_is_named_at_once(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_like_another_has_its_values(name: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(recipe_text(Draft("mine", like=load_recipe(name)), ["test"]))
+    path.write_text(recipe_text(draft_like("mine", name)))
     assert load_recipe(str(path)) == replace(load_recipe(name), name="mine")
 
 
@@ -65,7 +66,7 @@ def test_samples_and_scores_are_taken_over(tmp_path: Path) -> None:
     extra = '[samples]\nprompts = ["a\\"b", "\\\\n"]\nevery_tokens = 640\nnew_tokens = 5\n'
     like.write_text(like.read_text() + extra + '[evaluation]\ntasks = ["piqa"]\nevery_tokens = 640\nlimit = 7\n')
     path = tmp_path / "mine.toml"
-    path.write_text(recipe_text(Draft("mine", like=load_recipe(str(like))), ["test"]))
+    path.write_text(recipe_text(draft_like("mine", str(like))))
     assert load_recipe(str(path)) == replace(load_recipe(str(like)), name="mine")
 
 
@@ -89,23 +90,33 @@ def test_files_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "mine.yaml: is not the name of a recipe" in capsys.readouterr().err
 
 
+LLAMA_3 = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True, "vocab_size": 512, "torch_dtype": "bfloat16",
+    "attention_bias": False, "pad_token_id": None, "rope_scaling": {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+
+
 def test_the_model_of_a_hugging_face_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shapes = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 512,
-        "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
-        "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(shapes))
-    arguments = ["recipe", "new", str(tmp_path / "mine.toml"), "--from-hf", str(tmp_path)]
-    assert main(arguments) == 0, capsys.readouterr().err
-    raw = tomllib.loads((tmp_path / "mine.toml").read_text())
-    assert (raw["model"], raw["sequence_length"]) == ("test", 128)
-    (tmp_path / "config.json").write_text(json.dumps(shapes | {"hidden_size": 128}))
-    (tmp_path / "mine.toml").unlink()
-    (tmp_path / "mine.json").unlink()
-    assert main(arguments) == EXIT_CONFIG
-    assert "config.json: is not a named size; expected the shapes of tinyllama-1.1b, " in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
+    path = tmp_path / "mine.toml"
+    assert main(["recipe", "new", str(path), "--from-hf", str(tmp_path)]) == 0, capsys.readouterr().err
+    assert tomllib.loads(path.read_text())["sequence_length"] == 2048
+    path.write_text(re.sub(r"^# (.* # REQUIRED: )", r"\1", path.read_text(), flags=re.M))
+    assert load_recipe(str(path)).model == read_config(tmp_path / "config.json")
+    path.with_name("copy.toml").write_text(recipe_text(draft_like("copy", str(path))))
+    assert load_recipe(str(path.with_name("copy.toml"))) == replace(load_recipe(str(path)), name="copy")
+
+
+def test_a_model_that_is_not_a_llama_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3 | {"attention_bias": True}))
+    assert main(["recipe", "new", str(tmp_path / "mine.toml"), "--from-hf", str(tmp_path)]) == EXIT_CONFIG
+    assert "attention_bias is true; expected false" in capsys.readouterr().err
+    assert not (tmp_path / "mine.toml").exists()
 
 
 @pytest.mark.parametrize("value", [True, 12, 123_456, 0.5, 'a "b"\n\\', [1, 2], {"a b": 1.0, "c-d": ["x"]}])

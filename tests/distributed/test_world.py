@@ -1,4 +1,4 @@
-"""Which rank this process is, under every launcher."""
+"""The rank of this process under every launcher."""
 
 import os
 import subprocess

@@ -18,7 +18,7 @@ from tinyllama_ds.evaluation.sandbox import Limits, Sandbox, open_sandbox
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is made of Linux")
 
-LIFE_SECONDS = 600  # of a process that nobody ends
+LIFE_SECONDS = 600  # of a process that is not ended
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def programs_except(before: set[int]) -> list[psutil.Process]:
 
 
 def test_memory_time_and_files_are_limited(sandbox: Sandbox) -> None:
-    # Never touched: filling it would run into the bound on time.
+    # Never touched: filling it would reach the time limit.
     assert sandbox.passes("import mmap; mmap.mmap(-1, 2**28)")
     assert not sandbox.passes("import mmap; mmap.mmap(-1, 2**31)")
     assert not sandbox.passes("open('big', 'wb').write(bytes(2**21))")
@@ -120,7 +120,7 @@ def test_there_is_no_network(sandbox: Sandbox) -> None:
 
 
 def test_a_machine_without_confinement_is_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The same sandbox with its confinement taken out: the attempts get through, and that is noticed."""
+    """The same sandbox without its confinement: the attempts to escape succeed, and that is detected."""
     source = Path(confine.__file__).read_text()
     open_door = tmp_path / "confine.py"
     source = source.replace("version = landlock_version()", "version = 0").replace("os.geteuid() != 0", "True")
@@ -131,10 +131,10 @@ def test_a_machine_without_confinement_is_rejected(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_sandbox_confines_programs_of_a_user_other_than_root(tmp_path: Path) -> None:
-    """Inside a namespace where this user is 1000 and has no power over what is outside."""
+    """Inside a namespace where this user is 1000 and has no privileges outside."""
     as_user = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
     if subprocess.run([*as_user, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine lets nobody make a namespace of users")
+        pytest.skip("this machine does not permit user namespaces")
     program = f"""
 import os
 from tinyllama_ds.evaluation.sandbox import open_sandbox

@@ -24,11 +24,11 @@ COMMONSENSE = load_suites()["commonsense"]
 def results_of(value: float) -> dict:
     """As lm-eval writes them: every metric under its name and filter, with metrics that are not the published one."""
     names = [benchmark.task for benchmark in COMMONSENSE.benchmarks]
-    figures = {"acc,none": value / 2, "acc_stderr,none": 0.5, "acc_norm,none": value, "acc_norm_stderr,none": 0.01}
+    metrics = {"acc,none": value / 2, "acc_stderr,none": 0.5, "acc_norm,none": value, "acc_norm_stderr,none": 0.01}
     only_acc = {"acc,none": value, "acc_stderr,none": 0.01}
     return {
         "results": {
-            b.task: {"alias": b.task, "sample_len": 100} | (only_acc if b.metric == "acc" else figures)
+            b.task: {"alias": b.task, "sample_len": 100} | (only_acc if b.metric == "acc" else metrics)
             for b in COMMONSENSE.benchmarks
         },
         "n-samples": {name: {"original": 100, "effective": 100} for name in names},
@@ -70,6 +70,7 @@ def test_json_holds_everything(measured: Evaluation) -> None:
     assert found["average"]["value"] == 50.0
     assert found["percent"][0]["benchmark"] == "HellaSwag"
     assert found["published"][-1]["model"] == "TinyLlama v1.1 Chinese"
+    assert found["nearest"] == "TinyLlama, 240k steps"
     assert found["lm_eval"]["hellaswag"]["acc,none"] == 0.25
 
 

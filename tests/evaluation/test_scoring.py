@@ -1,4 +1,4 @@
-"""Scores along the way: those of `evaluate` for the same weights, and the run is the same bit for bit without them."""
+"""Scores during training: those of `evaluate` for the same weights, and the run is bit-identical without them."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tinyllama_ds.cli import main
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_RESTART
 
 datasets = pytest.importorskip("datasets")  # of the extra `eval`; collecting goes on without it
-DOCUMENTS, LIMIT, BATCH = 17, 11, 4  # no multiples of each other or of two ranks
+DOCUMENTS, LIMIT, BATCH = 17, 11, 4  # not multiples of each other or of two ranks
 BROKEN = """
 task: broken
 dataset_path: json
@@ -79,7 +79,7 @@ SLOW = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "bfloat16")]
 def test_a_run_scores_what_its_checkpoints_do_and_is_the_same_without(
     stage: int, dtype: str, data_dir: Path, tmp_path: Path
 ) -> None:
-    """The same few examples are drawn each time; the random numbers of training go on as if nothing had been."""
+    """The same few examples are drawn each time; the random numbers of training are unchanged."""
     choice, _, generation = write_tasks(tmp_path, DOCUMENTS)
     config, how = write_config(tmp_path / "ds.json", stage, dtype)
     tasks = [choice.name, generation.name]  # next to the recipe
@@ -121,7 +121,7 @@ def write_config(path: Path, stage: int, dtype: str) -> tuple[Path, list[str]]:
 
 
 def test_a_failure_does_not_end_the_run_and_a_stop_ends_scoring(data_dir: Path, tmp_path: Path) -> None:
-    """On one rank only, after the model is asked and before; then all is well; then a stop while it is asked."""
+    """A failure on one rank only, after the requests and before; then none; then a stop during the requests."""
     write_tasks(tmp_path, 3)
     run, task = tmp_path / "run", tmp_path / "broken.yaml"
     task.write_text(BROKEN.format(data=tmp_path / "data.jsonl"))

@@ -60,7 +60,7 @@ def test_a_task_takes_the_folder_of_its_config(tmp_path: Path) -> None:
 
 
 def test_a_task_without_its_data_is_rejected_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is asked: where a hub does not answer, datasets alone would ask it again for minutes."""
+    """Without a connection: where a hub does not answer, datasets alone would retry for minutes."""
     asked: list[object] = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *where, **_: asked.append(where))
     monkeypatch.setattr(socket.socket, "connect", lambda _, where: asked.append(where))

@@ -1,4 +1,4 @@
-"""What the guard makes of agreed figures, step after step."""
+"""Decisions of the guard over a sequence of step statuses."""
 
 from dataclasses import replace
 from types import SimpleNamespace

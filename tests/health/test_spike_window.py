@@ -1,4 +1,4 @@
-"""What counts as a spike, by an outside median and in the situations of a real run."""
+"""What counts as a spike, compared with an independent median and in situations of a real run."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def test_the_limit_is_median_and_deviation_of_the_window() -> None:
 
 
 def test_a_few_spikes_in_the_window_do_not_hide_a_later_one() -> None:
-    """A mean and a standard deviation would be carried off by them."""
+    """A mean and a standard deviation would be inflated by them."""
     rng = random.Random(1)
     losses = [rng.gauss(2.5, 0.02) for _ in range(128)]
     losses[5:125:10] = [50.0] * 12

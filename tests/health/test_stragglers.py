@@ -25,7 +25,7 @@ def test_a_rank_is_compared_with_the_median_of_the_others() -> None:
 
 
 def train_beside_a_slow_rank(config: str, folder: Path) -> None:
-    """Rank 1 sleeps in one phase after another. Writes the seconds of each and what is said of ranks. Collective."""
+    """Rank 1 sleeps in one phase after another. Writes the seconds of each and the reports on ranks. Collective."""
     from tinyllama_ds.distributed.world import read_world
     from tinyllama_ds.health.stragglers import StragglerDetector
     from tinyllama_ds.model.config import model_config
@@ -82,7 +82,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.parametrize("phase", ["data", "forward", "backward"])
 def test_a_phase_takes_as_long_as_the_rank_was_in_it(phase: str, rows: list[dict]) -> None:
-    """What one rank loses there is in no other phase of its own."""
+    """The delay of a rank in one phase is not counted in its other phases."""
     mine = [row["seconds"] for row in rows if (row["rank"], row["slow"]) == (SLOW_RANK, phase)]
     assert len(mine) == 3
     for seconds in mine:
@@ -105,5 +105,5 @@ def test_a_slow_rank_is_named_and_those_that_wait_for_it_are_not(phase: str, row
 
 
 def test_waiting_in_a_collective_is_not_measured(rows: list[dict]) -> None:
-    """What is lost in the backward is not measured, on neither side."""
+    """A delay in the backward is not measured, on either rank."""
     assert max(row["ranks"]["Ranks/Max"] for row in rows if row["slow"] == "backward") < DELAY

@@ -31,16 +31,22 @@ def call_program(program: Path, where: Path, *words: str) -> str:
     return call([program, *words], where, OMP_NUM_THREADS="1")
 
 
-def build(kind: str, folder: Path) -> Path:
-    """A wheel or an sdist of the files that git would give to others."""
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A wheel and an sdist of the files that git would give to others."""
+    folder = tmp_path_factory.mktemp("packages")
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for name in filter(lambda name: (ROOT / name).is_file(), listed.stdout.splitlines()):
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
-    built = call([sys.executable, "-c", BUILD.format(kind, str(folder))], folder / "source").splitlines()[-1]
-    return folder / built
+    return {kind: build(kind, folder / "source", folder) for kind in ("sdist", "wheel")}
+
+
+def build(kind: str, source: Path, folder: Path) -> Path:
+    """A package of a source tree, in a folder."""
+    return folder / call([sys.executable, "-c", BUILD.format(kind, str(folder))], source).splitlines()[-1]
 
 
 def install(package: Path, folder: Path) -> Path:
@@ -61,23 +67,23 @@ def files_of(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def test_a_wheel_of_the_sdist_is_the_wheel_of_the_repository(tmp_path: Path) -> None:
-    archive, wheel = build("sdist", tmp_path), build("wheel", tmp_path)
+def test_a_wheel_of_the_sdist_is_the_wheel_of_the_repository(packages: dict[str, Path], tmp_path: Path) -> None:
+    archive = packages["sdist"]
     with tarfile.open(archive) as opened:
         opened.extractall(tmp_path, filter="data")
     again = tmp_path / "again"
     again.mkdir()
-    call([sys.executable, "-c", BUILD.format("wheel", str(again))], tmp_path / archive.name.removesuffix(".tar.gz"))
-    files = files_of(wheel)
-    assert files_of(again / wheel.name) == files
+    rebuilt = build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"), again)
+    files = files_of(packages["wheel"])
+    assert files_of(rebuilt) == files
     for folder in ("ds_configs", "hostfiles"):
         for path in (ROOT / folder).iterdir():
             assert files[f"tinyllama_ds/{folder}/{path.name}"] == path.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=pytest.mark.all_faults)])
-def test_the_quickstart_needs_no_checkout(kind: str, tmp_path: Path) -> None:
-    program = install(build(kind, tmp_path), tmp_path / "venv") / "tinyllama-ds"
+def test_the_quickstart_needs_no_checkout(kind: str, packages: dict[str, Path], tmp_path: Path) -> None:
+    program = install(packages[kind], tmp_path / "venv") / "tinyllama-ds"
     here = tmp_path / "empty"
     here.mkdir()
     toolkit = partial(call_program, program, here)

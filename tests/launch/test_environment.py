@@ -1,4 +1,4 @@
-"""What other hosts get of this environment, and that DeepSpeed reads the file as it was meant."""
+"""The variables that are forwarded to other hosts, as DeepSpeed reads them."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_only_the_allow_list_is_forwarded() -> None:
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password", "MLFLOW_TRACKING_TOKEN", "KEY"])
 def test_secrets_never_reach_a_command_line(name: str, tmp_path: Path) -> None:
-    """They stay, and those that are named go through a file that nobody else can read."""
+    """They are not forwarded; those that are named go through a file that only this user can read."""
     assert is_secret(name)
     assert runner_environment({name: "x", "A": "b"}, []) == {"A": "b"}
     assert runner_environment({name: "x"}, [name]) == {}

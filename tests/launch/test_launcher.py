@@ -87,7 +87,7 @@ def test_a_partition_must_stay_inside_a_host() -> None:
 
 
 def record_commands(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Programs in the place of the launchers that write down how they were called."""
+    """Programs in place of the launchers that record their arguments."""
     for name in ("pdsh", "mpirun", "ompi_info", "srun", "sinfo"):
         (directory / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$0" "$@" > {directory}/called\n')
         (directory / name).chmod(0o700)
@@ -155,7 +155,7 @@ def words_of(call: str) -> set[str]:
 
 
 def test_the_gpus_that_this_shell_chose_are_those_of_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's runner forgets the choice where it is told the number of ranks, and takes the first GPUs."""
+    """DeepSpeed's runner drops the selection if the number of ranks is given, and uses the first GPUs."""
     (tmp_path / "say.py").write_text(
         "import os\nfrom tinyllama_ds.distributed.world import read_world\n"
         "print(read_world().rank, os.environ['CUDA_VISIBLE_DEVICES'])\n"

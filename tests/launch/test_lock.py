@@ -1,4 +1,4 @@
-"""Who may write into a run directory."""
+"""One writer per run directory."""
 
 import errno
 import json
@@ -84,7 +84,7 @@ DAMAGED = {
 def test_a_damaged_lock_is_watched_and_then_taken_over(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power loss. Who wrote it cannot be asked; whoever is alive touches it, on this host or another."""
+    """After a power loss. Its owner is unknown; a live one refreshes it, on this host or a different one."""
     monkeypatch.setattr(lock, "_SILENCE_SECONDS", 0.5)
     path = tmp_path / LOCK_FILE
     path.write_bytes(content)
@@ -101,7 +101,7 @@ def test_a_damaged_lock_is_watched_and_then_taken_over(
 
 
 def test_an_owner_whose_lock_is_damaged_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It no longer keeps others out."""
+    """Its lock no longer excludes others."""
     monkeypatch.setattr(lock, "_REFRESH_SECONDS", 0.0)
     with hold_run(tmp_path) as held:
         (tmp_path / LOCK_FILE).write_bytes(b"\xff")

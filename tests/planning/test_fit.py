@@ -1,4 +1,4 @@
-"""What `plan` says of a run that has started, and the alternatives that need less."""
+"""The planned memory of a run that has started, and the alternatives that need less."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -50,5 +50,5 @@ def test_alternatives_divide_the_batch_of_every_stage(run: Run) -> None:
     assert estimate.alternatives.startswith("micro-batch 4")
 
 
-def test_where_nothing_fits_another_file_is_named(run: Run) -> None:
+def test_where_nothing_fits_a_different_zero_config_is_named(run: Run) -> None:
     assert "a different ZeRO config" in estimate_memory(run, 1, True, 10 * GIB).alternatives

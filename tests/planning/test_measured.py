@@ -1,4 +1,4 @@
-"""The plan beside real ranks: what they hold and send. Whole tables: benchmarks/plan_memory.py and network_plan.py."""
+"""The plan next to real ranks: what they hold and send. Whole tables: benchmarks/plan_memory.py and network_plan.py."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from plan_launching import host_name
 from tinyllama_ds.model.config import model_config
 
 
-def test_two_ranks_hold_what_the_plan_says(tmp_path: Path) -> None:
+def test_two_ranks_hold_the_planned_bytes(tmp_path: Path) -> None:
     plan_memory.main(["--ranks", "2", "--layouts", "zero3", "--json", str(tmp_path / "memory.json")])
     [row] = json.loads((tmp_path / "memory.json").read_text())
     assert row["planned_states"] == pytest.approx(row["measured_states"], rel=0.05)

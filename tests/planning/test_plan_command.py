@@ -44,7 +44,7 @@ def test_tinyllama_v1_on_sixteen_a100() -> None:
     assert found["memory"]["total"] <= found["memory"]["capacity"] == 40 * 2**30  # ... fit 40 GB
 
 
-def test_the_paper_is_named_beside_our_figure() -> None:
+def test_the_published_figure_is_next_to_ours() -> None:
     text = plan(*A100_2X8, "--tokens-per-second", 24_000).stdout
     assert re.search(r"GPU-hours per 300 billion tokens +3,472 \(TinyLlama's paper: 3,456\)", text)
 
@@ -91,7 +91,7 @@ sys.exit(f"imported {heavy}" if heavy else code)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "which", "said"),
+    ("arguments", "which", "sentence"),
     [
         (("--gpu", "rtx-4090"), {}, r"zero3.json: micro-batch 8 needs .* of the 24.0 GiB .*what fits: zero\d.* micro"),
         (("--gpu-memory", "2GiB", "--peak-tflops", 10), {}, r"nothing fits the 2.0 GiB"),
@@ -108,15 +108,15 @@ sys.exit(f"imported {heavy}" if heavy else code)
         ((), {"config": HPZ, "gpus": 4}, r"zero_hpz_partition_size 8 does not divide 4"),
     ],
 )  # fmt: skip
-def test_impossible_plans_are_refused_with_what_would_do(arguments: tuple, which: dict, said: str) -> None:
+def test_impossible_plans_are_rejected_with_what_would_work(arguments: tuple, which: dict, sentence: str) -> None:
     gpus = which.pop("gpus", None)
     finished = plan(*arguments, *(("--num-gpus", gpus) if gpus else ()), **which)
     assert finished.returncode == 78
-    assert re.search(said, finished.stderr), finished.stderr
+    assert re.search(sentence, finished.stderr), finished.stderr
     assert finished.stdout == ""
 
 
-def test_stage_of_zero_tokens_is_refused(tmp_path: Path) -> None:
+def test_stage_of_zero_tokens_is_rejected(tmp_path: Path) -> None:
     text = (ROOT / "tinyllama_ds" / "recipes" / "tinyllama-v1.toml").read_text()
     recipe = tmp_path / "nothing.toml"
     recipe.write_text(text.replace("tokens = 3_000_000_000_000", "tokens = 0", 1))
@@ -142,7 +142,7 @@ def test_sizes_come_from_the_data(data_dir: Path, tmp_path: Path) -> None:
     assert any("epochs; beyond 4" in warning for warning in found["warnings"])
 
 
-def test_a_source_of_less_than_a_sample_is_refused(data_dir: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_source_of_less_than_a_sample_is_rejected(data_dir: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     raw, data = tmp_path / "raw" / "train", tmp_path / "data"
     raw.mkdir(parents=True)
     (raw / "part.jsonl").write_text(json.dumps({"text": "a small llama", "redpajama_set_name": "RedPajamaC4"}))
@@ -154,7 +154,7 @@ def test_a_source_of_less_than_a_sample_is_refused(data_dir: Path, tokenizer: To
 
 
 def test_the_winner_of_the_search_loads(tmp_path: Path) -> None:
-    """Through our own checks, through DeepSpeed's parser, and as the plan of that JSON, which says the same."""
+    """Through our own checks, through DeepSpeed's parser, and as the plan of that JSON, which is equal."""
     from tinyllama_ds.config.deepspeed import split_off_our_sections
     from tinyllama_ds.train.engine import check_with_deepspeed
 

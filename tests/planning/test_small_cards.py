@@ -1,4 +1,4 @@
-"""What fits one small card, as docs/planning.md says: states in bf16, offloading, recomputation."""
+"""What fits one small card, as in docs/planning.md: states in bf16, offloading, recomputation."""
 
 import re
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ NEEDS = {
 
 
 def _cards() -> Iterator[tuple[str, str, int, int]]:
-    """The smallest card that has the room, and the one below it."""
+    """The smallest card that fits, and the one below it."""
     for case, needs in NEEDS.items():
         fitting = [card for card in CARDS if card >= needs]
         below = [card for card in CARDS if card < needs]
@@ -31,7 +31,7 @@ def _cards() -> Iterator[tuple[str, str, int, int]]:
 
 
 @pytest.mark.parametrize(("recipe", "file", "recomputed", "card"), _cards())
-def test_plan_says_what_fits(recipe: str, file: str, recomputed: int, card: int) -> None:
+def test_what_fits(recipe: str, file: str, recomputed: int, card: int) -> None:
     config = ROOT / "ds_configs" / f"{file}.json"
     finished = tinyllama_ds(
         "plan", "--recipe", recipe, "--deepspeed-config", config, "--num-gpus", 1, "--gpu-memory", f"{card}GiB",
@@ -47,7 +47,7 @@ def test_plan_says_what_fits(recipe: str, file: str, recomputed: int, card: int)
     assert float(found[1]) == needs
 
 
-def test_the_page_says_so() -> None:
+def test_the_docs_have_the_same_numbers() -> None:
     page = (ROOT / "docs" / "planning.md").read_text()
     for recipe, file in {(recipe, file) for recipe, file, _ in NEEDS}:
         whole, recomputed = NEEDS[recipe, file, 0], NEEDS[recipe, file, 1]

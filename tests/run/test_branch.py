@@ -1,4 +1,4 @@
-"""From which checkpoints a run may branch off, and what it takes over; the training itself is in tests/integration."""
+"""From which checkpoints a run may branch off, and what it inherits; the training itself is in tests/integration."""
 
 import json
 from dataclasses import asdict, replace

@@ -1,4 +1,4 @@
-"""The ledger: what is in it stays, and what it says is checked."""
+"""The ledger: entries persist, and are validated when read."""
 
 from pathlib import Path
 

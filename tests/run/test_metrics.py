@@ -74,7 +74,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 @pytest.mark.usefixtures("impatient")
 def test_a_full_disk_loses_no_row(small_disk: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows that found no room follow when there is some again, in both sinks, in order, each once."""
+    """Rows that could not be written on a full disk are written later, in both sinks, in order, each once."""
     run_dir = small_disk(size=2**20) / "run"
     metrics = MetricsLogger(run_dir, {}, Progress(0, 0, 0), "{}")
     row = {"Train/Loss": 1.0} | {f"Tokens/{'source' * 30}{number}": 0.0 for number in range(20)}
@@ -99,7 +99,7 @@ def test_a_full_disk_loses_no_row(small_disk: Callable[..., Path], capsys: pytes
 
 
 def fill(path: Path) -> None:
-    """Take all the room there is."""
+    """Fill the disk."""
     with path.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(512))

@@ -1,4 +1,4 @@
-"""Putting a run together, and telling one run from another."""
+"""Resolving a run, and comparing it with the run of a directory."""
 
 import json
 import subprocess
@@ -206,7 +206,7 @@ def test_a_checkpoint_must_fit_the_plan_and_the_ledger(options: Options) -> None
 
 
 def test_the_layout_may_change(options: Options) -> None:
-    """Number of ranks, ZeRO stage and micro batch say nothing about what is trained."""
+    """Number of ranks, ZeRO stage and micro-batch do not affect what is trained."""
     open_run_directory(resolve(options, 2))
     write_deepspeed_config(options.deepspeed_config, 1, micro_batch=4)
     assert check_run_directory(resolve(options, 1)) is None

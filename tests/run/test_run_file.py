@@ -78,7 +78,7 @@ def test_a_different_run_is_still_rejected(damage: bytes, options: Options, tmp_
 
 @damages
 def test_without_a_checkpoint_it_is_rejected(damage: bytes, options: Options) -> None:
-    """Nothing says what was logged so far, or to what `--branch-from` was given."""
+    """Neither the logged metrics nor the parent of `--branch-from` are known."""
     run = resolve(options)
     open_run_directory(run)
     path = run.run_dir / RUN_FILE

@@ -26,6 +26,7 @@ from tinyllama_ds.evaluation import report
 from tinyllama_ds.evaluation.charts import achieved_mixture, planned_mixture
 from tinyllama_ds.evaluation.history import read_history, read_metrics
 from tinyllama_ds.evaluation.report import summarize
+from tinyllama_ds.evaluation.scores import scores_table
 from tinyllama_ds.health.guard import AnomalyGuard
 from tinyllama_ds.launch.lock import _owner_of
 from tinyllama_ds.launch.supervisor import _read_state
@@ -82,8 +83,9 @@ def show(run_dir: Path) -> None:
     now = summarize(history, 200, is_held=False)
     json.dumps(now, allow_nan=False)
     duration(now.get("seconds") or 0.0)
-    for section in (report._starts, report._spikes, report._samples, report._scores, report._machine):
+    for section in (report._starts, report._spikes, report._samples, report._machine):
         section(history)
+    list(map(scores_table, history.scores))
     json.dumps(history.description, ensure_ascii=False)
     planned_mixture(history, ["a", "b"])
     achieved_mixture(history, ["a", "b"])

@@ -54,7 +54,7 @@ def test_this_machine_compiles() -> None:
     assert compile_unavailable_reason(torch.device("cpu")) is None
 
 
-def test_a_machine_without_a_compiler_says_so(tmp_path: os.PathLike) -> None:
+def test_a_machine_without_a_compiler_gives_the_reason(tmp_path: os.PathLike) -> None:
     program = (
         "import torch; from tinyllama_ds.train.compile import compile_unavailable_reason;"
         "print(compile_unavailable_reason(torch.device('cpu')))"

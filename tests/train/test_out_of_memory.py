@@ -20,7 +20,7 @@ def of_kernel() -> None:
 @pytest.mark.parametrize(
     "exhaust", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytes(2**60), of_gpu, of_kernel]
 )
-def test_want_of_memory_is_known_by_its_error(exhaust: Callable[[], object]) -> None:
+def test_out_of_memory_is_recognized_by_its_error(exhaust: Callable[[], object]) -> None:
     with pytest.raises((RuntimeError, MemoryError, OSError)) as caught:
         exhaust()
     assert is_out_of_memory(caught.value)

@@ -60,7 +60,7 @@ def test_ranks_measure_once_together_and_keep_the_best() -> None:
     assert {row["peak"] for row in found} | {row["again"] for row in found} == {best}
 
 
-def test_unknown_device_is_measured_and_says_so() -> None:
+def test_unknown_device_is_measured_and_named() -> None:
     peak, origin = peak_flops(CPU, torch.float32)
     assert 1e9 < peak < 1e14
     assert origin == "a measured float32 matrix product"

@@ -1,4 +1,4 @@
-"""How fast the ranks add up a tensor: the one figure of a network that decides about ZeRO layouts."""
+"""How fast the ranks add up a tensor: the bandwidth that decides about ZeRO layouts."""
 
 import json
 import statistics

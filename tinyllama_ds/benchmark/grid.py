@@ -55,7 +55,7 @@ def measure_all(
     """
     for setting in settings:
         with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder) / "figures.json"
+            output = Path(folder) / "metrics.json"
             command = command_of([*_arguments(setting), "--output", str(output)])
             finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             if output.is_file():

@@ -1,7 +1,6 @@
 """One measurement of the training step: random tokens, the real engine, the real step, no data and no run directory."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from tinyllama_ds.config.deepspeed import (
 )
 from tinyllama_ds.config.run_plan import Step
 from tinyllama_ds.distributed.world import DistributedInfo, read_world
-from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError, log
 from tinyllama_ds.model.attention import Demands, Device, capability_of, resolve_attention_backend
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.llama import build_model
@@ -56,7 +55,7 @@ class Setting:
 
 
 def measure(setting: Setting) -> dict:
-    """Run the step under the deepspeed launcher; returns rank 0's figures. Collective.
+    """Run the step under the deepspeed launcher; returns the metrics of rank 0. Collective.
 
     Rates are over all ranks; `mfu` is against the spec sheet if there is one, `measured_mfu` against a matrix
     product in the same processes, each null where the step was faster than what was measured; seconds are per optimizer
@@ -84,10 +83,10 @@ def measure(setting: Setting) -> dict:
     run_step = partial(train_step, engine, step, repeat(micro), setting.micro_batch, world)
     timed = _time_steps(run_step, world, setting.steps)
     flops = step.tokens_after * config.flops_per_token(sequence_length)
-    figures = _figures(engine, world, step.tokens_after, flops, timed)
+    metrics = _metrics(engine, world, step.tokens_after, flops, timed)
     profiled = _profile_step(run_step, world)
     communication = profiled["kinds"]["collectives"]["seconds"]
-    return figures | {"attention": attention.backend, "seconds_communication": communication, "kernels": profiled}
+    return metrics | {"attention": attention.backend, "seconds_communication": communication, "kernels": profiled}
 
 
 def _time_steps(run_step: Callable[[PhaseClock], object], world: DistributedInfo, steps: int) -> dict[str, float]:
@@ -105,7 +104,7 @@ def _time_steps(run_step: Callable[[PhaseClock], object], world: DistributedInfo
     return {"seconds": whole} | {f"seconds_{name}": seconds / steps for name, seconds in clock.read().items()}
 
 
-def _figures(
+def _metrics(
     engine: "DeepSpeedEngine", world: DistributedInfo, tokens: int, flops: float, timed: dict[str, float]
 ) -> dict:
     """Of a step of all ranks: its tokens, its FLOPs and its seconds."""
@@ -146,13 +145,13 @@ def _wait(world: DistributedInfo) -> None:
 
 
 def main(setting: Setting, output: Path) -> int:
-    """Measure, and let rank 0 write the figures to a file; returns the exit code."""
+    """Measure, and let rank 0 write the metrics to a file; returns the exit code."""
     try:
-        figures = measure(setting)
+        metrics = measure(setting)
     except ConfigError as error:
-        print(f"tinyllama-ds: {error}", file=sys.stderr)
+        log(error)
         return EXIT_CONFIG
     if torch.distributed.get_rank() == 0:
-        output.write_text(json.dumps(figures) + "\n")
+        output.write_text(json.dumps(metrics) + "\n")
     torch.distributed.destroy_process_group()
     return EXIT_FINISHED

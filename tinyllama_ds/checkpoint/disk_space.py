@@ -1,4 +1,4 @@
-"""Room on the disk for checkpoints: what they need is known by arithmetic, before the first one is written."""
+"""Disk space for checkpoints: what they need is known by arithmetic, before the first one is written."""
 
 import os
 from dataclasses import dataclass

@@ -193,7 +193,7 @@ def verify_file(checkpoint: Path, name: str, expected: File) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoint to continue from, and why newer ones were put aside."""
+    """The checkpoint to continue from, and why newer ones were quarantined."""
 
     checkpoint: Path | None
     damages: list[str]

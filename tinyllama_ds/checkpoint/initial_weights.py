@@ -44,7 +44,7 @@ class InitialWeights:
     path: Path
     sha256: str  # of the weights; of a checkpoint's manifest, which has that of every file
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]  # one after another, as exact as they are stored
-    verify: Callable[[], object]  # raises `ConfigError` where a file is damaged
+    verify: Callable[[], None]  # raises `ConfigError` where a file is damaged
 
     def to_dict(self) -> dict:
         """What run.json remembers."""
@@ -67,7 +67,7 @@ def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Tokenizer) -
             checkpoint,
             manifest_sha256(checkpoint),
             lambda: CheckpointReader(checkpoint).weights(),
-            lambda: verify_checkpoint(checkpoint),
+            lambda: _verify(checkpoint),
         )
         there, made_with = model_of(checkpoint, manifest.model), tokenizer_sha256_of(manifest.run)
         held = stored_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, made_with, "this run")
@@ -81,6 +81,10 @@ def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Tokenizer) -
             f"{held.path}: is the tokenizer of the weights, and not {tokenizer.path}; prepare the data with it"
         )
     return found
+
+
+def _verify(checkpoint: Path) -> None:
+    verify_checkpoint(checkpoint)
 
 
 def fill_model(model: LlamaForCausalLM, initial: InitialWeights) -> None:

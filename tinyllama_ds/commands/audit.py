@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tinyllama_ds.commands.arguments import COUNT, RANKS, WholeNumber, add_shared, output_file
 from tinyllama_ds.commands.printing import print_result
-from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError, log
 from tinyllama_ds.outputs import write_file
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def _write_page(options: argparse.Namespace, page: str) -> Path | None:
     try:
         write_file(output, page)
     except ConfigError as error:
-        print(f"tinyllama-ds: {error}", file=sys.stderr, flush=True)
+        log(error)
         return None
     return output
 

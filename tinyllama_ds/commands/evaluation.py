@@ -36,7 +36,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", help="commonsense, instruct or chinese: TinyLlama's published ones")
-    what.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-eval")
+    what.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-eval, and suites")
     what.add_argument("--task-file", nargs="+", metavar="YAML", help="task files of your own, in lm-eval's format")
     add("--shots", type=WholeNumber(0, 1000), metavar="N", help="examples in the prompt (default: the task's own)")
     add("--limit", type=POSITIVE, metavar="N", help="only the first N documents of each task, to try it out")
@@ -52,7 +52,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    """Score a model on tasks of lm-eval, beside TinyLlama's published scores."""
+    """Score a model on tasks of lm-eval, next to TinyLlama's published scores."""
     prepare(options)
     from tinyllama_ds.distributed.world import read_world
 

@@ -1,7 +1,6 @@
 """Commands for what comes out of a run, and for models that come from elsewhere."""
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from tinyllama_ds.commands.arguments import (
     output_picture,
 )
 from tinyllama_ds.commands.printing import print_result
-from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
+from tinyllama_ds.errors import EXIT_FINISHED, ConfigError, log
 from tinyllama_ds.outputs import check_file, check_picture, new_folder, write_figure, write_file
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ def _import_checkpoint(options: argparse.Namespace) -> int:
 
     is_of_run = (options.folder / CHECKPOINTS).is_dir()
     checkpoint = resolve_checkpoint(options.folder) if is_of_run else options.folder
-    print(f"tinyllama-ds: unpickling {checkpoint}: this runs code that its files may hold", file=sys.stderr, flush=True)
+    log(f"unpickling {checkpoint}: this runs code that its files may hold")
     model = model_config(options.model) if options.model else None
     with new_folder(options.output) as run_dir:
         written = import_checkpoint(checkpoint, run_dir, model)

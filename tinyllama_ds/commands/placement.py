@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from tinyllama_ds.commands.arguments import COUNT, PORT, add_shared
 from tinyllama_ds.devices import VISIBLE, detect_gpus, device_type_of, hidden_gpus, reject_unsupported_devices
 from tinyllama_ds.distributed.network import local_address_towards
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.errors import ConfigError, log
 from tinyllama_ds.launch.hostfile import filter_hosts, is_host, read_hostfile
 from tinyllama_ds.launch.launcher import DEFAULT_PORT, LAUNCHERS, Placement, is_this_machine
 from tinyllama_ds.launch.lifeline import Lifeline, lifeline_value
@@ -73,7 +72,7 @@ def warn_of_hidden_gpus(placement: Placement) -> None:
     """Warn on stderr if local ranks compute on the CPU because the environment hides the GPUs."""
     sentence = hidden_gpus(detect_gpus()) if placement.on_cpu and not placement.is_remote else None
     if sentence is not None:
-        print(f"tinyllama-ds: {sentence}", file=sys.stderr, flush=True)
+        log(sentence)
 
 
 def query_machines(placement: Placement) -> Placement:
@@ -85,9 +84,7 @@ def query_machines(placement: Placement) -> Placement:
         return known
     on_cpu, _ = _local_devices()
     kind = "the CPU" if on_cpu else "GPUs"
-    print(
-        f"tinyllama-ds: no host reported its hardware; assuming {kind}, as on this machine", file=sys.stderr, flush=True
-    )
+    log(f"no host reported its hardware; assuming {kind}, as on this machine")
     return replace(placement, on_cpu=on_cpu)
 
 

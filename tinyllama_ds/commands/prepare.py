@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from itertools import zip_longest
@@ -23,7 +22,7 @@ from tinyllama_ds.commands.arguments import (
     words_of,
 )
 from tinyllama_ds.commands.printing import print_result
-from tinyllama_ds.errors import EXIT_RESTART, ConfigError
+from tinyllama_ds.errors import EXIT_RESTART, ConfigError, log
 from tinyllama_ds.launch.hostfile import read_hostfile
 
 if TYPE_CHECKING:
@@ -162,15 +161,12 @@ def _prepare(options: argparse.Namespace) -> int:
         hosts = [host.name for host in read_hostfile(options.hostfile)]
         arguments = ["prepare", *words_of(_add_job_arguments, with_absolute_paths(options))]
         for failure in prepare_on_hosts(job, hosts, arguments):
-            print(f"{failure}; finishing its share here", file=sys.stderr)
+            log(f"{failure}; finishing its share here")
     workers = max(1, options.workers or len(os.sched_getaffinity(0)))
     try:
         table = summarise(prepare(job, workers, _share_of_task(options), options.mpi))
     except BrokenExecutor:
-        print(
-            "tinyllama-ds: a worker was killed, perhaps for its memory; run prepare again, finished shards are kept",
-            file=sys.stderr,
-        )
+        log("a worker was killed, perhaps for its memory; run prepare again, finished shards are kept")
         return EXIT_RESTART
     return print_result(options, table, _prepare_text(options.source, table))
 
@@ -178,7 +174,7 @@ def _prepare(options: argparse.Namespace) -> int:
 def _print_notes(inputs: "Inputs") -> None:
     """Print which files are held out or not read, before any is read."""
     for note in inputs.notes():
-        print(f"tinyllama-ds: {note}", file=sys.stderr, flush=True)
+        log(note)
 
 
 def _format_of(options: argparse.Namespace) -> "SourceFormat":

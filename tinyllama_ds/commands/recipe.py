@@ -26,7 +26,6 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _recipe(options: argparse.Namespace) -> int:
     """Write a first recipe: `new` makes a commented one, and a DeepSpeed JSON that fits it."""
     from tinyllama_ds.config.new_recipe import config_text, recipe_text
-    from tinyllama_ds.model.config import MODEL_SIZES
 
     recipe = options.file
     if recipe.suffix != ".toml":
@@ -35,7 +34,7 @@ def _recipe(options: argparse.Namespace) -> int:
     for path in (recipe, config):
         if path.exists():
             raise ConfigError(f"{path}: already exists; expected a new file")
-    text = recipe_text(_draft(options), MODEL_SIZES)
+    text = recipe_text(_draft(options))
     write_file(recipe, text)
     write_file(config, config_text())
     to_fill_in = [line.split()[1] for line in text.splitlines() if " # REQUIRED: " in line]
@@ -47,30 +46,17 @@ def _recipe(options: argparse.Namespace) -> int:
 
 
 def _draft(options: argparse.Namespace) -> "Draft":
-    from tinyllama_ds.config.new_recipe import Draft
-    from tinyllama_ds.config.recipe import load_recipe
+    from tinyllama_ds.config.new_recipe import Draft, draft_like, draft_of_model
 
     name = options.file.stem
     if options.like is not None:
-        return Draft(name, like=load_recipe(options.like))
+        return draft_like(name, options.like)
     if options.from_hf is None:
         return Draft(name)
-    model, positions = _named_size(options.from_hf)
-    return Draft(name, model, positions)
-
-
-def _named_size(folder: Path) -> tuple[str, int]:
-    """Name and positions of the model in a Hugging Face folder."""
     from tinyllama_ds.hf.import_model import CONFIG_FILE, read_config
-    from tinyllama_ds.model.config import MODEL_SIZES
 
-    shapes = read_config(folder / CONFIG_FILE)
-    name = next((name for name, known in MODEL_SIZES.items() if known == shapes), None)
-    if name is None:
-        raise ConfigError(
-            f"{folder / CONFIG_FILE}: is not a named size; expected the shapes of {', '.join(MODEL_SIZES)}"
-        )
-    return name, shapes.max_position_embeddings
+    read_config(options.from_hf / CONFIG_FILE)  # raises for a model that our decoder is not
+    return draft_of_model(name, options.from_hf / CONFIG_FILE)
 
 
 COMMANDS = (("recipe", _add_recipe, _recipe),)

@@ -20,7 +20,7 @@ from tinyllama_ds.commands.placement import (
 from tinyllama_ds.commands.printing import write_no_more
 from tinyllama_ds.devices import Machine
 from tinyllama_ds.distributed.network import free_port
-from tinyllama_ds.errors import EXIT_FINISHED, all_of
+from tinyllama_ds.errors import EXIT_FINISHED, all_of, log
 from tinyllama_ds.launch.fleet import Fleet
 from tinyllama_ds.launch.launcher import Placement, check_partition, check_placement, describe_launch
 from tinyllama_ds.launch.lock import hold_run
@@ -156,7 +156,7 @@ def _check_engine(options: argparse.Namespace, placement: Placement, run: "Run")
         return
     path = options.deepspeed_config
     for warning in warnings_of(run.description["deepspeed_config"]):
-        print(f"tinyllama-ds: warning: {path}: {warning}", file=sys.stderr)
+        log(f"warning: {path}: {warning}")
     device_type = (placement.machine or _this_machine(placement)).device_type
     if device_type == "cpu" or torch.cuda.is_available():
         check_engine_start(run.engine_config, path, device_type)

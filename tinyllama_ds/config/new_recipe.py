@@ -2,14 +2,17 @@
 
 import json
 import re
-from collections.abc import Iterable
+import tomllib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from tinyllama_ds.config.recipe import Evaluation, GuardSettings, Intervals, Recipe, Samples
+from tinyllama_ds.config.model_table import HuggingFaceConfig
+from tinyllama_ds.config.recipe import Evaluation, GuardSettings, Intervals, Recipe, Samples, load_recipe
+from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.shipped import shipped_config
 
-_SEED = 3407  # TinyLlama's
+_SEQUENCE_LENGTH, _SEED = 2048, 3407  # TinyLlama's
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -18,13 +21,28 @@ class Draft:
     """What a new recipe begins with; None is for the user to fill in."""
 
     name: str
-    model: str | None = None
-    sequence_length: int = 2048
+    model: str | dict | None = None  # a named size, or keys of Hugging Face's config.json
+    sequence_length: int = _SEQUENCE_LENGTH
     like: Recipe | None = None  # whose values are taken instead
 
 
-def recipe_text(draft: Draft, sizes: Iterable[str]) -> str:
-    """The recipe as TOML; `sizes` are the named sizes of models that there are."""
+def draft_like(name: str, like: str) -> Draft:
+    """With the values of another recipe, given by its name or its file; raises `ConfigError` where it is not valid."""
+    recipe = load_recipe(like)
+    is_named = recipe.model_name in MODEL_SIZES
+    model = recipe.model_name if is_named else tomllib.loads(Path(like).read_text())["model"]
+    return Draft(name, model, recipe.sequence_length, recipe)
+
+
+def draft_of_model(name: str, config: Path) -> Draft:
+    """With the model of a `config.json`, which has been validated."""
+    raw = json.loads(config.read_bytes())
+    model = {key: value for key, value in raw.items() if key in HuggingFaceConfig.model_fields and value is not None}
+    return Draft(name, model, min(_SEQUENCE_LENGTH, model["max_position_embeddings"]))
+
+
+def recipe_text(draft: Draft) -> str:
+    """The recipe as TOML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -32,9 +50,8 @@ def recipe_text(draft: Draft, sizes: Iterable[str]) -> str:
     )
     environment.filters["toml"] = toml_value
     values = draft.like.to_dict() if draft.like else _defaults(draft.sequence_length)
-    model = draft.like.model if draft.like else draft.model
     template = environment.get_template("recipe.toml")
-    return template.render(name=draft.name, model=model, recipe=values, sizes=", ".join(sizes)) + "\n"
+    return template.render(name=draft.name, model=draft.model, recipe=values, sizes=", ".join(MODEL_SIZES)) + "\n"
 
 
 def _defaults(sequence_length: int) -> dict[str, Any]:
@@ -65,6 +82,7 @@ def config_text() -> str:
 def toml_value(value: Any) -> str:
     """A value as TOML has it; raises TypeError for a type that TOML lacks."""
     if isinstance(value, dict):
+        value = {key: of for key, of in value.items() if of is not None}
         pairs = [
             f"{key if _BARE_KEY.fullmatch(key) else json.dumps(key)} = {toml_value(of)}" for key, of in value.items()
         ]

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
 from tinyllama_ds.data.vocabulary import fast_tokenizer, first_difference, probe_texts
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.errors import ConfigError, log
 
 ENCODERS = ("auto", "gigatoken", "sentencepiece")
 # One of so many documents of a batch is compared, up to a length: about 1 % of the text of a usual corpus.
@@ -51,7 +50,7 @@ def load_gigatoken(tokenizer: Tokenizer, encoder: str) -> Callable[[list[str]], 
     if encoder == "gigatoken":
         raise _cannot_use(tokenizer, reason)
     if multiprocessing.parent_process() is None:  # once, and not in each worker
-        print(f"tinyllama-ds: {tokenizer.path}: gigatoken {reason}; sentencepiece encodes", file=sys.stderr)
+        log(f"{tokenizer.path}: gigatoken {reason}; sentencepiece encodes")
     return None
 
 

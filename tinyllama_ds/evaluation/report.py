@@ -95,7 +95,7 @@ def report_page(history: History, summary: dict[str, Any], place: str) -> str:
         spikes=_spikes(history),
         samples=_samples(history),
         task_charts=[drawn(partial(draw_tasks, metric=metric), metric, True) for metric in metrics_of_tasks],
-        scores=_scores(history),
+        scores=list(map(scores_table, history.scores)),
         machine=_machine(history),
     )
 
@@ -120,18 +120,15 @@ def _starts(history: History) -> Table:
 
 
 def _spikes(history: History) -> Table:
-    def samples(first: int, last: int) -> str:
-        return f"{first:,} to {last:,}"
-
-    rows = [
-        (row["event"], f"{row['step']:,}", samples(row["first_sample"], row["last_sample"]), row["reason"])
-        for row in history.ledger
+    events = [
+        (row["event"], row["step"], row["first_sample"], row["last_sample"], row["reason"]) for row in history.ledger
     ]
-    rows += [
-        ("applied", f"{row['step']:,}", samples(row["Guard/FirstSample"], row["Guard/LastSample"]), "spike")
+    events += [
+        ("applied", row["step"], row["Guard/FirstSample"], row["Guard/LastSample"], "spike")
         for row in history.spikes
         if "Guard/Spikes" in row
     ]
+    rows = [(event, f"{step:,}", f"{first:,} to {last:,}", reason) for event, step, first, last, reason in events]
     return _newest("Spikes and skipped steps", ("", "step", "samples", "reason"), rows, (0, 3))
 
 
@@ -152,16 +149,6 @@ def _samples(history: History) -> dict[str, list[dict]]:
         prompt: [samples[number] for number in sorted({round(part * (len(samples) - 1)) for part in _SAMPLED})]
         for prompt, samples in by_prompt.items()
     }
-
-
-def _scores(history: History) -> list[Table]:
-    """Every file of scores."""
-    return [
-        scores_table(
-            scores, scores["name"] + (f", {short_count(scores['tokens'])} tokens" if scores.get("tokens") else "")
-        )
-        for scores in history.scores
-    ]
 
 
 def _machine(history: History) -> Table:

@@ -26,12 +26,8 @@ class _Recipe(TypedDict, total=False):
     stages: OnErrorOmit[list[_Stage]]
 
 
-class _Plan(TypedDict, total=False):
+class _Progress(TypedDict, total=False):
     steps: OnErrorOmit[_Count]
-    tokens: OnErrorOmit[_Count]
-
-
-class _Parent(TypedDict, total=False):
     tokens: OnErrorOmit[_Count]
 
 
@@ -44,8 +40,8 @@ class Description(TypedDict, total=False):
     """run.json."""
 
     recipe: OnErrorOmit[_Recipe]
-    plan: OnErrorOmit[_Plan]
-    parent: OnErrorOmit[_Parent]
+    plan: OnErrorOmit[_Progress]
+    parent: OnErrorOmit[_Progress]
     deepspeed_config: OnErrorOmit[_DeepSpeedConfig]
     versions: OnErrorOmit[dict[str, str]]
 
@@ -62,23 +58,21 @@ class Start(TypedDict):
     hosts: NotRequired[_Hosts]
 
 
-class TaskScore(TypedDict):
+class _Value(TypedDict):
+    value: _Number
+    benchmark: NotRequired[OnErrorOmit[str]]
+    stderr: NotRequired[OnErrorOmit[_Number | None]]
+
+
+class TaskScore(_Value):
     """A line of tasks.jsonl, and a score of `evaluate`."""
 
     task: str
     metric: str
-    value: _Number
     tokens: NotRequired[_Count]
-    stderr: NotRequired[OnErrorOmit[_Number | None]]
     version: NotRequired[OnErrorOmit[str]]
     shots: NotRequired[OnErrorOmit[_Count | None]]
     documents: NotRequired[OnErrorOmit[_Count | None]]
-
-
-class _Percent(TypedDict):
-    value: _Number
-    benchmark: NotRequired[OnErrorOmit[str]]
-    stderr: NotRequired[OnErrorOmit[_Number | None]]
 
 
 class _Published(TypedDict):
@@ -93,8 +87,8 @@ class Scores(TypedDict, total=False):
     """A file of `evaluate`."""
 
     tokens: OnErrorOmit[_Number | None]
-    percent: OnErrorOmit[list[_Percent]]
-    average: OnErrorOmit[_Percent]
+    percent: OnErrorOmit[list[_Value]]
+    average: OnErrorOmit[_Value]
     published: OnErrorOmit[list[OnErrorOmit[_Published]]]
     nearest: OnErrorOmit[str | None]
     note: OnErrorOmit[str]

@@ -114,8 +114,9 @@ def as_json(evaluation: Evaluation, results: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def scores_table(found: dict[str, Any], title: str = "") -> Table:
+def scores_table(found: dict[str, Any]) -> Table:
     """The scores in an object of `as_json`, or in what is left of one: a suite and its published rows, or the tasks."""
+    title = found.get("name", "") + (f", {_count(found)} tokens" if _count(found) else "")
     if found.get("percent"):
         return _suite_table(found, title)
     rows = [
@@ -155,11 +156,11 @@ def _count(row: dict) -> str:
 def as_markdown(found: dict[str, Any]) -> str:
     """The table, misprints of the sources, and how it was measured."""
     table = scores_table(found)
-    *rows, last = table.rows
+    rows = list(table.rows)
     if found["suite"]:
-        last = [f"**{cell}**" for cell in last]
+        rows[-1] = [f"**{cell}**" for cell in rows[-1]]
     rule = ["---" if column in table.text_columns else "---:" for column, _ in enumerate(table.head)]
-    lines = [f"# {found['model']}\n", *(f"| {' | '.join(row)} |" for row in (table.head, rule, *rows, last))]
+    lines = [f"# {found['model']}\n", *(f"| {' | '.join(row)} |" for row in (table.head, rule, *rows))]
     if found["suite"]:
         tasks = (
             f"{score['task']} (version {score['version'] or 'unknown'}, {score['shots'] or 0}-shot, {score['metric']})"

@@ -19,6 +19,7 @@ class Benchmark:
     task: str
     metric: str
     shots: int = 0
+    folder: str = ""  # of the task in lm-eval's package; empty for our own
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,6 @@ _HUB = "https://huggingface.co"
 _OFFLINE = "HF_HUB_OFFLINE"  # read by huggingface_hub and datasets when they are imported
 _CARD = "README.md"  # of a downloaded repository: maps its files to configs and splits
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}  # of the package datasets
-# Folders of lm-eval with the tasks of our suites: reading all of its 14,000 task files takes half a minute.
-_FOLDERS = ("hellaswag", "openbookqa", "winogrande", "arc", "super_glue/boolq", "piqa", "mmlu/default", "bbh/fewshot",
-            "drop", "xwinograd", "xstorycloze", "xnli", "xcopa")  # fmt: skip
 
 
 def require_lm_eval() -> None:
@@ -125,13 +122,15 @@ def benchmarks_of(names: Sequence[str]) -> dict[str, Benchmark | None]:
 
 
 def _manager(names: Sequence[str]) -> Any:
+    """For suites and files without lm-eval's other tasks: reading all of its 14,000 task files takes half a minute."""
     import lm_eval.tasks
 
-    root = Path(lm_eval.tasks.__file__).parent
-    if all(name in benchmarks_of(list(load_suites())) or _is_file(name) for name in names):
-        folders: list[str | Path] = [root / folder for folder in _FOLDERS if not all(map(_is_file, names))]
-        return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
-    return lm_eval.tasks.TaskManager()
+    known = benchmarks_of(list(load_suites()))
+    if any(name not in known and not _is_file(name) for name in names):
+        return lm_eval.tasks.TaskManager()
+    folders = {benchmark.folder for name in names if (benchmark := known.get(name)) and benchmark.folder}
+    include: list[str | Path] = [Path(lm_eval.tasks.__file__).parent / folder for folder in sorted(folders)]
+    return lm_eval.tasks.TaskManager(include_path=include, include_defaults=False)
 
 
 def _spec(name: str, manager: Any, humaneval_passes: Callable[[str], bool] | None) -> Any:

@@ -120,7 +120,7 @@ def _gradients(P: int, share: int, layout: Layout) -> MemoryRow:
 
 
 def _buffers(model: LlamaConfig, layout: Layout, world_size: int) -> list[MemoryRow]:
-    """Buffers of gradients and gathered weights, beside the states."""
+    """Buffers of gradients and gathered weights, next to the states."""
     w, units = layout.weight_bytes, modules_of(model)
     unit = max(map(sum, units)) if layout.stage == 3 else max(map(max, units))  # a leaf's gradients come together
     rows = [

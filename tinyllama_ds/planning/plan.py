@@ -133,9 +133,8 @@ class Plan:
 def read_inputs(recipe_name: str, deepspeed_config: Path) -> Inputs:
     """Recipe, JSON and model; raises `ConfigError` for whatever training would reject."""
     recipe, raw = all_of(lambda: load_recipe(recipe_name), lambda: load_deepspeed_config(deepspeed_config))
-    model = recipe.model
     plan = RunPlan(recipe)
-    return Inputs(recipe, plan, model, deepspeed_config, raw, make_schedule(raw, deepspeed_config, plan))
+    return Inputs(recipe, plan, recipe.model, deepspeed_config, raw, make_schedule(raw, deepspeed_config, plan))
 
 
 def make_plan(request: PlanRequest, inputs: Inputs, sizes: Mapping[str, int]) -> Plan:

@@ -1,11 +1,9 @@
 """Score a model on tasks on this rank: `tinyllama-ds evaluate` starts it, and torchrun can."""
 
-import sys
-
 from tinyllama_ds.commands.arguments import parse_rank_arguments
 from tinyllama_ds.commands.evaluation import add_evaluate_arguments, evaluate_on_rank, prepare
 from tinyllama_ds.distributed.world import read_world
-from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
+from tinyllama_ds.errors import EXIT_CONFIG, ConfigError, log
 from tinyllama_ds.train.engine import hard_exit
 
 if __name__ == "__main__":
@@ -14,5 +12,5 @@ if __name__ == "__main__":
         prepare(options)
         hard_exit(evaluate_on_rank(options, read_world()))
     except ConfigError as error:
-        print(f"tinyllama-ds: {error}", file=sys.stderr)
+        log(error)
         hard_exit(EXIT_CONFIG)

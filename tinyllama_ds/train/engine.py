@@ -124,15 +124,15 @@ def _without_dummy_step(config: dict) -> Iterator[None]:
     if config["zero_optimization"].get("stage", 0) or not config.get("bf16", {}).get("enabled"):
         yield
         return
-    rates: list[float] = []
+    rates: dict[Optimizer, list[float]] = {}  # Muon steps an Adam inside
 
     def before(optimizer: Optimizer, *_: object) -> None:
-        rates[:] = [group["lr"] for group in optimizer.param_groups]
+        rates[optimizer] = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0
 
     def after(optimizer: Optimizer, *_: object) -> None:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates.pop(optimizer), strict=True):
             group["lr"] = rate
         optimizer.state.clear()
 

@@ -1,13 +1,12 @@
 """The accumulated gradient before the optimizer step: its norm, and how it is dropped.
 
-DeepSpeed does both inside its step only, so these functions call what its step calls.
+DeepSpeed does both inside its step only, so these functions call what its step calls: the norm is its own to the last
+bit, where one of the gradients of its public API (`safe_get_local_grad`) would differ by 1e-7.
 """
 
 from typing import TYPE_CHECKING
 
 import torch
-
-from tinyllama_ds.distributed.collectives import sum_over_ranks
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -18,15 +17,18 @@ def gradient_norm(engine: "DeepSpeedEngine") -> torch.Tensor:
 
     Not finite, or -1, where a gradient is not finite.
     """
-    from deepspeed.runtime.utils import get_global_norm_of_tensors
-    from deepspeed.utils import safe_get_local_grad
+    from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 
     optimizer = engine.optimizer
     if not engine.zero_optimization():
         return local_gradient_norm(engine)
     if engine.zero_optimization_stage() == 3:
-        squares = [safe_get_local_grad(parameter).square().sum() for parameter in engine.module.parameters()]
-        return sum_over_ranks(torch.stack(squares).sum()).sqrt()
+        groups = enumerate(optimizer.fp16_groups)
+        if optimizer.offload_optimizer:
+            norms = [optimizer.complete_grad_norm_calculation_for_cpu_offload(group) for _, group in groups]
+        else:
+            norms = [optimizer.get_grad_norm_direct(optimizer.averaged_gradients[i], group) for i, group in groups]
+        return combine_grad_norm_groups(norms)
     if hasattr(optimizer, "scaled_global_norm"):
         return optimizer.scaled_global_norm()
     gradients, _ = optimizer.get_grads_for_norm()  # stage 1 in bf16 that accumulates in fp32

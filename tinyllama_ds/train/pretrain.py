@@ -31,6 +31,7 @@ from tinyllama_ds.errors import (
     DataError,
     NumericsError,
     OutOfMemory,
+    log,
 )
 from tinyllama_ds.files import SECRETS_FILE, parse_row, read_secret
 from tinyllama_ds.health.guard import Rollback
@@ -67,13 +68,13 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
         read_secrets(options.run_dir)
         code = run_training(options, world, heartbeat, estimate_memory)
     except OutOfMemory as error:
-        log_line(str(error))  # the other ranks wait in a collective
+        log(error)  # the other ranks wait in a collective
         code = EXIT_CONFIG
     except ConfigError as error:
         log_rank0(world, str(error))
         code = EXIT_CONFIG
     except DataError as error:
-        log_line(f"{error}; audit the data before training continues")
+        log(f"{error}; audit the data before training continues")
         code = EXIT_NUMERICS
     except NumericsError as error:
         log_rank0(world, f"{error}; nothing was saved since")
@@ -133,7 +134,7 @@ def end(trainer: Trainer, progress: Progress, rollback: Rollback | None = None) 
         if rollback is not None:
             first, last = rollback.samples[0], rollback.samples[-1]
             record(run.run_dir, Entry(ROLLED_BACK, rollback.step, first, last, rollback.reason))
-            log_line(f"rolled back at {rollback}")
+            log(f"rolled back at {rollback}")
         state = ROLLED_BACK if rollback else "finished" if is_finished else "stopped"
         write_status(run.run_dir, state, progress)
     gather_from_ranks(None)  # the exit of the first rank ends rank 0: none before all is written
@@ -154,7 +155,7 @@ def exit_before_start(error: ConfigError, run_dir: Path) -> int:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         wait_for_termination(TURN_SECONDS)
     Heartbeat(int(os.environ.get("RANK", "0")), run_dir).report_exit(EXIT_CONFIG)
-    log_line(str(error))
+    log(error)
     return EXIT_CONFIG
 
 
@@ -178,7 +179,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def log_out_of_memory(options: Options, world: DistributedInfo, phase: str) -> None:
     """By the rank that it happened to; the others wait for it in a collective."""
-    log_line(
+    log(
         f"rank {world.rank} on {socket.gethostname()} ran out of memory in {phase},"
         f" {peak_memory(world.device)} at the peak;"
         f" try a smaller train_micro_batch_size_per_gpu or another ZeRO stage in {options.deepspeed_config}, or"
@@ -189,9 +190,4 @@ def log_out_of_memory(options: Options, world: DistributedInfo, phase: str) -> N
 def log_rank0(world: DistributedInfo, sentence: str) -> None:
     """By rank 0 for all ranks."""
     wait_for_turn(world)
-    log_line(sentence)
-
-
-def log_line(sentence: str) -> None:
-    """By this rank, at once."""
-    print(f"tinyllama-ds: {sentence}", file=sys.stderr, flush=True)
+    log(sentence)

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from tinyllama_ds.config.deepspeed import weights_dtype
 from tinyllama_ds.config.run_plan import accumulation_steps
 from tinyllama_ds.distributed.collectives import broadcast_from_rank0, gather_from_ranks
 from tinyllama_ds.distributed.world import DistributedInfo
+from tinyllama_ds.errors import log
 from tinyllama_ds.health.heartbeat import Heartbeat
 from tinyllama_ds.health.probe import check_probe
 from tinyllama_ds.layout import CHECKPOINTS, LEDGER_FILE, QUARANTINE
@@ -100,7 +100,7 @@ def _choose(run: Run) -> str | None:
     """The name of the run's newest checkpoint that verifies; without one, its parent's has been verified."""
     choice = choose_checkpoint(run.run_dir)
     for damage in choice.damages:
-        print(f"tinyllama-ds: moved to {QUARANTINE}: {damage}", file=sys.stderr, flush=True)
+        log(f"moved to {QUARANTINE}: {damage}")
     if choice.checkpoint is not None:
         return choice.checkpoint.name
     if run.parent is not None:
@@ -146,13 +146,10 @@ def print_changes(changes: list[Change], allowed: tuple[str, ...]) -> None:
     packages = [change for change in changes if change.is_below("versions")]
     if packages:
         pairs = [f"{change.key.removeprefix('versions.')} {change.there} -> {change.now}" for change in packages]
-        print(
-            f"tinyllama-ds: warning: package versions differ from the last start: {', '.join(pairs)}", file=sys.stderr
-        )
+        log(f"warning: package versions differ from the last start: {', '.join(pairs)}")
     for change in changes:
         if any(change.is_below(key) for key in allowed):
-            print(f"tinyllama-ds: allowed change: {change}", file=sys.stderr)
-    sys.stderr.flush()
+            log(f"allowed change: {change}")
 
 
 def describe_run(run: Run, world: DistributedInfo, engine: "DeepSpeedEngine", compilation: str) -> str:

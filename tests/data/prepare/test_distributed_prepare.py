@@ -207,5 +207,5 @@ def test_a_hostfile_makes_every_host_work(
     assert main([*arguments(corpus, tokenizer, output), "--workers", "1", "--hostfile", str(hostfile)]) == 0
     failures = [line for line in capsys.readouterr().err.splitlines() if "finishing its share here" in line]
     assert len(failures) == 1
-    assert failures[0].startswith("nobody.invalid: exit code 255")
+    assert failures[0].startswith("tinyllama-ds: nobody.invalid: exit code 255")
     assert contents(output) == expected

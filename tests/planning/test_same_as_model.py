@@ -1,4 +1,4 @@
-"""What the planning room copies from rooms that it may not import is the same there."""
+"""What planning repeats of the model, because it imports no torch, is the same there."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_the_backends_are_the_models() -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "blocked", "eager"])
-def test_a_block_keeps_what_the_formula_says(attention: str) -> None:
+def test_a_block_keeps_the_bytes_of_the_formula(attention: str) -> None:
     model = LlamaConfig(64, 256, 704, 1, 4, 2, 512)
     kept = "flash" if attention == "sdpa" else attention
     assert_a_block_keeps(model, attention, kept, torch.device("cpu"), torch.bfloat16, masked=False)
@@ -64,7 +64,7 @@ def test_a_block_keeps_what_the_formula_says(attention: str) -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["rows", "documents"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("attention", ATTENTION_BACKENDS)
-def test_a_block_keeps_what_the_formula_says_on_a_gpu(attention: str, dtype: torch.dtype, masked: bool) -> None:
+def test_a_block_keeps_the_bytes_of_the_formula_on_a_gpu(attention: str, dtype: torch.dtype, masked: bool) -> None:
     device = torch.device("cuda", 0)
     demands = Demands(dtype == torch.bfloat16, document_mask=masked)
     try:
@@ -80,7 +80,7 @@ def test_a_block_keeps_what_the_formula_says_on_a_gpu(attention: str, dtype: tor
 def assert_a_block_keeps(
     model: LlamaConfig, attention: str, kept: str, device: torch.device, dtype: torch.dtype, masked: bool
 ) -> None:
-    """Bytes of the tensors that autograd saves for one block, weights, RoPE's tables and documents left out."""
+    """Bytes of the tensors that autograd saves for one block, weights, RoPE's tables and documents excluded."""
     B, T = 2, 256
     decoder = build_model(model, attention, 1).to(device, dtype)
     cos, sin = rope_tables(model, T, device)
