@@ -1,4 +1,4 @@
-"""Damaged recipes and hostfiles: read, or refused in one sentence that names the file."""
+"""Damaged recipes and hostfiles: read, or rejected in one sentence that names the file."""
 
 from pathlib import Path
 

@@ -258,7 +258,7 @@ EVALUATION = '\n[evaluation]\ntasks = ["commonsense", "mine.yaml", "/a/b.yml"]\n
 
 
 def test_nothing_is_scored_unless_the_recipe_has_tasks(tmp_path: Path) -> None:
-    """Files are beside the recipe, wherever the ranks are started."""
+    """Files are next to the recipe, wherever the ranks are started."""
     path = tmp_path / "mine.toml"
     path.write_text(VALID)
     assert load_recipe(str(path)).evaluation == Evaluation()

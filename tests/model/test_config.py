@@ -1,4 +1,4 @@
-"""Shapes that cannot be are refused in a sentence."""
+"""Shapes that cannot be are rejected in a sentence."""
 
 import json
 from collections.abc import Callable

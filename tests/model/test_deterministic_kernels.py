@@ -54,6 +54,6 @@ def test_the_compiled_loss_stays_the_same() -> None:
 
 
 def test_bits_are_expected_of_a_gpu_with_the_flag_alone() -> None:
-    """A good checkpoint that a GPU gives another last bit of the probe's loss for is not to be refused."""
+    """A good checkpoint that a GPU gives another last bit of the probe's loss for is not to be rejected."""
     expected = {("cpu", False): True, ("cpu", True): True, ("cuda", False): False, ("cuda", True): True}
     assert {case: gives_same_bits(torch.device(case[0]), case[1]) for case in expected} == expected
