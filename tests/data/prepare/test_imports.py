@@ -68,6 +68,7 @@ def test_megatron_shards_are_trained_on_as_they_are(
     assert stream.read(0, stream.tokens).tolist() == sum(parts[0] + parts[1], [])
     starts = np.cumsum([0] + [len(text) for text in parts[1]])
     assert stream.shards[1].document_starts.tolist() == starts.tolist()
+    assert stream.shards[1].manifest.dtype == np.dtype(f"<{kind}").name
     assert audit_data(tmp_path / "data", {}, samples=0, workers=1).problems == []
 
 

@@ -93,6 +93,7 @@ def _describe_megatron(index: Path, name: ShardName, tokenizer: Tokenizer) -> Ma
         end_of_document="as in the imported shard",
         source_format={"imported_from": "MMIDIDX"},
         inputs=[_imported_file(path, header.documents)],
+        dtype=header.dtype.name,
     )
 
 
