@@ -69,13 +69,13 @@ def _add_train_tokenizer(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", type=Path, nargs="+", required=True, metavar="DIR", help="raw corpora")
     add("--vocab-size", type=WholeNumber(260, 2**20), default=32_000, help="number of pieces")
-    add_shared(parser, "--output", type=output_file, metavar="tokenizer.model", help="file to create")
+    add_shared(parser, "--output", type=output_file, metavar="FILE", help="file to create")
     add_shared(parser, "--text-field", "--json")
 
 
 def _train_tokenizer(options: argparse.Namespace) -> int:
     """Train a sentencepiece tokenizer with Llama's settings."""
-    from tinyllama_ds.data.tokenizer import train_tokenizer
+    from tinyllama_ds.data.train_tokenizer import train_tokenizer
 
     if options.output.exists():
         raise ConfigError(f"{options.output}: already exists; expected a new file")
@@ -115,7 +115,8 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
     longest = "with --chat, cut longer conversations after an answer; a recipe's sequence_length"
     add("--max-tokens", type=POSITIVE, default=2048, metavar="T", help=longest)
     add("--max-bad-records", type=COUNT, default=0, metavar="N", help="list and skip up to N bad records")
-    add("--encoder", choices=("auto", "gigatoken", "sentencepiece"), default="auto", help="of text into token ids")
+    encoders = ("auto", "gigatoken", "sentencepiece", "tokenizers")
+    add("--encoder", choices=encoders, default="auto", help="of text into token ids")
     add("--workers", type=RANKS, metavar="N", help="processes (default: one per core)")
     size = "about this many per shard (default: 256 MiB)"
     add("--shard-bytes", type=WholeNumber(1, 2**40), default=256 * 2**20, metavar="N", help=size)
