@@ -350,3 +350,30 @@ def test_a_tokenizer_that_loses_text_is_rejected(tmp_path: Path) -> None:
     path = fast_folders.change(fast_folders.smollm2(tmp_path), lambda content: content.update(decoder={"type": "Fuse"}))
     with pytest.raises(ConfigError, match="decoding the ids of .* does not give the text; expected byte-level BPE"):
         load_tokenizer(path).reject_inconvertible()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_tokenizer_encodes_every_text_and_splits_digits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = write_jsonl(tmp_path / "raw" / "a.jsonl", fast_folders.TEXT)
+    output = tmp_path / "tokenizer.json"
+    arguments = ["train-tokenizer", "--type", "bpe", "--input", str(raw.parent), "--vocab-size", "500"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}: 500 pieces\n"
+    tokenizer = load_tokenizer(output)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, None)
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS] == TEXTS
+    assert len(tokenizer.encode("2024")) == 4
+    assert main([*arguments, "--output", str(output)]) == 78
+    assert "already exists; expected a new file" in capsys.readouterr().err
+
+
+def test_too_little_text_for_so_many_pieces_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = write_jsonl(tmp_path / "raw" / "a.jsonl", ["a few words"])
+    arguments = ["train-tokenizer", "--type", "bpe", "--input", str(raw.parent), "--vocab-size", "5000"]
+    assert main([*arguments, "--output", str(tmp_path / "tokenizer.json")]) == 78
+    assert "training a tokenizer with 5000 pieces failed: the text gives" in capsys.readouterr().err
+    assert not (tmp_path / "tokenizer.json").exists()
