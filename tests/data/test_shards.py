@@ -37,6 +37,9 @@ def test_an_independent_reader_finds_the_documents(
     prefix = write_shard(tmp_path, documents, vocab_size)
     assert read_mmididx(prefix) == documents
     assert IndexHeader.read(prefix.with_suffix(".idx")).dtype == np.dtype(dtype)
+    named = Manifest.read(prefix.with_suffix(".json")).dtype
+    assert named == np.dtype(dtype).name
+    assert np.fromfile(prefix.with_suffix(".bin"), named).tolist() == sum(documents, [])
 
 
 def test_the_manifest_tells_the_truth(tmp_path: Path):
@@ -134,6 +137,7 @@ def test_a_manifest_that_does_not_match_is_rejected(tmp_path: Path):
     for change, message in (
         ({"tokens": 18}, "but its manifest has 18 tokens"),
         ({"documents": 5}, "but its manifest has 5"),
+        ({"dtype": "int32"}, r"shard_00000\.idx: its ids are uint16, but its manifest has int32"),
         ({"manifest_version": 9}, "manifest_version is 9; expected 1"),
         ({"unknown": 1}, "not a shard manifest"),
         ({"inputs": [{}]}, "not a shard manifest"),
@@ -141,6 +145,8 @@ def test_a_manifest_that_does_not_match_is_rejected(tmp_path: Path):
         path.write_text(json.dumps(good | change))
         with pytest.raises(ConfigError, match=message):
             TokenStream(prefix.parent)
+    path.write_text(json.dumps({key: value for key, value in good.items() if key != "dtype"}))
+    assert TokenStream(prefix.parent).tokens == 19, "as older versions wrote it"
     for content in (b"", b"[]", b"null", b"{", b"\xff", b'{"inputs": 3}'):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="not a shard manifest"):

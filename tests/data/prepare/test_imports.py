@@ -11,7 +11,8 @@ from tinyllama_ds.cli import main
 from tinyllama_ds.data.audit.audit import audit_data
 from tinyllama_ds.data.prepare.imports import Import, import_litpkds, import_megatron, read_litpkds
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.train_tokenizer import BOS_ID, EOS_ID
 from tinyllama_ds.errors import ConfigError
 
 
@@ -68,6 +69,7 @@ def test_megatron_shards_are_trained_on_as_they_are(
     assert stream.read(0, stream.tokens).tolist() == sum(parts[0] + parts[1], [])
     starts = np.cumsum([0] + [len(text) for text in parts[1]])
     assert stream.shards[1].document_starts.tolist() == starts.tolist()
+    assert stream.shards[1].manifest.dtype == np.dtype(f"<{kind}").name
     assert audit_data(tmp_path / "data", {}, samples=0, workers=1).problems == []
 
 
