@@ -14,7 +14,7 @@ from pathlib import Path
 
 from plan_launching import deepspeed_config, namespaces, run_ranks, throttle
 from tinyllama_ds.commands.arguments import Number, Parser, WholeNumber, output_file
-from tinyllama_ds.gpus import Network
+from tinyllama_ds.hardware.gpus import Network
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.communication import Hosts, collectives_of, traffic_of
 from tinyllama_ds.planning.layout import Layout, read_layout

@@ -29,10 +29,10 @@ from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import ORDER_VERSION, SampleOrder, planned_order
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import Tokenizer, stored_tokenizer
-from tinyllama_ds.devices import PACKAGES, installed_versions
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.tasks import load_tasks
 from tinyllama_ds.evaluation.validation import ValidationSet
+from tinyllama_ds.hardware.devices import PACKAGES, installed_versions
 from tinyllama_ds.layout import RUN_FILE, reject_unusable_directory
 from tinyllama_ds.model.attention import AttentionChoice, Demands, Device, resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig
