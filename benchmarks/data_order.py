@@ -53,7 +53,7 @@ def seconds(run: Callable[[], object], rounds: int) -> float:
 
 
 def main() -> None:
-    """Print a table of figures beside their bars."""
+    """Print a table of figures next to their bars."""
     parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=WholeNumber(1, 1000), default=5)
     parser.add_argument("--shards", type=WholeNumber(1, 10_000), default=20, help="of a source (default: %(default)s)")

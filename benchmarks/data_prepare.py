@@ -13,6 +13,7 @@ meets one.
 import json
 import os
 import platform
+import subprocess
 import sysconfig
 import tempfile
 import time
@@ -28,8 +29,8 @@ from installed import of_installed
 from tinyllama_ds.commands.arguments import Number, Parser, WholeNumber, output_file
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import SourceFormat
-from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
-from tinyllama_ds.data.vocabulary import ranked_merges
+from tinyllama_ds.data.shards import token_dtype
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
 
 FILES = 32  # and as many shards
 META = {"redpajama_set_name": "RedPajamaC4"}
@@ -56,11 +57,12 @@ def make_corpus(root: Path, max_bytes: int) -> int:
 Contender = Callable[[Path, Tokenizer, Path], int]
 
 
-def ours(encoder: str, workers: int = 1) -> Contender:
-    """`tinyllama-ds prepare`."""
+def ours(encoder: str | None, workers: int = 1) -> Contender:
+    """`tinyllama-ds prepare`, with the tokenizer's own library where no encoder is named."""
 
     def run(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
-        job = Preparation("x", corpus, SourceFormat(), tokenizer.path, output, encoder, shard_bytes=1)
+        chosen = encoder or tokenizer.library
+        job = Preparation("x", corpus, SourceFormat(), tokenizer.path, output, chosen, shard_bytes=1)
         return sum(manifest.tokens for manifest in prepare(job, workers))
 
     return run
@@ -81,7 +83,7 @@ def tinyllama(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
     for row in rows(corpus):
         if json.loads(row)["meta"]["redpajama_set_name"] == "RedPajamaGithub":
             continue
-        ids = torch.tensor([*tokenizer.processor.encode(json.loads(row)["text"]), EOS_ID], dtype=torch.int)
+        ids = torch.tensor([*tokenizer.encode(json.loads(row)["text"]), tokenizer.eos_id], dtype=torch.int)
         array = np.array(ids, dtype=np.uint16)
         tokens += len(array)
         while used + len(array) > len(chunk):
@@ -103,7 +105,7 @@ def litgpt(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
         for row in rows(corpus):
             if json.loads(row)["meta"]["redpajama_set_name"] == "RedPajamaGithub":
                 continue
-            ids = torch.tensor([*tokenizer.processor.encode(json.loads(row)["text"]), EOS_ID], dtype=torch.int)
+            ids = torch.tensor([*tokenizer.encode(json.loads(row)["text"]), tokenizer.eos_id], dtype=torch.int)
             file.write(ids.numpy().tobytes())
             tokens += len(ids)
     return tokens
@@ -114,41 +116,63 @@ def megatron(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
     lengths = []
     with output.open("wb") as file:
         for row in rows(corpus):
-            ids = [*tokenizer.processor.encode(json.loads(row)["text"]), EOS_ID]
+            ids = [*tokenizer.encode(json.loads(row)["text"]), tokenizer.eos_id]
             file.write(np.array(ids, dtype=np.uint16).tobytes(order="C"))
             lengths.append(len(ids))
     return sum(lengths)
 
 
-def datatrove(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
+def datatrove_step(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
     """datatrove, pipeline/tokens/tokenizer.py: `tokenizers`, by batches of 10,000 documents, one thread."""
-    import tokenizers
-
-    vocab = {piece: number for number, piece in enumerate(tokenizer.pieces)}
-    model = tokenizers.models.BPE(
-        vocab, ranked_merges(tokenizer), unk_token=tokenizer.pieces[0], fuse_unk=True, byte_fallback=True
-    )
-    fast = tokenizers.Tokenizer(model)
-    normalizers = tokenizers.normalizers
-    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast = tokenizer.to_fast()
     tokens, texts = 0, [json.loads(row)["text"] for row in rows(corpus)]
     with output.open("wb") as file:
         for start in range(0, len(texts), 10_000):
             for encoding in fast.encode_batch(texts[start : start + 10_000]):
-                file.write(np.array([*encoding.ids, EOS_ID], dtype=np.uint16).tobytes())
+                file.write(np.array([*encoding.ids, tokenizer.eos_id], dtype=np.uint16).tobytes())
                 tokens += len(encoding.ids) + 1
     return tokens
+
+
+_DATATROVE = """
+import sys
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer
+
+corpus, tokenizer, eos, output = sys.argv[1:]
+steps = [
+    JsonlReader(corpus),
+    DocumentTokenizer(output, tokenizer_name_or_path=tokenizer, eos_token=eos, shuffle_documents=False),
+]
+LocalPipelineExecutor(steps, tasks=1, workers=1, logging_dir=output + ".logs").run()
+"""
+
+
+def datatrove(python: Path) -> Contender:
+    """datatrove itself, which needs an environment of its own: its pipeline from JSON lines to token files."""
+
+    def run(corpus: Path, tokenizer: Tokenizer, output: Path) -> int:
+        eos = tokenizer.to_fast().id_to_token(tokenizer.eos_id)
+        command = [str(python), "-c", _DATATROVE, str(corpus), str(tokenizer.path), str(eos), str(output)]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": ""})
+        written = sum(path.stat().st_size for path in output.glob("*.ds"))
+        if not written:
+            raise SystemExit(f"{python}: datatrove wrote no tokens; does its environment have zstandard?")
+        return written // token_dtype(tokenizer.vocab_size).itemsize
+
+    return run
 
 
 CONTENDERS: dict[str, Contender] = {
     "ours, gigatoken": ours("gigatoken"),
     "ours, gigatoken, 2 workers": ours("gigatoken", 2),
-    "ours, sentencepiece": ours("sentencepiece"),
-    "ours, sentencepiece, 2 workers": ours("sentencepiece", 2),
+    "ours, own library": ours(None),
+    "ours, own library, 2 workers": ours(None, 2),
     "TinyLlama's script": tinyllama,
     "litgpt's script": litgpt,
     "Megatron's script": megatron,
-    "datatrove's step": datatrove,
+    "datatrove's step": datatrove_step,
 }
 
 
@@ -167,33 +191,40 @@ def measure(run: Contender, corpus: Path, tokenizer: Tokenizer) -> dict[str, flo
         return {"tokens": tokens, "wall_s": time.perf_counter() - wall, "cpu_s": sum(os.times()[:4]) - cpu}
 
 
-def measure_start(run: Contender, tokenizer: Tokenizer) -> float:
-    """Seconds of the wall for two files of one line each."""
+def measure_start(run: Contender, tokenizer: Tokenizer) -> dict[str, float]:
+    """The same for two files of one line each."""
     with tempfile.TemporaryDirectory() as corpus:
         for number in range(2):
             with zstandard.open(Path(corpus) / f"{number}.jsonl.zst", "wt", encoding="utf-8") as file:
                 file.write(json.dumps({"text": "one line", "meta": META}) + "\n")
-        return measure(run, Path(corpus), tokenizer)["wall_s"]
+        return measure(run, Path(corpus), tokenizer)
 
 
 def main() -> None:
-    """Print a row per contender: million tokens per second, and our fastest single worker beside it."""
+    """Print a row per contender: million tokens per second, and our fastest single worker next to it."""
     parser = Parser(description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--megabytes", type=Number(most=1e6), default=120, help="of text")
     parser.add_argument("--rounds", type=WholeNumber(1, 1000), default=3)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument(
+        "--datatrove", type=Path, metavar="PYTHON", help="measure the datatrove of this interpreter, too"
+    )
     parser.add_argument("--json", type=output_file)
     options = parser.parse_args()
     names = of_installed({name: _package_of(name) for name in options.only})
-    tokenizer = Tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
+    contenders = {name: CONTENDERS[name] for name in names}
+    if options.datatrove is not None:
+        contenders["datatrove"] = datatrove(options.datatrove.absolute())
     with tempfile.TemporaryDirectory() as directory:
         text_bytes = make_corpus(Path(directory), int(options.megabytes * 1e6))
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
         for _ in range(options.rounds):
-            for name in names:
-                start = measure_start(CONTENDERS[name], tokenizer)
-                found[name].append(measure(CONTENDERS[name], Path(directory), tokenizer) | {"start_s": start})
+            for name, run in contenders.items():
+                start = measure_start(run, tokenizer)
+                starts = {"start_s": start["wall_s"], "start_cpu_s": start["cpu_s"]}
+                found[name].append(measure(run, Path(directory), tokenizer) | starts)
     report(found, options.json, text_bytes)
 
 
@@ -206,13 +237,17 @@ def report(found: dict[str, list[dict[str, float]]], path: Path | None, text_byt
             / (min(run["wall_s"] for run in runs) - min(run["start_s"] for run in runs))
             / 1e6,
             "per_core": max(run["tokens"] / run["cpu_s"] / 1e6 for run in runs),
+            "per_core_net": max(run["tokens"] for run in runs)
+            / (min(run["cpu_s"] for run in runs) - min(run["start_cpu_s"] for run in runs))
+            / 1e6,
         }
         for name, runs in found.items()
     }
-    print(f"{'':<34}{'Mtok/s':>9}{'net':>7}{'per core':>10}")
+    print(f"{'':<34}{'Mtok/s':>9}{'net':>7}{'per core':>10}{'net':>7}")
     for name, rate in rates.items():
-        print(f"{name:<34}{rate['wall']:>9.2f}{rate['net']:>7.2f}{rate['per_core']:>10.2f}")
-    for encoder in ("gigatoken", "sentencepiece"):  # means something on a machine with two idle cores only
+        figures = f"{rate['wall']:>9.2f}{rate['net']:>7.2f}{rate['per_core']:>10.2f}{rate['per_core_net']:>7.2f}"
+        print(f"{name:<34}{figures}")
+    for encoder in ("gigatoken", "own library"):  # means something on a machine with two idle cores only
         one, two = f"ours, {encoder}", f"ours, {encoder}, 2 workers"
         if one in rates and two in rates:
             print(f"two workers over one, {encoder}, net: {rates[two]['net'] / rates[one]['net']:.2f}")

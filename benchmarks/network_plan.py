@@ -1,4 +1,4 @@
-"""The plan's bytes and seconds beside real ones: ranks on network namespaces, one thread each, links throttled by tc.
+"""The plan's bytes and seconds next to real ones: ranks on network namespaces, one thread each, links throttled by tc.
 
     python benchmarks/network_plan.py bytes --json benchmarks/results/network_bytes.json
     python benchmarks/network_plan.py time --json benchmarks/results/network_time.json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from plan_launching import deepspeed_config, namespaces, run_ranks, throttle
 from tinyllama_ds.commands.arguments import Number, Parser, WholeNumber, output_file
-from tinyllama_ds.gpus import Network
+from tinyllama_ds.hardware.gpus import Network
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.communication import Hosts, collectives_of, traffic_of
 from tinyllama_ds.planning.layout import Layout, read_layout

@@ -205,9 +205,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="on_gpu-", ignore_cleanup_errors=True) as work:
         call, code = OnGpu(options, Path(work)), 0
         try:
-            refusal = call.reject_without_gpu()
-            if refusal is not None:
-                print(f"on_gpu: {refusal}", file=sys.stderr)
+            problem = call.reject_without_gpu()
+            if problem is not None:
+                print(f"on_gpu: {problem}", file=sys.stderr)
                 return EXIT_CONFIG
             call.run_parts()
         except Interrupted as signal:

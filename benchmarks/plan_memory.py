@@ -1,4 +1,4 @@
-"""The plan's model states beside what CPU ranks hold, and its peak beside theirs, layout by layout.
+"""The plan's model states next to what CPU ranks hold, and its peak next to theirs, layout by layout.
 
     python benchmarks/plan_memory.py --ranks 1 2 4 --json benchmarks/results/plan_memory.json
 

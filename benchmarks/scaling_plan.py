@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from tinyllama_ds.commands.arguments import Parser, WholeNumber, output_file, output_picture
 from tinyllama_ds.config.recipe import Recipe
 from tinyllama_ds.config.run_plan import RunPlan
-from tinyllama_ds.gpus import gpu_named, network_of
+from tinyllama_ds.hardware.gpus import gpu_named, network_of
 from tinyllama_ds.planning.communication import Hosts
 from tinyllama_ds.planning.plan import PlanRequest, read_inputs
 from tinyllama_ds.planning.search import search

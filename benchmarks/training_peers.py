@@ -1,4 +1,4 @@
-"""Tokens per second of one training step: ours beside what a user would pick instead, same model, tokens and machine.
+"""Tokens per second of one training step: ours next to what a user would pick instead, same model, tokens and machine.
 
     python benchmarks/training_peers.py --json benchmarks/results/training_peers_cpu.json
 

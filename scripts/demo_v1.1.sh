@@ -46,7 +46,7 @@ step "5/9 and resumed on one rank under ZeRO-1"
 step "6/9 Chinese from the end of the basic stage"
 pretrain demo-v1.1-chinese chinese demo_zero3 --branch-from "$demo/general"
 
-step "7/9 export to Hugging Face, proven equal"
+step "7/9 export to Hugging Face, verified equal"
 for run in general math-code chinese; do
   if [[ ! -d $demo/hf-$run ]]; then tinyllama-ds export "$demo/$run" "$demo/hf-$run"; fi
 done

@@ -1,7 +1,7 @@
 """Damaged forms of a file that is right, by chance: what power losses, editors and other programs make of it.
 
     @given(content=mutations(VALID))
-    def test_a_damaged_one_is_refused(content: bytes) -> None:
+    def test_a_damaged_one_is_rejected(content: bytes) -> None:
         returns_or_refuses(read_it, content, "it.json")
 
 60 of them for each test, with --all-faults 2,000; the same ones in every run.

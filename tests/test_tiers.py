@@ -61,7 +61,7 @@ def test_quick_is_what_starts_no_process(made: pytest.Pytester) -> None:
     assert collected(made, "--gpu") == {"gpu"}
 
 
-def test_quick_and_a_flag_that_adds_tests_are_refused(made: pytest.Pytester) -> None:
+def test_quick_and_a_flag_that_adds_tests_are_rejected(made: pytest.Pytester) -> None:
     result = run(made, "--quick", "--hosts")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--quick leaves out what --hosts adds*"])

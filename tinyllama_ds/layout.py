@@ -13,12 +13,17 @@ LEDGER_FILE = "ledger.jsonl"
 STOP_FILE = "stop"
 METRICS_FILE = "metrics.jsonl"
 STARTS_FILE = "starts.jsonl"
-TOKENIZER_FILE = "tokenizer.model"
+# Of sentencepiece; of the tokenizers library, with the roles of its special tokens.
+TOKENIZER_MODEL, TOKENIZER_JSON, SPECIAL_TOKENS = "tokenizer.model", "tokenizer.json", "special_tokens_map.json"
+TOKENIZER_FILES = (TOKENIZER_MODEL, TOKENIZER_JSON, SPECIAL_TOKENS)
 LOCK_FILE = "lock.json"
 LIFELINE_KEY_FILE = "lifeline.key"  # shared by the supervisor and ranks on other hosts
 CHECKPOINTS, QUARANTINE, LOGS = "checkpoints", "quarantine", "logs"
 _FOLDERS = (CHECKPOINTS, QUARANTINE, LOGS)
-_FILES = (RUN_FILE, STATUS_FILE, LEDGER_FILE, STOP_FILE, LIFELINE_KEY_FILE, SECRETS_FILE, TOKENIZER_FILE, LOCK_FILE)
+_FILES = (
+    *(RUN_FILE, STATUS_FILE, LEDGER_FILE, STOP_FILE, LIFELINE_KEY_FILE, SECRETS_FILE, LOCK_FILE),
+    *TOKENIZER_FILES,
+)
 
 # Of the environment, from the supervisor to its ranks.
 SUPERVISOR_VARIABLE = "TINYLLAMA_DS_SUPERVISOR"  # its process id

@@ -120,7 +120,7 @@ def main(part: Part) -> int:
             device = Device(part.device, capability_of(torch.device(part.device)))
             resolve_attention_backend(name, device, Demands(sixteen_bit=True))
         except ConfigError as error:
-            part.figures.put(f"{name}.refused", str(error), f"{name:<18}not here: {error}"[:130])
+            part.figures.put(f"{name}.rejected", str(error), f"{name:<18}not here: {error}"[:130])
             continue
         try:
             report(name, part)

@@ -68,7 +68,7 @@ def resume(part: Part) -> None:
 
 
 def export(part: Part) -> None:
-    """A Hugging Face folder, proven equal."""
+    """A Hugging Face folder, verified equal."""
     started = time.perf_counter()
     finished = tinyllama_ds("export", part.work / "full_size", part.work / "full_size_hf")
     said = finished.stdout.strip().splitlines()[-1:] or [""]

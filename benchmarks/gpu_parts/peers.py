@@ -1,4 +1,4 @@
-"""Ours beside transformers under the same JSON, a plain compiled loop and FSDP2: in turn, as far as memory allows."""
+"""Ours next to transformers under the same JSON, a plain compiled loop and FSDP2: in turn, as far as memory allows."""
 
 import sys
 from statistics import median

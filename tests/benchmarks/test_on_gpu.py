@@ -124,7 +124,7 @@ def test_a_signal_ends_all_and_shows_what_there_is(number: signal.Signals, tmp_p
     assert not any(map(is_alive, parts["endless"]["figures"]["pids"]))
 
 
-def test_a_machine_without_a_gpu_is_refused(tmp_path: Path) -> None:
+def test_a_machine_without_a_gpu_is_rejected(tmp_path: Path) -> None:
     command = [str(SCRIPT), "--out", str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert finished.returncode == on_gpu.EXIT_CONFIG

@@ -18,7 +18,7 @@ OTHERS = {
     "data/prepare/inputs.py": {"--keep"},  # of gunzip
     "data/prepare/reading.py": {"--long"},  # of zstd
     "commands/arguments.py": {"--local_rank"},  # of ranks
-    "devices.py": {"--query-gpu", "--format", "--gpus-per-task"},  # of nvidia-smi and srun
+    "hardware/devices.py": {"--query-gpu", "--format", "--gpus-per-task"},  # of nvidia-smi and srun
     "launch/machines.py": {"--nodes", "--ntasks", "--nodelist"},  # of srun
     "rank/__init__.py": {"--module"},  # of deepspeed
     "launch/probe.py": {"--always", "--dirty"},  # of git

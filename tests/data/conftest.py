@@ -4,7 +4,8 @@ import pytest
 from corpora import AWKWARD_TEXTS, made_up_text
 from llama2 import LLAMA2
 
-from tinyllama_ds.data.tokenizer import Tokenizer, train_tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllama_ds.data.train_tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -25,4 +26,4 @@ def llama2_tokenizer() -> Tokenizer:
     """Llama 2's own vocabulary, which is not ours to ship."""
     if not LLAMA2.is_file():
         pytest.skip("needs Llama 2's tokenizer.model, named by TINYLLAMA_DS_LLAMA2_TOKENIZER")
-    return Tokenizer(LLAMA2)
+    return load_tokenizer(LLAMA2)

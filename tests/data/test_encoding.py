@@ -11,8 +11,9 @@ import sentencepiece
 from corpora import AWKWARD_TEXTS, made_up_text
 
 from tinyllama_ds.data import encoding
-from tinyllama_ds.data.encoding import FileEncoder, encode_with_sentencepiece, load_gigatoken
-from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
+from tinyllama_ds.data.encoding import FileEncoder, load_gigatoken
+from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.train_tokenizer import BOS_ID, EOS_ID, UNK_ID
 from tinyllama_ds.errors import ConfigError
 
 needs_gigatoken = pytest.mark.skipif(
@@ -57,7 +58,7 @@ def test_gigatoken_is_equal_on_llama_2s_vocabulary(llama2_tokenizer: Tokenizer):
     fast = load_gigatoken(llama2_tokenizer, "gigatoken")
     assert fast is not None
     ids, lengths = fast(texts)
-    expected_ids, expected_lengths = encode_with_sentencepiece(llama2_tokenizer, texts)
+    expected_ids, expected_lengths = llama2_tokenizer.encode_batch(texts)
     assert np.array_equal(lengths, expected_lengths)
     assert np.array_equal(ids, expected_ids)
 
@@ -66,7 +67,7 @@ def wrong_from(document: int, tokenizer: Tokenizer):
     """An encoder that is right until it sees the given document."""
 
     def encode(texts: list[str]):
-        ids, lengths = encode_with_sentencepiece(tokenizer, texts)
+        ids, lengths = tokenizer.encode_batch(texts)
         if any(text.startswith(f"{document} ") for text in texts):
             ids = ids + 1
         return ids, lengths
@@ -85,16 +86,16 @@ def test_a_difference_in_the_sample_changes_to_sentencepiece_and_says_so(tokeniz
 
 def test_an_encoder_that_fails_the_probes_is_never_used(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     def lossy(tokenizer: Tokenizer):
-        return lambda texts: encode_with_sentencepiece(tokenizer, [text.strip() for text in texts])
+        return lambda texts: tokenizer.encode_batch([text.strip() for text in texts])
 
-    monkeypatch.setattr(encoding, "_gigatoken", lossy)
+    monkeypatch.setattr(encoding, "gigatoken_encoder", lossy)
     assert load_gigatoken(tokenizer, "auto") is None
     with pytest.raises(ConfigError, match="gives different ids for .* than sentencepiece"):
         load_gigatoken(tokenizer, "gigatoken")
 
 
 @pytest.mark.parametrize("module", ["gigatoken", "awkward"])
-def test_an_encoder_that_does_not_import_is_refused_only_where_it_was_asked_for(
+def test_an_encoder_that_does_not_import_is_rejected_only_where_it_was_asked_for(
     module: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     """gigatoken itself, or what it needs: a wheel that was installed without its dependencies."""

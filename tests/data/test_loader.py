@@ -11,7 +11,8 @@ from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import EOS_ID, TOKENIZER_FILE, Tokenizer, train_tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.train_tokenizer import EOS_ID, train_tokenizer
 from tinyllama_ds.errors import ConfigError, DataError
 
 T = 64
@@ -95,7 +96,7 @@ def test_one_document_in_one_shard_is_enough(tmp_path: Path, tokenizer: Tokenize
     assert reader.read(np.arange(8)).shape == (8, T + 1)
 
 
-def test_an_id_beyond_the_vocabulary_is_refused_with_its_place(tmp_path: Path, tokenizer: Tokenizer):
+def test_an_id_beyond_the_vocabulary_is_rejected_with_its_place(tmp_path: Path, tokenizer: Tokenizer):
     data = make_data(tmp_path, tokenizer, {"bad": [[made_up_text(1, 300)]]})
     (path,) = (data / "bad" / "train").glob("*.bin")
     tokens = np.fromfile(path, "<u2")
@@ -108,12 +109,12 @@ def test_an_id_beyond_the_vocabulary_is_refused_with_its_place(tmp_path: Path, t
         reader.read(np.arange(10))
 
 
-def test_what_does_not_fit_together_is_refused(tmp_path: Path, data: Path, tokenizer: Tokenizer):
-    with pytest.raises(ConfigError, match="has 512 pieces, but the model's vocabulary is 32000"):
+def test_what_does_not_fit_together_is_rejected(tmp_path: Path, data: Path, tokenizer: Tokenizer):
+    with pytest.raises(ConfigError, match="has 512 pieces, but the model's vocabulary is 32000; expected 512"):
         open_streams(data, ["first"], "train", 32_000)
     with pytest.raises(ConfigError, match="holds no token shards"):
         open_streams(data, ["absent"], "train", 512)
     other = make_data(tmp_path, tokenizer, {"first": [[made_up_text(1, 60)]]})
-    train_tokenizer([made_up_text(99, 3000)], 512, other / TOKENIZER_FILE)
+    train_tokenizer([made_up_text(99, 3000)], 512, other / "tokenizer.model")
     with pytest.raises(ConfigError, match="was made with a different tokenizer"):
         open_streams(other, ["first"], "train", 512)

@@ -164,7 +164,7 @@ def test_the_order_is_frozen():
     assert located(order, 123_456, 123_460) == [(0, 86, 491), (0, 86, 977), (1, 481, 32), (0, 86, 952)]
 
 
-def test_a_source_without_a_sample_is_refused():
+def test_a_source_without_a_sample_is_rejected():
     with pytest.raises(ConfigError, match="source 'b': has less than one sample"):
         SampleOrder(1, {"a": 5, "b": 0}, [MixtureStage(10, {"a": 1.0, "b": 1.0})])
 

@@ -37,6 +37,9 @@ def test_an_independent_reader_finds_the_documents(
     prefix = write_shard(tmp_path, documents, vocab_size)
     assert read_mmididx(prefix) == documents
     assert IndexHeader.read(prefix.with_suffix(".idx")).dtype == np.dtype(dtype)
+    named = Manifest.read(prefix.with_suffix(".json")).dtype
+    assert named == np.dtype(dtype).name
+    assert np.fromfile(prefix.with_suffix(".bin"), named).tolist() == sum(documents, [])
 
 
 def test_the_manifest_tells_the_truth(tmp_path: Path):
@@ -110,7 +113,7 @@ def test_the_documents_that_begin_in_a_stretch_are_found_without_the_whole_index
 # --- what was tampered with -------------------------------------------------------------------------------------------
 
 
-def test_a_missing_or_foreign_shard_is_refused(tmp_path: Path):
+def test_a_missing_or_foreign_shard_is_rejected(tmp_path: Path):
     for number in range(3):
         write_shard(tmp_path, DOCUMENTS, number=number, shards=3)
     directory = tmp_path / "source" / "train"
@@ -127,13 +130,14 @@ def test_a_missing_or_foreign_shard_is_refused(tmp_path: Path):
         TokenStream(directory)
 
 
-def test_a_manifest_that_does_not_match_is_refused(tmp_path: Path):
+def test_a_manifest_that_does_not_match_is_rejected(tmp_path: Path):
     prefix = write_shard(tmp_path, DOCUMENTS)
     path = prefix.with_suffix(".json")
     good = json.loads(path.read_text())
     for change, message in (
         ({"tokens": 18}, "but its manifest has 18 tokens"),
         ({"documents": 5}, "but its manifest has 5"),
+        ({"dtype": "int32"}, r"shard_00000\.idx: its ids are uint16, but its manifest has int32"),
         ({"manifest_version": 9}, "manifest_version is 9; expected 1"),
         ({"unknown": 1}, "not a shard manifest"),
         ({"inputs": [{}]}, "not a shard manifest"),
@@ -141,6 +145,8 @@ def test_a_manifest_that_does_not_match_is_refused(tmp_path: Path):
         path.write_text(json.dumps(good | change))
         with pytest.raises(ConfigError, match=message):
             TokenStream(prefix.parent)
+    path.write_text(json.dumps({key: value for key, value in good.items() if key != "dtype"}))
+    assert TokenStream(prefix.parent).tokens == 19, "as older versions wrote it"
     for content in (b"", b"[]", b"null", b"{", b"\xff", b'{"inputs": 3}'):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="not a shard manifest"):
@@ -156,7 +162,7 @@ def test_a_missing_file_is_named(tmp_path: Path, suffix: str):
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, 37])
-def test_a_truncated_bin_is_refused(tmp_path: Path, length: int):
+def test_a_truncated_bin_is_rejected(tmp_path: Path, length: int):
     prefix = write_shard(tmp_path, DOCUMENTS)
     path = prefix.with_suffix(".bin")
     path.write_bytes(path.read_bytes()[:length])
@@ -192,7 +198,7 @@ def test_a_read_that_comes_short_for_a_while_is_read_again(tmp_path: Path, monke
     assert stream.read(8, 5).tolist() == expected.tolist()
 
 
-def test_every_truncation_of_an_index_is_refused(tmp_path: Path):
+def test_every_truncation_of_an_index_is_rejected(tmp_path: Path):
     prefix = write_shard(tmp_path, DOCUMENTS)
     path = prefix.with_suffix(".idx")
     content = path.read_bytes()
@@ -208,7 +214,7 @@ def test_every_truncation_of_an_index_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("sequences", "borders"), [(2**63, 2**63), (2**64 - 1, 0), (2**62, 1), (0, 2**61), (4, 2**60), (2**32, 5)]
 )
-def test_a_hostile_index_is_refused_before_anything_is_allocated(tmp_path: Path, sequences: int, borders: int):
+def test_a_hostile_index_is_rejected_before_anything_is_allocated(tmp_path: Path, sequences: int, borders: int):
     path = tmp_path / "x.idx"
     path.write_bytes(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, sequences, borders) + b"\x00" * 88)
     with pytest.raises(ConfigError, match="do not hold"):
@@ -218,7 +224,7 @@ def test_a_hostile_index_is_refused_before_anything_is_allocated(tmp_path: Path,
 @pytest.mark.parametrize(
     ("offset", "value", "message"), [(0, b"X", "not a MMIDIDX"), (9, b"\x02", "version 2"), (17, b"\x09", "code 9")]
 )
-def test_a_foreign_header_is_refused(tmp_path: Path, offset: int, value: bytes, message: str):
+def test_a_foreign_header_is_rejected(tmp_path: Path, offset: int, value: bytes, message: str):
     prefix = write_shard(tmp_path, DOCUMENTS)
     path = prefix.with_suffix(".idx")
     content = bytearray(path.read_bytes())
@@ -238,7 +244,7 @@ def test_a_foreign_header_is_refused(tmp_path: Path, offset: int, value: bytes, 
         (34 + 12 * 4 + 8 * 4, struct.pack("<q", 9), "document boundaries"),
     ],
 )
-def test_hostile_contents_of_an_index_are_refused(tmp_path: Path, offset: int, value: bytes, message: str):
+def test_hostile_contents_of_an_index_are_rejected(tmp_path: Path, offset: int, value: bytes, message: str):
     prefix = write_shard(tmp_path, DOCUMENTS)
     path = prefix.with_suffix(".idx")
     content = bytearray(path.read_bytes())
@@ -248,7 +254,7 @@ def test_hostile_contents_of_an_index_are_refused(tmp_path: Path, offset: int, v
         IndexHeader.read(path).document_starts()
 
 
-def test_an_index_whose_lengths_do_not_add_up_is_refused(tmp_path: Path):
+def test_an_index_whose_lengths_do_not_add_up_is_rejected(tmp_path: Path):
     prefix = write_shard(tmp_path, DOCUMENTS)
     path = prefix.with_suffix(".idx")
     content = bytearray(path.read_bytes())

@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-import sentencepiece
+import vocabularies
 from corpora import made_up_text
 
-from tinyllama_ds.data.tokenizer import Tokenizer, train_tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllama_ds.data.train_tokenizer import train_tokenizer
 from tinyllama_ds.errors import ConfigError
 
 
@@ -39,32 +40,30 @@ def test_training_stops_at_its_share_of_text(tmp_path: Path):
     assert train_tokenizer(texts(), 300, tmp_path / "t.model", max_bytes=10_000).vocab_size == 300
 
 
-def test_too_little_text_is_refused_and_leaves_nothing(tmp_path: Path):
+def test_too_little_text_is_rejected_and_leaves_nothing(tmp_path: Path):
     with pytest.raises(ConfigError, match="training a tokenizer with 5000 pieces failed"):
         train_tokenizer(["a few words"], 5000, tmp_path / "t.model")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_or_foreign_file_is_refused(tmp_path: Path):
+def test_a_missing_or_foreign_file_is_rejected(tmp_path: Path):
     with pytest.raises(ConfigError, match="the tokenizer is missing"):
-        Tokenizer(tmp_path / "absent.model")
+        load_tokenizer(tmp_path / "absent.model")
     (tmp_path / "text.model").write_text("not a model")
     with pytest.raises(ConfigError, match="not a sentencepiece model"):
-        Tokenizer(tmp_path / "text.model")
+        load_tokenizer(tmp_path / "text.model")
 
 
-def test_other_special_ids_are_refused(tmp_path: Path):
-    with (tmp_path / "odd.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(made_up_text(0, 2000).splitlines()),
-            model_writer=file,
-            vocab_size=60,
-            bos_id=2,
-            eos_id=1,
-            minloglevel=2,
-        )
-    with pytest.raises(ConfigError, match=r"are \(0, 2, 1\); expected \(0, 1, 2\)"):
-        Tokenizer(tmp_path / "odd.model")
+def test_special_ids_are_the_models_own(tmp_path: Path):
+    path = vocabularies.train(tmp_path / "t.model", unk_id=2, bos_id=-1, eos_id=1, pad_id=0)
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, None, 1, 0)
+    assert tokenizer.end_of_document == "one EOS (id 1) after each document, no BOS"
+
+
+def test_a_model_without_an_end_of_sequence_is_rejected(tmp_path: Path):
+    with pytest.raises(ConfigError, match="t.model: has no eos piece; expected one, which separates documents"):
+        load_tokenizer(vocabularies.train(tmp_path / "t.model", eos_id=-1))
 
 
 NO_MODELS = {
@@ -72,7 +71,7 @@ NO_MODELS = {
     "cut short": (lambda content: content[:-7], "not a sentencepiece model, or a truncated one"),
     "half": (lambda content: content[: len(content) // 2], "not a sentencepiece model, or a truncated one"),
     "zeros": (lambda content: bytes(len(content)), "not a sentencepiece model, it begins with NUL bytes"),
-    "tokenizer.json": (lambda content: b'{\n "version": "1.0"}', "but JSON; expected the tokenizer.model beside"),
+    "JSON": (lambda content: b'{\n "version": "1.0"}', "not a tokenizer.json, it is damaged or has no model"),
     "LFS": (
         lambda content: b"version https://git-lfs.github.com/spec/v1\noid",
         "but a Git LFS pointer to one; run git lfs",
@@ -81,17 +80,17 @@ NO_MODELS = {
 
 
 @pytest.mark.parametrize("case", NO_MODELS)
-def test_a_file_that_is_no_model_is_refused_with_the_reason(tokenizer: Tokenizer, tmp_path: Path, case: str):
+def test_a_file_that_is_no_model_is_rejected_with_the_reason(tokenizer: Tokenizer, tmp_path: Path, case: str):
     spoil, sentence = NO_MODELS[case]
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(spoil(tokenizer.content))
+    path.write_bytes(spoil(tokenizer.files["tokenizer.model"]))
     with pytest.raises(ConfigError, match=f"{path}: .*{re.escape(sentence)}"):
-        Tokenizer(path)
+        load_tokenizer(path)
 
 
 def test_a_folder_is_no_model(tmp_path: Path):
     with pytest.raises(ConfigError, match="the tokenizer is missing"):
-        Tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_texts_that_cannot_be_read_leave_nothing(tmp_path: Path):

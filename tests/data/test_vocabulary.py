@@ -14,8 +14,9 @@ from tinyllama_ds.data.prepare.conversations import ChatFormat
 from tinyllama_ds.data.prepare.imports import Import, import_litpkds, import_megatron
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import source_format
-from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.vocabulary import difference_of, fast_tokenizer, probe_texts, reject_inconvertible
+from tinyllama_ds.data.sentencepiece_tokenizer import fast_tokenizer, reject_inconvertible
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllama_ds.data.vocabulary import difference_of, probe_texts
 from tinyllama_ds.errors import ConfigError
 
 SYMBOLS = ["<sep>", "<se", "[INST]", "\n\n", "▁▁▁", "the", "a b", "(?x", "é"]
@@ -33,11 +34,11 @@ UNLIKE_LLAMAS = {
 @pytest.fixture(scope="module")
 def with_symbols(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("symbols") / "tokenizer.model"
-    return Tokenizer(vocabularies.train(path, user_defined_symbols=SYMBOLS, control_symbols=["<pad>", "<|user|>"]))
+    return load_tokenizer(vocabularies.train(path, user_defined_symbols=SYMBOLS, control_symbols=["<pad>", "<|user|>"]))
 
 
 @pytest.mark.parametrize("case", UNLIKE_LLAMAS)
-def test_what_export_cannot_convert_is_refused_before_anything_is_made(tmp_path: Path, case: str):
+def test_what_export_cannot_convert_is_rejected_before_anything_is_made(tmp_path: Path, case: str):
     settings, what = UNLIKE_LLAMAS[case]
     path = vocabularies.train(tmp_path / "tokenizer.model", **settings)
     sentence = f"tokenizer.model: .*{what}.*, which export cannot convert; expected Llama's settings"
@@ -57,11 +58,11 @@ def test_all_that_is_unlike_is_said_at_once(tmp_path: Path):
     with pytest.raises(
         ConfigError, match="normalises its text .* and removes spaces .* and puts no space before a text"
     ):
-        reject_inconvertible(Tokenizer(path))
+        reject_inconvertible(load_tokenizer(path))
 
 
 def test_a_vocabulary_without_bytes_can_be_converted(tmp_path: Path):
-    reject_inconvertible(Tokenizer(vocabularies.train(tmp_path / "t.model", byte_fallback=False, vocab_size=300)))
+    reject_inconvertible(load_tokenizer(vocabularies.train(tmp_path / "t.model", byte_fallback=False, vocab_size=300)))
 
 
 def test_chats_need_a_token_for_each_line_break(tmp_path: Path):
@@ -95,7 +96,7 @@ def test_user_defined_symbols_are_converted(with_symbols: Tokenizer, texts: list
 
 def test_a_conversion_that_differs_in_one_symbol_is_found(tmp_path: Path):
     """The symbol as a piece that is merged, as plain ones are."""
-    one_symbol = Tokenizer(vocabularies.train(tmp_path / "t.model", user_defined_symbols=["<sep>"]))
+    one_symbol = load_tokenizer(vocabularies.train(tmp_path / "t.model", user_defined_symbols=["<sep>"]))
     right = fast_tokenizer(one_symbol)
     without_symbols = type(right)(right.model)
     without_symbols.normalizer, without_symbols.decoder = right.normalizer, right.decoder
@@ -131,7 +132,7 @@ def test_gigatoken_is_not_used_with_symbols_that_it_spells_out(
 def test_gigatoken_is_not_used_with_a_vocabulary_that_it_cannot_load(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    tokenizer = Tokenizer(vocabularies.train(tmp_path / "t.model", byte_fallback=False, vocab_size=300))
+    tokenizer = load_tokenizer(vocabularies.train(tmp_path / "t.model", byte_fallback=False, vocab_size=300))
     assert load_gigatoken(tokenizer, "auto") is None
     assert "t.model: gigatoken cannot load it (byte_fallback is set but" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="the encoder gigatoken cannot load it"):

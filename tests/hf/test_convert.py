@@ -10,9 +10,9 @@ import transformers
 from llama2 import LLAMA2, needs_llama2
 from safetensors.torch import load_file, save_file
 
-from tinyllama_ds.data import vocabulary
-from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.vocabulary import ranked_merges
+from tinyllama_ds.data import sentencepiece_tokenizer
+from tinyllama_ds.data.sentencepiece_tokenizer import ranked_merges
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf import convert
 from tinyllama_ds.hf.convert import PROBE_TEXTS, ExportOptions, export, hf_tokenizer
@@ -58,7 +58,7 @@ def test_token_ids_equal_sentencepiece(tokenizer: Tokenizer, tmp_path: Path) -> 
 @needs_llama2
 def test_token_ids_equal_sentencepiece_with_llamas_own_vocabulary(tmp_path: Path) -> None:
     """Runs of spaces are where transformers' own conversion differs."""
-    tokenizer = Tokenizer(LLAMA2)
+    tokenizer = load_tokenizer(LLAMA2)
     hf_tokenizer(tokenizer, 2048).save_pretrained(tmp_path)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [*PROBE_TEXTS, *TEXTS, *python_sources()]:
@@ -75,7 +75,7 @@ def test_exported_weights_are_the_same_bits(tokenizer: Tokenizer, weights: dict,
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in (tmp_path / "hf").iterdir())
 
 
-def test_weights_that_differ_are_refused_and_leave_nothing(
+def test_weights_that_differ_are_rejected_and_leave_nothing(
     tokenizer: Tokenizer, weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault in the writing itself: two projections swapped in the file."""
@@ -96,12 +96,12 @@ def test_weights_that_differ_are_refused_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_logits_that_differ_are_refused_and_leave_nothing(
+def test_logits_that_differ_are_rejected_and_leave_nothing(
     tokenizer: Tokenizer, weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault in the description: another base of the rotation."""
     real = convert.hf_config
-    monkeypatch.setattr(convert, "hf_config", lambda config, dtype: real(replace(config, rope_theta=500.0), dtype))
+    monkeypatch.setattr(convert, "hf_config", lambda config, *more: real(replace(config, rope_theta=500.0), *more))
     with pytest.raises(ConfigError, match="logits differ from ours"):
         export(weights.items(), CONFIG, tokenizer, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
@@ -126,17 +126,20 @@ def test_shards_are_within_their_size_and_load_in_transformers(
 
 def test_the_description_is_what_transformers_writes(tokenizer: Tokenizer, weights: dict, tmp_path: Path) -> None:
     export(weights.items(), CONFIG, tokenizer, tmp_path / "ours")
-    convert.hf_model(weights, CONFIG).save_pretrained(tmp_path / "theirs")
+    convert.hf_model(weights, CONFIG, tokenizer).save_pretrained(tmp_path / "theirs")
     for name in ("config.json", "generation_config.json"):
         ours, theirs = (json.loads((tmp_path / folder / name).read_text()) for folder in ("ours", "theirs"))
         assert ours == theirs
 
 
-def test_token_ids_that_differ_are_refused(
+def test_token_ids_that_differ_are_rejected(
     tokenizer: Tokenizer, weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault in the tokenizer's conversion: merges in the opposite order."""
-    monkeypatch.setattr(vocabulary, "ranked_merges", lambda tokenizer: ranked_merges(tokenizer)[::-1])
+    monkeypatch.setattr(sentencepiece_tokenizer, "ranked_merges", lambda tokenizer: ranked_merges(tokenizer)[::-1])
+    with pytest.raises(ConfigError, match="gives different ids for .* than sentencepiece"):
+        export(weights.items(), CONFIG, tokenizer, tmp_path / "hf")
+    monkeypatch.setattr(type(tokenizer), "reject_inconvertible", lambda tokenizer: None)
     with pytest.raises(ConfigError, match="token ids of .* differ from sentencepiece's"):
         export(weights.items(), CONFIG, tokenizer, tmp_path / "hf")
     assert not list(tmp_path.iterdir())

@@ -50,14 +50,16 @@ CASES = [(file, damage) for file in ("config.json", "model.safetensors") for dam
 
 
 @pytest.mark.parametrize(("file", "damage"), CASES, ids=lambda case: case if isinstance(case, str) else case[0])
-def test_a_damaged_folder_is_refused(file: str, damage: tuple[str, Damage], whole: Path, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_rejected(file: str, damage: tuple[str, Damage], whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "hf"))
     damage[1](folder / file)
     refuse(folder)
 
 
 @pytest.mark.parametrize(("file", "damage"), [("model.safetensors", lose_a_tensor), ("config.json", of_another_shape)])
-def test_other_weights_than_the_config_says_are_refused(file: str, damage: Damage, whole: Path, tmp_path: Path) -> None:
+def test_other_weights_than_the_config_says_are_rejected(
+    file: str, damage: Damage, whole: Path, tmp_path: Path
+) -> None:
     """transformers would draw what is missing by chance."""
     folder = Path(shutil.copytree(whole, tmp_path / "hf"))
     damage(folder / file)

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tinyllama_ds.cli import main
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
 from tinyllama_ds.hf.convert import ExportOptions, export, hf_config, hf_tokenizer
 from tinyllama_ds.hf.import_model import import_hf_folder, read_config
@@ -177,7 +177,7 @@ def edit_index(folder: Path, file: str) -> None:
 
 
 def spoil_tokenizer_json(folder: Path, edit: Callable[[dict], object]) -> None:
-    hf_tokenizer(Tokenizer(folder / "tokenizer.model"), 128).save_pretrained(folder)
+    hf_tokenizer(load_tokenizer(folder / "tokenizer.model"), 128).save_pretrained(folder)
     raw = json.loads((folder / "tokenizer.json").read_text())
     edit(raw)
     (folder / "tokenizer.json").write_text(json.dumps(raw))
@@ -238,14 +238,14 @@ CONFIG_CASES: dict[str, tuple[dict, str]] = {
     "heads": ({"num_attention_heads": 3}, "config.json: hidden_size 64 must be a multiple of num_attention_heads 3"),
     "vocabulary": (
         {"vocab_size": 500},
-        "tokenizer.model: has 512 pieces; expected at most vocab_size 500 of config.json",
+        "tokenizer.model: has 512 pieces, but the model's vocabulary is 500; expected 512",
     ),
 }
 FOLDER_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: the description of a Hugging Face"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "hf: holds no weights; expected model.safetensors"),
-    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model: is missing; expected the sentence"),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "hf: holds no tokenizer; expected tokenizer.model or"),
     "damaged tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"?"), "tokenizer.model: not a sentencepiece"),
     "other pieces": (
         lambda f: spoil_tokenizer_json(f, lambda raw: raw["added_tokens"].append(raw["added_tokens"][0] | ADDED)),
@@ -322,7 +322,7 @@ def refuse(folder: Path, sentence: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("case", CONFIG_CASES)
-def test_other_models_are_refused(
+def test_other_models_are_rejected(
     case: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer)
@@ -332,7 +332,7 @@ def test_other_models_are_refused(
 
 
 @pytest.mark.parametrize("case", FOLDER_CASES)
-def test_damaged_folders_are_refused(
+def test_damaged_folders_are_rejected(
     case: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer)
@@ -342,7 +342,7 @@ def test_damaged_folders_are_refused(
 
 
 @pytest.mark.parametrize("case", SHARD_CASES)
-def test_damaged_shards_are_refused(
+def test_damaged_shards_are_rejected(
     case: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer, "safetensors shards")
@@ -351,7 +351,7 @@ def test_damaged_shards_are_refused(
     refuse(folder, sentence, tmp_path, monkeypatch)
 
 
-def test_the_command_imports_once_and_refuses_with_78(
+def test_the_command_imports_once_and_rejects_with_78(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The folder lacks the tokenizer that the weights were trained with, until it is given."""
@@ -361,7 +361,7 @@ def test_the_command_imports_once_and_refuses_with_78(
     capsys.readouterr()  # transformers' bar
     assert main(arguments) == EXIT_CONFIG
     said = capsys.readouterr().err.splitlines()
-    assert [f"{folder}/tokenizer.model: is missing; expected" in line for line in said] == [True]
+    assert [f"{folder}: holds no tokenizer; expected" in line for line in said] == [True]
     arguments += ["--tokenizer", str(tmp_path / "right.model")]
     assert main(arguments) == EXIT_FINISHED
     result = json.loads(capsys.readouterr().out)

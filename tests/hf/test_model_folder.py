@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tinyllama_ds.checkpoint.initial_weights import open_initial_weights
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.model_folder import open_model_folder, verify_model_folder, write_model_folder
 from tinyllama_ds.model.config import MODEL_SIZES
@@ -22,7 +22,7 @@ CONFIG = MODEL_SIZES["test"]
 def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     path = tmp_path / "model"
     path.mkdir()
-    write_model_folder(path, build_model(CONFIG, "eager", 1).state_dict().items(), CONFIG, tokenizer.path)
+    write_model_folder(path, build_model(CONFIG, "eager", 1).state_dict().items(), CONFIG, tokenizer)
     return path
 
 
@@ -55,7 +55,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_others_are_refused(case: str, folder: Path, tokenizer: Tokenizer) -> None:
+def test_others_are_rejected(case: str, folder: Path, tokenizer: Tokenizer) -> None:
     spoil, sentence = CASES[case]
     spoil(folder)
     with pytest.raises(ConfigError) as error:
@@ -64,11 +64,11 @@ def test_others_are_refused(case: str, folder: Path, tokenizer: Tokenizer) -> No
 
 
 def test_the_tokenizer_of_the_weights_is_the_datas(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "other.model").write_bytes(tokenizer.content + b"\x8a\x01\x00")
+    (tmp_path / "other.model").write_bytes(tokenizer.files["tokenizer.model"] + b"\x8a\x01\x00")
     with pytest.raises(
         ConfigError, match=r"model/tokenizer.model: is the tokenizer of the weights, and not .*/other.model"
     ):
-        open_initial_weights(folder, CONFIG, Tokenizer(tmp_path / "other.model"))
+        open_initial_weights(folder, CONFIG, load_tokenizer(tmp_path / "other.model"))
 
 
 def test_positions_may_go_further_and_be_interpolated(folder: Path, tokenizer: Tokenizer) -> None:

@@ -11,7 +11,8 @@ import torch
 from plain_loop import open_samples, train
 
 from tinyllama_ds.config.recipe import load_recipe
-from tinyllama_ds.data.tokenizer import EOS_ID, TOKENIZER_FILE, Tokenizer
+from tinyllama_ds.data.tokenizer import load_tokenizer
+from tinyllama_ds.data.train_tokenizer import EOS_ID
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
 
 
@@ -31,7 +32,7 @@ def answer_loss(model: LlamaForCausalLM, ids: list[int], header: list[int]) -> t
 def main(recipe_path: str, data: str, steps: int) -> None:
     recipe = load_recipe(recipe_path)
     streams, order, batch = open_samples(recipe, data, steps)
-    header = Tokenizer(Path(data) / TOKENIZER_FILE).encode("\n<|assistant|>\n")
+    header = load_tokenizer(Path(data)).encode("\n<|assistant|>\n")
     model = build_model(recipe.model, "eager", recipe.seed)
 
     def loss_of(step: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from conftest import made_up_text
 from forked import tinyllama_ds
 from launching import Finished, run, write_deepspeed_config, write_recipe
 
-from tinyllama_ds.data.tokenizer import train_tokenizer
+from tinyllama_ds.data.train_tokenizer import train_tokenizer
 from tinyllama_ds.distributed.network import free_port
 from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.fault_injection import FAULT_VARIABLE
@@ -155,7 +155,7 @@ def assert_refused(finished: Finished, sentence: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pretrain_refuses(case: str, inputs: Inputs) -> None:
+def test_pretrain_rejects(case: str, inputs: Inputs) -> None:
     spoil, sentence = CASES[case]
     spoil(inputs)
     before = snapshot(inputs.run_dir.parent)
@@ -224,7 +224,7 @@ def test_missing_hostfile_never_means_this_machine(inputs: Inputs) -> None:
     assert not inputs.run_dir.exists()
 
 
-def test_the_script_refuses_under_the_bare_launcher(inputs: Inputs) -> None:
+def test_the_script_rejects_under_the_bare_launcher(inputs: Inputs) -> None:
     """Without our supervisor in front; the launcher ends rank 0, late to speak, when rank 1 has ended."""
     edit_json(inputs.config, gradient_cliping=0.5)
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
@@ -245,7 +245,7 @@ def test_the_script_refuses_under_the_bare_launcher(inputs: Inputs) -> None:
     assert not inputs.run_dir.exists()
 
 
-def test_prepare_refuses_an_empty_corpus(tmp_path: Path, tokenizer: object) -> None:
+def test_prepare_rejects_an_empty_corpus(tmp_path: Path, tokenizer: object) -> None:
     (tmp_path / "raw").mkdir()
     arguments = ["--input", tmp_path / "raw", "--tokenizer", tokenizer.path, "--output", tmp_path / "out"]
     assert_refused(tinyllama_ds("prepare", "--source", "mine", *arguments), "holds no file of a known kind")

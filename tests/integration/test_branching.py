@@ -156,7 +156,7 @@ def test_a_branch_equals_a_run_of_its_own(family: Family, killed_branch: tuple[P
 
 
 @pytest.mark.all_faults
-def test_a_damaged_parent_is_refused_and_left_alone(family: Family, tmp_path: Path) -> None:
+def test_a_damaged_parent_is_rejected_and_left_alone(family: Family, tmp_path: Path) -> None:
     parent = tmp_path / "general"
     shutil.copytree(family.parent, parent)
     shard = next(find_checkpoints(parent)[0].glob("*.safetensors"))

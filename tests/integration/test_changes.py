@@ -53,7 +53,7 @@ LAYOUTS = [(1, 1), (2, 2), (0, 0), (3, 1), (1, 3), (2, 0), (0, 3)]
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 3), *(pytest.param(*stages, marks=slow) for stages in LAYOUTS)])
-def test_changed_hyper_parameters_are_refused_or_allowed_by_name_and_then_in_force(
+def test_changed_hyper_parameters_are_rejected_or_allowed_by_name_and_then_in_force(
     before: int, after: int, setup: Setup
 ) -> None:
     """On the same layout, and over whole tensors onto another one; DeepSpeed would bring back the old ones."""
@@ -83,7 +83,7 @@ def test_changed_hyper_parameters_are_refused_or_allowed_by_name_and_then_in_for
 
 
 @pytest.mark.parametrize("stage", [3, pytest.param(1, marks=slow)])
-def test_weights_that_are_not_those_that_were_saved_are_refused(stage: int, setup: Setup) -> None:
+def test_weights_that_are_not_those_that_were_saved_are_rejected(stage: int, setup: Setup) -> None:
     """Whole files with the right hashes, but of another step: only the loss of the probe can tell."""
     assert setup.start(setup.config(3)).returncode == 0
     older, newest = find_checkpoints(setup.root / "run")

@@ -261,7 +261,7 @@ def test_four_hosts_equal_one_machine(launcher: str, setup: Setup, four: list[Ho
 
 
 @slow
-def test_hosts_that_are_left_but_do_not_fit_are_refused(setup: Setup, four: list[Host], tmp_path: Path) -> None:
+def test_hosts_that_are_left_but_do_not_fit_are_rejected(setup: Setup, four: list[Host], tmp_path: Path) -> None:
     process = start_and_hold(setup, four, tmp_path, "--allow-shrink")
     four[3].crash()
     finished = finish(process)
@@ -344,7 +344,7 @@ def test_srun_tasks_find_their_ranks(own_name: str, setup: Setup, hosts: list[Ho
 
 
 @slow
-def test_an_ill_host_is_refused_before_the_start(setup: Setup, hosts: list[Host], tmp_path: Path) -> None:
+def test_an_ill_host_is_rejected_before_the_start(setup: Setup, hosts: list[Host], tmp_path: Path) -> None:
     hosts[1].stop_sshd()
     hostfile = write_hostfile(tmp_path / "hostfile", hosts)
     finished = hosts[0].tinyllama_ds(*setup.arguments(tmp_path / "run", "--hostfile", hostfile))

@@ -59,7 +59,7 @@ def test_a_deterministic_run_is_the_same_run_on_a_cpu(data_dir: Path, tmp_path: 
         assert torch.equal(tensor, found[place]), place
 
 
-def test_a_workspace_that_is_not_deterministic_is_refused(
+def test_a_workspace_that_is_not_deterministic_is_rejected(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")

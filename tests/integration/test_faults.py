@@ -219,7 +219,7 @@ DAMAGES = {
 @pytest.mark.parametrize(
     "damage", [pytest.param(name, marks=() if name == "flipped byte" else slow) for name in DAMAGES]
 )
-def test_a_damaged_checkpoint_is_put_aside(damage: str, setup: Setup, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_quarantined(damage: str, setup: Setup, tmp_path: Path) -> None:
     shutil.copytree(setup.finished, tmp_path / "run")
     newest = find_checkpoints(tmp_path / "run")[-1]
     shard = sorted(newest.glob("*.master.safetensors"))[1]
@@ -232,7 +232,7 @@ def test_a_damaged_checkpoint_is_put_aside(damage: str, setup: Setup, tmp_path: 
     setup.assert_same_end(tmp_path / "run")
 
 
-def test_damaged_checkpoints_alone_are_refused(setup: Setup, tmp_path: Path) -> None:
+def test_damaged_checkpoints_alone_are_rejected(setup: Setup, tmp_path: Path) -> None:
     shutil.copytree(setup.finished, tmp_path / "run")
     for checkpoint in find_checkpoints(tmp_path / "run"):
         flip_a_byte(next(checkpoint.glob("*.safetensors")))

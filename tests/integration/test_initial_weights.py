@@ -158,7 +158,7 @@ def test_continual_pretraining_starts_at_the_imported_loss(folder: Path, data_di
 
 
 @slow
-def test_damaged_weights_are_refused_by_the_first_rank(folder: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_damaged_weights_are_rejected_by_the_first_rank(folder: Path, data_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(folder, tmp_path / "model")
     with (model / "model.safetensors").open("r+b") as file:
         file.seek(-4, 2)

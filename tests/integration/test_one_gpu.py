@@ -230,7 +230,7 @@ WAITS = {
 
 
 @pytest.mark.parametrize("name", list(WAITS))
-def test_the_host_waits_for_the_gpu_once_per_step_beside_what_deepspeed_does(
+def test_the_host_waits_for_the_gpu_once_per_step_next_to_what_deepspeed_does(
     name: str, data_dir: Path, tmp_path: Path
 ) -> None:
     """Between logged steps. Two runs, of three and five steps, differ by two steps of which none is logged."""

@@ -15,6 +15,7 @@ from llama2 import LLAMA2, needs_llama2
 
 from tinyllama_ds.checkpoint.format import CheckpointManifest, OptimizerRecord, Progress
 from tinyllama_ds.checkpoint.save import write_file
+from tinyllama_ds.data.tokenizer import load_tokenizer
 from tinyllama_ds.hf.model_folder import open_model_folder, write_model_folder
 from tinyllama_ds.hf.weights import digest, parameter_shapes
 from tinyllama_ds.model.config import MODEL_SIZES
@@ -51,7 +52,7 @@ def random_tensors(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_round_trip_is_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
-    written = write_model_folder(tmp_path / "ours", random_tensors(dtype), CONFIG, LLAMA2)
+    written = write_model_folder(tmp_path / "ours", random_tensors(dtype), CONFIG, load_tokenizer(LLAMA2))
     assert peak_bytes("export", tmp_path / "ours", tmp_path / "hf") < MOST
     assert peak_bytes("import", tmp_path / "hf", tmp_path / "again") < MOST
     before, after = (open_model_folder(tmp_path / name) for name in ("ours", "again"))

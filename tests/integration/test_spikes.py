@@ -200,7 +200,7 @@ def test_rollbacks_are_counted_over_the_whole_run(setup: Setup, monkeypatch: pyt
 
 
 @slow
-def test_a_checkpoint_without_its_ledger_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_without_its_ledger_is_rejected(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAULT_VARIABLE, SPIKE)
     assert setup.start("run", "rollback", how=start_until_it_stays).returncode == 0
     (setup.root / "run" / LEDGER_FILE).unlink()

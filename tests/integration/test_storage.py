@@ -72,7 +72,7 @@ def assert_every_step_once(run_dir: Path) -> None:
     assert [event.step for event in events.Scalars("Train/Loss")] == steps
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_starts(
+def test_a_disk_that_is_too_small_is_rejected_before_anything_starts(
     small_disk: Callable[..., Path], data_dir: Path, tmp_path: Path
 ) -> None:
     disk = small_disk(size=5 * MIB)

@@ -102,7 +102,7 @@ def test_lines_end_as_they_do_for_deepspeed(content: bytes, tmp_path: Path, monk
         (17 * 2**20 * b"#", "hosts: is larger than 16 MiB, which is too long for the hostfile"),
     ],
 )
-def test_other_files_are_refused(content: bytes | None, sentence: str, tmp_path: Path) -> None:
+def test_other_files_are_rejected(content: bytes | None, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ConfigError, match=sentence):

@@ -7,7 +7,7 @@ import pytest
 from launching import write_recipe
 
 from tinyllama_ds.config.run_plan import RunPlan
-from tinyllama_ds.gpus import GIB, gpu_named
+from tinyllama_ds.hardware.gpus import GIB, gpu_named
 from tinyllama_ds.model.attention import AttentionChoice
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.planning.fit import estimate_memory

@@ -24,7 +24,7 @@ from tinyllama_ds.checkpoint.format import (
 )
 from tinyllama_ds.checkpoint.fragments import MASTER, local_fragments
 from tinyllama_ds.checkpoint.reader import CheckpointReader
-from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer, stored_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
 from tinyllama_ds.model.config import LlamaConfig
@@ -70,7 +70,7 @@ def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Tokenizer) -
             lambda: _verify(checkpoint),
         )
         there, made_with = model_of(checkpoint, manifest.model), tokenizer_sha256_of(manifest.run)
-        held = stored_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, made_with, "this run")
+        held = stored_tokenizer(checkpoint.parents[1], made_with, "this run")
     else:
         raise ConfigError(f"--init-from {path}: is not a directory; expected an imported model, a run or a checkpoint")
     for key, value in vars(model).items():

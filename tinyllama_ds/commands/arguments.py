@@ -139,7 +139,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--run-dir": {"type": Path, "required": True, "metavar": "DIR", "help": "directory of the run"},
     "--output": {"type": output_folder, "required": True, "metavar": "DIR", "help": "the data directory"},
     "--source": {"required": True, "help": "the name that recipes give it"},
-    "--tokenizer": {"type": Path, "required": True, "metavar": "tokenizer.model", "help": "sentencepiece model"},
+    "--tokenizer": {"type": Path, "required": True, "metavar": "FILE", "help": "tokenizer.model or tokenizer.json"},
     "--text-field": {"help": "where the text is, for corpora of your own (default: text)"},
     "--hostfile": {"type": hostfile, "metavar": "H", "help": "lines of 'host slots=N'; or a shipped one by name"},
     "--num-gpus": {"type": RANKS, "metavar": "N", "help": "ranks on this machine (default: its GPUs, else 2)"},

@@ -106,7 +106,7 @@ def _data(options: argparse.Namespace) -> int:
     """Inspect prepared data: `show` prints the texts that a step trains on."""
     from tinyllama_ds.data.audit.show import show_samples
     from tinyllama_ds.data.loader import reject_different_tokenizer
-    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+    from tinyllama_ds.data.tokenizer import load_tokenizer
     from tinyllama_ds.run.ledger import excluded_samples, read_ledger
 
     if options.run_dir is not None and not options.run_dir.is_dir():
@@ -117,7 +117,7 @@ def _data(options: argparse.Namespace) -> int:
         raise ConfigError(f"step {options.step}: the recipe {options.recipe!r} has steps 0 to {plan.total_steps - 1}")
     step = plan.step(options.step)
     positions = range(step.first_position, step.first_position + min(options.limit, step.batch))
-    tokenizer = Tokenizer(options.data / TOKENIZER_FILE)
+    tokenizer = load_tokenizer(options.data)
     reject_different_tokenizer(streams, tokenizer)
     shown = list(show_samples(streams, order, positions, plan.sequence_length, tokenizer))
     lines = [

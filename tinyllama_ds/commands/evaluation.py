@@ -175,7 +175,7 @@ def _load_stored(path: Path, dtype: Any, world: "DistributedInfo") -> tuple[Any,
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in stored.tensors} if world.is_rank0 else {}
     if world.size > 1:
         weights = broadcast_state_dict(weights, parameter_shapes(stored.config), dtype, world)
-    model = hf_model(weights, stored.config).to(world.device)
+    model = hf_model(weights, stored.config, stored.tokenizer).to(world.device)
     return model, hf_tokenizer(stored.tokenizer, stored.config.max_position_embeddings), stored.tokens
 
 

@@ -57,7 +57,7 @@ def open_stored(path: Path) -> ModelSource:
     from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
     from tinyllama_ds.checkpoint.format import model_of, resolve_checkpoint
     from tinyllama_ds.checkpoint.reader import stream_weights
-    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, stored_tokenizer
+    from tinyllama_ds.data.tokenizer import stored_tokenizer
     from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
     from tinyllama_ds.run.resolve import is_chat_run
 
@@ -67,7 +67,7 @@ def open_stored(path: Path) -> ModelSource:
         return ModelSource(folder.tensors(), folder.model, folder.tokenizer)
     checkpoint = resolve_checkpoint(path)
     manifest, tensors = stream_weights(checkpoint)
-    tokenizer = stored_tokenizer(checkpoint.parents[1] / TOKENIZER_FILE, tokenizer_sha256_of(manifest.run), "this run")
+    tokenizer = stored_tokenizer(checkpoint.parents[1], tokenizer_sha256_of(manifest.run), "this run")
     return ModelSource(
         tensors,
         model_of(checkpoint, manifest.model),
@@ -96,7 +96,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, metavar="HF_DIR", help="of Llama architecture, on this machine")
     add("output", type=output_folder, metavar="OUT", help="model folder to create, for pretrain --init-from")
-    add("--tokenizer", type=Path, metavar="FILE", help="sentencepiece model to take in place of the folder's own")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer to take in place of the folder's own")
     add_shared(parser, "--json")
 
 
@@ -126,7 +126,7 @@ def _add_import_checkpoint(parser: argparse.ArgumentParser) -> None:
     add("folder", type=Path, metavar="FOLDER", help=old)
     add("output", type=output_folder, metavar="OUT", help="run directory to create with the checkpoint")
     add("--model", metavar="NAME", help="named size, of a checkpoint that is not of tinyllama-ds")
-    add("--tokenizer", type=Path, metavar="FILE", help="sentencepiece model of such a checkpoint")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer of such a checkpoint")
     add_shared(parser, "--json")
 
 
@@ -136,7 +136,7 @@ def _import_checkpoint(options: argparse.Namespace) -> int:
 
     from tinyllama_ds.checkpoint.format import resolve_checkpoint
     from tinyllama_ds.checkpoint.import_deepspeed import import_checkpoint
-    from tinyllama_ds.data.tokenizer import TOKENIZER_FILE
+    from tinyllama_ds.data.tokenizer import load_tokenizer, write_tokenizer
     from tinyllama_ds.layout import CHECKPOINTS, RUN_FILE
     from tinyllama_ds.model.config import model_config
 
@@ -147,7 +147,7 @@ def _import_checkpoint(options: argparse.Namespace) -> int:
     with new_folder(options.output) as run_dir:
         written = import_checkpoint(checkpoint, run_dir, model)
         if options.tokenizer is not None:
-            shutil.copyfile(options.tokenizer, run_dir / TOKENIZER_FILE)
+            write_tokenizer(load_tokenizer(options.tokenizer), run_dir)
         elif (checkpoint.parents[1] / RUN_FILE).is_file():
             for path in filter(Path.is_file, checkpoint.parents[1].iterdir()):
                 shutil.copyfile(path, run_dir / path.name)

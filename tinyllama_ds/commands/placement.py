@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tinyllama_ds.commands.arguments import COUNT, PORT, add_shared
-from tinyllama_ds.devices import VISIBLE, detect_gpus, device_type_of, hidden_gpus, reject_unsupported_devices
 from tinyllama_ds.distributed.network import local_address_towards
 from tinyllama_ds.errors import ConfigError, log
+from tinyllama_ds.hardware.devices import VISIBLE, detect_gpus, device_type_of, hidden_gpus, reject_unsupported_devices
 from tinyllama_ds.launch.hostfile import filter_hosts, is_host, read_hostfile
 from tinyllama_ds.launch.launcher import DEFAULT_PORT, LAUNCHERS, Placement, is_this_machine
 from tinyllama_ds.launch.lifeline import Lifeline, lifeline_value

@@ -96,7 +96,7 @@ def _check_arguments(options: argparse.Namespace) -> None:
 
 
 def _machines(options: argparse.Namespace, inputs: "Inputs", hosts: "Hosts") -> "Machines":
-    from tinyllama_ds.gpus import custom_gpu, gpu_named, network_of
+    from tinyllama_ds.hardware.gpus import custom_gpu, gpu_named, network_of
     from tinyllama_ds.planning.timing import Machines
 
     gpu = gpu_named(options.gpu)

@@ -69,17 +69,20 @@ def _add_train_tokenizer(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", type=Path, nargs="+", required=True, metavar="DIR", help="raw corpora")
     add("--vocab-size", type=WholeNumber(260, 2**20), default=32_000, help="number of pieces")
-    add_shared(parser, "--output", type=output_file, metavar="tokenizer.model", help="file to create")
+    kinds = "a tokenizer.model with Llama 2's settings, or a tokenizer.json of byte-level BPE"
+    add("--type", choices=("sentencepiece", "bpe"), default="sentencepiece", help=kinds)
+    add_shared(parser, "--output", type=output_file, metavar="FILE", help="file to create")
     add_shared(parser, "--text-field", "--json")
 
 
 def _train_tokenizer(options: argparse.Namespace) -> int:
-    """Train a sentencepiece tokenizer with Llama's settings."""
-    from tinyllama_ds.data.tokenizer import train_tokenizer
+    """Train a tokenizer: sentencepiece with Llama 2's settings, or byte-level BPE."""
+    from tinyllama_ds.data.train_tokenizer import train_bpe, train_tokenizer
 
     if options.output.exists():
         raise ConfigError(f"{options.output}: already exists; expected a new file")
-    tokenizer = train_tokenizer(_texts(options.input, options.text_field), options.vocab_size, options.output)
+    train = train_bpe if options.type == "bpe" else train_tokenizer
+    tokenizer = train(_texts(options.input, options.text_field), options.vocab_size, options.output)
     result = {"tokenizer": str(options.output), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
     return print_result(options, result, f"{options.output}: {tokenizer.vocab_size:,} pieces")
 
@@ -115,7 +118,8 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
     longest = "with --chat, cut longer conversations after an answer; a recipe's sequence_length"
     add("--max-tokens", type=POSITIVE, default=2048, metavar="T", help=longest)
     add("--max-bad-records", type=COUNT, default=0, metavar="N", help="list and skip up to N bad records")
-    add("--encoder", choices=("auto", "gigatoken", "sentencepiece"), default="auto", help="of text into token ids")
+    encoders = ("auto", "gigatoken", "sentencepiece", "tokenizers")
+    add("--encoder", choices=encoders, default="auto", help="of text into token ids")
     add("--workers", type=RANKS, metavar="N", help="processes (default: one per core)")
     size = "about this many per shard (default: 256 MiB)"
     add("--shard-bytes", type=WholeNumber(1, 2**40), default=256 * 2**20, metavar="N", help=size)

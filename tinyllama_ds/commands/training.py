@@ -18,9 +18,9 @@ from tinyllama_ds.commands.placement import (
     warn_of_hidden_gpus,
 )
 from tinyllama_ds.commands.printing import write_no_more
-from tinyllama_ds.devices import Machine
 from tinyllama_ds.distributed.network import free_port
 from tinyllama_ds.errors import EXIT_FINISHED, all_of, log
+from tinyllama_ds.hardware.devices import Machine
 from tinyllama_ds.launch.fleet import Fleet
 from tinyllama_ds.launch.launcher import Placement, check_partition, check_placement, describe_launch
 from tinyllama_ds.launch.lock import hold_run

@@ -4,38 +4,46 @@ It is Zephyr's, as in TinyLlama-Chat v1.0, and needs no special tokens:
 
     <|system|>\n...EOS\n<|user|>\n...EOS\n<|assistant|>\n...EOS
 
-The markers are text. EOS ends a turn, and text cannot fake it: `</s>` in a message is four characters to sentencepiece.
-Everything between two EOS is one section, which is encoded by itself.
+The markers are text. EOS ends a turn, and text cannot fake it: a special token's name in a message is encoded as text.
+Each turn is encoded by itself. Where line breaks can merge with what follows, as in byte-level BPE, its header and its
+message are encoded apart, so that a prompt's ids are a prefix of the conversation's.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 
-from tinyllama_ds.data.encoding import Encoded
-from tinyllama_ds.data.tokenizer import EOS_ID, UNK_ID, Tokenizer
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.data.abstract_tokenizer import Encoded, Tokenizer
 
 ROLES = ("system", "user", "assistant")
-END_OF_TURN = f"one EOS (id {EOS_ID}) after each turn, no BOS"
 ANSWER_HEADER = "\n<|assistant|>\n"  # the end of a generation prompt
 
-# The same for transformers, which renders a string before it encodes it. There `</s>` in a message would become EOS, so
-# a space separates it: the only case in which the ids differ from those of `conversation_ids`.
-_BROKEN_UP = "".join(
-    f" | replace({control}, {control}[:1] ~ ' ' ~ {control}[1:])" for control in ("bos_token", "eos_token", "'<unk>'")
-)
-CHAT_TEMPLATE = (
+_TEMPLATE = (
     "{% for message in messages %}"
-    f"{{% set content = message['content']{_BROKEN_UP} %}}"
+    "{% set cleaned = namespace(content=message['content']) %}"
+    "{% for control in CONTROLS %}"
+    "{% set cleaned.content = cleaned.content | replace(control, control[:1] ~ ' ' ~ control[1:]) %}"
+    "{% endfor %}"
     "{{ ('' if loop.first else '\\n') ~ '<|' ~ message['role'] ~ '|>\\n' }}"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ content ~ eos_token }}{% endgeneration %}"
-    "{% else %}{{ content ~ eos_token }}{% endif %}"
+    "{% generation %}{{ cleaned.content ~ eos_token }}{% endgeneration %}"
+    "{% else %}{{ cleaned.content ~ eos_token }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n<|assistant|>\\n' }}{% endif %}"
 )
+
+
+def chat_template(tokenizer: Tokenizer) -> str:
+    """The same for transformers, which renders a string before it encodes it.
+
+    There a special token's name in a message would become the token, so a space separates it. In this case the ids
+    differ from those of `conversation_ids`, and with byte-level BPE where a message begins with white space, which may
+    merge with the line break before it.
+    """
+    return _TEMPLATE.replace("CONTROLS", json.dumps(tokenizer.control_tokens(), ensure_ascii=False))
 
 
 @dataclass(frozen=True)
@@ -57,62 +65,50 @@ class EncodedConversations:
     rejected: int  # conversations whose first answer does not fit
 
 
-def sections_of(messages: Sequence[Message]) -> list[str]:
-    """The texts between the EOS tokens of a conversation, one for each turn."""
-    return [
-        f"{chr(10) if number else ''}<|{message.role}|>\n{message.content}" for number, message in enumerate(messages)
-    ]
+def parts_of_turn(tokenizer: Tokenizer) -> int:
+    """The number of texts that a turn is encoded as: its header and its message, or both together."""
+    return 2 if tokenizer.cuts_turns else 1
 
 
-def reject_merged_line_breaks(tokenizer: Tokenizer) -> None:
-    """Raises `ConfigError` for a vocabulary in which the line break before an answer can merge with it, or is unknown.
-
-    There a prompt's ids would not be a prefix of the conversation's.
-    """
-    merged = next((piece for piece in tokenizer.pieces if "\n" in piece and len(piece) > 1), None)
-    if merged is not None:
-        raise ConfigError(
-            f"{tokenizer.path}: has the piece {merged!r}, which could merge an answer with the line break before it;"
-            " expected a vocabulary that keeps line breaks apart"
-        )
-    if UNK_ID in tokenizer.encode(ANSWER_HEADER):
-        raise ConfigError(
-            f"{tokenizer.path}: has no tokens for {ANSWER_HEADER!r}, which begins an answer; expected a vocabulary with"
-            " byte fallback"
-        )
-
-
-def header_tokens(tokenizer: Tokenizer) -> int:
-    """The number of tokens before the answer in its section."""
-    return len(tokenizer.encode(ANSWER_HEADER))
+def _texts_of(messages: Sequence[Message], parts: int) -> list[str]:
+    """The texts of a conversation that are encoded by themselves, so many for each turn."""
+    turns = [(f"{chr(10) if number else ''}<|{message.role}|>\n", message.content)
+             for number, message in enumerate(messages)]  # fmt: skip
+    return list(chain.from_iterable(turns)) if parts == 2 else list(map("".join, turns))
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """The generation prompt for the next answer."""
-    turns = [token for section in sections_of(messages) for token in (*tokenizer.encode(section), EOS_ID)]
-    return turns + tokenizer.encode(ANSWER_HEADER)
+    return conversation_ids(tokenizer, messages)[0] + tokenizer.encode(ANSWER_HEADER)
 
 
 def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Ids and loss mask of a conversation: 1 for the tokens of answers, their EOS included, else 0."""
     ids: list[int] = []
     assistant_mask: list[int] = []
-    for message, section in zip(messages, sections_of(messages), strict=True):
-        turn = [*tokenizer.encode(section), EOS_ID]
-        header = header_tokens(tokenizer) if message.role == "assistant" else len(turn)
+    answer_header = len(tokenizer.encode(ANSWER_HEADER))
+    parts = parts_of_turn(tokenizer)
+    encoded = map(tokenizer.encode, _texts_of(messages, parts))
+    for message in messages:
+        turn = [*chain.from_iterable(islice(encoded, parts)), tokenizer.eos_id]
+        header = answer_header if message.role == "assistant" else len(turn)
         ids += turn
         assistant_mask += [0] * header + [1] * (len(turn) - header)
     return ids, assistant_mask
 
 
 def encode_conversations(
-    encode: Callable[[list[str]], Encoded], conversations: Sequence[Sequence[Message]], header: int, max_tokens: int
+    encode: Callable[[list[str], int], Encoded],
+    tokenizer: Tokenizer,
+    conversations: Sequence[Sequence[Message]],
+    max_tokens: int,
 ) -> EncodedConversations:
-    """Encode many conversations by `encode`, which gives the ids of texts, each with its EOS.
+    """Encode many conversations by `encode`, which gives the ids of documents of so many texts, each with its EOS.
 
-    One of more than `max_tokens` tokens is cut after the last answer that fits. `header` is from `header_tokens`.
+    One of more than `max_tokens` tokens is cut after the last answer that fits.
     """
-    ids, lengths = encode([section for messages in conversations for section in sections_of(messages)])
+    header, parts = len(tokenizer.encode(ANSWER_HEADER)), parts_of_turn(tokenizer)
+    ids, lengths = encode([text for messages in conversations for text in _texts_of(messages, parts)], parts)
     ends = np.concatenate(([0], np.cumsum(lengths)))
     assistant_mask = np.zeros(len(ids), dtype=np.uint8)
     is_kept = np.zeros(len(ids), dtype=bool)

@@ -8,21 +8,20 @@ import numpy as np
 from tinyllama_ds.data.order import SampleOrder
 from tinyllama_ds.data.packing import open_stream
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllama_ds.errors import ConfigError, DataError
+
+MAX_PADDING = 1024  # rows of an embedding beyond the tokenizer's ids
 
 
 def open_streams(data: Path, sources: Iterable[str], split: str, vocab_size: int) -> dict[str, TokenStream]:
     """The token streams of all sources of a split, validated against the tokenizer and the model.
 
-    Raises `ConfigError` for a missing source, shards of a tokenizer other than `data/tokenizer.model`, a vocabulary
-    size other than the model's, and ids beyond it.
+    Raises `ConfigError` for a missing source, shards of a tokenizer other than that of `data`, one that does not fit
+    the model's vocabulary, and ids beyond it.
     """
-    tokenizer = Tokenizer(data / TOKENIZER_FILE)
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, but the model's vocabulary is {vocab_size}"
-        )
+    tokenizer = load_tokenizer(data)
+    reject_unfit_vocabulary(tokenizer, vocab_size)
     streams = {name: open_stream(data / name / split) for name in sources}
     reject_different_tokenizer(streams, tokenizer)
     for stream in streams.values():
@@ -33,6 +32,19 @@ def open_streams(data: Path, sources: Iterable[str], split: str, vocab_size: int
                     f" beyond the model's vocabulary of {vocab_size}"
                 )
     return streams
+
+
+def reject_unfit_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises `ConfigError` unless every id of the tokenizer has a row in the model's embedding of `vocab_size` rows.
+
+    Up to `MAX_PADDING` more rows are padding, which many models have for the sake of their shapes: no token is ever an
+    input or a target there.
+    """
+    if not 0 <= vocab_size - tokenizer.vocab_size <= MAX_PADDING:
+        raise ConfigError(
+            f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, but the model's vocabulary is {vocab_size}; expected"
+            f" {tokenizer.vocab_size}, or up to {MAX_PADDING} more as padding"
+        )
 
 
 def reject_different_tokenizer(streams: Mapping[str, TokenStream], tokenizer: Tokenizer) -> None:

@@ -7,7 +7,6 @@ import numpy as np
 
 from tinyllama_ds.data.shards import ShardReader
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import EOS_ID
 from tinyllama_ds.errors import ConfigError
 
 
@@ -22,7 +21,7 @@ def open_stream(directory: Path) -> TokenStream:
 
 
 class ConversationStream(TokenStream):
-    """Shards of conversations. Sample i is pack i, padded with EOS, which the loss mask excludes.
+    """Shards of conversations. Sample i is pack i, padded with its last token, EOS, which the loss mask excludes.
 
     Packs depend on the shards and T alone: the same on every rank, in every epoch, after every restart.
     """
@@ -58,7 +57,7 @@ class ConversationStream(TokenStream):
 
     def sample(self, index: int, sequence_length: int) -> np.ndarray:
         tokens = np.concatenate(self.conversations(index, sequence_length))
-        return np.pad(tokens, (0, sequence_length + 1 - len(tokens)), constant_values=EOS_ID)
+        return np.pad(tokens, (0, sequence_length + 1 - len(tokens)), mode="edge")
 
     def document_ids(self, index: int, sequence_length: int) -> np.ndarray:
         lengths = self._lengths[self.packs(sequence_length)[index]]

@@ -77,6 +77,7 @@ class Manifest:
     tool_version: str = __version__
     manifest_version: Literal[1] = MANIFEST_VERSION
     mask_sha256: str | None = None  # of a shard of conversations
+    dtype: str | None = None  # of the ids, as numpy calls it; older manifests leave it to the index
 
     @staticmethod
     def read(path: Path) -> "Manifest":
@@ -192,6 +193,7 @@ class ShardWriter:
             source_format=source_format,
             inputs=inputs,
             mask_sha256=self._mask_hash.hexdigest() if self._mask is not None else None,
+            dtype=self._dtype.name,
         )
         self._bin.commit()
         if self._mask is not None:
@@ -298,6 +300,10 @@ class ShardReader:
         self.tokens = self.manifest.tokens
         if not self.bin_path.is_file():
             raise ConfigError(f"{self.bin_path}: the shard's tokens are missing")
+        if self.manifest.dtype not in (None, self.index.dtype.name):
+            raise ConfigError(
+                f"{self.index.path}: its ids are {self.index.dtype.name}, but its manifest has {self.manifest.dtype}"
+            )
         size = self.bin_path.stat().st_size
         if size != self.tokens * self.index.dtype.itemsize:
             raise ConfigError(

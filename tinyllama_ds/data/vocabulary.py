@@ -1,18 +1,21 @@
-"""Whether other encoders give the ids of a sentencepiece model: its settings, and texts made from its vocabulary.
+"""Whether other encoders give the ids of a tokenizer, on texts made from its vocabulary.
 
-Sentencepiece is the reference. gigatoken and the tokenizers library, which reads Hugging Face folders, must give the
-same ids for every piece, at any place in a text.
+The tokenizer's own library is the reference. gigatoken, and for sentencepiece the tokenizers library, which reads
+Hugging Face folders, must give the same ids for every piece, at any place in a text.
 """
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.data.tokenizer import SPACE, UNK_ID, Tokenizer
-from tinyllama_ds.errors import ConfigError
+import numpy as np
+
+from tinyllama_ds.data.abstract_tokenizer import Encoded, Tokenizer, concatenated
 
 if TYPE_CHECKING:
     import tokenizers
+
+SPACE = "▁"  # as sentencepiece writes it
 
 # Texts on which tokenizers tend to differ: runs of spaces, tabs, line ends, digits, scripts, bytes, characters that
 # normalisation changes, look-alikes of control tokens.
@@ -33,14 +36,13 @@ PROBE_TEXTS = [
 ]  # fmt: skip
 _WHITESPACE = ["", *(" " * width for width in range(1, 20)), *"\t\n\r\v\f\x1c\x85\u00a0\u2003\u200b\u2028\u3000"]
 _PIECES_TOGETHER = 40
-_EXPECTED = "; expected Llama's settings, which train-tokenizer has"
 
 
 def probe_texts(tokenizer: Tokenizer) -> list[str]:
     """Texts with every piece of a vocabulary, alone and among others, and more with user-defined, control, byte, unused
     and unknown pieces."""
     texts = [*PROBE_TEXTS, *_WHITESPACE, *(f"{space}a{space}{space}b{space}" for space in _WHITESPACE)]
-    pieces = [piece.replace(SPACE, " ") for piece in tokenizer.pieces]
+    pieces = tokenizer.piece_texts()
     for number, piece in enumerate(pieces):
         if not tokenizer.is_plain(number):
             texts += [f"a{piece}b", f"{piece}a", f" {piece} ", f"{piece}{piece}", f"a {piece}"]
@@ -49,22 +51,15 @@ def probe_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def first_difference(
-    tokenizer: Tokenizer, texts: Sequence[str], encode: Callable[[Sequence[str]], Iterable[Iterable[int]]]
+    tokenizer: Tokenizer, texts: Sequence[str], encode: Callable[[Sequence[str]], Encoded]
 ) -> str | None:
-    """The first text whose ids by `encode` differ from sentencepiece's."""
-    pairs = zip(texts, encode(texts), tokenizer.processor.encode(list(texts), num_threads=1), strict=True)
-    return next((text for text, found, expected in pairs if list(found) != expected), None)
-
-
-def reject_inconvertible(tokenizer: Tokenizer) -> None:
-    """Raises `ConfigError` for a vocabulary that cannot be exported to a Hugging Face folder."""
-    reject_other_settings(tokenizer)
-    text = difference_of(fast_tokenizer(tokenizer), tokenizer)
-    if text is not None:
-        raise ConfigError(
-            f"{tokenizer.path}: the tokenizers library gives different ids for {text[:40]!r} than sentencepiece, so"
-            " no model trained with it could be exported; expected a vocabulary that train-tokenizer makes"
-        )
+    """The first text whose ids by `encode` differ from those of the tokenizer's own library."""
+    ids, lengths = encode(texts)
+    expected, counts = tokenizer.encode_batch(texts)
+    if np.array_equal(ids, expected) and np.array_equal(lengths, counts):
+        return None
+    pairs = zip(texts, np.split(ids, np.cumsum(lengths)), np.split(expected, np.cumsum(counts)), strict=False)
+    return next(text for text, one, other in pairs if not np.array_equal(one, other))
 
 
 def difference_of(fast: "tokenizers.Tokenizer", tokenizer: Tokenizer) -> str | None:
@@ -75,75 +70,9 @@ def difference_of(fast: "tokenizers.Tokenizer", tokenizer: Tokenizer) -> str | N
     fast.encode_special_tokens = True
     symbols = set(tokenizer.user_defined)
     texts = [text for text in probe_texts(tokenizer) if text.replace(" ", SPACE) not in symbols]
-    return first_difference(
-        tokenizer, texts, lambda batch: [found.ids for found in fast.encode_batch(batch, add_special_tokens=False)]
-    )
+    return first_difference(tokenizer, texts, partial(encode_fast, fast))
 
 
-def reject_other_settings(tokenizer: Tokenizer) -> None:
-    """Raises `ConfigError` for a sentencepiece model with settings other than Llama's, which cannot be converted."""
-    trainer, normalizer = tokenizer.proto.trainer_spec, tokenizer.proto.normalizer_spec
-    kind = trainer.ModelType.Name(trainer.model_type).lower()
-    unlike = {
-        f"is a {kind} model": kind != "bpe",
-        f"normalises its text ({normalizer.name})": bool(normalizer.precompiled_charsmap),
-        "removes spaces (remove_extra_whitespaces)": normalizer.remove_extra_whitespaces,
-        "puts no space before a text (add_dummy_prefix is off)": not normalizer.add_dummy_prefix,
-        "keeps spaces as they are (escape_whitespaces is off)": not normalizer.escape_whitespaces,
-        "takes spaces for the end of a word (treat_whitespace_as_suffix)": trainer.treat_whitespace_as_suffix,
-    }
-    found = [what for what, is_so in unlike.items() if is_so]
-    if found:
-        raise ConfigError(f"{tokenizer.path}: {' and '.join(found)}, which export cannot convert{_EXPECTED}")
-
-
-def fast_tokenizer(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
-    """The sentencepiece model for the tokenizers library, with the same ids.
-
-    transformers' own conversion orders merges by id and pre-splits words, which changes runs of spaces. Sentencepiece
-    merges the pair whose result has the highest score, so merges are ranked by score here, and nothing is pre-split.
-    User-defined symbols are matched in the text before any merge, in both. The library normalises them too, and a blank
-    before a symbol would belong to it; so a text that is one symbol gets none.
-    """
-    import tokenizers
-
-    model = tokenizers.models.BPE(
-        vocab={piece: index for index, piece in enumerate(tokenizer.pieces)},
-        merges=ranked_merges(tokenizer),
-        unk_token=tokenizer.pieces[UNK_ID],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    fast = tokenizers.Tokenizer(model)
-    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-    blank: tokenizers.normalizers.Normalizer = normalizers.Prepend(SPACE)
-    symbols = [
-        symbol for symbol in tokenizer.user_defined if " " not in symbol
-    ]  # a text has no " " when it is searched
-    if symbols:
-        any_symbol = "|".join(map(re.escape, symbols))
-        blank = normalizers.Replace(tokenizers.Regex(rf"\A(?!(?:{any_symbol})\z)"), SPACE)
-    fast.normalizer = normalizers.Sequence([blank, normalizers.Replace(" ", SPACE)])
-    fast.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    fast.add_tokens([tokenizers.AddedToken(symbol, normalized=True) for symbol in symbols])
-    return fast
-
-
-def ranked_merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Every way to merge two normal pieces into a third, best score first; ties by the length of the left half.
-
-    Sentencepiece merges the pair whose result has the highest score, whatever its id.
-    """
-    scores = {
-        piece: tokenizer.processor.get_score(number)
-        for number, piece in enumerate(tokenizer.pieces)
-        if tokenizer.is_plain(number)
-    }
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(scores, key=lambda piece: -scores[piece])
-        for cut in range(1, len(piece))
-    ]
-    return [(left, right) for left, right in merges if left in scores and right in scores]
+def encode_fast(fast: "tokenizers.Tokenizer", texts: Sequence[str]) -> Encoded:
+    """The ids of the texts by the tokenizers library, without BOS and EOS."""
+    return concatenated([found.ids for found in fast.encode_batch_fast(list(texts), add_special_tokens=False)])

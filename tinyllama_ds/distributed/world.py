@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tinyllama_ds.devices import (
+from tinyllama_ds.distributed.network import interface_towards
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.hardware.devices import (
     VISIBLE,
     VISIBLE_HERE_VARIABLE,
     detect_gpus,
@@ -16,8 +18,6 @@ from tinyllama_ds.devices import (
     device_type_of,
     reject_unsupported_devices,
 )
-from tinyllama_ds.distributed.network import interface_towards
-from tinyllama_ds.errors import ConfigError
 
 # Variables for rank, local rank and number of ranks; the first launcher of which all are set has started this process.
 _LAUNCHERS = {

@@ -97,7 +97,7 @@ def _join(value: str, rank: int, key_file: Path | None) -> MessageConnection:
 
 
 def _connect(address: str, port: int, key: bytes, rank: int) -> MessageConnection:
-    """A connection, after both ends have proven that they have the key. Raises OSError if it is not the supervisor."""
+    """A connection, after both ends have proved that they have the key. Raises OSError if it is not the supervisor."""
     host, group, nonce = socket.gethostname(), os.getpgid(0), secrets.token_hex(16)
     with ExitStack() as on_error:
         opened = socket.create_connection((address, port), timeout=HANDSHAKE_SECONDS)

@@ -73,7 +73,7 @@ class _TextStreamer(BaseStreamer):
 
     def put(self, value: Tensor) -> None:
         if not self._is_prompt:
-            self._ids += [token for token in value.flatten().tolist() if token != self._loaded.end_of_turn]
+            self._ids += [token for token in value.flatten().tolist() if token != self._loaded.eos_id]
             self._write(self._loaded.decode(self._ids).rstrip("\ufffd"))
         self._is_prompt = False
 

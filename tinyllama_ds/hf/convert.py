@@ -1,7 +1,6 @@
 """Our weights to a Hugging Face folder, verified before it appears."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama_ds.data.chat import CHAT_TEMPLATE, Message, conversation_ids, prompt_ids
-from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, UNK_ID, Tokenizer
-from tinyllama_ds.data.vocabulary import PROBE_TEXTS, difference_of, fast_tokenizer, reject_other_settings
+from tinyllama_ds.data.chat import Message, chat_template, conversation_ids, prompt_ids
+from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.vocabulary import PROBE_TEXTS, difference_of
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.weights import MAX_SHARD_SIZE, WeightsInfo, digest, parameter_shapes, write_weights
 from tinyllama_ds.model.config import LlamaConfig
@@ -44,16 +43,15 @@ def export(
     The tensors are read one by one.
 
     Raises `ConfigError`, leaving nothing behind, unless transformers loads the folder and has the same bits, the
-    logits of our model, the token ids of sentencepiece, and on the checkpoint's probe the loss that training had on it.
+    logits of our model, the tokenizer's ids, and on the checkpoint's probe the loss that training had on it.
     """
-    reject_other_settings(tokenizer)
+    tokenizer.reject_inconvertible()
     with new_folder(output) as folder:
         written = write_weights(folder, tensors, parameter_shapes(config), options.max_shard_size)
-        hf_config(config, written.dtype).save_pretrained(folder)
-        _generation_config().save_pretrained(folder)
-        _write_tokenizer(
-            folder, tokenizer, config.max_position_embeddings, CHAT_TEMPLATE if options.is_chat_model else None
-        )
+        hf_config(config, written.dtype, tokenizer).save_pretrained(folder)
+        _generation_config(tokenizer).save_pretrained(folder)
+        template = chat_template(tokenizer) if options.is_chat_model else None
+        _write_tokenizer(folder, tokenizer, config.max_position_embeddings, template)
         _verify_ids(folder, tokenizer)
         ours, theirs = load_reference_pair(folder, written, config)
         difference = logit_difference(ours, theirs, tokenizer)
@@ -87,8 +85,8 @@ def load_hf_folder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any,
     return model.eval(), tokenizer
 
 
-def hf_config(config: LlamaConfig, dtype: torch.dtype) -> Any:
-    """transformers' LlamaConfig of the same model."""
+def hf_config(config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | None = None) -> Any:
+    """transformers' LlamaConfig of the same model, with the special ids of its tokenizer, if it is known."""
     import transformers
 
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -101,41 +99,46 @@ def hf_config(config: LlamaConfig, dtype: torch.dtype) -> Any:
         **shapes,
         rope_parameters=rope,
         architectures=["LlamaForCausalLM"],
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
+        **_special_ids(tokenizer),
         dtype=dtype,
     )
 
 
-def hf_model(weights: Mapping[str, Tensor], config: LlamaConfig) -> Any:
+def hf_model(weights: Mapping[str, Tensor], config: LlamaConfig, tokenizer: Tokenizer | None = None) -> Any:
     """transformers' LlamaForCausalLM around the same tensors: the parameter names are the same, nothing is permuted."""
     import transformers
 
-    described = hf_config(config, next(iter(weights.values())).dtype)
+    described = hf_config(config, next(iter(weights.values())).dtype, tokenizer)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(described)
     assign_weights(model, weights)
     model.model.rotary_emb = type(model.model.rotary_emb)(described)  # its buffers are computed, not stored
-    model.generation_config = _generation_config()
+    model.generation_config = _generation_config(tokenizer)
     return model.eval()
 
 
-def _generation_config() -> Any:
+def _generation_config(tokenizer: Tokenizer | None) -> Any:
     import transformers
 
-    return transformers.GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, do_sample=False)
+    return transformers.GenerationConfig(**_special_ids(tokenizer), do_sample=False)
+
+
+def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """By transformers' names; without a tokenizer it would take Llama 2's."""
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) if tokenizer else (None, None, None)
+    return dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids, strict=True))
 
 
 def hf_tokenizer(tokenizer: Tokenizer, max_length: int, chat_template: str | None = None) -> Any:
-    """The sentencepiece model as transformers' tokenizer, with the same ids."""
+    """The tokenizer as transformers has it, with the same ids."""
     import transformers
 
-    pieces = tokenizer.pieces
+    fast = tokenizer.to_fast()
+    numbers = {"unk": tokenizer.unk_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    roles = {f"{role}_token": fast.id_to_token(number) for role, number in numbers.items() if number is not None}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast_tokenizer(tokenizer),
-        unk_token=pieces[UNK_ID],
-        bos_token=pieces[BOS_ID],
-        eos_token=pieces[EOS_ID],
+        tokenizer_object=fast,
+        **roles,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
         chat_template=chat_template,
@@ -144,7 +147,8 @@ def hf_tokenizer(tokenizer: Tokenizer, max_length: int, chat_template: str | Non
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_template: str | None) -> None:
     hf_tokenizer(tokenizer, max_length, chat_template).save_pretrained(folder)
-    shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
     # transformers adds no BOS by default; llama.cpp would add one.
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | {"add_bos_token": False, "add_eos_token": False}
@@ -161,7 +165,7 @@ def _verify_ids(folder: Path, tokenizer: Tokenizer) -> None:
     ]
     differing += filter(None, [difference_of(loaded.backend_tokenizer, tokenizer)])
     if differing:
-        raise ConfigError(f"export: transformers' token ids of {differing[0]!r} differ from sentencepiece's")
+        raise ConfigError(f"export: transformers' token ids of {differing[0]!r} differ from {tokenizer.library}'s")
     if loaded.chat_template is not None:
         _verify_chat_template(loaded, tokenizer)
 
@@ -230,10 +234,11 @@ def logit_difference(ours: LlamaForCausalLM, theirs: Any, tokenizer: Tokenizer) 
 def _verify_chat_template(loaded: Any, tokenizer: Tokenizer) -> None:
     """transformers' ids and loss masks of whole conversations and of prompts equal ours.
 
-    Texts that contain control tokens have different ids there, but none of control tokens.
+    Texts that contain control tokens have different ids there, but none of control tokens. Where a turn is encoded in
+    two parts, so have texts that begin with white space.
     """
     for text in PROBE_TEXTS:
-        if not text.strip():
+        if not text.strip() or (tokenizer.cuts_turns and text[0].isspace()):
             continue
         roles = ("system", "user", "assistant", "user", "assistant")
         messages = [Message(role, text) for role in roles]
@@ -241,8 +246,9 @@ def _verify_chat_template(loaded: Any, tokenizer: Tokenizer) -> None:
         whole = loaded.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
         theirs = whole["input_ids"], list(whole["assistant_masks"])
         prompt = loaded.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
-        if any(control in text for control in tokenizer.pieces[: EOS_ID + 1]):
-            is_same = [theirs[0].count(control) for control in (UNK_ID, BOS_ID, EOS_ID)] == [0, 0, len(turns)]
+        if any(control in text for control in tokenizer.control_tokens()):
+            special = [token for token in theirs[0] if token in tokenizer.special_ids]
+            is_same = special == [tokenizer.eos_id] * len(turns)
         else:
             ours = conversation_ids(tokenizer, messages)
             is_same = theirs == ours and prompt == prompt_ids(tokenizer, messages[:-1])

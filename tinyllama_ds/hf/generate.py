@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinyllama_ds.data.chat import Message, prompt_ids
-from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.convert import hf_model, load_hf_folder
 from tinyllama_ds.model.config import LlamaConfig
@@ -26,8 +26,8 @@ class LoadedModel:
     model: Any
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+    eos_id: int  # ends a document, and a turn
     encode_chat: Callable[[Sequence[Message]], list[int]] | None = None  # prompt of an answer; chat models only
-    end_of_turn: int = EOS_ID
 
     @property
     def positions(self) -> int:
@@ -54,8 +54,8 @@ def load_from_hf_folder(folder: Path) -> LoadedModel:
         model,
         lambda text: tokenizer.encode(text, split_special_tokens=True),
         lambda ids: tokenizer.decode(ids),
-        encode_chat if tokenizer.chat_template else None,
         tokenizer.eos_token_id,
+        encode_chat if tokenizer.chat_template else None,
     )
 
 
@@ -64,15 +64,16 @@ def load_from_weights(
 ) -> LoadedModel:
     """The model of a checkpoint; `is_chat_model`: it was trained on conversations."""
     encode_chat = partial(prompt_ids, tokenizer) if is_chat_model else None
-    return LoadedModel(hf_model(weights, config), tokenizer.encode, tokenizer.decode, encode_chat)
+    model = hf_model(weights, config, tokenizer)
+    return LoadedModel(model, tokenizer.encode, tokenizer.decode, tokenizer.eos_id, encode_chat)
 
 
 def generate(loaded: LoadedModel, prompt: str, sampling: Sampling) -> str:
     """The prompt and its continuation, up to the end of the document or `max_new_tokens`."""
-    ids = loaded.encode(prompt) or [EOS_ID]
+    ids = loaded.encode(prompt) or [loaded.eos_id]
     torch.manual_seed(sampling.seed)
     continuation = continue_ids(loaded, ids, sampling)
-    return loaded.decode([token for token in [*ids, *continuation] if token != EOS_ID])
+    return loaded.decode([token for token in [*ids, *continuation] if token != loaded.eos_id])
 
 
 def continue_ids(
@@ -95,7 +96,7 @@ def continue_ids(
         inputs,
         attention_mask=torch.ones_like(inputs),
         max_new_tokens=min(sampling.max_new_tokens, free),
-        pad_token_id=EOS_ID,
+        pad_token_id=loaded.eos_id,
         streamer=streamer,
         **options,
     )

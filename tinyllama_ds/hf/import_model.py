@@ -8,26 +8,27 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from tinyllama_ds.config.model_table import HuggingFaceConfig, only
+from tinyllama_ds.config.model_table import HuggingFaceConfig
 from tinyllama_ds.config.validation import validate_json
-from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, TOKENIZER_FILE, Tokenizer
-from tinyllama_ds.data.vocabulary import difference_of, reject_inconvertible
-from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.files import SAFE_FILE_NAME
+from tinyllama_ds.data.loader import reject_unfit_vocabulary
+from tinyllama_ds.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllama_ds.data.vocabulary import difference_of
+from tinyllama_ds.errors import ConfigError, shown_as_json
+from tinyllama_ds.files import SAFE_FILE_NAME, read_object_if_whole
 from tinyllama_ds.hf.convert import load_reference_pair, logit_difference
 from tinyllama_ds.hf.model_folder import write_model_folder
 from tinyllama_ds.hf.weights import INDEX_FILE, parameter_shapes, read_tensor, tensor_names
 from tinyllama_ds.inputs import read_text
+from tinyllama_ds.layout import TOKENIZER_JSON, TOKENIZER_MODEL
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.outputs import new_folder
 
 CONFIG_FILE = "config.json"
-FAST_TOKENIZER_FILE = "tokenizer.json"
 WEIGHT_FILES = ("model.safetensors", INDEX_FILE)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -46,29 +47,22 @@ class ImportResult:
 def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) -> ImportResult:
     """Write a model folder with the weights and the tokenizer of a Hugging Face folder.
 
-    `tokenizer` is a sentencepiece model to use instead of the folder's own. Raises `ConfigError`, leaving nothing
+    `tokenizer` is a file to use instead of the folder's own. Raises `ConfigError`, leaving nothing
     behind, where the folder has a different architecture, is damaged, or its tokenizer does not fit; and
     unless transformers loads the same bits from it and has the logits of our decoder.
     """
     config = read_config(folder / CONFIG_FILE)
-    sentencepiece = _tokenizer_of(folder, config, tokenizer)
+    loaded = _tokenizer_of(folder, config, tokenizer)
     files = find_tensors(folder, config)
     with new_folder(output) as partial:
-        written = write_model_folder(partial, _read_all(files, config), config, sentencepiece.path)
-        difference = logit_difference(*load_reference_pair(folder, written, config), sentencepiece)
+        written = write_model_folder(partial, _read_all(files, config), config, loaded)
+        difference = logit_difference(*load_reference_pair(folder, written, config), loaded)
     return ImportResult(config, written.dtype, difference)
-
-
-class _FolderConfig(HuggingFaceConfig):
-    """What decides about a folder of TinyLlama's tokenizer, too."""
-
-    bos_token_id: Annotated[Any, only(BOS_ID)] = BOS_ID
-    eos_token_id: Annotated[Any, only(EOS_ID)] = EOS_ID
 
 
 def read_config(path: Path) -> LlamaConfig:
     """The model in a `config.json` of transformers 4 or 5; raises `ConfigError` for what our decoder is not."""
-    found = validate_json(_FolderConfig, read_text(path, "the description of a Hugging Face folder"), path)
+    found = validate_json(HuggingFaceConfig, read_text(path, "the description of a Hugging Face folder"), path)
     try:
         return found.config()
     except ConfigError as error:
@@ -76,25 +70,32 @@ def read_config(path: Path) -> LlamaConfig:
 
 
 def _tokenizer_of(folder: Path, config: LlamaConfig, instead: Path | None) -> Tokenizer:
-    path = instead or folder / TOKENIZER_FILE
-    if not path.is_file():
+    if instead is None and not any((folder / name).is_file() for name in (TOKENIZER_MODEL, TOKENIZER_JSON)):
         raise ConfigError(
-            f"{path}: is missing; expected the sentencepiece model that gives the ids (or --tokenizer FILE)"
+            f"{folder}: holds no tokenizer; expected {TOKENIZER_MODEL} or {TOKENIZER_JSON}, or --tokenizer FILE"
         )
-    tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"{path}: has {tokenizer.vocab_size} pieces; expected at most vocab_size {config.vocab_size} of"
-            f" {CONFIG_FILE}"
-        )
-    reject_inconvertible(tokenizer)
-    fast = folder / FAST_TOKENIZER_FILE
-    if instead is None and fast.is_file():
+    tokenizer = load_tokenizer(instead or folder)
+    reject_unfit_vocabulary(tokenizer, config.vocab_size)
+    tokenizer.reject_inconvertible()
+    _reject_other_special_ids(folder / CONFIG_FILE, tokenizer)
+    fast = folder / TOKENIZER_JSON
+    if instead is None and isinstance(tokenizer, SentencePieceTokenizer) and fast.is_file():
         _reject_other_ids(fast, tokenizer)
     return tokenizer
 
 
-def _reject_other_ids(path: Path, tokenizer: Tokenizer) -> None:
+def _reject_other_special_ids(path: Path, tokenizer: Tokenizer) -> None:
+    """The ids that `config.json` names, which may be lists, contain those of the tokenizer."""
+    described = read_object_if_whole(path)
+    for role, number in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        found = described.get(f"{role}_token_id")
+        if None not in (found, number) and number not in (found if isinstance(found, list) else [found]):
+            raise ConfigError(
+                f"{path}: {role}_token_id is {shown_as_json(found)}; expected {number}, as in {tokenizer.path}"
+            )
+
+
+def _reject_other_ids(path: Path, tokenizer: SentencePieceTokenizer) -> None:
     """The model was trained with the ids of one of the two, and it is not known which."""
     import tokenizers
 

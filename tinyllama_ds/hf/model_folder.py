@@ -2,11 +2,10 @@
 
 model.json         the shapes, the dtype, and size and SHA-256 of the files
 model.safetensors  all tensors, under Hugging Face's names
-tokenizer.model    sentencepiece's
+tokenizer.model    sentencepiece's; or tokenizer.json and special_tokens_map.json
 """
 
 import hashlib
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,22 +17,23 @@ from pydantic import AfterValidator, BaseModel
 from torch import Tensor
 
 from tinyllama_ds.config.validation import expectation, validate_json
-from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer, write_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import parse_row, write_object
 from tinyllama_ds.hf.weights import WeightsInfo, parameter_shapes, read_tensor, tensor_names, write_weights
 from tinyllama_ds.inputs import read_text
+from tinyllama_ds.layout import SPECIAL_TOKENS, TOKENIZER_JSON, TOKENIZER_MODEL
 from tinyllama_ds.model.config import LlamaConfig, dtype_name
 
 MODEL_FILE = "model.json"
 WEIGHTS_FILE = "model.safetensors"
-_FILES = (WEIGHTS_FILE, TOKENIZER_FILE)
+_CONTENTS = ({WEIGHTS_FILE, TOKENIZER_MODEL}, {WEIGHTS_FILE, TOKENIZER_JSON, SPECIAL_TOKENS})
 FORMAT = 1  # of model.json
 
 
 def _has_both_files(files: dict) -> dict:
-    if files.keys() != set(_FILES):
-        raise expectation(" and ".join(_FILES))
+    if files.keys() not in _CONTENTS:
+        raise expectation(" or ".join(", ".join(sorted(names)) for names in _CONTENTS))
     return files
 
 
@@ -66,7 +66,12 @@ class ModelFolder:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return stored_tokenizer(self.path / TOKENIZER_FILE, self.files[TOKENIZER_FILE]["sha256"], "this model folder")
+        """Raises `ConfigError` unless its files have the recorded SHA-256."""
+        tokenizer = load_tokenizer(self.path)
+        for name, content in tokenizer.files.items():
+            if hashlib.sha256(content).hexdigest() != self.files.get(name, {}).get("sha256"):
+                raise ConfigError(f"{self.path / name}: is not the tokenizer of this model folder, by its SHA-256")
+        return tokenizer
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters in the order of the model, each mapped from the file for as long as it lives."""
@@ -80,12 +85,12 @@ def is_model_folder(path: Path) -> bool:
 
 
 def write_model_folder(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], model: LlamaConfig, tokenizer: Path
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], model: LlamaConfig, tokenizer: Tokenizer
 ) -> WeightsInfo:
     """Fill an empty folder; the tensors come one by one, in one dtype."""
     written = write_weights(folder, tensors, parameter_shapes(model), max_shard_size=sys.maxsize)
-    shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
-    files = {name: _identity(folder / name) for name in _FILES}
+    write_tokenizer(tokenizer, folder)
+    files = {name: _identity(folder / name) for name in (WEIGHTS_FILE, *tokenizer.files)}
     described = {"format": FORMAT, "model": model.to_dict(), "dtype": dtype_name(written.dtype), "files": files}
     write_object(folder / MODEL_FILE, described)
     return written

@@ -15,9 +15,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinyllama_ds.devices import VISIBLE
 from tinyllama_ds.distributed.network import is_loopback, local_address_towards
 from tinyllama_ds.distributed.ssh import ssh_command
+from tinyllama_ds.hardware.devices import VISIBLE
 from tinyllama_ds.launch.hostfile import Host, read_hostfile, write_filter
 from tinyllama_ds.launch.launcher import BY_COUNT, Placement, is_this_machine
 from tinyllama_ds.launch.probe import listen

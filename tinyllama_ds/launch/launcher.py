@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from tinyllama_ds.devices import VISIBLE, VISIBLE_HERE_VARIABLE, Machine
 from tinyllama_ds.distributed.network import free_port, interface_of
 from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.hardware.devices import VISIBLE, VISIBLE_HERE_VARIABLE, Machine
 from tinyllama_ds.launch.environment import check_argument, forwarded, runner_environment, write_private
 from tinyllama_ds.launch.hostfile import Host, write_filter
 

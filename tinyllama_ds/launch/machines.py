@@ -7,8 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from tinyllama_ds.devices import Machine, common_machine, machine_of
 from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.hardware.devices import Machine, common_machine, machine_of
 from tinyllama_ds.launch.doctor import ANSWER_SECONDS, close_all, open_probe, query_all
 from tinyllama_ds.launch.environment import named_variables
 from tinyllama_ds.launch.launcher import Placement

@@ -22,8 +22,8 @@ from importlib.metadata import requires
 from pathlib import Path
 from threading import Thread
 
-from tinyllama_ds.devices import PACKAGES, cpu_has_bf16, installed_versions, list_gpus
 from tinyllama_ds.distributed.network import free_port, interface_towards, local_address_towards
+from tinyllama_ds.hardware.devices import PACKAGES, cpu_has_bf16, installed_versions, list_gpus
 
 _PACKAGE = Path(__file__).parents[1]
 _CONNECT_SECONDS = 5

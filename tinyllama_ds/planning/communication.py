@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import ceil
 
-from tinyllama_ds.gpus import Network
+from tinyllama_ds.hardware.gpus import Network
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persistent_elements
 

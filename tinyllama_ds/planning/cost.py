@@ -5,6 +5,7 @@ from math import sqrt
 
 from tinyllama_ds.config.recipe import Intervals
 from tinyllama_ds.config.run_plan import RunPlan
+from tinyllama_ds.data.shards import token_dtype
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.layout import Layout
 
@@ -78,4 +79,4 @@ def storage_of(model: LlamaConfig, layout: Layout, intervals: Intervals, plan: R
     """
     checkpoint = (layout.master_bytes + layout.moment_bytes) * model.num_parameters
     kept = intervals.keep_last + plan.total_tokens // intervals.keep_tokens + len(plan.stages) - 1
-    return Storage(checkpoint, kept, corpus_tokens * (2 if model.vocab_size < 65_500 else 4))
+    return Storage(checkpoint, kept, corpus_tokens * token_dtype(model.vocab_size).itemsize)

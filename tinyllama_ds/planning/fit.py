@@ -1,7 +1,7 @@
 """The planned memory of a run that has started, and settings that need less."""
 
 from tinyllama_ds.config.run_plan import micro_batches_of
-from tinyllama_ds.gpus import GIB
+from tinyllama_ds.hardware.gpus import GIB
 from tinyllama_ds.planning.layout import read_layout
 from tinyllama_ds.planning.memory import Work, attention_memory, memory_of
 from tinyllama_ds.planning.search import RECOMPUTE

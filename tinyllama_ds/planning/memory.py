@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.gpus import GIB
+from tinyllama_ds.hardware.gpus import GIB
 from tinyllama_ds.model.config import MAX_CHUNK_LOGITS, LlamaConfig
 from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persistent_elements
 

@@ -1,6 +1,6 @@
 """A plan as tables, for the terminal and for its page."""
 
-from tinyllama_ds.gpus import GIB
+from tinyllama_ds.hardware.gpus import GIB
 from tinyllama_ds.page import Table, chart, render
 from tinyllama_ds.planning.charts import CHARTS
 from tinyllama_ds.planning.plan import Plan

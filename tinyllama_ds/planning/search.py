@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinyllama_ds.config.run_plan import micro_batches_of
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.gpus import GIB
+from tinyllama_ds.hardware.gpus import GIB
 from tinyllama_ds.planning.communication import Hosts
 from tinyllama_ds.planning.plan import Inputs, Plan, PlanRequest, make_plan
 from tinyllama_ds.shipped import shipped_config

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import ceil
 
-from tinyllama_ds.gpus import Gpu, Network
+from tinyllama_ds.hardware.gpus import Gpu, Network
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.communication import Hosts, Traffic, collectives_of, traffic_of
 from tinyllama_ds.planning.layout import Layout

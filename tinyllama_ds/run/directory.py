@@ -6,9 +6,8 @@ from pathlib import Path
 
 from tinyllama_ds.checkpoint.disk_space import check_free_space, checkpoint_need
 from tinyllama_ds.checkpoint.format import Health, Progress, find_checkpoints, find_folders
-from tinyllama_ds.data.tokenizer import TOKENIZER_FILE
+from tinyllama_ds.data.tokenizer import write_tokenizer
 from tinyllama_ds.errors import ConfigError, log
-from tinyllama_ds.files import write_durably
 from tinyllama_ds.layout import LEDGER_FILE, RUN_FILE, reject_unusable_directory
 from tinyllama_ds.run.identity import Change, changes_between, identity_of, inherited_ledger, reject_changes
 from tinyllama_ds.run.ledger import write_ledger
@@ -68,7 +67,7 @@ def open_run_directory(run: Run, step: int = 0) -> list[Change]:
     Returns the changes since the last start; run.json's history keeps them, with the step at which training begins.
     """
     run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
-    write_durably(run.run_dir / TOKENIZER_FILE, run.data.tokenizer.content)
+    write_tokenizer(run.data.tokenizer, run.run_dir)
     content = read_run_file(run.run_dir)
     if content is None:
         if run.parent is not None:

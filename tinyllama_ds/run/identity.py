@@ -89,11 +89,11 @@ def reject_changes(changes: Sequence[Change], allowed: Sequence[str], what: str,
     fixed = [change for change in changes if any(change.is_below(key) for key in _FIXED)]
     if fixed:
         raise ConfigError(f"{what}: {_list(fixed)}; cannot be changed on resume, {instead}")
-    refused = [change for change in changes if not any(change.is_below(key) for key in allowed)]
-    if refused:
-        names = dict.fromkeys("data" if change.is_below("data") else change.key for change in refused)
+    rejected = [change for change in changes if not any(change.is_below(key) for key in allowed)]
+    if rejected:
+        names = dict.fromkeys("data" if change.is_below("data") else change.key for change in rejected)
         raise ConfigError(
-            f"{what}: {_list(refused)}; {instead}, or override with"
+            f"{what}: {_list(rejected)}; {instead}, or override with"
             f" {' '.join(f'--allow-change {name}' for name in names)}"
         )
 

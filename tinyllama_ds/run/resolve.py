@@ -28,11 +28,11 @@ from tinyllama_ds.config.schedule import Schedule, make_schedule
 from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import ORDER_VERSION, SampleOrder, planned_order
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import TOKENIZER_FILE, Tokenizer, stored_tokenizer
-from tinyllama_ds.devices import PACKAGES, installed_versions
+from tinyllama_ds.data.tokenizer import Tokenizer, stored_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.tasks import load_tasks
 from tinyllama_ds.evaluation.validation import ValidationSet
+from tinyllama_ds.hardware.devices import PACKAGES, installed_versions
 from tinyllama_ds.layout import RUN_FILE, reject_unusable_directory
 from tinyllama_ds.model.attention import AttentionChoice, Demands, Device, resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig
@@ -139,7 +139,7 @@ def resolve_run(
         "data": _fingerprints(streams, validation),
     }
     sha256 = tokenizer_sha256_of(description)
-    tokenizer = stored_tokenizer(options.data / TOKENIZER_FILE, sha256, "the tokens next to it")
+    tokenizer = stored_tokenizer(options.data, sha256, "the tokens next to it")
     parent, init_from = _origin_of(options, model, tokenizer, description)
     excluded = excluded_samples(_ledger_of(options.run_dir, parent))
     sizes = {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()}

@@ -20,7 +20,7 @@ from tinyllama_ds.distributed.collectives import sum_over_ranks
 from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.errors import ConfigError, NumericsError, OutOfMemory
 from tinyllama_ds.evaluation.validation import validation_losses
-from tinyllama_ds.gpus import GIB
+from tinyllama_ds.hardware.gpus import GIB
 from tinyllama_ds.health.probe import take_probe
 from tinyllama_ds.run.resolve import Run
 from tinyllama_ds.train.batches import read_batch

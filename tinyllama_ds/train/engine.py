@@ -19,10 +19,10 @@ from torch.optim.optimizer import (
 )
 
 from tinyllama_ds.config.validation import problems_of
-from tinyllama_ds.devices import cpu_has_bf16
 from tinyllama_ds.distributed.collectives import gather_from_ranks
 from tinyllama_ds.distributed.world import DistributedInfo, choose_interface
 from tinyllama_ds.errors import ConfigError, raise_problems
+from tinyllama_ds.hardware.devices import cpu_has_bf16
 from tinyllama_ds.model.llama import Block, LlamaForCausalLM
 
 if TYPE_CHECKING:

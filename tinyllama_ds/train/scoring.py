@@ -81,7 +81,7 @@ def score_one_prompt(engine: "DeepSpeedEngine", run: "Run", world: DistributedIn
 
 def _whole_model(engine: "DeepSpeedEngine", run: "Run") -> Any:
     """lm-eval's model around the weights as they are, on this rank's device. Collective."""
-    model = hf_model(gather_full_params(engine), run.model)
+    model = hf_model(gather_full_params(engine), run.model, run.data.tokenizer)
     tokenizer = hf_tokenizer(run.data.tokenizer, run.model.max_position_embeddings)
     return language_model(model, tokenizer, run.recipe.evaluation.batch_size)
 

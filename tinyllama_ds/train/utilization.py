@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from tinyllama_ds.distributed.collectives import gather_from_ranks
-from tinyllama_ds.gpus import GIB, gpu_of_device
+from tinyllama_ds.hardware.gpus import GIB, gpu_of_device
 from tinyllama_ds.model.config import dtype_name
 
 _LEAST_SECONDS = 0.005  # of a matrix product whose rate is taken

@@ -37,7 +37,7 @@ def test_the_right_ending_is_the_texts_own_and_no_other_is(tmp_path: Path) -> No
     assert task.read_bytes() == before
 
 
-def test_too_little_text_is_refused(tmp_path: Path) -> None:
+def test_too_little_text_is_rejected(tmp_path: Path) -> None:
     write_corpus(tmp_path, 71)
     with pytest.raises(ConfigError, match="has no passage of 72 words of held-out text; expected what demo-data has"):
         make_demo_task(tmp_path)

@@ -22,7 +22,8 @@ from tinyllama_ds.data.prepare.conversations import ChatFormat
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.reading import read_records
 from tinyllama_ds.data.prepare.sources import source_format
-from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.train_tokenizer import BOS_ID, EOS_ID, UNK_ID
 from tinyllama_ds.errors import ConfigError
 
 
@@ -143,7 +144,7 @@ def test_no_text_becomes_a_control_token(tokenizer: Tokenizer, tmp_path: Path):
     assert tokenizer.decode(list(document)).count(evil) == 2
 
 
-def test_a_vocabulary_that_merges_line_breaks_is_refused(tmp_path: Path):
+def test_a_vocabulary_that_merges_line_breaks_is_rejected(tmp_path: Path):
     path = tmp_path / "tokenizer.model"
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -281,7 +282,7 @@ def test_running_text_may_be_mixed_in_and_counts_as_a_whole(chat_data: Path, tok
     assert reader.read_document_ids(positions).shape == (24, T)
 
 
-def test_a_shorter_sample_than_a_conversation_is_refused(chat_data: Path):
+def test_a_shorter_sample_than_a_conversation_is_rejected(chat_data: Path):
     stream = open_stream(chat_data / "data" / "chat" / "train")
     with pytest.raises(
         ConfigError, match="holds a conversation of 9[0-9] tokens, more than the 32 of a sample; prepare"

@@ -69,7 +69,7 @@ def test_shares_make_up_the_whole(tmp_path: Path, corpus: Path, tokenizer: Token
 
 
 @pytest.mark.parametrize("share", ["3/3", "-1/2", "1", "a/b", "0/0"])
-def test_an_impossible_share_is_refused(tmp_path: Path, tokenizer: Tokenizer, share: str):
+def test_an_impossible_share_is_rejected(tmp_path: Path, tokenizer: Tokenizer, share: str):
     with pytest.raises(SystemExit):
         main([*arguments(tmp_path, tokenizer, tmp_path), "--share", share])
 
@@ -147,7 +147,7 @@ def test_a_killed_mpi_rank_costs_its_shard_only(
 
 
 @needs_mpi
-def test_mpi_without_its_futures_is_refused(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+def test_mpi_without_its_futures_is_rejected(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
     command = mpirun(1, "-m", "tinyllama_ds.cli", *arguments(corpus, tokenizer, tmp_path), "--mpi")
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert done.returncode == 78

@@ -2,9 +2,10 @@
 
 import json
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+import fast_folders
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -18,8 +19,7 @@ from tinyllama_ds.data.prepare.conversations import ChatFormat
 from tinyllama_ds.data.prepare.reading import read_records
 from tinyllama_ds.data.prepare.sources import SourceFormat, source_format
 from tinyllama_ds.data.shards import IndexHeader, InputFile, Manifest, ShardName, ShardWriter
-from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.vocabulary import reject_inconvertible
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
 
 
 @cache
@@ -102,5 +102,30 @@ def test_a_damaged_parquet_file(tokenizer: Tokenizer, data: st.DataObject) -> No
 
 @given(data=st.data())
 def test_a_damaged_tokenizer(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    content = data.draw(mutations(tokenizer.content))
-    returns_or_refuses(lambda path: reject_inconvertible(Tokenizer(path)), content, "tokenizer.model")
+    content = data.draw(mutations(tokenizer.files["tokenizer.model"]))
+    returns_or_refuses(lambda path: load_tokenizer(path).reject_inconvertible(), content, "tokenizer.model")
+
+
+@cache
+def fast_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        return load_tokenizer(fast_folders.smollm2(Path(folder), 280)).files
+
+
+@given(content=st.deferred(lambda: mutations(fast_files()["tokenizer.json"])))
+def test_a_damaged_fast_tokenizer(content: bytes) -> None:
+    returns_or_refuses(partial(read_fast, "special_tokens_map.json"), content, "tokenizer.json")
+
+
+@given(content=st.deferred(lambda: mutations(fast_files()["special_tokens_map.json"])))
+def test_damaged_roles_of_special_tokens(content: bytes) -> None:
+    returns_or_refuses(partial(read_fast, "tokenizer.json"), content, "special_tokens_map.json")
+
+
+def read_fast(other: str, path: Path) -> None:
+    """Read a tokenizer of two files, of which one is as it should be."""
+    path.with_name(other).write_bytes(fast_files()[other])
+    try:
+        load_tokenizer(path.parent).reject_inconvertible()
+    finally:
+        path.with_name(other).unlink()

@@ -11,7 +11,8 @@ from tinyllama_ds.cli import main
 from tinyllama_ds.data.audit.audit import audit_data
 from tinyllama_ds.data.prepare.imports import Import, import_litpkds, import_megatron, read_litpkds
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.train_tokenizer import BOS_ID, EOS_ID
 from tinyllama_ds.errors import ConfigError
 
 
@@ -68,10 +69,11 @@ def test_megatron_shards_are_trained_on_as_they_are(
     assert stream.read(0, stream.tokens).tolist() == sum(parts[0] + parts[1], [])
     starts = np.cumsum([0] + [len(text) for text in parts[1]])
     assert stream.shards[1].document_starts.tolist() == starts.tolist()
+    assert stream.shards[1].manifest.dtype == np.dtype(f"<{kind}").name
     assert audit_data(tmp_path / "data", {}, samples=0, workers=1).problems == []
 
 
-def test_megatron_ids_beyond_the_tokenizer_are_refused(tmp_path: Path, tokenizer: Tokenizer):
+def test_megatron_ids_beyond_the_tokenizer_are_rejected(tmp_path: Path, tokenizer: Tokenizer):
     for ids in ([5, 512, 2], [-1, 5, 2]):
         index = write_megatron(tmp_path / "part", [ids], 4, "i")
         with pytest.raises(ConfigError, match="do not fit the 512 of the tokenizer"):
@@ -79,7 +81,7 @@ def test_megatron_ids_beyond_the_tokenizer_are_refused(tmp_path: Path, tokenizer
     assert not list((tmp_path / "data").rglob("*.json"))
 
 
-def test_a_megatron_shard_without_its_tokens_is_refused(tmp_path: Path, tokenizer: Tokenizer):
+def test_a_megatron_shard_without_its_tokens_is_rejected(tmp_path: Path, tokenizer: Tokenizer):
     index = write_megatron(tmp_path / "part", documents(3), 8, "H")
     whole = index.with_suffix(".bin").read_bytes()
     index.with_suffix(".bin").write_bytes(whole[:-2])
@@ -123,7 +125,7 @@ def test_chunks_with_bos_only_are_cut_before_it(tmp_path: Path, tokenizer: Token
     assert np.diff(stream.shards[0].document_starts).tolist() == [len(text) for text in texts]
 
 
-def test_a_damaged_chunk_is_refused(tmp_path: Path, tokenizer: Tokenizer):
+def test_a_damaged_chunk_is_rejected(tmp_path: Path, tokenizer: Tokenizer):
     whole = write_chunk(tmp_path / "whole.bin", [5, 6, 2]).read_bytes()
     path = tmp_path / "train_slim_0_0000000000.bin"
     for length in range(len(whole)):

@@ -33,7 +33,7 @@ def test_inputs_are_sorted_whatever_the_file_system_says(tmp_path: Path, monkeyp
     ]
 
 
-def test_files_beside_the_split_folders_are_not_lost(tmp_path: Path):
+def test_files_next_to_the_split_folders_are_not_lost(tmp_path: Path):
     for name in ("train/a.jsonl", "validation/b.jsonl", "more/c.jsonl", "d.jsonl"):
         write_jsonl(tmp_path / name, ["x"])
     found = find_inputs(tmp_path, PLAIN)
@@ -60,7 +60,7 @@ def test_files_that_are_not_read_are_named(tmp_path: Path):
     ]
 
 
-def test_nothing_to_read_is_refused(tmp_path: Path):
+def test_nothing_to_read_is_rejected(tmp_path: Path):
     (tmp_path / "README.md").write_text("no corpus")
     with pytest.raises(ConfigError, match="holds no file of a known kind"):
         find_inputs(tmp_path, PLAIN)
@@ -165,7 +165,7 @@ def test_links_to_folders_and_files_are_read(raw: Path):
 
 
 @pytest.mark.parametrize("link", ["c.jsonl", "chunk3"])
-def test_a_link_to_nothing_is_refused(raw: Path, link: str):
+def test_a_link_to_nothing_is_rejected(raw: Path, link: str):
     (raw / link).symlink_to("/nowhere/c.jsonl")
     with pytest.raises(ConfigError, match=rf"raw/{link}: is a link to /nowhere/c.jsonl, which is missing"):
         find_inputs(raw, PLAIN)
@@ -194,7 +194,7 @@ def test_a_file_or_folder_under_two_names_is_read_once(raw: Path):
 
 
 @pytest.mark.parametrize(("name", "target"), [("validation", "elsewhere"), ("val.jsonl", "elsewhere/b.jsonl")])
-def test_what_is_held_out_by_one_of_its_names_only_is_refused(raw: Path, name: str, target: str):
+def test_what_is_held_out_by_one_of_its_names_only_is_rejected(raw: Path, name: str, target: str):
     (raw / "chunk.jsonl" if name.endswith(".jsonl") else raw / "chunk").symlink_to(raw.parent / target)
     (raw / name).symlink_to(raw.parent / target)
     with pytest.raises(
@@ -207,7 +207,7 @@ def test_what_is_held_out_by_one_of_its_names_only_is_refused(raw: Path, name: s
 
 
 @pytest.mark.parametrize("end", [".gz", ".zst"])
-def test_a_file_packed_and_unpacked_is_refused(raw: Path, end: str):
+def test_a_file_packed_and_unpacked_is_rejected(raw: Path, end: str):
     write_jsonl(raw / f"a.jsonl{end}", ["one"])
     with pytest.raises(
         ConfigError, match=rf"raw/a.jsonl{end}: has the name of a.jsonl next to it, apart from the compression"
@@ -215,13 +215,13 @@ def test_a_file_packed_and_unpacked_is_refused(raw: Path, end: str):
         find_inputs(raw, PLAIN)
 
 
-def test_a_name_that_is_not_utf_8_is_refused(raw: Path):
+def test_a_name_that_is_not_utf_8_is_rejected(raw: Path):
     write_jsonl(raw / os.fsdecode(b"caf\xe9.jsonl"), ["x"])
     with pytest.raises(ConfigError, match=r"raw: holds the name 'caf\\udce9.jsonl', which is not UTF-8; rename it"):
         find_inputs(raw, PLAIN)
 
 
-def test_a_folder_that_cannot_be_listed_is_refused(raw: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_listed_is_rejected(raw: Path, monkeypatch: pytest.MonkeyPatch):
     listing = os.listdir
     (raw / "closed").mkdir()
 

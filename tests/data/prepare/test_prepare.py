@@ -23,7 +23,8 @@ from tinyllama_ds.data.prepare.reading import read_texts
 from tinyllama_ds.data.prepare.sources import SourceFormat, source_format
 from tinyllama_ds.data.shards import Manifest
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer, train_tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.train_tokenizer import EOS_ID, train_tokenizer
 from tinyllama_ds.errors import ConfigError
 
 PLAIN = SourceFormat()
@@ -98,7 +99,7 @@ def test_a_lost_shard_is_made_again(tmp_path: Path, corpus: Path, tokenizer: Tok
     assert contents(output) == before
 
 
-def test_shards_of_other_inputs_are_refused_and_left_alone(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+def test_shards_of_other_inputs_are_rejected_and_left_alone(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
     output = tmp_path / "out"
     run(corpus, tokenizer, output)
     before = contents(output)
@@ -108,7 +109,7 @@ def test_shards_of_other_inputs_are_refused_and_left_alone(tmp_path: Path, corpu
     assert contents(output) == before
 
 
-def test_another_tokenizer_is_refused(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
+def test_another_tokenizer_is_rejected(tmp_path: Path, corpus: Path, tokenizer: Tokenizer):
     run(corpus, tokenizer, tmp_path / "out")
     other = train_tokenizer([made_up_text(1, 3000)], 400, tmp_path / "other.model")
     with pytest.raises(ConfigError, match="one data directory holds tokens of one tokenizer"):
@@ -191,7 +192,7 @@ def test_rejected_records_are_not_kept_in_memory(tmp_path: Path, tokenizer: Toke
     assert peak < 8_000_000
 
 
-def test_a_corpus_of_nothing_is_refused(tmp_path: Path, tokenizer: Tokenizer):
+def test_a_corpus_of_nothing_is_rejected(tmp_path: Path, tokenizer: Tokenizer):
     write_jsonl(tmp_path / "raw" / "x.jsonl", ["", ""])
     with pytest.raises(ConfigError, match="every record of it was rejected"):
         run(tmp_path / "raw", tokenizer, tmp_path / "out")

@@ -163,7 +163,7 @@ def test_an_empty_file_is_a_fault(tmp_path: Path, name: str):
     assert faults(tmp_path / name) == [f"{tmp_path / name}: the file is empty"]
 
 
-def test_an_unknown_kind_of_file_is_refused(tmp_path: Path):
+def test_an_unknown_kind_of_file_is_rejected(tmp_path: Path):
     with pytest.raises(ConfigError, match="unknown kind of file"):
         list(read_records(tmp_path / "x.docx", PLAIN))
 

@@ -21,7 +21,7 @@ from tinyllama_ds.data.prepare.reading import read_records
 from tinyllama_ds.data.prepare.sources import SPLITS, Record, SourceFormat
 from tinyllama_ds.data.shards import ShardReader
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import BOS_ID, END_OF_DOCUMENT, EOS_ID, TOKENIZER_FILE, UNK_ID, Tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllama_ds.errors import ConfigError
 
 SUSPICIOUS_RUN = 256  # equal ids in a row; the padding of TinyLlama's bug 83 came by the thousand
@@ -81,7 +81,7 @@ def audit_data(
 
     `raw` has the input directories of the sources to compare. The problems and warnings of `coverage` are added.
     """
-    tokenizer = Tokenizer(data / TOKENIZER_FILE)
+    tokenizer = load_tokenizer(data)
     directories = [path for source in sorted(data.iterdir()) for split in SPLITS if (path := source / split).is_dir()]
     if not directories:
         raise ConfigError(f"{data}: holds no prepared source; expected <source>/<split>/ with shards")
@@ -107,7 +107,7 @@ def audit_data(
 
 
 def _audit_shard(tokenizer_file: Path, samples: int, prefix: Path, raw: Path | None) -> ShardAudit:
-    tokenizer = Tokenizer(tokenizer_file)
+    tokenizer = load_tokenizer(tokenizer_file)
     shard = ShardReader(prefix)
     manifest = shard.manifest
     tokens = shard.read(0, shard.tokens)
@@ -158,15 +158,21 @@ def _contradictions(
         (documents == manifest.documents == accounted, f"{documents} documents, its inputs gave {accounted}"),
         ((smallest, largest) == (manifest.smallest_id, manifest.largest_id), f"ids run from {smallest} to {largest}"),
         (unigrams[-1] == 0, f"{unigrams[-1]} ids beyond the vocabulary of {tokenizer.vocab_size}"),
-        (unigrams[UNK_ID] == 0, f"{unigrams[UNK_ID]} unknown tokens (id {UNK_ID})"),
     ]
     is_chat = manifest.mask_sha256 is not None
-    if is_chat or manifest.end_of_document == END_OF_DOCUMENT:
-        ends_with_eos = bool((tokens[starts[1:] - 1] == EOS_ID).all())
+    eos_id, unk_id = tokenizer.eos_id, tokenizer.unk_id
+    if unk_id not in (None, eos_id):
+        claims.append((unigrams[unk_id] == 0, f"{unigrams[unk_id]} unknown tokens (id {unk_id})"))
+    if is_chat or manifest.end_of_document == tokenizer.end_of_document:
+        ends_with_eos = bool((tokens[starts[1:] - 1] == eos_id).all())
         claims += [
             (ends_with_eos, f"a {'conversation' if is_chat else 'document'} does not end with EOS"),
-            (is_chat or unigrams[EOS_ID] == documents, f"{unigrams[EOS_ID]} EOS tokens for {documents} documents"),
-            (unigrams[BOS_ID] == 0, f"{unigrams[BOS_ID]} BOS tokens (id {BOS_ID}), which prepare never writes"),
+            (is_chat or unigrams[eos_id] == documents, f"{unigrams[eos_id]} EOS tokens for {documents} documents"),
+        ]
+        claims += [
+            (unigrams[number] == 0, f"{unigrams[number]} {name} tokens (id {number}), which prepare never writes")
+            for name, number in (("BOS", tokenizer.bos_id), ("padding", tokenizer.pad_id))
+            if number not in (None, eos_id, unk_id)
         ]
     if is_chat:
         claims += _claims_about_mask(shard, starts)
@@ -257,8 +263,7 @@ def _kept_records(path: Path, fmt: SourceFormat, tokenizer: Tokenizer) -> Iterat
 
 
 def _is_text(ids: list[int], text: str, tokenizer: Tokenizer) -> bool:
-    # Sentencepiece represents a space as U+2581, so that character is decoded to a space.
-    return ids == tokenizer.encode(text) and tokenizer.decode(ids) == text.replace("\u2581", " ")
+    return ids == tokenizer.encode(text) and tokenizer.decode(ids) == tokenizer.readable(text)
 
 
 def _is_conversation(ids: np.ndarray, mask: np.ndarray, record: Record, fmt: ChatFormat, tokenizer: Tokenizer) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 from tinyllama_ds.data.order import SampleOrder
 from tinyllama_ds.data.packing import ConversationStream
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import EOS_ID, Tokenizer
+from tinyllama_ds.data.tokenizer import Tokenizer
 from tinyllama_ds.errors import printable
 
 
@@ -46,7 +46,7 @@ def show_samples(
         if isinstance(stream, ConversationStream):
             documents = stream.conversations(sample, sequence_length)
         else:
-            documents = _documents(stream.sample(sample, sequence_length))
+            documents = _documents(stream.sample(sample, sequence_length), tokenizer.eos_id)
         pieces = [tokenizer.decode(piece.tolist()) for piece in documents]
         yield ShownSample(
             position,
@@ -58,6 +58,6 @@ def show_samples(
         )
 
 
-def _documents(tokens: np.ndarray) -> list[np.ndarray]:
-    pieces = np.split(tokens, np.flatnonzero(tokens == EOS_ID) + 1)
-    return [piece[piece != EOS_ID] for piece in pieces]
+def _documents(tokens: np.ndarray, eos_id: int) -> list[np.ndarray]:
+    pieces = np.split(tokens, np.flatnonzero(tokens == eos_id) + 1)
+    return [piece[piece != eos_id] for piece in pieces]

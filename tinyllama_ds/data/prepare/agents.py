@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from tinyllama_ds.data.prepare.prepare import Preparation, plan_shards, watch_shards
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizer import load_tokenizer
 from tinyllama_ds.distributed.ssh import ssh_command
 
 
@@ -20,7 +20,7 @@ def prepare_on_hosts(job: Preparation, hosts: Sequence[str], arguments: Sequence
     The hosts must see the same directories, and this Python under the same path.
     """
     open_tasks = [task for task in plan_shards(job) if not task.manifest.exists()]
-    vocab_size = Tokenizer(job.tokenizer).vocab_size
+    vocab_size = load_tokenizer(job.tokenizer).vocab_size
     agents = [_start(host, [*arguments, "--share", f"{rank}/{len(hosts)}"]) for rank, host in enumerate(hosts)]
     watching = watch_shards(f"prepare {job.source} on {len(hosts)} hosts", open_tasks, vocab_size).watching()
     with watching, ThreadPoolExecutor(len(agents)) as pool:

@@ -11,8 +11,7 @@ import numpy as np
 from tinyllama_ds.bars import progress
 from tinyllama_ds.data.prepare.inputs import grouped_by_size
 from tinyllama_ds.data.shards import IndexHeader, InputFile, Manifest, ShardName, ShardWriter, read_dtype
-from tinyllama_ds.data.tokenizer import BOS_ID, EOS_ID, Tokenizer, store_tokenizer
-from tinyllama_ds.data.vocabulary import reject_inconvertible
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer, store_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import temporary_name, write_object
 
@@ -32,8 +31,8 @@ class Import:
 
 def _store_tokenizer(job: Import, inputs: list[Path], read: Callable[[Path], object]) -> Tokenizer:
     """The tokenizer, stored with the tokens once the headers of all inputs were read without an error."""
-    tokenizer = Tokenizer(job.tokenizer)
-    reject_inconvertible(tokenizer)
+    tokenizer = load_tokenizer(job.tokenizer)
+    tokenizer.reject_inconvertible()
     for path in inputs:
         read(path)
     store_tokenizer(tokenizer, job.output)
@@ -93,6 +92,7 @@ def _describe_megatron(index: Path, name: ShardName, tokenizer: Tokenizer) -> Ma
         end_of_document="as in the imported shard",
         source_format={"imported_from": "MMIDIDX"},
         inputs=[_imported_file(path, header.documents)],
+        dtype=header.dtype.name,
     )
 
 
@@ -122,7 +122,7 @@ def import_litpkds(job: Import, inputs: list[Path], shard_bytes: int = 256 * 2**
     """
     tokenizer = _store_tokenizer(job, inputs, _chunk_of)
     groups = list(grouped_by_size(inputs, lambda path: path.stat().st_size, shard_bytes))
-    chunks = _documents(inputs)
+    chunks = _documents(inputs, tokenizer)
     manifests = []
     with progress(total=len(inputs), desc=f"import {job.source}", unit="chunk") as bar:
         for number, group in enumerate(groups):
@@ -152,15 +152,15 @@ def _import_group(
     return writer.commit(tokenizer.sha256, "as in the imported chunks", origin, inputs)
 
 
-def _documents(inputs: list[Path]) -> Iterator[tuple[list[np.ndarray], int]]:
+def _documents(inputs: list[Path], tokenizer: Tokenizer) -> Iterator[tuple[list[np.ndarray], int]]:
     """The documents that end in each chunk, and the number of its padding tokens."""
     open_document = _NO_TOKENS
     for path, following in zip(inputs, [*inputs[1:], None], strict=True):
         ids = read_litpkds(path)
-        text = _without_padding(ids)
-        documents = _cut(np.concatenate((open_document, text)))
+        text = _without_padding(ids, tokenizer.bos_id)
+        documents = _cut(np.concatenate((open_document, text)), tokenizer)
         runs_on = following is not None and _process_of(following) == _process_of(path) and len(documents) > 0
-        open_document = documents.pop() if runs_on and documents[-1][-1] != EOS_ID else _NO_TOKENS
+        open_document = documents.pop() if runs_on and documents[-1][-1] != tokenizer.eos_id else _NO_TOKENS
         yield documents, len(ids) - len(text)
 
 
@@ -185,14 +185,16 @@ def _chunk_of(path: Path) -> np.dtype:
     return dtype
 
 
-def _without_padding(ids: np.ndarray) -> np.ndarray:
-    others = np.flatnonzero(ids != BOS_ID)
+def _without_padding(ids: np.ndarray, bos_id: int | None) -> np.ndarray:
+    others = np.flatnonzero(ids != (-1 if bos_id is None else bos_id))
     end = int(others[-1]) + 1 if len(others) else 0
     return ids[:end] if len(ids) - end > 1 else ids
 
 
-def _cut(ids: np.ndarray) -> list[np.ndarray]:
-    ends = np.flatnonzero(ids == EOS_ID) + 1 if (ids == EOS_ID).any() else np.flatnonzero(ids == BOS_ID)
+def _cut(ids: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
+    ends = np.flatnonzero(ids == tokenizer.eos_id) + 1
+    if not len(ends) and tokenizer.bos_id is not None:
+        ends = np.flatnonzero(ids == tokenizer.bos_id)
     return [document for document in np.split(ids, ends) if len(document)]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tinyllama_ds.data.chat import END_OF_TURN, encode_conversations, header_tokens, reject_merged_line_breaks
+from tinyllama_ds.data.chat import ANSWER_HEADER, encode_conversations
 from tinyllama_ds.data.encoding import FileEncoder, load_gigatoken
 from tinyllama_ds.data.prepare.conversations import ChatFormat
 from tinyllama_ds.data.prepare.inputs import find_inputs, grouped_by_size
@@ -22,8 +22,7 @@ from tinyllama_ds.data.prepare.progress import ShardProgress
 from tinyllama_ds.data.prepare.reading import read_records
 from tinyllama_ds.data.prepare.sources import Record, SourceFormat
 from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter, shard_suffixes, token_dtype
-from tinyllama_ds.data.tokenizer import END_OF_DOCUMENT, Tokenizer, store_tokenizer
-from tinyllama_ds.data.vocabulary import reject_inconvertible
+from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer, store_tokenizer
 from tinyllama_ds.errors import ConfigError
 
 # Of text in one call of the encoder, so that neither many small documents nor a large one fill the memory.
@@ -77,10 +76,10 @@ def prepare(
     Raises `ConfigError` for more than `max_bad_records` records that cannot be read, for a tokenizer that differs
     from the one in `output`, and for shards that were made from other inputs.
     """
-    tokenizer = Tokenizer(job.tokenizer)
-    reject_inconvertible(tokenizer)
+    tokenizer = load_tokenizer(job.tokenizer)
+    tokenizer.reject_inconvertible()
     if isinstance(job.format, ChatFormat):
-        reject_merged_line_breaks(tokenizer)
+        tokenizer.reject_for_chat(ANSWER_HEADER)
     _encoder_of(job.tokenizer, job.encoder)  # raises here what would fail in every worker
     rank, size = share
     tasks = plan_shards(job)[rank::size]
@@ -193,7 +192,7 @@ def _open_pool(workers: int, use_mpi: bool) -> Executor:
         return _open_mpi_pool()
     # Not forked: Arrow has started threads, whose locks a fork would copy.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+    return ProcessPoolExecutor(workers, context, initializer=_start_worker)
 
 
 def _open_mpi_pool() -> Executor:
@@ -205,11 +204,17 @@ def _open_mpi_pool() -> Executor:
     world = MPI.COMM_WORLD
     if world.Get_rank() != 0 or world.Get_size() < 2:  # under mpi4py.futures only rank 0 gets here
         raise ConfigError("--mpi: start with mpirun -n RANKS python -m mpi4py.futures -m tinyllama_ds.cli prepare ...")
-    return MPIPoolExecutor()
+    return MPIPoolExecutor(initializer=_use_one_core)
 
 
-def _end_with_parent() -> None:
+def _use_one_core() -> None:
+    """The other cores have workers of their own, which is faster than a library's threads over one batch."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _start_worker() -> None:
     """A worker whose parent was killed would wait for its next task forever."""
+    _use_one_core()
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -224,7 +229,7 @@ def make_shard(task: ShardTask) -> Manifest:
     """Tokenise the inputs of one task and commit its shard."""
     tokenizer, fast = _encoder_of(task.job.tokenizer, task.job.encoder)
     writer = ShardWriter(task.name, tokenizer.vocab_size, has_mask=task.holds_conversations)
-    ending = END_OF_TURN if task.holds_conversations else END_OF_DOCUMENT
+    ending = tokenizer.end_of_turn if task.holds_conversations else tokenizer.end_of_document
     try:
         inputs = [_add_file(writer, FileEncoder(tokenizer, fast), task, path) for path in task.inputs]
         return writer.commit(tokenizer.sha256, ending, task.job.format.to_dict(), inputs)
@@ -237,7 +242,7 @@ def make_shard(task: ShardTask) -> Manifest:
 @lru_cache(maxsize=1)
 def _encoder_of(path: Path, encoder: str) -> tuple:
     """The tokenizer and gigatoken's form of it; a second's work, once per process."""
-    tokenizer = Tokenizer(path)
+    tokenizer = load_tokenizer(path)
     return tokenizer, load_gigatoken(tokenizer, encoder)
 
 
@@ -255,9 +260,7 @@ def _add_file(writer: ShardWriter, encoder: FileEncoder, task: ShardTask, path: 
         _check_faults(faults, task.job.max_bad_records)
         if isinstance(fmt, ChatFormat):
             conversations = [record.messages for record in batch if record.messages]
-            encoded = encode_conversations(
-                encoder.encode, conversations, header_tokens(encoder.tokenizer), fmt.max_tokens
-            )
+            encoded = encode_conversations(encoder.encode, encoder.tokenizer, conversations, fmt.max_tokens)
             writer.add(encoded.ids, encoded.lengths, encoded.assistant_mask)
             shortened += Counter({f"turns beyond {fmt.max_tokens} tokens": encoded.shortened})
             rejected += Counter({f"first answer beyond {fmt.max_tokens} tokens": encoded.rejected})

@@ -46,7 +46,7 @@ class SourceFormat:
         """The chosen subsets of a corpus that keeps its subsets in folders; empty where all are used."""
         return self.subsets if self.subsets is not None and self.subset_field is None else frozenset()
 
-    def wants(self, subset: str) -> bool:
+    def includes(self, subset: str) -> bool:
         return subset not in self.excluded if self.subsets is None else subset in self.subsets
 
     @property
@@ -79,7 +79,7 @@ class SourceFormat:
             subset = _subset_of(raw, self.subset_field)
             if subset not in SLIMPAJAMA_SUBSETS:
                 return Record(fault=f"{place}: {_unknown_subset(subset, self.subset_field)}")
-            if not self.wants(subset):
+            if not self.includes(subset):
                 return Record(rejected=f"subset {subset}")
         return Record(text, size)
 

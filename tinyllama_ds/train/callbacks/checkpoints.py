@@ -2,7 +2,7 @@
 
 from tinyllama_ds.checkpoint.format import Health
 from tinyllama_ds.checkpoint.save import Save
-from tinyllama_ds.gpus import GIB
+from tinyllama_ds.hardware.gpus import GIB
 from tinyllama_ds.health.guard import check_parameters
 from tinyllama_ds.health.probe import take_probe
 from tinyllama_ds.train.trainer import Callback, StepResult

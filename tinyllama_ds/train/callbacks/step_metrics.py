@@ -3,7 +3,7 @@
 from time import perf_counter
 
 from tinyllama_ds.config.run_plan import Step
-from tinyllama_ds.gpus import GIB
+from tinyllama_ds.hardware.gpus import GIB
 from tinyllama_ds.health.stragglers import StragglerDetector
 from tinyllama_ds.train.trainer import Callback, StepResult, Trainer
 from tinyllama_ds.train.utilization import memory_bytes, peak_flops, utilisation

@@ -19,7 +19,8 @@ from tinyllama_ds.errors import ConfigError
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # DeepSpeed's runner forgets CUDA_VISIBLE_DEVICES of this shell; in this one it arrives at the ranks of this machine.
 VISIBLE_HERE_VARIABLE = "TINYLLAMA_DS_VISIBLE_DEVICES"
-PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "sentencepiece", "flash-attn")  # that affect a result
+# That affect a result.
+PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "sentencepiece", "tokenizers", "flash-attn")
 _HIDING = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all GPUs on purpose
 _NAME = re.compile(r"(GPU|MIG)-\S+")
 _FIRST_WITH_BF16 = (8, 0)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tinyllama_ds.devices import (
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.hardware.devices import (
     Machine,
     VisibleGpus,
     common_machine,
@@ -15,7 +16,6 @@ from tinyllama_ds.devices import (
     machine_of,
     reject_unsupported,
 )
-from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.train.engine import supports_fast_bf16
 
 A100 = {"name": "NVIDIA A100-SXM4-40GB", "mib": "40960", "used_mib": "3", "driver": "470.57.02", "capability": [8, 0]}

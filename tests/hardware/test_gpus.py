@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinyllama_ds.gpus import gpu_of_device, known_gpus
+from tinyllama_ds.hardware.gpus import gpu_of_device, known_gpus
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What ranks compute on: the devices of a machine, and spec sheets of GPUs and networks."""
