@@ -1,5 +1,6 @@
 """TinyLlama in its real size, randomly initialised: out and in again bit for bit, within 6 GB of memory."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -92,8 +93,9 @@ def write_checkpoint(run_dir: Path, dtype: torch.dtype) -> dict[str, str]:
         path = folder / f"rank_{rank:05d}.master.safetensors"
         files[path.name] = write_file(path, fragments)
     shapes = {name: list(shape) for name, shape in parameter_shapes(CONFIG).items()}
+    run = {"data": {"train": {"a": {"tokenizer_sha256": hashlib.sha256(LLAMA2.read_bytes()).hexdigest()}}}}
     manifest = CheckpointManifest(
-        Progress(1, 1, 2048), 2, 3, str(dtype).removeprefix("torch."), CONFIG.to_dict(), {"data": {"train": {}}},
+        Progress(1, 1, 2048), 2, 3, str(dtype).removeprefix("torch."), CONFIG.to_dict(), run,
         shapes, OptimizerRecord("AdamW", 1, []), files,
     )  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))

@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import on_ranks
+from forked import on_ranks, pretrain
+from launching import write_deepspeed_config, write_recipe
 
 from tinyllama_ds.checkpoint.format import Health, Progress, checkpoint_name
 from tinyllama_ds.checkpoint.load import load_checkpoint
 from tinyllama_ds.checkpoint.reader import CheckpointReader
 from tinyllama_ds.checkpoint.retention import Retention
 from tinyllama_ds.checkpoint.save import Saver, SaveSettings
+from tinyllama_ds.cli import main
 from tinyllama_ds.config.run_plan import Step
 from tinyllama_ds.distributed.collectives import sum_over_ranks
 from tinyllama_ds.distributed.world import DistributedInfo, read_world
+from tinyllama_ds.errors import EXIT_FINISHED
 from tinyllama_ds.hf.convert import hf_model
+from tinyllama_ds.hf.import_model import read_config
 from tinyllama_ds.model.config import Llama3Scaling, LlamaConfig
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.train.batches import Batch
@@ -142,3 +146,38 @@ def test_a_checkpoint_holds_the_table_once(ranks: int, stage: int, trained: Path
     assert "lm_head.weight" not in weights
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, reference[1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+TABLE = """
+[model]
+vocab_size = 576 # of a tokenizer of 512
+hidden_size = 64
+intermediate_size = 96
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 32
+max_position_embeddings = 64
+rms_norm_eps = 1e-5
+rope_theta = 500.0
+rope_scaling = { type = "yarn", factor = 4.0, original_max_position_embeddings = 16 }
+tie_word_embeddings = true
+torch_dtype = "bfloat16" # as pasted
+"""
+
+
+def test_a_table_in_a_recipe_trains_and_is_exported(data_dir: Path, tmp_path: Path) -> None:
+    """The exported folder has the logits and the loss of the run's probe, or there would be none."""
+    recipe = write_recipe(tmp_path / "mine.toml", 6, save_every=6)
+    recipe.write_text(recipe.read_text().replace('model = "test"\n', "") + TABLE)
+    run, folder = tmp_path / "run", tmp_path / "hf"
+    finished = pretrain(recipe, write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2), data_dir, run, 2)
+    assert finished.returncode == 0, finished.stderr
+    assert "custom: 123,200 parameters (64 rows of the vocabulary are padding" in finished.stdout
+    description = json.loads((run / "run.json").read_text())
+    assert description["recipe"]["model"] == description["model"]
+    assert main(["export", str(run), str(folder)]) == EXIT_FINISHED
+    described = json.loads((folder / "config.json").read_text())
+    assert (described["tie_word_embeddings"], described["head_dim"], described["vocab_size"]) == (True, 32, 576)
+    assert described["rope_parameters"]["rope_type"] == "yarn"
+    assert read_config(folder / "config.json").to_dict() == description["model"]

@@ -72,7 +72,7 @@ def _adapter(kind: Any) -> TypeAdapter:
 
 
 def validate(kind: type[T], raw: object, place: object, lines: Lines = NO_LINES) -> T:
-    """`raw` as a dataclass, or another type that pydantic knows.
+    """`raw` as a dataclass, or any other type that pydantic knows.
 
     Raises `ConfigError` with all problems of the file or section that `place` names, with lines where they are known.
     """

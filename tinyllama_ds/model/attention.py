@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, H query heads, K key/value heads, E head size.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -172,14 +172,12 @@ def document_starts(document_ids: Tensor) -> Tensor:
 def attention_metadata(backend: str, document_ids: Tensor) -> Tensor:
     """The documents of `document_ids` (B, T) in the form that a backend takes, the same for all blocks.
 
-    For flash kernels cu_seqlens (documents + 1,); for the others the ids themselves. The length of cu_seqlens depends
-    on the data: on a GPU this synchronizes with the host, in host memory it does not.
+    For flash kernels cu_seqlens (documents + 1,), int32: where documents start in the rows laid end to end, and the end
+    of the last; for the others the ids themselves. The length of cu_seqlens depends on the data: on a GPU this
+    synchronizes with the host, in host memory it does not.
     """
-    return _cu_seqlens(document_ids) if ATTENTION_BACKENDS[backend].documents == CU_SEQLENS else document_ids
-
-
-def _cu_seqlens(document_ids: Tensor) -> Tensor:
-    """Where documents start in the rows laid end to end, and the end of the last: int32, as flash kernels take them."""
+    if ATTENTION_BACKENDS[backend].documents != CU_SEQLENS:
+        return document_ids
     first = document_starts(document_ids).flatten().nonzero().flatten()
     return torch.cat((first, first.new_tensor([document_ids.numel()]))).int()
 
@@ -283,8 +281,11 @@ def resolve_attention_backend(name: str, device: Device, demands: Demands) -> At
 
 
 def _fastest_on_gpu(device: Device, demands: Demands) -> AttentionChoice:
+    names = ["flash_attention_2", *(["varlen"] if demands.document_mask else []), "sdpa"]  # fastest first
+    if device.capability is not None and device.capability[0] == 9 and find_spec("flash_attn_interface"):
+        names.insert(0, "flash_attention_3")  # which is optional: its absence is not a reason to report
     skipped: dict[str, str] = {}  # by reason, the first backend with it
-    for name in _fastest_first(device, demands):
+    for name in names:
         reason = _unavailable_reason(name, device, demands)
         if reason is None:
             break
@@ -293,16 +294,6 @@ def _fastest_on_gpu(device: Device, demands: Demands) -> AttentionChoice:
     if name == "sdpa" and demands.document_mask:
         notes.append("every block keeps a mask of tokens x tokens")
     return AttentionChoice(name, "; ".join(notes))
-
-
-def _fastest_first(device: Device, demands: Demands) -> Iterator[str]:
-    """The backends that `auto` tries. FlashAttention 3 is optional: its absence is not a reason to report."""
-    if device.capability is not None and device.capability[0] == 9 and find_spec("flash_attn_interface"):
-        yield "flash_attention_3"
-    yield "flash_attention_2"
-    if demands.document_mask:
-        yield "varlen"
-    yield "sdpa"
 
 
 def _obstacle(name: str, device: Device, demands: Demands) -> str | None:
