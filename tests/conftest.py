@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fast_folders
 import pytest
 
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
@@ -82,6 +83,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def data_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """Two prepared sources, `slimpajama` and `starcoderdata`, each with a validation split."""
     return prepare_small_data(tmp_path_factory.mktemp("data"), tokenizer.path)
+
+
+@pytest.fixture(scope="session")
+def fast_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a `tokenizer.json` of 500 pieces, 12 fewer than the model has rows."""
+    root = tmp_path_factory.mktemp("fast")
+    return prepare_small_data(root, fast_folders.smollm2(root / "tokenizer", 500))
 
 
 def prepare_small_data(root: Path, tokenizer: Path) -> Path:

@@ -63,7 +63,7 @@ def test_ids_and_texts_are_those_of_tokenizers_and_transformers(folder: Path, to
         assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == expected, text
         assert tokenizer.decode(expected) == reference.decode(expected) == tokenizer.readable(text)
         assert not set(expected) & set(tokenizer.special_ids)
-    assert tokenizer.decode([*expected, tokenizer.eos_id]) == "", "special tokens have no text"
+    assert tokenizer.decode([*expected, tokenizer.eos_id, tokenizer.vocab_size, 10**6]) == "", "they have no text"
     assert tokenizer.vocab_size == reference.get_vocab_size()
     tokenizer.reject_inconvertible()
 

@@ -18,6 +18,12 @@ def test_decoding_gives_the_text_back(tokenizer: Tokenizer, texts: list[str]):
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_padded_rows_have_no_text(tokenizer: Tokenizer):
+    """A model that has not learned yet gives them, too."""
+    ids = tokenizer.encode("the model")
+    assert tokenizer.decode([*ids, tokenizer.vocab_size, tokenizer.eos_id, 10**6]) == "the model"
+
+
 def test_training_follows_llamas_settings(tokenizer: Tokenizer):
     processor = tokenizer.processor
     assert tokenizer.vocab_size == 512

@@ -66,7 +66,7 @@ def test_the_data_and_its_tokenizer_belong_together(
     shutil.copyfile(other, data / "tokenizer.model")
     finished = pretrain(recipe, run.parent / "ds.json", data, tmp_path / "run", 1)
     assert finished.returncode == 78
-    assert f"{data}/tokenizer.model: has 400 pieces, but the model's vocabulary is 512" in finished.stderr
+    assert f"was made with a different tokenizer than {data}/tokenizer.model" in finished.stderr
     assert main(["data", "show", "0", "--recipe", str(recipe), "--data", str(data)]) == 78
     assert f"was made with a different tokenizer than {data}/tokenizer.model" in capsys.readouterr().err
     assert main(["audit", str(data), "--workers", "1"]) == 78

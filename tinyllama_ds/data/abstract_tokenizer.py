@@ -77,7 +77,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
-        """The text of some ids, without special tokens."""
+        """The text of some ids; special tokens, and ids beyond the vocabulary from padded rows, have none."""
 
     @abstractmethod
     def readable(self, text: str) -> str:

@@ -68,7 +68,7 @@ class SentencePieceTokenizer(Tokenizer):
         return concatenated(self.processor.encode(list(texts), num_threads=1))
 
     def decode(self, ids: list[int]) -> str:
-        return self.processor.decode(ids)
+        return self.processor.decode([number for number in ids if number < self.vocab_size])
 
     def readable(self, text: str) -> str:  # a space is U+2581 to sentencepiece, so that character becomes a space
         return text.replace(SPACE, " ")
