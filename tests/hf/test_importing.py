@@ -139,10 +139,11 @@ def test_both_copies_of_a_tied_table_may_be_there(tokenizer: Tokenizer, tmp_path
     assert "lm_head.weight" not in dict(open_model_folder(tmp_path / "ours").tensors())
 
 
-def test_a_padded_vocabulary_is_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Rows beyond the tokenizer's pieces come in and go out like all others."""
+def test_a_padded_vocabulary_is_kept(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows beyond the tokenizer's pieces come in and go out like all others, and are reported."""
     folder = write_hf_folder(tmp_path / "hf", replace(GROUPED, vocab_size=576), torch.float32, tokenizer)
-    import_hf_folder(folder, tmp_path / "ours")
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == EXIT_FINISHED
+    assert "; 64 rows of the vocabulary are padding, which no text uses" in capsys.readouterr().out
     ours = open_model_folder(tmp_path / "ours")
     export(ours.tensors(), ours.model, ours.tokenizer, tmp_path / "out")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "out"))

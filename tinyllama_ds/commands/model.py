@@ -112,10 +112,12 @@ def _import(options: argparse.Namespace) -> int:
         "model": imported.model.to_dict(),
         "dtype": dtype,
         "largest_logit_difference": imported.largest_logit_difference,
+        "padding": imported.padding,
     }
+    padded = f"; {imported.padding} rows of the vocabulary are padding, which no text uses" if imported.padding else ""
     text = (
         f"{options.output}: {imported.model.num_parameters:,} parameters in {dtype}, largest difference of logits"
-        f" {imported.largest_logit_difference:.1e}"
+        f" {imported.largest_logit_difference:.1e}{padded}"
     )
     return print_result(options, result, text)
 

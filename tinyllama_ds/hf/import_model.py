@@ -42,6 +42,7 @@ class ImportResult:
     model: LlamaConfig
     dtype: torch.dtype
     largest_logit_difference: float
+    padding: int  # rows of the embeddings beyond the tokenizer's ids
 
 
 def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) -> ImportResult:
@@ -57,7 +58,7 @@ def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) 
     with new_folder(output) as partial:
         written = write_model_folder(partial, _read_all(files, config), config, loaded)
         difference = logit_difference(*load_reference_pair(folder, written, config), loaded)
-    return ImportResult(config, written.dtype, difference)
+    return ImportResult(config, written.dtype, difference, config.vocab_size - loaded.vocab_size)
 
 
 def read_config(path: Path) -> LlamaConfig:
