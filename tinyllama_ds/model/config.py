@@ -90,7 +90,7 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         if self.head_dim == 0 and self.num_attention_heads > 0:
-            vars(self)["head_dim"] = self.hidden_size // self.num_attention_heads  # past the frozen attributes
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)  # although frozen
         _reject_out_of_range(vars(self))
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
