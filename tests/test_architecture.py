@@ -43,7 +43,7 @@ PRIVATE_API = {
 OF_PYTHON = {"_exit", "_actions", "_replace"}  # os, argparse, namedtuple
 DUNDERS = {
     "__annotations__", "__cause__", "__context__", "__doc__", "__file__", "__getitem__", "__module__", "__name__",
-    "__version__",
+    "__setattr__", "__version__",
 }  # fmt: skip
 
 

@@ -165,7 +165,7 @@ def describe_run(run: Run, world: DistributedInfo, engine: "DeepSpeedEngine", co
         f" {str(dtype).removeprefix('torch.')} on {world.size} x {world.device.type},"
         f" ZeRO-{engine.zero_optimization_stage()}, {run.kernels}, torch.compile: {compilation}\n"
         f"{run.plan.total_steps:,} steps, {run.plan.total_tokens:,} tokens; a step is {batch} sequences of"
-        f" {run.recipe.sequence_length} tokens in {accumulation} micro-batches of"
+        f" {run.recipe.sequence_length} tokens in {accumulation} micro-batch{'es' if accumulation > 1 else ''} of"
         f" {run.micro_batch} on each rank\n"
         f"MFU = tokens/s x (6 x matmul parameters + 12 x layers x heads x head size x sequence) / peak;"
         f" peak {peak / 1e12:.2f} TFLOP/s per rank from {origin}"
