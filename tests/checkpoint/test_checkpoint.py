@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tinyllama_ds.checkpoint.format import (
     checkpoint_name,
@@ -17,6 +19,7 @@ from tinyllama_ds.checkpoint.format import (
     verify_checkpoint,
 )
 from tinyllama_ds.checkpoint.retention import Retention, remove_old_checkpoints, sweep_leftovers
+from tinyllama_ds.checkpoint.save import write_file
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.layout import reject_unusable_directory
 
@@ -151,6 +154,14 @@ def test_a_checkpoint_that_has_lost_its_manifest_is_damaged(tmp_path: Path) -> N
         ConfigError, match=r"none of 1 checkpoints verifies: .*step_00000002/manifest.json: cannot be read"
     ):
         choose_checkpoint(tmp_path)
+
+
+def test_a_file_is_readable_by_those_who_may_read_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    folder.chmod(0o750)
+    write_file(folder / "rank_00000.master.safetensors", {"master/weight[0:3]": torch.zeros(3)})
+    assert stat.S_IMODE((folder / "rank_00000.master.safetensors").stat().st_mode) == 0o640
 
 
 @pytest.mark.parametrize(

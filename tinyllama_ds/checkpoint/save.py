@@ -42,6 +42,7 @@ from tinyllama_ds.checkpoint.staging import HostStateBuffer, StagedState
 from tinyllama_ds.distributed.collectives import gather_from_ranks
 from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.files import remove, sync, write_object
+from tinyllama_ds.hf.weights import save_tensors
 from tinyllama_ds.layout import CHECKPOINTS
 from tinyllama_ds.model.config import LlamaConfig, dtype_name
 
@@ -260,9 +261,7 @@ def write_files(folder: Path, rank: int, staged: StagedState) -> dict[str, dict]
 
 def write_file(path: Path, tensors: dict[str, Tensor]) -> File:
     """Write a safetensors file durably; returns its size and hash."""
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_tensors(path, tensors)
     return _sync_and_hash(path)
 
 

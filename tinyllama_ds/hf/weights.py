@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -51,8 +52,6 @@ def write_weights(
 
     Raises `ConfigError` for an invalid size, ValueError for tensors that do not match `shapes`.
     """
-    from safetensors.torch import save_file
-
     tensors = iter(tensors)
     first = next(tensors)
     dtype = first[1].dtype
@@ -66,8 +65,7 @@ def write_weights(
         file = plan.tensor_to_filename[name]
         shards[file][name] = tensor.detach().contiguous()
         if len(shards[file]) == len(plan.filename_to_tensors[file]):
-            save_file(shards.pop(file), folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(folder.stat().st_mode & 0o666)  # it is this user's alone else, whatever the umask
+            save_tensors(folder / file, shards.pop(file))
     if shapes.keys() != digests.keys():
         raise ValueError(f"missing tensors: {', '.join(shapes.keys() - digests.keys())}")
     if plan.is_sharded:
@@ -75,6 +73,15 @@ def write_weights(
         index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return WeightsInfo(dtype, digests)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, for all who may read its folder: safetensors' own files are this user's alone."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+    with suppress(OSError):  # storage without modes
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _plan_shards(shapes: Shapes, dtype: torch.dtype, max_shard_size: int | str) -> "StateDictSplit":
