@@ -4,27 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from recipes import VALID
 
 from tinyllama_ds.config.recipe import Recipe, load_recipe
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.config import MODEL_SIZES, Llama3Scaling, LlamaConfig, YarnScaling
 
-RECIPE = """
-name = "mine"
-sequence_length = 32
-seed = 1
-validation_samples = 4
-[[stages]]
-name = "only"
-tokens = 6400
-global_batch_tokens = 320
-weights = { slimpajama = 1 }
-[intervals]
-log_steps = 1
-evaluate_tokens = 640
-save_tokens = 640
-[model]
-"""
+RECIPE = VALID.replace('model = "test"\n', "") + "[model]\n"
 # As in the folders of their publishers; keys of training and of the tokenizer included.
 LLAMA_3_2_1B = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,

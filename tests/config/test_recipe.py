@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from recipes import VALID
 
 from tinyllama_ds.config.deepspeed import load_deepspeed_config
 from tinyllama_ds.config.recipe import RECIPE_DIRECTORY, Evaluation, GuardSettings, Samples, load_recipe
@@ -13,22 +14,6 @@ from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.config import MODEL_SIZES
 
 SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
-VALID = """
-name = "mine"
-model = "test"
-sequence_length = 32
-seed = 1
-validation_samples = 4
-[[stages]]
-name = "only"
-tokens = 6400
-global_batch_tokens = 320
-weights = { slimpajama = 1 }
-[intervals]
-log_steps = 1
-evaluate_tokens = 640
-save_tokens = 640
-"""
 
 
 @pytest.mark.parametrize("name", SHIPPED)
