@@ -3,6 +3,7 @@
 A file that has its name before its content is on the disk may be empty, cut short or full of zeros afterwards.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -162,3 +163,9 @@ def remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field
 from tinyllama_ds.checkpoint.description import Count, check_description, check_guard_state
 from tinyllama_ds.config.validation import validate, validate_json
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.files import SAFE_FILE_NAME, parse_row
+from tinyllama_ds.files import SAFE_FILE_NAME, parse_row, sha256_of
 from tinyllama_ds.layout import CHECKPOINTS, QUARANTINE
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.probe import Probe
@@ -186,9 +186,8 @@ def verify_file(checkpoint: Path, name: str, expected: File) -> None:
     path = checkpoint / name
     if not path.is_file() or path.stat().st_size != expected.size:
         raise ConfigError(f"{path}: missing or size mismatch (expected {expected.size} bytes by {MANIFEST_FILE})")
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
-            raise ConfigError(f"{path}: its SHA-256 is not the one in {MANIFEST_FILE}; the file is damaged")
+    if sha256_of(path) != expected.sha256:
+        raise ConfigError(f"{path}: its SHA-256 is not the one in {MANIFEST_FILE}; the file is damaged")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ The threads never talk to each other: whether a rank is busy is part of the one 
 (`guard.all_reduce_step_status`), and all collectives are called by the training thread, in the same order on all ranks.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,7 +40,7 @@ from tinyllama_ds.checkpoint.retention import Retention, remove_old_checkpoints
 from tinyllama_ds.checkpoint.staging import HostStateBuffer, StagedState
 from tinyllama_ds.distributed.collectives import gather_from_ranks
 from tinyllama_ds.distributed.world import DistributedInfo
-from tinyllama_ds.files import remove, sync, write_object
+from tinyllama_ds.files import remove, sha256_of, sync, write_object
 from tinyllama_ds.hf.weights import save_tensors
 from tinyllama_ds.layout import CHECKPOINTS
 from tinyllama_ds.model.config import LlamaConfig, dtype_name
@@ -268,8 +267,7 @@ def write_file(path: Path, tensors: dict[str, Tensor]) -> File:
 def _sync_and_hash(path: Path) -> File:
     """Make a written file durable; it is hashed as the file system gives it back."""
     sync(path)
-    with path.open("rb") as file:
-        return File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return File(path.stat().st_size, sha256_of(path))
 
 
 def _attempt(action: Callable[[], Any]) -> Outcome:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tinyllama_ds.config.validation import expectation, validate_json
 from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer, write_tokenizer
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.files import parse_row, write_object
+from tinyllama_ds.files import parse_row, sha256_of, write_object
 from tinyllama_ds.hf.weights import WeightsInfo, parameter_shapes, read_tensor, tensor_names, write_weights
 from tinyllama_ds.inputs import read_text
 from tinyllama_ds.layout import SPECIAL_TOKENS, TOKENIZER_JSON, TOKENIZER_MODEL
@@ -120,5 +120,4 @@ def verify_model_folder(folder: ModelFolder) -> None:
 
 
 def _identity(path: Path) -> dict:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}

@@ -1,7 +1,6 @@
 """The audit of a data directory: every claim of its manifests is checked against the files."""
 
 import functools
-import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ from tinyllama_ds.data.shards import ShardReader
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.files import sha256_of
 
 SUSPICIOUS_RUN = 256  # equal ids in a row; the padding of TinyLlama's bug 83 came by the thousand
 SUSPICIOUS_DRIFT = 0.5  # total variation between the unigrams of a shard and of its source, from 0 to 1
@@ -152,8 +152,8 @@ def _contradictions(
     smallest, largest = (int(tokens.min()), int(tokens.max())) if len(tokens) else (manifest.vocab_size, -1)
     accounted = sum(entry.documents for entry in manifest.inputs)
     claims = [
-        (_file_sha256(shard.bin_path) == manifest.bin_sha256, ".bin differs from the hash in its manifest"),
-        (_file_sha256(shard.index.path) == manifest.idx_sha256, ".idx differs from the hash in its manifest"),
+        (sha256_of(shard.bin_path) == manifest.bin_sha256, ".bin differs from the hash in its manifest"),
+        (sha256_of(shard.index.path) == manifest.idx_sha256, ".idx differs from the hash in its manifest"),
         (manifest.tokenizer_sha256 == tokenizer.sha256, "was made with a different tokenizer"),
         (documents == manifest.documents == accounted, f"{documents} documents, its inputs gave {accounted}"),
         ((smallest, largest) == (manifest.smallest_id, manifest.largest_id), f"ids run from {smallest} to {largest}"),
@@ -184,17 +184,12 @@ def _claims_about_mask(shard: ShardReader, starts: np.ndarray) -> list[tuple[boo
     mask = shard.read_mask(0, shard.tokens)
     answers = np.add.reduceat(mask, starts[:-1], dtype=np.int64) if len(starts) > 1 else np.ones(1)
     return [
-        (_file_sha256(shard.mask_path) == shard.manifest.mask_sha256, ".mask differs from the hash in its manifest"),
+        (sha256_of(shard.mask_path) == shard.manifest.mask_sha256, ".mask differs from the hash in its manifest"),
         (int(mask.max(initial=0)) <= 1, ".mask has values other than 0 and 1"),
         (bool((answers > 0).all()), "a conversation has no answer"),
         (bool((mask[starts[:-1]] == 0).all()), "a conversation begins with an answer"),
         (bool((mask[starts[1:] - 1] == 1).all()), "a conversation does not end with an answer"),
     ]
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _count_lengths(lengths: np.ndarray) -> np.ndarray:
