@@ -30,7 +30,8 @@ from tinyllama_ds.commands.arguments import Number, Parser, WholeNumber, output_
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import SourceFormat
 from tinyllama_ds.data.shards import token_dtype
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 
 FILES = 32  # and as many shards
 META = {"redpajama_set_name": "RedPajamaC4"}

@@ -18,7 +18,7 @@ from hosts import Host, start_hosts  # noqa: E402
 from launching import STEP_TOKENS, write_deepspeed_config, write_recipe  # noqa: E402
 
 from tinyllama_ds.commands.arguments import Parser, WholeNumber, output_file  # noqa: E402
-from tinyllama_ds.data.train_tokenizer import train_tokenizer  # noqa: E402
+from tinyllama_ds.data.tokenizers.train_tokenizer import train_tokenizer  # noqa: E402
 from tinyllama_ds.model.config import model_config  # noqa: E402
 
 LAYOUTS: dict[str, tuple[int, dict]] = {

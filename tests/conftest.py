@@ -12,8 +12,8 @@ import pytest
 
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import source_format
-from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.train_tokenizer import train_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.train_tokenizer import train_tokenizer
 
 VOCABULARY = """the a small llama model token shard reads writes learns step loss rate rank batch gradient weight norm
 layer attention head query key value rope cosine sine floor peak data order seed epoch sample document source code"""

@@ -14,7 +14,7 @@ from forked import on_ranks, run_script
 from launching import Finished
 
 from contenders import CONTENDERS, SIZES
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 REASON = hosts.why_not()

@@ -8,7 +8,7 @@ import pytest
 from forked import on_ranks
 
 from tinyllama_ds.cli import main
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED
 
 CONFIG = str(Path(__file__).parents[2] / "ds_configs" / "zero1.json")

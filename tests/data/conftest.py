@@ -4,8 +4,9 @@ import pytest
 from corpora import AWKWARD_TEXTS, made_up_text
 from llama2 import LLAMA2
 
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
-from tinyllama_ds.data.train_tokenizer import train_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
+from tinyllama_ds.data.tokenizers.train_tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")

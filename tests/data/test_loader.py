@@ -11,8 +11,8 @@ from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.train_tokenizer import EOS_ID, train_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.train_tokenizer import EOS_ID, train_tokenizer
 from tinyllama_ds.errors import ConfigError, DataError
 
 T = 64

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tinyllama_ds.cli import main
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.evaluation.humaneval import humaneval_config
 from tinyllama_ds.evaluation.sandbox import open_sandbox
 from tinyllama_ds.hf.convert import export

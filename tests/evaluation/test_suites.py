@@ -7,7 +7,7 @@ import pytest
 from published_data import BBH_TASKS, MMLU_SUBJECTS, write_published_data
 
 from tinyllama_ds.cli import main
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.evaluation.suites import load_suites
 from tinyllama_ds.hf.convert import export
 from tinyllama_ds.model.config import LlamaConfig

@@ -23,8 +23,9 @@ from test_convert import LLAMA2
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.chat import _TEMPLATE, Message, chat_template, conversation_ids, prompt_ids
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
-from tinyllama_ds.data.train_tokenizer import BOS_ID, EOS_ID, UNK_ID
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
+from tinyllama_ds.data.tokenizers.train_tokenizer import BOS_ID, EOS_ID, UNK_ID
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.chat import Conversation, chat_loop
 from tinyllama_ds.hf.convert import PROBE_TEXTS, ExportOptions, export, hf_tokenizer

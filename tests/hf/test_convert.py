@@ -10,9 +10,10 @@ import transformers
 from llama2 import LLAMA2, needs_llama2
 from safetensors.torch import load_file, save_file
 
-from tinyllama_ds.data import sentencepiece_tokenizer
-from tinyllama_ds.data.sentencepiece_tokenizer import ranked_merges
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllama_ds.data.tokenizers import sentencepiece_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.sentencepiece_tokenizer import ranked_merges
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf import convert
 from tinyllama_ds.hf.convert import PROBE_TEXTS, ExportOptions, export, hf_tokenizer

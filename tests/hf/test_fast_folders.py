@@ -11,7 +11,8 @@ import transformers
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.chat import Message, prompt_ids
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.convert import ExportOptions, export
 from tinyllama_ds.hf.generate import LoadedModel, Sampling, generate, load_from_hf_folder, load_from_weights

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.convert import export, load_hf_folder
 from tinyllama_ds.model.config import model_config

@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tinyllama_ds.cli import main
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
 from tinyllama_ds.hf.convert import ExportOptions, export, hf_config, hf_tokenizer
 from tinyllama_ds.hf.import_model import import_hf_folder, read_config

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tinyllama_ds.checkpoint.initial_weights import open_initial_weights
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.model_folder import open_model_folder, verify_model_folder, write_model_folder
 from tinyllama_ds.model.config import MODEL_SIZES

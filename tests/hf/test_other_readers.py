@@ -10,7 +10,7 @@ import pytest
 import torch
 from launching import TIMEOUT
 
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.hf.convert import PROBE_TEXTS, ExportOptions, export
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model

@@ -11,8 +11,8 @@ import torch
 from plain_loop import open_samples, train
 
 from tinyllama_ds.config.recipe import load_recipe
-from tinyllama_ds.data.tokenizer import load_tokenizer
-from tinyllama_ds.data.train_tokenizer import EOS_ID
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
+from tinyllama_ds.data.tokenizers.train_tokenizer import EOS_ID
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
 
 

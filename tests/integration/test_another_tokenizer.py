@@ -12,8 +12,8 @@ from local_tasks import write_tasks
 
 from tinyllama_ds.checkpoint.initial_weights import open_initial_weights
 from tinyllama_ds.cli import main
-from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.train_tokenizer import train_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.train_tokenizer import train_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.config import MODEL_SIZES
 

@@ -15,7 +15,7 @@ from conftest import made_up_text
 from forked import tinyllama_ds
 from launching import Finished, run, write_deepspeed_config, write_recipe
 
-from tinyllama_ds.data.train_tokenizer import train_tokenizer
+from tinyllama_ds.data.tokenizers.train_tokenizer import train_tokenizer
 from tinyllama_ds.distributed.network import free_port
 from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.fault_injection import FAULT_VARIABLE

@@ -19,7 +19,7 @@ from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 from tinyllama_ds.checkpoint.initial_weights import fill_model, open_initial_weights
 from tinyllama_ds.checkpoint.reader import stream_weights
 from tinyllama_ds.cli import main
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.launch.launcher import PRETRAIN
 from tinyllama_ds.model.config import MODEL_SIZES

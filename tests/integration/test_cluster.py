@@ -31,7 +31,7 @@ from launching import (
 )
 
 from tinyllama_ds.checkpoint.format import Progress, find_checkpoints, read_manifest
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.fault_injection import FAULT_VARIABLE
 from tinyllama_ds.launch.launcher import PRETRAIN

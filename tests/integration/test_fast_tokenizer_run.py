@@ -8,7 +8,7 @@ from forked import pretrain
 from launching import SEQUENCE_LENGTH, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.cli import main
-from tinyllama_ds.data.tokenizer import load_tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 
 PIECES = 500  # of the 512 rows of the model
 PROMPT = "the small llama"

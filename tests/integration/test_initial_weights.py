@@ -12,7 +12,7 @@ from launching import BATCH, SEQUENCE_LENGTH, read_series, write_deepspeed_confi
 from tinyllama_ds.checkpoint.format import find_checkpoints
 from tinyllama_ds.checkpoint.reader import CheckpointReader, stream_weights
 from tinyllama_ds.data.loader import open_streams
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.evaluation.validation import ValidationSet
 from tinyllama_ds.hf.convert import export

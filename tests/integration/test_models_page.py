@@ -12,7 +12,7 @@ from test_docs import commands_of
 from test_importing import write_hf_folder
 
 from tinyllama_ds.config.recipe import RECIPE_DIRECTORY
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.model.config import MODEL_SIZES
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"

@@ -19,7 +19,7 @@ from test_reproduce import write_toy
 
 from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 from tinyllama_ds.config.recipe import RECIPE_DIRECTORY
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_ROLLBACK
 from tinyllama_ds.fault_injection import FAULT_VARIABLE
 

@@ -15,7 +15,7 @@ from llama2 import LLAMA2, needs_llama2
 
 from tinyllama_ds.checkpoint.format import CheckpointManifest, OptimizerRecord, Progress
 from tinyllama_ds.checkpoint.save import write_file
-from tinyllama_ds.data.tokenizer import load_tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.hf.model_folder import open_model_folder, write_model_folder
 from tinyllama_ds.hf.weights import digest, parameter_shapes
 from tinyllama_ds.model.config import MODEL_SIZES

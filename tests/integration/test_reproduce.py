@@ -18,7 +18,7 @@ from launching import read_series, write_deepspeed_config
 
 from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 from tinyllama_ds.config.recipe import RECIPE_DIRECTORY
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text()

@@ -13,7 +13,7 @@ from launching import Finished
 
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import source_format
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.planning.plan import read_inputs, resolve
 
 ROOT = Path(__file__).parents[2]

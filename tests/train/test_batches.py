@@ -8,7 +8,7 @@ from chats import conversations, prepare_chat, write_records
 
 from tinyllama_ds.data.chat import Message, conversation_ids
 from tinyllama_ds.data.packing import ConversationStream, open_stream
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
 from tinyllama_ds.model.loss import IGNORE_INDEX

@@ -24,7 +24,8 @@ from tinyllama_ds.checkpoint.format import (
 )
 from tinyllama_ds.checkpoint.fragments import MASTER, local_fragments
 from tinyllama_ds.checkpoint.reader import CheckpointReader
-from tinyllama_ds.data.tokenizer import Tokenizer, stored_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import stored_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
 from tinyllama_ds.model.config import LlamaConfig

@@ -106,7 +106,7 @@ def _data(options: argparse.Namespace) -> int:
     """Inspect prepared data: `show` prints the texts that a step trains on."""
     from tinyllama_ds.data.audit.show import show_samples
     from tinyllama_ds.data.loader import reject_different_tokenizer
-    from tinyllama_ds.data.tokenizer import load_tokenizer
+    from tinyllama_ds.data.tokenizers.storage import load_tokenizer
     from tinyllama_ds.run.ledger import excluded_samples, read_ledger
 
     if options.run_dir is not None and not options.run_dir.is_dir():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tinyllama_ds.data.tokenizer import Tokenizer
+    from tinyllama_ds.data.tokenizers.abstract import Tokenizer
     from tinyllama_ds.hf.generate import LoadedModel
     from tinyllama_ds.model.config import LlamaConfig
     from tinyllama_ds.model.probe import Probe
@@ -57,7 +57,7 @@ def open_stored(path: Path) -> ModelSource:
     from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
     from tinyllama_ds.checkpoint.format import model_of, resolve_checkpoint
     from tinyllama_ds.checkpoint.reader import stream_weights
-    from tinyllama_ds.data.tokenizer import stored_tokenizer
+    from tinyllama_ds.data.tokenizers.storage import stored_tokenizer
     from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
     from tinyllama_ds.run.resolve import is_chat_run
 
@@ -138,7 +138,7 @@ def _import_checkpoint(options: argparse.Namespace) -> int:
 
     from tinyllama_ds.checkpoint.format import resolve_checkpoint
     from tinyllama_ds.checkpoint.import_deepspeed import import_checkpoint
-    from tinyllama_ds.data.tokenizer import load_tokenizer, write_tokenizer
+    from tinyllama_ds.data.tokenizers.storage import load_tokenizer, write_tokenizer
     from tinyllama_ds.layout import CHECKPOINTS, RUN_FILE
     from tinyllama_ds.model.config import model_config
 

@@ -77,7 +77,7 @@ def _add_train_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 def _train_tokenizer(options: argparse.Namespace) -> int:
     """Train a tokenizer: sentencepiece with Llama 2's settings, or byte-level BPE."""
-    from tinyllama_ds.data.train_tokenizer import train_bpe, train_tokenizer
+    from tinyllama_ds.data.tokenizers.train_tokenizer import train_bpe, train_tokenizer
 
     if options.output.exists():
         raise ConfigError(f"{options.output}: already exists; expected a new file")

@@ -16,7 +16,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from tinyllama_ds.data.abstract_tokenizer import Encoded, Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Encoded, Tokenizer
 
 ROLES = ("system", "user", "assistant")
 ANSWER_HEADER = "\n<|assistant|>\n"  # the end of a generation prompt

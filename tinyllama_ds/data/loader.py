@@ -8,7 +8,8 @@ import numpy as np
 from tinyllama_ds.data.order import SampleOrder
 from tinyllama_ds.data.packing import open_stream
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.errors import ConfigError, DataError
 
 MAX_PADDING = 1024  # rows of an embedding beyond the tokenizer's ids

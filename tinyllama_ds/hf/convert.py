@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tinyllama_ds.data.chat import Message, chat_template, conversation_ids, prompt_ids
-from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.vocabulary import PROBE_TEXTS, difference_of
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.vocabulary import PROBE_TEXTS, difference_of
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.weights import MAX_SHARD_SIZE, WeightsInfo, digest, parameter_shapes, write_weights
 from tinyllama_ds.model.config import LlamaConfig

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinyllama_ds.data.chat import Message, prompt_ids
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.convert import hf_model, load_hf_folder
 from tinyllama_ds.model.config import LlamaConfig

@@ -15,9 +15,10 @@ from torch import Tensor
 from tinyllama_ds.config.model_table import HuggingFaceConfig
 from tinyllama_ds.config.validation import validate_json
 from tinyllama_ds.data.loader import reject_unfit_vocabulary
-from tinyllama_ds.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
-from tinyllama_ds.data.vocabulary import difference_of
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
+from tinyllama_ds.data.tokenizers.vocabulary import difference_of
 from tinyllama_ds.errors import ConfigError, shown_as_json
 from tinyllama_ds.files import SAFE_FILE_NAME, read_object_if_whole
 from tinyllama_ds.hf.convert import load_reference_pair, logit_difference

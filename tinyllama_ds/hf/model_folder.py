@@ -17,7 +17,8 @@ from pydantic import AfterValidator, BaseModel
 from torch import Tensor
 
 from tinyllama_ds.config.validation import expectation, validate_json
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer, write_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer, write_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import parse_row, sha256_of, write_object
 from tinyllama_ds.hf.weights import WeightsInfo, parameter_shapes, read_tensor, tensor_names, write_weights

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tinyllama_ds.checkpoint.disk_space import check_free_space, checkpoint_need
 from tinyllama_ds.checkpoint.format import Health, Progress, find_checkpoints, find_folders
-from tinyllama_ds.data.tokenizer import write_tokenizer
+from tinyllama_ds.data.tokenizers.storage import write_tokenizer
 from tinyllama_ds.errors import ConfigError, log
 from tinyllama_ds.layout import LEDGER_FILE, RUN_FILE, reject_unusable_directory
 from tinyllama_ds.run.identity import Change, changes_between, identity_of, inherited_ledger, reject_changes

@@ -28,7 +28,8 @@ from tinyllama_ds.config.schedule import Schedule, make_schedule
 from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import ORDER_VERSION, SampleOrder, planned_order
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import Tokenizer, stored_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import stored_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.tasks import load_tasks
 from tinyllama_ds.evaluation.validation import ValidationSet

@@ -22,8 +22,8 @@ from tinyllama_ds.data.prepare.inputs import Inputs
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.data.shards import Manifest
-from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.train_tokenizer import BOS_ID, EOS_ID
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.train_tokenizer import BOS_ID, EOS_ID
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.run.ledger import ROLLED_BACK, Entry, record
 

@@ -22,8 +22,8 @@ from tinyllama_ds.data.prepare.conversations import ChatFormat
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.reading import read_records
 from tinyllama_ds.data.prepare.sources import source_format
-from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.train_tokenizer import BOS_ID, EOS_ID, UNK_ID
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.train_tokenizer import BOS_ID, EOS_ID, UNK_ID
 from tinyllama_ds.errors import ConfigError
 
 

@@ -19,7 +19,7 @@ from launching import TIMEOUT, wait_until
 from slurm import slurm, why_not
 
 from tinyllama_ds.cli import main
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.distributed.network import free_port
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"

@@ -19,7 +19,8 @@ from tinyllama_ds.data.prepare.conversations import ChatFormat
 from tinyllama_ds.data.prepare.reading import read_records
 from tinyllama_ds.data.prepare.sources import SourceFormat, source_format
 from tinyllama_ds.data.shards import IndexHeader, InputFile, Manifest, ShardName, ShardWriter
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 
 
 @cache

@@ -11,8 +11,8 @@ from tinyllama_ds.cli import main
 from tinyllama_ds.data.audit.audit import audit_data
 from tinyllama_ds.data.prepare.imports import Import, import_litpkds, import_megatron, read_litpkds
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.train_tokenizer import BOS_ID, EOS_ID
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.train_tokenizer import BOS_ID, EOS_ID
 from tinyllama_ds.errors import ConfigError
 
 

@@ -23,8 +23,8 @@ from tinyllama_ds.data.prepare.reading import read_texts
 from tinyllama_ds.data.prepare.sources import SourceFormat, source_format
 from tinyllama_ds.data.shards import Manifest
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.train_tokenizer import EOS_ID, train_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.train_tokenizer import EOS_ID, train_tokenizer
 from tinyllama_ds.errors import ConfigError
 
 PLAIN = SourceFormat()

@@ -20,7 +20,8 @@ from tinyllama_ds.data.prepare.reading import read_records
 from tinyllama_ds.data.prepare.sources import SPLITS, Record, SourceFormat
 from tinyllama_ds.data.shards import ShardReader
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import sha256_of
 

@@ -8,7 +8,7 @@ import numpy as np
 from tinyllama_ds.data.order import SampleOrder
 from tinyllama_ds.data.packing import ConversationStream
 from tinyllama_ds.data.stream import TokenStream
-from tinyllama_ds.data.tokenizer import Tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.errors import printable
 
 

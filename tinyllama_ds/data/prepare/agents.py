@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from tinyllama_ds.data.prepare.prepare import Preparation, plan_shards, watch_shards
-from tinyllama_ds.data.tokenizer import load_tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.distributed.ssh import ssh_command
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from tinyllama_ds.bars import progress
 from tinyllama_ds.data.prepare.inputs import grouped_by_size
 from tinyllama_ds.data.shards import IndexHeader, InputFile, Manifest, ShardName, ShardWriter, read_dtype
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer, store_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer, store_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import temporary_name, write_object
 

@@ -15,14 +15,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from tinyllama_ds.data.chat import ANSWER_HEADER, encode_conversations
-from tinyllama_ds.data.encoding import FileEncoder, load_gigatoken
 from tinyllama_ds.data.prepare.conversations import ChatFormat
 from tinyllama_ds.data.prepare.inputs import find_inputs, grouped_by_size
 from tinyllama_ds.data.prepare.progress import ShardProgress
 from tinyllama_ds.data.prepare.reading import read_records
 from tinyllama_ds.data.prepare.sources import Record, SourceFormat
 from tinyllama_ds.data.shards import InputFile, Manifest, ShardName, ShardWriter, shard_suffixes, token_dtype
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer, store_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.encoding import FileEncoder, load_gigatoken
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer, store_tokenizer
 from tinyllama_ds.errors import ConfigError
 
 # Of text in one call of the encoder, so that neither many small documents nor a large one fill the memory.

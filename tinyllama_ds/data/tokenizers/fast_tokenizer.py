@@ -11,8 +11,8 @@ from pathlib import Path
 
 import tokenizers
 
-from tinyllama_ds.data.abstract_tokenizer import Encoded, Tokenizer
-from tinyllama_ds.data.vocabulary import PROBE_TEXTS, encode_fast
+from tinyllama_ds.data.tokenizers.abstract import Encoded, Tokenizer
+from tinyllama_ds.data.tokenizers.vocabulary import PROBE_TEXTS, encode_fast
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import parse_row, read_object
 from tinyllama_ds.layout import SPECIAL_TOKENS, TOKENIZER_JSON

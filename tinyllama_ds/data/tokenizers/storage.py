@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from tinyllama_ds.data.abstract_tokenizer import Encoded, Tokenizer
-from tinyllama_ds.data.fast_tokenizer import FastTokenizer
-from tinyllama_ds.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.fast_tokenizer import FastTokenizer
+from tinyllama_ds.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import write_durably
 from tinyllama_ds.layout import TOKENIZER_JSON, TOKENIZER_MODEL
-
-__all__ = ["Encoded", "Tokenizer", "load_tokenizer", "store_tokenizer", "stored_tokenizer", "write_tokenizer"]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 
-from tinyllama_ds.data.abstract_tokenizer import Encoded, Tokenizer, concatenated
-from tinyllama_ds.data.vocabulary import SPACE, difference_of
+from tinyllama_ds.data.tokenizers.abstract import Encoded, Tokenizer, concatenated
+from tinyllama_ds.data.tokenizers.vocabulary import SPACE, difference_of
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.layout import TOKENIZER_MODEL
 

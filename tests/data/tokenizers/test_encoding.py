@@ -10,10 +10,10 @@ import pytest
 import sentencepiece
 from corpora import AWKWARD_TEXTS, made_up_text
 
-from tinyllama_ds.data import encoding
-from tinyllama_ds.data.encoding import FileEncoder, load_gigatoken
-from tinyllama_ds.data.tokenizer import Tokenizer
-from tinyllama_ds.data.train_tokenizer import BOS_ID, EOS_ID, UNK_ID
+from tinyllama_ds.data.tokenizers import encoding
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.encoding import FileEncoder, load_gigatoken
+from tinyllama_ds.data.tokenizers.train_tokenizer import BOS_ID, EOS_ID, UNK_ID
 from tinyllama_ds.errors import ConfigError
 
 needs_gigatoken = pytest.mark.skipif(

@@ -17,14 +17,15 @@ from corpora import AWKWARD_TEXTS, made_up_text, write_jsonl
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.audit.audit import audit_data
 from tinyllama_ds.data.chat import ANSWER_HEADER, Message, chat_template, conversation_ids, prompt_ids
-from tinyllama_ds.data.encoding import load_gigatoken
 from tinyllama_ds.data.loader import open_streams
 from tinyllama_ds.data.packing import open_stream
 from tinyllama_ds.data.prepare.conversations import ChatFormat
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.data.shards import ShardReader
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer, store_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.encoding import load_gigatoken
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer, store_tokenizer
 from tinyllama_ds.errors import ConfigError
 
 needs_gigatoken = pytest.mark.skipif(

@@ -4,9 +4,9 @@ import multiprocessing
 
 import numpy as np
 
-from tinyllama_ds.data.abstract_tokenizer import Encoded, Tokenizer
-from tinyllama_ds.data.gigatoken_encoder import Encode, gigatoken_encoder
-from tinyllama_ds.data.vocabulary import first_difference, probe_texts
+from tinyllama_ds.data.tokenizers.abstract import Encoded, Tokenizer
+from tinyllama_ds.data.tokenizers.gigatoken_encoder import Encode, gigatoken_encoder
+from tinyllama_ds.data.tokenizers.vocabulary import first_difference, probe_texts
 from tinyllama_ds.errors import ConfigError, log
 
 # One of so many documents of a batch is compared, up to a length: about 1 % of the text of a usual corpus.

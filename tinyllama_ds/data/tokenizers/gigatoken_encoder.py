@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama_ds.data.abstract_tokenizer import Encoded, Tokenizer
-from tinyllama_ds.data.fast_tokenizer import byte_characters, is_byte_level
+from tinyllama_ds.data.tokenizers.abstract import Encoded, Tokenizer
+from tinyllama_ds.data.tokenizers.fast_tokenizer import byte_characters, is_byte_level
 
 Encode = Callable[[Sequence[str]], Encoded]
 _PLAIN, _SPACE, _DIGIT, _NUMERAL = range(4)  # kinds of characters

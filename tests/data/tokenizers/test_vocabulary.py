@@ -9,14 +9,15 @@ import vocabularies
 from corpora import AWKWARD_TEXTS, write_jsonl
 
 from tinyllama_ds.cli import main
-from tinyllama_ds.data.encoding import load_gigatoken
 from tinyllama_ds.data.prepare.conversations import ChatFormat
 from tinyllama_ds.data.prepare.imports import Import, import_litpkds, import_megatron
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import source_format
-from tinyllama_ds.data.sentencepiece_tokenizer import fast_tokenizer, reject_inconvertible
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
-from tinyllama_ds.data.vocabulary import difference_of, probe_texts
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.encoding import load_gigatoken
+from tinyllama_ds.data.tokenizers.sentencepiece_tokenizer import fast_tokenizer, reject_inconvertible
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
+from tinyllama_ds.data.tokenizers.vocabulary import difference_of, probe_texts
 from tinyllama_ds.errors import ConfigError
 
 SYMBOLS = ["<sep>", "<se", "[INST]", "\n\n", "▁▁▁", "the", "a b", "(?x", "é"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinyllama_ds.data.abstract_tokenizer import Encoded, Tokenizer, concatenated
+from tinyllama_ds.data.tokenizers.abstract import Encoded, Tokenizer, concatenated
 
 if TYPE_CHECKING:
     import tokenizers

@@ -7,8 +7,9 @@ import pytest
 import vocabularies
 from corpora import made_up_text
 
-from tinyllama_ds.data.tokenizer import Tokenizer, load_tokenizer
-from tinyllama_ds.data.train_tokenizer import train_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
+from tinyllama_ds.data.tokenizers.train_tokenizer import train_tokenizer
 from tinyllama_ds.errors import ConfigError
 
 
