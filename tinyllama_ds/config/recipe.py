@@ -158,6 +158,18 @@ class Recipe:
         return asdict(self) | {"model": model}
 
 
+def recipe_of_run(description: dict) -> Recipe:
+    """The recipe in a run's description (`run.json`); raises KeyError or TypeError where there is none."""
+    raw, tables = description["recipe"], {"intervals": Intervals, "guard": GuardSettings, "samples": Samples}
+    model = raw["model"]
+    values = raw | {
+        "model": MODEL_SIZES[model] if isinstance(model, str) else validate(LlamaConfig, model, "model"),
+        "stages": tuple(Stage(**stage) for stage in raw["stages"]),
+    }
+    values |= {key: table(**raw[key]) for key, table in (tables | {"evaluation": Evaluation}).items() if key in raw}
+    return Recipe(**values)
+
+
 def load_recipe(name_or_path: str) -> Recipe:
     """A shipped recipe by its name, or one of the user's own by the path of its TOML file."""
     path = Path(name_or_path)
