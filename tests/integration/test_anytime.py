@@ -2,13 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forked import pretrain
 from launching import STEP_TOKENS, read_series, tinyllama_ds, write_deepspeed_config, write_recipe
+from safetensors.torch import load_file
 from test_resume import tensors_of
 
 from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
+from tinyllama_ds.checkpoint.reader import CheckpointReader
+from tinyllama_ds.cli import main
+from tinyllama_ds.errors import EXIT_CONFIG
 
 STABLE = {"type": "warmup_stable_decay", "params": {"num_warmup_steps": 2, "num_decay_steps": 0}}
 TRUNK, AT, OVER = 8, 4, 3  # steps
@@ -48,6 +53,20 @@ def test_a_decay_from_the_middle_equals_a_run_with_this_schedule(trunk: Path, da
     assert_same_run(tmp_path / "whole", tmp_path / "short", AT)
     peak = read_series(tmp_path / "whole", "Train/LearningRate")
     assert peak[-1] == 0 < peak[-2] < peak[AT - 1] == max(peak)
+
+
+def test_an_export_may_be_the_mean_of_the_last_checkpoints(
+    trunk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(trunk), str(tmp_path / "hf"), "--average", "3"]) == 0, capsys.readouterr().err
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    kept = [dict(CheckpointReader(path).weights()) for path in find_checkpoints(trunk)[-3:]]
+    assert exported.keys() == kept[0].keys()
+    for name, tensor in exported.items():
+        expected = np.mean([weights[name].numpy() for weights in kept], axis=0, dtype=np.float64)
+        np.testing.assert_allclose(tensor.numpy(), expected, rtol=2.5e-7, atol=1e-7, err_msg=name)
+    assert main(["export", str(trunk), str(tmp_path / "more"), "--average", "9"]) == EXIT_CONFIG
+    assert "checkpoints up to step_00000008; expected 9 to average" in capsys.readouterr().err
 
 
 def test_an_extended_trunk_equals_a_longer_run(trunk: Path, data_dir: Path, tmp_path: Path) -> None:
