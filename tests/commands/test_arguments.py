@@ -137,7 +137,7 @@ def test_all_files_are_checked_at_once(command: str, tmp_path: Path, capsys: pyt
     [line] = capsys.readouterr().err.splitlines()
     for part in (
         "r.toml: 3 problems",
-        "the key 'seed' is missing",
+        "unknown key 'sed'",
         "c.json: 2 problems",
         "'gradient_clipping'",
         "hosts:1",
