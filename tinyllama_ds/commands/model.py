@@ -13,13 +13,11 @@ from tinyllama_ds.commands.arguments import (
     Number,
     add_shared,
     as_dataclass,
-    output_file,
     output_folder,
-    output_picture,
 )
 from tinyllama_ds.commands.printing import print_result
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError, log
-from tinyllama_ds.outputs import check_file, check_picture, new_folder, write_figure, write_file
+from tinyllama_ds.outputs import new_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -216,40 +214,10 @@ def _chat(options: argparse.Namespace) -> int:
     return EXIT_FINISHED
 
 
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN")
-    add("--output", type=output_file, metavar="HTML", help="default: RUN/report.html")
-    add("--picture", type=output_picture, metavar="PNG", help="the main curves (default: RUN/report.png)")
-    add_shared(parser, "--json")
-
-
-def _report(options: argparse.Namespace) -> int:
-    """Write a run's report as one HTML page and its curves as a picture, and print where it stands."""
-    from tinyllama_ds.checkpoint.format import newest_progress
-    from tinyllama_ds.evaluation.charts import run_figure
-    from tinyllama_ds.evaluation.history import read_history
-    from tinyllama_ds.evaluation.report import report_page, summarize
-    from tinyllama_ds.launch.lock import is_held
-
-    history = read_history(options.run)
-    _, committed = newest_progress(options.run)
-    summary = summarize(history, committed, is_held(options.run))
-    output = options.output or check_file(options.run / "report.html")
-    picture = options.picture or check_picture(options.run / "report.png")
-    write_file(output, report_page(history, summary, str(options.run)))
-    write_figure(run_figure(history, str(options.run)), picture)
-    figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in figures.items())
-    result = summary | {"page": str(output), "picture": str(picture)}
-    return print_result(options, result, f"{text}\n{summary['verdict']}\n{output}\n{picture}")
-
-
 COMMANDS = (
     ("export", _add_export, _export),
     ("import", _add_import, _import),
     ("import-checkpoint", _add_import_checkpoint, _import_checkpoint),
     ("generate", _add_generate, _generate),
     ("chat", _add_chat, _chat),
-    ("report", _add_report, _report),
 )

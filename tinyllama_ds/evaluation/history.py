@@ -24,7 +24,16 @@ _STEPS: dict[str, Kinds] = {"step": int, "tokens": int}
 _SKIPS: dict[str, Kinds] = {"event": str, "step": int, "first_sample": int, "last_sample": int, "reason": str}
 _SAMPLES: dict[str, Kinds] = {"tokens": int, "prompt": str, "text": str}
 _TASKS: dict[str, Kinds] = {"tokens": int, "task": str, "metric": str, "value": (int, float)}
-_DRAWN = ("Train/", "Validation/Loss/", "Speed/", "Seconds/", "Tokens/", "Memory/", "Checkpoint/StallSeconds")
+_DRAWN = (
+    "seconds",
+    "Train/",
+    "Validation/Loss/",
+    "Speed/",
+    "Seconds/",
+    "Tokens/",
+    "Memory/",
+    "Checkpoint/StallSeconds",
+)
 
 
 class Series:
