@@ -66,7 +66,6 @@ def command_parser() -> argparse.ArgumentParser:
         planning,
         cluster,
         training,
-        decay,
         benchmark,
         model,
         report,
