@@ -25,10 +25,10 @@ def _report(options: argparse.Namespace) -> int:
 
 def _report_one(options: argparse.Namespace, run: Path) -> int:
     from tinyllama_ds.checkpoint.format import newest_progress
-    from tinyllama_ds.evaluation.charts import run_figure
-    from tinyllama_ds.evaluation.history import read_history
-    from tinyllama_ds.evaluation.report import report_page, summarize
     from tinyllama_ds.launch.lock import is_held
+    from tinyllama_ds.report.charts import run_figure
+    from tinyllama_ds.report.history import read_history
+    from tinyllama_ds.report.run_page import report_page, summarize
 
     history = read_history(run)
     _, committed = newest_progress(run)
@@ -44,8 +44,8 @@ def _report_one(options: argparse.Namespace, run: Path) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from tinyllama_ds.evaluation.comparison import comparison_page, comparison_table, differences, figures_of
-    from tinyllama_ds.evaluation.history import read_history
+    from tinyllama_ds.report.comparison import comparison_page, comparison_table, differences, figures_of
+    from tinyllama_ds.report.history import read_history
 
     if options.picture is not None:
         raise ConfigError(f"--picture: is of one run; expected no more than one of {len(options.runs)}")

@@ -202,7 +202,7 @@ def _end(run_dir: Path, supervised: SupervisionResult) -> int:
 
 
 def _print_goodput(run_dir: Path, supervised: SupervisionResult) -> None:
-    from tinyllama_ds.evaluation.history import read_metrics
+    from tinyllama_ds.report.history import read_metrics
 
     if not supervised.tokens:
         return

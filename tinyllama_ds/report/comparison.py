@@ -8,10 +8,10 @@ import numpy as np
 
 from tinyllama_ds.config.validation import validate
 from tinyllama_ds.errors import ConfigError, shown_as_json
-from tinyllama_ds.evaluation.history import History
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.numbers import duration, short_count
 from tinyllama_ds.page import Table, chart, render
+from tinyllama_ds.report.history import History
 
 _SETTINGS = ("recipe", "model", "deepspeed_config", "world_size", "attention", "versions", "init_from", "parent")
 _ABSENT = "absent"

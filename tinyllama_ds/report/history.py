@@ -11,9 +11,9 @@ import numpy as np
 
 from tinyllama_ds.bars import progress
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.evaluation.run_files import LARGEST, Description, Scores, Start, TaskScore, validated
 from tinyllama_ds.files import Kinds, parse_row, read_object_if_whole, whole_rows
 from tinyllama_ds.layout import LEDGER_FILE, METRICS_FILE, RUN_FILE, STARTS_FILE, STATUS_FILE
+from tinyllama_ds.report.run_files import LARGEST, Description, Scores, Start, TaskScore, validated
 
 _COLUMNS = 500  # of a drawing
 _MOST_POINTS = 65_536  # of a series, before it is thinned out
