@@ -1,7 +1,6 @@
 """Commands for what comes out of a run, and for models that come from elsewhere."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,75 +15,31 @@ from tinyllama_ds.commands.arguments import (
     output_folder,
 )
 from tinyllama_ds.commands.printing import print_result
+from tinyllama_ds.commands.trained.gguf import add_gguf_arguments, write_gguf
+from tinyllama_ds.commands.trained.stored import open_stored
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError, log
-from tinyllama_ds.outputs import new_folder
+from tinyllama_ds.outputs import check_folder, new_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
-
-    from tinyllama_ds.data.tokenizers.abstract import Tokenizer
     from tinyllama_ds.hf.generate import LoadedModel
-    from tinyllama_ds.model.config import LlamaConfig
-    from tinyllama_ds.model.probe import Probe
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
-    add("output", type=output_folder, metavar="OUT", help="Hugging Face folder to create")
+    add("output", type=Path, metavar="OUT", help="Hugging Face folder, or file with --gguf, to create")
     add("--max-shard-size", type=FILE_SIZE, default="5GB", metavar="SIZE", help="of a safetensors file")
     average = "the mean of the last K checkpoints that the run has kept, in fp32"
     add("--average", type=POSITIVE, default=1, metavar="K", help=average)
+    add_gguf_arguments(parser)
     add_shared(parser, "--json")
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """A model as it lies on the disk; its tensors come one after another."""
-
-    tensors: "Iterator[tuple[str, Tensor]]"
-    config: "LlamaConfig"
-    tokenizer: "Tokenizer"
-    probe: "Probe | None" = None
-    is_chat_model: bool = False
-    tokens: int | None = None  # that a checkpoint was trained on; of an imported model it is not known
-
-
-def open_stored(path: Path, average: int = 1) -> ModelSource:
-    """The model of a checkpoint, a run directory or a model folder, every file verified.
-
-    `average` is the number of checkpoints of the run, up to this one, whose mean it is.
-    """
-    from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
-    from tinyllama_ds.checkpoint.format import last_checkpoints, model_of
-    from tinyllama_ds.checkpoint.reader import stream_average, stream_weights
-    from tinyllama_ds.data.tokenizers.storage import stored_tokenizer
-    from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
-    from tinyllama_ds.run.resolve import is_chat_run
-
-    if is_model_folder(path):
-        if average > 1:
-            raise ConfigError(f"{path}: is a model folder; expected a run directory or a checkpoint for --average")
-        folder = open_model_folder(path)
-        verify_model_folder(folder)
-        return ModelSource(folder.tensors(), folder.model, folder.tokenizer)
-    *before, checkpoint = last_checkpoints(path, average)
-    manifest, tensors = stream_average([*before, checkpoint]) if before else stream_weights(checkpoint)
-    tokenizer = stored_tokenizer(checkpoint.parents[1], tokenizer_sha256_of(manifest.run), "this run")
-    return ModelSource(
-        tensors,
-        model_of(checkpoint, manifest.model),
-        tokenizer,
-        probe=None if before else manifest.health.probe,  # which is the loss of one checkpoint's weights
-        is_chat_model=is_chat_run(manifest.run),
-        tokens=manifest.progress.tokens,
-    )
-
-
 def _export(options: argparse.Namespace) -> int:
-    """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
+    """Write a Hugging Face folder with our logits and token ids in transformers, or a GGUF file for llama.cpp."""
+    if options.gguf is not None:
+        return write_gguf(options)
+    check_folder(options.output)
     from tinyllama_ds.hf.convert import ExportOptions, export
 
     stored = open_stored(options.checkpoint, options.average)
