@@ -119,7 +119,7 @@ def _draft_bench(options: argparse.Namespace) -> int:
     drafts = (NamedModel(str(path), load_for_generation(path)) for path in dict.fromkeys(options.drafts))
     pairs = [make_pair(target, draft, options.universal_assisted_decoding) for draft in drafts]
     bench = Bench(target, pairs, options.draft_lengths, as_dataclass(Sampling, options))
-    total = len(prompts) * len(bench.settings)
+    total = (len(prompts) + 1) * len(bench.settings)  # the warm-up is one
     for _ in progress(bench.measure(prompts), total=total, desc="draft-bench", unit="text"):
         pass
     result = bench.result()

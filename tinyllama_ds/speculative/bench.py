@@ -62,6 +62,7 @@ class Bench:
         short = replace(self.sampling, max_new_tokens=min(_WARM_UP_TOKENS, self.sampling.max_new_tokens))
         for setting in self.settings:
             self._generate(setting, prompts[0], short)
+            yield
         for number, prompt in enumerate(prompts):
             for place in range(len(self.settings)):
                 turn = (place + number) % len(self.settings)  # no setting always follows the same one
