@@ -86,6 +86,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """How much a student learns from its teacher, whose logits are cached next to the tokens by `prepare --teacher`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    weight: Annotated[float, Field(strict=True, gt=0, le=1)]  # of the divergence in the loss; the rest is cross-entropy
+    temperature: Annotated[float, Field(strict=True, ge=0.1, le=100)] = 1.0  # at which both distributions are compared
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything about a run that does not depend on the machines it runs on."""
 
@@ -101,6 +110,7 @@ class Recipe:
     guard: GuardSettings = GuardSettings()
     samples: Samples = Samples()
     evaluation: Evaluation = Evaluation()
+    teacher: Teacher | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -113,9 +123,10 @@ class Recipe:
         return next((name for name, size in MODEL_SIZES.items() if size == self.model), "custom")
 
     def to_dict(self) -> dict:
-        """What run.json remembers, with a model of a named size by its name."""
+        """What run.json remembers, with a model of a named size by its name, and without tables that are absent."""
         model = self.model_name if self.model_name in MODEL_SIZES else self.model.to_dict()
-        return asdict(self) | {"model": model}
+        content = asdict(self) | {"model": model}
+        return content if self.teacher else {key: value for key, value in content.items() if key != "teacher"}
 
 
 def load_recipe(name_or_path: str) -> Recipe:
