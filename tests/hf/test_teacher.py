@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from test_importing import SHAPES, write_hf_folder
+from hf_folders import write_hf_folder
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.packing import open_stream
@@ -18,13 +19,15 @@ from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
 from tinyllama_ds.hf import teacher
 from tinyllama_ds.hf.teacher import Teaching, teach
+from tinyllama_ds.model.config import MODEL_SIZES
 
 T, K = 32, 8
 
 
 @pytest.fixture(scope="module")
 def hf_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    return write_hf_folder(tmp_path_factory.mktemp("teacher") / "hf", SHAPES["tied"], torch.float32, tokenizer)
+    shape = replace(MODEL_SIZES["test"], tie_word_embeddings=True)
+    return write_hf_folder(tmp_path_factory.mktemp("teacher") / "hf", shape, tokenizer)
 
 
 @pytest.fixture

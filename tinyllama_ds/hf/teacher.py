@@ -222,12 +222,10 @@ def _one_thread() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _load(folder: Path, document_mask: bool) -> LlamaForCausalLM:
-    """The teacher on this worker's device: in fp32 on a CPU, on a GPU in the dtype of its weights."""
+    """The teacher on this worker's device, in the dtype of its weights; on a CPU these are the mapped files."""
     config = read_config(folder / CONFIG_FILE)
     device = _worker_device()
     weights = dict(read_parameters(find_tensors(folder, config), config))
-    if device.type == "cpu":
-        weights = {name: tensor.float() for name, tensor in weights.items()}  # of fp32 it is the mapped file itself
     is_16_bit = next(iter(weights.values())).dtype != torch.float32
     demands = Demands(is_16_bit, document_mask)
     attention = resolve_attention_backend("auto", Device(device.type, capability_of(device)), demands)
