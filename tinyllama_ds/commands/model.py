@@ -38,6 +38,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
     add("output", type=output_folder, metavar="OUT", help="Hugging Face folder to create")
     add("--max-shard-size", type=FILE_SIZE, default="5GB", metavar="SIZE", help="of a safetensors file")
+    average = "the mean of the last K checkpoints that the run has kept, in fp32"
+    add("--average", type=POSITIVE, default=1, metavar="K", help=average)
     add_shared(parser, "--json")
 
 
@@ -53,27 +55,32 @@ class ModelSource:
     tokens: int | None = None  # that a checkpoint was trained on; of an imported model it is not known
 
 
-def open_stored(path: Path) -> ModelSource:
-    """The model of a checkpoint, a run directory or a model folder, every file verified."""
+def open_stored(path: Path, average: int = 1) -> ModelSource:
+    """The model of a checkpoint, a run directory or a model folder, every file verified.
+
+    `average` is the number of checkpoints of the run, up to this one, whose mean it is.
+    """
     from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
-    from tinyllama_ds.checkpoint.format import model_of, resolve_checkpoint
-    from tinyllama_ds.checkpoint.reader import stream_weights
+    from tinyllama_ds.checkpoint.format import last_checkpoints, model_of
+    from tinyllama_ds.checkpoint.reader import stream_average, stream_weights
     from tinyllama_ds.data.tokenizers.storage import stored_tokenizer
     from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
     from tinyllama_ds.run.resolve import is_chat_run
 
     if is_model_folder(path):
+        if average > 1:
+            raise ConfigError(f"{path}: is a model folder; expected a run directory or a checkpoint for --average")
         folder = open_model_folder(path)
         verify_model_folder(folder)
         return ModelSource(folder.tensors(), folder.model, folder.tokenizer)
-    checkpoint = resolve_checkpoint(path)
-    manifest, tensors = stream_weights(checkpoint)
+    *before, checkpoint = last_checkpoints(path, average)
+    manifest, tensors = stream_average([*before, checkpoint]) if before else stream_weights(checkpoint)
     tokenizer = stored_tokenizer(checkpoint.parents[1], tokenizer_sha256_of(manifest.run), "this run")
     return ModelSource(
         tensors,
         model_of(checkpoint, manifest.model),
         tokenizer,
-        probe=manifest.health.probe,
+        probe=None if before else manifest.health.probe,  # which is the loss of one checkpoint's weights
         is_chat_model=is_chat_run(manifest.run),
         tokens=manifest.progress.tokens,
     )
@@ -83,7 +90,7 @@ def _export(options: argparse.Namespace) -> int:
     """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
     from tinyllama_ds.hf.convert import ExportOptions, export
 
-    stored = open_stored(options.checkpoint)
+    stored = open_stored(options.checkpoint, options.average)
     choices = ExportOptions(stored.probe, options.max_shard_size, stored.is_chat_model)
     difference = export(stored.tensors, stored.config, stored.tokenizer, options.output, choices)
     result = {"output": str(options.output), "largest_logit_difference": difference}

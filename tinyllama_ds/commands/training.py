@@ -44,6 +44,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--init-from", type=Path, metavar="DIR", help=weights)
     change = "resume although this differs from the run in --run-dir, named as in the error: recipe.seed, data ..."
     add("--allow-change", action="append", default=[], metavar="KEY", help=change)
+    add_kernel_arguments(parser)
+
+
+def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a step is computed."""
+    add = parser.add_argument
     add_shared(parser, "--attention", "--compile", "--activation-checkpointing")
     exact = "bit-identical kernels on GPUs, at some cost; on CPUs they always are"
     add("--deterministic", action="store_true", help=exact)
@@ -59,6 +65,11 @@ def run_options(namespace: argparse.Namespace) -> "Options":
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
     add_placement_arguments(parser)
+    add_supervision_arguments(parser)
+
+
+def add_supervision_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the supervisor does before, while and after the ranks run."""
     add = parser.add_argument
     shrink = "after a failure continue on the remaining hosts, with the same batch"
     add("--allow-shrink", action="store_true", help=shrink)
@@ -69,7 +80,7 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add("--max-wall-time", type=MINUTES, metavar="MINUTES", help="then save and exit with code 75")
 
 
-def _pretrain(options: argparse.Namespace) -> int:
+def pretrain(options: argparse.Namespace) -> int:
     """Train under the deepspeed launcher; restarts and resumes automatically."""
     from tinyllama_ds.config.deepspeed import load_deepspeed_config
     from tinyllama_ds.config.recipe import load_recipe
@@ -199,4 +210,4 @@ def _print_goodput(run_dir: Path, supervised: SupervisionResult) -> None:
     )
 
 
-COMMANDS = (("pretrain", _add_pretrain, _pretrain),)
+COMMANDS = (("pretrain", _add_pretrain, pretrain),)
