@@ -34,7 +34,7 @@ CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", INDEX_FILE)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
+_OF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that transformers stored until 4.31
 
 
@@ -83,11 +83,9 @@ def _reject_bad_layers(layers: Sequence[int], folder: Path, config: LlamaConfig)
 def _only(layers: Sequence[int], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of some layers, which get the numbers from 0 on, and those outside layers."""
     for name, tensor in tensors:
-        match = _OF_LAYER.fullmatch(name)
-        if match is None:
-            yield name, tensor
-        elif int(match[1]) in layers:
-            yield f"model.layers.{layers.index(int(match[1]))}.{match[2]}", tensor
+        is_of_layer = _OF_LAYER.match(name)
+        if is_of_layer is None or int(is_of_layer[1]) in layers:
+            yield _OF_LAYER.sub(lambda match: f"model.layers.{layers.index(int(match[1]))}.", name), tensor
 
 
 def read_config(path: Path) -> LlamaConfig:
