@@ -25,7 +25,7 @@ LAYERS = [
     {"run"},
     {"health"},
     {"train"},
-    {"benchmark", "planning"},
+    {"benchmark", "planning", "speculative"},
     {"commands"},
     {"cli", "rank"},
 ]
