@@ -15,6 +15,7 @@ from tinyllama_ds.config.recipe import (
     Samples,
     Stage,
     load_recipe,
+    recipe_of_run,
 )
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.config.schedule import make_schedule
@@ -113,6 +114,33 @@ def test_the_code_model_has_the_published_numbers() -> None:
     assert plan.total_tokens == pytest.approx(7e9, rel=1e-3)
     assert recipe.model.rope_scaling_factor == 4
     assert recipe.model.num_parameters == MODEL_SIZES["tinyllama-1.1b"].num_parameters
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ("weight = 0", "teacher.weight is 0; expected more than 0"),
+        ("weight = 1.5", "teacher.weight is 1.5; expected 1.0 or less"),
+        ("weight = 1\ntemperature = 0", "teacher.temperature is 0; expected 0.1 or more"),
+        ("temperature = 2", "the key 'teacher.weight' is missing"),
+        ("weight = 1\ntop_k = 8", "unknown key 'teacher.top_k'; the keys are weight, temperature"),
+    ],
+)
+def test_a_teacher_has_a_weight_and_a_temperature(table: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f"{VALID}\n[teacher]\n{table}\n")
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        load_recipe(str(path))
+
+
+def test_a_run_remembers_its_teacher_and_no_absent_one(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert "teacher" not in load_recipe(str(path)).to_dict()
+    path.write_text(f"{VALID}\n[teacher]\nweight = 0.5\n")
+    recipe = load_recipe(str(path))
+    assert recipe.to_dict()["teacher"] == {"weight": 0.5, "temperature": 1.0}
+    assert recipe_of_run({"recipe": recipe.to_dict()}) == recipe
 
 
 RAMP = """

@@ -12,6 +12,7 @@ from tinyllama_ds.commands.arguments import (
     SHARE,
     Number,
     add_shared,
+    argument_type,
     as_dataclass,
     output_folder,
 )
@@ -59,7 +60,16 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     add("folder", type=Path, metavar="HF_DIR", help="of Llama architecture, on this machine")
     add("output", type=output_folder, metavar="OUT", help="model folder to create, for pretrain --init-from")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer to take in place of the folder's own")
+    numbers = "take only these decoder layers, such as 0,6,12,18,24,29, to begin a draft of the model"
+    add("--layers", type=argument_type(_layers), metavar="N,N,...", help=numbers)
     add_shared(parser, "--json")
+
+
+def _layers(text: str) -> list[int]:
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise ConfigError(f"{text!r}: expected numbers with commas, such as 0,6,12")
+    return [int(number) for number in numbers]
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -67,7 +77,7 @@ def _import(options: argparse.Namespace) -> int:
     from tinyllama_ds.hf.import_model import import_hf_folder
     from tinyllama_ds.model.config import dtype_name
 
-    imported = import_hf_folder(options.folder, options.output, options.tokenizer)
+    imported = import_hf_folder(options.folder, options.output, options.tokenizer, options.layers)
     dtype = dtype_name(imported.dtype)
     result = {
         "output": str(options.output),

@@ -120,6 +120,15 @@ class Evaluation:
     data_dir: Text | None = None  # with datasets on disk, so that the hub is not used
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """How much a student learns from its teacher, whose logits are cached next to the tokens by `prepare --teacher`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    weight: Annotated[float, Field(strict=True, gt=0, le=1)]  # of the divergence in the loss; the rest is cross-entropy
+    temperature: Annotated[float, Field(strict=True, ge=0.1, le=100)] = 1.0  # at which both distributions are compared
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything about a run that does not depend on the machines it runs on.
@@ -141,6 +150,7 @@ class Recipe:
     guard: GuardSettings = GuardSettings()
     samples: Samples = Samples()
     evaluation: Evaluation = Evaluation()
+    teacher: Teacher | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -153,9 +163,10 @@ class Recipe:
         return _name_of(self.model)
 
     def to_dict(self) -> dict:
-        """What run.json remembers, with a model of a named size by its name."""
+        """What run.json remembers, with a model of a named size by its name, and without tables that are absent."""
         model = self.model_name if self.model_name in MODEL_SIZES else self.model.to_dict()
-        return asdict(self) | {"model": model}
+        content = asdict(self) | {"model": model}
+        return content if self.teacher else {key: value for key, value in content.items() if key != "teacher"}
 
 
 def recipe_of_run(description: dict) -> Recipe:
@@ -166,7 +177,11 @@ def recipe_of_run(description: dict) -> Recipe:
         "model": MODEL_SIZES[model] if isinstance(model, str) else validate(LlamaConfig, model, "model"),
         "stages": tuple(Stage(**stage) for stage in raw["stages"]),
     }
-    values |= {key: table(**raw[key]) for key, table in (tables | {"evaluation": Evaluation}).items() if key in raw}
+    values |= {
+        key: table(**raw[key])
+        for key, table in (tables | {"evaluation": Evaluation, "teacher": Teacher}).items()
+        if key in raw
+    }
     return Recipe(**values)
 
 
