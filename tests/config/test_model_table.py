@@ -116,5 +116,5 @@ def test_a_name_is_one_of_the_sizes(value: str, tmp_path: Path) -> None:
 
 
 def test_positions_bound_the_sequences(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="sequence_length 160 is beyond the 128 positions of model 'test'"):
+    with pytest.raises(ConfigError, match="sequence_length is 160; expected at most the 128 positions of model 'test'"):
         recipe_with(tmp_path, FIELDS, sequence_length=160)
