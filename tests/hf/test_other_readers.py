@@ -146,7 +146,7 @@ def ids_of(ask: Ask, text: str) -> list[int]:
 
 
 def continued(ask: Ask, prompt: str, tokens: int) -> list[int]:
-    """The greedy ids after a prompt, without an EOS."""
+    """The greedy ids after a prompt, up to and with an EOS."""
     question = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "top_k": 1, "cache_prompt": False}
     return ask("/completion", question | {"return_tokens": True})["tokens"]
 
@@ -154,5 +154,4 @@ def continued(ask: Ask, prompt: str, tokens: int) -> list[int]:
 def greedy(folder: Path, ids: list[int], tokens: int) -> list[int]:
     """The same by transformers."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)[0, len(ids) :].tolist()
-    return found[:-1] if found[-1] == model.config.eos_token_id else found
+    return model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)[0, len(ids) :].tolist()
