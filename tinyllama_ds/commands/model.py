@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from tinyllama_ds.model.probe import Probe
     from tinyllama_ds.speculative.pair import Pair
 
+_DEFAULT_DRAFT_LENGTH = 4
+
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -172,7 +174,8 @@ def _add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Speculative decoding."""
     add = parser.add_argument
     add("--target", type=Path, metavar="MODEL", help="larger model that generates, with MODEL as its draft")
-    add("--draft-length", type=DRAFT_LENGTH, default=4, metavar="N", help="tokens that the draft proposes at once")
+    length = f"tokens that the draft proposes at once (default: {_DEFAULT_DRAFT_LENGTH})"
+    add("--draft-length", type=DRAFT_LENGTH, metavar="N", help=length)
     add_shared(parser, "--universal-assisted-decoding")
 
 
@@ -189,7 +192,7 @@ def _generate(options: argparse.Namespace) -> int:
     """Continue a text from a checkpoint or a Hugging Face folder, also as the draft of a larger model."""
     from tinyllama_ds.hf.generate import Sampling, generate
 
-    if options.target is not None:
+    if _has_target(options):
         return _generate_with_draft(options)
     text = generate(load_for_generation(options.model), options.prompt, as_dataclass(Sampling, options))
     return print_result(options, {"prompt": options.prompt, "text": text}, text)
@@ -204,7 +207,7 @@ def _generate_with_draft(options: argparse.Namespace) -> int:
     from tinyllama_ds.speculative.decode import alone, speculate
 
     pair, sampling = _load_pair(options), as_dataclass(Sampling, options)
-    target, length = pair.target.loaded, options.draft_length
+    target, length = pair.target.loaded, options.draft_length or _DEFAULT_DRAFT_LENGTH
     ids = prompt_tokens(target, options.prompt)
     speed.warm_up(pair, ids, sampling, length)
     torch.manual_seed(sampling.seed)
@@ -219,6 +222,14 @@ def _generate_with_draft(options: argparse.Namespace) -> int:
     if sampling.temperature == 0 and (difference := speed.difference_line(found, expected)):
         log(difference)
     return EXIT_FINISHED
+
+
+def _has_target(options: argparse.Namespace) -> bool:
+    """Whether the model is a draft; raises `ConfigError` for options that would have no effect."""
+    if options.target is None and (options.draft_length or options.universal_assisted_decoding):
+        name = "--draft-length" if options.draft_length else "--universal-assisted-decoding"
+        raise ConfigError(f"{name} is for speculative decoding; expected --target with the model that generates")
+    return options.target is not None
 
 
 def _load_pair(options: argparse.Namespace) -> "Pair":
@@ -251,7 +262,7 @@ def _chat(options: argparse.Namespace) -> int:
     from tinyllama_ds.hf.generate import Sampling
     from tinyllama_ds.speculative.speed import SpeculativeAnswers
 
-    pair = _load_pair(options) if options.target is not None else None
+    pair = _load_pair(options) if _has_target(options) else None
     loaded = pair.target.loaded if pair else load_for_generation(options.model)
     sampling = as_dataclass(Sampling, options)
     if loaded.encode_chat is None:
@@ -260,7 +271,7 @@ def _chat(options: argparse.Namespace) -> int:
     if pair is None:
         chat_loop(Conversation(loaded, sampling, options.system))
         return EXIT_FINISHED
-    answers = SpeculativeAnswers(pair, options.draft_length)
+    answers = SpeculativeAnswers(pair, options.draft_length or _DEFAULT_DRAFT_LENGTH)
     chat_loop(Conversation(loaded, sampling, options.system, answers), answers.report_answer)
     answers.report_end()
     return EXIT_FINISHED
