@@ -1,7 +1,6 @@
 """Commands for what comes out of a run, and for models that come from elsewhere."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,24 +12,18 @@ from tinyllama_ds.commands.arguments import (
     SHARE,
     Number,
     add_shared,
+    argument_type,
     as_dataclass,
-    output_file,
     output_folder,
-    output_picture,
 )
 from tinyllama_ds.commands.printing import print_result
+from tinyllama_ds.commands.trained.gguf import add_gguf_arguments, write_gguf
+from tinyllama_ds.commands.trained.stored import open_stored
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError, log
-from tinyllama_ds.outputs import check_file, check_picture, new_folder, write_figure, write_file
+from tinyllama_ds.outputs import check_folder, new_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
-
-    from tinyllama_ds.data.tokenizers.abstract import Tokenizer
     from tinyllama_ds.hf.generate import LoadedModel
-    from tinyllama_ds.model.config import LlamaConfig
-    from tinyllama_ds.model.probe import Probe
     from tinyllama_ds.speculative.pair import Pair
 
 _DEFAULT_DRAFT_LENGTH = 4
@@ -39,54 +32,22 @@ _DEFAULT_DRAFT_LENGTH = 4
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
-    add("output", type=output_folder, metavar="OUT", help="Hugging Face folder to create")
+    add("output", type=Path, metavar="OUT", help="Hugging Face folder, or file with --gguf, to create")
     add("--max-shard-size", type=FILE_SIZE, default="5GB", metavar="SIZE", help="of a safetensors file")
+    average = "the mean of the last K checkpoints that the run has kept, in fp32"
+    add("--average", type=POSITIVE, default=1, metavar="K", help=average)
+    add_gguf_arguments(parser)
     add_shared(parser, "--json")
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """A model as it lies on the disk; its tensors come one after another."""
-
-    tensors: "Iterator[tuple[str, Tensor]]"
-    config: "LlamaConfig"
-    tokenizer: "Tokenizer"
-    probe: "Probe | None" = None
-    is_chat_model: bool = False
-    tokens: int | None = None  # that a checkpoint was trained on; of an imported model it is not known
-
-
-def open_stored(path: Path) -> ModelSource:
-    """The model of a checkpoint, a run directory or a model folder, every file verified."""
-    from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
-    from tinyllama_ds.checkpoint.format import model_of, resolve_checkpoint
-    from tinyllama_ds.checkpoint.reader import stream_weights
-    from tinyllama_ds.data.tokenizers.storage import stored_tokenizer
-    from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
-    from tinyllama_ds.run.resolve import is_chat_run
-
-    if is_model_folder(path):
-        folder = open_model_folder(path)
-        verify_model_folder(folder)
-        return ModelSource(folder.tensors(), folder.model, folder.tokenizer)
-    checkpoint = resolve_checkpoint(path)
-    manifest, tensors = stream_weights(checkpoint)
-    tokenizer = stored_tokenizer(checkpoint.parents[1], tokenizer_sha256_of(manifest.run), "this run")
-    return ModelSource(
-        tensors,
-        model_of(checkpoint, manifest.model),
-        tokenizer,
-        probe=manifest.health.probe,
-        is_chat_model=is_chat_run(manifest.run),
-        tokens=manifest.progress.tokens,
-    )
-
-
 def _export(options: argparse.Namespace) -> int:
-    """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
+    """Write a Hugging Face folder with our logits and token ids in transformers, or a GGUF file for llama.cpp."""
+    if options.gguf is not None:
+        return write_gguf(options)
+    check_folder(options.output)
     from tinyllama_ds.hf.convert import ExportOptions, export
 
-    stored = open_stored(options.checkpoint)
+    stored = open_stored(options.checkpoint, options.average)
     choices = ExportOptions(stored.probe, options.max_shard_size, stored.is_chat_model)
     difference = export(stored.tensors, stored.config, stored.tokenizer, options.output, choices)
     result = {"output": str(options.output), "largest_logit_difference": difference}
@@ -101,7 +62,16 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     add("folder", type=Path, metavar="HF_DIR", help="of Llama architecture, on this machine")
     add("output", type=output_folder, metavar="OUT", help="model folder to create, for pretrain --init-from")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer to take in place of the folder's own")
+    numbers = "take only these decoder layers, such as 0,6,12,18,24,29, to begin a draft of the model"
+    add("--layers", type=argument_type(_layers), metavar="N,N,...", help=numbers)
     add_shared(parser, "--json")
+
+
+def _layers(text: str) -> list[int]:
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise ConfigError(f"{text!r}: expected numbers with commas, such as 0,6,12")
+    return [int(number) for number in numbers]
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -109,7 +79,7 @@ def _import(options: argparse.Namespace) -> int:
     from tinyllama_ds.hf.import_model import import_hf_folder
     from tinyllama_ds.model.config import dtype_name
 
-    imported = import_hf_folder(options.folder, options.output, options.tokenizer)
+    imported = import_hf_folder(options.folder, options.output, options.tokenizer, options.layers)
     dtype = dtype_name(imported.dtype)
     result = {
         "output": str(options.output),
@@ -277,40 +247,10 @@ def _chat(options: argparse.Namespace) -> int:
     return EXIT_FINISHED
 
 
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN")
-    add("--output", type=output_file, metavar="HTML", help="default: RUN/report.html")
-    add("--picture", type=output_picture, metavar="PNG", help="the main curves (default: RUN/report.png)")
-    add_shared(parser, "--json")
-
-
-def _report(options: argparse.Namespace) -> int:
-    """Write a run's report as one HTML page and its curves as a picture, and print where it stands."""
-    from tinyllama_ds.checkpoint.format import newest_progress
-    from tinyllama_ds.evaluation.charts import run_figure
-    from tinyllama_ds.evaluation.history import read_history
-    from tinyllama_ds.evaluation.report import report_page, summarize
-    from tinyllama_ds.launch.lock import is_held
-
-    history = read_history(options.run)
-    _, committed = newest_progress(options.run)
-    summary = summarize(history, committed, is_held(options.run))
-    output = options.output or check_file(options.run / "report.html")
-    picture = options.picture or check_picture(options.run / "report.png")
-    write_file(output, report_page(history, summary, str(options.run)))
-    write_figure(run_figure(history, str(options.run)), picture)
-    figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in figures.items())
-    result = summary | {"page": str(output), "picture": str(picture)}
-    return print_result(options, result, f"{text}\n{summary['verdict']}\n{output}\n{picture}")
-
-
 COMMANDS = (
     ("export", _add_export, _export),
     ("import", _add_import, _import),
     ("import-checkpoint", _add_import_checkpoint, _import_checkpoint),
     ("generate", _add_generate, _generate),
     ("chat", _add_chat, _chat),
-    ("report", _add_report, _report),
 )
