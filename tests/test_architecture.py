@@ -25,7 +25,7 @@ LAYERS = [
     {"run"},
     {"health"},
     {"train"},
-    {"benchmark", "planning"},
+    {"benchmark", "planning", "preference"},
     {"commands"},
     {"cli", "rank"},
 ]

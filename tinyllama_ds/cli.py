@@ -22,6 +22,7 @@ from tinyllama_ds.commands import (
 )
 from tinyllama_ds.commands.arguments import Parser
 from tinyllama_ds.commands.printing import write_no_more
+from tinyllama_ds.commands.trained import prefer
 from tinyllama_ds.errors import EXIT_CONFIG, ConfigError, log
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # which name no file
@@ -57,7 +58,7 @@ def command_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="tinyllama-ds", description="Raw text to a TinyLlama-class model.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    modules = (prepare, import_tokens, audit, recipe, planning, cluster, training, benchmark, model, evaluation)
+    modules = (prepare, import_tokens, audit, recipe, planning, cluster, training, benchmark, model, prefer, evaluation)
     for name, add_arguments, command in (entry for module in modules for entry in module.COMMANDS):
         help_text = (command.__doc__ or "").splitlines()[0]
         child = commands.add_parser(name, help=help_text, description=help_text)
