@@ -25,7 +25,7 @@ import xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.port = sys.argv[1], int(sys.argv[2])
 params.n_ctx = int(sys.argv[3])
-params.n_parallel, params.cpuparams.n_threads, params.warmup = 1, 2, False
+params.n_parallel, params.cpuparams.n_threads, params.warmup = 1, 1, False
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server = xllamacpp.Server(params)

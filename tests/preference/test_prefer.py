@@ -18,7 +18,7 @@ from tinyllama_ds.data.chat import Message, conversation_ids
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.hf.convert import ExportOptions, export
-from tinyllama_ds.hf.model_folder import open_model_folder, verify_model_folder
+from tinyllama_ds.hf.model_folder import open_model_folder, verify_model_folder, write_model_folder
 from tinyllama_ds.launch.launcher import PREFER, Placement
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import LlamaForCausalLM, assign_weights, build_model
@@ -128,7 +128,9 @@ def rejected(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def test_wrong_input(chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input(
+    chat_folder: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("trl", reason="trl is not installed")
     pairs = write_pairs(tmp_path / "train.jsonl", 4, 1)
     config = write_deepspeed_config(tmp_path / "ds.json", stage=2, micro_batch=2, optimizer=ADAM)
@@ -139,6 +141,10 @@ def test_wrong_input(chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     assert "has no chat template" in rejected(capsys, tmp_path / "base", output, *rest)
+    model = tmp_path / "model"
+    model.mkdir()
+    write_model_folder(model, build_model(CONFIG, "eager", 1).state_dict().items(), CONFIG, tokenizer)
+    assert "model: was not trained on conversations" in rejected(capsys, model, output, *rest)
     assert "already exists" in rejected(capsys, chat_folder, tmp_path / "base", *rest)
     assert not output.exists()
     assert not list(tmp_path.glob(".*"))

@@ -128,9 +128,9 @@ def test_a_trained_model_has_our_ids_and_greedy_text(smollm2: Path, command: lis
             assert found == ours(loaded, prompt), prompt
 
 
-@pytest.mark.parametrize(("quantization", "most"), [("q8_0", 0.001), ("q4_0", math.inf)])
+@pytest.mark.parametrize(("quantization", "most"), [("q8_0", 0.002), ("q4_0", math.inf)])
 def test_what_quantisation_costs(quantization: str, most: float, smollm2: Path, tmp_path: Path) -> None:
-    """The perplexity of f16 on Python's reference, to three standard errors of the difference."""
+    """Of the perplexity on Python's reference, to three standard errors of the difference."""
     from tinyllama_ds.hf.gguf.comparison import sample_text
 
     stored = open_stored(smollm2)
