@@ -21,11 +21,11 @@ LAYERS = [
     {"config", "distributed", "fault_injection"},
     {"data"},
     {"evaluation", "hf"},
-    {"checkpoint", "launch"},
+    {"checkpoint", "launch", "report"},
     {"run"},
     {"health"},
     {"train"},
-    {"benchmark", "planning", "preference"},
+    {"benchmark", "planning", "preference", "speculative"},
     {"commands"},
     {"cli", "rank"},
 ]

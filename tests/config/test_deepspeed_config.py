@@ -11,12 +11,14 @@ from mutating import mutations, returns_or_refuses
 from tinyllama_ds.config.deepspeed import (
     AutoValues,
     load_deepspeed_config,
-    read_schedule,
     requested_micro_batch,
     resolve_deepspeed_config,
     split_off_our_sections,
     warnings_of,
 )
+from tinyllama_ds.config.recipe import load_recipe
+from tinyllama_ds.config.run_plan import RunPlan
+from tinyllama_ds.config.schedule import make_schedule
 from tinyllama_ds.errors import ConfigError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -53,9 +55,8 @@ def test_shipped_configs_resolve_and_pass_deepspeeds_own_parser(path: Path, monk
     assert parsed.gradient_clipping == (0.0 if path.stem == "zero3_muon" else 1.0)
     params = resolved["optimizer"]["params"]
     assert (params["betas"], params["weight_decay"]) == ([0.9, 0.95], 0.1)
-    schedule = read_schedule(raw, path)
-    assert schedule is not None
-    assert schedule.cos_min_ratio == (1.0 if path.stem == "chat_zero2" else 0.1)
+    schedule = make_schedule(raw, path, RunPlan(load_recipe("tinyllama-v1")))
+    assert schedule.min_ratio == {"chat_zero2": 1.0, "zero3_wsd": 0.0}.get(path.stem, 0.1)
     assert "tensorboard" in monitors
 
 
@@ -116,7 +117,15 @@ def test_shipped_configs_resolve_and_pass_deepspeeds_own_parser(path: Path, monk
         ({"stage": 3}, "unknown key 'stage'; did you mean 'zero_optimization.stage'?"),
         ({"activation_checkpointing": {}}, "activation_checkpointing would be ignored"),
         ({"scheduler": {"type": "OneCycle"}}, 'scheduler.type is "OneCycle"; expected WarmupCosineLR'),
-        ({"scheduler": {"type": "WarmupLR", "params": COSINE}}, "belongs to WarmupCosineLR; WarmupLR never falls"),
+        ({"scheduler": {"params": {"warmup_num_steps": 3}}}, "scheduler.type is missing; expected WarmupCosineLR, "),
+        (
+            {"scheduler": {"type": "warmup_stable_decay", "params": {"num_warmup_steps": 3, "cos_min_ratio": 0.1}}},
+            "cos_min_ratio has no effect with warmup_stable_decay, only with WarmupCosineLR; remove it",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": COSINE}},
+            "cos_min_ratio has no effect with WarmupLR, only with WarmupCosineLR; remove it",
+        ),
         (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "linear"}}},
             "scheduler.params.warmup_num_steps is missing; expected a whole number",
@@ -180,6 +189,9 @@ def test_auto_is_filled() -> None:
     assert resolved["scheduler"]["params"]["total_num_steps"] == 100
     assert resolved["scheduler"]["params"]["warmup_num_steps"] == 1
     assert resolved["zero_optimization"]["reduce_bucket_size"] == 64 * 64
+    wsd = {"num_warmup_steps": "auto", "num_decay_steps": "auto", "num_training_steps": "auto"}
+    resolved = resolve(BASE | {"scheduler": {"type": "warmup_stable_decay", "params": wsd}})
+    assert resolved["scheduler"]["params"] == {"num_warmup_steps": 1, "num_decay_steps": 10, "num_training_steps": 100}
     assert config["train_batch_size"] == "auto", "the config that was read must not change"
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 import tomllib
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import forked
@@ -21,6 +21,7 @@ from tinyllama_ds.config.recipe import (
     Recipe,
     Samples,
     Stage,
+    Teacher,
     load_recipe,
 )
 from tinyllama_ds.errors import EXIT_CONFIG
@@ -32,14 +33,16 @@ SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
 def test_every_key_is_there_with_its_default() -> None:
     text = recipe_text(Draft("mine"))
     keys = set(re.findall(r"^(?:# )?\[*(\w+)[\] ]", text, flags=re.M))
-    tables = (Recipe, Stage, Intervals, GuardSettings, Samples, Evaluation)
+    tables = (Recipe, Stage, Intervals, GuardSettings, Samples, Evaluation, Teacher)
     assert {field.name for table in tables for field in fields(table)} - keys == {"ramp_tokens"}, "of later stages"
     raw = tomllib.loads(text)
-    for name, table in (("guard", GuardSettings()), ("intervals", Intervals(1, 1, 1))):
-        required = ("log_steps", "evaluate_tokens", "save_tokens")
-        assert {key: raw[name][key] for key in raw[name] if key not in required} == {
-            field.name: getattr(table, field.name) for field in fields(table) if field.name not in required
-        }
+    for name, table in (("guard", GuardSettings()), ("intervals", Intervals())):
+        assert raw[name] == asdict(table)
+    assert {key: raw[key] for key in ("sequence_length", "seed", "validation_samples", "document_mask")} == {
+        field.name: field.default
+        for field in fields(Recipe)
+        if not isinstance(raw.get(field.name, {}), dict | list | str)
+    }
 
 
 def test_what_has_no_default_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,10 +64,11 @@ def test_a_recipe_like_another_has_its_values(name: str, tmp_path: Path) -> None
     assert load_recipe(str(path)) == replace(load_recipe(name), name="mine")
 
 
-def test_samples_and_scores_are_taken_over(tmp_path: Path) -> None:
+def test_samples_scores_and_a_teacher_are_taken_over(tmp_path: Path) -> None:
     like = write_recipe(tmp_path / "like.toml", 4, save_every=4)
     extra = '[samples]\nprompts = ["a\\"b", "\\\\n"]\nevery_tokens = 640\nnew_tokens = 5\n'
-    like.write_text(like.read_text() + extra + '[evaluation]\ntasks = ["piqa"]\nevery_tokens = 640\nlimit = 7\n')
+    extra += '[evaluation]\ntasks = ["piqa"]\nevery_tokens = 640\nlimit = 7\n'
+    like.write_text(like.read_text() + extra + "[teacher]\nweight = 0.25\ntemperature = 3\n")
     path = tmp_path / "mine.toml"
     path.write_text(recipe_text(draft_like("mine", str(like))))
     assert load_recipe(str(path)) == replace(load_recipe(str(like)), name="mine")

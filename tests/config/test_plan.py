@@ -16,7 +16,9 @@ def recipe_of(*stages: tuple[int, int]) -> Recipe:
     return replace(
         load_recipe("demo"),
         sequence_length=T,
-        stages=tuple(Stage(str(n), tokens, batch * T, {"slimpajama": 1.0}) for n, (tokens, batch) in enumerate(stages)),
+        stages=tuple(
+            Stage(tokens=tokens, global_batch_tokens=batch * T, weights={"slimpajama": 1.0}) for tokens, batch in stages
+        ),
     )
 
 

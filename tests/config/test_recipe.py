@@ -7,7 +7,16 @@ import pytest
 from recipes import VALID
 
 from tinyllama_ds.config.deepspeed import load_deepspeed_config
-from tinyllama_ds.config.recipe import RECIPE_DIRECTORY, Evaluation, GuardSettings, Samples, load_recipe
+from tinyllama_ds.config.recipe import (
+    RECIPE_DIRECTORY,
+    Evaluation,
+    GuardSettings,
+    Intervals,
+    Samples,
+    Stage,
+    load_recipe,
+    recipe_of_run,
+)
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.config.schedule import make_schedule
 from tinyllama_ds.errors import ConfigError
@@ -107,6 +116,33 @@ def test_the_code_model_has_the_published_numbers() -> None:
     assert recipe.model.num_parameters == MODEL_SIZES["tinyllama-1.1b"].num_parameters
 
 
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ("weight = 0", "teacher.weight is 0; expected more than 0"),
+        ("weight = 1.5", "teacher.weight is 1.5; expected 1.0 or less"),
+        ("weight = 1\ntemperature = 0", "teacher.temperature is 0; expected 0.1 or more"),
+        ("temperature = 2", "the key 'teacher.weight' is missing"),
+        ("weight = 1\ntop_k = 8", "unknown key 'teacher.top_k'; the keys are weight, temperature"),
+    ],
+)
+def test_a_teacher_has_a_weight_and_a_temperature(table: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f"{VALID}\n[teacher]\n{table}\n")
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        load_recipe(str(path))
+
+
+def test_a_run_remembers_its_teacher_and_no_absent_one(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert "teacher" not in load_recipe(str(path)).to_dict()
+    path.write_text(f"{VALID}\n[teacher]\nweight = 0.5\n")
+    recipe = load_recipe(str(path))
+    assert recipe.to_dict()["teacher"] == {"weight": 0.5, "temperature": 1.0}
+    assert recipe_of_run({"recipe": recipe.to_dict()}) == recipe
+
+
 RAMP = """
 [[stages]]
 name = "second"
@@ -126,9 +162,15 @@ def test_a_ramp_reaches_the_plan_in_whole_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (("ramp_tokens = 3201", "ramp_tokens = 6401"), "'second': ramp_tokens 6401 exceed its 6400 tokens"),
+        (
+            ("ramp_tokens = 3201", "ramp_tokens = 6401"),
+            r"stages\[1\].ramp_tokens is 6401; expected at most the 6400 tokens of the stage",
+        ),
         (("ramp_tokens = 3201", "ramp_tokens = -1"), r"stages\[1\].ramp_tokens is -1; expected 1 or more"),
-        (("tokens = 6400", "tokens = 6400\nramp_tokens = 5"), "'only': ramp_tokens, but it is the first stage"),
+        (
+            ("tokens = 6400", "tokens = 6400\nramp_tokens = 5"),
+            r"line 10: stages\[0\].ramp_tokens is 5; expected it in a later stage",
+        ),
     ],
 )
 def test_an_impossible_ramp_is_rejected(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:
@@ -147,15 +189,18 @@ def test_a_path_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (("seed = 1", "sed = 1"), r"the key 'seed' is missing \('sed' is not a key\)"),
+        (("seed = 1", "sed = 1"), "unknown key 'sed'; did you mean 'seed'?"),
         (("seed = 1", "seed = 1\nshuffle = true"), "unknown key 'shuffle'; the keys are name, "),
         (("seed = 1", 'seed = "one"'), 'seed is "one"; expected a whole number'),
         (("tokens = 6400", "tokens = 0"), r"stages\[0\].tokens is 0; expected 1 or more"),
-        (("= 320", "= 330"), "global_batch_tokens 330 is not a multiple of sequence_length 32"),
+        (("= 320", "= 330"), r"stages\[0\].global_batch_tokens is 330; expected a multiple of sequence_length 32"),
         (("slimpajama = 1", "slimpajama = -1"), "weights.slimpajama is -1; expected a positive number"),
-        (("slimpajama = 1", '"../x" = 1'), "'../x' is not the name of a source"),
+        (
+            ("slimpajama = 1", '"../x" = 1'),
+            r'weights.../x is "../x"; expected the name of a source, which is a folder',
+        ),
         (("{ slimpajama = 1 }", "{}"), "weights is {}; expected at least 1 entry"),
-        (("log_steps", "log_step"), r"the key 'intervals.log_steps' is missing \('log_step' is not a key\)"),
+        (("log_steps", "log_step"), "unknown key 'intervals.log_step'; did you mean 'intervals.log_steps'?"),
         (("log_steps = 1", "log_steps = 1\nkeep_last = 1"), "intervals.keep_last is 1; expected 2 or more"),
         (("log_steps = 1", "log_steps = 1\nsave_minutes = 0"), "intervals.save_minutes is 0; expected 1 or more"),
         (("[[stages]]", "[stages]"), "stages is .*; expected an array"),
@@ -168,6 +213,77 @@ def test_mistakes_are_named(tmp_path: Path, change: tuple[str, str], sentence: s
     with pytest.raises(ConfigError, match=sentence) as error:
         load_recipe(str(path))
     assert str(path) in str(error.value)
+
+
+def test_what_has_a_default_may_be_absent(tmp_path: Path) -> None:
+    path = tmp_path / "short.toml"
+    path.write_text('model = "test"\nsequence_length = 128\n[[stages]]\ntokens = 1_000_000\nweights = { books = 1 }\n')
+    recipe = load_recipe(str(path))
+    assert (recipe.name, recipe.seed, recipe.intervals) == ("short", 3407, Intervals())
+    assert recipe.stages == (Stage(tokens=1_000_000, weights={"books": 1}),)
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r"\(1\) the key 'model' is missing; \(2\) the key 'stages' is missing$"):
+        load_recipe(str(path))
+
+
+TWELVE_MISTAKES = """
+model = "tset"
+sequence_length = "2k"
+sede = 1
+documents = true
+[[stages]]
+tokens = 0
+weights = { "../x" = 1 }
+ramp_tokens = 5
+[[stages]]
+tokens = 6400
+ramp_tokens = 6401
+weights = {}
+[intervals]
+keep_last = 1
+[guard]
+spike_policy = "roll back"
+[evaluation]
+tasks = ["piqa"]
+"""
+
+
+def test_all_mistakes_are_named_in_one_answer(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(TWELVE_MISTAKES)
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(path))
+    sentences = [
+        "line 2: model is",
+        "line 3: sequence_length is",
+        "line 4: unknown key 'sede'",
+        "line 5: unknown key 'documents'",
+        "line 7: stages[0].tokens is 0",
+        "line 8: stages[0].weights.../x is",
+        "line 9: stages[0].ramp_tokens is 5; expected it in a later stage",
+        "line 12: stages[1].ramp_tokens is 6401; expected at most",
+        "line 13: stages[1].weights is {}",
+        "line 15: intervals.keep_last is 1",
+        "line 17: guard.spike_policy is",
+        "line 18: the key 'evaluation.every_tokens' is missing",
+    ]
+    assert "12 problems" in str(error.value)
+    assert [sentence for sentence in sentences if sentence not in str(error.value)] == []
+
+
+def test_keys_that_depend_on_each_other_are_named_with_others(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID.replace("= 32\n", "= 160\n").replace("= 320", "= 330").replace("seed = 1", "seed = -1"))
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(path))
+    assert all(
+        sentence in str(error.value)
+        for sentence in (
+            "sequence_length is 160; expected at most the 128 positions of model 'test'",
+            "global_batch_tokens is 330; expected a multiple of sequence_length 160",
+            "seed is -1",
+        )
+    )
 
 
 def test_unknown_name_lists_the_shipped_ones() -> None:
@@ -346,17 +462,17 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert str(error.value) == (
         f'{path}: 4 problems: (1) line 5: seed is "one"; expected a whole number;'
         " (2) line 9: stages[0].tokens is 0; expected 1 or more;"
-        " (3) line 12: the key 'intervals.save_tokens' is missing ('safe_tokens' is not a key);"
+        " (3) line 15: unknown key 'intervals.safe_tokens'; did you mean 'intervals.save_tokens'?;"
         " (4) line 18: unknown key 'guard.spike_windw'; did you mean 'guard.spike_window'?"
     )
 
 
 def test_a_hint_calls_no_valid_key_invalid(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(VALID.replace("evaluate_tokens = 640\n", ""))
+    path.write_text(VALID.replace("\ntokens = 6400", ""))
     with pytest.raises(ConfigError) as error:
         load_recipe(str(path))
-    assert str(error.value) == f"{path}: line 12: the key 'intervals.evaluate_tokens' is missing"
+    assert str(error.value) == f"{path}: line 7: the key 'stages[0].tokens' is missing"
 
 
 @pytest.mark.parametrize(
@@ -366,7 +482,7 @@ def test_a_hint_calls_no_valid_key_invalid(tmp_path: Path) -> None:
         (b"# caf\xe9\n", "byte 0xe9 is not UTF-8; expected the recipe in UTF-8"),
         (VALID.encode("utf-16"), "byte 0xff is not UTF-8"),
         (bytes(100), "not valid TOML"),
-        (b"", "the key 'name' is missing"),
+        (b"", "the key 'model' is missing"),
     ],
 )
 def test_other_files_are_rejected(content: bytes | None, sentence: str, tmp_path: Path) -> None:

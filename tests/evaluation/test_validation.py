@@ -1,5 +1,7 @@
 """Validation loss: the same for every world size and batch, and every rank runs as many forward passes."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.evaluation.validation import ValidationSet, perplexity, validation_losses
+from tinyllama_ds.evaluation.validation import ValidationSet, perplexity, validation_losses, validation_metrics
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.model.loss import IGNORE_INDEX
@@ -58,6 +60,15 @@ def test_loss_equals_pytorchs_over_the_same_tokens(sets: list[ValidationSet]) ->
 def test_less_than_a_sample_is_rejected(sets: list[ValidationSet]) -> None:
     with pytest.raises(ConfigError, match="are less than one sample"):
         ValidationSet("slimpajama", sets[0].stream, 10**6, 7)
+
+
+def test_bits_per_byte_are_those_of_the_text(sets: list[ValidationSet], data_dir: Path) -> None:
+    """What a model of uniform guesses pays for the whole split: log2(vocabulary) bits a token."""
+    metrics = validation_metrics({"slimpajama": math.log(512)}, sets[:1])
+    [record] = [json.loads(path.read_text()) for path in (data_dir / "slimpajama" / "validation").glob("*.json")]
+    text_bytes = sum(file["text_bytes"] for file in record["inputs"])
+    assert metrics["Validation/BitsPerByte/slimpajama"] == pytest.approx(9 * record["tokens"] / text_bytes)
+    assert metrics["Validation/Perplexity/slimpajama"] == pytest.approx(512)
 
 
 def test_perplexity() -> None:

@@ -1,6 +1,7 @@
 """Hugging Face folders become model folders with the same logits, or are refused with the file and the key."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -321,6 +322,39 @@ def refuse(folder: Path, sentence: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["tied", "multi-head"])
+def test_some_layers_are_the_model_without_the_others(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    shape = replace(SHAPES[name], num_hidden_layers=5)
+    folder = write_hf_folder(tmp_path / "hf", shape, torch.float32, tokenizer)
+    imported = import_hf_folder(folder, tmp_path / "draft", layers=[0, 2, 4])
+    opened = open_model_folder(tmp_path / "draft")
+    verify_model_folder(opened)
+    assert imported.model == opened.model == replace(shape, num_hidden_layers=3)
+    assert opened.tokenizer.sha256 == tokenizer.sha256
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+    for number in (3, 1):
+        del theirs.model.layers[number]
+    ids = torch.randint(512, (2, 20), generator=torch.Generator().manual_seed(3))
+    expected = theirs(ids, use_cache=False).logits
+    torch.testing.assert_close(logits_of(opened, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", ["0,5", "2,1", "1,1", "", "0,,1", "-1", "a"])
+def test_wrong_layers_are_rejected(
+    layers: str, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = replace(SHAPES["multi-head"], num_hidden_layers=5)
+    folder = write_hf_folder(tmp_path / "hf", shape, torch.float32, tokenizer)
+    try:
+        code = main(["import", str(folder), str(tmp_path / "draft"), f"--layers={layers}"])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == EXIT_CONFIG
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"--layers .*: expected numbers (with commas|in rising order from 0 to 4)", error)
+    assert not (tmp_path / "draft").exists()
 
 
 @pytest.mark.parametrize("case", CONFIG_CASES)

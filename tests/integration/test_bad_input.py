@@ -102,11 +102,11 @@ CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
         ),
         "cannot accumulate in fp32 at stage 0 with bf16",
     ),
-    "recipe typo": (lambda i: edit_text(i.recipe, "seed", "sede"), "the key 'seed' is missing"),
+    "recipe typo": (lambda i: edit_text(i.recipe, "seed", "sede"), "unknown key 'sede'; did you mean 'seed'"),
     "unknown model": (lambda i: edit_text(i.recipe, '"test"', '"tset"'), 'model is "tset"; expected tinyllama-1.1b, '),
     "too long": (
         lambda i: edit_text(i.recipe, "sequence_length = 32", "sequence_length = 256"),
-        "beyond the 128 positions of model 'test'",
+        "sequence_length is 256; expected at most the 128 positions of model 'test'",
     ),
     "missing source": (lambda i: edit_text(i.recipe, "slimpajama", "slimpyjama"), "slimpyjama/train: holds no token"),
     "missing data": (lambda i: shutil.rmtree(i.data), "the data directory is missing"),

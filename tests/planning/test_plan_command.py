@@ -210,10 +210,10 @@ def test_warnings_of_a_specialist(tmp_path: Path) -> None:
     schedule = json.loads(ZERO3.read_text())["scheduler"]
     schedule["params"] |= {"cos_min_ratio": 0.9, "warmup_num_steps": 500_000}
     found = warnings(*A100_2X8, scheduler=schedule)
-    assert "cos_min_ratio 0.9: the learning rate hardly falls" in found
+    assert "the learning rate hardly falls, to 0.9 of its peak" in found
     assert "the warmup takes 35% of the run" in found
     constant = {"type": "WarmupLR", "params": {"warmup_num_steps": 64, "warmup_type": "linear"}}
-    assert "WarmupLR: the learning rate never falls" in warnings(*A100_2X8, scheduler=constant)
+    assert "the learning rate never falls" in warnings(*A100_2X8, scheduler=constant)
     tiny = warnings("--num-gpus", 1024, train_micro_batch_size_per_gpu=1)
     assert "accumulation 1 with micro-batches of 2,048 tokens under ZeRO-3" in tiny
     assert "source 'slimpajama' repeats: 3.1" in warnings(*A100_2X8)

@@ -4,7 +4,7 @@ import pytest
 
 from tinyllama_ds.config.recipe import load_recipe
 from tinyllama_ds.config.run_plan import RunPlan
-from tinyllama_ds.config.schedule import ConstantSchedule
+from tinyllama_ds.config.schedule import Schedule
 from tinyllama_ds.planning.timeline import milestone_at, sample_order
 
 
@@ -16,7 +16,7 @@ def test_the_planned_mixture_sums_up_to_what_is_drawn(name: str) -> None:
     order = sample_order(recipe, plan, {})
     planned = dict.fromkeys(recipe.sources, 0.0)
     for step in plan.steps(0):
-        mixture = milestone_at(plan, ConstantSchedule(), 1.0, step.number + 1).mixture
+        mixture = milestone_at(plan, Schedule(), 1.0, step.number + 1).mixture
         assert sum(mixture.values()) == pytest.approx(1)
         for source, share in mixture.items():
             planned[source] += share * step.batch

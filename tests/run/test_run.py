@@ -43,8 +43,8 @@ def test_global_batch_order_and_schedule_do_not_depend_on_ranks(options: Options
 
 def test_schedule_counts_tokens(options: Options) -> None:
     run = resolve(options)
-    assert run.schedule.warmup_tokens == 5 * BATCH * SEQUENCE_LENGTH
-    assert run.schedule.total_tokens == 10 * BATCH * SEQUENCE_LENGTH
+    step = BATCH * SEQUENCE_LENGTH
+    assert (run.schedule.warmup_tokens, run.schedule.decays) == (5 * step, ((5 * step, 10 * step),))
 
 
 def test_a_warmup_as_long_as_the_run_is_rejected(options: Options, tmp_path: Path) -> None:

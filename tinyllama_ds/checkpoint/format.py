@@ -124,6 +124,19 @@ def resolve_checkpoint(path: Path) -> Path:
     return checkpoints[-1]
 
 
+def last_checkpoints(path: Path, count: int) -> list[Path]:
+    """The checkpoint that a user means and those before it in its run, oldest first.
+
+    Raises `ConfigError` where the run has kept fewer.
+    """
+    newest = resolve_checkpoint(path)
+    kept = find_checkpoints(newest.absolute().parents[1])
+    before = [checkpoint for checkpoint in kept if checkpoint.name < newest.name]
+    if len(before) < count - 1:
+        raise ConfigError(f"{path}: has {len(before) + 1} checkpoints up to {newest.name}; expected {count} to average")
+    return [*before[len(before) - count + 1 :], newest]
+
+
 def read_manifest(checkpoint: Path) -> CheckpointManifest:
     """The manifest of a checkpoint. Nothing of it is verified yet."""
     path = checkpoint / MANIFEST_FILE

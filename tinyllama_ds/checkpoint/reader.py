@@ -5,7 +5,7 @@ Files are mapped while they are read: a reader holds nothing in memory, and the 
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -95,3 +95,22 @@ def stream_weights(checkpoint: Path) -> tuple[CheckpointManifest, Iterator[tuple
     """
     manifest = verify_checkpoint(checkpoint)
     return manifest, CheckpointReader(checkpoint).weights(getattr(torch, manifest.dtype))
+
+
+def stream_average(checkpoints: Sequence[Path]) -> tuple[CheckpointManifest, Iterator[tuple[str, Tensor]]]:
+    """Verify some checkpoints of one run; the means of their master weights in fp32, rounded once to the last's dtype.
+
+    Averaged weights of a constant learning rate are close to those of a decay (Sanyal et al. 2023, arXiv 2306.03241).
+    Returns the manifest of the last one.
+    """
+    manifests = [verify_checkpoint(checkpoint) for checkpoint in checkpoints]
+    readers, last = [CheckpointReader(checkpoint) for checkpoint in checkpoints], manifests[-1]
+
+    def means() -> Iterator[tuple[str, Tensor]]:
+        for name, shape in last.parameters.items():
+            total = torch.zeros(prod(shape))
+            for reader in readers:
+                total += reader.read(MASTER, name, 0, prod(shape))
+            yield name, (total / len(readers)).view(shape).to(getattr(torch, last.dtype))
+
+    return last, means()

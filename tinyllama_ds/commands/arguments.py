@@ -98,6 +98,18 @@ class Size:
         return text.strip()
 
 
+_MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def token_count(text: str) -> int:
+    """An argument type: a number of tokens, also as 300B or 1.5T."""
+    match = re.fullmatch(r"(\d[\d_,]{0,20}(?:\.\d{1,6})?)([KMBT]?)", text.strip().upper(), re.ASCII)
+    count = round(float(re.sub("[_,]", "", match[1])) * _MULTIPLES[match[2]]) if match else 0
+    if not 1 <= count <= 10**15:
+        raise _wrong(text, "a number of tokens, such as 300B, 1.5T or 2_000_000")
+    return count
+
+
 def argument_type(convert: Callable[[str], T]) -> Callable[[str], T]:
     """An argument type of a function that raises `ConfigError` for a wrong text."""
 
@@ -120,6 +132,7 @@ POSITIVE = WholeNumber()
 COUNT = WholeNumber(0)
 RANKS = WholeNumber(1, 1024)  # of one machine, or processes
 SEED = WholeNumber(0, 2**63 - 1)
+DRAFT_LENGTH = WholeNumber(1, 100)
 PORT = WholeNumber(1, 65_534)  # the lifeline takes the next one
 SHARE = Number(most=1.0)
 SECONDS = Number(most=1e8)
@@ -154,6 +167,10 @@ _SHARED: dict[str, dict[str, Any]] = {
         "default": 0,
         "metavar": "K",
         "help": "recompute every K-th block in the backward pass to save memory; 1: all, 0: none (default)",
+    },
+    "--universal-assisted-decoding": {
+        "action": "store_true",
+        "help": "also accept a draft with a different tokenizer, translated by transformers",
     },
     "--json": {"action": "store_true", "help": "print the result as JSON"},
 }

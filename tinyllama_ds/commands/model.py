@@ -5,25 +5,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama_ds.commands.arguments import (
+    DRAFT_LENGTH,
     FILE_SIZE,
     POSITIVE,
     SEED,
     SHARE,
     Number,
     add_shared,
+    argument_type,
     as_dataclass,
-    output_file,
     output_folder,
-    output_picture,
 )
 from tinyllama_ds.commands.printing import print_result
 from tinyllama_ds.commands.trained.gguf import add_gguf_arguments, write_gguf
 from tinyllama_ds.commands.trained.stored import open_stored
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError, log
-from tinyllama_ds.outputs import check_file, check_folder, check_picture, new_folder, write_figure, write_file
+from tinyllama_ds.outputs import check_folder, new_folder
 
 if TYPE_CHECKING:
     from tinyllama_ds.hf.generate import LoadedModel
+    from tinyllama_ds.speculative.pair import Pair
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
     add("output", type=Path, metavar="OUT", help="Hugging Face folder, or file with --gguf, to create")
     add("--max-shard-size", type=FILE_SIZE, default="5GB", metavar="SIZE", help="of a safetensors file")
+    average = "the mean of the last K checkpoints that the run has kept, in fp32"
+    add("--average", type=POSITIVE, default=1, metavar="K", help=average)
     add_gguf_arguments(parser)
     add_shared(parser, "--json")
 
@@ -42,7 +45,7 @@ def _export(options: argparse.Namespace) -> int:
     check_folder(options.output)
     from tinyllama_ds.hf.convert import ExportOptions, export
 
-    stored = open_stored(options.checkpoint)
+    stored = open_stored(options.checkpoint, options.average)
     choices = ExportOptions(stored.probe, options.max_shard_size, stored.is_chat_model)
     difference = export(stored.tensors, stored.config, stored.tokenizer, options.output, choices)
     result = {"output": str(options.output), "largest_logit_difference": difference}
@@ -57,7 +60,16 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     add("folder", type=Path, metavar="HF_DIR", help="of Llama architecture, on this machine")
     add("output", type=output_folder, metavar="OUT", help="model folder to create, for pretrain --init-from")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer to take in place of the folder's own")
+    numbers = "take only these decoder layers, such as 0,6,12,18,24,29, to begin a draft of the model"
+    add("--layers", type=argument_type(_layers), metavar="N,N,...", help=numbers)
     add_shared(parser, "--json")
+
+
+def _layers(text: str) -> list[int]:
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise ConfigError(f"{text!r}: expected numbers with commas, such as 0,6,12")
+    return [int(number) for number in numbers]
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -65,7 +77,7 @@ def _import(options: argparse.Namespace) -> int:
     from tinyllama_ds.hf.import_model import import_hf_folder
     from tinyllama_ds.model.config import dtype_name
 
-    imported = import_hf_folder(options.folder, options.output, options.tokenizer)
+    imported = import_hf_folder(options.folder, options.output, options.tokenizer, options.layers)
     dtype = dtype_name(imported.dtype)
     result = {
         "output": str(options.output),
@@ -121,11 +133,20 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     add("prompt", metavar="TEXT")
-    _add_sampling_arguments(parser, max_new_tokens=100, temperature=0.8)
+    add_sampling_arguments(parser, max_new_tokens=100, temperature=0.8)
+    _add_target_arguments(parser)
     add_shared(parser, "--json")
 
 
-def _add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
+def _add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """Speculative decoding."""
+    add = parser.add_argument
+    add("--target", type=Path, metavar="MODEL", help="larger model that generates, with MODEL as its draft")
+    add("--draft-length", type=DRAFT_LENGTH, default=4, metavar="N", help="tokens that the draft proposes at once")
+    add_shared(parser, "--universal-assisted-decoding")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
     """The fields of `Sampling`."""
     add = parser.add_argument
     add("--max-new-tokens", type=POSITIVE, default=max_new_tokens, help="the longest answer")
@@ -135,14 +156,50 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int
 
 
 def _generate(options: argparse.Namespace) -> int:
-    """Continue a text from a checkpoint or a Hugging Face folder."""
+    """Continue a text from a checkpoint or a Hugging Face folder, also as the draft of a larger model."""
     from tinyllama_ds.hf.generate import Sampling, generate
 
-    text = generate(_load(options.model), options.prompt, as_dataclass(Sampling, options))
+    if options.target is not None:
+        return _generate_with_draft(options)
+    text = generate(load_for_generation(options.model), options.prompt, as_dataclass(Sampling, options))
     return print_result(options, {"prompt": options.prompt, "text": text}, text)
 
 
-def _load(model: Path) -> "LoadedModel":
+def _generate_with_draft(options: argparse.Namespace) -> int:
+    """The text as soon as there is one, then the speed: that takes the target alone on the same prompt."""
+    import torch
+
+    from tinyllama_ds.hf.generate import Sampling, prompt_tokens, text_of
+    from tinyllama_ds.speculative import speed
+    from tinyllama_ds.speculative.decode import alone, speculate
+
+    pair, sampling = _load_pair(options), as_dataclass(Sampling, options)
+    target, length = pair.target.loaded, options.draft_length
+    ids = prompt_tokens(target, options.prompt)
+    speed.warm_up(pair, ids, sampling, length)
+    torch.manual_seed(sampling.seed)
+    found = speculate(pair, ids, sampling, length)
+    text = text_of(target, [*ids, *found.ids])
+    if not options.json:
+        print(text, flush=True)
+    expected = alone(target, ids, sampling)
+    if options.json:
+        print_result(options, {"prompt": options.prompt, "text": text} | speed.speed_of(found, expected), text)
+    log(speed.comparison_line(found, expected, length))
+    if sampling.temperature == 0 and (difference := speed.difference_line(found, expected)):
+        log(difference)
+    return EXIT_FINISHED
+
+
+def _load_pair(options: argparse.Namespace) -> "Pair":
+    from tinyllama_ds.speculative.pair import NamedModel, make_pair
+
+    target, draft = (NamedModel(str(path), load_for_generation(path)) for path in (options.target, options.model))
+    return make_pair(target, draft, options.universal_assisted_decoding)
+
+
+def load_for_generation(model: Path) -> "LoadedModel":
+    """The model of a checkpoint, a run directory, a model folder or a Hugging Face folder."""
     from tinyllama_ds.hf.generate import load_from_hf_folder, load_from_weights
 
     if (model / "config.json").is_file():
@@ -154,48 +211,29 @@ def _load(model: Path) -> "LoadedModel":
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    _add_sampling_arguments(parser, max_new_tokens=256, temperature=0.0)
+    add_sampling_arguments(parser, max_new_tokens=256, temperature=0.0)
+    _add_target_arguments(parser)
 
 
 def _chat(options: argparse.Namespace) -> int:
     """Talk to a chat model; questions come from the terminal, or a line each from standard input."""
     from tinyllama_ds.hf.chat import Conversation, chat_loop
     from tinyllama_ds.hf.generate import Sampling
+    from tinyllama_ds.speculative.speed import SpeculativeAnswers
 
-    loaded = _load(options.model)
+    pair = _load_pair(options) if options.target is not None else None
+    loaded = pair.target.loaded if pair else load_for_generation(options.model)
+    sampling = as_dataclass(Sampling, options)
     if loaded.encode_chat is None:
-        raise ConfigError(f"{options.model}: was not trained on conversations; expected a chat model (docs/chat.md)")
-    chat_loop(Conversation(loaded, as_dataclass(Sampling, options), options.system))
+        name = options.target or options.model
+        raise ConfigError(f"{name}: was not trained on conversations; expected a chat model (docs/chat.md)")
+    if pair is None:
+        chat_loop(Conversation(loaded, sampling, options.system))
+        return EXIT_FINISHED
+    answers = SpeculativeAnswers(pair, options.draft_length)
+    chat_loop(Conversation(loaded, sampling, options.system, answers), answers.report_answer)
+    answers.report_end()
     return EXIT_FINISHED
-
-
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN")
-    add("--output", type=output_file, metavar="HTML", help="default: RUN/report.html")
-    add("--picture", type=output_picture, metavar="PNG", help="the main curves (default: RUN/report.png)")
-    add_shared(parser, "--json")
-
-
-def _report(options: argparse.Namespace) -> int:
-    """Write a run's report as one HTML page and its curves as a picture, and print where it stands."""
-    from tinyllama_ds.checkpoint.format import newest_progress
-    from tinyllama_ds.evaluation.charts import run_figure
-    from tinyllama_ds.evaluation.history import read_history
-    from tinyllama_ds.evaluation.report import report_page, summarize
-    from tinyllama_ds.launch.lock import is_held
-
-    history = read_history(options.run)
-    _, committed = newest_progress(options.run)
-    summary = summarize(history, committed, is_held(options.run))
-    output = options.output or check_file(options.run / "report.html")
-    picture = options.picture or check_picture(options.run / "report.png")
-    write_file(output, report_page(history, summary, str(options.run)))
-    write_figure(run_figure(history, str(options.run)), picture)
-    figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in figures.items())
-    result = summary | {"page": str(output), "picture": str(picture)}
-    return print_result(options, result, f"{text}\n{summary['verdict']}\n{output}\n{picture}")
 
 
 COMMANDS = (
@@ -204,5 +242,4 @@ COMMANDS = (
     ("import-checkpoint", _add_import_checkpoint, _import_checkpoint),
     ("generate", _add_generate, _generate),
     ("chat", _add_chat, _chat),
-    ("report", _add_report, _report),
 )

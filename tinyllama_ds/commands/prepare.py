@@ -109,8 +109,9 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
     """What is prepared, and how; the hosts of a hostfile are given the same arguments."""
     add = parser.add_argument
     add_shared(parser, "--source", help="slimpajama, starcoderdata, proof-pile-2, skypile, or a name of your own")
-    add("--input", type=Path, required=True, metavar="DIR", help="raw files, or one file")
-    add_shared(parser, "--tokenizer", "--output", "--text-field")
+    add("--input", type=Path, metavar="DIR", help="raw files, or one file")
+    add_shared(parser, "--tokenizer", required=False)
+    add_shared(parser, "--output", "--text-field")
     parts = "only these parts: SlimPajama's set names, or folders (languages of StarCoderData)"
     add("--subset", nargs="+", metavar="NAME", help=parts)
     chat = "conversations (messages, or Guanaco's text), with a loss mask on the answers"
@@ -125,8 +126,18 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-bytes", type=WholeNumber(1, 2**40), default=256 * 2**20, metavar="N", help=size)
 
 
+def _add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("distillation (docs/distillation.md)").add_argument
+    cache = "cache what this model predicts for every training token; without --input, of tokens that are there"
+    add("--teacher", type=Path, metavar="HF_DIR", help=cache)
+    add("--teacher-top-k", type=POSITIVE, default=32, metavar="K", help="most probable tokens to keep of each position")
+    add("--sequence-length", type=POSITIVE, metavar="T", help="tokens that the teacher sees: the recipe's")
+    add("--document-mask", action="store_true", help="the teacher sees its own document only, as in the recipe")
+
+
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     _add_job_arguments(parser)
+    _add_teacher_arguments(parser)
     where = parser.add_mutually_exclusive_group()
     add_shared(where, "--hostfile", help="work on all these hosts, through ssh")
     where.add_argument("--mpi", action="store_true", help="work on the ranks of mpirun ... python -m mpi4py.futures")
@@ -154,6 +165,37 @@ def _share_of_task(options: argparse.Namespace) -> tuple[int, int]:
 
 def _prepare(options: argparse.Namespace) -> int:
     """Tokenise one source into shards; continues after an interruption."""
+    _reject_incomplete(options)
+    table: dict[str, dict] = {}
+    lines = []
+    try:
+        if options.input is not None:
+            table |= _prepare_tokens(options)
+            lines.append(_prepare_text(options.source, table))
+        if options.teacher is not None:
+            table["teacher"] = _prepare_teacher(options)
+            lines.append(_teacher_text(options.source, table["teacher"]))
+    except BrokenExecutor:
+        log("a worker was killed, perhaps for its memory; run prepare again, finished shards are kept")
+        return EXIT_RESTART
+    return print_result(options, table, "\n".join(lines))
+
+
+def _reject_incomplete(options: argparse.Namespace) -> None:
+    """Raises `ConfigError` for options that need another one, or do not go together."""
+    if options.teacher is None and (options.input is None or options.tokenizer is None):
+        raise ConfigError("prepare: expected --input and --tokenizer, or --teacher for tokens that are there")
+    if (options.input is None) != (options.tokenizer is None):
+        raise ConfigError("prepare: --input and --tokenizer go together; expected both, or neither with --teacher")
+    if options.teacher is not None and options.sequence_length is None:
+        raise ConfigError("--teacher: expected --sequence-length as well, that of the recipe")
+    if options.teacher is not None and (options.mpi or options.hostfile):
+        raise ConfigError("--teacher: expected --share RANK/SIZE on every host instead of --hostfile or --mpi")
+    if options.teacher is None and (options.sequence_length or options.document_mask):
+        raise ConfigError("--sequence-length and --document-mask: expected --teacher as well, tokens do not need them")
+
+
+def _prepare_tokens(options: argparse.Namespace) -> dict[str, dict]:
     from tinyllama_ds.data.prepare.agents import prepare_on_hosts
     from tinyllama_ds.data.prepare.inputs import find_inputs
     from tinyllama_ds.data.prepare.prepare import Preparation, prepare, summarise
@@ -167,12 +209,21 @@ def _prepare(options: argparse.Namespace) -> int:
         for failure in prepare_on_hosts(job, hosts, arguments):
             log(f"{failure}; finishing its share here")
     workers = max(1, options.workers or len(os.sched_getaffinity(0)))
-    try:
-        table = summarise(prepare(job, workers, _share_of_task(options), options.mpi))
-    except BrokenExecutor:
-        log("a worker was killed, perhaps for its memory; run prepare again, finished shards are kept")
-        return EXIT_RESTART
-    return print_result(options, table, _prepare_text(options.source, table))
+    return summarise(prepare(job, workers, _share_of_task(options), options.mpi))
+
+
+def _prepare_teacher(options: argparse.Namespace) -> dict:
+    from tinyllama_ds.hf.teacher import Teaching, default_workers, teach
+
+    job = as_dataclass(Teaching, with_absolute_paths(options))
+    return teach(job, options.workers or default_workers(), _share_of_task(options))
+
+
+def _teacher_text(source: str, row: dict) -> str:
+    return (
+        f"{source}/train: the {row['top_k']} most probable tokens of {row['teacher']} for {row['tokens']:,} tokens,"
+        f" {row['bytes_per_token']} bytes per token, {row['shards']:,} shards"
+    )
 
 
 def _print_notes(inputs: "Inputs") -> None:

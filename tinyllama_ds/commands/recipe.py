@@ -38,11 +38,16 @@ def _recipe(options: argparse.Namespace) -> int:
     write_file(recipe, text)
     write_file(config, config_text())
     to_fill_in = [line.split()[1] for line in text.splitlines() if " # REQUIRED: " in line]
-    first = f"fill in {', '.join(to_fill_in)} in {recipe}, then\n" if to_fill_in else ""
     arguments = f"--recipe {recipe} --deepspeed-config {config}"
-    steps = f"tinyllama-ds plan {arguments}\ntinyllama-ds pretrain {arguments} --data DATA --run-dir RUN"
+    lines = [
+        *(recipe, config),
+        *([f"fill in {', '.join(to_fill_in)} in {recipe}, then"] if to_fill_in else []),
+        f"tinyllama-ds plan {arguments}",
+        "tinyllama-ds prepare --source SOURCE --input TEXTS --tokenizer TOKENIZER --output DATA  # of each source",
+        f"tinyllama-ds pretrain {arguments} --data DATA --run-dir RUN",
+    ]
     result = {"recipe": str(recipe), "deepspeed_config": str(config), "required": to_fill_in}
-    return print_result(options, result, f"{recipe}\n{config}\n{first}{steps}")
+    return print_result(options, result, "\n".join(map(str, lines)))
 
 
 def _draft(options: argparse.Namespace) -> "Draft":

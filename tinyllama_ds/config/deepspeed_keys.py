@@ -26,6 +26,8 @@ class Key:
     auto: bool = False
     stages: tuple[int, ...] = (0, 1, 2, 3)
     optimizers: tuple[str, ...] = ()  # that have this parameter, in lower case; empty: all
+    schedulers: tuple[str, ...] = ()  # that have this parameter
+    required_by: tuple[str, ...] = ()
 
     @property
     def expectation(self) -> str:

@@ -3,16 +3,15 @@
 import json
 import re
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tinyllama_ds.config.model_table import HuggingFaceConfig
-from tinyllama_ds.config.recipe import Evaluation, GuardSettings, Intervals, Recipe, Samples, load_recipe
+from tinyllama_ds.config.recipe import Recipe, Stage, load_recipe
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.shipped import shipped_config
 
-_SEQUENCE_LENGTH, _SEED = 2048, 3407  # TinyLlama's
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -22,7 +21,7 @@ class Draft:
 
     name: str
     model: str | dict | None = None  # a named size, or keys of Hugging Face's config.json
-    sequence_length: int = _SEQUENCE_LENGTH
+    sequence_length: int = Recipe.sequence_length
     like: Recipe | None = None  # whose values are taken instead
 
 
@@ -38,7 +37,7 @@ def draft_of_model(name: str, config: Path) -> Draft:
     """With the model of a `config.json`, which has been validated."""
     raw = json.loads(config.read_bytes())
     model = {key: value for key, value in raw.items() if key in HuggingFaceConfig.model_fields and value is not None}
-    return Draft(name, model, min(_SEQUENCE_LENGTH, model["max_position_embeddings"]))
+    return Draft(name, model, min(Recipe.sequence_length, model["max_position_embeddings"]))
 
 
 def recipe_text(draft: Draft) -> str:
@@ -55,18 +54,10 @@ def recipe_text(draft: Draft) -> str:
 
 
 def _defaults(sequence_length: int) -> dict[str, Any]:
-    stage = {"name": "pretraining", "tokens": None, "global_batch_tokens": 256 * sequence_length, "weights": None}
-    return {
-        "sequence_length": sequence_length,
-        "seed": _SEED,
-        "validation_samples": 512,
-        "document_mask": Recipe.document_mask,
-        "stages": [stage | {"ramp_tokens": 0}],
-        "intervals": asdict(Intervals(log_steps=10, evaluate_tokens=100_000_000, save_tokens=500_000_000)),
-        "guard": asdict(GuardSettings()),
-        "samples": asdict(Samples()),
-        "evaluation": asdict(Evaluation()),
-    }
+    defaults = {field.name: field.default for field in fields(Recipe)}
+    stage = {field.name: None if field.default is MISSING else field.default for field in fields(Stage)}
+    stage["global_batch_tokens"] = Stage.global_batch_tokens // sequence_length * sequence_length
+    return defaults | {"sequence_length": sequence_length, "stages": [stage]}
 
 
 def config_text() -> str:

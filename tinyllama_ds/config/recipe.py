@@ -5,18 +5,28 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import ConfigDict, Field, StrictBool
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, ValidationInfo
 
 from tinyllama_ds.config.key_lines import toml_lines
 from tinyllama_ds.config.model_table import Model
-from tinyllama_ds.config.validation import PositiveNumber, Text, validate, whole_number
+from tinyllama_ds.config.validation import (
+    Lines,
+    PositiveNumber,
+    Text,
+    expectation,
+    problems_in,
+    validate,
+    whole_number,
+    with_line,
+)
 from tinyllama_ds.errors import ConfigError, raise_problems, shown
 from tinyllama_ds.inputs import read_text
-from tinyllama_ds.model.config import MODEL_SIZES
+from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
 
 RECIPE_DIRECTORY = Path(__file__).parents[1] / "recipes"
 TASK_FILES = (".yaml", ".yml")  # of lm-eval
 
+_MOST_SEQUENCE_TOKENS = 10_000_000
 _Tokens = Annotated[int, whole_number(1, 10**15)]  # more than all text there is; such counts are exact in floats
 _Steps = Annotated[int, whole_number(1, 10**12)]
 _Count = Annotated[int, whole_number(1, 10**6)]
@@ -27,24 +37,49 @@ SPIKE_POLICIES = get_args(_Policy)
 _OPTIONAL_TABLE = ConfigDict(extra="forbid", validate_default=True)
 
 
-@dataclass(frozen=True)
+def _source(name: str) -> str:
+    if name != Path(name).name or name.startswith(".") or "\0" in name or not name.strip():
+        raise expectation("the name of a source, which is a folder of the data directory")
+    return name
+
+
+def _within_the_stage(ramp_tokens: int, info: ValidationInfo) -> int:
+    tokens = info.data.get("tokens", ramp_tokens)
+    if ramp_tokens > tokens:
+        raise expectation(f"at most the {tokens} tokens of the stage")
+    return ramp_tokens
+
+
+def _within_the_positions(sequence_length: int, info: ValidationInfo) -> int:
+    model: LlamaConfig | None = info.data.get("model")
+    if model and sequence_length > model.max_position_embeddings:
+        raise expectation(f"at most the {model.max_position_embeddings} positions of model {_name_of(model)!r}")
+    return sequence_length
+
+
+def _name_of(model: LlamaConfig) -> str:
+    return next((name for name, size in MODEL_SIZES.items() if size == model), "custom")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """A part of the run with one batch size and one mixture."""
 
-    name: Text
+    name: Text = "pretraining"
     tokens: _Tokens
-    global_batch_tokens: Annotated[int, whole_number(1, 2**31)]
-    weights: Annotated[dict[str, PositiveNumber], Field(min_length=1)]
-    ramp_tokens: _Tokens = 0  # over which the mixture changes linearly from the previous stage's to this one
+    global_batch_tokens: Annotated[int, whole_number(1, 2**31)] = 2**19
+    weights: Annotated[dict[Annotated[str, AfterValidator(_source)], PositiveNumber], Field(min_length=1)]
+    # Tokens over which the mixture changes linearly from the previous stage's to this one.
+    ramp_tokens: Annotated[_Tokens, AfterValidator(_within_the_stage)] = 0
 
 
 @dataclass(frozen=True)
 class Intervals:
     """How often a run logs, evaluates and saves, and which checkpoints it keeps."""
 
-    log_steps: _Steps
-    evaluate_tokens: _Tokens
-    save_tokens: _Tokens
+    log_steps: _Steps = 10
+    evaluate_tokens: _Tokens = 100_000_000
+    save_tokens: _Tokens = 500_000_000
     save_minutes: _Count = 30  # of wall clock, after which a save is due regardless of tokens
     check_steps: _Steps = 1000  # between two comparisons of the weights over the ranks; every save makes one too
     keep_last: Annotated[int, whole_number(2, 10**6)] = 3  # checkpoints; two, in case one is damaged
@@ -86,21 +121,36 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """How much a student learns from its teacher, whose logits are cached next to the tokens by `prepare --teacher`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    weight: Annotated[float, Field(strict=True, gt=0, le=1)]  # of the divergence in the loss; the rest is cross-entropy
+    temperature: Annotated[float, Field(strict=True, ge=0.1, le=100)] = 1.0  # at which both distributions are compared
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything about a run that does not depend on the machines it runs on."""
+    """Everything about a run that does not depend on the machines it runs on.
+
+    Only the model, and the tokens and sources of each stage, have no default.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     name: Text
     model: Model
-    sequence_length: Annotated[int, whole_number(1, 10_000_000)]
-    seed: Annotated[int, whole_number()]
+    sequence_length: Annotated[int, whole_number(1, _MOST_SEQUENCE_TOKENS), AfterValidator(_within_the_positions)] = (
+        2048
+    )
+    seed: Annotated[int, whole_number()] = 3407  # TinyLlama's
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
-    intervals: Intervals
-    validation_samples: Annotated[int, whole_number(1, 10**9)]  # per source
+    intervals: Intervals = Intervals()
+    validation_samples: Annotated[int, whole_number(1, 10**9)] = 512  # per source
     document_mask: StrictBool = False  # attention inside documents only; TinyLlama's sees all of a packed row
     guard: GuardSettings = GuardSettings()
     samples: Samples = Samples()
     evaluation: Evaluation = Evaluation()
+    teacher: Teacher | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -110,12 +160,29 @@ class Recipe:
     @property
     def model_name(self) -> str:
         """The name of its size, or "custom"."""
-        return next((name for name, size in MODEL_SIZES.items() if size == self.model), "custom")
+        return _name_of(self.model)
 
     def to_dict(self) -> dict:
-        """What run.json remembers, with a model of a named size by its name."""
+        """What run.json remembers, with a model of a named size by its name, and without tables that are absent."""
         model = self.model_name if self.model_name in MODEL_SIZES else self.model.to_dict()
-        return asdict(self) | {"model": model}
+        content = asdict(self) | {"model": model}
+        return content if self.teacher else {key: value for key, value in content.items() if key != "teacher"}
+
+
+def recipe_of_run(description: dict) -> Recipe:
+    """The recipe in a run's description (`run.json`); raises KeyError or TypeError where there is none."""
+    raw, tables = description["recipe"], {"intervals": Intervals, "guard": GuardSettings, "samples": Samples}
+    model = raw["model"]
+    values = raw | {
+        "model": MODEL_SIZES[model] if isinstance(model, str) else validate(LlamaConfig, model, "model"),
+        "stages": tuple(Stage(**stage) for stage in raw["stages"]),
+    }
+    values |= {
+        key: table(**raw[key])
+        for key, table in (tables | {"evaluation": Evaluation, "teacher": Teacher}).items()
+        if key in raw
+    }
+    return Recipe(**values)
 
 
 def load_recipe(name_or_path: str) -> Recipe:
@@ -135,8 +202,10 @@ def load_recipe(name_or_path: str) -> Recipe:
         raise ConfigError(f"{path}: not valid TOML ({error})") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: not valid TOML (its arrays or tables are nested too deeply)") from error
-    recipe = validate(Recipe, raw, path, toml_lines(text))
-    raise_problems(path, _contradictions(recipe))
+    raw.setdefault("name", path.stem)
+    lines = toml_lines(text)
+    raise_problems(path, problems_in(Recipe, raw, lines) + _contradictions(raw, lines))
+    recipe = validate(Recipe, raw, path)
     return replace(recipe, evaluation=_resolve_paths(path, recipe.evaluation))
 
 
@@ -147,25 +216,18 @@ def _resolve_paths(path: Path, evaluation: Evaluation) -> Evaluation:
     return replace(evaluation, tasks=tasks, data_dir=evaluation.data_dir and str(here / evaluation.data_dir))
 
 
-def _contradictions(recipe: Recipe) -> list[str]:
-    """Problems of keys that depend on each other."""
+def _contradictions(raw: dict, lines: Lines) -> list[str]:
+    """Stages that are valid alone, and not in this recipe; other keys of it may be invalid as well."""
     problems = []
-    if recipe.sequence_length > recipe.model.max_position_embeddings:
-        problems.append(
-            f"sequence_length {recipe.sequence_length} is beyond the {recipe.model.max_position_embeddings} positions"
-            f" of model {recipe.model_name!r}"
-        )
-    for before, stage in zip((None, *recipe.stages), recipe.stages, strict=False):
-        if stage.global_batch_tokens % recipe.sequence_length:
-            problems.append(
-                f"stage {stage.name!r}: global_batch_tokens {stage.global_batch_tokens} is not a multiple of"
-                f" sequence_length {recipe.sequence_length}"
-            )
-        if stage.ramp_tokens and before is None:
-            problems.append(f"stage {stage.name!r}: ramp_tokens, but it is the first stage; expected it in a later one")
-        if stage.ramp_tokens > stage.tokens:
-            problems.append(f"stage {stage.name!r}: ramp_tokens {stage.ramp_tokens} exceed its {stage.tokens} tokens")
-    for source in recipe.sources:
-        if source != Path(source).name or source.startswith(".") or "\0" in source or not source.strip():
-            problems.append(f"{shown(source)} is not the name of a source, which is a folder of the data directory")
+    match raw:
+        case {"stages": [{"ramp_tokens": int(ramp)}, *_]} if ramp > 0:
+            sentence = f"stages[0].ramp_tokens is {ramp}; expected it in a later stage, as none is before the first"
+            problems.append(with_line(("stages", 0, "ramp_tokens"), sentence, lines))
+    length, stages = raw.get("sequence_length", Recipe.sequence_length), raw.get("stages")
+    for number, stage in enumerate(stages if isinstance(stages, list) and isinstance(length, int) else []):
+        match {"global_batch_tokens": Stage.global_batch_tokens} | stage if isinstance(stage, dict) else {}:
+            case {"global_batch_tokens": int(batch)} if 0 < length <= _MOST_SEQUENCE_TOKENS and batch % length:
+                key = f"stages[{number}].global_batch_tokens"
+                sentence = f"{key} is {batch}; expected a multiple of sequence_length {length}"
+                problems.append(with_line(("stages", number, "global_batch_tokens"), sentence, lines))
     return problems

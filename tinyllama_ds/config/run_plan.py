@@ -5,7 +5,7 @@ The global batch comes from the recipe; the number of ranks only decides how it 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import isqrt
 
 from tinyllama_ds.config.recipe import Recipe
@@ -60,9 +60,16 @@ class RunPlan:
             )
             for stage in recipe.stages
         ]
-        self.stage_ends = frozenset(accumulate(stage.steps for stage in self.stages))  # steps
+        ends = list(accumulate(stage.steps for stage in self.stages))
+        self.spans = list(pairwise([0, *ends]))  # of every stage, its first step and the step after its last
+        self.stage_ends = frozenset(ends)  # steps
         self.total_steps = sum(stage.steps for stage in self.stages)
         self.total_tokens = sum(stage.samples for stage in self.stages) * recipe.sequence_length
+
+    @property
+    def stage_end_tokens(self) -> list[int]:
+        """The tokens after each stage."""
+        return [tokens * self.sequence_length for tokens in accumulate(stage.samples for stage in self.stages)]
 
     @property
     def first_batch_tokens(self) -> int:

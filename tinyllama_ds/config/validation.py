@@ -36,6 +36,7 @@ _EXPECTED = {
     "expected": "{what}",
 }
 BY_NAME, AS_TABLE = "[name]", "[table]"  # what a value may be by its discriminator, which pydantic adds to the path
+_NOT_KEYS = (BY_NAME, AS_TABLE, "[key]")  # the last where the name of a key is invalid
 CONTRADICTION = "contradiction"  # of keys that are valid alone: the message is the whole sentence
 
 
@@ -83,6 +84,15 @@ def validate(kind: type[T], raw: object, place: object, lines: Lines = NO_LINES)
         raise
 
 
+def problems_in(kind: type, raw: object, lines: Lines = NO_LINES) -> list[str]:
+    """What `validate` would raise, for a caller that has more to report of the same file."""
+    try:
+        _adapter(cast(Hashable, kind)).validate_python(raw)
+    except (ValidationError, ConfigError) as error:
+        return problems_of(error, kind, raw, lines)
+    return []
+
+
 def validate_json(kind: type[T], content: str | bytes, place: object) -> T:
     """The same of a JSON file, whose values have exactly the types of the fields."""
     try:
@@ -107,7 +117,7 @@ def problems_of(
         return [str(error)]
     errors = error.errors(include_url=False)
     for found in errors:
-        found["loc"] = tuple(step for step in found["loc"] if step not in (BY_NAME, AS_TABLE))
+        found["loc"] = tuple(step for step in found["loc"] if step not in _NOT_KEYS)
     unknown = [found["loc"] for found in errors if found["type"] in _UNKNOWN]
     problems = []
     for found in errors:

@@ -8,6 +8,7 @@ import numpy as np
 from tinyllama_ds.data.order import SampleOrder
 from tinyllama_ds.data.packing import open_stream
 from tinyllama_ds.data.stream import TokenStream
+from tinyllama_ds.data.teacher import TeacherCache
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.errors import ConfigError, DataError
@@ -60,9 +61,16 @@ class SampleReader:
     """Reads the samples at given positions of an order."""
 
     def __init__(
-        self, streams: Mapping[str, TokenStream], order: SampleOrder, sequence_length: int, vocab_size: int
+        self,
+        streams: Mapping[str, TokenStream],
+        order: SampleOrder,
+        sequence_length: int,
+        vocab_size: int,
+        teachers: Mapping[str, TeacherCache] | None = None,
     ) -> None:
+        """`teachers` has the predictions for each stream of a student's training."""
         self._streams = [streams[name] for name in order.sources]
+        self._teachers = [teachers[name] for name in order.sources] if teachers else []
         self._order = order
         self._sequence_length = sequence_length
         self._vocab_size = vocab_size
@@ -86,6 +94,18 @@ class SampleReader:
     def read_loss_mask(self, positions: np.ndarray) -> np.ndarray:
         """The loss mask of the labels (n, T) bool."""
         return self._stack(positions, lambda stream, sample: stream.loss_mask(sample, self._sequence_length))
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher's predictions are known."""
+        return bool(self._teachers)
+
+    def read_teacher(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A teacher's token ids (n, T, k) int32 and log-probabilities (n, T, k + 1) fp16."""
+        located = self._order.locate(positions)
+        pairs = zip(located.source.tolist(), located.sample.tolist(), strict=True)
+        records = np.stack([self._teachers[source].read(sample) for source, sample in pairs])
+        return records["ids"].astype(np.int32), records["log_probs"].astype(np.float16)
 
     def count_targets(self, positions: np.ndarray) -> int:
         """The number of targets of all samples together, known without reading them."""

@@ -323,11 +323,11 @@ class ShardReader:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count)."""
-        return _read_array(self.bin_path, self.index.dtype, start, count)
+        return read_array(self.bin_path, self.index.dtype, start, count)
 
     def read_mask(self, start: int, count: int) -> np.ndarray:
         """The loss mask of tokens [start, start + count): 1 for tokens of answers, else 0, in uint8."""
-        return _read_array(self.mask_path, np.dtype(np.uint8), start, count)
+        return read_array(self.mask_path, np.dtype(np.uint8), start, count)
 
     @cached_property
     def document_starts(self) -> np.ndarray:
@@ -338,8 +338,11 @@ class ShardReader:
         return starts
 
 
-def _read_array(path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarray:
-    """Raises OSError where the file is shorter than it was, after retries: network storage may recover."""
+def read_array(path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarray:
+    """Elements [start, start + count) of a file that holds nothing but such elements.
+
+    Raises OSError where the file is shorter than it was, after retries: network storage may recover.
+    """
     for seconds in _READ_AGAIN_SECONDS:
         raw = _read_at(path, start * dtype.itemsize, count * dtype.itemsize)
         if len(raw) == count * dtype.itemsize:

@@ -45,6 +45,13 @@ class TokenStream:
     def manifests(self) -> list[Manifest]:
         return [shard.manifest for shard in self.shards]
 
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text in UTF-8 per token, EOS included; None where they are not known, as of imported shards."""
+        inputs = [file for manifest in self.manifests for file in manifest.inputs]
+        sizes = [file.text_bytes for file in inputs if file.documents]
+        return sum(sizes) / self.tokens if sizes and all(sizes) and not self.has_loss_mask else None
+
     def num_samples(self, sequence_length: int) -> int:
         """Samples of T + 1 tokens; raises `ConfigError` where there is not one."""
         count = self._count_samples(sequence_length)

@@ -1,8 +1,8 @@
 """Validation loss per source: fixed samples, sharded so that every rank runs the same number of forward passes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import ceil, exp
+from math import ceil, exp, log
 
 import numpy as np
 import torch
@@ -75,6 +75,23 @@ def validation_losses(
             sums[number, 1] += count
     losses, targets = sum_over_ranks(sums).unbind(1)
     return {held_out.source: loss for held_out, loss in zip(sets, (losses / targets).tolist(), strict=True)}
+
+
+def validation_metrics(losses: Mapping[str, float], sets: list[ValidationSet]) -> dict[str, float]:
+    """Loss, perplexity and, where the size of the text is known, bits per byte of each source."""
+    metrics = {f"Validation/Loss/{source}": loss for source, loss in losses.items()}
+    metrics |= {f"Validation/Perplexity/{source}": perplexity(loss) for source, loss in losses.items()}
+    sizes = {held_out.source: held_out.stream.bytes_per_token for held_out in sets}
+    return metrics | {
+        f"Validation/BitsPerByte/{source}": bits_per_byte(losses[source], size)
+        for source, size in sizes.items()
+        if size
+    }
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A mean loss per token in nats as bits per byte of text: independent of the tokenizer (Gao et al. 2020)."""
+    return loss / log(2) / bytes_per_token
 
 
 def perplexity(loss: float) -> float:

@@ -36,6 +36,7 @@ class StepStatus:
     digest: int  # of all samples that were trained on, by any rank
     loss: float  # mean over the ranks, if finite
     grad_norm: float  # global, before clipping
+    divergence: float | None = None  # of a student from its teacher, likewise
 
 
 def all_reduce_step_status(
@@ -43,17 +44,20 @@ def all_reduce_step_status(
 ) -> StepStatus:
     """Collective. One sum over the ranks, read once: the only wait for the device that a step adds to DeepSpeed's.
 
-    Loss and norm travel as whole numbers of 2^-32, whose sum does not depend on the order of the ranks.
+    `loss` is a scalar, or [cross-entropy, divergence] of a student. Losses and norm travel as whole numbers of 2^-32,
+    whose sum does not depend on the order of the ranks.
     """
     device = loss.device
-    values = torch.stack((loss.double(), torch.as_tensor(grad_norm, device=device).double()))
-    is_bad = ~torch.isfinite(values).all() | (values[1] < 0)  # DeepSpeed marks a norm that is not finite by -1
+    norm = torch.as_tensor(grad_norm, device=device)
+    values = torch.cat((norm.double().reshape(1), loss.double().reshape(-1)))
+    is_bad = ~torch.isfinite(values).all() | (values[0] < 0)  # DeepSpeed marks a norm that is not finite by -1
     fixed = (values.nan_to_num(0, 0, 0).clamp(max=_MAX_VALUE) * _FIXED_POINT).round().long()
     ours = torch.tensor([1, stop, save, busy, digest], dtype=torch.int64, device=device)
     together = sum_over_ranks(torch.cat((ours, is_bad.long().reshape(1), fixed)))
     ranks, stops, saves, busy_ranks, digests, bad, *sums = together.tolist()
-    mean_loss, mean_norm = (value / ranks / _FIXED_POINT for value in sums)
-    return StepStatus(stops > 0, saves > 0, busy_ranks > 0, bad == 0, digests, mean_loss, mean_norm)
+    mean_norm, mean_loss, *parts = (value / ranks / _FIXED_POINT for value in sums)
+    divergence = parts[0] if parts else None
+    return StepStatus(stops > 0, saves > 0, busy_ranks > 0, bad == 0, digests, mean_loss, mean_norm, divergence)
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,24 @@ from tinyllama_ds.errors import ConfigError, printable
 from tinyllama_ds.hf.generate import LoadedModel, Sampling, continue_ids
 
 HELP = "/reset clears the conversation, /exit ends it"
+Continue = Callable[[LoadedModel, list[int], Sampling, BaseStreamer | None], list[int]]
 
 
 class Conversation:
     """The messages so far; the oldest exchanges are dropped when they no longer fit the model's positions."""
 
-    def __init__(self, loaded: LoadedModel, sampling: Sampling, system: str | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        sampling: Sampling,
+        system: str | None = None,
+        continue_prompt: Continue = continue_ids,  # speculative decoding has its own
+    ) -> None:
         assert loaded.encode_chat is not None
         self._encode = loaded.encode_chat
         self._loaded = loaded
         self._sampling = sampling
+        self._continue = continue_prompt
         self._system = [Message("system", system)] if system else []
         self.messages: list[Message] = []  # user and assistant alternate
         torch.manual_seed(sampling.seed)
@@ -40,7 +48,7 @@ class Conversation:
         ids = self._fit(Message("user", question))
         streamer = _TextStreamer(self._loaded, on_text)
         with suppress(KeyboardInterrupt):
-            continue_ids(self._loaded, ids, self._sampling, streamer)
+            self._continue(self._loaded, ids, self._sampling, streamer)
         answer = streamer.finish()
         if answer.strip():
             self.messages.append(Message("assistant", answer))
@@ -91,7 +99,7 @@ class _TextStreamer(BaseStreamer):
             self._written = len(text)
 
 
-def chat_loop(conversation: Conversation) -> None:
+def chat_loop(conversation: Conversation, after_answer: Callable[[], None] = lambda: None) -> None:
     """Questions from standard input, a line each, and answers to standard output, until its end or `/exit`."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 does not end the conversation
@@ -120,6 +128,7 @@ def chat_loop(conversation: Conversation) -> None:
             print("the question is not UTF-8 and was ignored")
         elif question:
             _answer(conversation, question)
+            after_answer()
 
 
 def _answer(conversation: Conversation, question: str) -> None:

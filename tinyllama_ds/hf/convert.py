@@ -1,7 +1,7 @@
 """Our weights to a Hugging Face folder, verified before it appears."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,8 +170,12 @@ def _verify_ids(folder: Path, tokenizer: Tokenizer) -> None:
         _verify_chat_template(loaded, tokenizer)
 
 
-def load_reference_pair(folder: Path, written: WeightsInfo, config: LlamaConfig) -> tuple[LlamaForCausalLM, Any]:
+def load_reference_pair(
+    folder: Path, written: WeightsInfo, config: LlamaConfig, layers: Sequence[int] | None = None
+) -> tuple[LlamaForCausalLM, Any]:
     """Our decoder and transformers' over the tensors that transformers loads from a folder, both computing in fp32.
+
+    Of transformers' layers only `layers` are kept, if they are given.
 
     Raises `ConfigError` unless every parameter has the bits that were written, so that both share one copy.
     """
@@ -182,6 +186,11 @@ def load_reference_pair(folder: Path, written: WeightsInfo, config: LlamaConfig)
     theirs = transformers.LlamaForCausalLM.from_pretrained(
         folder, dtype=written.dtype, attn_implementation="sdpa", local_files_only=True
     )
+    if layers is not None:
+        theirs.model.layers = torch.nn.ModuleList(theirs.model.layers[number] for number in layers)
+        theirs.config.num_hidden_layers = len(layers)
+        for number, layer in enumerate(theirs.model.layers):
+            layer.self_attn.layer_idx = number  # its place in the cache
     loaded = {name: parameter.detach() for name, parameter in theirs.named_parameters()}
     if loaded.keys() != written.digests.keys():
         raise ConfigError(

@@ -1,9 +1,10 @@
 """Text generation from a checkpoint or a Hugging Face folder by transformers, with its key/value cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tinyllama_ds.data.chat import Message, prompt_ids
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.hf.convert import hf_model, load_hf_folder
+from tinyllama_ds.hf.convert import hf_model, hf_tokenizer, load_hf_folder
 from tinyllama_ds.model.config import LlamaConfig
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class LoadedModel:
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     eos_id: int  # ends a document, and a turn
+    hf_tokenizer: Callable[[], Any]  # the tokenizer as transformers has it
     encode_chat: Callable[[Sequence[Message]], list[int]] | None = None  # prompt of an answer; chat models only
 
     @property
@@ -55,6 +57,7 @@ def load_from_hf_folder(folder: Path) -> LoadedModel:
         lambda text: tokenizer.encode(text, split_special_tokens=True),
         lambda ids: tokenizer.decode(ids),
         tokenizer.eos_token_id,
+        lambda: tokenizer,
         encode_chat if tokenizer.chat_template else None,
     )
 
@@ -65,31 +68,51 @@ def load_from_weights(
     """The model of a checkpoint; `is_chat_model`: it was trained on conversations."""
     encode_chat = partial(prompt_ids, tokenizer) if is_chat_model else None
     model = hf_model(weights, config, tokenizer)
-    return LoadedModel(model, tokenizer.encode, tokenizer.decode, tokenizer.eos_id, encode_chat)
+    converted = partial(hf_tokenizer, tokenizer, config.max_position_embeddings)
+    return LoadedModel(model, tokenizer.encode, tokenizer.decode, tokenizer.eos_id, converted, encode_chat)
 
 
 def generate(loaded: LoadedModel, prompt: str, sampling: Sampling) -> str:
     """The prompt and its continuation, up to the end of the document or `max_new_tokens`."""
-    ids = loaded.encode(prompt) or [loaded.eos_id]
+    ids = prompt_tokens(loaded, prompt)
     torch.manual_seed(sampling.seed)
-    continuation = continue_ids(loaded, ids, sampling)
-    return loaded.decode([token for token in [*ids, *continuation] if token != loaded.eos_id])
+    return text_of(loaded, [*ids, *continue_ids(loaded, ids, sampling)])
+
+
+def prompt_tokens(loaded: LoadedModel, prompt: str) -> list[int]:
+    """The ids of a text to continue; without a text, the EOS that comes before a document."""
+    return loaded.encode(prompt) or [loaded.eos_id]
+
+
+def text_of(loaded: LoadedModel, ids: Sequence[int]) -> str:
+    """The text of some ids without EOS."""
+    return loaded.decode([token for token in ids if token != loaded.eos_id])
+
+
+def generation_device() -> str:
+    """Where models generate: the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def continue_ids(
-    loaded: LoadedModel, ids: list[int], sampling: Sampling, streamer: "BaseStreamer | None" = None
+    loaded: LoadedModel,
+    ids: list[int],
+    sampling: Sampling,
+    streamer: "BaseStreamer | None" = None,
+    assistance: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[int]:
     """The ids that the model generates after some others, its EOS included.
 
+    `assistance`: more options of transformers' `generate`, such as the draft model of speculative decoding.
     Raises `ConfigError` where the prompt leaves no position free.
     """
     free = loaded.positions - len(ids)
     if free < 1:
         raise ConfigError(f"the prompt's {len(ids)} tokens fill the model's {loaded.positions} positions")
-    options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    options: dict[str, Any] = {"do_sample": sampling.temperature > 0, **assistance}
     if sampling.temperature > 0:
         options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = generation_device()
     model = loaded.model.to(device)
     inputs = torch.tensor([ids], device=device)
     output = model.generate(

@@ -5,8 +5,9 @@ No code of the folder is executed: tensors come from safetensors alone.
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", INDEX_FILE)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_OF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that transformers stored until 4.31
 
 
@@ -46,20 +48,44 @@ class ImportResult:
     padding: int  # rows of the embeddings beyond the tokenizer's ids
 
 
-def import_hf_folder(folder: Path, output: Path, tokenizer: Path | None = None) -> ImportResult:
+def import_hf_folder(
+    folder: Path, output: Path, tokenizer: Path | None = None, layers: Sequence[int] | None = None
+) -> ImportResult:
     """Write a model folder with the weights and the tokenizer of a Hugging Face folder.
 
-    `tokenizer` is a file to use instead of the folder's own. Raises `ConfigError`, leaving nothing
+    `tokenizer` is a file to use instead of the folder's own. Of the decoder layers only `layers` are taken, by their
+    numbers from 0 on, which is how a draft for speculative decoding begins. Raises `ConfigError`, leaving nothing
     behind, where the folder has a different architecture, is damaged, or its tokenizer does not fit; and
     unless transformers loads the same bits from it and has the logits of our decoder.
     """
     config = read_config(folder / CONFIG_FILE)
     loaded = _tokenizer_of(folder, config, tokenizer)
-    files = find_tensors(folder, config)
+    tensors = read_parameters(find_tensors(folder, config), config)
+    if layers is not None:
+        _reject_bad_layers(layers, folder, config)
+        config = replace(config, num_hidden_layers=len(layers))
+        tensors = _only(layers, tensors)
     with new_folder(output) as partial:
-        written = write_model_folder(partial, _read_all(files, config), config, loaded)
-        difference = logit_difference(*load_reference_pair(folder, written, config), loaded)
+        written = write_model_folder(partial, tensors, config, loaded)
+        difference = logit_difference(*load_reference_pair(folder, written, config, layers), loaded)
     return ImportResult(config, written.dtype, difference, config.vocab_size - loaded.vocab_size)
+
+
+def _reject_bad_layers(layers: Sequence[int], folder: Path, config: LlamaConfig) -> None:
+    is_rising = all(before < after for before, after in pairwise(layers))
+    if not layers or not is_rising or not 0 <= layers[0] <= layers[-1] < config.num_hidden_layers:
+        raise ConfigError(
+            f"--layers {','.join(map(str, layers))}: expected numbers in rising order from 0 to"
+            f" {config.num_hidden_layers - 1}, the layers of {folder}"
+        )
+
+
+def _only(layers: Sequence[int], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of some layers, which get the numbers from 0 on, and those outside layers."""
+    for name, tensor in tensors:
+        is_of_layer = _OF_LAYER.match(name)
+        if is_of_layer is None or int(is_of_layer[1]) in layers:
+            yield _OF_LAYER.sub(lambda match: f"model.layers.{layers.index(int(match[1]))}.", name), tensor
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -168,7 +194,7 @@ def _read_index(path: Path) -> dict[str, Path]:
     return {tensor: path.parent / name for tensor, name in places.items()}
 
 
-def _read_all(files: dict[str, Path], config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+def read_parameters(files: dict[str, Path], config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
     """All parameters in the order of the model, checked one by one."""
     dtype = None
     for name, shape in parameter_shapes(config).items():

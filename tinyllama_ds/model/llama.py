@@ -119,6 +119,8 @@ class LlamaForCausalLM(nn.Module):
     documents and positions start again with each; without, documents packed into a row see those before them, as in
     TinyLlama. They are best kept in host memory: cu_seqlens are computed there without a synchronization with the GPU.
 
+    With the ids and log-probabilities of a `teacher`, the loss is that of its student (`loss.py`).
+
     With `recompute_every` k, every k-th block keeps only its input and is computed again in the backward pass
     (activation checkpointing; 0 is none, 1 is all).
     """
@@ -139,8 +141,14 @@ class LlamaForCausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]  # torch says Tensor
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
-        return self.lm_head(self.model(input_ids, document_ids), labels)
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        teacher: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return self.lm_head(self.model(input_ids, document_ids), labels, teacher)
 
 
 def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:

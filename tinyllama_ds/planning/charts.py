@@ -17,7 +17,7 @@ _MIN_LABELED_SHARE = 0.02  # of the width; a narrower stage has no space for a l
 
 
 def draw_learning_rate(axis: Any, plan: Plan) -> None:
-    """Labeled at the end of the warmup and of every stage."""
+    """Labeled at the end of the warmup, before a decay, and at the end of every stage."""
     points = _points(plan)
     axis.plot([point.tokens for point in points], [point.learning_rate for point in points])
     axis.set(ylabel="learning rate", ylim=(0, 1.35 * max(point.learning_rate for point in points)))
@@ -26,7 +26,7 @@ def draw_learning_rate(axis: Any, plan: Plan) -> None:
         label = f"{stage.name}\n{short_count(end - start)}" + (f"\nramp {short_count(ramp)}" if ramp else "")
         _label(axis, label, ((start + end) / 2, 1), (0, -4), xycoords=("data", "axes fraction"), va="top")
     for milestone in plan.timeline.milestones:
-        if milestone.name.startswith("end of") and "ramp" not in milestone.name:
+        if milestone.name.startswith(("end of", "start of decay")) and "ramp" not in milestone.name:
             is_early = milestone.tokens < plan.inputs.plan.total_tokens / 9
             at = milestone.tokens, milestone.learning_rate
             axis.plot(*at, "o", color=axis.xaxis.label.get_color(), markersize=3)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from tinyllama_ds.config.recipe import Recipe
 from tinyllama_ds.config.run_plan import PlannedStage, RunPlan
-from tinyllama_ds.config.schedule import ConstantSchedule, CosineSchedule, Schedule
+from tinyllama_ds.config.schedule import Schedule
 from tinyllama_ds.data.order import SampleOrder, planned_order
 
 # Tokens with Llama's tokenizer, of whole sources: TinyLlama's sampling weights over 950 billion tokens (SlimPajama
@@ -69,8 +69,11 @@ def sample_order(recipe: Recipe, plan: RunPlan, sizes: Mapping[str, int]) -> Sam
 
 def _milestones(plan: RunPlan, schedule: Schedule, peak_rate: float) -> list[Milestone]:
     at = {1: "first step"}
-    if isinstance(schedule, CosineSchedule) and schedule.warmup_tokens:
+    if schedule.warmup_tokens:
         at[_steps_to(plan, schedule.warmup_tokens)] = "end of warmup"
+    for start, _ in schedule.decays:
+        if start > schedule.warmup_tokens:
+            at[_steps_to(plan, start)] = "start of decay"
     first = 0
     for before, stage in pairwise([None, *plan.stages]):
         assert stage is not None
@@ -123,11 +126,6 @@ def _tokens_between_saves(recipe: Recipe, plan: RunPlan) -> int:
 
 def schedule_warnings(plan: RunPlan, schedule: Schedule) -> list[str]:
     """Unusual learning-rate schedules."""
-    if isinstance(schedule, ConstantSchedule):
-        return [
-            "the learning rate never falls: the JSON has no scheduler, so min_lr equals the peak (TinyLlama trained"
-            " half a trillion tokens like that by mistake)"
-        ]
     found = []
     first = plan.stages[0].samples * plan.sequence_length
     if schedule.warmup_tokens > first:
@@ -136,10 +134,13 @@ def schedule_warnings(plan: RunPlan, schedule: Schedule) -> list[str]:
         )
     elif schedule.warmup_tokens > plan.total_tokens / 10:
         found.append(f"the warmup takes {schedule.warmup_tokens / plan.total_tokens:.0%} of the run; 1 % is usual")
-    if schedule.min_ratio == 1:
-        found.append("WarmupLR: the learning rate never falls after its warmup; usual only for fine-tuning")
+    if not schedule.decays:
+        found.append(
+            "the learning rate never falls (TinyLlama trained half a trillion tokens like that by mistake); usual only"
+            " for fine-tuning, and for a run whose checkpoints `tinyllama-ds decay` finishes"
+        )
     elif schedule.min_ratio > 0.5:
-        found.append(f"cos_min_ratio {schedule.min_ratio:g}: the learning rate hardly falls; 0.1 is usual")
+        found.append(f"the learning rate hardly falls, to {schedule.min_ratio:g} of its peak; 0.1 is usual")
     return found
 
 

@@ -5,11 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tinyllama_ds.checkpoint.disk_space import check_free_space, checkpoint_need
-from tinyllama_ds.checkpoint.format import Health, Progress, find_checkpoints, find_folders
+from tinyllama_ds.checkpoint.format import Health, Progress, find_checkpoints, find_folders, newest_progress
 from tinyllama_ds.data.tokenizers.storage import write_tokenizer
 from tinyllama_ds.errors import ConfigError, log
 from tinyllama_ds.layout import LEDGER_FILE, RUN_FILE, reject_unusable_directory
-from tinyllama_ds.run.identity import Change, changes_between, identity_of, inherited_ledger, reject_changes
+from tinyllama_ds.run.identity import Change, changes_between, changes_of_run, inherited_ledger, reject_changes
 from tinyllama_ds.run.ledger import write_ledger
 from tinyllama_ds.run.resolve import Run
 from tinyllama_ds.run.run_file import RunFile, read_run_file, utc_date, write_run_file
@@ -22,8 +22,8 @@ def check_run_directory(run: Run) -> Path | None:
     path = run.run_dir / RUN_FILE
     content = read_run_file(run.run_dir)
     if content is not None:
-        there, now = identity_of(content.description), identity_of(json.loads(json.dumps(run.description)))
-        changes = list(changes_between(there, now))
+        step, _ = newest_progress(run.run_dir)
+        changes = changes_of_run(content.description, run.description, step)
         reject_changes(changes, run.options.allow_change, f"{path}: holds a different run", "choose another --run-dir")
         if run.options.resume == "never":
             raise ConfigError(f"{path}: already holds this run, and --resume never was given; choose another --run-dir")

@@ -1,13 +1,13 @@
 """What decides the result of a run: the identity of a run directory, and that of a branch with its parent's history.
 
 A branch begins with a checkpoint of another run, its parent, which is only read. Both have the same history up to that
-checkpoint: model, seed, optimizer, and the stages that were begun, with their batches, mixtures and tokens. Stages that
-begin later are the branch's own.
+checkpoint, compared by values: model, seed, optimizer, the batches and mixtures of all steps, and the learning rates.
+What comes later is the branch's own.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from tinyllama_ds.checkpoint.format import (
     resolve_checkpoint,
     verify_checkpoint,
 )
+from tinyllama_ds.config.recipe import recipe_of_run
+from tinyllama_ds.config.run_plan import RunPlan
+from tinyllama_ds.config.schedule import schedule_of_run
 from tinyllama_ds.errors import ConfigError, shown_as_json
 from tinyllama_ds.run.ledger import ROLLED_BACK, Entry, read_ledger
 
@@ -37,6 +40,7 @@ _FREE = {  # may differ between starts
     "init_from": ("path",),
 }
 _FIXED = ("model", "order_version")  # cannot be changed on resume
+_STAGE = ("global_batch_tokens", "weights", "ramp_tokens")  # keys that decide the samples of its steps
 _MAX_CHANGES = 20  # printed
 
 
@@ -79,6 +83,18 @@ def changes_between(there: Any, now: Any, key: str = "") -> Iterator[Change]:
             yield from changes_between(there.get(name, ABSENT), now.get(name, ABSENT), inner)
     elif there != now:
         yield Change(key, there, now)
+
+
+def changes_of_run(there: dict, now: dict, step: int) -> list[Change]:
+    """What differs between two descriptions of a run that has been trained for `step` steps.
+
+    A schedule with the same learning rates so far is not a difference: a constant one of a run that becomes longer.
+    """
+    now = json.loads(json.dumps(now))
+    changes = list(changes_between(identity_of(there), identity_of(now)))
+    if step and changes and _history_of(there, step) == _history_of(now, step):
+        return [change for change in changes if not change.is_below("deepspeed_config.scheduler")]
+    return changes
 
 
 def reject_changes(changes: Sequence[Change], allowed: Sequence[str], what: str, instead: str) -> None:
@@ -142,7 +158,7 @@ def _reject_different_history(
 ) -> None:
     step, steps = manifest.progress.step, description["plan"]["steps"]
     try:
-        there, now = _history_of(manifest.run, step), _history_of(json.loads(json.dumps(description)), step)
+        there, now = _history_of(manifest.run, step), _history_of(description, step)
     except KeyError as error:
         raise ConfigError(
             f"{checkpoint / MANIFEST_FILE}: has no {error}; expected a checkpoint of pretraining"
@@ -154,23 +170,23 @@ def _reject_different_history(
 
 
 def _history_of(description: dict, step: int) -> dict:
-    """The part of a run's description (`run.json`) that decides its first `step` steps."""
+    """What decides the first `step` steps of a run with this description (`run.json`), by values."""
     history = identity_of(description)
     del history["init_from"]  # has no effect any more
-    stages, first = [], 0
-    for stage in description["recipe"]["stages"]:
-        if first < step:
-            stages.append(stage)
-        first += -(-stage["tokens"] // stage["global_batch_tokens"])
-    history["sources"] = list(dict.fromkeys(name for stage in stages for name in stage["weights"]))
-    history["recipe"] = {key: value for key, value in history["recipe"].items() if key != "name"} | {"stages": stages}
+    plan = RunPlan(recipe_of_run(description))
+    begun = [
+        stage for stage, (first, _) in zip(description["recipe"]["stages"], plan.spans, strict=True) if first < step
+    ]
+    past = [
+        {key: stage[key] for key in _STAGE} | {"steps": min(last, step) - first}
+        for stage, (first, last) in zip(begun, plan.spans, strict=False)
+    ]
+    history["sources"] = list(dict.fromkeys(name for stage in begun for name in stage["weights"]))
+    history["recipe"] = {key: value for key, value in history["recipe"].items() if key != "name"} | {"stages": past}
     history["data"] = {"train": {name: history["data"]["train"].get(name) for name in history["sources"]}}
-    scheduler = history["deepspeed_config"].get("scheduler")
-    if scheduler:  # in steps it may be longer or shorter, over the same tokens
-        params = {key: value for key, value in scheduler.get("params", {}).items() if key != "total_num_steps"}
-        history["deepspeed_config"]["scheduler"] = scheduler | {"params": params}
-        history["plan"] = {"tokens": description["plan"]["tokens"]}
-    return history
+    history["deepspeed_config"].pop("scheduler", None)
+    history["schedule"] = asdict(schedule_of_run(description).until(plan.end_of(step)[1]))
+    return json.loads(json.dumps(history))
 
 
 def recorded_parent(run_file: Path, description: dict, branch_from: Path | None) -> Parent | None:

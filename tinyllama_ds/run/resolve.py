@@ -28,6 +28,7 @@ from tinyllama_ds.config.schedule import Schedule, make_schedule
 from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import ORDER_VERSION, SampleOrder, planned_order
 from tinyllama_ds.data.stream import TokenStream
+from tinyllama_ds.data.teacher import TeacherCache
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.data.tokenizers.storage import stored_tokenizer
 from tinyllama_ds.errors import ConfigError
@@ -133,11 +134,12 @@ def resolve_run(
     _reject_absent_monitors(monitors, options.deepspeed_config)
     attention = _resolve_attention(options, recipe, Device(device_type, capability), computes_in_16_bit(resolved))
     streams, validation = _open_data(options.data, recipe, model)
+    teachers = _open_teachers(recipe, streams)
     description = _settings(options, recipe, plan, model, world_size) | {
         "deepspeed_config": resolved,
         "micro_batch": micro_batch,
         "attention": attention.backend,
-        "data": _fingerprints(streams, validation),
+        "data": _fingerprints(streams, validation, teachers),
     }
     sha256 = tokenizer_sha256_of(description)
     tokenizer = stored_tokenizer(options.data, sha256, "the tokens next to it")
@@ -145,7 +147,7 @@ def resolve_run(
     excluded = excluded_samples(_ledger_of(options.run_dir, parent))
     sizes = {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()}
     order = planned_order(recipe, plan, sizes, excluded)
-    reader = SampleReader(streams, order, recipe.sequence_length, model.vocab_size)
+    reader = SampleReader(streams, order, recipe.sequence_length, model.vocab_size, teachers)
     return Run(
         options, recipe, plan, make_schedule(raw, options.deepspeed_config, plan), model, attention,
         _NO_TIMER | engine_config, monitors, micro_batch, TrainingData(order, reader, tokenizer),
@@ -222,13 +224,35 @@ def _settings(options: Options, recipe: Recipe, plan: RunPlan, model: LlamaConfi
     }
 
 
-def _fingerprints(streams: dict[str, TokenStream], validation: list[ValidationSet]) -> dict:
-    """What identifies the tokens of every source, by split."""
+def _open_teachers(recipe: Recipe, streams: dict[str, TokenStream]) -> dict[str, TeacherCache]:
+    """The predictions of the teacher for every source; none without a teacher."""
+    if recipe.teacher is None:
+        return {}
+    length, mask = recipe.sequence_length, recipe.document_mask
+    teachers = {name: TeacherCache(stream, length, mask) for name, stream in streams.items()}
+    first, *others = teachers.values()
+    for other in others:
+        for key in ("model_sha256", "top_k"):
+            if other.fingerprint()[key] != first.fingerprint()[key]:
+                raise ConfigError(
+                    f"{other.directory}: its predictions have a different {key} than {first.directory}; expected the"
+                    " same teacher for all sources of a recipe"
+                )
+    return teachers
+
+
+def _fingerprints(
+    streams: dict[str, TokenStream], validation: list[ValidationSet], teachers: dict[str, TeacherCache]
+) -> dict:
+    """What identifies the tokens of every source, by split, and the predictions of a teacher for them."""
     held_out = {held.source: held.stream for held in validation}
-    return {
+    found = {
         split: {name: _fingerprint(stream) for name, stream in opened.items()}
         for split, opened in (("train", streams), ("validation", held_out))
     }
+    for name, teacher in teachers.items():
+        found["train"][name]["teacher"] = teacher.fingerprint()
+    return found
 
 
 def _reject_absent_monitors(monitors: dict, path: Path) -> None:

@@ -28,20 +28,27 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, T + 1)
     document_ids: Tensor | None = None  # (B, T) with a document mask: the document of each input token
     loss_mask: Tensor | None = None  # (B, T) of conversations: which labels are in the loss; without it all are
+    teacher: tuple[Tensor, Tensor] | None = None  # its ids (B, T, k) and log-probabilities (B, T, k + 1), of a student
     ready: "InputCopy | None" = None  # the model's inputs on their way to a GPU
 
     @property
     def num_targets(self) -> int:
         return self.tokens[:, 1:].numel() if self.loss_mask is None else int(self.loss_mask.sum())
 
-    def model_inputs(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Input ids and labels on the device, and with a document mask document ids in host memory; each (B, T)."""
+    def model_inputs(self, device: torch.device) -> tuple:
+        """Input ids and labels on the device, and with a document mask document ids in host memory; each (B, T).
+
+        A student's are the same with document ids or None, and what its teacher predicts, on the device.
+        """
         if self.ready is not None:
             return self.ready.wait()
         tokens = self.tokens.to(device, non_blocking=True)
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         if self.loss_mask is not None:
             labels = labels.where(self.loss_mask.to(device, non_blocking=True), IGNORE_INDEX)
+        if self.teacher is not None:
+            teacher = tuple(tensor.to(device, non_blocking=True) for tensor in self.teacher)
+            return inputs, labels, self.document_ids, teacher
         return (inputs, labels) if self.document_ids is None else (inputs, labels, self.document_ids)
 
 
@@ -49,17 +56,26 @@ class Batch(NamedTuple):
 class InputCopy:
     """The model's inputs, copied to a GPU on a stream of their own."""
 
-    inputs: tuple[Tensor, ...]
+    inputs: tuple
     end: torch.cuda.Event
 
-    def wait(self) -> tuple[Tensor, ...]:
+    def wait(self) -> tuple:
         """The inputs, once the GPU has copied them; the host does not wait."""
         current = torch.cuda.current_stream()
         current.wait_event(self.end)
-        for tensor in self.inputs:
+        for tensor in _tensors(self.inputs):
             if tensor.is_cuda:
                 tensor.record_stream(current)  # its memory is not reused before the computation has ended
         return self.inputs
+
+
+def _tensors(inputs: Iterable) -> Iterator[Tensor]:
+    """All tensors of the model's inputs, some of which are tuples or None."""
+    for entry in inputs:
+        if isinstance(entry, Tensor):
+            yield entry
+        elif entry is not None:
+            yield from entry
 
 
 def open_loader(run: Run, world: DistributedInfo, first_step: int) -> "HashingLoader":
@@ -96,10 +112,13 @@ def read_batch(run: Run, positions: np.ndarray, device: torch.device) -> Batch:
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).pin_memory() if device.type == "cuda" else torch.from_numpy(array)
 
+    reader = run.data.reader
+    teacher = reader.read_teacher(positions) if reader.has_teacher else None
     return Batch(
-        tensor(run.data.reader.read(positions)),
-        tensor(run.data.reader.read_document_ids(positions)) if run.recipe.document_mask else None,
-        tensor(run.data.reader.read_loss_mask(positions)) if run.data.reader.has_loss_mask else None,
+        tensor(reader.read(positions)),
+        tensor(reader.read_document_ids(positions)) if run.recipe.document_mask else None,
+        tensor(reader.read_loss_mask(positions)) if reader.has_loss_mask else None,
+        (tensor(teacher[0]), tensor(teacher[1])) if teacher else None,
     )
 
 

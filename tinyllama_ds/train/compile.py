@@ -17,6 +17,8 @@ def compile_blocks(model: LlamaForCausalLM) -> None:
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward)
     model.lm_head.loss_and_grad = torch.compile(model.lm_head.loss_and_grad)
+    if model.lm_head.distillation_and_grad is not None:
+        model.lm_head.distillation_and_grad = torch.compile(model.lm_head.distillation_and_grad)
     model.is_compiled = True
 
 

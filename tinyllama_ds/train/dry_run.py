@@ -28,6 +28,7 @@ from tinyllama_ds.train.callbacks.evaluation import continue_prompts
 from tinyllama_ds.train.compile import summarize_exception
 from tinyllama_ds.train.gradients import drop_gradients
 from tinyllama_ds.train.scoring import score_one_prompt
+from tinyllama_ds.train.step import forward
 from tinyllama_ds.train.trainer import Trainer
 from tinyllama_ds.train.utilization import memory_bytes, peak_memory
 
@@ -80,7 +81,7 @@ def _parts(trainer: Trainer) -> Iterator[tuple[str, Callable[[], object]]]:
     batch = read_batch(run, np.array(share[: run.micro_batch]), world.device)
     losses: list[torch.Tensor] = []
     engine.set_gradient_accumulation_boundary(True)
-    yield "forward", lambda: losses.append(engine(*batch.model_inputs(world.device)))
+    yield "forward", lambda: losses.append(forward(engine, batch.model_inputs(world.device))[0])
     yield "backward", lambda: _backward(engine, losses.pop())
     if run.evaluation.validation:
         one_batch = replace(run.evaluation.validation[0], samples=run.micro_batch * world.size)

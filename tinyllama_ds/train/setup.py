@@ -21,6 +21,7 @@ from tinyllama_ds.errors import log
 from tinyllama_ds.health.heartbeat import Heartbeat
 from tinyllama_ds.health.probe import check_probe
 from tinyllama_ds.layout import CHECKPOINTS, LEDGER_FILE, QUARANTINE
+from tinyllama_ds.model.distillation import distillation_of
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model, empty_model
 from tinyllama_ds.run.console import Console
 from tinyllama_ds.run.directory import open_run_directory, reject_different_history
@@ -112,6 +113,8 @@ def start_engine(run: Run, world: DistributedInfo, point: ResumePoint) -> "tuple
     """The engine with the state that training begins with or resumes from, and how it is compiled. Collective."""
     initial = run.init_from if point.checkpoint is None else None
     model = build_initial_model(run, world, initial)
+    if run.recipe.teacher is not None:
+        model.lm_head.distillation_and_grad = distillation_of(run.recipe.teacher.weight, run.recipe.teacher.temperature)
     is_compiled, compilation = decide_compilation(run.options.compile, world)
     if is_compiled:
         compile_blocks(model)

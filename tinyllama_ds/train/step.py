@@ -25,7 +25,7 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step on batches in which all labels are targets.
 
-    Returns this rank's part of the loss and the global gradient norm before clipping, on the device.
+    Returns this rank's part of the losses and the global gradient norm before clipping, on the device.
     """
     accumulation = accumulation_steps(step.batch, world.size, micro_batch)
     targets = step.tokens_after - step.tokens_before
@@ -42,7 +42,8 @@ def accumulate_gradients(
     world: DistributedInfo,
     clock: PhaseClock,
 ) -> torch.Tensor:
-    """Forward and backward of all micro-batches of a step; returns this rank's part of the loss, on the device.
+    """Forward and backward of all micro-batches of a step; returns this rank's part of the loss, on the device; of a
+    student's training, of [cross-entropy, divergence from the teacher].
 
     `targets` is the number of labels in the global batch. The mean loss of a micro-batch is weighted by its share of
     them times the ranks, because gradients and losses are averaged over ranks: so their mean is the sum of all token
@@ -56,16 +57,17 @@ def accumulate_gradients(
             inputs = batch.model_inputs(world.device)
         weight = batch.num_targets * world.size / targets
         with clock.phase("forward"):
-            loss = forward(engine, inputs)
+            loss, parts = forward(engine, inputs)
         with clock.phase("backward"):
             backward(engine, loss * weight)
-        total += loss.detach() * weight
+        total = total + parts * weight
     return total
 
 
-def forward(engine: "DeepSpeedEngine", inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The mean loss of a micro-batch."""
-    return engine(*inputs)
+def forward(engine: "DeepSpeedEngine", inputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean loss of a micro-batch, and what is reported of it: the loss, or of a student its parts."""
+    found = engine(*inputs)
+    return found if isinstance(found, tuple) else (found, found.detach())
 
 
 def backward(engine: "DeepSpeedEngine", loss: torch.Tensor) -> None:

@@ -31,7 +31,7 @@ def write_gguf(options: argparse.Namespace) -> int:
 
     require_gguf()
     check_new_file(options.output)
-    stored = open_stored(options.checkpoint)
+    stored = open_stored(options.checkpoint, options.average)
     text = sample_text(options.text, stored.tokenizer, stored.config)
     weights = dict(stored.tensors)
     model = GgufModel(stored.name, stored.config, weights, stored.tokenizer, stored.is_chat_model)

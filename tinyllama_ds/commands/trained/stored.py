@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -27,28 +29,33 @@ class ModelSource:
     tokens: int | None = None  # that a checkpoint was trained on; of an imported model it is not known
 
 
-def open_stored(path: Path) -> ModelSource:
-    """The model of a checkpoint, a run directory or a model folder, every file verified."""
+def open_stored(path: Path, average: int = 1) -> ModelSource:
+    """The model of a checkpoint, a run directory or a model folder, every file verified.
+
+    `average` is the number of checkpoints of the run, up to this one, whose mean it is.
+    """
     from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
-    from tinyllama_ds.checkpoint.format import model_of, resolve_checkpoint
-    from tinyllama_ds.checkpoint.reader import stream_weights
+    from tinyllama_ds.checkpoint.format import last_checkpoints, model_of
+    from tinyllama_ds.checkpoint.reader import stream_average, stream_weights
     from tinyllama_ds.data.tokenizers.storage import stored_tokenizer
     from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
     from tinyllama_ds.run.resolve import is_chat_run
 
     if is_model_folder(path):
+        if average > 1:
+            raise ConfigError(f"{path}: is a model folder; expected a run directory or a checkpoint for --average")
         folder = open_model_folder(path)
         verify_model_folder(folder)
         return ModelSource(path.resolve().name, folder.tensors(), folder.model, folder.tokenizer)
-    checkpoint = resolve_checkpoint(path)
-    manifest, tensors = stream_weights(checkpoint)
+    *before, checkpoint = last_checkpoints(path, average)
+    manifest, tensors = stream_average([*before, checkpoint]) if before else stream_weights(checkpoint)
     tokenizer = stored_tokenizer(checkpoint.parents[1], tokenizer_sha256_of(manifest.run), "this run")
     return ModelSource(
         manifest.run["recipe"]["name"],
         tensors,
         model_of(checkpoint, manifest.model),
         tokenizer,
-        probe=manifest.health.probe,
+        probe=None if before else manifest.health.probe,  # which is the loss of one checkpoint's weights
         is_chat_model=is_chat_run(manifest.run),
         tokens=manifest.progress.tokens,
     )

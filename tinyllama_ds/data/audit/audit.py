@@ -20,6 +20,7 @@ from tinyllama_ds.data.prepare.reading import read_records
 from tinyllama_ds.data.prepare.sources import SPLITS, Record, SourceFormat
 from tinyllama_ds.data.shards import ShardReader
 from tinyllama_ds.data.stream import TokenStream
+from tinyllama_ds.data.teacher import damaged_shards
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.errors import ConfigError
@@ -97,6 +98,7 @@ def audit_data(
         shards = list(progress(audited, total=len(prefixes), desc="audit", unit="shard"))
     audit = DataAudit(shards, coverage)
     audit.problems = [f"{shard.name}: {problem}" for shard in shards for problem in shard.problems]
+    audit.problems += [problem for directory in directories for problem in damaged_shards(directory)]
     _compare_shards(audit)
     if coverage is not None:
         audit.problems += coverage.problems

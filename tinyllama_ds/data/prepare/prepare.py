@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from tinyllama_ds.data.chat import ANSWER_HEADER, encode_conversations
 from tinyllama_ds.data.prepare.conversations import ChatFormat
@@ -31,6 +32,8 @@ _ENCODE_BYTES = 2**20
 _RECORD_BYTES = 100  # of memory for a record without its text: most may be rejected
 # Bytes of uint16 tokens per byte on disk, for planning only: 4 bytes of text per token, zstd and parquet about 3:1.
 _TOKEN_BYTES_PER_INPUT_BYTE = {".zst": 1.5, ".gz": 1.5, ".parquet": 1.5}
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -179,8 +182,13 @@ def _make_shards(tasks: list[ShardTask], workers: int, use_mpi: bool) -> Iterato
     if workers == 1 and not use_mpi:
         yield from map(make_shard, tasks)
         return
-    with _open_pool(workers, use_mpi) as pool:
-        futures = [pool.submit(make_shard, task) for task in tasks]
+    yield from results_of(_open_mpi_pool() if use_mpi else open_pool(workers), make_shard, tasks)
+
+
+def results_of(pool: Executor, make: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+    """What the pool's processes make of all tasks, in the order of their ends; the first failure is raised."""
+    with pool:
+        futures = [pool.submit(make, task) for task in tasks]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -188,9 +196,8 @@ def _make_shards(tasks: list[ShardTask], workers: int, use_mpi: bool) -> Iterato
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _open_pool(workers: int, use_mpi: bool) -> Executor:
-    if use_mpi:
-        return _open_mpi_pool()
+def open_pool(workers: int) -> Executor:
+    """Processes of this machine, which end with this one."""
     # Not forked: Arrow has started threads, whose locks a fork would copy.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, context, initializer=_start_worker)

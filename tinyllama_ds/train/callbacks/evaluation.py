@@ -10,13 +10,13 @@ from tinyllama_ds.distributed.collectives import sum_over_ranks
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.harness import EvaluationFailed
 from tinyllama_ds.evaluation.samples import continue_greedily
-from tinyllama_ds.evaluation.validation import perplexity, validation_losses
+from tinyllama_ds.evaluation.validation import validation_losses, validation_metrics
 from tinyllama_ds.train.scoring import score_on_tasks
 from tinyllama_ds.train.trainer import Callback, StepResult, Trainer
 
 
 class Validation(Callback):
-    """Loss and perplexity of every source, also before the first step, where the data have a validation split."""
+    """Loss, perplexity and bits per byte of every source that has a validation split, also before the first step."""
 
     def at_start(self) -> None:
         run, start = self.trainer.run, self.trainer.start
@@ -34,8 +34,7 @@ class Validation(Callback):
         losses = validation_losses(
             run.evaluation.validation, trainer.engine, sum_over_ranks, trainer.world, run.micro_batch
         )
-        metrics = {f"Validation/Loss/{source}": loss for source, loss in losses.items()}
-        metrics |= {f"Validation/Perplexity/{source}": perplexity(loss) for source, loss in losses.items()}
+        metrics = validation_metrics(losses, run.evaluation.validation)
         trainer.metrics.log(progress.step, progress.tokens, metrics)
         text = ", ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
         trainer.console.log_line(f"step {progress.step:,} ({progress.tokens:,} tokens): validation loss {text}")

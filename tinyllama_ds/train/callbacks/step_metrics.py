@@ -39,6 +39,8 @@ class StepMetrics(Callback):
             "Speed/TokensPerSecond": tokens_per_second,
             "Memory/PeakGiB": memory_bytes(self.trainer.world.device) / GIB,
         }
+        if status.divergence is not None:
+            metrics["Train/Distillation"] = status.divergence if status.is_finite else float("nan")
         flops = run.model.flops_per_token(run.recipe.sequence_length) * tokens_per_second
         mfu = utilisation(flops, self._peak)
         metrics |= {} if mfu is None else {"Speed/MFU": mfu}
@@ -73,8 +75,9 @@ class StepLog(Callback):
         metrics, progress = result.metrics, result.progress
         self.trainer.metrics.log(progress.step, progress.tokens, metrics)
         mfu = f"{metrics['Speed/MFU']:.0%}" if "Speed/MFU" in metrics else "above the measured peak"
+        divergence = f" (KL {metrics['Train/Distillation']:.3f})" if "Train/Distillation" in metrics else ""
         self.trainer.console.advance(
             progress.step,
-            f"loss {metrics['Train/Loss']:.3f}, lr {metrics['Train/LearningRate']:.2e},"
+            f"loss {metrics['Train/Loss']:.3f}{divergence}, lr {metrics['Train/LearningRate']:.2e},"
             f" {metrics['Speed/TokensPerSecond']:,.0f} tok/s, MFU {mfu}",
         )

@@ -1,0 +1,1 @@
+"""Speculative decoding: a draft model proposes tokens, and its target verifies several at once."""
