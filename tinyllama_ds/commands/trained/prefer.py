@@ -22,6 +22,7 @@ from tinyllama_ds.commands.placement import local_placement, warn_of_hidden_gpus
 from tinyllama_ds.commands.printing import print_result
 from tinyllama_ds.commands.trained.stored import open_stored
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
+from tinyllama_ds.files import read_object_if_whole
 from tinyllama_ds.launch.launcher import PREFER, Placement, launcher_command, launcher_environment
 from tinyllama_ds.outputs import new_folder, reporting_write_errors, write_figure, write_file
 
@@ -94,8 +95,8 @@ def _as_chat_folder(model: Path, exported: Path) -> Path:
     from tinyllama_ds.hf.convert import ExportOptions, export
 
     if (model / "config.json").is_file():
-        settings = [model / "chat_template.jinja", model / "tokenizer_config.json"]
-        if not any(path.is_file() and "message" in path.read_text(errors="replace") for path in settings):
+        settings = read_object_if_whole(model / "tokenizer_config.json")
+        if not (model / "chat_template.jinja").is_file() and not settings.get("chat_template"):
             raise ConfigError(f"{model}: has no chat template; expected a chat model (docs/chat.md)")
         return model
     stored = open_stored(model)
