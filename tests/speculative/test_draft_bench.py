@@ -161,5 +161,8 @@ def test_wrong_models_are_rejected(root: Path, tmp_path: Path, capsys: pytest.Ca
         assert main(["generate", str(draft), "the", "--target", str(target)]) == EXIT_CONFIG
         (line,) = capsys.readouterr().err.splitlines()
         assert sentence in line
+    for option in (["--draft-length", "3"], ["--universal-assisted-decoding"]):
+        assert main(["generate", str(root / "target"), "the", *option]) == EXIT_CONFIG
+        assert f"{option[0]} is for speculative decoding; expected --target" in capsys.readouterr().err
     universal = ["--universal-assisted-decoding", "--max-new-tokens", "4", "--temperature", "0"]
     assert main(["generate", str(root / "other"), "the", "--target", str(root / "target"), *universal]) == 0

@@ -132,7 +132,6 @@ POSITIVE = WholeNumber()
 COUNT = WholeNumber(0)
 RANKS = WholeNumber(1, 1024)  # of one machine, or processes
 SEED = WholeNumber(0, 2**63 - 1)
-DRAFT_LENGTH = WholeNumber(1, 100)
 PORT = WholeNumber(1, 65_534)  # the lifeline takes the next one
 SHARE = Number(most=1.0)
 SECONDS = Number(most=1e8)
@@ -167,10 +166,6 @@ _SHARED: dict[str, dict[str, Any]] = {
         "default": 0,
         "metavar": "K",
         "help": "recompute every K-th block in the backward pass to save memory; 1: all, 0: none (default)",
-    },
-    "--universal-assisted-decoding": {
-        "action": "store_true",
-        "help": "also accept a draft with a different tokenizer, translated by transformers",
     },
     "--json": {"action": "store_true", "help": "print the result as JSON"},
 }

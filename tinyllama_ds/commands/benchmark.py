@@ -1,30 +1,17 @@
-"""The commands that measure speed: of the training step, and of speculative decoding."""
+"""The command that measures the training step."""
 
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from tinyllama_ds.bars import progress
 from tinyllama_ds.benchmark import grid as bench
-from tinyllama_ds.commands.arguments import (
-    DRAFT_LENGTH,
-    WholeNumber,
-    add_shared,
-    as_dataclass,
-    output_file,
-    output_folder,
-    words_of,
-)
-from tinyllama_ds.commands.model import add_sampling_arguments, load_for_generation
+from tinyllama_ds.commands.arguments import WholeNumber, add_shared, output_file, output_folder, words_of
 from tinyllama_ds.commands.placement import local_placement, warn_of_hidden_gpus
 from tinyllama_ds.commands.printing import print_result
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.launch.launcher import MEASURE, launcher_command, launcher_environment
 from tinyllama_ds.outputs import reporting_write_errors, write_figure, write_file
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _MICRO_BATCH = WholeNumber(1, 100_000)
 
@@ -78,7 +65,10 @@ def _bench(options: argparse.Namespace) -> int:
     title = f"{options.model}, {options.sequence_length} tokens, {placement.world_size} ranks"
     text = f"{bench.table(rows)}\n\n{bench.advice(rows)}\n{options.output / 'bench.png'}"
     code = print_result(options, {"rows": rows}, text)
-    _write(options.output, "bench", rows, bench.picture_of(rows, title))
+    with reporting_write_errors(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+    write_file(options.output / "bench.json", json.dumps(rows, indent=1) + "\n")
+    write_figure(bench.picture_of(rows, title), options.output / "bench.png")
     return code
 
 
@@ -93,46 +83,4 @@ def _check(options: argparse.Namespace) -> None:
         load_deepspeed_config(config)
 
 
-def _add_draft_bench(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--target", type=Path, required=True, metavar="MODEL", help="the model to be made faster")
-    add("--drafts", type=Path, nargs="+", required=True, metavar="MODEL", help="smaller models to compare")
-    add("--prompts", type=Path, required=True, metavar="FILE", help="text file with one prompt a line")
-    lengths = "tokens that a draft proposes at once (default: 1 2 3 4 5 8)"
-    add("--draft-lengths", type=DRAFT_LENGTH, nargs="+", default=[1, 2, 3, 4, 5, 8], metavar="N", help=lengths)
-    add_sampling_arguments(parser, max_new_tokens=64, temperature=0.0)
-    add_shared(parser, "--universal-assisted-decoding")
-    files = "for draft_bench.json and draft_bench.png"
-    add("--output", type=output_folder, default="draft-bench", metavar="DIR", help=files)
-    add_shared(parser, "--json")
-
-
-def _draft_bench(options: argparse.Namespace) -> int:
-    """Measure acceptance and speed-up of drafts for speculative decoding, by draft length."""
-    from tinyllama_ds.hf.generate import Sampling
-    from tinyllama_ds.speculative.bench import Bench, read_prompts
-    from tinyllama_ds.speculative.pair import NamedModel, make_pair
-    from tinyllama_ds.speculative.report import figure_of, report_text
-
-    target = NamedModel(str(options.target), load_for_generation(options.target))
-    prompts = read_prompts(options.prompts, target)
-    drafts = (NamedModel(str(path), load_for_generation(path)) for path in dict.fromkeys(options.drafts))
-    pairs = [make_pair(target, draft, options.universal_assisted_decoding) for draft in drafts]
-    bench = Bench(target, pairs, options.draft_lengths, as_dataclass(Sampling, options))
-    total = (len(prompts) + 1) * len(bench.settings)  # the warm-up is one
-    for _ in progress(bench.measure(prompts), total=total, desc="draft-bench", unit="text"):
-        pass
-    result = bench.result()
-    code = print_result(options, result, f"{report_text(result)}\n{options.output / 'draft_bench.png'}")
-    _write(options.output, "draft_bench", result, figure_of(result))
-    return code
-
-
-def _write(output: Path, name: str, result: Any, figure: "Figure") -> None:
-    with reporting_write_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-    write_file(output / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    write_figure(figure, output / f"{name}.png")
-
-
-COMMANDS = (("bench", _add_bench, _bench), ("draft-bench", _add_draft_bench, _draft_bench))
+COMMANDS = (("bench", _add_bench, _bench),)

@@ -2,29 +2,19 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tinyllama_ds.commands.arguments import (
-    DRAFT_LENGTH,
     FILE_SIZE,
     POSITIVE,
-    SEED,
-    SHARE,
-    Number,
     add_shared,
     argument_type,
-    as_dataclass,
     output_folder,
 )
 from tinyllama_ds.commands.printing import print_result
 from tinyllama_ds.commands.trained.gguf import add_gguf_arguments, write_gguf
 from tinyllama_ds.commands.trained.stored import open_stored
-from tinyllama_ds.errors import EXIT_FINISHED, ConfigError, log
+from tinyllama_ds.errors import ConfigError, log
 from tinyllama_ds.outputs import check_folder, new_folder
-
-if TYPE_CHECKING:
-    from tinyllama_ds.hf.generate import LoadedModel
-    from tinyllama_ds.speculative.pair import Pair
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -129,117 +119,8 @@ def _import_checkpoint(options: argparse.Namespace) -> int:
     return print_result(options, {"checkpoint": str(final)}, f"{final}: in format 3; {options.folder} is as it was")
 
 
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
-    add("prompt", metavar="TEXT")
-    add_sampling_arguments(parser, max_new_tokens=100, temperature=0.8)
-    _add_target_arguments(parser)
-    add_shared(parser, "--json")
-
-
-def _add_target_arguments(parser: argparse.ArgumentParser) -> None:
-    """Speculative decoding."""
-    add = parser.add_argument
-    add("--target", type=Path, metavar="MODEL", help="larger model that generates, with MODEL as its draft")
-    add("--draft-length", type=DRAFT_LENGTH, default=4, metavar="N", help="tokens that the draft proposes at once")
-    add_shared(parser, "--universal-assisted-decoding")
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
-    """The fields of `Sampling`."""
-    add = parser.add_argument
-    add("--max-new-tokens", type=POSITIVE, default=max_new_tokens, help="the longest answer")
-    add("--temperature", type=Number(least=0, most=100), default=temperature, help="0 is greedy")
-    add("--top-p", type=SHARE, default=0.95, help="nucleus sampling: the share of probability to sample from")
-    add("--seed", type=SEED, default=0, help="of the sampling")
-
-
-def _generate(options: argparse.Namespace) -> int:
-    """Continue a text from a checkpoint or a Hugging Face folder, also as the draft of a larger model."""
-    from tinyllama_ds.hf.generate import Sampling, generate
-
-    if options.target is not None:
-        return _generate_with_draft(options)
-    text = generate(load_for_generation(options.model), options.prompt, as_dataclass(Sampling, options))
-    return print_result(options, {"prompt": options.prompt, "text": text}, text)
-
-
-def _generate_with_draft(options: argparse.Namespace) -> int:
-    """The text as soon as there is one, then the speed: that takes the target alone on the same prompt."""
-    import torch
-
-    from tinyllama_ds.hf.generate import Sampling, prompt_tokens, text_of
-    from tinyllama_ds.speculative import speed
-    from tinyllama_ds.speculative.decode import alone, speculate
-
-    pair, sampling = _load_pair(options), as_dataclass(Sampling, options)
-    target, length = pair.target.loaded, options.draft_length
-    ids = prompt_tokens(target, options.prompt)
-    speed.warm_up(pair, ids, sampling, length)
-    torch.manual_seed(sampling.seed)
-    found = speculate(pair, ids, sampling, length)
-    text = text_of(target, [*ids, *found.ids])
-    if not options.json:
-        print(text, flush=True)
-    expected = alone(target, ids, sampling)
-    if options.json:
-        print_result(options, {"prompt": options.prompt, "text": text} | speed.speed_of(found, expected), text)
-    log(speed.comparison_line(found, expected, length))
-    if sampling.temperature == 0 and (difference := speed.difference_line(found, expected)):
-        log(difference)
-    return EXIT_FINISHED
-
-
-def _load_pair(options: argparse.Namespace) -> "Pair":
-    from tinyllama_ds.speculative.pair import NamedModel, make_pair
-
-    target, draft = (NamedModel(str(path), load_for_generation(path)) for path in (options.target, options.model))
-    return make_pair(target, draft, options.universal_assisted_decoding)
-
-
-def load_for_generation(model: Path) -> "LoadedModel":
-    """The model of a checkpoint, a run directory, a model folder or a Hugging Face folder."""
-    from tinyllama_ds.hf.generate import load_from_hf_folder, load_from_weights
-
-    if (model / "config.json").is_file():
-        return load_from_hf_folder(model)
-    stored = open_stored(model)
-    return load_from_weights(dict(stored.tensors), stored.config, stored.tokenizer, stored.is_chat_model)
-
-
-def _add_chat(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run directory or Hugging Face folder")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    add_sampling_arguments(parser, max_new_tokens=256, temperature=0.0)
-    _add_target_arguments(parser)
-
-
-def _chat(options: argparse.Namespace) -> int:
-    """Talk to a chat model; questions come from the terminal, or a line each from standard input."""
-    from tinyllama_ds.hf.chat import Conversation, chat_loop
-    from tinyllama_ds.hf.generate import Sampling
-    from tinyllama_ds.speculative.speed import SpeculativeAnswers
-
-    pair = _load_pair(options) if options.target is not None else None
-    loaded = pair.target.loaded if pair else load_for_generation(options.model)
-    sampling = as_dataclass(Sampling, options)
-    if loaded.encode_chat is None:
-        name = options.target or options.model
-        raise ConfigError(f"{name}: was not trained on conversations; expected a chat model (docs/chat.md)")
-    if pair is None:
-        chat_loop(Conversation(loaded, sampling, options.system))
-        return EXIT_FINISHED
-    answers = SpeculativeAnswers(pair, options.draft_length)
-    chat_loop(Conversation(loaded, sampling, options.system, answers), answers.report_answer)
-    answers.report_end()
-    return EXIT_FINISHED
-
-
 COMMANDS = (
     ("export", _add_export, _export),
     ("import", _add_import, _import),
     ("import-checkpoint", _add_import_checkpoint, _import_checkpoint),
-    ("generate", _add_generate, _generate),
-    ("chat", _add_chat, _chat),
 )

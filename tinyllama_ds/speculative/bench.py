@@ -118,7 +118,9 @@ class Bench:
         runs, length = self.runs[self.settings.index(setting)], setting.draft_length
         rounds = _rounds(runs)
         share = formulas.acceptance(rounds)
-        round_cost = sum(run.seconds for run in runs) / max(1, len(rounds)) * _rate(self.runs[0])
+        drafting = sum(round.drafted > 0 for round in rounds)
+        in_tokens = sum(run.seconds for run in runs) * _rate(self.runs[0])  # of the target alone
+        round_cost = (in_tokens - (len(rounds) - drafting)) / max(1, drafting)  # without a draft a round is one
         is_same = [run.ids == expected.ids for run, expected in zip(runs, self.runs[0], strict=True)]
         return {
             "draft_length": length,

@@ -80,11 +80,10 @@ def figure_of(result: dict[str, Any]) -> "Figure":
         drafted = [row["draft_length"] for row in rows]
         positions.plot(range(1, len(shares) + 1), shares, "o-", color=color, label=draft["draft"])
         lengths.plot(drafted, [row["speedup"] for row in rows], "o-", color=color, label=draft["draft"])
-        predicted = [row["predicted_speedup"] for row in rows]
-        lengths.plot(drafted, predicted, "--", color=color, label="predicted (Leviathan et al. 2022)")
+        lengths.plot(drafted, [row["predicted_speedup"] for row in rows], "--", color=color)
     positions.set(xlabel="position of the drafted token", ylabel="acceptance, after the ones before", ylim=(0, 1.02))
     lengths.axhline(1, color="gray", linewidth=0.8)
-    lengths.set(xlabel="draft length", ylabel="speed-up over the target alone")
+    lengths.set(xlabel="draft length", ylabel="speed-up over the target alone (dashed: predicted)")
     lengths.set_ylim(bottom=0)
     for axis in (positions, lengths):
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -47,6 +47,28 @@ def test_training_stops_at_its_share_of_text(tmp_path: Path):
     assert train_tokenizer(texts(), 300, tmp_path / "t.model", max_bytes=10_000).vocab_size == 300
 
 
+def lines_of_characters(characters: list[str], counts: list[int]) -> str:
+    text = "".join(character * count for character, count in zip(characters, counts, strict=True))
+    return "\n".join(text[start::300] for start in range(300))
+
+
+def test_rare_characters_are_bytes_where_there_are_more_than_pieces(tmp_path: Path):
+    """As in Chinese text and a small vocabulary."""
+    characters = [chr(0x4E00 + number) for number in range(300)]
+    text = lines_of_characters(characters, [1 + 100_000 // rank**2 for rank in range(1, 301)])
+    trained = train_tokenizer([text], 512, tmp_path / "t.model")
+    pieces = set(trained.pieces)
+    assert {*characters[:100]} <= pieces
+    assert characters[-1] not in pieces
+    assert trained.decode(trained.encode("".join(characters))) == "".join(characters)
+
+
+def test_more_frequent_characters_than_pieces_are_rejected(tmp_path: Path):
+    text = lines_of_characters([chr(0x4E00 + number) for number in range(1000)], [30] * 1000)
+    with pytest.raises(ConfigError, match=r"512 pieces failed: the text has 1,000 different .* a larger --vocab-size"):
+        train_tokenizer([text], 512, tmp_path / "t.model")
+
+
 def test_too_little_text_is_rejected_and_leaves_nothing(tmp_path: Path):
     with pytest.raises(ConfigError, match="training a tokenizer with 5000 pieces failed"):
         train_tokenizer(["a few words"], 5000, tmp_path / "t.model")

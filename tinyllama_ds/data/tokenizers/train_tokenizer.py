@@ -2,7 +2,9 @@
 
 import io
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
@@ -13,6 +15,9 @@ from tinyllama_ds.outputs import write_file
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2  # of a sentencepiece model made here, as in Llama 2's
 _BPE_SPECIAL = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}  # Llama 3's
+_COVERAGE = 0.99995  # of the characters of a text, by pieces of their own; Llama 2's
+_LEAST_COVERAGE = 0.98  # that sentencepiece accepts
+_NOT_FROM_TEXT = 256 + 3  # pieces: the bytes, unk, bos and eos
 MAX_BYTES = 20_000_000
 
 
@@ -20,18 +25,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, max_byt
     """Train a sentencepiece BPE model with Llama's settings on up to `max_bytes` of text, and write it to `output`.
 
     Byte fallback, digits split, no normalisation, a dummy space before the text, runs of spaces kept
-    (the trainer specification inside Llama 2's own tokenizer.model).
+    (the trainer specification inside Llama 2's own tokenizer.model). Where the text has more different characters than
+    there are pieces, the frequent ones get half of the pieces, and the others are bytes.
+
+    Raises `ConfigError` where too few of them would have a piece, or the text is too short for so many pieces.
     """
     import sentencepiece
 
-    model = io.BytesIO()
+    model, lines = io.BytesIO(), list(_lines(texts, max_bytes))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts, max_bytes),
+            sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
-            character_coverage=0.99995,
+            character_coverage=_coverage(lines, vocab_size),
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",
@@ -49,6 +57,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, max_byt
         raise ConfigError(f"training a tokenizer with {vocab_size} pieces failed: {error}") from error
     write_file(output, model.getvalue())
     return load_tokenizer(output)
+
+
+def _coverage(lines: Sequence[str], vocab_size: int) -> float:
+    """The share of the characters of a text that have pieces of their own."""
+    counts = Counter(chain.from_iterable(lines))
+    room = vocab_size - _NOT_FROM_TEXT
+    if len(counts) <= room:
+        return _COVERAGE
+    covered = [number / counts.total() for number in accumulate(count for _, count in counts.most_common(room))]
+    if covered[-1] < _LEAST_COVERAGE:
+        raise ConfigError(
+            f"training a tokenizer with {vocab_size} pieces failed: the text has {len(counts):,} different characters;"
+            " expected a larger --vocab-size, or --type bpe"
+        )
+    return min(_COVERAGE, max(_LEAST_COVERAGE, covered[room // 2]))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, max_bytes: int = MAX_BYTES) -> Tokenizer:
