@@ -25,7 +25,7 @@ LAYERS = [
     {"run"},
     {"health"},
     {"train"},
-    {"benchmark", "planning", "speculative"},
+    {"benchmark", "planning", "preference", "speculative"},
     {"commands"},
     {"cli", "rank"},
 ]

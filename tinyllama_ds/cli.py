@@ -23,7 +23,7 @@ from tinyllama_ds.commands import (
 )
 from tinyllama_ds.commands.arguments import Parser
 from tinyllama_ds.commands.printing import write_no_more
-from tinyllama_ds.commands.trained import generation
+from tinyllama_ds.commands.trained import generation, prefer
 from tinyllama_ds.errors import EXIT_CONFIG, ConfigError, log
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # which name no file
@@ -70,6 +70,7 @@ def command_parser() -> argparse.ArgumentParser:
         benchmark,
         model,
         generation,
+        prefer,
         report,
         evaluation,
     )

@@ -18,6 +18,7 @@ PREPARE = ["--source", "mine", "--tokenizer", "tokenizer.model"]
 FILES = {
     "train-tokenizer": ["train-tokenizer", "--input", "absent", "--output"],
     "audit": ["audit", "absent", "--output"],
+    "export, GGUF": ["export", "--gguf", "f16", "absent"],
     "report": ["report", "absent", "--output"],
     "report, picture": ["report", "absent", "--picture"],
     "plan, page": [*PLAN, "--html"],
@@ -31,6 +32,7 @@ FOLDERS = {
     "import-litpkds": ["import-litpkds", "absent.bin", *PREPARE, "--output"],
     "export": ["export", "absent"],
     "import": ["import", "absent"],
+    "prefer": ["prefer", "--preferences", "absent", "--deepspeed-config", CONFIG, "absent"],
     "evaluate": ["evaluate", "absent", "--suite", "commonsense", "--output"],
     "bench": ["bench", "--deepspeed-config", "absent.json", "--output"],
 }

@@ -17,7 +17,8 @@ NO_HINTS = {"evaluation/sandbox.py", "launch/launcher.py", "page.py"}
 OTHERS = {
     "data/prepare/inputs.py": {"--keep"},  # of gunzip
     "data/prepare/reading.py": {"--long"},  # of zstd
-    "commands/arguments.py": {"--local_rank"},  # of ranks
+    "commands/arguments.py": {"--local_rank"},
+    "commands/trained/prefer.py": {"--folder", "--work"},  # of the ranks  # of ranks
     "hardware/devices.py": {"--query-gpu", "--format", "--gpus-per-task"},  # of nvidia-smi and srun
     "launch/machines.py": {"--nodes", "--ntasks", "--nodelist"},  # of srun
     "rank/__init__.py": {"--module"},  # of deepspeed

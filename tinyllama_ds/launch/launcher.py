@@ -21,6 +21,7 @@ from tinyllama_ds.launch.hostfile import Host, write_filter
 PRETRAIN = "tinyllama_ds.rank.pretrain"
 MEASURE = "tinyllama_ds.rank.measure"
 SCORE = "tinyllama_ds.rank.score"
+PREFER = "tinyllama_ds.rank.prefer"
 ALL_REDUCE = "tinyllama_ds.rank.all_reduce"
 DEFAULT_PORT = 29500  # torch's own
 _ENVIRONMENT_FILE = "deepspeed_env"
