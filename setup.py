@@ -42,11 +42,12 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.7"],
         "fast-prepare": ["gigatoken>=0.10"],
+        "gguf": ["gguf>=0.17"],
         "mpi": ["mpi4py>=4.0"],
         "eval": ["lm-eval>=0.4.13", "accelerate>=1.0", "datasets>=4.0"],
         "dev": [
             *("pytest>=8.0", "pytest-xdist>=3.6", "pytest-randomly>=4.0", "coverage>=7.10", "pre-commit>=4.0"),
-            *("hypothesis>=6.100", "zstandard>=0.22"),
+            *("hypothesis>=6.100", "zstandard>=0.22", "gguf>=0.17"),
             *("ruff>=0.12", "mypy>=1.15", "mpi4py>=4.0", "gigatoken>=0.10"),
             *("lm-eval>=0.4.13", "accelerate>=1.0", "datasets>=4.0"),
         ],

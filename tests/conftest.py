@@ -9,10 +9,12 @@ from pathlib import Path
 
 import fast_folders
 import pytest
+from registry import unpacked
 
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.data.tokenizers.train_tokenizer import train_tokenizer
 
 VOCABULARY = """the a small llama model token shard reads writes learns step loss rate rank batch gradient weight norm
@@ -90,6 +92,21 @@ def fast_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a `tokenizer.json` of 500 pieces, 12 fewer than the model has rows."""
     root = tmp_path_factory.mktemp("fast")
     return prepare_small_data(root, fast_folders.smollm2(root / "tokenizer", 500))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained SmolLM2-135M-Instruct as a Hugging Face folder, for `--real`."""
+    from smollm import write_smollm2
+
+    return write_smollm2(tmp_path_factory.mktemp("smollm2") / "hf", tmp_path_factory.mktemp("packages"))
+
+
+@pytest.fixture(scope="session")
+def wide_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A real sentencepiece model of 32,000 pieces with Llama 2's settings, Mistral's first, for `--real`."""
+    found = unpacked(tmp_path_factory.mktemp("packages"), "mistral-common==1.13.1")
+    return load_tokenizer(found / "mistral_common" / "data" / "tokenizer.model.v1")
 
 
 def prepare_small_data(root: Path, tokenizer: Path) -> Path:

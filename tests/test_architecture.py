@@ -21,7 +21,7 @@ LAYERS = [
     {"config", "distributed", "fault_injection"},
     {"data"},
     {"evaluation", "hf"},
-    {"checkpoint", "launch"},
+    {"checkpoint", "launch", "report"},
     {"run"},
     {"health"},
     {"train"},

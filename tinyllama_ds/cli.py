@@ -12,13 +12,13 @@ from tinyllama_ds.commands import (
     audit,
     benchmark,
     cluster,
-    decay,
     evaluation,
     import_tokens,
     model,
     planning,
     prepare,
     recipe,
+    report,
     training,
 )
 from tinyllama_ds.commands.arguments import Parser
@@ -58,7 +58,19 @@ def command_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="tinyllama-ds", description="Raw text to a TinyLlama-class model.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    modules = (prepare, import_tokens, audit, recipe, planning, cluster, training, decay, benchmark, model, evaluation)
+    modules = (
+        prepare,
+        import_tokens,
+        audit,
+        recipe,
+        planning,
+        cluster,
+        training,
+        benchmark,
+        model,
+        report,
+        evaluation,
+    )
     for name, add_arguments, command in (entry for module in modules for entry in module.COMMANDS):
         help_text = (command.__doc__ or "").splitlines()[0]
         child = commands.add_parser(name, help=help_text, description=help_text)

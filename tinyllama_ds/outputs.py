@@ -35,6 +35,14 @@ def check_file(given: str | Path) -> Path:
     return path
 
 
+def check_new_file(given: str | Path) -> Path:
+    """The same for a file that is never replaced: one that exists is an error."""
+    path = check_file(given)
+    if path.exists():
+        raise ConfigError(f"{path}: already exists; expected the name of a new file")
+    return path
+
+
 def check_picture(given: str | Path) -> Path:
     """The same for a picture, whose suffix is its format."""
     if Path(given).suffix.lower() not in PICTURE_SUFFIXES:
@@ -116,6 +124,24 @@ def new_folder(output: Path) -> Iterator[Path]:
             sync(output.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_file(output: Path) -> Iterator[Path]:
+    """A file to write under a temporary name, which appears under its own once it is on the disk, or leaves nothing.
+
+    Raises `ConfigError` where it exists or cannot be made.
+    """
+    check_new_file(output)
+    partial = temporary_name(output)
+    try:
+        with reporting_write_errors(output):
+            yield partial
+            sync(partial)
+            partial.rename(output)
+            sync(output.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _is_special(path: Path) -> bool:

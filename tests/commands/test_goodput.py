@@ -9,10 +9,10 @@ import pytest
 
 from tinyllama_ds.checkpoint.format import Progress
 from tinyllama_ds.commands.training import _print_goodput, _watch, add_run_arguments
-from tinyllama_ds.evaluation.history import read_history
-from tinyllama_ds.evaluation.report import report_page, summarize
 from tinyllama_ds.launch.launcher import Placement
 from tinyllama_ds.launch.supervisor import SupervisionResult
+from tinyllama_ds.report.history import read_history
+from tinyllama_ds.report.run_page import report_page, summarize
 from tinyllama_ds.run.metrics import MetricsLogger
 
 STOPPED = SupervisionResult(code=75, restarts=1, seconds=50.0, tokens=512)

@@ -20,11 +20,11 @@ from launching import read_series, write_deepspeed_config, write_recipe
 from tinyllama_ds.checkpoint.format import choose_checkpoint, find_checkpoints, newest_progress
 from tinyllama_ds.checkpoint.retention import Retention, remove_old_checkpoints, sweep_leftovers
 from tinyllama_ds.cli import main
-from tinyllama_ds.commands.model import open_stored
+from tinyllama_ds.commands.trained.stored import open_stored
 from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
-from tinyllama_ds.evaluation.history import read_history, read_metrics
-from tinyllama_ds.evaluation.report import summarize
 from tinyllama_ds.launch.lock import is_held
+from tinyllama_ds.report.history import read_history, read_metrics
+from tinyllama_ds.report.run_page import summarize
 from tinyllama_ds.run.directory import check_run_directory
 from tinyllama_ds.run.ledger import ROLLED_BACK, Entry, read_ledger, write_ledger
 from tinyllama_ds.run.resolve import Options, resolve_run

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from launching import TIMEOUT, Finished, read_series, run, write_deepspeed_config
-from smollm import write_datasets, write_smollm2
+from smollm import write_datasets
 
 from tinyllama_ds.cli import main
 
@@ -43,14 +43,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(root: Path) -> Path:
-    (root / "model_packages").mkdir()
-    return write_smollm2(root / "smollm2", root / "model_packages")
-
-
-@pytest.fixture(scope="module")
-def imported(root: Path, folder: Path) -> Path:
-    assert main(["import", str(folder), str(root / "ours")]) == 0
+def imported(root: Path, smollm2: Path) -> Path:
+    assert main(["import", str(smollm2), str(root / "ours")]) == 0
     return root / "ours"
 
 
@@ -91,8 +85,8 @@ def test_it_comes_back_bit_for_bit(root: Path, imported: Path, exported: Path) -
     assert (root / "again" / "tokenizer.json").read_bytes() == (imported / "tokenizer.json").read_bytes()
 
 
-def test_the_same_text_is_generated_from_all_folders(folder: Path, imported: Path, exported: Path) -> None:
-    expected = greedy(folder)
+def test_the_same_text_is_generated_from_all_folders(smollm2: Path, imported: Path, exported: Path) -> None:
+    expected = greedy(smollm2)
     assert " Paris" in expected
     assert greedy(exported) == expected
     for model in (imported, exported):
@@ -131,12 +125,12 @@ def test_scores_are_those_of_lm_evals_own_model(exported: Path, imported: Path, 
         assert {key: found[task][key] for key in numbers} == numbers
 
 
-def test_training_continues_from_its_loss(root: Path, folder: Path, imported: Path, datasets: Path) -> None:
+def test_training_continues_from_its_loss(root: Path, smollm2: Path, imported: Path, datasets: Path) -> None:
     """The first loss is the imported model's, and it falls; the scores afterwards are printed."""
     command("demo-data", root / "raw", "--source", "slimpajama")
     source, data, run_dir = root / "raw" / "slimpajama", root / "data", root / "run"
     command("prepare", "--source", "slimpajama", "--input", source, "--tokenizer", imported, "--output", data)
-    described = json.loads((folder / "config.json").read_text())
+    described = json.loads((smollm2 / "config.json").read_text())
     kept = {key: described[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
             "tie_word_embeddings")}  # fmt: skip

@@ -7,17 +7,12 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
-from smollm import CONFIG, write_smollm2
+from smollm import CONFIG
 
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
 
 pytestmark = pytest.mark.real
 PROMPT = "The capital of France is"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_smollm2(tmp_path_factory.mktemp("model") / "smollm2", tmp_path_factory.mktemp("packages"))
 
 
 def trained_model(folder: Path, attention: str) -> LlamaForCausalLM:
@@ -31,13 +26,13 @@ def trained_model(folder: Path, attention: str) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])
-def test_it_knows_the_capital_of_france(attention: str, dtype: torch.dtype, folder: Path) -> None:
+def test_it_knows_the_capital_of_france(attention: str, dtype: torch.dtype, smollm2: Path) -> None:
     """And its logits in fp32 are transformers', at activations that no random model has."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     ids = torch.tensor([tokenizer.encode(PROMPT).ids])
     with torch.no_grad():
-        logits = trained_model(folder, attention).to(dtype)(ids)
+        logits = trained_model(smollm2, attention).to(dtype)(ids)
         assert tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
         if dtype == torch.float32:
-            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2)
             torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-4, atol=1e-3)

@@ -8,8 +8,8 @@ from launching import read_series
 
 from tinyllama_ds.checkpoint.format import Progress
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.evaluation.history import read_history, read_metrics
-from tinyllama_ds.evaluation.report import report_page, summarize
+from tinyllama_ds.report.history import read_history, read_metrics
+from tinyllama_ds.report.run_page import report_page, summarize
 from tinyllama_ds.run.ledger import LEDGER_FILE, SKIPPED, Entry, read_ledger, record
 from tinyllama_ds.run.metrics import MetricsLogger
 from tinyllama_ds.run.starts import append_line

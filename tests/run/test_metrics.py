@@ -20,8 +20,8 @@ from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalar
 from tensorboard.summary.writer import event_file_writer
 
 from tinyllama_ds.checkpoint.format import Progress
-from tinyllama_ds.evaluation.history import read_history, read_metrics
 from tinyllama_ds.evaluation.scores import Score
+from tinyllama_ds.report.history import read_history, read_metrics
 from tinyllama_ds.run import sinks
 from tinyllama_ds.run.metrics import MetricsLogger, tensorboard_directory
 from tinyllama_ds.run.sinks import JsonlWriter

@@ -23,9 +23,6 @@ from tinyllama_ds.checkpoint.format import (
 )
 from tinyllama_ds.config.recipe import GuardSettings
 from tinyllama_ds.evaluation import report
-from tinyllama_ds.evaluation.charts import achieved_mixture, planned_mixture
-from tinyllama_ds.evaluation.history import read_history, read_metrics
-from tinyllama_ds.evaluation.report import summarize
 from tinyllama_ds.evaluation.scores import scores_table
 from tinyllama_ds.health.guard import AnomalyGuard
 from tinyllama_ds.launch.lock import _owner_of
@@ -33,6 +30,9 @@ from tinyllama_ds.launch.supervisor import _read_state
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.probe import Probe
 from tinyllama_ds.numbers import duration
+from tinyllama_ds.report.charts import achieved_mixture, planned_mixture
+from tinyllama_ds.report.history import read_history, read_metrics
+from tinyllama_ds.report.run_page import summarize
 from tinyllama_ds.run.identity import changes_between, identity_of
 from tinyllama_ds.run.ledger import ROLLED_BACK, SKIPPED, Entry, read_ledger
 from tinyllama_ds.run.resolve import is_chat_run

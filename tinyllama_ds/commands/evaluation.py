@@ -166,7 +166,7 @@ def _load_model(options: argparse.Namespace, world: "DistributedInfo") -> tuple[
 
 def _load_stored(path: Path, dtype: Any, world: "DistributedInfo") -> tuple[Any, Any, int | None]:
     """Rank 0 puts the weights of all shards together and sends them on: once in memory, not once per rank."""
-    from tinyllama_ds.commands.model import open_stored
+    from tinyllama_ds.commands.trained.stored import open_stored
     from tinyllama_ds.distributed.collectives import broadcast_state_dict
     from tinyllama_ds.hf.convert import hf_model, hf_tokenizer
     from tinyllama_ds.hf.weights import parameter_shapes

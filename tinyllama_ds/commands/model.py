@@ -1,7 +1,6 @@
 """Commands for what comes out of a run, and for models that come from elsewhere."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,81 +14,35 @@ from tinyllama_ds.commands.arguments import (
     add_shared,
     argument_type,
     as_dataclass,
-    output_file,
     output_folder,
-    output_picture,
 )
 from tinyllama_ds.commands.printing import print_result
+from tinyllama_ds.commands.trained.gguf import add_gguf_arguments, write_gguf
+from tinyllama_ds.commands.trained.stored import open_stored
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError, log
-from tinyllama_ds.outputs import check_file, check_picture, new_folder, write_figure, write_file
+from tinyllama_ds.outputs import check_folder, new_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
-
-    from tinyllama_ds.data.tokenizers.abstract import Tokenizer
     from tinyllama_ds.hf.generate import LoadedModel
-    from tinyllama_ds.model.config import LlamaConfig
-    from tinyllama_ds.model.probe import Probe
     from tinyllama_ds.speculative.pair import Pair
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="MODEL", help="checkpoint, run directory or model folder")
-    add("output", type=output_folder, metavar="OUT", help="Hugging Face folder to create")
+    add("output", type=Path, metavar="OUT", help="Hugging Face folder, or file with --gguf, to create")
     add("--max-shard-size", type=FILE_SIZE, default="5GB", metavar="SIZE", help="of a safetensors file")
     average = "the mean of the last K checkpoints that the run has kept, in fp32"
     add("--average", type=POSITIVE, default=1, metavar="K", help=average)
+    add_gguf_arguments(parser)
     add_shared(parser, "--json")
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """A model as it lies on the disk; its tensors come one after another."""
-
-    tensors: "Iterator[tuple[str, Tensor]]"
-    config: "LlamaConfig"
-    tokenizer: "Tokenizer"
-    probe: "Probe | None" = None
-    is_chat_model: bool = False
-    tokens: int | None = None  # that a checkpoint was trained on; of an imported model it is not known
-
-
-def open_stored(path: Path, average: int = 1) -> ModelSource:
-    """The model of a checkpoint, a run directory or a model folder, every file verified.
-
-    `average` is the number of checkpoints of the run, up to this one, whose mean it is.
-    """
-    from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
-    from tinyllama_ds.checkpoint.format import last_checkpoints, model_of
-    from tinyllama_ds.checkpoint.reader import stream_average, stream_weights
-    from tinyllama_ds.data.tokenizers.storage import stored_tokenizer
-    from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
-    from tinyllama_ds.run.resolve import is_chat_run
-
-    if is_model_folder(path):
-        if average > 1:
-            raise ConfigError(f"{path}: is a model folder; expected a run directory or a checkpoint for --average")
-        folder = open_model_folder(path)
-        verify_model_folder(folder)
-        return ModelSource(folder.tensors(), folder.model, folder.tokenizer)
-    *before, checkpoint = last_checkpoints(path, average)
-    manifest, tensors = stream_average([*before, checkpoint]) if before else stream_weights(checkpoint)
-    tokenizer = stored_tokenizer(checkpoint.parents[1], tokenizer_sha256_of(manifest.run), "this run")
-    return ModelSource(
-        tensors,
-        model_of(checkpoint, manifest.model),
-        tokenizer,
-        probe=None if before else manifest.health.probe,  # which is the loss of one checkpoint's weights
-        is_chat_model=is_chat_run(manifest.run),
-        tokens=manifest.progress.tokens,
-    )
-
-
 def _export(options: argparse.Namespace) -> int:
-    """Write a Hugging Face folder, after proving that transformers gives our logits and token ids."""
+    """Write a Hugging Face folder with our logits and token ids in transformers, or a GGUF file for llama.cpp."""
+    if options.gguf is not None:
+        return write_gguf(options)
+    check_folder(options.output)
     from tinyllama_ds.hf.convert import ExportOptions, export
 
     stored = open_stored(options.checkpoint, options.average)
@@ -283,40 +236,10 @@ def _chat(options: argparse.Namespace) -> int:
     return EXIT_FINISHED
 
 
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN")
-    add("--output", type=output_file, metavar="HTML", help="default: RUN/report.html")
-    add("--picture", type=output_picture, metavar="PNG", help="the main curves (default: RUN/report.png)")
-    add_shared(parser, "--json")
-
-
-def _report(options: argparse.Namespace) -> int:
-    """Write a run's report as one HTML page and its curves as a picture, and print where it stands."""
-    from tinyllama_ds.checkpoint.format import newest_progress
-    from tinyllama_ds.evaluation.charts import run_figure
-    from tinyllama_ds.evaluation.history import read_history
-    from tinyllama_ds.evaluation.report import report_page, summarize
-    from tinyllama_ds.launch.lock import is_held
-
-    history = read_history(options.run)
-    _, committed = newest_progress(options.run)
-    summary = summarize(history, committed, is_held(options.run))
-    output = options.output or check_file(options.run / "report.html")
-    picture = options.picture or check_picture(options.run / "report.png")
-    write_file(output, report_page(history, summary, str(options.run)))
-    write_figure(run_figure(history, str(options.run)), picture)
-    figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    text = "\n".join(f"{name:<40} {value:>14,.4g}" for name, value in figures.items())
-    result = summary | {"page": str(output), "picture": str(picture)}
-    return print_result(options, result, f"{text}\n{summary['verdict']}\n{output}\n{picture}")
-
-
 COMMANDS = (
     ("export", _add_export, _export),
     ("import", _add_import, _import),
     ("import-checkpoint", _add_import_checkpoint, _import_checkpoint),
     ("generate", _add_generate, _generate),
     ("chat", _add_chat, _chat),
-    ("report", _add_report, _report),
 )

@@ -43,7 +43,8 @@ class Schedule:
             return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * tokens / self.warmup_tokens
         for start, end in self.decays:
             if start < tokens <= end:
-                return self.min_ratio + (1 - self.min_ratio) * SHAPES[self.shape]((tokens - start) / (end - start))
+                factor = SHAPES[self.shape]((tokens - start) / (end - start))
+                return self.min_ratio + (1 - self.min_ratio) * factor
         is_over = self.decays and tokens > self.decays[-1][1]
         return self.min_ratio if is_over else 1.0
 

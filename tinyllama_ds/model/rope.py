@@ -17,13 +17,13 @@ def rope_tables(config: LlamaConfig, num_positions: int, device: torch.device) -
 
     Dimension i of the first half is paired with dimension i of the second half: Hugging Face's half-rotation.
     """
-    frequencies, scale = _frequencies(config, device)
+    frequencies, scale = rope_frequencies(config, device)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequencies)  # (T, E/2)
     angles = torch.cat((angles, angles), dim=-1)  # (T, E)
     return angles.cos() * scale, angles.sin() * scale
 
 
-def _frequencies(config: LlamaConfig, device: torch.device) -> tuple[Tensor, float]:
+def rope_frequencies(config: LlamaConfig, device: torch.device) -> tuple[Tensor, float]:
     """Radians per position of each pair of dimensions (E/2,), and what cosine and sine are multiplied by.
 
     In the operations of transformers' modeling_rope_utils.py, as an angle is a frequency times thousands of positions.

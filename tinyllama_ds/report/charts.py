@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinyllama_ds.evaluation.history import History
 from tinyllama_ds.numbers import short_count
+from tinyllama_ds.report.history import History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

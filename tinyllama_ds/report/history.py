@@ -11,9 +11,9 @@ import numpy as np
 
 from tinyllama_ds.bars import progress
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.evaluation.run_files import LARGEST, Description, Scores, Start, TaskScore, validated
 from tinyllama_ds.files import Kinds, parse_row, read_object_if_whole, whole_rows
 from tinyllama_ds.layout import LEDGER_FILE, METRICS_FILE, RUN_FILE, STARTS_FILE, STATUS_FILE
+from tinyllama_ds.report.run_files import LARGEST, Description, Scores, Start, TaskScore, validated
 
 _COLUMNS = 500  # of a drawing
 _MOST_POINTS = 65_536  # of a series, before it is thinned out
@@ -24,7 +24,16 @@ _STEPS: dict[str, Kinds] = {"step": int, "tokens": int}
 _SKIPS: dict[str, Kinds] = {"event": str, "step": int, "first_sample": int, "last_sample": int, "reason": str}
 _SAMPLES: dict[str, Kinds] = {"tokens": int, "prompt": str, "text": str}
 _TASKS: dict[str, Kinds] = {"tokens": int, "task": str, "metric": str, "value": (int, float)}
-_DRAWN = ("Train/", "Validation/Loss/", "Speed/", "Seconds/", "Tokens/", "Memory/", "Checkpoint/StallSeconds")
+_DRAWN = (
+    "seconds",
+    "Train/",
+    "Validation/Loss/",
+    "Speed/",
+    "Seconds/",
+    "Tokens/",
+    "Memory/",
+    "Checkpoint/StallSeconds",
+)
 
 
 class Series:

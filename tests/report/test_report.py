@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.evaluation.charts import achieved_mixture, draw_losses, planned_mixture
-from tinyllama_ds.evaluation.history import Series, read_history, read_metrics
-from tinyllama_ds.evaluation.report import report_page, summarize
+from tinyllama_ds.report.charts import achieved_mixture, draw_losses, planned_mixture
+from tinyllama_ds.report.history import Series, read_history, read_metrics
+from tinyllama_ds.report.run_page import report_page, summarize
 
 LENGTH, BATCH, STEPS = 32, 8, 240
 STEP_TOKENS = LENGTH * BATCH

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from tinyllama_ds.evaluation.charts import PANELS, draw_losses, draw_mixture, draw_tasks
-from tinyllama_ds.evaluation.history import History
 from tinyllama_ds.evaluation.scores import scores_table
 from tinyllama_ds.numbers import duration, short_count
 from tinyllama_ds.page import Chart, Table, chart, render
+from tinyllama_ds.report.charts import PANELS, draw_losses, draw_mixture, draw_tasks
+from tinyllama_ds.report.history import History
 
 _MAX_ROWS = 40  # of a table; the newest
 _SAMPLED = [number / 7 for number in range(8)]  # the places of the samples of a prompt, from first to last

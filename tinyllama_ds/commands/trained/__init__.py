@@ -1,0 +1,1 @@
+"""Commands that make more of a trained model."""

@@ -1,0 +1,1 @@
+"""What a run has recorded, as pages and pictures for people, and as values for programs."""
