@@ -6,6 +6,7 @@ And the page about it, command by command.
 import io
 import json
 import shutil
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_the_page_about_it_works_from_its_first_command_to_its_last(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """At toy size; the run above stands for the quickstart's."""
+    """At toy size; the run above stands for the quickstart's. Preferences have a test of their own (test_prefer.py)."""
     monkeypatch.chdir(tmp_path)
     recipe = write_chat_recipe(tmp_path / "toy.toml", steps=30)
     config = write_deepspeed_config(tmp_path / "toy.json", 3, micro_batch=2)
@@ -112,7 +113,7 @@ def test_the_page_about_it_works_from_its_first_command_to_its_last(
     shutil.copyfile(tokenizer.path, tmp_path / "demo" / "tokenizer.model")
     toy = {"demo-chat": str(recipe), "demo_zero3": str(config), "256": "96"}
     monkeypatch.setattr("sys.stdin", io.StringIO("What does os.getcwd do?\nWhere is it defined?\n"))
-    for command in commands_of(DOCS / "chat.md"):
+    for command in takewhile(lambda command: command[1] != "prefer", commands_of(DOCS / "chat.md")):
         arguments = [toy.get(argument, argument) for argument in command[1:]]
         if arguments[0] == "pretrain":
             finished = on_ranks(run_module, PRETRAIN, *arguments[1:], ranks=2)

@@ -5,7 +5,13 @@ from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
 
-from tinyllama_ds.checkpoint.format import CheckpointManifest, find_checkpoints, read_manifest, resolve_checkpoint
+from tinyllama_ds.checkpoint.format import (
+    MANIFEST_FILE,
+    CheckpointManifest,
+    find_checkpoints,
+    read_manifest,
+    resolve_checkpoint,
+)
 from tinyllama_ds.config.model_table import HuggingFaceConfig
 from tinyllama_ds.config.new_recipe import Draft, recipe_text
 from tinyllama_ds.config.recipe import Recipe, Stage, recipe_of_run
@@ -15,6 +21,7 @@ from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.convert import hf_config
 from tinyllama_ds.layout import RUN_FILE
 from tinyllama_ds.model.config import MODEL_SIZES
+from tinyllama_ds.run.identity import reading_description
 
 # The recipe decides them.
 _AUTO = ("train_batch_size", "gradient_accumulation_steps")
@@ -38,8 +45,9 @@ def plan_decay(run: Path, name: str, at: int | None, over: int, shape: str, min_
     checkpoint, or where its learning rate has begun to fall.
     """
     checkpoint, manifest = _newest(run, at)
-    trunk, tokens = recipe_of_run(manifest.run), manifest.progress.tokens
-    begun, batch = _begun_stages(trunk, manifest.progress.step)
+    with reading_description(checkpoint / MANIFEST_FILE):
+        trunk, tokens = recipe_of_run(manifest.run), manifest.progress.tokens
+        begun, batch = _begun_stages(trunk, manifest.progress.step)
     first = trunk.stages[0].global_batch_tokens
     unit = batch * first // gcd(batch, first)  # whole steps of the first stage and of the last one
     over = -(-over // unit) * unit
@@ -75,7 +83,8 @@ def _begun_stages(recipe: Recipe, step: int) -> tuple[list[Stage], int]:
 
 def _config(checkpoint: Path, manifest: CheckpointManifest, decay: dict) -> dict:
     """The run's DeepSpeed JSON with the same learning rates up to the checkpoint, and then the decay."""
-    schedule, tokens = schedule_of_run(manifest.run), manifest.progress.tokens
+    with reading_description(checkpoint / MANIFEST_FILE):
+        schedule, tokens = schedule_of_run(manifest.run), manifest.progress.tokens
     past = schedule.until(tokens)
     if past.decays:
         raise ConfigError(

@@ -7,6 +7,7 @@ What comes later is the branch's own.
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tinyllama_ds.config.recipe import recipe_of_run
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.config.schedule import schedule_of_run
 from tinyllama_ds.errors import ConfigError, shown_as_json
+from tinyllama_ds.layout import RUN_FILE
 from tinyllama_ds.run.ledger import ROLLED_BACK, Entry, read_ledger
 
 ABSENT = "absent"
@@ -92,8 +94,10 @@ def changes_of_run(there: dict, now: dict, step: int) -> list[Change]:
     """
     now = json.loads(json.dumps(now))
     changes = list(changes_between(identity_of(there), identity_of(now)))
-    if step and changes and _history_of(there, step) == _history_of(now, step):
-        return [change for change in changes if not change.is_below("deepspeed_config.scheduler")]
+    if step and changes:
+        with suppress(ConfigError), reading_description(RUN_FILE):  # a damaged one is different
+            if _history_of(there, step) == _history_of(now, step):
+                return [change for change in changes if not change.is_below("deepspeed_config.scheduler")]
     return changes
 
 
@@ -157,16 +161,22 @@ def _reject_different_history(
     checkpoint: Path, manifest: CheckpointManifest, description: dict, allowed: Sequence[str]
 ) -> None:
     step, steps = manifest.progress.step, description["plan"]["steps"]
-    try:
+    with reading_description(checkpoint / MANIFEST_FILE):
         there, now = _history_of(manifest.run, step), _history_of(description, step)
-    except KeyError as error:
-        raise ConfigError(
-            f"{checkpoint / MANIFEST_FILE}: has no {error}; expected a checkpoint of pretraining"
-        ) from error
     changes = list(changes_between(there, now))
     reject_changes(changes, allowed, f"{checkpoint}: history differs from this run", "branch from another checkpoint")
     if step >= steps:
         raise ConfigError(f"{checkpoint}: is the last of {steps} steps; expected a checkpoint with steps left to train")
+
+
+@contextmanager
+def reading_description(place: object) -> Iterator[None]:
+    """Inside, what a damaged description of a run at `place` causes becomes a `ConfigError`."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{place}: not the description of a run ({reason}); expected one of pretraining") from error
 
 
 def _history_of(description: dict, step: int) -> dict:
