@@ -105,7 +105,9 @@ def _wrap(point: Point, inject: Callable[[tuple], float]) -> None:
             return function(*arguments, **named)
         result = function(*arguments, **named)
         factor = inject(arguments[first:])
-        return result if factor == 1.0 else result * factor
+        if factor == 1.0:
+            return result
+        return tuple(part * factor for part in result) if isinstance(result, tuple) else result * factor
 
     setattr(owner, name, wrapped)
 
