@@ -22,7 +22,6 @@ from tinyllama_ds.checkpoint.format import (
     read_manifest,
 )
 from tinyllama_ds.config.recipe import GuardSettings
-from tinyllama_ds.evaluation import report
 from tinyllama_ds.evaluation.scores import scores_table
 from tinyllama_ds.health.guard import AnomalyGuard
 from tinyllama_ds.launch.lock import _owner_of
@@ -30,6 +29,7 @@ from tinyllama_ds.launch.supervisor import _read_state
 from tinyllama_ds.model.config import model_config
 from tinyllama_ds.model.probe import Probe
 from tinyllama_ds.numbers import duration
+from tinyllama_ds.report import run_page
 from tinyllama_ds.report.charts import achieved_mixture, planned_mixture
 from tinyllama_ds.report.history import read_history, read_metrics
 from tinyllama_ds.report.run_page import summarize
@@ -83,7 +83,7 @@ def show(run_dir: Path) -> None:
     now = summarize(history, 200, is_held=False)
     json.dumps(now, allow_nan=False)
     duration(now.get("seconds") or 0.0)
-    for section in (report._starts, report._spikes, report._samples, report._machine):
+    for section in (run_page._starts, run_page._spikes, run_page._samples, run_page._machine):
         section(history)
     list(map(scores_table, history.scores))
     json.dumps(history.description, ensure_ascii=False)
