@@ -1,4 +1,4 @@
-"""A recipe with the keys that have no default, for tests that change it."""
+"""A small valid recipe, for tests that change it."""
 
 VALID = """
 name = "mine"

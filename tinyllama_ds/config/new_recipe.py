@@ -35,9 +35,13 @@ def draft_like(name: str, like: str) -> Draft:
 
 def draft_of_model(name: str, config: Path) -> Draft:
     """With the model of a `config.json`, which has been validated."""
-    raw = json.loads(config.read_bytes())
-    model = {key: value for key, value in raw.items() if key in HuggingFaceConfig.model_fields and value is not None}
+    model = model_keys(json.loads(config.read_bytes()))
     return Draft(name, model, min(Recipe.sequence_length, model["max_position_embeddings"]))
+
+
+def model_keys(config: dict) -> dict:
+    """The part of a `config.json` that a recipe's [model] table has."""
+    return {key: value for key, value in config.items() if key in HuggingFaceConfig.model_fields and value is not None}
 
 
 def recipe_text(draft: Draft) -> str:

@@ -66,6 +66,10 @@ class RunPlan:
         self.total_steps = sum(stage.steps for stage in self.stages)
         self.total_tokens = sum(stage.samples for stage in self.stages) * recipe.sequence_length
 
+    def begun(self, step: int) -> list[int]:
+        """Of every stage that has begun within the first `step` steps, how many of them are its own."""
+        return [min(last, step) - first for first, last in self.spans if first < step]
+
     @property
     def stage_end_tokens(self) -> list[int]:
         """The tokens after each stage."""

@@ -12,8 +12,7 @@ from tinyllama_ds.checkpoint.format import (
     read_manifest,
     resolve_checkpoint,
 )
-from tinyllama_ds.config.model_table import HuggingFaceConfig
-from tinyllama_ds.config.new_recipe import Draft, recipe_text
+from tinyllama_ds.config.new_recipe import Draft, model_keys, recipe_text
 from tinyllama_ds.config.recipe import Recipe, Stage, recipe_of_run
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.config.schedule import schedule_of_run
@@ -21,6 +20,7 @@ from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.convert import hf_config
 from tinyllama_ds.layout import RUN_FILE
 from tinyllama_ds.model.config import MODEL_SIZES
+from tinyllama_ds.outputs import write_file
 from tinyllama_ds.run.identity import reading_description
 
 # The recipe decides them.
@@ -72,11 +72,9 @@ def _newest(run: Path, at: int | None) -> tuple[Path, CheckpointManifest]:
 
 def _begun_stages(recipe: Recipe, step: int) -> tuple[list[Stage], int]:
     """The stages of the first `step` steps, each with the tokens of these, and the batch of the last one in tokens."""
-    spans = RunPlan(recipe).spans
     begun = [
-        replace(stage, tokens=(min(last, step) - first) * stage.global_batch_tokens)
-        for stage, (first, last) in zip(recipe.stages, spans, strict=True)
-        if first < step
+        replace(stage, tokens=steps * stage.global_batch_tokens)
+        for stage, steps in zip(recipe.stages, RunPlan(recipe).begun(step), strict=False)
     ]
     return begun, begun[-1].global_batch_tokens
 
@@ -103,16 +101,11 @@ def _model(recipe: Recipe) -> str | dict:
 
     if recipe.model_name in MODEL_SIZES:
         return recipe.model_name
-    described = hf_config(recipe.model, torch.float32).to_dict()
-    return {
-        key: value for key, value in described.items() if key in HuggingFaceConfig.model_fields and value is not None
-    }
+    return model_keys(hf_config(recipe.model, torch.float32).to_dict())
 
 
 def write_once(path: Path, text: str) -> None:
     """Write a file that a command may write again; raises `ConfigError` where it has a different content."""
-    from tinyllama_ds.outputs import write_file
-
     if path.exists() and path.read_text() != text:
         raise ConfigError(f"{path}: holds a different decay; choose another --run-dir, or remove {path} and {RUN_FILE}")
     write_file(path, text)

@@ -184,13 +184,9 @@ def _history_of(description: dict, step: int) -> dict:
     history = identity_of(description)
     del history["init_from"]  # has no effect any more
     plan = RunPlan(recipe_of_run(description))
-    begun = [
-        stage for stage, (first, _) in zip(description["recipe"]["stages"], plan.spans, strict=True) if first < step
-    ]
-    past = [
-        {key: stage[key] for key in _STAGE} | {"steps": min(last, step) - first}
-        for stage, (first, last) in zip(begun, plan.spans, strict=False)
-    ]
+    steps = plan.begun(step)
+    begun = description["recipe"]["stages"][: len(steps)]
+    past = [{key: stage[key] for key in _STAGE} | {"steps": own} for stage, own in zip(begun, steps, strict=True)]
     history["sources"] = list(dict.fromkeys(name for stage in begun for name in stage["weights"]))
     history["recipe"] = {key: value for key, value in history["recipe"].items() if key != "name"} | {"stages": past}
     history["data"] = {"train": {name: history["data"]["train"].get(name) for name in history["sources"]}}

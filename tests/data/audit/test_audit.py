@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import made_up_text, write_jsonl
+from recipes import VALID
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.audit.audit import SUSPICIOUS_RUN, DataAudit, audit_data
@@ -257,22 +258,7 @@ def test_samples_that_are_never_read_are_reported():
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-RECIPE = """
-name = "mine"
-model = "test"
-sequence_length = 32
-seed = 1
-validation_samples = 4
-[[stages]]
-name = "only"
-tokens = 6400
-global_batch_tokens = 320
-weights = { first = 1, second = 1 }
-[intervals]
-log_steps = 1
-evaluate_tokens = 640
-save_tokens = 640
-"""
+RECIPE = VALID.replace("slimpajama = 1", "first = 1, second = 1")
 
 
 @pytest.fixture
