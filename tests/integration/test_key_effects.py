@@ -110,6 +110,7 @@ ELSEWHERE = {
     "train_micro_batch_size_per_gpu": "config/test_plan.py::test_micro_batch",
     "gradient_accumulation_steps": "config/test_deepspeed_config.py::test_auto_is_filled",
     "optimizer.type": "integration/test_key_effects.py::test_optimizer_is_pytorchs",
+    "optimizer.param_groups": "integration/test_zero_parity.py::test_parameter_groups_are_plain_pytorchs",
     "scheduler.type": "config/test_schedule.py::test_warmup_lr_stays_at_the_peak",
     "scheduler.params.total_num_steps": "config/test_deepspeed_config.py::test_auto_is_filled",
     "scheduler.params.warmup_num_steps": "config/test_schedule.py::test_equals_published_function",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinyllama_ds.config import param_groups
 from tinyllama_ds.config.deepspeed_keys import AUTO, key_tables
 from tinyllama_ds.config.key_lines import json_lines
 from tinyllama_ds.config.run_plan import accumulation_steps
@@ -39,6 +40,8 @@ def load_deepspeed_config(path: Path) -> dict:
         raise ConfigError(f"{path}: expected a JSON object at the top level")
     flat, lines = flatten(raw), json_lines(text)
     problems = [with_line(tuple(full.split(".")), sentence, lines) for full, sentence in _problems(flat)]
+    if param_groups.KEY in flat and not problems:
+        problems = param_groups.problems_of(flat[param_groups.KEY], lines)
     raise_problems(path, problems or _problems_together(flat))
     return raw
 

@@ -97,6 +97,10 @@ _TYPES: dict[str, tuple[Callable[[Key], str], Callable[[Key, Any], bool]]] = {
     ),
     "text": (lambda key: "a text", lambda key, v: _is_text(v)),
     "names": (lambda key: "a list of names", lambda key, v: _is_list(v, _is_text)),
+    "groups": (
+        lambda key: "a list of groups in braces, each with params",
+        lambda key, v: _is_list(v, lambda group: isinstance(group, dict)) and len(v) > 0,
+    ),
     "optimizer": (
         lambda key: "AdamW, Adam or Muon",
         lambda key, v: isinstance(v, str) and v.lower() in ("adamw", "adam", "muon"),

@@ -115,6 +115,8 @@ def engine_config(tuning: Tuning, world_size: int, bf16: bool) -> dict:
     Raises `ConfigError` where the batch cannot be divided among the ranks.
     """
     raw = load_deepspeed_config(tuning.deepspeed_config)
+    if "param_groups" in raw["optimizer"]:
+        raise ConfigError(f"{tuning.deepspeed_config}: optimizer.param_groups has no effect with prefer; remove it")
     if tuning.batch_size % world_size:
         raise ConfigError(f"--batch-size {tuning.batch_size}: expected a multiple of the {world_size} ranks")
     per_rank = tuning.batch_size // world_size
