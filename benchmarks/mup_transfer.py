@@ -5,7 +5,7 @@
 
 DATA holds the source slimpajama, with a vocabulary of at most 512. Every run is a recipe of its own, trained by
 PyTorch's AdamW with the parameter groups of `pretrain`, which tests compare with DeepSpeed's. Runs in the file `--runs`
-are not repeated. The narrowest width is the base, where both parametrizations are the same model.
+are not repeated. At the base width both parametrizations are the same model.
 """
 
 import json
@@ -109,23 +109,32 @@ def validate(model: LlamaForCausalLM, data: Path, samples: int) -> float:
     return float(loss) if np.isfinite(loss) else float("inf")
 
 
-def keys_of(widths: list[int], exponents: list[int], seeds: int) -> Iterator[Key]:
+def keys_of(widths: list[int], base: int, exponents: list[int], seeds: int) -> Iterator[Key]:
     """Every run of the grid, narrow ones first; at the base width with muP is without it."""
-    base, rates = min(widths), [2.0**exponent for exponent in exponents]
+    rates = [2.0**exponent for exponent in exponents]
     for seed, width, rate, with_mup in product(range(1, seeds + 1), sorted(widths), rates, (False, True)):
         if not (with_mup and width == base):
             yield with_mup, width, rate, seed
 
 
-def curves_of(losses: dict[Key, float]) -> dict[bool, dict[int, dict[float, float]]]:
+def curves_of(losses: dict[Key, float], base: int) -> dict[bool, dict[int, dict[float, float]]]:
     """By parametrization and width, the loss over the learning rate, as the mean over seeds."""
-    base = min(width for _, width, _, _ in losses)
     found: dict = {False: {}, True: {}}
     for with_mup, width, rate in sorted({key[:3] for key in losses}):
         mean = float(np.mean([loss for key, loss in losses.items() if key[:3] == (with_mup, width, rate)]))
         for kind in (False, True) if width == base else (with_mup,):
             found[kind].setdefault(width, {})[rate] = mean
     return found
+
+
+def optimum_of(line: dict[float, float]) -> float:
+    """The lowest point of a parabola through the best learning rate and its neighbours, in log2 of the rate."""
+    rates = sorted(line)
+    place = rates.index(min(line, key=line.__getitem__))
+    if place in (0, len(rates) - 1):
+        return rates[place]
+    before, best, after = (line[rate] for rate in rates[place - 1 : place + 2])
+    return rates[place] * 2 ** (0.5 * (before - after) / (before - 2 * best + after))
 
 
 def draw(curves: dict, output: Path) -> None:
@@ -156,6 +165,7 @@ def report(curves: dict, steps: int, seeds: int) -> dict:
             "mup": with_mup,
             "width": width,
             "best_learning_rate": min(line, key=line.__getitem__),
+            "parabola": round(optimum_of(line), 5),
             "losses": {str(rate): round(loss, 4) for rate, loss in line.items()},
         }
         for with_mup, lines in curves.items()
@@ -176,8 +186,9 @@ def main() -> None:
     add = parser.add_argument
     add("data", type=Path)
     add("--runs", type=Path, required=True, help="file of finished runs, a line for each")
-    add("--widths", type=WholeNumber(2 * HEAD, 4096), nargs="+", default=[64, 128, 256])
-    add("--exponents", type=int, nargs="+", default=list(range(-10, -3)), help="of 2: the learning rates")
+    add("--widths", type=WholeNumber(2 * HEAD, 4096), nargs="+", default=[32, 64, 128, 256])
+    add("--base", type=WholeNumber(2 * HEAD, 4096), default=64, help="width of muP's base")
+    add("--exponents", type=int, nargs="+", default=list(range(-9, -2)), help="of 2: the learning rates")
     add("--steps", type=POSITIVE, default=200)
     add("--seeds", type=POSITIVE, default=1)
     add("--json", type=output_file)
@@ -186,17 +197,18 @@ def main() -> None:
     torch.set_num_threads(1)
     lines = options.runs.read_text().splitlines() if options.runs.exists() else []
     losses: dict[Key, float] = {(*key,): loss for key, loss in map(json.loads, lines)}
-    keys = list(keys_of(options.widths, options.exponents, options.seeds))
+    keys = list(keys_of(options.widths, options.base, options.exponents, options.seeds))
     for key in progress(keys, total=len(keys), desc="mup", unit="run"):
         if key not in losses:
-            losses[key] = train(recipe_of(key, options.steps, min(options.widths)), key[2], options.data)
+            losses[key] = train(recipe_of(key, options.steps, options.base), key[2], options.data)
             with options.runs.open("a") as file:
                 file.write(json.dumps([key, losses[key]]) + "\n")
-    curves = curves_of({key: losses[key] for key in keys})
+    curves = curves_of({key: losses[key] for key in keys}, options.base)
     found = report(curves, options.steps, options.seeds)
     for row in found["rows"]:
         name = "muP" if row["mup"] else "standard"
-        print(f"{name:>8} {row['width']:>5}  best {row['best_learning_rate']:.5f}  ", *row["losses"].values())
+        print(f"{name:>8} {row['width']:>5}  best {row['best_learning_rate']:.5f}"
+              f"  parabola {row['parabola']:.5f}  losses", *row["losses"].values())  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.picture:

@@ -26,6 +26,7 @@ def test_a_run_is_plain_pytorchs_and_its_export_has_the_loss_of_its_probe(data_d
     recipe, run, folder = write_mup_recipe(tmp_path / "small.toml"), tmp_path / "run", tmp_path / "hf"
     finished = pretrain(recipe, write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2), data_dir, run, 2)
     assert finished.returncode == 0, finished.stderr
+    assert "ZeRO-3, muP (2 times its base's width), attention" in finished.stdout
     plain = plain_curves("plain_loop.py", recipe, data_dir, STEPS, "mup")["loss"]
     assert read_series(run, "Train/Loss") == pytest.approx(plain, rel=1e-5)
     assert read_series(run, "Train/LearningRate")[4] == pytest.approx(3e-3), "before multipliers"
