@@ -66,6 +66,8 @@ MUON = {"optimizer": {"type": "Muon", "params": {
     "torch_adam": True,
 }}}  # fmt: skip
 
+WHOLE = {"reduce_scatter": False}  # gradients, for Muon
+
 # Each layout continues what the one before it has saved, and the first one continues its own save.
 CHAINS = {
     "fp32": [Layout(2, 3), Layout(1, 1), Layout(2, 0), Layout(4, 3)],
@@ -82,7 +84,8 @@ CHAINS = {
         Layout(2, 2, zero={"round_robin_gradients": True}), Layout(2, 1, zero={"parameter_alignment": True}),
     ],
     "Muon": [Layout(2, 1, BF16, more=MUON | FP32_SUMS), Layout(1, 0, BF16, more=MUON)],
-    "Muon with momentum in bf16": [Layout(2, 3, BF16, {"reduce_scatter": False}, MUON), Layout(2, 2, BF16, more=MUON)],
+    "Muon with momentum in bf16": [Layout(2, 3, BF16, WHOLE, MUON), Layout(2, 2, BF16, WHOLE, MUON)],
+    "Muon in fp32": [Layout(ranks, stage, zero=WHOLE, more=MUON) for ranks, stage in ((2, 2), (1, 3), (2, 1), (1, 2))],
 }  # fmt: skip
 
 

@@ -1,13 +1,13 @@
 """`tinyllama-ds bench`: measures a grid of settings, each in fresh processes, and recommends one."""
 
 import json
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama_ds.distributed.session import run_in_session
 from tinyllama_ds.text_table import text_table
 
 if TYPE_CHECKING:
@@ -54,14 +54,14 @@ def measure_all(
     A setting that fails, such as out of memory, becomes a row with the line of its error; the others still run.
     """
     for setting in settings:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", errors="replace") as stderr:
             output = Path(folder) / "metrics.json"
-            command = command_of([*_arguments(setting), "--output", str(output)])
-            finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+            run_in_session(command_of([*_arguments(setting), "--output", str(output)]), environment, stderr)
             if output.is_file():
                 yield setting | json.loads(output.read_text())
             else:
-                yield setting | {"error": cause(finished.stderr)}
+                stderr.seek(0)
+                yield setting | {"error": cause(stderr.read())}
 
 
 def _arguments(setting: Setting) -> list[str]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from tinyllama_ds.commands.arguments import add_shared
 from tinyllama_ds.commands.placement import add_placement_arguments, lifeline_opener, read_placement
+from tinyllama_ds.distributed.session import end_session, exiting_on_signals
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED
 from tinyllama_ds.launch.doctor import HERE, Finding, check_hosts, table
 from tinyllama_ds.launch.launcher import ALL_REDUCE, Placement, start_launcher
 from tinyllama_ds.launch.lifeline import Lifeline
 from tinyllama_ds.launch.machines import common_machine_of
-from tinyllama_ds.launch.supervisor import end_group
 from tinyllama_ds.layout import LIFELINE_VARIABLE
 
 _BANDWIDTH_SECONDS = 180  # including imports on every host
@@ -61,7 +61,11 @@ def _bandwidth(placement: Placement) -> Finding:
     host = f"{len(placement.hosts)} hosts" if placement.hosts else HERE
     hint = f"start it by hand to see why: the command of pretrain --dry-run, with {ALL_REDUCE}"
     open_lifeline = lifeline_opener(placement, run_dir=None)
-    with tempfile.TemporaryDirectory(prefix="tinyllama-ds-") as name, tempfile.TemporaryFile("w+") as log:
+    with (
+        exiting_on_signals(),
+        tempfile.TemporaryDirectory(prefix="tinyllama-ds-") as name,
+        tempfile.TemporaryFile("w+") as log,
+    ):
         lifeline = open_lifeline(Path(name)) if open_lifeline else None
         variables = {LIFELINE_VARIABLE: lifeline.value} if lifeline else {}
         process = start_launcher(placement, [], variables, Path(name), ALL_REDUCE, output=log.fileno())
@@ -70,7 +74,7 @@ def _bandwidth(placement: Placement) -> Finding:
         finally:
             if lifeline is not None:
                 lifeline.close()  # ends the ranks on other hosts
-            end_group(process, gently=False)
+            end_session(process, gently=False)
         if failed is not None:
             return Finding("all-reduce", host, False, failed, hint)
         log.seek(0)

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tinyllama_ds.commands.arguments import POSITIVE, WholeNumber, add_shared, output_folder, words_of
 from tinyllama_ds.commands.placement import local_placement
 from tinyllama_ds.commands.printing import print_result
+from tinyllama_ds.distributed.session import run_in_session
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
 from tinyllama_ds.evaluation.harness import Ranks, evaluate, language_model
 from tinyllama_ds.evaluation.sandbox import open_sandbox
@@ -90,7 +90,7 @@ def _start_ranks(ranks: int, options: argparse.Namespace) -> int:
     """Run this command on every rank, under the deepspeed launcher."""
     placement = local_placement(ranks)
     command = launcher_command(placement, words_of(add_evaluate_arguments, options), SCORE)
-    return subprocess.run(command, env=launcher_environment(placement), check=False).returncode
+    return run_in_session(command, launcher_environment(placement))
 
 
 def evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> int:

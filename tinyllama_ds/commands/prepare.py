@@ -59,10 +59,14 @@ def _demo_data(options: argparse.Namespace) -> int:
         return print_result(options, {"task_file": str(task)}, f"{task}: a task for evaluate --task-file")
     if options.chat:
         counts = make_demo_chat(options.output)
-        return print_result(options, counts, f"{options.output / SOURCE}: {counts or 'already there'}")
+        return print_result(options, counts, f"{options.output / SOURCE}: {_counts(counts)}")
     made = make_demo_corpus(options.output, sources=options.source)
-    lines = [f"{options.output / name}: {counts}" for name, counts in made.items()]
+    lines = [f"{options.output / name}: {_counts(counts)}" for name, counts in made.items()]
     return print_result(options, made, "\n".join(lines) or f"{options.output}: already there")
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} {name}" for name, number in counts.items()) or "already there"
 
 
 def _add_train_tokenizer(parser: argparse.ArgumentParser) -> None:

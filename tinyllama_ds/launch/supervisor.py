@@ -10,8 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
+from tinyllama_ds.distributed.session import end_session
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_NUMERICS, EXIT_RESTART, EXIT_ROLLBACK, log
 from tinyllama_ds.files import read_object_if_whole
 from tinyllama_ds.launch.lifeline import Lifeline
@@ -160,7 +159,7 @@ def _run_once(
                 for host, group in left:
                     job.kill(host, group)
                 # DeepSpeed would kill every run of this Python on the other hosts; the lifeline ends only these ranks.
-                end_group(job.process, gently=lifeline is None)
+                end_session(job.process, gently=lifeline is None)
 
 
 class _StopRequest:
@@ -313,29 +312,3 @@ class _Watchdog:
 
 def _read_beat(file: Path) -> dict:
     return read_object_if_whole(file) or {"doing": "working"}  # read while it was being written
-
-
-def end_group(process: subprocess.Popen, gently: bool = True) -> None:
-    """Kill all processes of the launcher's session, in any process group. Returns when all have ended."""
-    if gently and process.poll() is None:
-        process.terminate()  # so that the launcher ends the ranks on other hosts
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(3)
-    for _ in range(100):
-        members = _session(process.pid)
-        if not members:
-            break
-        for member in members:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(members, timeout=0.2)
-    process.wait()
-
-
-def _session(leader: int) -> list[psutil.Process]:
-    members = []
-    for candidate in psutil.process_iter(["status"]):
-        with suppress(ProcessLookupError, PermissionError):
-            if os.getsid(candidate.pid) == leader and candidate.info["status"] != psutil.STATUS_ZOMBIE:
-                members.append(candidate)
-    return members

@@ -3,7 +3,6 @@
 import argparse
 import json
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tinyllama_ds.commands.arguments import (
 from tinyllama_ds.commands.placement import local_placement, warn_of_hidden_gpus
 from tinyllama_ds.commands.printing import print_result
 from tinyllama_ds.commands.trained.stored import open_stored
+from tinyllama_ds.distributed.session import run_in_session
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
 from tinyllama_ds.files import read_object_if_whole
 from tinyllama_ds.launch.launcher import PREFER, Placement, launcher_command, launcher_environment
@@ -109,7 +109,7 @@ def _as_chat_folder(model: Path, exported: Path) -> Path:
 def _run_ranks(options: argparse.Namespace, placement: Placement) -> int:
     words = words_of(add_tuning_arguments, with_absolute_paths(options))
     command = launcher_command(placement, words, PREFER)
-    return subprocess.run(command, env=launcher_environment(placement), check=False).returncode
+    return run_in_session(command, launcher_environment(placement))
 
 
 def _import(tuned: Path, start: Path, output: Path) -> float:
