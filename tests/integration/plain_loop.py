@@ -1,7 +1,7 @@
 """The same training without DeepSpeed, launcher or our loop: one process, torch's AdamW, the published schedule.
 
-usage: plain_loop.py RECIPE DATA STEPS [grouped], prints a JSON object with the loss and gradient norm of every
-step; "grouped" has parameter groups.
+usage: plain_loop.py RECIPE DATA STEPS [grouped | mup], prints a JSON object with the loss and gradient norm of every
+step; "grouped" has parameter groups, "mup" those of a model twice as wide as the base of its recipe.
 """
 
 import json
@@ -55,7 +55,15 @@ def grouped(model: LlamaForCausalLM) -> list[dict]:
     ]
 
 
-KINDS = {"": lambda model: None, "grouped": grouped}
+def of_mup(model: LlamaForCausalLM) -> list[dict]:
+    """PyTorch's groups of a model twice as wide as its base: the blocks' matrices, and all else."""
+    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2]
+    chosen = set(map(id, matrices))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    return [{"params": matrices, "weight_decay": 0.2, "multiplier": 0.5}, {"params": others}]
+
+
+KINDS = {"": lambda model: None, "grouped": grouped, "mup": of_mup}
 
 
 def train(

@@ -204,7 +204,9 @@ def _encode_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def _check_optimizer(optimizer: dict, path: Path, model: LlamaConfig) -> None:
-    """Raises `ConfigError` where parameter groups do not fit the model's names."""
+    """Raises `ConfigError` where parameter groups do not fit the model's names, or muP not the optimizer."""
+    if model.mup and optimizer["type"].lower() == "muon":
+        raise ConfigError(f"{path}: optimizer.type is Muon; the recipe's table [mup] has the rules for AdamW and Adam")
     if "param_groups" in optimizer:
         try:
             assign_settings(parameter_shapes(model), optimizer)

@@ -121,6 +121,7 @@ def _apply_settings(group: dict, settings: Settings) -> None:
     group["configured_lr"], group["lr_multiplier"] = group["lr"], settings.lr_multiplier
     if settings.weight_decay is not None:
         group["weight_decay"] = settings.weight_decay
+    group["weight_decay"] *= settings.weight_decay_multiplier
 
 
 def _without_release(config: dict) -> dict:
