@@ -37,6 +37,7 @@ from tinyllama_ds.launch.supervisor import SupervisionResult, SupervisorConfig, 
 from tinyllama_ds.layout import LIFELINE_VARIABLE, STATUS_FILE, STOP_FILE
 
 if TYPE_CHECKING:
+    from tinyllama_ds.config.ablation import Ablation
     from tinyllama_ds.run.resolve import Options, Run
 _START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
@@ -49,11 +50,21 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint")
     branch = "begin with another run's checkpoint: the newest whose history this recipe shares, or a step_* folder"
     add("--branch-from", type=Path, metavar="RUN", help=branch)
+    without = "exclude a source: from the beginning, or in a branch from the checkpoint of so many tokens on (300B)"
+    add("--without", type=_ablation, metavar="SOURCE[@TOKENS]", help=without)
     weights = "start with only the weights of an imported model, a run or a checkpoint"
     add("--init-from", type=Path, metavar="DIR", help=weights)
     change = "resume although this differs from the run in --run-dir, named as in the error: recipe.seed, data ..."
     add("--allow-change", action="append", default=[], metavar="KEY", help=change)
     _add_kernel_arguments(parser)
+
+
+def _ablation(text: str) -> "Ablation":
+    """An argument type: SOURCE, or SOURCE@TOKENS."""
+    from tinyllama_ds.config.ablation import Ablation
+
+    source, _, tokens = text.partition("@")
+    return Ablation(source, token_count(tokens)) if "@" in text else Ablation(text)
 
 
 def _add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,7 +259,8 @@ def _decay(options: argparse.Namespace) -> int:
     write_once(recipe, decay.recipe)
     write_once(config, decay.deepspeed_config)
     log(f"{decay.checkpoint}: {decay.at:,} tokens, then a decay over {decay.over:,}; see {recipe} and {config}")
-    branch = {"recipe": str(recipe), "deepspeed_config": config, "branch_from": decay.checkpoint, "init_from": None}
+    branch = {"recipe": str(recipe), "deepspeed_config": config, "branch_from": decay.checkpoint}
+    branch |= {"init_from": None, "without": None}
     return _pretrain(argparse.Namespace(**vars(options) | branch | {"resume": "auto", "allow_change": []}))
 
 
