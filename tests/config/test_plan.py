@@ -64,7 +64,9 @@ def test_micro_batch_must_divide_every_stage() -> None:
 
 
 def test_ranks_that_do_not_divide_are_rejected_with_those_that_do() -> None:
-    with pytest.raises(ConfigError, match=r"8 sequences does not divide over 3 ranks; .* work: 1, 2, 4, 8$"):
+    with pytest.raises(
+        ConfigError, match=r"8 sequences does not divide over 3 data-parallel ranks; .* work: 1, 2, 4, 8$"
+    ):
         micro_batch_of(RunPlan(recipe_of((1000, 8))), None, 3)
 
 

@@ -93,9 +93,9 @@ CASES: dict[str, tuple[Callable[[Inputs], object], str]] = {
     ),
     "micro batch": (
         lambda i: edit_json(i.config, train_micro_batch_size_per_gpu=3),
-        "3 does not divide the 4 sequences per rank and step (2 ranks); sizes that work: 1, 2, 4",
+        "3 does not divide the 4 sequences per rank and step (2 data-parallel ranks); sizes that work: 1, 2, 4",
     ),
-    "number of ranks": (lambda i: setattr(i, "ranks", 3), "does not divide over 3 ranks"),
+    "number of ranks": (lambda i: setattr(i, "ranks", 3), "does not divide over 3 data-parallel ranks"),
     "fp32 sums at stage 0": (
         lambda i: edit_json(
             i.config, zero_optimization={"stage": 0}, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}

@@ -78,12 +78,12 @@ def test_unsupported_placements_are_rejected(launcher: str, hosts: list[Host], s
 
 
 def test_a_partition_must_stay_inside_a_host() -> None:
-    check_partition(REMOTE, 4, Path("ds.json"))
+    check_partition(REMOTE, 4, "ds.json: zero_hpz_partition_size")
     uneven = Placement(Path("h"), [Host("node1", 8), Host("node2", 4)], 0, on_cpu=False)
     with pytest.raises(ConfigError, match="zero_hpz_partition_size 8 does not divide the 4 ranks of node2"):
-        check_partition(uneven, 8, Path("ds.json"))
+        check_partition(uneven, 8, "ds.json: zero_hpz_partition_size")
     with pytest.raises(ConfigError, match="the 2 ranks of this machine"):
-        check_partition(Placement(None, [], 2, on_cpu=True), 8, Path("ds.json"))
+        check_partition(Placement(None, [], 2, on_cpu=True), 8, "--sequence-parallel")
 
 
 def record_commands(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

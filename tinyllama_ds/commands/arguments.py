@@ -167,6 +167,12 @@ _SHARED: dict[str, dict[str, Any]] = {
         "metavar": "K",
         "help": "recompute every K-th block in the backward pass to save memory; 1: all, 0: none (default)",
     },
+    "--sequence-parallel": {
+        "type": RANKS,
+        "default": 1,
+        "metavar": "N",
+        "help": "N ranks of a host share each sequence (Ulysses), for long ones or few; 1: none (default)",
+    },
     "--json": {"action": "store_true", "help": "print the result as JSON"},
 }
 

@@ -70,7 +70,7 @@ def _ablation(text: str) -> "Ablation":
 def _add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
     """How a step is computed."""
     add = parser.add_argument
-    add_shared(parser, "--attention", "--compile", "--activation-checkpointing")
+    add_shared(parser, "--attention", "--compile", "--activation-checkpointing", "--sequence-parallel")
     exact = "bit-identical kernels on GPUs, at some cost; on CPUs they always are"
     add("--deterministic", action="store_true", help=exact)
 
@@ -171,7 +171,8 @@ def _check_run(options: argparse.Namespace, placement: Placement) -> "Run":
     world_size, capability = placement.world_size, machine.capability
     run = resolve_run(run_options(options), world_size, machine.device_type, machine.bf16, capability)
     partition = run.engine_config["zero_optimization"].get("zero_hpz_partition_size", 1)
-    check_partition(placement, partition, options.deepspeed_config)
+    check_partition(placement, partition, f"{options.deepspeed_config}: zero_hpz_partition_size")
+    check_partition(placement, options.sequence_parallel, "--sequence-parallel")
     check_run_directory(run)
     return run
 

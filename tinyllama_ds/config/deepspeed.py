@@ -184,9 +184,9 @@ def auto_decay_steps(total_steps: int) -> int:
 class AutoValues:
     """What recipe and machines decide, for the keys that are "auto"."""
 
-    micro_batch: int  # sequences per rank
+    micro_batch: int  # sequences per data-parallel rank
     batch: int  # global, in sequences
-    world_size: int
+    data_size: int  # data-parallel ranks
     total_steps: int
     hidden_size: int
     bf16: bool
@@ -200,7 +200,7 @@ def resolve_deepspeed_config(raw: dict, path: Path, values: AutoValues) -> dict:
     """
     resolved = _normalize(raw)
     resolved["train_batch_size"] = values.batch
-    resolved["gradient_accumulation_steps"] = accumulation_steps(values.batch, values.world_size, values.micro_batch)
+    resolved["gradient_accumulation_steps"] = accumulation_steps(values.batch, values.data_size, values.micro_batch)
     resolved["train_micro_batch_size_per_gpu"] = values.micro_batch
     params = resolved["optimizer"].setdefault("params", {})
     _fill(params, _AUTO_OPTIMIZER)

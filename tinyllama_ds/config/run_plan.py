@@ -6,7 +6,7 @@ The global batch comes from the recipe; the number of ranks only decides how it 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from math import isqrt
+from math import gcd, isqrt
 
 from tinyllama_ds.config.recipe import Recipe
 from tinyllama_ds.errors import ConfigError
@@ -104,37 +104,52 @@ class RunPlan:
         return (self.step(number) for number in range(start, self.total_steps))
 
 
-def accumulation_steps(batch: int, world_size: int, micro_batch: int) -> int:
-    """Micro-batches of a rank per optimizer step, given a global batch that divides; all in sequences."""
-    return batch // world_size // micro_batch
+def data_parallel_size(recipe: Recipe, world_size: int, sequence_parallel: int) -> int:
+    """The number of data-parallel ranks: those that read samples of their own, of ranks that share each sequence.
+
+    Raises `ConfigError` where sequence parallelism does not divide the ranks, the query heads and the sequence.
+    """
+    heads, length = recipe.model.num_attention_heads, recipe.sequence_length
+    for number, what in ((world_size, "ranks"), (heads, "query heads"), (length, "tokens of a sequence")):
+        if number % sequence_parallel:
+            raise ConfigError(
+                f"--sequence-parallel {sequence_parallel} does not divide the {number} {what}; numbers that work:"
+                f" {_join(_divisors(gcd(world_size, heads, length)))}"
+            )
+    return world_size // sequence_parallel
 
 
-def micro_batches_of(plan: RunPlan, world_size: int) -> list[int]:
-    """The sizes, in sequences, that divide every stage's batch of a rank; `world_size` divides all batches."""
-    shares = [stage.batch // world_size for stage in plan.stages]
+def accumulation_steps(batch: int, data_size: int, micro_batch: int) -> int:
+    """Micro-batches of a data-parallel rank per optimizer step, given a global batch that divides; all in sequences."""
+    return batch // data_size // micro_batch
+
+
+def micro_batches_of(plan: RunPlan, data_size: int) -> list[int]:
+    """The sizes, in sequences, that divide every stage's batch of a data-parallel rank; all batches divide by these."""
+    shares = [stage.batch // data_size for stage in plan.stages]
     return [size for size in _divisors(min(shares)) if all(share % size == 0 for share in shares)]
 
 
-def micro_batch_of(plan: RunPlan, micro_batch: int | None, world_size: int) -> int:
-    """The micro-batch per rank in sequences, or the largest that fits where none is given.
+def micro_batch_of(plan: RunPlan, micro_batch: int | None, data_size: int) -> int:
+    """The micro-batch per data-parallel rank in sequences, or the largest that fits where none is given.
 
     Raises `ConfigError`, with the sizes that work, where a stage's global batch is not a multiple of it.
     """
     for stage in plan.stages:
-        if stage.batch % world_size:
+        if stage.batch % data_size:
             raise ConfigError(
-                f"stage {stage.name!r}: a global batch of {stage.batch} sequences does not divide over {world_size}"
-                f" ranks; numbers of ranks that work: {_join(_divisors(stage.batch))}"
+                f"stage {stage.name!r}: a global batch of {stage.batch} sequences does not divide over {data_size}"
+                f" data-parallel ranks; numbers that work: {_join(_divisors(stage.batch))}"
             )
-    works = micro_batches_of(plan, world_size)
+    works = micro_batches_of(plan, data_size)
     if micro_batch is None:
         limit = max(1, _AUTO_MICRO_BATCH_TOKENS // plan.sequence_length)
         return max(size for size in works if size <= limit)
     if micro_batch not in works:
         raise ConfigError(
             f"train_micro_batch_size_per_gpu {micro_batch} does not divide the"
-            f" {min(stage.batch for stage in plan.stages) // world_size} sequences per rank and"
-            f" step ({world_size} ranks); sizes that work: {_join(works)}"
+            f" {min(stage.batch for stage in plan.stages) // data_size} sequences per rank and"
+            f" step ({data_size} data-parallel ranks); sizes that work: {_join(works)}"
         )
     return micro_batch
 

@@ -43,10 +43,31 @@ class DistributedInfo:
     size: int
     device: torch.device
     local_size: int | None = None  # ranks on this host, where the launcher sets it
+    sequence_parallel: int = 1  # ranks that share each sequence; they are neighbours
 
     @property
     def is_rank0(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_size(self) -> int:
+        """The number of data-parallel ranks: ranks, or groups that share sequences, with samples of their own."""
+        return self.size // self.sequence_parallel
+
+    @property
+    def data_rank(self) -> int:
+        """The data-parallel rank, which is the same in a group that shares sequences."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def sequence_rank(self) -> int:
+        """This rank's place in the group that shares sequences."""
+        return self.rank % self.sequence_parallel
+
+    def own_tokens(self, sequence_length: int) -> slice:
+        """The part of each sequence that this rank computes."""
+        share = sequence_length // self.sequence_parallel
+        return slice(self.sequence_rank * share, (self.sequence_rank + 1) * share)
 
     @property
     def is_on_one_host(self) -> bool:

@@ -77,7 +77,9 @@ def sample_losses(
     sizes = [held_out.size for held_out in sets]
     found = torch.zeros(sum(sizes), 2, dtype=torch.float64, device=world.device)
     for held_out, of_source in zip(sets, found.split(sizes), strict=True):
-        for numbers, inputs, labels, *document_ids in held_out.batches(world.rank, world.size, batch):
+        own = world.own_tokens(held_out.sequence_length)
+        for numbers, inputs, labels, *document_ids in held_out.batches(world.data_rank, world.data_size, batch):
+            inputs, labels = inputs[:, own], labels[:, own]
             losses = score(inputs.to(world.device), labels.to(world.device), *document_ids, reduction="none")
             counts = (labels != IGNORE_INDEX).sum(1).to(world.device)
             of_source.index_add_(0, numbers.to(world.device), torch.stack((losses.double().sum(1), counts), 1))

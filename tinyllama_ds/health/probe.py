@@ -1,6 +1,7 @@
 """The probe of a run: its loss is stored with every checkpoint and recomputed after every load."""
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,9 @@ def take_probe(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo) -> P
     first = np.zeros(1, dtype=np.int64)
     tokens = run.data.reader.read(first)[0].tolist()
     document_ids = run.data.reader.read_document_ids(first)[0].tolist() if run.recipe.document_mask else None
-    losses = gather_from_ranks(probe_loss(engine, tokens, document_ids, run.micro_batch, world.device))
+    own = world.own_tokens(len(tokens) - 1)
+    loss = probe_loss(engine, tokens, document_ids, run.micro_batch, world.device, own)
+    losses = _of_whole_sequences(gather_from_ranks(loss), world)
     for rank, loss in enumerate(losses):
         if not np.isfinite(loss):
             raise NumericsError(f"the probe's loss is {loss} on rank {rank}: the weights are not fit to be saved")
@@ -35,10 +38,18 @@ def take_probe(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo) -> P
     return Probe(tokens, document_ids, losses[0], dtype, numerics_environment(engine, run, world))
 
 
+def _of_whole_sequences(losses: Sequence[float], world: DistributedInfo) -> list[float]:
+    """By rank, the mean of its group's losses, each on its part of the same sequence."""
+    N = world.sequence_parallel
+    means = [sum(losses[first : first + N]) / N for first in range(0, world.size, N)]
+    return [mean for mean in means for _ in range(N)]
+
+
 def numerics_environment(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo) -> dict:
     """What the last bits of a loss depend on, besides weights and sample."""
     return {
         "world_size": world.size,
+        "sequence_parallel": world.sequence_parallel,
         "zero_optimization": run.description["deepspeed_config"]["zero_optimization"],
         "micro_batch": run.micro_batch,
         "attention": run.attention.backend,
@@ -63,10 +74,11 @@ def check_probe(engine: "DeepSpeedEngine", run: Run, world: DistributedInfo, pro
     dtype = dtype_name(next(engine.module.parameters()).dtype)
     is_same_way = (dtype, numerics_environment(engine, run, world)) == (probe.dtype, probe.numerics_environment)
     is_same_way &= gives_same_bits(world.device, run.description["deterministic"])
-    loss = probe_loss(engine, probe.tokens, probe.document_ids, run.micro_batch, world.device)
-    found = gather_from_ranks([loss, is_same_way])
-    allowed = 0.0 if all(same for _, same in found) else max(TOLERANCE[dtype], TOLERANCE[probe.dtype])
-    for rank, (loss, _) in enumerate(found):
+    own = world.own_tokens(len(probe.tokens) - 1)
+    loss = probe_loss(engine, probe.tokens, probe.document_ids, run.micro_batch, world.device, own)
+    losses, same = zip(*gather_from_ranks([loss, is_same_way]), strict=True)
+    allowed = 0.0 if all(same) else max(TOLERANCE[dtype], TOLERANCE[probe.dtype])
+    for rank, loss in enumerate(_of_whole_sequences(losses, world)):
         relative = loss_difference(probe, loss)
         if relative > allowed:
             raise ConfigError(

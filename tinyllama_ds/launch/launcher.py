@@ -103,14 +103,15 @@ def check_placement(placement: Placement, arguments: list[str]) -> None:
     check_argument(os.getcwd(), launcher)
 
 
-def check_partition(placement: Placement, partition: int, config: Path) -> None:
-    """Raises `ConfigError` for an hpZ partition that spans hosts, where it costs more than it saves."""
+def check_partition(placement: Placement, partition: int, name: str) -> None:
+    """Raises `ConfigError` for groups of ranks that span hosts, where they cost more than they save: hpZ partitions, or
+    ranks that share sequences. `name` is the option's.
+    """
     ranks = {host.name: host.ranks for host in placement.hosts} or {"this machine": placement.num_local}
-    for name, count in ranks.items():
+    for host, count in ranks.items():
         if count % partition:
             raise ConfigError(
-                f"{config}: zero_hpz_partition_size {partition} does not divide the {count} ranks of {name};"
-                " expected the number of ranks per host"
+                f"{name} {partition} does not divide the {count} ranks of {host}; expected groups of ranks of one host"
             )
 
 

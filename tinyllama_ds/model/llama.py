@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from tinyllama_ds.model.attention import attention_function, attention_metadata
@@ -19,6 +20,7 @@ from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.loss import LMHeadLoss
 from tinyllama_ds.model.param_groups import is_hidden_matrix
 from tinyllama_ds.model.rope import apply_rope, positions_in_documents, rope_tables
+from tinyllama_ds.model.sequence_parallel import SequenceParallel
 
 
 class RMSNorm(nn.Module):
@@ -94,15 +96,19 @@ class LlamaModel(nn.Module):
         self.config = config
         self.backend = backend
         self.recompute_every = recompute_every
+        self.sequence_parallel = SequenceParallel()  # until sequences are split
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, backend) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, D)
         device, documents = input_ids.device, None
-        cos, sin = rope_tables(self.config, input_ids.shape[1], device)
-        if document_ids is not None:
-            positions = positions_in_documents(document_ids.to(device, non_blocking=True))
+        length, own = self.sequence_parallel.place_of(input_ids.shape[1])
+        cos, sin = rope_tables(self.config, length, device)
+        if document_ids is None:
+            cos, sin = cos[own], sin[own]  # (T, E)
+        else:
+            positions = positions_in_documents(document_ids.to(device, non_blocking=True))[:, own]
             cos, sin = cos[positions], sin[positions]  # (B, T, E)
             documents = attention_metadata(self.backend, document_ids).to(device, non_blocking=True)
         x = self.embed_tokens(input_ids)
@@ -125,6 +131,9 @@ class LlamaForCausalLM(nn.Module):
 
     With the ids and log-probabilities of a `teacher`, the loss is that of its student (`loss.py`).
 
+    After `split_sequences` the T tokens are this rank's part of longer sequences, and `document_ids` those of the whole
+    sequences.
+
     With `recompute_every` k, every k-th block keeps only its input and is computed again in the backward pass
     (activation checkpointing; 0 is none, 1 is all).
     """
@@ -144,6 +153,13 @@ class LlamaForCausalLM(nn.Module):
         """
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]  # torch says Tensor
+
+    def split_sequences(self, group: ProcessGroup) -> None:
+        """From now on the ranks of a group share every sequence (`sequence_parallel.py`)."""
+        self.model.sequence_parallel = SequenceParallel(group)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attend = self.model.sequence_parallel.around(module.attend)
 
     def forward(
         self,

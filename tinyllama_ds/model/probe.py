@@ -24,9 +24,15 @@ class Probe:
 
 @torch.no_grad()
 def probe_loss(
-    score: Callable[..., Tensor], tokens: list[int], document_ids: list[int] | None, rows: int, device: torch.device
+    score: Callable[..., Tensor],
+    tokens: list[int],
+    document_ids: list[int] | None,
+    rows: int,
+    device: torch.device,
+    own: slice = slice(None),
 ) -> float:
-    """The mean loss that `score`, a decoder, has on the probe's sample, repeated to fill a batch of `rows`.
+    """The mean loss that `score`, a decoder, has on its `own` part of the probe's sample, repeated to fill a batch of
+    `rows`.
 
     So a probe has the shape of a training batch, and compiled blocks and kernels need no second one.
     """
@@ -34,7 +40,7 @@ def probe_loss(
     parts = (
         [] if document_ids is None else [torch.tensor([document_ids], device=device, dtype=torch.int32).repeat(rows, 1)]
     )
-    return score(batch[:, :-1], batch[:, 1:], *parts).item()
+    return score(batch[:, :-1][:, own], batch[:, 1:][:, own], *parts).item()
 
 
 def loss_difference(probe: Probe, loss: float) -> float:

@@ -26,7 +26,7 @@ from tinyllama_ds.config.deepspeed import (
 )
 from tinyllama_ds.config.param_groups import assign_settings
 from tinyllama_ds.config.recipe import Recipe, load_recipe
-from tinyllama_ds.config.run_plan import RunPlan, micro_batch_of
+from tinyllama_ds.config.run_plan import RunPlan, data_parallel_size, micro_batch_of
 from tinyllama_ds.config.schedule import Schedule, make_schedule
 from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import ORDER_VERSION, SampleOrder, planned_order
@@ -63,6 +63,7 @@ class Options:
     attention: str = "auto"
     compile: str = "auto"
     activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
+    sequence_parallel: int = 1  # ranks that share each sequence
     deterministic: bool = False  # the same bits every time on GPUs too
     allow_change: tuple[str, ...] = ()  # keys of what may differ from the run that the directory holds
     branch_from: Path | None = None  # a run or checkpoint to begin with
@@ -133,8 +134,9 @@ def resolve_run(
     recipe = options.without.apply(whole) if options.without else whole
     raw = load_deepspeed_config(options.deepspeed_config)
     model, plan = recipe.model, RunPlan(recipe)
-    micro_batch = micro_batch_of(plan, requested_micro_batch(raw), world_size)
-    values = AutoValues(micro_batch, plan.stages[0].batch, world_size, plan.total_steps, model.hidden_size, bf16)
+    data_size = data_parallel_size(recipe, world_size, options.sequence_parallel)
+    micro_batch = micro_batch_of(plan, requested_micro_batch(raw), data_size)
+    values = AutoValues(micro_batch, plan.stages[0].batch, data_size, plan.total_steps, model.hidden_size, bf16)
     resolved = resolve_deepspeed_config(raw, options.deepspeed_config, values)
     _check_optimizer(resolved["optimizer"], options.deepspeed_config, model)
     engine_config, monitors = split_off_our_sections(resolved)
@@ -157,10 +159,19 @@ def resolve_run(
     reader = SampleReader(streams, order, recipe.sequence_length, model.vocab_size, teachers)
     return Run(
         options, recipe, plan, make_schedule(raw, options.deepspeed_config, plan), model, attention,
-        _NO_TIMER | engine_config, monitors, micro_batch, TrainingData(order, reader, tokenizer),
+        _for_engine(engine_config, world_size), monitors, micro_batch, TrainingData(order, reader, tokenizer),
         Evaluation(validation, _encode_prompts(recipe, tokenizer), load_tasks(recipe, model)),
         len(excluded), parent, init_from, description,
     )  # fmt: skip
+
+
+def _for_engine(config: dict, world_size: int) -> dict:
+    """To DeepSpeed all ranks are data-parallel, also those that share sequences: their losses, of parts of a sequence,
+    are weighted by their targets like all others. So its gradients have one scale at every stage, where with groups of
+    its own it divides by the ranks at stage 3 and by the data-parallel ranks at others.
+    """
+    sequences = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    return _NO_TIMER | config | {"train_batch_size": sequences * world_size}
 
 
 def _origin_of(
@@ -247,6 +258,7 @@ def _settings(options: Options, recipe: Recipe, plan: RunPlan, model: LlamaConfi
         "model": model.to_dict(),
         "order_version": ORDER_VERSION,
         "world_size": world_size,
+        "sequence_parallel": options.sequence_parallel,
         "compile": options.compile,
         "activation_checkpointing": options.activation_checkpointing,
         "deterministic": options.deterministic,

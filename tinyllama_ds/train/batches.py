@@ -30,15 +30,19 @@ class Batch(NamedTuple):
     loss_mask: Tensor | None = None  # (B, T) of conversations: which labels are in the loss; without it all are
     teacher: tuple[Tensor, Tensor] | None = None  # its ids (B, T, k) and log-probabilities (B, T, k + 1), of a student
     ready: "InputCopy | None" = None  # the model's inputs on their way to a GPU
+    own: slice = slice(None)  # the part of the T tokens that this rank computes
 
     @property
     def num_targets(self) -> int:
-        return self.tokens[:, 1:].numel() if self.loss_mask is None else int(self.loss_mask.sum())
+        """In the part of this rank, which may be 0."""
+        in_loss = self.loss_mask
+        return self.tokens[:, 1:][:, self.own].numel() if in_loss is None else int(in_loss[:, self.own].sum())
 
     def model_inputs(self, device: torch.device) -> tuple:
         """Input ids and labels on the device, and with a document mask document ids in host memory; each (B, T).
 
-        A student's are the same with document ids or None, and what its teacher predicts, on the device.
+        A student's are the same with document ids or None, and what its teacher predicts, on the device. All but
+        document ids are of this rank's part of the sequences.
         """
         if self.ready is not None:
             return self.ready.wait()
@@ -46,8 +50,9 @@ class Batch(NamedTuple):
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         if self.loss_mask is not None:
             labels = labels.where(self.loss_mask.to(device, non_blocking=True), IGNORE_INDEX)
+        inputs, labels = inputs[:, self.own], labels[:, self.own]
         if self.teacher is not None:
-            teacher = tuple(tensor.to(device, non_blocking=True) for tensor in self.teacher)
+            teacher = tuple(tensor.to(device, non_blocking=True)[:, self.own] for tensor in self.teacher)
             return inputs, labels, self.document_ids, teacher
         return (inputs, labels) if self.document_ids is None else (inputs, labels, self.document_ids)
 
@@ -80,7 +85,7 @@ def _tensors(inputs: Iterable) -> Iterator[Tensor]:
 
 def open_loader(run: Run, world: DistributedInfo, first_step: int) -> "HashingLoader":
     """This rank's micro-batches of all steps from `first_step` on, prefetched and hashed."""
-    return HashingLoader(prefetch(micro_batches(run, world, first_step), _PREFETCHED))
+    return HashingLoader(prefetch(micro_batches(run, world, first_step), _PREFETCHED), world.sequence_rank == 0)
 
 
 def micro_batches(run: Run, world: DistributedInfo, first_step: int) -> Iterator[Batch]:
@@ -90,9 +95,9 @@ def micro_batches(run: Run, world: DistributedInfo, first_step: int) -> Iterator
 
 
 def _read_step(run: Run, world: DistributedInfo, step: Step) -> Iterator[Batch]:
-    share = rank_positions(step.first_position, step.batch, world.rank, world.size)
+    share = rank_positions(step.first_position, step.batch, world.data_rank, world.data_size)
     for start in share[:: run.micro_batch]:
-        yield read_batch(run, np.arange(start, start + run.micro_batch), world.device)
+        yield read_batch(run, np.arange(start, start + run.micro_batch), world)
 
 
 def _copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -106,11 +111,11 @@ def _copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Ba
         yield batch._replace(ready=InputCopy(inputs, stream.record_event()))
 
 
-def read_batch(run: Run, positions: np.ndarray, device: torch.device) -> Batch:
+def read_batch(run: Run, positions: np.ndarray, world: DistributedInfo) -> Batch:
     """The samples at some positions, pinned for a GPU."""
 
     def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).pin_memory() if device.type == "cuda" else torch.from_numpy(array)
+        return torch.from_numpy(array).pin_memory() if world.device.type == "cuda" else torch.from_numpy(array)
 
     reader = run.data.reader
     teacher = reader.read_teacher(positions) if reader.has_teacher else None
@@ -119,6 +124,7 @@ def read_batch(run: Run, positions: np.ndarray, device: torch.device) -> Batch:
         tensor(reader.read_document_ids(positions)) if run.recipe.document_mask else None,
         tensor(reader.read_loss_mask(positions)) if reader.has_loss_mask else None,
         (tensor(teacher[0]), tensor(teacher[1])) if teacher else None,
+        own=world.own_tokens(run.recipe.sequence_length),
     )
 
 
@@ -132,8 +138,10 @@ def count_targets(run: Run, step: Step) -> int:
 class HashingLoader:
     """Iterates over the micro-batches of a rank, and sums up a digest of every sample in them."""
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
+    def __init__(self, batches: Iterable[Batch], counts: bool = True) -> None:
+        """With `counts` off nothing is summed up: ranks that share sequences read the same, and one of them counts."""
         self._batches = iter(batches)
+        self._counts = counts
         self._sum = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -141,7 +149,7 @@ class HashingLoader:
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
-        for sample in batch.tokens.numpy():
+        for sample in batch.tokens.numpy() if self._counts else ():
             digest = hashlib.blake2b(sample.tobytes(), digest_size=_DIGEST_BYTES).digest()
             self._sum += int.from_bytes(digest, "little")
         return batch

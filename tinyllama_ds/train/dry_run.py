@@ -77,14 +77,14 @@ def _parts(trainer: Trainer) -> Iterator[tuple[str, Callable[[], object]]]:
     """Name and action of each part, in the order in which training executes them."""
     engine, run, world = trainer.engine, trainer.run, trainer.world
     step = run.plan.step(trainer.start.step)
-    share = rank_positions(step.first_position, step.batch, world.rank, world.size)
-    batch = read_batch(run, np.array(share[: run.micro_batch]), world.device)
+    share = rank_positions(step.first_position, step.batch, world.data_rank, world.data_size)
+    batch = read_batch(run, np.array(share[: run.micro_batch]), world)
     losses: list[torch.Tensor] = []
     engine.set_gradient_accumulation_boundary(True)
     yield "forward", lambda: losses.append(forward(engine, batch.model_inputs(world.device))[0])
     yield "backward", lambda: _backward(engine, losses.pop())
     if run.evaluation.validation:
-        one_batch = replace(run.evaluation.validation[0], samples=run.micro_batch * world.size)
+        one_batch = replace(run.evaluation.validation[0], samples=run.micro_batch * world.data_size)
         yield "validation", lambda: sample_losses([one_batch], engine, sum_over_ranks, world, run.micro_batch)
     yield "probe", lambda: take_probe(engine, run, world)
     if run.evaluation.prompts:

@@ -62,6 +62,12 @@ def start_process_group(world: DistributedInfo, timeout: timedelta = _START_TIME
         deepspeed.init_distributed("nccl", verbose=False, timeout=timeout)
 
 
+def sequence_parallel_group(world: DistributedInfo) -> dist.ProcessGroup:
+    """The neighbours that share each sequence with this rank. Collective."""
+    group, _ = dist.new_subgroups(world.sequence_parallel, timeout=_STEP_TIMEOUT)
+    return group
+
+
 def expect_steps(world: DistributedInfo) -> None:
     """From now on a collective waits no longer than a step can take. Collective."""
     gather_from_ranks(None)

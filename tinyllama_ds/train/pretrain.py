@@ -6,6 +6,7 @@ import socket
 import sys
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,7 +61,7 @@ def pretrain(options: Options, estimate_memory: EstimateMemory) -> int:
     """
     try:
         fault_injection.install()
-        world = read_world()
+        world = replace(read_world(), sequence_parallel=options.sequence_parallel)
     except ConfigError as error:
         return exit_before_start(error, options.run_dir)
     heartbeat = Heartbeat(world.rank, options.run_dir)

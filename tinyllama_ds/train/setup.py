@@ -33,7 +33,7 @@ from tinyllama_ds.run.run_file import write_status
 from tinyllama_ds.run.starts import record_start
 from tinyllama_ds.train.callbacks.registry import register_callbacks
 from tinyllama_ds.train.compile import compile_blocks, decide_compilation
-from tinyllama_ds.train.engine import wrap
+from tinyllama_ds.train.engine import sequence_parallel_group, wrap
 from tinyllama_ds.train.trainer import Outputs, Trainer
 from tinyllama_ds.train.utilization import peak_flops
 
@@ -115,6 +115,8 @@ def start_engine(run: Run, world: DistributedInfo, point: ResumePoint) -> "tuple
     model = build_initial_model(run, world, initial)
     if run.recipe.teacher is not None:
         model.lm_head.distillation_and_grad = distillation_of(run.recipe.teacher.weight, run.recipe.teacher.temperature)
+    if world.sequence_parallel > 1:
+        model.split_sequences(sequence_parallel_group(world))
     is_compiled, compilation = decide_compilation(run.options.compile, world)
     if is_compiled:
         compile_blocks(model)
@@ -160,9 +162,10 @@ def describe_run(run: Run, world: DistributedInfo, engine: "DeepSpeedEngine", co
     dtype = next(engine.module.parameters()).dtype
     peak, origin = peak_flops(world.device, dtype, world.size)
     batch = run.plan.stages[0].batch
-    accumulation = accumulation_steps(batch, world.size, run.micro_batch)
+    accumulation = accumulation_steps(batch, world.data_size, run.micro_batch)
     padding = run.model.vocab_size - run.data.tokenizer.vocab_size
     padded = f" ({padding} rows of the vocabulary are padding, which no text uses)" if padding else ""
+    each = f"each group of {world.sequence_parallel} ranks" if world.sequence_parallel > 1 else "each rank"
     mup = f", muP ({run.model.width_multiplier:g} times its base's width)" if run.model.mup else ""
     return (
         f"{run.recipe.model_name}: {run.model.num_parameters:,} parameters{padded} in"
@@ -170,7 +173,7 @@ def describe_run(run: Run, world: DistributedInfo, engine: "DeepSpeedEngine", co
         f" ZeRO-{engine.zero_optimization_stage()}{mup}, {run.kernels}, torch.compile: {compilation}\n"
         f"{run.plan.total_steps:,} steps, {run.plan.total_tokens:,} tokens; a step is {batch} sequences of"
         f" {run.recipe.sequence_length} tokens in {accumulation} micro-batch{'es' if accumulation > 1 else ''} of"
-        f" {run.micro_batch} on each rank\n"
+        f" {run.micro_batch} on {each}\n"
         f"MFU = tokens/s x (6 x matmul parameters + 12 x layers x heads x head size x sequence) / peak;"
         f" peak {peak / 1e12:.2f} TFLOP/s per rank from {origin}"
     )

@@ -27,7 +27,7 @@ def train_step(
 
     Returns this rank's part of the losses and the global gradient norm before clipping, on the device.
     """
-    accumulation = accumulation_steps(step.batch, world.size, micro_batch)
+    accumulation = accumulation_steps(step.batch, world.data_size, micro_batch)
     targets = step.tokens_after - step.tokens_before
     loss = accumulate_gradients(engine, batches, accumulation, targets, world, clock)
     with clock.phase("step"):
@@ -47,7 +47,8 @@ def accumulate_gradients(
 
     `targets` is the number of labels in the global batch. The mean loss of a micro-batch is weighted by its share of
     them times the ranks, because gradients and losses are averaged over ranks: so their mean is the sum of all token
-    losses / targets, however unequal the shares are. Where all are equal the weight is 1 / accumulation.
+    losses / targets, however unequal the shares are. Where all are equal the weight is 1 / accumulation. So it is
+    with ranks that share sequences: each has targets of its own, perhaps none.
     """
     total = torch.zeros((), device=world.device)
     for number in range(accumulation):

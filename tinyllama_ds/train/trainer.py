@@ -130,7 +130,7 @@ class Trainer:
         """Forward and backward of all micro-batches, the status of all ranks, and the optimizer step if it is good."""
         samples = self.run.data.order.span(step.first_position, step.batch)
         learning_rate = set_learning_rate(self.engine, self.run.schedule.ratio(step.tokens_after))
-        accumulation = accumulation_steps(step.batch, self.world.size, self.run.micro_batch)
+        accumulation = accumulation_steps(step.batch, self.world.data_size, self.run.micro_batch)
         targets = count_targets(self.run, step)
         loss = accumulate_gradients(self.engine, batches, accumulation, targets, self.world, self.clock)
         reduce_status = partial(

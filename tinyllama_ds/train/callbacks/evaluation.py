@@ -59,7 +59,8 @@ class Samples(Callback):
 def continue_prompts(trainer: Trainer, new_tokens: int) -> list[list[int]]:
     """Greedy continuations of the recipe's prompts, as ids. Collective."""
     # A new shape would be compiled, and that would change the kernels of the training steps.
-    with torch.compiler.set_stance("force_eager"):
+    whole_sequences = trainer.engine.module.model.sequence_parallel.paused()
+    with torch.compiler.set_stance("force_eager"), whole_sequences:
         eos_id = trainer.run.data.tokenizer.eos_id
         return continue_greedily(
             trainer.engine, trainer.run.evaluation.prompts, new_tokens, eos_id, trainer.world.device
