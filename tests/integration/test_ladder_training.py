@@ -24,7 +24,7 @@ def test_the_runs_of_a_ladder_are_fitted(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trained as pretrain would; the command finds all of them finished."""
-    monkeypatch.setattr("tinyllama_ds.ladder.prediction.DRAWS", 10)
+    monkeypatch.setattr("tinyllama_ds.ladder.result.DRAWS", 10)
     path, runs = write_ladder(tmp_path, tokens=TOKENS, **SHARES), tmp_path / "runs"
     runs.mkdir()
     for size in (ladder := load_ladder(str(path))).sizes:

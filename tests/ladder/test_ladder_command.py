@@ -17,8 +17,8 @@ from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.config.schedule import make_schedule
 from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.ladder.definition import Ladder, load_ladder
-from tinyllama_ds.ladder.predicted import predict
-from tinyllama_ds.ladder.prediction import fit_ladder, write_result
+from tinyllama_ds.ladder.result import fit_ladder, write_result
+from tinyllama_ds.ladder.run_prediction import predict
 from tinyllama_ds.ladder.runs import config_of, measurements, recipe_of
 
 LAWS = {"slimpajama": (2.0, 30.0, 0.3, 100.0, 0.4), "starcoderdata": (1.5, 40.0, 0.35, 80.0, 0.35)}
@@ -26,7 +26,7 @@ LAWS = {"slimpajama": (2.0, 30.0, 0.3, 100.0, 0.4), "starcoderdata": (1.5, 40.0,
 
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyllama_ds.ladder.prediction.DRAWS", 10)
+    monkeypatch.setattr("tinyllama_ds.ladder.result.DRAWS", 10)
 
 
 def law(source: str, parameters: int, tokens: int) -> float:
@@ -158,6 +158,20 @@ def test_another_ladder_in_the_same_directory_is_rejected(
     (tmp_path / "runs" / "d2" / "metrics.jsonl").write_text("".join(rows[:-1]))
     assert run(finished, data_dir) == EXIT_CONFIG
     assert "d2/metrics.jsonl: has no validation loss of slimpajama at 10,240 tokens" in capsys.readouterr().err
+
+
+def test_a_larger_model_that_is_worse_is_a_warning(
+    finished: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = tmp_path / "runs" / "d4" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows[-1]["Validation/Loss/slimpajama"] += 3
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(finished, data_dir) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "slimpajama: d4 is worse than d3 by 2." in warnings[0]
+    assert "slimpajama: d4 is worse than d3 by 2." in (tmp_path / "runs" / "ladder.html").read_text()
 
 
 def test_data_without_validation_is_rejected_before_anything_is_written(

@@ -24,6 +24,7 @@ from tinyllama_ds.launch.launcher import MEASURE, launcher_command, launcher_env
 from tinyllama_ds.outputs import write_figure, write_file
 
 if TYPE_CHECKING:
+    from tinyllama_ds.ladder.run_prediction import Predicted
     from tinyllama_ds.planning.communication import Hosts, Traffic
     from tinyllama_ds.planning.plan import Inputs, Plan
     from tinyllama_ds.planning.search import Ranking
@@ -67,14 +68,13 @@ def _add_machines(group: "argparse._ArgumentGroup") -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     """Show what a run needs, costs and does, before it starts."""
-    from tinyllama_ds.ladder.predicted import predict
     from tinyllama_ds.planning.page import plan_text, ranking_table, tables_of
     from tinyllama_ds.planning.plan import PlanRequest, make_plan, read_inputs, reject_too_large
     from tinyllama_ds.planning.search import reason, search
 
     _check_arguments(options)
     inputs, hosts = all_of(lambda: read_inputs(options.recipe, options.deepspeed_config), lambda: _hosts(options))
-    predicted = predict(options.ladder, inputs.recipe) if options.ladder else None
+    predicted = _predicted(options.ladder, inputs) if options.ladder else None
     options.machines, options.is_compiled = _machines(options, inputs, hosts), options.compile != "off"
     request = as_dataclass(PlanRequest, options)
     sizes = _source_sizes(options.data, inputs)
@@ -92,6 +92,12 @@ def _plan(options: argparse.Namespace) -> int:
     code = print_result(options, _result(plan, ranking) | found, text)
     _write_files(options, plan, tables, predicted.charts() if predicted else [])
     return code
+
+
+def _predicted(ladder: Path, inputs: "Inputs") -> "Predicted":
+    from tinyllama_ds.ladder.run_prediction import predict
+
+    return predict(ladder, inputs.recipe)
 
 
 def _check_arguments(options: argparse.Namespace) -> None:

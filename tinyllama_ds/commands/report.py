@@ -26,7 +26,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _report_one(options: argparse.Namespace, run: Path) -> int:
     from tinyllama_ds.checkpoint.format import newest_progress
-    from tinyllama_ds.ladder.predicted import compare
+    from tinyllama_ds.ladder.run_prediction import compare
     from tinyllama_ds.launch.lock import is_held
     from tinyllama_ds.report.charts import run_figure
     from tinyllama_ds.report.history import read_history

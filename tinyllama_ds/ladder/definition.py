@@ -162,6 +162,7 @@ def _size(settings: Settings, depth: int, recipe: Recipe, config: dict, batch: i
     rate = settings.learning_rate or _rate_of(config)
     if rate is not None:
         rate *= (model.hidden_size / recipe.model.hidden_size) ** settings.learning_rate_exponent
+        rate = float(f"{rate:.6g}")
     return Size(f"d{depth}", model, tokens, rate)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from tinyllama_ds.ladder.definition import Ladder
 from tinyllama_ds.ladder.fit import COVERAGE
-from tinyllama_ds.ladder.prediction import LadderResult, Prediction, SourceFit, points_of
+from tinyllama_ds.ladder.result import LadderResult, Prediction, SourceFit, points_of, warnings_of
 from tinyllama_ds.numbers import duration, short_count
 from tinyllama_ds.page import Table, chart, render
 from tinyllama_ds.report.history import History
@@ -95,9 +95,11 @@ def ladder_page(ladder: Ladder, result: LadderResult, histories: Mapping[str, Hi
         chart(partial(draw_residuals, fitted=fitted), f"Residuals, {source}")
         for source, fitted in result.sources.items()
     ]
+    warnings = warnings_of(result)
     losses = chart(partial(draw_training, histories=histories), "Training loss of all sizes", is_wide=True)
     return render(
-        "ladder.html", title=f"Ladder: {result.name}", verdict=verdict(result), passed=True, charts=[*charts, losses],
+        "ladder.html", title=f"Ladder: {result.name}", verdict=verdict(result), passed=not warnings, warnings=warnings,
+        charts=[*charts, losses],
         tables=[predicted, held_out_table(result), law_table(result), sizes_table(ladder, 0.0, "")],
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ several finished models. Losses between are not used: they depend on where in it
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tinyllama_ds.config.recipe import Evaluation, Recipe, Samples
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.files import read_object_if_whole
 from tinyllama_ds.ladder.definition import Ladder, Size, decay_steps
+from tinyllama_ds.ladder.result import Measurement
 from tinyllama_ds.layout import METRICS_FILE, STATUS_FILE
 from tinyllama_ds.numbers import short_count
 from tinyllama_ds.report.history import read_metrics
@@ -23,16 +24,6 @@ from tinyllama_ds.run.decay import model_of_recipe
 
 _LOGGED = 200  # steps of a run
 _LOSS = "Validation/Loss/"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A finished model: its size, all its parameters, its tokens, and the validation loss of one source in nats."""
-
-    size: str
-    parameters: int
-    tokens: int
-    loss: float
 
 
 def recipe_of(ladder: Ladder, size: Size) -> str:

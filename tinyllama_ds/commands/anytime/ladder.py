@@ -147,7 +147,7 @@ def _announce(ladder: "Ladder", sizes: "Mapping[str, Size]", directory: Path, na
 
 def _fit(ladder: "Ladder", options: argparse.Namespace) -> int:
     from tinyllama_ds.ladder.page import held_out_table, ladder_page, law_table, verdict
-    from tinyllama_ds.ladder.prediction import fit_ladder, write_result
+    from tinyllama_ds.ladder.result import fit_ladder, warnings_of, write_result
     from tinyllama_ds.ladder.runs import measurements
     from tinyllama_ds.outputs import write_file
     from tinyllama_ds.report.history import read_history
@@ -157,8 +157,9 @@ def _fit(ladder: "Ladder", options: argparse.Namespace) -> int:
     write_result(directory, result)
     histories = {size.name: read_history(directory / size.name) for size in ladder.sizes}
     write_file(directory / _PAGE, ladder_page(ladder, result, histories))
-    tables = (held_out_table(result), law_table(result))
-    text = "\n\n".join([*(table.as_text() for table in tables), verdict(result), str(directory / _PAGE)])
+    tables, warnings = (held_out_table(result), law_table(result)), warnings_of(result)
+    lines = [*(f"warning: {warning}" for warning in warnings), verdict(result), str(directory / _PAGE)]
+    text = "\n\n".join([*(table.as_text() for table in tables), "\n".join(lines)])
     sources = {
         source: {
             "prediction": asdict(fitted.predictions(result.parameters, [result.tokens])[0]),
@@ -167,7 +168,7 @@ def _fit(ladder: "Ladder", options: argparse.Namespace) -> int:
         }
         for source, fitted in result.sources.items()
     }
-    found = {"parameters": result.parameters, "tokens": result.tokens, "sources": sources}
+    found = {"parameters": result.parameters, "tokens": result.tokens, "sources": sources, "warnings": warnings}
     return print_result(options, found | {"page": str(directory / _PAGE)}, text)
 
 

@@ -13,7 +13,7 @@ from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.ladder.fit import COVERAGE
 from tinyllama_ds.ladder.page import draw_predicted, finish, interval_text, predicted_table
-from tinyllama_ds.ladder.prediction import Prediction, SourceFit, read_result
+from tinyllama_ds.ladder.result import Prediction, SourceFit, read_result
 from tinyllama_ds.page import Chart, Table, chart
 from tinyllama_ds.report.history import History
 

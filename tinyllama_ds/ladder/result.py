@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,20 @@ from tinyllama_ds.config.validation import validate_json
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.inputs import read_text
 from tinyllama_ds.ladder.fit import DRAWS, Fit, Points, fit
-from tinyllama_ds.ladder.runs import Measurement
 from tinyllama_ds.outputs import write_file
 
 LADDER_FILE = "ladder.json"
+_NOISE = 0.02  # nats between two models that differ by chance alone
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A finished model: its size, all its parameters, its tokens, and the validation loss of one source in nats."""
+
+    size: str
+    parameters: int
+    tokens: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,24 @@ class LadderResult:
                 f" {', '.join(self.sources)}, such as {self.recipe}"
             )
         return {source: self.sources[source] for source in recipe.sources}
+
+
+def warnings_of(result: LadderResult) -> list[str]:
+    """A larger model that is worse on as many tokens: no law of this form has that."""
+    found = []
+    for source, fitted in result.sources.items():
+        pairs = [
+            (larger.loss - smaller.loss, larger, smaller)
+            for larger, smaller in product(fitted.measurements, repeat=2)
+            if larger.parameters > smaller.parameters and larger.tokens == smaller.tokens
+        ]
+        excess, larger, smaller = max(pairs, key=lambda pair: pair[0], default=(0.0, None, None))
+        if larger and smaller and excess > _NOISE:
+            found.append(
+                f"{source}: {larger.size} is worse than {smaller.size} by {excess:.3f} at {larger.tokens:,} tokens, so"
+                " the law does not hold; its learning rate is too high or too low for its width, or its tokens too few"
+            )
+    return found
 
 
 def points_of(measurements: Sequence[Measurement]) -> Points:
