@@ -96,7 +96,9 @@ _TYPES: dict[str, tuple[Callable[[Key], str], Callable[[Key, Any], bool]]] = {
     "integer": (_describe_integer, _is_whole),
     "steps": (
         lambda key: "a whole number of 0 or more, a list of them",
-        lambda key, v: _is_whole(key, v) or (_is_list(v, lambda one: isinstance(one, int) and _is_whole(key, one))),
+        lambda key, v: (
+            _is_whole(key, v) or (v != [] and _is_list(v, lambda one: isinstance(one, int) and _is_whole(key, one)))
+        ),
     ),
     "ratio": (lambda key: "a number from 0 to 1", lambda key, v: _is_number(v) and 0 <= v <= 1),
     "betas": (
