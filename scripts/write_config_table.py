@@ -24,13 +24,22 @@ def page() -> str:
     keys = key_tables()
     supported = _accepted("Supported", _SUPPORTED, keys.supported)
     warned = _accepted("Passed on with a warning", _WARNED, keys.warned)
-    return "\n".join([_HEAD, *supported, *warned, *_rejected(keys.rejected)])
+    optimizers = _optimizers(keys.supported["optimizer.type"])
+    return "\n".join([_HEAD, *supported, *optimizers, *warned, *_rejected(keys.rejected)])
 
 
 _SUPPORTED = (
     "Tests train eight steps with each of these and compare the curve with that of the same stage without it, or with\n"
     "PyTorch's optimizer (`tests/integration/test_key_effects.py`)."
 )
+_OPTIMIZERS = """Each name that DeepSpeed has, in any case. Tests train with the accepted ones at ZeRO stages 0 to 3,
+on one rank and on two, and compare each loss with that of a plain loop, to 1e-5 in fp32
+(`tests/integration/test_optimizers.py`). DeepSpeed takes any
+other class of `torch.optim` too; those are rejected, since none is tested under ZeRO. What Muon is:
+[training.md](training.md#muon).
+
+| optimizer | equal to, or why it is rejected |
+| --- | --- |"""
 _WARNED = "Passed to DeepSpeed unchanged, because their effect depends on the machine; `pretrain` prints this once."
 
 
@@ -40,6 +49,12 @@ def _accepted(title: str, text: str, keys: dict[str, Key]) -> list[str]:
         for full, key in keys.items()
     ]
     return [f"## {title}\n\n{text}\n", "| key | value | stages | effect |", "| --- | --- | --- | --- |", *rows, ""]
+
+
+def _optimizers(key: Key) -> list[str]:
+    rows = [f"| {name} | {what} |" for name, what in key.names.items()]
+    rows += [f"| {name} | rejected: it {why} |" for name, why in key.rejected.items()]
+    return [f"## Optimizers\n\n{_OPTIMIZERS}", *rows, ""]
 
 
 def _rejected(keys: dict[str, str]) -> list[str]:

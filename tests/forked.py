@@ -80,10 +80,10 @@ def tinyllama_ds(*arguments: object, **environment: str) -> Finished:
         return processes.finish()
 
 
-def plain_curves(program: str, recipe: Path, data: Path, steps: int) -> dict[str, list[float]]:
+def plain_curves(program: str, recipe: Path, data: Path, steps: int, *more: str) -> dict[str, list[float]]:
     """Loss and gradient norm of every step of a training without DeepSpeed, by a program of `tests/integration`."""
     script = Path(__file__).with_name("integration") / program
-    finished = on_ranks(run_script, script, recipe, data, steps, ranks=1)
+    finished = on_ranks(run_script, script, recipe, data, steps, *more, ranks=1)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 

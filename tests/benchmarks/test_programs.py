@@ -60,6 +60,18 @@ def test_saves(tmp_path: Path) -> None:
     assert "whole" in checkpoint_stall.table({"ZeRO-3, now": seconds})
 
 
+def test_learning_rates_over_widths(data_dir: Path, tmp_path: Path) -> None:
+    runs, output, picture = (tmp_path / name for name in ("runs.jsonl", "mup.json", "mup.png"))
+    arguments = ("--widths", 32, 64, "--base", 32, "--exponents", -8, -7, -6, "--steps", 2)
+    benchmark("mup_transfer", data_dir, "--runs", runs, *arguments, "--json", output, "--picture", picture)
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["mup"], row["width"]) for row in rows] == [(False, 32), (False, 64), (True, 32), (True, 64)]
+    assert rows[0]["losses"] == rows[2]["losses"], "at its base muP is the standard model"
+    assert rows[1]["losses"] != rows[3]["losses"]
+    assert len(runs.read_text().splitlines()) == 9
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_order_of_data(tmp_path: Path) -> None:
     output = tmp_path / "order.json"
     benchmark("data_order", "--rounds", 1, "--shards", 2, "--shard-tokens", 200_000, "--json", output)

@@ -66,6 +66,8 @@ MUON = {"optimizer": {"type": "Muon", "params": {
     "torch_adam": True,
 }}}  # fmt: skip
 
+WHOLE = {"reduce_scatter": False}  # gradients, for Muon
+
 # Each layout continues what the one before it has saved, and the first one continues its own save.
 CHAINS = {
     "fp32": [Layout(2, 3), Layout(1, 1), Layout(2, 0), Layout(4, 3)],
@@ -82,7 +84,8 @@ CHAINS = {
         Layout(2, 2, zero={"round_robin_gradients": True}), Layout(2, 1, zero={"parameter_alignment": True}),
     ],
     "Muon": [Layout(2, 1, BF16, more=MUON | FP32_SUMS), Layout(1, 0, BF16, more=MUON)],
-    "Muon with momentum in bf16": [Layout(2, 3, BF16, {"reduce_scatter": False}, MUON), Layout(2, 2, BF16, more=MUON)],
+    "Muon with momentum in bf16": [Layout(2, 3, BF16, WHOLE, MUON), Layout(2, 2, BF16, WHOLE, MUON)],
+    "Muon in fp32": [Layout(ranks, stage, zero=WHOLE, more=MUON) for ranks, stage in ((2, 2), (1, 3), (2, 1), (1, 2))],
 }  # fmt: skip
 
 
@@ -90,6 +93,7 @@ def train_and_save(root: Path, layout: Layout, first: Path | None) -> None:
     """On every rank: continue from a checkpoint, and save that at once, then after each of two steps."""
     world = read_world()
     start_process_group(world)
+    torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's update for each shape
     dtype = torch.bfloat16 if layout.bf16 else torch.float32
     engine = wrap(build_model(MODEL, "sdpa", 1, dtype=dtype), layout.config(), 1.0)
     saver = Saver(SaveSettings(root, Retention(9, 10**15), 1e9, MODEL, {}), world, lambda save: None)

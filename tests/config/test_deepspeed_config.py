@@ -52,7 +52,7 @@ def test_shipped_configs_resolve_and_pass_deepspeeds_own_parser(path: Path, monk
     parsed = DeepSpeedConfig(
         engine_config | {"train_batch_size": 64 // 2, "gradient_accumulation_steps": 32 // micro_batch}
     )
-    assert parsed.gradient_clipping == (0.0 if path.stem == "zero3_muon" else 1.0)
+    assert parsed.gradient_clipping == (0.0 if path.stem in ("zero2_muon", "zero3_muon") else 1.0)
     params = resolved["optimizer"]["params"]
     assert (params["betas"], params["weight_decay"]) == ([0.9, 0.95], 0.1)
     schedule = make_schedule(raw, path, RunPlan(load_recipe("tinyllama-v1")))
@@ -89,7 +89,11 @@ def test_shipped_configs_resolve_and_pass_deepspeeds_own_parser(path: Path, monk
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow would change the global batch"),
         ({"zero_optimization": {"stage": 2, "sub_group_size": "auto"}}, 'sub_group_size is "auto"; expected a whole'),
         ({"zero_optimization": {"stage": 2, "overlap_comm": "yes"}}, 'overlap_comm is "yes"; expected true or false'),
-        ({"optimizer": {"type": "Lion"}}, 'optimizer.type is "Lion"; expected AdamW, Adam or Muon'),
+        ({"optimizer": {"type": "SGD"}}, 'optimizer.type is "SGD"; expected AdamW, Adam or Muon'),
+        (
+            {"optimizer": {"type": "lamb"}},
+            'optimizer.type is "lamb", which scales each update by norms of the whole parameter, of which a rank',
+        ),
         ({"optimizer": {"type": None}}, "optimizer.type is null; expected AdamW"),
         ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params is null; expected a section in braces"),
         (
@@ -101,6 +105,10 @@ def test_shipped_configs_resolve_and_pass_deepspeeds_own_parser(path: Path, monk
             'optimizer.params.lr is "4e-4"; expected a number',
         ),
         ({"optimizer": {"type": "AdamW", "params": {"lr": float("nan")}}}, "optimizer.params.lr is NaN; expected a"),
+        (
+            {"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 2}},
+            "Muon at stage 2 needs zero_optimization.reduce_scatter: false",
+        ),
         ({"optimizer": {"type": "Muon"}}, "Muon at stage 3 needs zero_optimization.reduce_scatter: false"),
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "bf16_optimizer_states differ; expected both"),
         (

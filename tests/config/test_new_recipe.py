@@ -26,6 +26,7 @@ from tinyllama_ds.config.recipe import (
 )
 from tinyllama_ds.errors import EXIT_CONFIG
 from tinyllama_ds.hf.import_model import read_config
+from tinyllama_ds.model.config import Mup
 
 SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
 
@@ -33,7 +34,7 @@ SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
 def test_every_key_is_there_with_its_default() -> None:
     text = recipe_text(Draft("mine"))
     keys = set(re.findall(r"^(?:# )?\[*(\w+)[\] ]", text, flags=re.M))
-    tables = (Recipe, Stage, Intervals, GuardSettings, Samples, Evaluation, Teacher)
+    tables = (Recipe, Stage, Intervals, GuardSettings, Samples, Evaluation, Teacher, Mup)
     assert {field.name for table in tables for field in fields(table)} - keys == {"ramp_tokens"}, "of later stages"
     raw = tomllib.loads(text)
     for name, table in (("guard", GuardSettings()), ("intervals", Intervals())):
@@ -64,11 +65,12 @@ def test_a_recipe_like_another_has_its_values(name: str, tmp_path: Path) -> None
     assert load_recipe(str(path)) == replace(load_recipe(name), name="mine")
 
 
-def test_samples_scores_and_a_teacher_are_taken_over(tmp_path: Path) -> None:
+def test_samples_scores_a_teacher_and_mup_are_taken_over(tmp_path: Path) -> None:
     like = write_recipe(tmp_path / "like.toml", 4, save_every=4)
     extra = '[samples]\nprompts = ["a\\"b", "\\\\n"]\nevery_tokens = 640\nnew_tokens = 5\n'
     extra += '[evaluation]\ntasks = ["piqa"]\nevery_tokens = 640\nlimit = 7\n'
-    like.write_text(like.read_text() + extra + "[teacher]\nweight = 0.25\ntemperature = 3\n")
+    extra += "[teacher]\nweight = 0.25\ntemperature = 3\n[mup]\nbase_hidden_size = 32\n"
+    like.write_text(like.read_text() + extra)
     path = tmp_path / "mine.toml"
     path.write_text(recipe_text(draft_like("mine", str(like))))
     assert load_recipe(str(path)) == replace(load_recipe(str(like)), name="mine")

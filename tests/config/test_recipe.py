@@ -1,6 +1,7 @@
 """Recipes: the shipped ones load, and what is wrong is named with its place."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tinyllama_ds.config.recipe import (
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.config.schedule import make_schedule
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.model.config import MODEL_SIZES
+from tinyllama_ds.model.config import MODEL_SIZES, Mup
 
 SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
 
@@ -141,6 +142,28 @@ def test_a_run_remembers_its_teacher_and_no_absent_one(tmp_path: Path) -> None:
     recipe = load_recipe(str(path))
     assert recipe.to_dict()["teacher"] == {"weight": 0.5, "temperature": 1.0}
     assert recipe_of_run({"recipe": recipe.to_dict()}) == recipe
+
+
+def test_a_table_mup_is_the_models_and_no_absent_one(tmp_path: Path) -> None:
+    """A named size keeps its name; a model of its own is described once."""
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert "mup" not in load_recipe(str(path)).to_dict()
+    path.write_text(f"{VALID}\n[mup]\nbase_hidden_size = 32\n")
+    recipe = load_recipe(str(path))
+    assert recipe.model == replace(MODEL_SIZES["test"], mup=Mup(32))
+    described = recipe.to_dict()
+    assert (described["model"], described["mup"]) == ("test", {"base_hidden_size": 32, "base_head_dim": None})
+    assert recipe_of_run({"recipe": described}) == recipe
+    for line, sentence in (
+        ("base_hidden_size = 0", "base_hidden_size 0 is not above 0"),
+        ("base_hidden_size = 3.5", "line 18: mup.base_hidden_size is 3.5; expected a whole number"),
+        ("base_head_dim = 16", "the key 'mup.base_hidden_size' is missing"),
+        ("base_hidden_size = 8\nwidth = 2", "unknown key 'mup.width'; the keys are base_hidden_size, base_head_dim"),
+    ):
+        path.write_text(f"{VALID}\n[mup]\n{line}\n")
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            load_recipe(str(path))
 
 
 RAMP = """

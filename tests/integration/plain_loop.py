@@ -1,6 +1,7 @@
 """The same training without DeepSpeed, launcher or our loop: one process, torch's AdamW, the published schedule.
 
-usage: plain_loop.py RECIPE DATA STEPS, prints a JSON object with the loss and gradient norm of every step.
+usage: plain_loop.py RECIPE DATA STEPS [grouped | mup], prints a JSON object with the loss and gradient norm of every
+step; "grouped" has parameter groups, "mup" those of a model twice as wide as the base of its recipe.
 """
 
 import json
@@ -39,9 +40,38 @@ def open_samples(recipe: Recipe, data: str, steps: int) -> tuple[dict[str, Token
     return streams, SampleOrder(recipe.seed, sizes, [MixtureStage(steps * batch, recipe.stages[0].weights)]), batch
 
 
-def train(model: LlamaForCausalLM, loss_of: Callable[[int], torch.Tensor], steps: int) -> None:
+def grouped(model: LlamaForCausalLM) -> list[dict]:
+    """PyTorch's groups: norms without weight decay, embeddings as well and faster, queries and keys slower."""
+    decoder = model.model
+    attentions = [layer.self_attn for layer in decoder.layers]
+    norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    slow = [projection.weight for attention in attentions for projection in (attention.q_proj, attention.k_proj)]
+    chosen = {id(parameter) for parameter in (*norms, decoder.embed_tokens.weight, *slow)}
+    return [
+        {"params": norms, "weight_decay": 0.0},
+        {"params": [decoder.embed_tokens.weight], "weight_decay": 0.0, "multiplier": 3.0},
+        {"params": slow, "multiplier": 0.5},
+        {"params": [parameter for parameter in model.parameters() if id(parameter) not in chosen]},
+    ]
+
+
+def of_mup(model: LlamaForCausalLM) -> list[dict]:
+    """PyTorch's groups of a model twice as wide as its base: the blocks' matrices, and all else."""
+    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2]
+    chosen = set(map(id, matrices))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    return [{"params": matrices, "weight_decay": 0.2, "multiplier": 0.5}, {"params": others}]
+
+
+KINDS = {"": lambda model: None, "grouped": grouped, "mup": of_mup}
+
+
+def train(
+    model: LlamaForCausalLM, loss_of: Callable[[int], torch.Tensor], steps: int, groups: list[dict] | None = None
+) -> None:
     """Train on the loss of each step's batch, and print all losses and gradient norms."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    parameters = groups or model.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     losses, norms = [], []
     for step in range(steps):
         loss = loss_of(step)
@@ -49,13 +79,13 @@ def train(model: LlamaForCausalLM, loss_of: Callable[[int], torch.Tensor], steps
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
+            group["lr"] = learning_rate(step, steps) * group.get("multiplier", 1.0)
         optimizer.step()
         losses.append(loss.item())
     print(json.dumps({"loss": losses, "grad_norm": norms}))
 
 
-def main(recipe_path: str, data: str, steps: int) -> None:
+def main(recipe_path: str, data: str, steps: int, kind: str = "") -> None:
     recipe = load_recipe(recipe_path)
     config = recipe.model
     streams, order, batch = open_samples(recipe, data, steps)
@@ -67,8 +97,8 @@ def main(recipe_path: str, data: str, steps: int) -> None:
         logits = model(tokens[:, :-1])
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-    train(model, loss_of, steps)
+    train(model, loss_of, steps, KINDS[kind](model))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

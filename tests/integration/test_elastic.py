@@ -26,15 +26,19 @@ ROUNDS = {
     "stages up": [Layout(0, 1, 8), Layout(2, 2, 2), Layout(3, 1, 4), Layout(0, 2, 2), Layout(1, 1, 2)],
 }
 STEPS = 3  # with each layout
-FUSED = {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.1, "torch_adam": True, "fused": True}}
+FUSED = {
+    "type": "AdamW",
+    "params": {"lr": 3e-3, "weight_decay": 0.1, "torch_adam": True, "fused": True},
+    "param_groups": [{"params": ["*norm*", "*embed*"], "weight_decay": 0}, {"params": ["*mlp*"], "lr_multiplier": 0.5}],
+}
 
 
 @pytest.mark.parametrize(
     "name", ["both at once", *(pytest.param(n, marks=pytest.mark.all_faults) for n in list(ROUNDS)[1:])]
 )
 def test_curve_and_samples_do_not_depend_on_the_layouts(name: str, data_dir: Path, tmp_path: Path) -> None:
-    """With fused AdamW, as shipped. The reference is a run that kept the first layout; the others start from what it
-    saved at the first change.
+    """With fused AdamW, as shipped, and with parameter groups. The reference is a run that kept the first layout; the
+    others start from what it saved at the first change.
     """
     first, *others = ROUNDS[name]
     recipe = write_recipe(tmp_path / "small.toml", STEPS * len(ROUNDS[name]), save_every=STEPS)

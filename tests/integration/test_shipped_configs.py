@@ -68,7 +68,7 @@ def test_states_in_bf16_stay_within_one_percent(reference: tuple, data_dir: Path
     assert_whole(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["zero1_muon", "zero3_muon"])
+@pytest.mark.parametrize("name", ["zero1_muon", "zero2_muon", "zero3_muon"])
 def test_muon_learns(name: str, reference: tuple, data_dir: Path, tmp_path: Path) -> None:
     recipe, losses = reference
     finished = pretrain(recipe, shrink(name, tmp_path / "ds.json"), data_dir, tmp_path / "run", 2)

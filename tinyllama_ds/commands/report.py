@@ -53,20 +53,28 @@ def _report_one(options: argparse.Namespace, run: Path) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from tinyllama_ds.report.comparison import comparison_page, comparison_table, differences, figures_of
     from tinyllama_ds.report.history import read_history
+    from tinyllama_ds.report.sample_losses import differences_of_losses, loss_table
 
     for name in ("picture", "ladder"):
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name}: is of one run; expected no more than one of {len(options.runs)}")
     resolved = list(dict.fromkeys(path.resolve() for path in options.runs))
     is_clear = len({path.name for path in resolved}) == len(resolved)
-    runs = {path.name if is_clear else str(path): read_history(path) for path in resolved}
+    places = {path.name if is_clear else str(path): path for path in resolved}
+    runs = {name: read_history(path) for name, path in places.items()}
+    losses = differences_of_losses(runs, places)
     figures = {name: figures_of(history, options.price_per_hour) for name, history in runs.items()}
     output = options.output or check_file("comparison.html")
-    write_file(output, comparison_page(runs, figures))
+    write_file(output, comparison_page(runs, figures, losses))
     table, rows = comparison_table(figures), differences(runs)
-    result = {"runs": figures, "differences": {key: dict(zip(runs, values, strict=True)) for key, *values in rows}}
-    text = f"{table.as_text()}\n{len(rows)} settings differ\n{output}"
-    return print_result(options, result | {"page": str(output)}, text)
+    result = {
+        "runs": figures,
+        "differences": {key: dict(zip(runs, values, strict=True)) for key, *values in rows},
+        "validation": [difference.to_dict() for difference in losses],
+        "page": str(output),
+    }
+    by_source = f"{loss_table(losses).as_text()}\n" if losses else ""
+    return print_result(options, result, f"{table.as_text()}\n{by_source}{len(rows)} settings differ\n{output}")
 
 
 COMMANDS = (("report", _add_report, _report),)

@@ -13,6 +13,7 @@ from tinyllama_ds.commands.arguments import (
     SECONDS,
     add_shared,
     as_dataclass,
+    token_count,
     with_absolute_paths,
     words_of,
 )
@@ -35,6 +36,7 @@ from tinyllama_ds.launch.supervisor import SupervisionResult, SupervisorConfig, 
 from tinyllama_ds.layout import LIFELINE_VARIABLE, STATUS_FILE, STOP_FILE
 
 if TYPE_CHECKING:
+    from tinyllama_ds.config.ablation import Ablation
     from tinyllama_ds.run.resolve import Options, Run
 _START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
@@ -47,11 +49,21 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint")
     branch = "begin with another run's checkpoint: the newest whose history this recipe shares, or a step_* folder"
     add("--branch-from", type=Path, metavar="RUN", help=branch)
+    without = "exclude a source: from the beginning, or in a branch from the checkpoint of so many tokens on (300B)"
+    add("--without", type=_ablation, metavar="SOURCE[@TOKENS]", help=without)
     weights = "start with only the weights of an imported model, a run or a checkpoint"
     add("--init-from", type=Path, metavar="DIR", help=weights)
     change = "resume although this differs from the run in --run-dir, named as in the error: recipe.seed, data ..."
     add("--allow-change", action="append", default=[], metavar="KEY", help=change)
     add_kernel_arguments(parser)
+
+
+def _ablation(text: str) -> "Ablation":
+    """An argument type: SOURCE, or SOURCE@TOKENS."""
+    from tinyllama_ds.config.ablation import Ablation
+
+    source, _, tokens = text.partition("@")
+    return Ablation(source, token_count(tokens)) if "@" in text else Ablation(text)
 
 
 def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:

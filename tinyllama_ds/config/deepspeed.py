@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinyllama_ds.config import param_groups
 from tinyllama_ds.config.deepspeed_keys import AUTO, key_tables
 from tinyllama_ds.config.key_lines import json_lines
 from tinyllama_ds.config.run_plan import accumulation_steps
@@ -39,6 +40,8 @@ def load_deepspeed_config(path: Path) -> dict:
         raise ConfigError(f"{path}: expected a JSON object at the top level")
     flat, lines = flatten(raw), json_lines(text)
     problems = [with_line(tuple(full.split(".")), sentence, lines) for full, sentence in _problems(flat)]
+    if param_groups.KEY in flat and not problems:
+        problems = param_groups.problems_of(flat[param_groups.KEY], lines)
     raise_problems(path, problems or _problems_together(flat))
     return raw
 
@@ -76,11 +79,12 @@ def _problems(flat: dict[str, Any]) -> Iterator[tuple[str, str]]:
         elif full not in keys.accepted:
             yield full, f"unknown key {shown(full)}{_hint(full)}"
         elif not keys.accepted[full].accepts(value):
-            yield full, _expected(full, value, keys.accepted[full].expectation)
+            key = keys.accepted[full]
+            yield full, _expected(full, value, key.expectation, key.why_not(value))
 
 
-def _expected(full: str, value: object, expectation: str) -> str:
-    return f"{full} is {shown_as_json(value)}; expected {expectation}"
+def _expected(full: str, value: object, expectation: str, why_not: str = "") -> str:
+    return f"{full} is {shown_as_json(value)}{', which ' if why_not else ''}{why_not}; expected {expectation}"
 
 
 def _hint(full: str) -> str:
@@ -116,16 +120,19 @@ def _problems_together(flat: dict[str, Any]) -> list[str]:
 
 
 def _problems_of_optimizer(flat: dict[str, Any], stage: int) -> list[str]:
+    keys = key_tables().accepted
     if "optimizer.type" not in flat:
-        return ["optimizer.type is missing; expected AdamW, Adam or Muon"]
-    kind, keys = flat["optimizer.type"].lower(), key_tables().accepted
+        return [f"optimizer.type is missing; expected {keys['optimizer.type'].expectation}"]
+    kind = flat["optimizer.type"].lower()
     found = [
         f"{full} has no effect with {flat['optimizer.type']}; remove it"
         for full in flat
         if full in keys and keys[full].optimizers and kind not in keys[full].optimizers
     ]
-    if kind == "muon" and stage == 3 and flat.get("zero_optimization.reduce_scatter", True):
-        found.append("optimizer.type Muon at stage 3 needs zero_optimization.reduce_scatter: false")
+    # With it DeepSpeed does not start at stage 3. At stage 2 in bf16, accumulating in fp32, it drops the gradients of
+    # parameters that are followed by a matrix: stage_1_and_2.py, average_tensor, merges the two and forgets the target.
+    if kind == "muon" and stage > 1 and flat.get("zero_optimization.reduce_scatter", True):
+        found.append(f"optimizer.type Muon at stage {stage} needs zero_optimization.reduce_scatter: false")
     return found
 
 

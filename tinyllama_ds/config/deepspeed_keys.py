@@ -2,8 +2,8 @@
 
 import math
 import tomllib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ class Key:
     optimizers: tuple[str, ...] = ()  # that have this parameter, in lower case; empty: all
     schedulers: tuple[str, ...] = ()  # that have this parameter
     required_by: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)  # values in any case, and what each is
+    rejected: Mapping[str, str] = field(default_factory=dict)  # other names, and why
 
     @property
     def expectation(self) -> str:
@@ -43,9 +45,18 @@ class Key:
         """Whether a value of the JSON has the type and the range."""
         return (self.auto and value == AUTO) or _TYPES[self.type][1](self, value)
 
+    def why_not(self, value: Any) -> str:
+        """Why a name is rejected; empty for any other value."""
+        return next((why for name, why in self.rejected.items() if _is_name(value, [name])), "")
+
+
+def _is_name(value: Any, names: Iterable[str]) -> bool:
+    """As DeepSpeed reads it: in any case."""
+    return isinstance(value, str) and value.lower() in map(str.lower, names)
+
 
 def _describe_enum(key: Key) -> str:
-    *others, last = map(str, key.enum)
+    *others, last = map(str, key.enum or key.names)
     return f"{', '.join(others)} or {last}" if others else last
 
 
@@ -107,10 +118,11 @@ _TYPES: dict[str, tuple[Callable[[Key], str], Callable[[Key, Any], bool]]] = {
     ),
     "text": (lambda key: "a text", lambda key, v: _is_text(v)),
     "names": (lambda key: "a list of names", lambda key, v: _is_list(v, _is_text)),
-    "optimizer": (
-        lambda key: "AdamW, Adam or Muon",
-        lambda key, v: isinstance(v, str) and v.lower() in ("adamw", "adam", "muon"),
+    "groups": (
+        lambda key: "a list of groups in braces, each with params",
+        lambda key, v: _is_list(v, lambda group: isinstance(group, dict)) and len(v) > 0,
     ),
+    "optimizer": (_describe_enum, lambda key, v: _is_name(v, key.names)),
     "recipe": (lambda key: '"auto" or nothing, because the recipe decides it', lambda key, v: v == AUTO),
 }
 

@@ -21,7 +21,7 @@ from tinyllama_ds.config.validation import (
 )
 from tinyllama_ds.errors import ConfigError, raise_problems, shown
 from tinyllama_ds.inputs import read_text
-from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
+from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig, Mup
 
 RECIPE_DIRECTORY = Path(__file__).parents[1] / "recipes"
 TASK_FILES = (".yaml", ".yml")  # of lm-eval
@@ -151,6 +151,10 @@ class Recipe:
     samples: Samples = Samples()
     evaluation: Evaluation = Evaluation()
     teacher: Teacher | None = None
+    mup: Mup | None = None  # becomes the model's
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", replace(self.model, mup=self.mup))  # although frozen
 
     @property
     def sources(self) -> list[str]:
@@ -160,13 +164,13 @@ class Recipe:
     @property
     def model_name(self) -> str:
         """The name of its size, or "custom"."""
-        return _name_of(self.model)
+        return _name_of(replace(self.model, mup=None))
 
     def to_dict(self) -> dict:
         """What run.json remembers, with a model of a named size by its name, and without tables that are absent."""
-        model = self.model_name if self.model_name in MODEL_SIZES else self.model.to_dict()
-        content = asdict(self) | {"model": model}
-        return content if self.teacher else {key: value for key, value in content.items() if key != "teacher"}
+        model = replace(self.model, mup=None)
+        content = asdict(self) | {"model": self.model_name if self.model_name in MODEL_SIZES else model.to_dict()}
+        return {key: value for key, value in content.items() if value is not None}
 
 
 def recipe_of_run(description: dict) -> Recipe:
@@ -179,7 +183,7 @@ def recipe_of_run(description: dict) -> Recipe:
     }
     values |= {
         key: table(**raw[key])
-        for key, table in (tables | {"evaluation": Evaluation, "teacher": Teacher}).items()
+        for key, table in (tables | {"evaluation": Evaluation, "teacher": Teacher, "mup": Mup}).items()
         if key in raw
     }
     return Recipe(**values)

@@ -86,7 +86,10 @@ def load_hf_folder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any,
 
 
 def hf_config(config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | None = None) -> Any:
-    """transformers' LlamaConfig of the same model, with the special ids of its tokenizer, if it is known."""
+    """transformers' LlamaConfig of the same model, with the special ids of its tokenizer, if it is known.
+
+    It has no multipliers: those of muP are folded into the weights (`fold_multipliers`).
+    """
     import transformers
 
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -94,7 +97,7 @@ def hf_config(config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | No
         rope |= {"rope_type": "linear", "factor": config.rope_scaling_factor}
     if config.rope_scaling is not None:
         rope |= {key: value for key, value in vars(config.rope_scaling).items() if value is not None}
-    shapes = {key: value for key, value in vars(config).items() if not key.startswith("rope_")}
+    shapes = {key: value for key, value in vars(config).items() if not key.startswith("rope_") and key != "mup"}
     return transformers.LlamaConfig(
         **shapes,
         rope_parameters=rope,

@@ -1,6 +1,7 @@
 """Shapes of the decoder, and the table of named sizes."""
 
 from dataclasses import asdict, dataclass
+from math import sqrt
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -8,7 +9,7 @@ from pydantic import Field
 from tinyllama_ds.errors import ConfigError, shown
 
 _LARGEST = 2**31 - 1
-_UNUSED = {"rope_scaling_factor": 1.0, "tie_word_embeddings": False, "rope_scaling": None}
+_UNUSED = {"rope_scaling_factor": 1.0, "tie_word_embeddings": False, "rope_scaling": None, "mup": None}
 _MOST_LAYERS = 1000  # building each takes time
 # fp32 logits alive at once: 2,048 rows of Llama's vocabulary keep a GPU busy. On a CPU every chunk adds a gradient of
 # the whole weight, which is slow for small chunks, and large ones do not fit the cache (docs/performance.md).
@@ -70,6 +71,22 @@ RopeScaling = Llama3Scaling | YarnScaling
 
 
 @dataclass(frozen=True)
+class Mup:
+    """The maximal update parametrization (muP): the width of the model whose learning rate, initialization and weight
+    decay are to hold, in the same proportions and of any depth (Yang et al. 2022, arXiv 2203.03466).
+    """
+
+    __pydantic_config__ = _EXACT
+    base_hidden_size: Annotated[int, Field(strict=True)]
+    base_head_dim: Annotated[int, Field(strict=True)] | None = (
+        None  # None: the model's own, as where width means more heads
+    )
+
+    def __post_init__(self) -> None:
+        _reject_out_of_range(vars(self))
+
+
+@dataclass(frozen=True)
 class LlamaConfig:
     """A Llama decoder, under the names that Hugging Face's `config.json` uses."""
 
@@ -87,6 +104,7 @@ class LlamaConfig:
     head_dim: int = 0  # 0: hidden_size / num_attention_heads, which then is its value
     tie_word_embeddings: bool = False  # the LM head is the embedding table
     rope_scaling: Annotated[RopeScaling, Field(discriminator="rope_type")] | None = None  # other than interpolation
+    mup: Mup | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim == 0 and self.num_attention_heads > 0:
@@ -105,6 +123,17 @@ class LlamaConfig:
             raise ConfigError(f"head_dim {self.head_dim} must be even, because RoPE rotates pairs")
         if self.rope_scaling_factor > 1 and self.rope_scaling is not None:
             raise ConfigError("rope_scaling_factor and rope_scaling: both scale positions; expected one of them")
+
+    @property
+    def width_multiplier(self) -> float:
+        """How much wider the model is than the base of muP; 1 without it."""
+        return self.hidden_size / self.mup.base_hidden_size if self.mup else 1.0
+
+    @property
+    def attention_multiplier(self) -> float:
+        """What muP multiplies attention logits by: 1 / head size in place of its root, equal at the base."""
+        base = self.mup and self.mup.base_head_dim
+        return sqrt(base / self.head_dim) if base else 1.0
 
     @property
     def num_matmul_parameters(self) -> int:

@@ -5,7 +5,8 @@ Parameters carry the names of Hugging Face's LlamaForCausalLM, so that exporting
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tinyllama_ds.model.attention import attention_function, attention_metadata
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.loss import LMHeadLoss
+from tinyllama_ds.model.param_groups import is_hidden_matrix
 from tinyllama_ds.model.rope import apply_rope, positions_in_documents, rope_tables
 
 
@@ -109,11 +111,13 @@ class LlamaModel(nn.Module):
                 x = checkpoint(layer, x, cos, sin, documents, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, documents)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if self.config.mup is None else x / self.config.width_multiplier  # of the logits
 
 
 class LlamaForCausalLM(nn.Module):
-    """The whole decoder: token ids (B, T) to logits (B, T, V), or with labels (B, T) to their mean loss in fp32.
+    """The whole decoder: token ids (B, T) to logits (B, T, V), or with labels (B, T) to their mean loss in fp32; with
+    the reduction "none" to the loss of each label, without a gradient.
 
     With `document_ids` (B, T), the number of the document that each token of a row belongs to, attention stays inside
     documents and positions start again with each; without, documents packed into a row see those before them, as in
@@ -147,19 +151,22 @@ class LlamaForCausalLM(nn.Module):
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
         teacher: tuple[Tensor, Tensor] | None = None,
+        reduction: str = "mean",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return self.lm_head(self.model(input_ids, document_ids), labels, teacher)
+        return self.lm_head(self.model(input_ids, document_ids), labels, teacher, reduction)
 
 
 def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:
     """Fill every parameter as TinyLlama does (lit_gpt/model.py of its repository), the same for every world size.
 
-    | parameter                          | distribution                        |
-    | norms                              | 1                                   |
-    | attention output, MLP down         | normal, std 1 / (sqrt(D) * layers)  |
-    | every other matrix, the embeddings | normal, std sqrt(2 / 5 / D)         |
+    | parameter                  | distribution                                        |
+    | norms                      | 1                                                   |
+    | attention output, MLP down | normal, std 1 / (sqrt(D) * layers)                  |
+    | every other hidden matrix  | normal, std sqrt(2 / 5 / D)                         |
+    | embeddings, LM head        | normal, std sqrt(2 / 5 / D), of muP with its base D |
     """
     D, layers = model.config.hidden_size, model.config.num_hidden_layers
+    base = D / model.config.width_multiplier
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -167,9 +174,27 @@ def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:
                 parameter.fill_(1.0)
                 continue
             is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 1 / math.sqrt(D) / layers if is_output else math.sqrt(2 / 5 / D)
+            width = D if is_hidden_matrix(name, parameter) else base
+            std = 1 / math.sqrt(D) / layers if is_output else math.sqrt(2 / 5 / width)
             # Drawn in fp32 in host memory, one at a time: the same bits on every device, rounded once to the dtype.
             parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(std=std, generator=generator))
+
+
+def fold_multipliers(
+    config: LlamaConfig, tensors: Iterable[tuple[str, Tensor]]
+) -> tuple[LlamaConfig, Iterator[tuple[str, Tensor]]]:
+    """A muP model as the Llama that computes the same: its multipliers are in the final norm and the queries' weights.
+
+    Every weight is rounded once more, to its own dtype; powers of two need no rounding.
+    """
+    queries, logits = config.attention_multiplier, 1 / config.width_multiplier
+
+    def folded() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            factor = queries if name.endswith("q_proj.weight") else logits if name == "model.norm.weight" else 1.0
+            yield name, tensor if factor == 1 else (tensor.float() * factor).to(tensor.dtype)
+
+    return replace(config, mup=None), folded()
 
 
 def assign_weights(model: Any, weights: Mapping[str, Tensor]) -> None:

@@ -15,9 +15,11 @@ from tinyllama_ds.model.config import Llama3Scaling, LlamaConfig, YarnScaling
 def rope_tables(config: LlamaConfig, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's rotation angles, each (T, E) in fp32 (Su et al. 2021).
 
-    Dimension i of the first half is paired with dimension i of the second half: Hugging Face's half-rotation.
+    Dimension i of the first half is paired with dimension i of the second half: Hugging Face's half-rotation. muP's
+    multiplier of attention logits is in both, a root for queries and one for keys, so that no kernel has to know it.
     """
     frequencies, scale = rope_frequencies(config, device)
+    scale *= math.sqrt(config.attention_multiplier)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequencies)  # (T, E/2)
     angles = torch.cat((angles, angles), dim=-1)  # (T, E)
     return angles.cos() * scale, angles.sin() * scale

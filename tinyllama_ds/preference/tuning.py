@@ -1,9 +1,12 @@
 """What every rank does: TRL's DPOTrainer on a Hugging Face folder, with the engine of a DeepSpeed JSON."""
 
+import logging
 import os
 import warnings
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +65,24 @@ def tune(tuning: Tuning, world: DistributedInfo) -> None:
     import trl
 
     datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of the JSON's gradient accumulation
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that TRL gives it
     pairs = datasets.Dataset.from_list(list(read_pairs(tuning.preferences)))
     held_out = datasets.Dataset.from_list(list(read_pairs(tuning.validation))) if tuning.validation else None
     dtype = torch.bfloat16 if engine.get("bf16", {}).get("enabled") else torch.float32
     model, tokenizer = load_hf_folder(tuning.folder, dtype)
     reference, _ = load_hf_folder(tuning.folder, dtype)
-    trainer = trl.DPOTrainer(
-        model,
-        reference,
-        _trl_config(tuning, engine, world, has_validation=held_out is not None),
-        train_dataset=pairs,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-    )
-    _show_progress(trainer, world)
-    trainer.train()
+    with redirect_stdout(StringIO()):  # DeepSpeed print()s its memory
+        trainer = trl.DPOTrainer(
+            model,
+            reference,
+            _trl_config(tuning, engine, world, has_validation=held_out is not None),
+            train_dataset=pairs,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
+        _show_progress(trainer, world)
+        trainer.train()
     trainer.save_model(str(tuning.work / TUNED))
     if world.is_rank0:
         write_object(tuning.work / HISTORY_FILE, {"history": trainer.state.log_history})
@@ -91,12 +96,10 @@ def _show_progress(trainer: Any, world: DistributedInfo) -> None:
         def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             self.bar = progress(total=state.max_steps, desc="prefer", unit="step", disable=not world.is_rank0)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            self.bar.update()
-
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
-            if MARGIN in (logs or {}):
-                self.bar.set_postfix_str(f"loss {logs[LOSS]:.4f}, margin {logs[MARGIN]:.3f}")
+            if MARGIN in (logs or {}):  # every step has a log
+                self.bar.set_postfix_str(f"loss {logs[LOSS]:.4f}, margin {logs[MARGIN]:.3f}", refresh=False)
+                self.bar.update()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             self.bar.close()
@@ -112,6 +115,8 @@ def engine_config(tuning: Tuning, world_size: int, bf16: bool) -> dict:
     Raises `ConfigError` where the batch cannot be divided among the ranks.
     """
     raw = load_deepspeed_config(tuning.deepspeed_config)
+    if "param_groups" in raw["optimizer"]:
+        raise ConfigError(f"{tuning.deepspeed_config}: optimizer.param_groups has no effect with prefer; remove it")
     if tuning.batch_size % world_size:
         raise ConfigError(f"--batch-size {tuning.batch_size}: expected a multiple of the {world_size} ranks")
     per_rank = tuning.batch_size // world_size

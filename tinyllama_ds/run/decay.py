@@ -5,13 +5,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
 
-from tinyllama_ds.checkpoint.format import (
-    MANIFEST_FILE,
-    CheckpointManifest,
-    find_checkpoints,
-    read_manifest,
-    resolve_checkpoint,
-)
+from tinyllama_ds.checkpoint.format import MANIFEST_FILE, CheckpointManifest, read_manifest
 from tinyllama_ds.config.new_recipe import Draft, model_keys, recipe_text
 from tinyllama_ds.config.recipe import Recipe, Stage, recipe_of_run
 from tinyllama_ds.config.run_plan import RunPlan
@@ -21,7 +15,7 @@ from tinyllama_ds.hf.convert import hf_config
 from tinyllama_ds.layout import RUN_FILE
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.outputs import write_file
-from tinyllama_ds.run.identity import reading_description
+from tinyllama_ds.run.identity import kept_checkpoints, reading_description
 
 # The recipe decides them.
 _AUTO = ("train_batch_size", "gradient_accumulation_steps")
@@ -44,7 +38,8 @@ def plan_decay(run: Path, name: str, at: int | None, over: int, shape: str, min_
     The last stage that was begun becomes as long as the branch. Raises `ConfigError` where there is no such
     checkpoint, or where its learning rate has begun to fall.
     """
-    checkpoint, manifest = _newest(run, at)
+    checkpoint = _newest(run, at)
+    manifest = read_manifest(checkpoint)
     with reading_description(checkpoint / MANIFEST_FILE):
         trunk, tokens = recipe_of_run(manifest.run), manifest.progress.tokens
         begun, batch = _begun_stages(trunk, manifest.progress.step)
@@ -60,13 +55,12 @@ def plan_decay(run: Path, name: str, at: int | None, over: int, shape: str, min_
     return Decay(checkpoint, tokens, over, text, json.dumps(config, indent=2) + "\n")
 
 
-def _newest(run: Path, at: int | None) -> tuple[Path, CheckpointManifest]:
-    newest = resolve_checkpoint(run)  # raises where there is none
-    found = [(path, read_manifest(path)) for path in ([newest] if newest == run else find_checkpoints(run))]
-    before = [(path, manifest) for path, manifest in found if at is None or manifest.progress.tokens <= at]
+def _newest(run: Path, at: int | None) -> Path:
+    kept = kept_checkpoints(run)
+    before = [path for tokens, path in kept.items() if at is None or tokens <= at]
     if not before:
-        kept = ", ".join(f"{manifest.progress.tokens:,}" for _, manifest in found)
-        raise ConfigError(f"{run}: has no checkpoint of at most {at:,} tokens; expected one of {kept} tokens or more")
+        listed = ", ".join(f"{tokens:,}" for tokens in kept)
+        raise ConfigError(f"{run}: has no checkpoint of at most {at:,} tokens; expected one of {listed} tokens or more")
     return before[-1]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tinyllama_ds.config.param_groups import without_param_groups
 from tinyllama_ds.errors import ConfigError
 
 _SECONDS = 900.0  # DeepSpeed may have to compile a kernel
@@ -45,11 +46,11 @@ def check_engine_start(engine_config: dict, path: Path, device_type: str) -> Non
 
 
 def _on_one_rank(config: dict) -> dict:
-    """The same config for a single rank."""
+    """The same config for a single rank, without groups of the real model's parameters."""
     micro_batch, zero = config["train_micro_batch_size_per_gpu"], dict(config["zero_optimization"])
     zero.pop("zero_hpz_partition_size", None)
     alone = {"train_batch_size": micro_batch, "gradient_accumulation_steps": 1, "zero_optimization": zero}
-    return config | alone
+    return without_param_groups(config) | alone
 
 
 def _start(config: dict, device_type: str, sender: Connection) -> None:

@@ -18,12 +18,14 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from tinyllama_ds.config.param_groups import assign_settings, without_param_groups
 from tinyllama_ds.config.validation import problems_of
 from tinyllama_ds.distributed.collectives import gather_from_ranks
 from tinyllama_ds.distributed.world import DistributedInfo, choose_interface
 from tinyllama_ds.errors import ConfigError, raise_problems
 from tinyllama_ds.hardware.devices import cpu_has_bf16
 from tinyllama_ds.model.llama import Block, LlamaForCausalLM
+from tinyllama_ds.model.param_groups import Settings, group_parameters
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -84,7 +86,10 @@ def check_with_deepspeed(config: dict, path: str) -> None:
 
 
 def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "DeepSpeedEngine":
-    """The DeepSpeed engine. Under ZeRO-3 a block is a leaf: gathered as a whole, one collective instead of nine."""
+    """The DeepSpeed engine. Under ZeRO-3 a block is a leaf: gathered as a whole, one collective instead of nine.
+
+    Raises `ConfigError` where the config's `param_groups` do not fit the model.
+    """
     import deepspeed
 
     if config["zero_optimization"].get("stage", 0) == 3:
@@ -92,14 +97,31 @@ def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         if dist.get_world_size() == 1:
             config = _without_release(config)
+    groups = _group_parameters(model, config["optimizer"])
+    config = without_param_groups(config)
+    parameters = [{"params": members} for members in groups.values()]
     silent = redirect_stdout(StringIO())
     with warnings.catch_warnings(), silent, _without_dummy_step(config):  # print()s its memory
         warnings.simplefilter("ignore")
-        engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    for group in engine.optimizer.param_groups:
-        group["configured_lr"] = group["lr"]
+        engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+    for group, settings in zip(engine.optimizer.param_groups, groups, strict=True):
+        _apply_settings(group, settings)
     set_learning_rate(engine, learning_rate_ratio)
     return engine
+
+
+def _group_parameters(model: LlamaForCausalLM, optimizer: dict) -> dict[Settings, list[torch.nn.Parameter]]:
+    """By the JSON's groups, in the order in which DeepSpeed's optimizer will have them."""
+    settings = assign_settings([name for name, _ in model.named_parameters()], optimizer)
+    return group_parameters(model, settings, has_muon=optimizer["type"].lower() == "muon")
+
+
+def _apply_settings(group: dict, settings: Settings) -> None:
+    """To a group that DeepSpeed has filled from the JSON, so that one rule holds for all optimizers, and Muon's two."""
+    group["configured_lr"], group["lr_multiplier"] = group["lr"], settings.lr_multiplier
+    if settings.weight_decay is not None:
+        group["weight_decay"] = settings.weight_decay
+    group["weight_decay"] *= settings.weight_decay_multiplier
 
 
 def _without_release(config: dict) -> dict:
@@ -145,10 +167,11 @@ def _without_dummy_step(config: dict) -> Iterator[None]:
 
 
 def set_learning_rate(engine: "DeepSpeedEngine", ratio: float) -> float:
-    """Multiply every group's configured learning rate; returns the first group's, which is what gets logged."""
+    """Multiply every group's configured learning rate; returns the first one, before its multiplier, for the logs."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = group["configured_lr"] * ratio
-    return engine.optimizer.param_groups[0]["lr"]
+        group["lr"] = group["configured_lr"] * ratio * group["lr_multiplier"]
+    first = engine.optimizer.param_groups[0]
+    return first["lr"] / first["lr_multiplier"]
 
 
 def hard_exit(code: int) -> NoReturn:

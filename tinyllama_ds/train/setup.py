@@ -163,10 +163,11 @@ def describe_run(run: Run, world: DistributedInfo, engine: "DeepSpeedEngine", co
     accumulation = accumulation_steps(batch, world.size, run.micro_batch)
     padding = run.model.vocab_size - run.data.tokenizer.vocab_size
     padded = f" ({padding} rows of the vocabulary are padding, which no text uses)" if padding else ""
+    mup = f", muP ({run.model.width_multiplier:g} times its base's width)" if run.model.mup else ""
     return (
         f"{run.recipe.model_name}: {run.model.num_parameters:,} parameters{padded} in"
         f" {str(dtype).removeprefix('torch.')} on {world.size} x {world.device.type},"
-        f" ZeRO-{engine.zero_optimization_stage()}, {run.kernels}, torch.compile: {compilation}\n"
+        f" ZeRO-{engine.zero_optimization_stage()}{mup}, {run.kernels}, torch.compile: {compilation}\n"
         f"{run.plan.total_steps:,} steps, {run.plan.total_tokens:,} tokens; a step is {batch} sequences of"
         f" {run.recipe.sequence_length} tokens in {accumulation} micro-batch{'es' if accumulation > 1 else ''} of"
         f" {run.micro_batch} on each rank\n"

@@ -38,7 +38,8 @@ def _decay(options: argparse.Namespace) -> int:
     write_once(recipe, decay.recipe)
     write_once(config, decay.deepspeed_config)
     log(f"{decay.checkpoint}: {decay.at:,} tokens, then a decay over {decay.over:,}; see {recipe} and {config}")
-    branch = {"recipe": str(recipe), "deepspeed_config": config, "branch_from": decay.checkpoint, "init_from": None}
+    branch = {"recipe": str(recipe), "deepspeed_config": config, "branch_from": decay.checkpoint}
+    branch |= {"init_from": None, "without": None}
     return pretrain(argparse.Namespace(**vars(options) | branch | {"resume": "auto", "allow_change": []}))
 
 

@@ -30,7 +30,7 @@ class ModelSource:
 
 
 def open_stored(path: Path, average: int = 1) -> ModelSource:
-    """The model of a checkpoint, a run directory or a model folder, every file verified.
+    """The model of a checkpoint, a run directory or a model folder, every file verified; one of muP as a plain Llama.
 
     `average` is the number of checkpoints of the run, up to this one, whose mean it is.
     """
@@ -39,6 +39,7 @@ def open_stored(path: Path, average: int = 1) -> ModelSource:
     from tinyllama_ds.checkpoint.reader import stream_average, stream_weights
     from tinyllama_ds.data.tokenizers.storage import stored_tokenizer
     from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
+    from tinyllama_ds.model.llama import fold_multipliers
     from tinyllama_ds.run.resolve import is_chat_run
 
     if is_model_folder(path):
@@ -49,11 +50,12 @@ def open_stored(path: Path, average: int = 1) -> ModelSource:
         return ModelSource(path.resolve().name, folder.tensors(), folder.model, folder.tokenizer)
     *before, checkpoint = last_checkpoints(path, average)
     manifest, tensors = stream_average([*before, checkpoint]) if before else stream_weights(checkpoint)
+    config, tensors = fold_multipliers(model_of(checkpoint, manifest.model), tensors)
     tokenizer = stored_tokenizer(checkpoint.parents[1], tokenizer_sha256_of(manifest.run), "this run")
     return ModelSource(
         manifest.run["recipe"]["name"],
         tensors,
-        model_of(checkpoint, manifest.model),
+        config,
         tokenizer,
         probe=None if before else manifest.health.probe,  # which is the loss of one checkpoint's weights
         is_chat_model=is_chat_run(manifest.run),
