@@ -1,15 +1,17 @@
 """`optimizer.param_groups`: what a user may get wrong, and which parameters are in which group."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tinyllama_ds.config.deepspeed import load_deepspeed_config
-from tinyllama_ds.config.param_groups import assign_settings
+from tinyllama_ds.config.param_groups import assign_settings, check_optimizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.weights import parameter_shapes
-from tinyllama_ds.model.config import model_config
+from tinyllama_ds.model.config import Mup, model_config
+from tinyllama_ds.planning.plan import read_inputs
 
 NAMES = list(parameter_shapes(model_config("test")))
 
@@ -68,3 +70,20 @@ def test_a_pattern_matches_and_a_parameter_is_in_one_group(groups: list, sentenc
     with pytest.raises(ConfigError) as raised:
         assign_settings(NAMES, optimizer(*groups))
     assert str(raised.value).startswith(sentence)
+
+
+def test_a_plan_rejects_what_a_run_would(tmp_path: Path) -> None:
+    """Groups of parameters that the recipe's model does not have."""
+    path = tmp_path / "ds.json"
+    config = {"optimizer": optimizer({"params": ["*.layers.22.*"], "lr_multiplier": 2}), "zero_optimization": {}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as raised:
+        read_inputs("tinyllama-v1", path)
+    assert str(raised.value).startswith(f"{path}: optimizer.param_groups[0]: the pattern '*.layers.22.*' matches no")
+
+
+def test_muon_has_no_rules_of_mup() -> None:
+    model = replace(model_config("test"), mup=Mup(32))
+    check_optimizer({"type": "AdamW"}, model, Path("ds.json"))
+    with pytest.raises(ConfigError, match=r"ds.json: optimizer.type is Muon; the recipe's table \[mup\] has the rules"):
+        check_optimizer({"type": "Muon"}, model, Path("ds.json"))

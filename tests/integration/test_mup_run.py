@@ -9,21 +9,17 @@ from launching import read_series, write_deepspeed_config, write_recipe
 
 from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
 from tinyllama_ds.cli import main
-from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED
+from tinyllama_ds.errors import EXIT_FINISHED
 
 STEPS = 8
 
 
-def write_mup_recipe(path: Path) -> Path:
-    """Of the size `test`, whose base is half as wide, with heads half as large."""
-    recipe = write_recipe(path, STEPS, save_every=STEPS)
-    recipe.write_text(recipe.read_text() + "[mup]\nbase_hidden_size = 32\nbase_head_dim = 8\n")
-    return recipe
-
-
 def test_a_run_is_plain_pytorchs_and_its_export_has_the_loss_of_its_probe(data_dir: Path, tmp_path: Path) -> None:
-    """The export compares logits with transformers', and the loss with that of training, or there is no folder."""
-    recipe, run, folder = write_mup_recipe(tmp_path / "small.toml"), tmp_path / "run", tmp_path / "hf"
+    """Of the size `test`, whose base is half as wide, with heads half as large. The export compares logits with
+    transformers', and the loss with that of training, or there is no folder.
+    """
+    recipe, run, folder = write_recipe(tmp_path / "small.toml", STEPS, STEPS), tmp_path / "run", tmp_path / "hf"
+    recipe.write_text(recipe.read_text() + "[mup]\nbase_hidden_size = 32\nbase_head_dim = 8\n")
     finished = pretrain(recipe, write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=2), data_dir, run, 2)
     assert finished.returncode == 0, finished.stderr
     assert "ZeRO-3, muP (2 times its base's width), attention" in finished.stdout
@@ -38,13 +34,3 @@ def test_a_run_is_plain_pytorchs_and_its_export_has_the_loss_of_its_probe(data_d
     ]
     assert main(["export", str(run), str(folder)]) == EXIT_FINISHED
     assert "mup" not in json.loads((folder / "config.json").read_text())
-
-
-def test_muon_has_no_rules_of_mup(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = write_mup_recipe(tmp_path / "small.toml")
-    config = write_deepspeed_config(tmp_path / "ds.json", 1, 2, optimizer={"type": "Muon"}, gradient_clipping=0)
-    arguments = ["--recipe", str(recipe), "--deepspeed-config", str(config), "--data", str(data_dir)]
-    assert main(["pretrain", *arguments, "--run-dir", str(tmp_path / "run"), "--num-gpus", "1"]) == EXIT_CONFIG
-    assert (
-        "optimizer.type is Muon; the recipe's table [mup] has the rules for AdamW and Adam" in capsys.readouterr().err
-    )

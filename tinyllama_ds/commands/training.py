@@ -1,4 +1,4 @@
-"""The commands that train."""
+"""The command that trains."""
 
 import argparse
 import os
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from tinyllama_ds.commands.arguments import (
     MINUTES,
     SECONDS,
-    Number,
     add_shared,
     as_dataclass,
     token_count,
@@ -56,7 +55,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--init-from", type=Path, metavar="DIR", help=weights)
     change = "resume although this differs from the run in --run-dir, named as in the error: recipe.seed, data ..."
     add("--allow-change", action="append", default=[], metavar="KEY", help=change)
-    _add_kernel_arguments(parser)
+    add_kernel_arguments(parser)
 
 
 def _ablation(text: str) -> "Ablation":
@@ -67,7 +66,7 @@ def _ablation(text: str) -> "Ablation":
     return Ablation(source, token_count(tokens)) if "@" in text else Ablation(text)
 
 
-def _add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
+def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
     """How a step is computed."""
     add = parser.add_argument
     add_shared(parser, "--attention", "--compile", "--activation-checkpointing", "--sequence-parallel")
@@ -85,10 +84,10 @@ def run_options(namespace: argparse.Namespace) -> "Options":
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
     add_placement_arguments(parser)
-    _add_supervision_arguments(parser)
+    add_supervision_arguments(parser)
 
 
-def _add_supervision_arguments(parser: argparse.ArgumentParser) -> None:
+def add_supervision_arguments(parser: argparse.ArgumentParser) -> None:
     """What the supervisor does before, while and after the ranks run."""
     add = parser.add_argument
     shrink = "after a failure continue on the remaining hosts, with the same batch"
@@ -100,7 +99,7 @@ def _add_supervision_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-wall-time", type=MINUTES, metavar="MINUTES", help="then save and exit with code 75")
 
 
-def _pretrain(options: argparse.Namespace) -> int:
+def pretrain(options: argparse.Namespace) -> int:
     """Train under the deepspeed launcher; restarts and resumes automatically."""
     from tinyllama_ds.config.deepspeed import load_deepspeed_config
     from tinyllama_ds.config.recipe import load_recipe
@@ -231,38 +230,4 @@ def _print_goodput(run_dir: Path, supervised: SupervisionResult) -> None:
     )
 
 
-def _add_decay(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints; it is only read")
-    add(
-        "--at",
-        type=token_count,
-        metavar="TOKENS",
-        help="from its newest checkpoint of at most so many, 300B (default: all)",
-    )
-    add("--over", type=token_count, required=True, metavar="TOKENS", help="length of the decay, 30B; a tenth is usual")
-    add("--decay-type", choices=("1-sqrt", "linear", "cosine"), default="1-sqrt", help="shape of the decay")
-    add("--min-lr-ratio", type=Number(most=0.999, least=0.0), default=0.0, metavar="R", help="of the peak, at the end")
-    add_shared(parser, "--data", "--run-dir")
-    _add_kernel_arguments(parser)
-    add_placement_arguments(parser)
-    _add_supervision_arguments(parser)
-
-
-def _decay(options: argparse.Namespace) -> int:
-    """Train a branch of a run in which the learning rate falls to its minimum: a finished model from any checkpoint."""
-    from tinyllama_ds.run.decay import plan_decay, write_once
-
-    run_dir = options.run_dir
-    decay = plan_decay(options.run, run_dir.name, options.at, options.over, options.decay_type, options.min_lr_ratio)
-    recipe, config = Path(f"{run_dir}.toml"), Path(f"{run_dir}.json")
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    write_once(recipe, decay.recipe)
-    write_once(config, decay.deepspeed_config)
-    log(f"{decay.checkpoint}: {decay.at:,} tokens, then a decay over {decay.over:,}; see {recipe} and {config}")
-    branch = {"recipe": str(recipe), "deepspeed_config": config, "branch_from": decay.checkpoint}
-    branch |= {"init_from": None, "without": None}
-    return _pretrain(argparse.Namespace(**vars(options) | branch | {"resume": "auto", "allow_change": []}))
-
-
-COMMANDS = (("pretrain", _add_pretrain, _pretrain), ("decay", _add_decay, _decay))
+COMMANDS = (("pretrain", _add_pretrain, pretrain),)

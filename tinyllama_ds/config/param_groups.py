@@ -7,12 +7,14 @@ An entry names parameters by glob patterns, as OLMo-core's `group_overrides` do,
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 
 from tinyllama_ds.config.validation import Lines, PositiveNumber, Text, problems_in
 from tinyllama_ds.errors import ConfigError, shown
+from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.param_groups import Settings
 
 KEY = "optimizer.param_groups"
@@ -48,6 +50,26 @@ class _Config:
 def problems_of(entries: object, lines: Lines) -> list[str]:
     """What is wrong with the entries alone, each with its line and key."""
     return problems_in(_Config, {"optimizer": {"param_groups": entries}}, lines)
+
+
+def check_optimizer(optimizer: Mapping, model: LlamaConfig, path: Path) -> None:
+    """Raises `ConfigError` where the JSON's parameter groups do not fit the model, or its optimizer the model's muP."""
+    if model.mup and optimizer["type"].lower() == "muon":
+        raise ConfigError(f"{path}: optimizer.type is Muon; the recipe's table [mup] has the rules for AdamW and Adam")
+    if "param_groups" in optimizer:
+        try:
+            assign_settings(_parameter_names(model), optimizer)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+def _parameter_names(model: LlamaConfig) -> list[str]:
+    import torch
+
+    from tinyllama_ds.model.llama import LlamaForCausalLM
+
+    with torch.device("meta"):
+        return [name for name, _ in LlamaForCausalLM(model).named_parameters()]
 
 
 def assign_settings(names: Iterable[str], optimizer: Mapping) -> dict[str, Settings]:

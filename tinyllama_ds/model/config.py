@@ -78,9 +78,7 @@ class Mup:
 
     __pydantic_config__ = _EXACT
     base_hidden_size: Annotated[int, Field(strict=True)]
-    base_head_dim: Annotated[int, Field(strict=True)] | None = (
-        None  # None: the model's own, as where width means more heads
-    )
+    base_head_dim: Annotated[int, Field(strict=True)] | None = None  # None: the model's, as if width is heads
 
     def __post_init__(self) -> None:
         _reject_out_of_range(vars(self))

@@ -11,6 +11,7 @@ from tinyllama_ds.config.deepspeed import (
     requested_micro_batch,
     resolve_deepspeed_config,
 )
+from tinyllama_ds.config.param_groups import check_optimizer
 from tinyllama_ds.config.recipe import Recipe, load_recipe
 from tinyllama_ds.config.run_plan import RunPlan, accumulation_steps, micro_batch_of
 from tinyllama_ds.config.schedule import Schedule, make_schedule
@@ -133,6 +134,7 @@ class Plan:
 def read_inputs(recipe_name: str, deepspeed_config: Path) -> Inputs:
     """Recipe, JSON and model; raises `ConfigError` for whatever training would reject."""
     recipe, raw = all_of(lambda: load_recipe(recipe_name), lambda: load_deepspeed_config(deepspeed_config))
+    check_optimizer(raw["optimizer"], recipe.model, deepspeed_config)
     plan = RunPlan(recipe)
     return Inputs(recipe, plan, recipe.model, deepspeed_config, raw, make_schedule(raw, deepspeed_config, plan))
 

@@ -51,7 +51,7 @@ def plan_decay(run: Path, name: str, at: int | None, over: int, shape: str, min_
     config = _config(checkpoint, manifest, {
         "num_training_steps": "auto", "num_decay_steps": over // first, "decay_type": shape, "min_lr_ratio": min_ratio,
     })  # fmt: skip
-    text = recipe_text(Draft(name, _model(recipe), recipe.sequence_length, recipe))
+    text = recipe_text(Draft(name, model_of_recipe(recipe), recipe.sequence_length, recipe))
     return Decay(checkpoint, tokens, over, text, json.dumps(config, indent=2) + "\n")
 
 
@@ -89,7 +89,7 @@ def _config(checkpoint: Path, manifest: CheckpointManifest, decay: dict) -> dict
     return config | {"scheduler": {"type": "warmup_stable_decay", "params": warmup | decay}}
 
 
-def _model(recipe: Recipe) -> str | dict:
+def model_of_recipe(recipe: Recipe) -> str | dict:
     """As a recipe has it: a name, or keys of Hugging Face's config.json."""
     import torch
 
@@ -101,5 +101,7 @@ def _model(recipe: Recipe) -> str | dict:
 def write_once(path: Path, text: str) -> None:
     """Write a file that a command may write again; raises `ConfigError` where it has a different content."""
     if path.exists() and path.read_text() != text:
-        raise ConfigError(f"{path}: holds a different decay; choose another --run-dir, or remove {path} and {RUN_FILE}")
+        raise ConfigError(
+            f"{path}: differs from what this command writes; choose another --run-dir, or remove {path} and {RUN_FILE}"
+        )
     write_file(path, text)

@@ -24,7 +24,7 @@ from tinyllama_ds.config.deepspeed import (
     resolve_deepspeed_config,
     split_off_our_sections,
 )
-from tinyllama_ds.config.param_groups import assign_settings
+from tinyllama_ds.config.param_groups import check_optimizer
 from tinyllama_ds.config.recipe import Recipe, load_recipe
 from tinyllama_ds.config.run_plan import RunPlan, data_parallel_size, micro_batch_of
 from tinyllama_ds.config.schedule import Schedule, make_schedule
@@ -38,7 +38,6 @@ from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.tasks import load_tasks
 from tinyllama_ds.evaluation.validation import ValidationSet
 from tinyllama_ds.hardware.devices import PACKAGES, installed_versions
-from tinyllama_ds.hf.weights import parameter_shapes
 from tinyllama_ds.layout import RUN_FILE, reject_unusable_directory
 from tinyllama_ds.model.attention import AttentionChoice, Demands, Device, resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig
@@ -138,7 +137,7 @@ def resolve_run(
     micro_batch = micro_batch_of(plan, requested_micro_batch(raw), data_size)
     values = AutoValues(micro_batch, plan.stages[0].batch, data_size, plan.total_steps, model.hidden_size, bf16)
     resolved = resolve_deepspeed_config(raw, options.deepspeed_config, values)
-    _check_optimizer(resolved["optimizer"], options.deepspeed_config, model)
+    check_optimizer(resolved["optimizer"], model, options.deepspeed_config)
     engine_config, monitors = split_off_our_sections(resolved)
     _reject_absent_monitors(monitors, options.deepspeed_config)
     attention = _resolve_attention(options, recipe, Device(device_type, capability), computes_in_16_bit(resolved))
@@ -229,17 +228,6 @@ def _encode_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[list[int]]:
                 f" {recipe.samples.new_tokens} more are beyond the sequence_length {recipe.sequence_length}"
             )
     return prompts
-
-
-def _check_optimizer(optimizer: dict, path: Path, model: LlamaConfig) -> None:
-    """Raises `ConfigError` where parameter groups do not fit the model's names, or muP not the optimizer."""
-    if model.mup and optimizer["type"].lower() == "muon":
-        raise ConfigError(f"{path}: optimizer.type is Muon; the recipe's table [mup] has the rules for AdamW and Adam")
-    if "param_groups" in optimizer:
-        try:
-            assign_settings(parameter_shapes(model), optimizer)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
 
 
 def _resolve_attention(options: Options, recipe: Recipe, device: Device, sixteen_bit: bool) -> AttentionChoice:

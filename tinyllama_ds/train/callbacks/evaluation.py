@@ -16,7 +16,10 @@ from tinyllama_ds.train.trainer import Callback, StepResult, Trainer
 
 
 class Validation(Callback):
-    """Loss, perplexity and bits per byte of every source that has a validation split, also before the first step."""
+    """Loss, perplexity and bits per byte of every source with a validation split, also before the first step.
+
+    And after every stage, where a decay may end.
+    """
 
     def at_start(self) -> None:
         run, start = self.trainer.run, self.trainer.start
@@ -25,7 +28,8 @@ class Validation(Callback):
 
     def after_step(self, result: StepResult) -> None:
         run = self.trainer.run
-        if run.evaluation.validation and result.is_due(run.recipe.intervals.evaluate_tokens):
+        is_stage_end = result.progress.step in run.plan.stage_ends
+        if run.evaluation.validation and (is_stage_end or result.is_due(run.recipe.intervals.evaluate_tokens)):
             self.trainer.heartbeat.beat(result.progress.step, "validating")
             self._validate(result.progress)
 
