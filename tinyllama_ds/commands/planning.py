@@ -40,7 +40,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--tokens-per-second", type=Number(most=1e12), metavar="X", help="measured rate of one GPU, all included")
     add("--measure", action="store_true", help="measure the step here with bench, instead of --efficiency")
     training = parser.add_argument_group("training")
-    add_shared(training, "--attention", "--activation-checkpointing", help="as in pretrain")
+    add_shared(training, "--attention", "--activation-checkpointing", "--sequence-parallel", help="as in pretrain")
     add_shared(training, "--compile", help="as in pretrain; auto (the default) is on")
     add = training.add_argument
     add("--search", action="store_true", help="try every layout, micro-batch and checkpointing; rank them")
@@ -103,6 +103,8 @@ def _predicted(ladder: Path, inputs: "Inputs") -> "Predicted":
 def _check_arguments(options: argparse.Namespace) -> None:
     if options.write_config and not options.search:
         raise ConfigError("--write-config writes the result of --search; give --search as well")
+    if options.measure and options.sequence_parallel > 1:
+        raise ConfigError("--measure measures a step without sequence parallelism; give --efficiency instead")
     if (options.gpu_memory is None) != (options.peak_tflops is None):
         raise ConfigError("--gpu-memory and --peak-tflops describe one GPU; give both, or --gpu alone")
 
@@ -190,6 +192,7 @@ def _write_files(options: argparse.Namespace, plan: "Plan", tables: list, charts
 def _how_to_start(options: argparse.Namespace, best: "Plan") -> str:
     config = options.write_config or "FILE (--write-config FILE writes it)"
     flags = f" --activation-checkpointing {best.work.recompute_every}" if best.work.recompute_every else ""
+    flags += f" --sequence-parallel {options.sequence_parallel}" if options.sequence_parallel > 1 else ""
     flags += f" --compile {options.compile}" if options.compile != "auto" else ""
     return f"\n\nstart it with: pretrain --deepspeed-config {config}{flags}"
 
@@ -201,6 +204,7 @@ def _result(plan: "Plan", ranking: "Ranking | None") -> dict:
         "recipe": plan.inputs.recipe.name,
         "layout": asdict(plan.layout),
         "micro_batch": plan.work.micro_batch,
+        "sequence_parallel": plan.work.sequence_parallel,
         "accumulation": list(plan.accumulations),
         "gpus": duration.ranks,
         "steps": plan.inputs.plan.total_steps,

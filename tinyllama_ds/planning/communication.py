@@ -6,6 +6,7 @@ from math import ceil
 from tinyllama_ds.hardware.gpus import Network
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persistent_elements
+from tinyllama_ds.planning.memory import Work
 
 _WHOLE_BUCKET = 500_000_000  # elements that DeepSpeed's engine reduces at once outside ZeRO 2 and 3
 # Two gloo ranks share one connection in both directions: the early one sends half of its part before the other's
@@ -30,11 +31,12 @@ class Collective:
     """One kind of collective of a step. `bytes` is the full tensor, as one rank holds it before or after."""
 
     name: str
-    kind: str  # all-reduce, all-gather or reduce-scatter
+    kind: str  # all-reduce, all-gather, reduce-scatter or all-to-all
     bytes: int  # per step, all calls together
     calls: int  # per step
-    is_in_node: bool = False  # among the GPUs of one host (hpZ)
+    is_in_node: bool = False  # among the GPUs of one host (hpZ, sequence parallelism)
     overlaps_with: str = ""  # forward or backward of the same micro-batch; "": fully exposed
+    group: int = 0  # GPUs that share a sequence; 0: all, or of hpZ
 
     def ring_passes(self, algorithm: str = "ring") -> int:
         """How often the tensor passes through the ring: an all-reduce is a reduce-scatter and an all-gather."""
@@ -104,6 +106,19 @@ def _zero3(model: LlamaConfig, layout: Layout, ranks: int, accumulation: int, ho
     return [collective for collective in found if collective.bytes]
 
 
+def exchanges_of(model: LlamaConfig, layout: Layout, work: Work, accumulation: int) -> list[Collective]:
+    """The all-to-alls of sequence parallelism in one optimizer step: in each block queries, keys and values, and the
+    output, in the forward pass, in the backward pass, and where a block is recomputed.
+    """
+    N, blocks = work.sequence_parallel, model.num_hidden_layers
+    if N == 1:
+        return []
+    passes = accumulation * (2 * blocks + (ceil(blocks / work.recompute_every) if work.recompute_every else 0))
+    heads = 2 * model.num_attention_heads + 2 * work.key_heads(model)
+    size = passes * work.tokens * layout.weight_bytes * model.head_dim * heads
+    return [Collective("sequence exchange", "all-to-all", size, 2 * passes, is_in_node=True, group=N)]
+
+
 def traffic_of(
     collective: Collective, hosts: Hosts, network: Network, hpz: int = 1, algorithm: str = "ring"
 ) -> Traffic:
@@ -112,7 +127,7 @@ def traffic_of(
     A ring over all GPUs enters and leaves each host once, so what leaves a host is what one GPU sends. The slower of
     the two links decides. Latency: one message per hop and call; all-reduces of more than a few hosts go by trees.
     """
-    ranks = hpz if collective.is_in_node else hosts.ranks
+    ranks = collective.group or (hpz if collective.is_in_node else hosts.ranks)
     sent = collective.sent_per_rank(ranks, algorithm)
     crosses = hosts.nodes > 1 and not collective.is_in_node
     slower = _GLOO_PAIR_GATHER if (algorithm, collective.kind, ranks) == ("gloo", "all-gather", 2) else 1.0

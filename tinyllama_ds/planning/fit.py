@@ -16,12 +16,16 @@ def estimate_memory(run: Run, ranks: int, is_compiled: bool, gpu_bytes: int) -> 
     layout = read_layout(run.description["deepspeed_config"], "the DeepSpeed config", ranks)
     attention = attention_memory(run.attention.backend, run.recipe.document_mask, layout.weight_bytes)
 
+    N = run.options.sequence_parallel
+
     def estimate(micro_batch: int, recompute_every: int) -> int:
-        work = Work(micro_batch, run.recipe.sequence_length, attention, recompute_every, is_compiled)
+        work = Work(
+            micro_batch, run.recipe.sequence_length, attention, recompute_every, is_compiled, sequence_parallel=N
+        )
         return memory_of(run.model, layout, work, ranks).total
 
     now = estimate(run.micro_batch, run.options.activation_checkpointing)
-    not_larger = [size for size in reversed(micro_batches_of(run.plan, ranks)) if size <= run.micro_batch]
+    not_larger = [size for size in reversed(micro_batches_of(run.plan, ranks // N)) if size <= run.micro_batch]
     found = [
         f"micro-batch {size}{', --activation-checkpointing ' + str(every) if every else ''} ({total / GIB:.1f} GiB)"
         for size in not_larger

@@ -1,7 +1,7 @@
 """Memory of one GPU by row: allocations of DeepSpeed 0.19.8 and of our model. Formulas: docs/planning.md."""
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, lcm
 
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hardware.gpus import GIB
@@ -27,10 +27,15 @@ class Work:
     recompute_every: int = 0
     is_compiled: bool = False
     chunk_logits: int = MAX_CHUNK_LOGITS["cuda"]  # fp32 logits alive at once
+    sequence_parallel: int = 1  # GPUs that share each sequence
 
     @property
     def tokens(self) -> int:
-        return self.micro_batch * self.sequence_length
+        return self.micro_batch * self.sequence_length // self.sequence_parallel
+
+    def key_heads(self, model: LlamaConfig) -> int:
+        """Those of all GPUs that share a sequence: as often as makes them divide."""
+        return lcm(model.num_key_value_heads, self.sequence_parallel)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Memory:
 def memory_of(model: LlamaConfig, layout: Layout, work: Work, world_size: int) -> Memory:
     """Every row of one rank among `world_size`."""
     rows = [*_states(model, layout, world_size), *_buffers(model, layout, world_size)]
-    rows += [_activations(model, layout, work), _loss(model, layout, work)]
+    rows += [_activations(model, layout, work), _exchange(model, layout, work), _loss(model, layout, work)]
     return Memory(tuple(row for row in rows if row.bytes))
 
 
@@ -175,7 +180,7 @@ def attention_memory(backend: str, document_mask: bool, weight_bytes: int) -> st
 def block_bytes_per_token(model: LlamaConfig, layout: Layout, work: Work) -> int:
     """Bytes of the tensors that autograd saves in one decoder block, per token."""
     w, D, F = layout.weight_bytes, model.hidden_size, model.intermediate_size
-    query, key = model.head_dim * model.num_attention_heads, model.head_dim * model.num_key_value_heads
+    query, key = model.head_dim * model.num_attention_heads, model.head_dim * work.key_heads(model)
     H, T = model.num_attention_heads, work.sequence_length
     attention = w * (2 * query + 2 * key) + 4 * H  # q, k, v, output, fp32 log-sum-exp
     if work.attention == "blocked":
@@ -184,7 +189,9 @@ def block_bytes_per_token(model: LlamaConfig, layout: Layout, work: Work) -> int
         attention = w * query + 12 * query + 4 * H * T  # fp32 q, k, v and scores
     elif work.attention in ("repeated", "masked"):
         attention += w * 2 * (query - key)  # keys and values of every query head
-        attention += w * T if work.attention == "masked" else 0
+        attention += w * T * work.sequence_parallel if work.attention == "masked" else 0  # a whole mask on each GPU
+    if work.sequence_parallel > 1:
+        attention += w * query  # the output before it is exchanged, and after
     if work.is_compiled:
         return w * 4 * D + attention + w * 3 * F + 8  # inputs of the matrix products; the rest is recomputed
     norms = 2 * ((4 + w + (w if w == 2 else 0)) * D + 4)  # fp32 input, normed, times weight
@@ -202,6 +209,12 @@ def _activations(model: LlamaConfig, layout: Layout, work: Work) -> MemoryRow:
     if recomputed:
         how += f", {recomputed} blocks recomputed"
     return MemoryRow("activations", work.tokens * (kept + final), "micro-batch", how)
+
+
+def _exchange(model: LlamaConfig, layout: Layout, work: Work) -> MemoryRow:
+    heads = model.num_attention_heads + 2 * work.key_heads(model)
+    size = 2 * layout.weight_bytes * work.tokens * heads * model.head_dim if work.sequence_parallel > 1 else 0
+    return MemoryRow("sequence exchange", size, "micro-batch", "queries, keys and values as sent and as received")
 
 
 def _loss(model: LlamaConfig, layout: Layout, work: Work) -> MemoryRow:

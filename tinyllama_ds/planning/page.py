@@ -16,10 +16,11 @@ def headline(plan: Plan) -> str:
     """The plan in one sentence."""
     gpu, ranks = plan.request.machines.gpu, plan.request.machines.hosts.ranks
     verb = "fits" if plan.fits else "DOES NOT FIT"
+    shared = f", sequence parallelism over {plan.work.sequence_parallel}" if plan.work.sequence_parallel > 1 else ""
     cost = f", {plan.dollars:,.0f} USD" if plan.dollars is not None else ""
     return (
-        f"{plan.inputs.recipe.name} on {ranks} x {gpu.name}, {plan.layout.name}, micro-batch {plan.work.micro_batch}:"
-        f" {verb} ({plan.memory.total / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} GiB per GPU),"
+        f"{plan.inputs.recipe.name} on {ranks} x {gpu.name}, {plan.layout.name}, micro-batch {plan.work.micro_batch}"
+        f"{shared}: {verb} ({plan.memory.total / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} GiB per GPU),"
         f" {plan.duration.days:.1f} days, {plan.duration.gpu_hours:,.0f} GPU-hours{cost}"
     )
 

@@ -13,7 +13,7 @@ from tinyllama_ds.config.deepspeed import (
 )
 from tinyllama_ds.config.param_groups import check_optimizer
 from tinyllama_ds.config.recipe import Recipe, load_recipe
-from tinyllama_ds.config.run_plan import RunPlan, accumulation_steps, micro_batch_of
+from tinyllama_ds.config.run_plan import RunPlan, accumulation_steps, data_parallel_size, micro_batch_of
 from tinyllama_ds.config.schedule import Schedule, make_schedule
 from tinyllama_ds.errors import ConfigError, all_of
 from tinyllama_ds.hardware.gpus import GIB
@@ -37,6 +37,7 @@ class PlanRequest:
     attention: str = "auto"  # backend, as in pretrain
     is_compiled: bool = False
     activation_checkpointing: int = 0  # every so many blocks are recomputed; 0 is none
+    sequence_parallel: int = 1  # GPUs of a host that share each sequence
     tokens_per_second: float | None = None  # of one GPU, all included, where it is known
     price_per_hour: float | None = None  # of one GPU
     save_seconds: float = 15.0
@@ -142,19 +143,31 @@ def read_inputs(recipe_name: str, deepspeed_config: Path) -> Inputs:
 def make_plan(request: PlanRequest, inputs: Inputs, sizes: Mapping[str, int]) -> Plan:
     """The plan of a run, whether it fits or not; raises `ConfigError` for a batch that does not divide."""
     ranks, recipe = request.machines.hosts.ranks, inputs.recipe
-    micro_batch = micro_batch_of(inputs.plan, requested_micro_batch(inputs.raw), ranks)
-    resolved = resolve(inputs, micro_batch, ranks)
+    data_size = data_ranks(request, inputs)
+    micro_batch = micro_batch_of(inputs.plan, requested_micro_batch(inputs.raw), data_size)
+    resolved = resolve(inputs, micro_batch, data_size)
     layout = read_layout(resolved, request.deepspeed_config.stem, ranks)
     attention = attention_memory(request.attention, recipe.document_mask, layout.weight_bytes)
-    work = Work(micro_batch, recipe.sequence_length, attention, request.activation_checkpointing, request.is_compiled)
-    accumulations = tuple(accumulation_steps(stage.batch, ranks, micro_batch) for stage in inputs.plan.stages)
+    work = Work(
+        micro_batch, recipe.sequence_length, attention, request.activation_checkpointing, request.is_compiled,
+        sequence_parallel=request.sequence_parallel,
+    )  # fmt: skip
+    accumulations = tuple(accumulation_steps(stage.batch, data_size, micro_batch) for stage in inputs.plan.stages)
     return Plan(request, inputs, sizes, resolved, layout, work, accumulations)
 
 
-def resolve(inputs: Inputs, micro_batch: int, ranks: int) -> dict:
+def data_ranks(request: PlanRequest, inputs: Inputs) -> int:
+    """The number of data-parallel ranks; raises `ConfigError` where the GPUs that share sequences do not divide."""
+    hosts, N = request.machines.hosts, request.sequence_parallel
+    if hosts.gpus % N:
+        raise ConfigError(f"--sequence-parallel {N} does not divide the {hosts.gpus} GPUs of a host")
+    return data_parallel_size(inputs.recipe, hosts.ranks, N)
+
+
+def resolve(inputs: Inputs, micro_batch: int, data_size: int) -> dict:
     """The DeepSpeed JSON as the run would use it on GPUs, where bf16 "auto" is true."""
     plan = inputs.plan
-    values = AutoValues(micro_batch, plan.stages[0].batch, ranks, plan.total_steps, inputs.model.hidden_size, True)
+    values = AutoValues(micro_batch, plan.stages[0].batch, data_size, plan.total_steps, inputs.model.hidden_size, True)
     return resolve_deepspeed_config(inputs.raw, inputs.path, values)
 
 
@@ -178,10 +191,11 @@ def _layout_warnings(plan: Plan) -> list[str]:
 
 def _divisibility_warnings(plan: Plan) -> list[str]:
     hosts, micro_batch = plan.request.machines.hosts, plan.work.micro_batch
+    in_host = hosts.gpus // plan.request.sequence_parallel  # data-parallel ranks
     works = [
         nodes
         for nodes in range(1, hosts.nodes + 1)
-        if all(stage.batch % (nodes * hosts.gpus * micro_batch) == 0 for stage in plan.inputs.plan.stages)
+        if all(stage.batch % (nodes * in_host * micro_batch) == 0 for stage in plan.inputs.plan.stages)
     ]
     if hosts.nodes == 1 or len(works) == hosts.nodes:
         return []

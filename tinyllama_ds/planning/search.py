@@ -10,7 +10,7 @@ from tinyllama_ds.config.run_plan import micro_batches_of
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hardware.gpus import GIB
 from tinyllama_ds.planning.communication import Hosts
-from tinyllama_ds.planning.plan import Inputs, Plan, PlanRequest, make_plan
+from tinyllama_ds.planning.plan import Inputs, Plan, PlanRequest, data_ranks, make_plan
 from tinyllama_ds.shipped import shipped_config
 
 LAYOUTS = ("zero0", "zero1", "zero2", "zero3", "zero3_keep", "zero3_hpz")  # of ds_configs/
@@ -36,7 +36,7 @@ def search(request: PlanRequest, inputs: Inputs, sizes: Mapping[str, int]) -> Ra
             sizes,
         )
         for (name, raw), micro_batch, recompute_every in product(
-            _configs(inputs.raw, hosts).items(), _micro_batches(inputs, hosts.ranks), RECOMPUTE
+            _configs(inputs.raw, hosts).items(), _micro_batches(inputs, data_ranks(request, inputs)), RECOMPUTE
         )
     ]
     fitting = [plan for plan in found if plan.fits]
@@ -68,14 +68,14 @@ def reason(plan: Plan) -> str:
     )
 
 
-def _micro_batches(inputs: Inputs, ranks: int) -> list[int]:
-    if any(stage.batch % ranks for stage in inputs.plan.stages):
-        works = [n for n in range(1, ranks) if all(stage.batch % n == 0 for stage in inputs.plan.stages)]
+def _micro_batches(inputs: Inputs, data_size: int) -> list[int]:
+    if any(stage.batch % data_size for stage in inputs.plan.stages):
+        works = [n for n in range(1, data_size) if all(stage.batch % n == 0 for stage in inputs.plan.stages)]
         raise ConfigError(
-            f"the global batches of recipe {inputs.recipe.name!r} do not divide over {ranks} GPUs; the next smaller"
-            f" numbers that do: {', '.join(map(str, works[-4:]))}"
+            f"the global batches of recipe {inputs.recipe.name!r} do not divide over {data_size} data-parallel ranks; the"
+            f" next smaller numbers that do: {', '.join(map(str, works[-4:]))}"
         )
-    return micro_batches_of(inputs.plan, ranks)
+    return micro_batches_of(inputs.plan, data_size)
 
 
 def _configs(raw: dict, hosts: Hosts) -> dict[str, dict]:

@@ -5,7 +5,7 @@ from math import ceil
 
 from tinyllama_ds.hardware.gpus import Gpu, Network
 from tinyllama_ds.model.config import LlamaConfig
-from tinyllama_ds.planning.communication import Hosts, Traffic, collectives_of, traffic_of
+from tinyllama_ds.planning.communication import Hosts, Traffic, collectives_of, exchanges_of, traffic_of
 from tinyllama_ds.planning.layout import Layout
 from tinyllama_ds.planning.memory import Work
 
@@ -65,10 +65,9 @@ def step_time(model: LlamaConfig, layout: Layout, work: Work, accumulation: int,
     tokens = work.tokens * accumulation
     plain = model.flops_per_token(work.sequence_length) * tokens / machines.compute_flops
     passes = {"forward": plain * _FORWARD, "backward": plain * (1 - _FORWARD + recomputed * _FORWARD)}
-    traffic = tuple(
-        traffic_of(collective, hosts, machines.network, layout.hpz)
-        for collective in collectives_of(model, layout, hosts.ranks, accumulation, hosts.gpus)
-    )
+    collectives = collectives_of(model, layout, hosts.ranks, accumulation, hosts.gpus)
+    collectives += exchanges_of(model, layout, work, accumulation)
+    traffic = tuple(traffic_of(collective, hosts, machines.network, layout.hpz) for collective in collectives)
     return StepTime(
         compute=sum(passes.values()),
         communication=sum(part.seconds for part in traffic),

@@ -14,7 +14,17 @@ from tinyllama_ds.page import Table, chart, render
 from tinyllama_ds.report.history import History
 from tinyllama_ds.report.sample_losses import Difference, draw_differences, loss_table
 
-_SETTINGS = ("recipe", "model", "deepspeed_config", "world_size", "attention", "versions", "init_from", "parent")
+_SETTINGS = (
+    "recipe",
+    "model",
+    "deepspeed_config",
+    "world_size",
+    "sequence_parallel",
+    "attention",
+    "versions",
+    "init_from",
+    "parent",
+)
 _ABSENT = "absent"
 _LOSSES, _BITS = "Validation/Loss/", "Validation/BitsPerByte/"
 Runs = Mapping[str, History]  # by a name that each run has alone

@@ -162,10 +162,12 @@ def _machine(history: History) -> Table:
     description, start = history.description, history.starts[-1] if history.starts else {}
     versions = description.get("versions", {})
     zero = description.get("deepspeed_config", {}).get("zero_optimization", {})
+    shared = description.get("sequence_parallel", 1)
     rows = [
         ("hosts", ", ".join(f"{host} ({ranks} ranks)" for host, ranks in start.get("hosts", {}).items())),
         ("device", versions.get("device", "CPU" if versions else "")),
         ("ranks", str(description.get("world_size", ""))),
+        ("ranks that share a sequence", str(shared) if shared > 1 else ""),
         ("ZeRO stage", str(zero.get("stage", 0)) if description else ""),
         ("micro-batch, sequences", str(description.get("micro_batch", ""))),
         ("attention", str(description.get("attention", ""))),
