@@ -13,15 +13,14 @@ import torch
 from chats import conversations, prepare_chat, write_chat_recipe, write_records
 from forked import on_ranks, pretrain
 from launching import read_series, write_deepspeed_config, write_recipe
-from safetensors.torch import load_file
 from test_elastic import stop_after
 
 from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest
-from tinyllama_ds.cli import main
+from tinyllama_ds.checkpoint.reader import stream_weights
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.distributed.collectives import sum_over_ranks
 from tinyllama_ds.distributed.world import DistributedInfo, read_world
-from tinyllama_ds.errors import EXIT_CONFIG
+from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.validation import mean_losses, sample_losses
 from tinyllama_ds.health.guard import all_reduce_step_status
 from tinyllama_ds.health.probe import take_probe
@@ -162,9 +161,11 @@ def assert_like(reference: dict, combinations: list[tuple], found: dict) -> None
 
 
 def test_a_run_goes_on_with_other_numbers(data: Path, tmp_path: Path) -> None:
-    """From 2 ranks that share sequences to 1, and back; the reference is one rank. Texts and weights are its, too."""
-    steps, stops = 20, (8, 14)
-    recipe = write_recipe(tmp_path / "small.toml", steps, save_every=2, document_mask=True)
+    """From 2 ranks that share sequences to 1, and back, each time to the end. Also its texts and its weights after 20
+    steps are those of one rank.
+    """
+    steps, stops = 20, (5, 15)
+    recipe = write_recipe(tmp_path / "small.toml", steps, save_every=5, document_mask=True)
     recipe.write_text(recipe.read_text() + "keep_last = 10\n" + SAMPLES)
     layouts = [(0, 1, "whole"), (3, 2, "run"), (1, 1, "run"), (2, 2, "run")]
     for (stage, shared, name), stop in zip(layouts, (0, 0, *stops), strict=True):
@@ -184,7 +185,7 @@ def assert_same_run(run: Path, whole: Path) -> None:
         assert read_series(run, figure) == pytest.approx(read_series(whole, figure), rel=TOLERANCE), figure
     texts = [{(row["tokens"], row["prompt"], row["text"]) for row in rows_of(path)} for path in (run, whole)]
     assert texts[0] == texts[1]
-    weights = [export(path) for path in (run, whole)]
+    weights = [exported(path) for path in (run, whole)]
     for name, expected_weight in weights[1].items():
         torch.testing.assert_close(weights[0][name], expected_weight, rtol=0, atol=TOLERANCE, msg=name)
 
@@ -193,8 +194,27 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
-def export(run: Path) -> dict[str, torch.Tensor]:
-    folder = run.with_name("exported")
-    shutil.rmtree(folder, ignore_errors=True)
-    assert main(["export", str(run), "--output", str(folder)]) == 0
-    return load_file(folder / "model.safetensors")
+def exported(run: Path) -> dict[str, torch.Tensor]:
+    """The weights as `export` writes them."""
+    return dict(stream_weights(find_checkpoints(run)[-1])[1])
+
+
+@pytest.mark.parametrize(
+    ("shared", "ranks", "changes", "sentence"),
+    [
+        (3, 4, {}, "--sequence-parallel 3 does not divide the 4 ranks; numbers that work: 1, 2, 4"),
+        (8, 8, {}, "--sequence-parallel 8 does not divide the 4 query heads; numbers that work: 1, 2, 4"),
+        (4, 4, {"sequence_length": 32 * 3 + 2}, "does not divide the 98 tokens of a sequence; numbers that work: 1, 2"),
+        (2, 6, {}, "8 sequences does not divide over 3 data-parallel ranks"),
+    ],
+)
+def test_what_does_not_divide_is_rejected(
+    shared: int, ranks: int, changes: dict, sentence: str, data: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "small.toml", STEPS, save_every=STEPS, **changes)
+    if changes:  # a batch of whole sequences
+        recipe.write_text(recipe.read_text().replace("global_batch_tokens = 256", f"global_batch_tokens = {98 * 8}"))
+    config = write_deepspeed_config(tmp_path / "ds.json", 3, micro_batch=1)
+    options = Options(str(recipe), config, data, tmp_path / "run", sequence_parallel=shared)
+    with pytest.raises(ConfigError, match=sentence):
+        resolve_run(options, ranks, "cpu", bf16=False)

@@ -21,7 +21,7 @@ B, T, E = 2, 16, 8
 
 
 def compare_attention() -> None:
-    """Rank 0 prints the largest relative differences of output and gradients from whole sequences, by heads and backend."""
+    """Rank 0 prints how far output and gradients are from those of whole sequences, by heads and backend."""
     world = read_world()
     start_process_group(world)
     shared = SequenceParallel(dist.group.WORLD)

@@ -96,7 +96,7 @@ sys.exit(f"imported {heavy}" if heavy else code)
         (("--gpu", "rtx-4090"), {}, r"zero3.json: micro-batch 8 needs .* of the 24.0 GiB .*what fits: zero\d.* micro"),
         (("--gpu-memory", "2GiB", "--peak-tflops", 10), {}, r"nothing fits the 2.0 GiB"),
         (("--num-gpus", 7), {}, r"1024 sequences does not divide over 7 data-parallel ranks; numbers that work: 1, 2"),
-        (("--num-gpus", 7, "--search"), {}, r"do not divide over 7 data-parallel ranks; the next smaller numbers that do: 1, 2"),
+        (("--num-gpus", 7, "--search"), {}, r"over 7 data-parallel ranks; smaller numbers that do: 1, 2, 4"),
         (("--gpu", "gtx-970"), {}, r"--gpu 'gtx-970' is unknown; expected a100-40g, "),
         (("--gpu-memory", "much", "--peak-tflops", 1), {}, r"expected a size such as 40GiB"),
         (("--gpu-memory", "40GiB"), {}, r"give both"),

@@ -72,8 +72,8 @@ def _micro_batches(inputs: Inputs, data_size: int) -> list[int]:
     if any(stage.batch % data_size for stage in inputs.plan.stages):
         works = [n for n in range(1, data_size) if all(stage.batch % n == 0 for stage in inputs.plan.stages)]
         raise ConfigError(
-            f"the global batches of recipe {inputs.recipe.name!r} do not divide over {data_size} data-parallel ranks; the"
-            f" next smaller numbers that do: {', '.join(map(str, works[-4:]))}"
+            f"the global batches of recipe {inputs.recipe.name!r} do not divide over {data_size} data-parallel ranks;"
+            f" smaller numbers that do: {', '.join(map(str, works[-4:]))}"
         )
     return micro_batches_of(inputs.plan, data_size)
 
