@@ -97,7 +97,7 @@ def groups_of(model: LlamaForCausalLM) -> list[dict]:
             "lr_multiplier": own.lr_multiplier,
             "weight_decay": WEIGHT_DECAY * own.weight_decay_multiplier,
         }
-        for own, members in group_parameters(model).items()
+        for own, members in group_parameters(model.named_parameters(), model.config.width_multiplier).items()
     ]
 
 

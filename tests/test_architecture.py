@@ -25,7 +25,7 @@ LAYERS = [
     {"run"},
     {"health"},
     {"train"},
-    {"benchmark", "planning", "preference", "speculative"},
+    {"benchmark", "ladder", "planning", "preference", "speculative"},
     {"commands"},
     {"cli", "rank"},
 ]

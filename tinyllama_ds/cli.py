@@ -21,6 +21,7 @@ from tinyllama_ds.commands import (
     report,
     training,
 )
+from tinyllama_ds.commands.anytime import decay, ladder
 from tinyllama_ds.commands.arguments import Parser
 from tinyllama_ds.commands.printing import write_no_more
 from tinyllama_ds.commands.trained import generation, prefer
@@ -67,6 +68,8 @@ def command_parser() -> argparse.ArgumentParser:
         planning,
         cluster,
         training,
+        decay,
+        ladder,
         benchmark,
         model,
         generation,

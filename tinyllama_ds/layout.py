@@ -12,6 +12,7 @@ STATUS_FILE = "status.json"
 LEDGER_FILE = "ledger.jsonl"
 STOP_FILE = "stop"
 METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"  # losses of all samples
 STARTS_FILE = "starts.jsonl"
 # Of sentencepiece; of the tokenizers library, with the roles of its special tokens.
 TOKENIZER_MODEL, TOKENIZER_JSON, SPECIAL_TOKENS = "tokenizer.model", "tokenizer.json", "special_tokens_map.json"

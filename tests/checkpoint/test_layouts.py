@@ -93,6 +93,7 @@ def train_and_save(root: Path, layout: Layout, first: Path | None) -> None:
     """On every rank: continue from a checkpoint, and save that at once, then after each of two steps."""
     world = read_world()
     start_process_group(world)
+    torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's update for each shape
     dtype = torch.bfloat16 if layout.bf16 else torch.float32
     engine = wrap(build_model(MODEL, "sdpa", 1, dtype=dtype), layout.config(), 1.0)
     saver = Saver(SaveSettings(root, Retention(9, 10**15), 1e9, MODEL, {}), world, lambda save: None)

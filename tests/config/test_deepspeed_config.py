@@ -56,7 +56,7 @@ def test_shipped_configs_resolve_and_pass_deepspeeds_own_parser(path: Path, monk
     params = resolved["optimizer"]["params"]
     assert (params["betas"], params["weight_decay"]) == ([0.9, 0.95], 0.1)
     schedule = make_schedule(raw, path, RunPlan(load_recipe("tinyllama-v1")))
-    assert schedule.min_ratio == {"chat_zero2": 1.0, "zero3_wsd": 0.0}.get(path.stem, 0.1)
+    assert schedule.min_ratio == {"chat_zero2": 1.0, "demo_wsd": 0.0, "zero3_wsd": 0.0}.get(path.stem, 0.1)
     assert "tensorboard" in monitors
 
 

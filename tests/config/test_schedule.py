@@ -124,9 +124,22 @@ def test_every_stage_may_end_with_a_decay() -> None:
     assert ratios == [0.5, *[1.0] * 7, 0.5, 0.0, *[1.0] * 4, 0.5, 0.0]
 
 
+def test_every_stage_may_have_a_decay_of_its_own_length() -> None:
+    plan = plan_of((10, 4), (6, 4), (4, 4))
+    params = {"num_warmup_steps": 0, "num_decay_steps": [1, 3, 0], "decay_type": "linear", "decay_each_stage": True}
+    schedule = made(plan, "warmup_stable_decay", **params)
+    batch = plan.first_batch_tokens
+    assert schedule.decays == ((9 * batch, 10 * batch), (13 * batch, 16 * batch))
+
+
 @pytest.mark.parametrize(
     ("params", "sentence"),
     [
+        ({"num_warmup_steps": 3, "num_decay_steps": [2, 2]}, r"num_decay_steps are \[2, 2\]; .* each of the 2 stages$"),
+        (
+            {"num_warmup_steps": 3, "num_decay_steps": [2, 5], "decay_each_stage": True},
+            "num_decay_steps 5 begin before 768 tokens, .* at most 4$",
+        ),
         ({"num_warmup_steps": 3, "num_decay_steps": 8}, "num_decay_steps 8 begin before 384 tokens, .* at most 7$"),
         (
             {"num_warmup_steps": 3, "num_decay_steps": 5, "decay_each_stage": True},

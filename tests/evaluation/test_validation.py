@@ -10,7 +10,13 @@ import torch
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.evaluation.validation import ValidationSet, perplexity, validation_losses, validation_metrics
+from tinyllama_ds.evaluation.validation import (
+    ValidationSet,
+    mean_losses,
+    perplexity,
+    sample_losses,
+    validation_metrics,
+)
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.model.loss import IGNORE_INDEX
@@ -32,19 +38,20 @@ def test_every_sample_counts_once_for_any_world(sets: list[ValidationSet], world
     for held_out in sets:
         ranks = [list(held_out.batches(rank, world_size, batch)) for rank in range(world_size)]
         assert len({len(batches) for batches in ranks}) == 1
-        rows = [row for batches in ranks for inputs, labels in batches for row in zip(inputs, labels, strict=True)]
-        counted = [tuple(inputs.tolist()) for inputs, labels in rows if (labels != IGNORE_INDEX).all()]
-        padding = [labels for _, labels in rows if (labels == IGNORE_INDEX).all()]
+        rows = [row for batches in ranks for batch_of_rank in batches for row in zip(*batch_of_rank, strict=True)]
+        counted = {int(n): inputs.tolist() for n, inputs, labels in rows if (labels != IGNORE_INDEX).all()}
+        padding = [labels for _, _, labels in rows if (labels == IGNORE_INDEX).all()]
         assert len(counted) + len(padding) == len(rows)
         available = held_out.stream.num_samples(T)
         total = min(held_out.samples, available)
         expected = [held_out.stream.sample(i * available // total, T)[:-1].tolist() for i in range(total)]
-        assert sorted(counted) == sorted(map(tuple, expected))
+        assert [counted[number] for number in range(held_out.size)] == expected
 
 
 def test_loss_equals_pytorchs_over_the_same_tokens(sets: list[ValidationSet]) -> None:
     model = build_model(MODEL_SIZES["test"], "eager", seed=1)
-    found = validation_losses(sets, model, lambda sums: sums, DistributedInfo(0, 0, 1, torch.device("cpu")), batch=3)
+    samples = sample_losses(sets, model, lambda sums: sums, DistributedInfo(0, 0, 1, torch.device("cpu")), batch=3)
+    found = mean_losses(samples)
     for held_out in sets:
         available = held_out.stream.num_samples(T)
         total = min(held_out.samples, available)
@@ -53,8 +60,10 @@ def test_loss_equals_pytorchs_over_the_same_tokens(sets: list[ValidationSet]) ->
         )
         with torch.no_grad():
             logits = model(tokens[:, :-1])
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        assert found[held_out.source] == pytest.approx(expected.item(), rel=1e-6)
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        assert found[held_out.source] == pytest.approx(losses.mean().item(), rel=1e-6)
+        torch.testing.assert_close(samples[held_out.source][:, 0].float(), losses.sum(1))
+        assert samples[held_out.source][:, 1].tolist() == [T] * total
 
 
 def test_less_than_a_sample_is_rejected(sets: list[ValidationSet]) -> None:

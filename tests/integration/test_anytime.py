@@ -1,5 +1,6 @@
 """Anytime training: a trunk with a constant learning rate, decays from its checkpoints, and its extension."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,28 @@ def test_a_decay_from_the_middle_equals_a_run_with_this_schedule(trunk: Path, da
     assert_same_run(tmp_path / "whole", tmp_path / "short", AT)
     peak = read_series(tmp_path / "whole", "Train/LearningRate")
     assert peak[-1] == 0 < peak[-2] < peak[AT - 1] == max(peak)
+
+
+def test_a_branch_without_a_source_is_compared_with_its_trunk(
+    trunk: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = ("--branch-from", str(trunk), "--without", f"starcoderdata@{AT * STEP_TOKENS}")
+    for _ in range(2):  # the same command again finds the finished run
+        finished = pretrain(
+            trunk.with_name("trunk.toml"), trunk.with_name("ds.json"), data_dir, tmp_path / "a", 2, *without
+        )
+        assert finished.returncode == 0, finished.stderr
+    of_trunk, of_branch = (read_series(path, "Tokens/starcoderdata") for path in (trunk, tmp_path / "a"))
+    assert set(of_branch) == {of_trunk[AT - 1]}
+    assert main(["report", str(trunk), str(tmp_path / "a"), "--output", str(tmp_path / "c.html"), "--json"]) == 0
+    differences = json.loads(capsys.readouterr().out)["validation"]
+    assert [(of["source"], of["tokens"], of["is_paired"]) for of in differences] == [
+        (source, [TRUNK * STEP_TOKENS] * 2, True) for source in ("slimpajama", "starcoderdata")
+    ]
+    for of in differences:
+        ends = [read_series(path, f"Validation/Loss/{of['source']}")[-1] for path in (trunk, tmp_path / "a")]
+        assert of["losses"] == pytest.approx(ends, abs=1e-4)
+        assert of["error"] > 0
 
 
 def test_an_export_may_be_the_mean_of_the_last_checkpoints(

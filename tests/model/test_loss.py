@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tinyllama_ds.model import loss
 from tinyllama_ds.model.loss import IGNORE_INDEX, LMHeadLoss, chunked_cross_entropy
 
 
@@ -50,6 +51,20 @@ def test_never_holds_the_logits_of_the_batch() -> None:
     with Watch():
         chunked_cross_entropy(rows, weight, labels, chunk_rows=32).backward()
     assert largest == 32 * 1000
+
+
+def test_the_loss_of_each_target_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In three chunks, the last one shorter."""
+    head = LMHeadLoss(8, 20)
+    monkeypatch.setitem(loss.MAX_CHUNK_LOGITS, "cpu", 20 * 3)
+    torch.nn.init.normal_(head.weight)
+    hidden, labels = torch.randn(2, 4, 8), torch.randint(20, (2, 4))
+    labels[0, 1:] = IGNORE_INDEX
+    found = head(hidden, labels, reduction="none")
+    assert not found.requires_grad
+    torch.testing.assert_close(
+        found, torch.nn.functional.cross_entropy(head(hidden).transpose(1, 2), labels, reduction="none")
+    )
 
 
 def test_without_labels_the_head_gives_logits() -> None:

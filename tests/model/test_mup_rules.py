@@ -34,7 +34,7 @@ def torch_groups(model: LlamaForCausalLM) -> list[dict]:
             "lr": RATE * settings.lr_multiplier,
             "weight_decay": DECAY * settings.weight_decay_multiplier,
         }
-        for settings, members in group_parameters(model).items()
+        for settings, members in group_parameters(model.named_parameters(), model.config.width_multiplier).items()
     ]
 
 

@@ -1,6 +1,7 @@
 """From which checkpoints a run may branch off, and what it inherits; the training itself is in tests/integration."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from launching import BATCH, SEQUENCE_LENGTH, STEP_TOKENS, write_deepspeed_config
 
 from tinyllama_ds.checkpoint.format import CheckpointManifest, Health, OptimizerRecord, Progress, checkpoint_name
+from tinyllama_ds.config.ablation import Ablation
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.run.directory import open_run_directory
 from tinyllama_ds.run.identity import verify_parent
@@ -200,6 +202,39 @@ def test_a_branch_keeps_its_parent_whatever_the_parent_does(options: Options, tm
     (first / "manifest.json").write_text((second / "manifest.json").read_text())
     with pytest.raises(ConfigError, match="manifest.json: has changed since this run was branched off"):
         verify_parent(begun.parent)
+
+
+def test_a_source_is_excluded_from_the_checkpoint_on(options: Options) -> None:
+    """It is still validated, the samples before are the parent's, and the same command resumes."""
+    commit_parent(options, 4, 8)
+    at = 8 * STEP_TOKENS
+    ablated = replace(options, without=Ablation("starcoderdata", at))
+    run, whole = resolve(ablated), resolve(replace(options, branch_from=None))
+    assert run.parent is not None
+    assert (run.parent.step, run.plan.total_steps) == (8, STEPS)
+    assert [held_out.source for held_out in run.evaluation.validation] == ["slimpajama", "starcoderdata"]
+    orders = [each.data.order for each in (run, whole)]
+    assert orders[0].counts(8 * BATCH) == orders[1].counts(8 * BATCH)
+    assert orders[0].counts(STEPS * BATCH)["starcoderdata"] == orders[0].counts(8 * BATCH)["starcoderdata"]
+    assert [stage["weights"] for stage in run.description["recipe"]["stages"]][-1] == {"slimpajama": 0.5}
+    open_run_directory(run)
+    shutil.rmtree(options.run_dir.with_name("parent") / "checkpoints")
+    assert resolve(ablated).parent == run.parent
+
+
+def test_a_source_is_excluded_from_the_beginning(options: Options) -> None:
+    run = resolve(replace(options, branch_from=None, without=Ablation("starcoderdata")))
+    assert run.recipe.sources == ["slimpajama"] == list(run.description["data"]["train"])
+    assert [held_out.source for held_out in run.evaluation.validation] == ["slimpajama", "starcoderdata"]
+
+
+def test_a_source_can_only_be_excluded_at_a_checkpoint(options: Options) -> None:
+    commit_parent(options, 4, 8)
+    ablated = replace(options, without=Ablation("starcoderdata", 7 * STEP_TOKENS))
+    with pytest.raises(ConfigError, match="has no checkpoint of 1,792 tokens; expected one of 1,024, 2,048 tokens"):
+        resolve(ablated)
+    with pytest.raises(ConfigError, match="--without starcoderdata@1792: expected --branch-from RUN, a run with a"):
+        resolve(replace(ablated, branch_from=None))
 
 
 def test_a_run_that_is_there_does_not_become_a_branch(options: Options) -> None:

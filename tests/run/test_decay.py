@@ -114,6 +114,6 @@ def test_no_checkpoint_is_early_enough(data_dir: Path, tmp_path: Path) -> None:
 def test_a_file_of_a_different_decay_is_kept(tmp_path: Path) -> None:
     write_once(tmp_path / "a.toml", "x")
     write_once(tmp_path / "a.toml", "x")
-    with pytest.raises(ConfigError, match="a.toml: holds a different decay"):
+    with pytest.raises(ConfigError, match="a.toml: differs from what this command writes"):
         write_once(tmp_path / "a.toml", "y")
     assert (tmp_path / "a.toml").read_text() == "x"

@@ -161,6 +161,17 @@ def test_scores_have_rows_with_errors_and_are_dropped_with_repeated_steps(
     ]
 
 
+def test_losses_of_validation_samples_are_dropped_with_repeated_steps(tmp_path: Path) -> None:
+    for first, loss in ((0, 1.0), (1, math.nan)):
+        metrics = MetricsLogger(tmp_path, {}, Progress(first, first * 8, first * 100), "{}")
+        for step in range(first + 1, first + 3):
+            metrics.log_sample_losses(step, step * 100, {"a": torch.tensor([[96.0, 32], [loss / 3, 8]])})
+        metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["losses"]) for row in rows] == [(1, [96, 0.333]), (2, [96, None]), (3, [96, None])]
+    assert rows[0] == {"step": 1, "tokens": 100, "source": "a", "losses": [96.0, 0.333], "targets": [32, 8]}
+
+
 def test_samples_are_dropped_with_repeated_steps(tmp_path: Path) -> None:
     for first, text in ((0, "before"), (2, "after")):
         metrics = MetricsLogger(tmp_path, {}, Progress(first, first * 8, first * 100), "{}")

@@ -33,6 +33,7 @@ from tinyllama_ds.report import run_page
 from tinyllama_ds.report.charts import achieved_mixture, planned_mixture
 from tinyllama_ds.report.history import read_history, read_metrics
 from tinyllama_ds.report.run_page import summarize
+from tinyllama_ds.report.sample_losses import differences_of_losses, loss_table
 from tinyllama_ds.run.identity import changes_between, identity_of
 from tinyllama_ds.run.ledger import ROLLED_BACK, SKIPPED, Entry, read_ledger
 from tinyllama_ds.run.resolve import is_chat_run
@@ -71,6 +72,7 @@ SHOWN = {
     "run.json": json.dumps(DESCRIPTION, indent=1).encode(),
     "status.json": json.dumps({"state": "running", "step": 2, "tokens": 200}).encode(),
     "starts.jsonl": lines(START, START | {"restart": 1}),
+    "validation.jsonl": lines({"tokens": 200, "source": "a", "losses": [3.5, 7.0], "targets": [1, 2]}),
     "samples.jsonl": lines({"step": 2, "tokens": 200, "prompt": "the", "text": "small"}),
     "tasks.jsonl": lines(TASK, TASK),
     "ledger.jsonl": lines(asdict(Entry(ROLLED_BACK, 3, 16, 23, "spike")), asdict(Entry(SKIPPED, 4, 32, 39, "bad"))),
@@ -87,6 +89,9 @@ def show(run_dir: Path) -> None:
         section(history)
     list(map(scores_table, history.scores))
     json.dumps(history.description, ensure_ascii=False)
+    losses = differences_of_losses({"a": history, "b": history}, dict.fromkeys("ab", run_dir))
+    json.dumps([difference.to_dict() for difference in losses], allow_nan=False)
+    loss_table(losses).as_text()
     planned_mixture(history, ["a", "b"])
     achieved_mixture(history, ["a", "b"])
 

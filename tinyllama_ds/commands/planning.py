@@ -24,6 +24,7 @@ from tinyllama_ds.launch.launcher import MEASURE, launcher_command, launcher_env
 from tinyllama_ds.outputs import write_figure, write_file
 
 if TYPE_CHECKING:
+    from tinyllama_ds.ladder.run_prediction import Predicted
     from tinyllama_ds.planning.communication import Hosts, Traffic
     from tinyllama_ds.planning.plan import Inputs, Plan
     from tinyllama_ds.planning.search import Ranking
@@ -47,6 +48,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "--data", required=False, help="prepared data, for the sizes of the sources")
     add = parser.add_argument
     add("--price-per-hour", type=Number(least=0, most=1e6), metavar="USD", help="of one GPU")
+    add("--ladder", type=Path, metavar="DIR", help="finished ladder that predicts the losses of this recipe")
     add("--save-seconds", type=Number(most=1e6), default=15, metavar="S", help="stall of a save")
     add("--picture", type=output_picture, metavar="PNG", help="learning rate, batch and mixture over tokens")
     add("--html", type=output_file, metavar="FILE", help="the whole plan as one self-contained page")
@@ -72,6 +74,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     _check_arguments(options)
     inputs, hosts = all_of(lambda: read_inputs(options.recipe, options.deepspeed_config), lambda: _hosts(options))
+    predicted = _predicted(options.ladder, inputs) if options.ladder else None
     options.machines, options.is_compiled = _machines(options, inputs, hosts), options.compile != "off"
     request = as_dataclass(PlanRequest, options)
     sizes = _source_sizes(options.data, inputs)
@@ -82,10 +85,19 @@ def _plan(options: argparse.Namespace) -> int:
     if not plan.fits:
         reject_too_large(plan, [reason(best) for best in search(request, inputs, sizes).candidates[:3]])
     tables = [*([ranking_table(ranking)] if ranking else []), *tables_of(plan)]
+    if predicted:
+        tables.insert(1, predicted.table())
     text = plan_text(plan, tables) + (_how_to_start(options, plan) if ranking else "")
-    code = print_result(options, _result(plan, ranking), text)
-    _write_files(options, plan, tables)
+    found = {"predicted_losses": predicted.as_dict()} if predicted else {}
+    code = print_result(options, _result(plan, ranking) | found, text)
+    _write_files(options, plan, tables, predicted.charts() if predicted else [])
     return code
+
+
+def _predicted(ladder: Path, inputs: "Inputs") -> "Predicted":
+    from tinyllama_ds.ladder.run_prediction import predict
+
+    return predict(ladder, inputs.recipe)
 
 
 def _check_arguments(options: argparse.Namespace) -> None:
@@ -165,14 +177,14 @@ def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
     return {name: samples[name] * T if stream.has_loss_mask else stream.tokens for name, stream in streams.items()}
 
 
-def _write_files(options: argparse.Namespace, plan: "Plan", tables: list) -> None:
+def _write_files(options: argparse.Namespace, plan: "Plan", tables: list, charts: list) -> None:
     from tinyllama_ds.planning.charts import plan_figure
     from tinyllama_ds.planning.page import plan_page
 
     if options.picture:
         write_figure(plan_figure(plan), options.picture)
     if options.html:
-        write_file(options.html, plan_page(plan, tables))
+        write_file(options.html, plan_page(plan, tables, charts))
 
 
 def _how_to_start(options: argparse.Namespace, best: "Plan") -> str:

@@ -1,4 +1,4 @@
-"""The commands that train."""
+"""The command that trains."""
 
 import argparse
 import os
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from tinyllama_ds.commands.arguments import (
     MINUTES,
     SECONDS,
-    Number,
     add_shared,
     as_dataclass,
     token_count,
@@ -37,6 +36,7 @@ from tinyllama_ds.launch.supervisor import SupervisionResult, SupervisorConfig, 
 from tinyllama_ds.layout import LIFELINE_VARIABLE, STATUS_FILE, STOP_FILE
 
 if TYPE_CHECKING:
+    from tinyllama_ds.config.ablation import Ablation
     from tinyllama_ds.run.resolve import Options, Run
 _START_SECONDS = 1800.0  # for imports, loading, compiling and the first step
 
@@ -49,14 +49,24 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", choices=("auto", "must", "never"), default="auto", help="from the newest checkpoint")
     branch = "begin with another run's checkpoint: the newest whose history this recipe shares, or a step_* folder"
     add("--branch-from", type=Path, metavar="RUN", help=branch)
+    without = "exclude a source: from the beginning, or in a branch from the checkpoint of so many tokens on (300B)"
+    add("--without", type=_ablation, metavar="SOURCE[@TOKENS]", help=without)
     weights = "start with only the weights of an imported model, a run or a checkpoint"
     add("--init-from", type=Path, metavar="DIR", help=weights)
     change = "resume although this differs from the run in --run-dir, named as in the error: recipe.seed, data ..."
     add("--allow-change", action="append", default=[], metavar="KEY", help=change)
-    _add_kernel_arguments(parser)
+    add_kernel_arguments(parser)
 
 
-def _add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
+def _ablation(text: str) -> "Ablation":
+    """An argument type: SOURCE, or SOURCE@TOKENS."""
+    from tinyllama_ds.config.ablation import Ablation
+
+    source, _, tokens = text.partition("@")
+    return Ablation(source, token_count(tokens)) if "@" in text else Ablation(text)
+
+
+def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
     """How a step is computed."""
     add = parser.add_argument
     add_shared(parser, "--attention", "--compile", "--activation-checkpointing")
@@ -74,10 +84,10 @@ def run_options(namespace: argparse.Namespace) -> "Options":
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
     add_placement_arguments(parser)
-    _add_supervision_arguments(parser)
+    add_supervision_arguments(parser)
 
 
-def _add_supervision_arguments(parser: argparse.ArgumentParser) -> None:
+def add_supervision_arguments(parser: argparse.ArgumentParser) -> None:
     """What the supervisor does before, while and after the ranks run."""
     add = parser.add_argument
     shrink = "after a failure continue on the remaining hosts, with the same batch"
@@ -89,7 +99,7 @@ def _add_supervision_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-wall-time", type=MINUTES, metavar="MINUTES", help="then save and exit with code 75")
 
 
-def _pretrain(options: argparse.Namespace) -> int:
+def pretrain(options: argparse.Namespace) -> int:
     """Train under the deepspeed launcher; restarts and resumes automatically."""
     from tinyllama_ds.config.deepspeed import load_deepspeed_config
     from tinyllama_ds.config.recipe import load_recipe
@@ -219,37 +229,4 @@ def _print_goodput(run_dir: Path, supervised: SupervisionResult) -> None:
     )
 
 
-def _add_decay(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints; it is only read")
-    add(
-        "--at",
-        type=token_count,
-        metavar="TOKENS",
-        help="from its newest checkpoint of at most so many, 300B (default: all)",
-    )
-    add("--over", type=token_count, required=True, metavar="TOKENS", help="length of the decay, 30B; a tenth is usual")
-    add("--decay-type", choices=("1-sqrt", "linear", "cosine"), default="1-sqrt", help="shape of the decay")
-    add("--min-lr-ratio", type=Number(most=0.999, least=0.0), default=0.0, metavar="R", help="of the peak, at the end")
-    add_shared(parser, "--data", "--run-dir")
-    _add_kernel_arguments(parser)
-    add_placement_arguments(parser)
-    _add_supervision_arguments(parser)
-
-
-def _decay(options: argparse.Namespace) -> int:
-    """Train a branch of a run in which the learning rate falls to its minimum: a finished model from any checkpoint."""
-    from tinyllama_ds.run.decay import plan_decay, write_once
-
-    run_dir = options.run_dir
-    decay = plan_decay(options.run, run_dir.name, options.at, options.over, options.decay_type, options.min_lr_ratio)
-    recipe, config = Path(f"{run_dir}.toml"), Path(f"{run_dir}.json")
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    write_once(recipe, decay.recipe)
-    write_once(config, decay.deepspeed_config)
-    log(f"{decay.checkpoint}: {decay.at:,} tokens, then a decay over {decay.over:,}; see {recipe} and {config}")
-    branch = {"recipe": str(recipe), "deepspeed_config": config, "branch_from": decay.checkpoint, "init_from": None}
-    return _pretrain(argparse.Namespace(**vars(options) | branch | {"resume": "auto", "allow_change": []}))
-
-
-COMMANDS = (("pretrain", _add_pretrain, _pretrain), ("decay", _add_decay, _decay))
+COMMANDS = (("pretrain", _add_pretrain, pretrain),)

@@ -39,7 +39,7 @@ class Key:
     @property
     def is_whole(self) -> bool:
         """Whether numbers are ints, however the JSON writes them: 5e8."""
-        return self.type == "integer"
+        return self.type in ("integer", "steps")
 
     def accepts(self, value: Any) -> bool:
         """Whether a value of the JSON has the type and the range."""
@@ -90,6 +90,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable()
 
 
+def _is_whole(key: Key, value: Any) -> bool:
+    return _is_within(key, value) and value <= 2**62 and int(value) == value
+
+
 def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(of, value))
 
@@ -100,7 +104,13 @@ _TYPES: dict[str, tuple[Callable[[Key], str], Callable[[Key, Any], bool]]] = {
     # By type as well: True == 1 in Python.
     "enum": (_describe_enum, lambda key, v: any(type(v) is type(value) and v == value for value in key.enum)),
     "number": (_describe_number, _is_within),
-    "integer": (_describe_integer, lambda key, v: _is_within(key, v) and v <= 2**62 and int(v) == v),
+    "integer": (_describe_integer, _is_whole),
+    "steps": (
+        lambda key: "a whole number of 0 or more, a list of them",
+        lambda key, v: (
+            _is_whole(key, v) or (v != [] and _is_list(v, lambda one: isinstance(one, int) and _is_whole(key, one)))
+        ),
+    ),
     "ratio": (lambda key: "a number from 0 to 1", lambda key, v: _is_number(v) and 0 <= v <= 1),
     "betas": (
         lambda key: "two numbers of 0 or more and less than 1",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_ds.config.model_table import HuggingFaceConfig
-from tinyllama_ds.config.recipe import Recipe, Stage, load_recipe
+from tinyllama_ds.config.recipe import Recipe, Stage, load_recipe, recipe_path
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.shipped import shipped_config
 
@@ -29,7 +29,7 @@ def draft_like(name: str, like: str) -> Draft:
     """With the values of another recipe, given by its name or its file; raises `ConfigError` where it is not valid."""
     recipe = load_recipe(like)
     is_named = recipe.model_name in MODEL_SIZES
-    model = recipe.model_name if is_named else tomllib.loads(Path(like).read_text())["model"]
+    model = recipe.model_name if is_named else tomllib.loads(recipe_path(like).read_text())["model"]
     return Draft(name, model, recipe.sequence_length, recipe)
 
 

@@ -189,8 +189,8 @@ def recipe_of_run(description: dict) -> Recipe:
     return Recipe(**values)
 
 
-def load_recipe(name_or_path: str) -> Recipe:
-    """A shipped recipe by its name, or one of the user's own by the path of its TOML file."""
+def recipe_path(name_or_path: str) -> Path:
+    """The TOML file of a shipped recipe, or of one of the user's own."""
     path = Path(name_or_path)
     if path.suffix != ".toml":
         path = RECIPE_DIRECTORY / f"{name_or_path}.toml"
@@ -199,6 +199,12 @@ def load_recipe(name_or_path: str) -> Recipe:
             raise ConfigError(
                 f"recipe {shown(name_or_path)} is unknown; the shipped ones are {shipped}, or give a .toml file"
             )
+    return path
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A shipped recipe by its name, or one of the user's own by the path of its TOML file."""
+    path = recipe_path(name_or_path)
     text = read_text(path, "the recipe")
     try:
         raw = tomllib.loads(text)

@@ -84,19 +84,33 @@ def _warmup_stable_decay(params: Mapping[str, Any], path: Path, plan: RunPlan) -
     """transformers' get_wsd_schedule, whose warmup begins at the minimum."""
     warmup = _warmup_tokens(params, "num_warmup_steps", path, plan)
     minimum = params.get("min_lr_ratio", 0.0)
-    steps = params["num_decay_steps"]
-    length = (auto_decay_steps(plan.total_steps) if steps == AUTO else steps) * plan.first_batch_tokens
-    ends = plan.stage_end_tokens if params.get("decay_each_stage", False) else [plan.total_tokens]
-    decays = tuple((end - length, end) for end in ends) if length else ()
-    for (start, end), before in zip(decays, (warmup, *ends), strict=False):
-        if start < before:
-            raise ConfigError(
-                f"{path}: num_decay_steps {steps} begin before {before:,} tokens, where the warmup or the stage before"
-                f" ends; expected at most {(end - before) // plan.first_batch_tokens}"
-            )
+    decays = _decays(params, path, plan, warmup)
     return Schedule(
         warmup, params.get("warmup_min_ratio", minimum), decays, params.get("decay_type", "cosine"), minimum
     )
+
+
+def _decays(params: Mapping[str, Any], path: Path, plan: RunPlan, warmup: int) -> tuple[tuple[int, int], ...]:
+    """Start and end of each in tokens: at the end of the run, or of each stage with the steps of each."""
+    given = params["num_decay_steps"]
+    steps = auto_decay_steps(plan.total_steps) if given == AUTO else given
+    ends = plan.stage_end_tokens if params.get("decay_each_stage", False) else [plan.total_tokens]
+    lengths = steps if isinstance(steps, list) else [steps] * len(ends)
+    if len(lengths) != len(ends):
+        raise ConfigError(
+            f"{path}: num_decay_steps are {lengths}; expected one number, or with decay_each_stage one for each of"
+            f" the {len(plan.stages)} stages"
+        )
+    decays = []
+    for length, end, before in zip(lengths, ends, (warmup, *ends), strict=False):
+        start = end - length * plan.first_batch_tokens
+        if length and start < before:
+            raise ConfigError(
+                f"{path}: num_decay_steps {length} begin before {before:,} tokens, where the warmup or the stage before"
+                f" ends; expected at most {(end - before) // plan.first_batch_tokens}"
+            )
+        decays += [(start, end)] if length else []
+    return tuple(decays)
 
 
 def _warmup_tokens(params: Mapping[str, Any], key: str, path: Path, plan: RunPlan) -> int:

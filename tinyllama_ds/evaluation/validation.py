@@ -12,7 +12,7 @@ from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.model.loss import IGNORE_INDEX
 
-Score = Callable[..., Tensor]  # input ids, labels and perhaps document ids, each (B, T), to the mean loss
+Score = Callable[..., Tensor]  # input ids, labels and perhaps document ids, with a reduction; each (B, T)
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,22 @@ class ValidationSet:
     def __post_init__(self) -> None:
         self.stream.num_samples(self.sequence_length)  # raises where there is less than one
 
-    def batches(self, rank: int, world_size: int, batch: int) -> Iterator[tuple[Tensor, ...]]:
-        """The shard of this rank: input ids, labels, and with a document mask document ids, each (B, T).
+    @property
+    def size(self) -> int:
+        """The number of samples."""
+        return min(self.samples, self.stream.num_samples(self.sequence_length))
 
-        Every rank gets the same number of batches; rows past the end have no targets.
+    def batches(self, rank: int, world_size: int, batch: int) -> Iterator[tuple[Tensor, ...]]:
+        """The shard of this rank: the numbers of the samples (B,), and input ids, labels, and with a document mask
+        document ids, each (B, T).
+
+        Every rank gets the same number of batches; rows past the end repeat the last sample, without targets.
         """
-        available = self.stream.num_samples(self.sequence_length)
-        total = min(self.samples, available)
+        available, total = self.stream.num_samples(self.sequence_length), self.size
         for number in range(ceil(total / (batch * world_size))):
             first = (number * world_size + rank) * batch
-            indices = [min(first + row, total - 1) * available // total for row in range(batch)]
+            numbers = [min(first + row, total - 1) for row in range(batch)]
+            indices = [sample * available // total for sample in numbers]
             tokens = np.stack([self.stream.sample(index, self.sequence_length) for index in indices])  # (B, T + 1)
             tensor = torch.from_numpy(tokens.astype(np.int64))
             inputs, labels = tensor[:, :-1], tensor[:, 1:].clone()
@@ -48,7 +54,7 @@ class ValidationSet:
                 loss_mask = np.stack([self.stream.loss_mask(index, self.sequence_length) for index in indices])
                 labels[~torch.from_numpy(loss_mask)] = IGNORE_INDEX
             labels[max(0, total - first) :] = IGNORE_INDEX
-            yield inputs, labels, *self._document_ids(indices)
+            yield torch.tensor(numbers), inputs, labels, *self._document_ids(indices)
 
     def _document_ids(self, indices: list[int]) -> list[Tensor]:
         if not self.document_mask:
@@ -58,23 +64,31 @@ class ValidationSet:
 
 
 @torch.no_grad()
-def validation_losses(
+def sample_losses(
     sets: list[ValidationSet],
     score: Score,
     sum_over_ranks: Callable[[Tensor], Tensor],
     world: DistributedInfo,
     batch: int,
-) -> dict[str, float]:
-    """Mean loss per target token of each source over all ranks, `batch` samples per forward pass. Collective."""
-    sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=world.device)  # (sources, [loss, targets])
-    for number, held_out in enumerate(sets):
-        for inputs, labels, *document_ids in held_out.batches(world.rank, world.size, batch):
-            count = int((labels != IGNORE_INDEX).sum())  # in host memory: no wait for the device
-            loss = score(inputs.to(world.device), labels.to(world.device), *document_ids)
-            sums[number, 0] += loss.double() * count
-            sums[number, 1] += count
-    losses, targets = sum_over_ranks(sums).unbind(1)
-    return {held_out.source: loss for held_out, loss in zip(sets, (losses / targets).tolist(), strict=True)}
+) -> dict[str, Tensor]:
+    """Of every sample of each source the sum of its losses and its number of targets (samples, 2), in float64 in host
+    memory, over all ranks; `batch` samples per forward pass. Collective.
+    """
+    sizes = [held_out.size for held_out in sets]
+    found = torch.zeros(sum(sizes), 2, dtype=torch.float64, device=world.device)
+    for held_out, of_source in zip(sets, found.split(sizes), strict=True):
+        for numbers, inputs, labels, *document_ids in held_out.batches(world.rank, world.size, batch):
+            losses = score(inputs.to(world.device), labels.to(world.device), *document_ids, reduction="none")
+            counts = (labels != IGNORE_INDEX).sum(1).to(world.device)
+            of_source.index_add_(0, numbers.to(world.device), torch.stack((losses.double().sum(1), counts), 1))
+    parts = sum_over_ranks(found).cpu().split(sizes)
+    return {held_out.source: part for held_out, part in zip(sets, parts, strict=True)}
+
+
+def mean_losses(samples: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean loss per target token of each source."""
+    columns = ((source, of_source.unbind(1)) for source, of_source in samples.items())
+    return {source: float(losses.sum() / targets.sum()) for source, (losses, targets) in columns}
 
 
 def validation_metrics(losses: Mapping[str, float], sets: list[ValidationSet]) -> dict[str, float]:

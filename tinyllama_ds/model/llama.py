@@ -116,7 +116,8 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """The whole decoder: token ids (B, T) to logits (B, T, V), or with labels (B, T) to their mean loss in fp32.
+    """The whole decoder: token ids (B, T) to logits (B, T, V), or with labels (B, T) to their mean loss in fp32; with
+    the reduction "none" to the loss of each label, without a gradient.
 
     With `document_ids` (B, T), the number of the document that each token of a row belongs to, attention stays inside
     documents and positions start again with each; without, documents packed into a row see those before them, as in
@@ -150,8 +151,9 @@ class LlamaForCausalLM(nn.Module):
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
         teacher: tuple[Tensor, Tensor] | None = None,
+        reduction: str = "mean",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return self.lm_head(self.model(input_ids, document_ids), labels, teacher)
+        return self.lm_head(self.model(input_ids, document_ids), labels, teacher, reduction)
 
 
 def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:

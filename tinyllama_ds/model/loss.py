@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyllama_ds.model.config import MAX_CHUNK_LOGITS
@@ -31,9 +32,14 @@ class LMHeadLoss(nn.Module):
         self.distillation_and_grad: OfChunk | None = None  # of a student (`distillation.py`), or its compiled form
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, teacher: tuple[Tensor, Tensor] | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        teacher: tuple[Tensor, Tensor] | None = None,
+        reduction: str = "mean",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, T, V) without labels; with labels (B, T), the mean cross-entropy over all targets, a fp32 scalar.
+        """Logits (B, T, V) without labels; with labels (B, T), the mean cross-entropy over all targets, a fp32 scalar,
+        or with the reduction "none" that of each target (B, T), without a gradient.
 
         Rows labelled `IGNORE_INDEX` have no target. Without any target the loss is 0.
 
@@ -43,6 +49,8 @@ class LMHeadLoss(nn.Module):
         if labels is None:
             return hidden @ self.weight.t()
         rows = hidden.flatten(0, -2)  # (N, D)
+        if reduction == "none":
+            return token_losses(rows, self.weight, labels.flatten()).view_as(labels)
         if teacher is None:
             return chunked_cross_entropy(rows, self.weight, labels.flatten(), of_chunk=self.loss_and_grad)
         assert self.distillation_and_grad is not None
@@ -64,6 +72,20 @@ def loss_and_grad(logits: Tensor, labels: Tensor, num_targets: Tensor) -> tuple[
     grad = log_probs.exp_()
     grad.scatter_add_(1, targets, grad.new_full(targets.shape, -1.0))
     return loss, grad.mul_(scale[:, None]).to(logits.dtype)
+
+
+@torch.no_grad()
+def token_losses(rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of each row of `rows @ weight.T` (N, V), a fp32 tensor (N,); 0 without a target."""
+    losses = []
+    for some, targets in zip(*(tensor.split(_chunk_rows(weight)) for tensor in (rows, labels)), strict=True):
+        log_probs = torch.log_softmax(some @ weight.t(), dim=-1, dtype=torch.float32)
+        losses.append(F.nll_loss(log_probs, targets, ignore_index=IGNORE_INDEX, reduction="none"))
+    return torch.cat(losses)
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    return max(1, MAX_CHUNK_LOGITS[weight.device.type] // weight.shape[0])
 
 
 def chunked_cross_entropy(
@@ -88,7 +110,7 @@ def chunked_loss(
     first. Where `of_chunk` gives several losses, the gradient is that of the first, and the others have none.
     """
     if chunk_rows is None:
-        chunk_rows = max(1, MAX_CHUNK_LOGITS[rows.device.type] // weight.shape[0])
+        chunk_rows = _chunk_rows(weight)
     chunks = [slice(start, start + chunk_rows) for start in range(0, rows.shape[0], chunk_rows)]
     if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
         return _ChunkedLoss.apply(rows, weight, of_rows, chunks, of_chunk)

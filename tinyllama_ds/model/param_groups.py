@@ -1,14 +1,12 @@
 """Parameters in groups of the same settings, for an optimizer; with muP the rules of the decoder's are in them."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from tinyllama_ds.model.llama import LlamaForCausalLM
 
 
 @dataclass(frozen=True)
@@ -22,20 +20,25 @@ class Settings:
 
 
 def group_parameters(
-    model: "LlamaForCausalLM", settings: Mapping[str, Settings] = {}, has_muon: bool = False
+    parameters: "Iterable[tuple[str, nn.Parameter]]",
+    width_multiplier: float,
+    settings: Mapping[str, Settings] = {},
+    has_muon: bool = False,
 ) -> "dict[Settings, list[nn.Parameter]]":
-    """All parameters by their settings, of which some have their own, by name; Muon's matrices come first.
+    """A decoder's named parameters by their settings, of which some have their own; Muon's matrices come first.
 
     With muP the hidden matrices of a model m times as wide as its base have 1 / m of the learning rate, and m times the
     weight decay, which AdamW multiplies by it: as `MuAdamW` of the package mup.
     """
     groups = defaultdict(list)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         own = settings.get(name, Settings())
         if is_hidden_matrix(name, parameter):
-            width = model.config.width_multiplier
             own = replace(
-                own, lr_multiplier=own.lr_multiplier / width, weight_decay_multiplier=width, is_muons=has_muon
+                own,
+                lr_multiplier=own.lr_multiplier / width_multiplier,
+                weight_decay_multiplier=width_multiplier,
+                is_muons=has_muon,
             )
         groups[own].append(parameter)
     return dict(sorted(groups.items(), key=lambda item: not item[0].is_muons))

@@ -1,7 +1,9 @@
 """A plan as tables, for the terminal and for its page."""
 
+from collections.abc import Sequence
+
 from tinyllama_ds.hardware.gpus import GIB
-from tinyllama_ds.page import Table, chart, render
+from tinyllama_ds.page import Chart, Table, chart, render
 from tinyllama_ds.planning.charts import CHARTS
 from tinyllama_ds.planning.plan import Plan
 from tinyllama_ds.planning.search import Ranking, reason
@@ -160,11 +162,11 @@ def plan_text(plan: Plan, tables: list[Table]) -> str:
     return "\n\n".join([headline(plan), *(table.as_text() for table in tables), *warnings])
 
 
-def plan_page(plan: Plan, tables: list[Table]) -> str:
+def plan_page(plan: Plan, tables: list[Table], more_charts: Sequence[Chart] = ()) -> str:
     """The whole page."""
     charts = [chart(lambda axis, draw=draw: draw(axis, plan), title, is_wide=True) for title, draw in CHARTS]  # type: ignore[misc]
     title = headline(plan)
     return render(
-        "plan.html", title=f"Plan: {title}", verdict=title, passed=plan.fits, warnings=plan.warnings, charts=charts,
-        tables=tables,
+        "plan.html", title=f"Plan: {title}", verdict=title, passed=plan.fits, warnings=plan.warnings,
+        charts=[*charts, *more_charts], tables=tables,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.numbers import duration, short_count
 from tinyllama_ds.page import Table, chart, render
 from tinyllama_ds.report.history import History
+from tinyllama_ds.report.sample_losses import Difference, draw_differences, loss_table
 
 _SETTINGS = ("recipe", "model", "deepspeed_config", "world_size", "attention", "versions", "init_from", "parent")
 _ABSENT = "absent"
@@ -96,7 +97,7 @@ def _metric_label(name: str) -> str:
     return f"bits per byte, {source}" if name.startswith(_BITS) else f"validation loss, {source}"
 
 
-def comparison_page(runs: Runs, figures: Mapping[str, dict[str, Any]]) -> str:
+def comparison_page(runs: Runs, figures: Mapping[str, dict[str, Any]], losses: list[Difference]) -> str:
     """One self-contained HTML page."""
     sources = dict.fromkeys(name for history in runs.values() for name in history.names(_LOSSES))
     drawn = [
@@ -104,13 +105,15 @@ def comparison_page(runs: Runs, figures: Mapping[str, dict[str, Any]]) -> str:
         *((f"{_LOSSES}{source}", f"Validation loss, {source}", "tokens") for source in sources),
     ]
     charts = [chart(partial(_draw, runs=runs, name=name, label=label), title) for name, title, label in drawn]
+    if losses:
+        charts.append(chart(partial(draw_differences, differences=losses), f"Difference from {losses[0].first}"))
     rows = differences(runs)
     settings = Table("What differs", ("", *runs), rows, "From each run's run.json.", range(len(runs) + 1))
     lowest = min(figures, key=lambda run: figures[run].get("Train/Loss", float("inf")))
     verdict = f"{len(runs)} runs; the lowest last training loss is {lowest}'s"
     return render(
         "comparison.html", title="Comparison of runs", verdict=verdict, passed=True, reached=comparison_table(figures),
-        charts=charts, settings=settings,
+        charts=charts, by_source=loss_table(losses), settings=settings,
     )  # fmt: skip
 
 

@@ -66,8 +66,13 @@ def _verdict(summary: dict[str, Any], inherited: int) -> str:
     return f"{state} step {summary['step']:,} of {summary['steps_planned']:,}, {share}; {rate}{left}"
 
 
-def report_page(history: History, summary: dict[str, Any], place: str) -> str:
-    """The page of a run whose directory is `place`; `summary` is that of `summarize`."""
+def report_page(
+    history: History, summary: dict[str, Any], place: str, tables: Sequence[Table] = (), charts: Sequence[Chart] = ()
+) -> str:
+    """The page of a run whose directory is `place`; `summary` is that of `summarize`.
+
+    `tables` and `charts` come after the losses.
+    """
 
     def drawn(draw: Callable[..., None], title: str, is_wide: bool = False) -> Chart:
         return chart(lambda axis: draw(axis, history), title, is_wide)
@@ -89,6 +94,8 @@ def report_page(history: History, summary: dict[str, Any], place: str) -> str:
         duration=duration,
         as_json=partial(json.dumps, indent=1, ensure_ascii=False),
         loss=drawn(draw_losses, "Loss", True),
+        tables=tables,
+        charts=charts,
         panels=[drawn(draw, title) for metric, title, draw in PANELS if metric in history.series],
         mixture=[drawn(draw_mixture, mixture, True)] if history.names("Tokens/") else [],
         starts=_starts(history),

@@ -5,13 +5,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
 
-from tinyllama_ds.checkpoint.format import (
-    MANIFEST_FILE,
-    CheckpointManifest,
-    find_checkpoints,
-    read_manifest,
-    resolve_checkpoint,
-)
+from tinyllama_ds.checkpoint.format import MANIFEST_FILE, CheckpointManifest, read_manifest
 from tinyllama_ds.config.new_recipe import Draft, model_keys, recipe_text
 from tinyllama_ds.config.recipe import Recipe, Stage, recipe_of_run
 from tinyllama_ds.config.run_plan import RunPlan
@@ -21,7 +15,7 @@ from tinyllama_ds.hf.convert import hf_config
 from tinyllama_ds.layout import RUN_FILE
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.outputs import write_file
-from tinyllama_ds.run.identity import reading_description
+from tinyllama_ds.run.identity import kept_checkpoints, reading_description
 
 # The recipe decides them.
 _AUTO = ("train_batch_size", "gradient_accumulation_steps")
@@ -44,7 +38,8 @@ def plan_decay(run: Path, name: str, at: int | None, over: int, shape: str, min_
     The last stage that was begun becomes as long as the branch. Raises `ConfigError` where there is no such
     checkpoint, or where its learning rate has begun to fall.
     """
-    checkpoint, manifest = _newest(run, at)
+    checkpoint = _newest(run, at)
+    manifest = read_manifest(checkpoint)
     with reading_description(checkpoint / MANIFEST_FILE):
         trunk, tokens = recipe_of_run(manifest.run), manifest.progress.tokens
         begun, batch = _begun_stages(trunk, manifest.progress.step)
@@ -56,17 +51,16 @@ def plan_decay(run: Path, name: str, at: int | None, over: int, shape: str, min_
     config = _config(checkpoint, manifest, {
         "num_training_steps": "auto", "num_decay_steps": over // first, "decay_type": shape, "min_lr_ratio": min_ratio,
     })  # fmt: skip
-    text = recipe_text(Draft(name, _model(recipe), recipe.sequence_length, recipe))
+    text = recipe_text(Draft(name, model_of_recipe(recipe), recipe.sequence_length, recipe))
     return Decay(checkpoint, tokens, over, text, json.dumps(config, indent=2) + "\n")
 
 
-def _newest(run: Path, at: int | None) -> tuple[Path, CheckpointManifest]:
-    newest = resolve_checkpoint(run)  # raises where there is none
-    found = [(path, read_manifest(path)) for path in ([newest] if newest == run else find_checkpoints(run))]
-    before = [(path, manifest) for path, manifest in found if at is None or manifest.progress.tokens <= at]
+def _newest(run: Path, at: int | None) -> Path:
+    kept = kept_checkpoints(run)
+    before = [path for tokens, path in kept.items() if at is None or tokens <= at]
     if not before:
-        kept = ", ".join(f"{manifest.progress.tokens:,}" for _, manifest in found)
-        raise ConfigError(f"{run}: has no checkpoint of at most {at:,} tokens; expected one of {kept} tokens or more")
+        listed = ", ".join(f"{tokens:,}" for tokens in kept)
+        raise ConfigError(f"{run}: has no checkpoint of at most {at:,} tokens; expected one of {listed} tokens or more")
     return before[-1]
 
 
@@ -95,7 +89,7 @@ def _config(checkpoint: Path, manifest: CheckpointManifest, decay: dict) -> dict
     return config | {"scheduler": {"type": "warmup_stable_decay", "params": warmup | decay}}
 
 
-def _model(recipe: Recipe) -> str | dict:
+def model_of_recipe(recipe: Recipe) -> str | dict:
     """As a recipe has it: a name, or keys of Hugging Face's config.json."""
     import torch
 
@@ -107,5 +101,7 @@ def _model(recipe: Recipe) -> str | dict:
 def write_once(path: Path, text: str) -> None:
     """Write a file that a command may write again; raises `ConfigError` where it has a different content."""
     if path.exists() and path.read_text() != text:
-        raise ConfigError(f"{path}: holds a different decay; choose another --run-dir, or remove {path} and {RUN_FILE}")
+        raise ConfigError(
+            f"{path}: differs from what this command writes; choose another --run-dir, or remove {path} and {RUN_FILE}"
+        )
     write_file(path, text)

@@ -137,6 +137,22 @@ class Parent:
         return Path(self.checkpoint).parents[1]
 
 
+def kept_checkpoints(place: Path) -> dict[int, Path]:
+    """By tokens the checkpoints of a run, or the one given; raises `ConfigError` where there is none."""
+    newest = resolve_checkpoint(place)
+    kept = [newest] if newest == place else find_checkpoints(place)
+    return {read_manifest(path).progress.tokens: path for path in kept}
+
+
+def checkpoint_at(place: Path, tokens: int) -> Path:
+    """That of so many tokens; raises `ConfigError` where there is none."""
+    kept = kept_checkpoints(place)
+    if tokens not in kept:
+        listed = ", ".join(f"{each:,}" for each in kept)
+        raise ConfigError(f"{place}: has no checkpoint of {tokens:,} tokens; expected one of {listed} tokens")
+    return kept[tokens]
+
+
 def find_parent(branch_from: Path, description: dict, allowed: Sequence[str]) -> Parent:
     """The newest checkpoint of a run, or the one named, whose history is that of the run described.
 

@@ -2,14 +2,17 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tinyllama_ds.checkpoint.format import Progress
 from tinyllama_ds.evaluation.scores import Score
-from tinyllama_ds.layout import METRICS_FILE
+from tinyllama_ds.layout import METRICS_FILE, VALIDATION_FILE
 from tinyllama_ds.run.sinks import JsonlWriter, TensorBoardWriter, warn
 
 SAMPLES_FILE = "samples.jsonl"
@@ -23,6 +26,9 @@ class NoMetrics:
 
     def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
         """Write the metrics of a step to every sink. Names are `Namespace/Name`."""
+
+    def log_sample_losses(self, step: int, tokens: int, samples: Mapping[str, Tensor]) -> None:
+        """Write the losses and targets of each source's validation samples (samples, 2) to `validation.jsonl`."""
 
     def log_samples(self, step: int, tokens: int, texts: list[tuple[str, str]]) -> None:
         """Write the continuation of each prompt to `samples.jsonl` and to TensorBoard."""
@@ -46,6 +52,7 @@ class MetricsLogger(NoMetrics):
         self._rows = JsonlWriter(run_dir / METRICS_FILE, last_step)
         self._samples = JsonlWriter(run_dir / SAMPLES_FILE, last_step)
         self._scores = JsonlWriter(run_dir / SCORES_FILE, last_step)
+        self._validation = JsonlWriter(run_dir / VALIDATION_FILE, last_step)
         self.last_logged_step = max(self._rows.last_step, start.step)  # by earlier processes of the run
         self._began = (time.perf_counter() if began is None else began) - self._rows.last.get("seconds", 0.0)
         self._tensorboard = self._over_tokens = None
@@ -72,6 +79,13 @@ class MetricsLogger(NoMetrics):
         if self._monitor is not None:
             self._write_to_monitor([(name, value, step) for name, value in metrics.items()])
 
+    def log_sample_losses(self, step: int, tokens: int, samples: Mapping[str, Tensor]) -> None:
+        for source, of_source in samples.items():
+            sums, targets = of_source.unbind(1)
+            losses = [round(loss, 3) if isfinite(loss) else None for loss in sums.tolist()]
+            row = {"step": step, "tokens": tokens, "source": source}
+            self._validation.write(row | {"losses": losses, "targets": targets.long().tolist()})
+
     def log_samples(self, step: int, tokens: int, texts: list[tuple[str, str]]) -> None:
         for number, (prompt, text) in enumerate(texts, start=1):
             self._samples.write({"step": step, "tokens": tokens, "prompt": prompt, "text": text})
@@ -85,7 +99,7 @@ class MetricsLogger(NoMetrics):
         self.log(step, tokens, {f"Tasks/{score.task}/{score.metric}": score.value for score in scores})
 
     def close(self) -> None:
-        for sink in (self._rows, self._samples, self._scores, self._tensorboard, self._over_tokens):
+        for sink in (self._rows, self._samples, self._scores, self._validation, self._tensorboard, self._over_tokens):
             if sink is not None:
                 sink.close()
 

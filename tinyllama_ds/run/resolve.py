@@ -4,6 +4,7 @@ Nothing here writes, and nothing here imports deepspeed.
 """
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from tinyllama_ds import __version__
 from tinyllama_ds.checkpoint.description import tokenizer_sha256_of
 from tinyllama_ds.checkpoint.initial_weights import InitialWeights, open_initial_weights
+from tinyllama_ds.config.ablation import Ablation
 from tinyllama_ds.config.deepspeed import (
     AutoValues,
     computes_in_16_bit,
@@ -39,7 +41,7 @@ from tinyllama_ds.hardware.devices import PACKAGES, installed_versions
 from tinyllama_ds.layout import RUN_FILE, reject_unusable_directory
 from tinyllama_ds.model.attention import AttentionChoice, Demands, Device, resolve_attention_backend
 from tinyllama_ds.model.config import LlamaConfig
-from tinyllama_ds.run.identity import Parent, find_parent, inherited_ledger, recorded_parent
+from tinyllama_ds.run.identity import Parent, checkpoint_at, find_parent, inherited_ledger, recorded_parent
 from tinyllama_ds.run.ledger import Entry, excluded_samples, read_ledger
 from tinyllama_ds.run.run_file import read_run_file
 
@@ -64,6 +66,7 @@ class Options:
     allow_change: tuple[str, ...] = ()  # keys of what may differ from the run that the directory holds
     branch_from: Path | None = None  # a run or checkpoint to begin with
     init_from: Path | None = None  # model folder, run or checkpoint with the weights to start from
+    without: Ablation | None = None  # a source that is excluded from the recipe
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ def resolve_run(
 ) -> Run:
     """Check and derive everything, attention on GPUs if their compute capability is known. Raises `ConfigError`."""
     reject_unusable_directory(options.run_dir)
-    recipe = load_recipe(options.recipe)
+    whole = load_recipe(options.recipe)
+    recipe = options.without.apply(whole) if options.without else whole
     raw = load_deepspeed_config(options.deepspeed_config)
     model, plan = recipe.model, RunPlan(recipe)
     micro_batch = micro_batch_of(plan, requested_micro_batch(raw), world_size)
@@ -135,7 +139,7 @@ def resolve_run(
     engine_config, monitors = split_off_our_sections(resolved)
     _reject_absent_monitors(monitors, options.deepspeed_config)
     attention = _resolve_attention(options, recipe, Device(device_type, capability), computes_in_16_bit(resolved))
-    streams, validation = _open_data(options.data, recipe, model)
+    streams, validation = _open_data(options.data, recipe, whole.sources)
     teachers = _open_teachers(recipe, streams)
     description = _settings(options, recipe, plan, model, world_size) | {
         "deepspeed_config": resolved,
@@ -180,8 +184,21 @@ def _parent_of(options: Options, description: dict) -> Parent | None:
     if held is not None:
         return recorded_parent(options.run_dir / RUN_FILE, held.description, options.branch_from)
     if options.branch_from is None:
+        if options.without is not None and options.without.tokens:
+            raise ConfigError(
+                f"--without {options.without}: expected --branch-from RUN, a run with a checkpoint of"
+                f" {options.without.tokens:,} tokens"
+            )
         return None
-    return find_parent(options.branch_from, description, options.allow_change)
+    return find_parent(_branch_point(options), description, options.allow_change)
+
+
+def _branch_point(options: Options) -> Path:
+    """The run or checkpoint to begin with: that at which a source is excluded, if one is from there on."""
+    assert options.branch_from is not None
+    if options.without is None or not options.without.tokens:
+        return options.branch_from
+    return checkpoint_at(options.branch_from, options.without.tokens)
 
 
 def _ledger_of(run_dir: Path, parent: Parent | None) -> list[Entry]:
@@ -263,18 +280,22 @@ def _reject_absent_monitors(monitors: dict, path: Path) -> None:
             raise ConfigError(f"{path}: {section}.enabled is true, but the package {package} is not installed")
 
 
-def _open_data(data: Path, recipe: Recipe, model: LlamaConfig) -> tuple[dict[str, TokenStream], list[ValidationSet]]:
+def _open_data(
+    data: Path, recipe: Recipe, validated: Sequence[str]
+) -> tuple[dict[str, TokenStream], list[ValidationSet]]:
+    """What is trained on, and of the sources `validated` what is held out."""
+    vocab_size = recipe.model.vocab_size
     if not data.is_dir():
         raise ConfigError(f"{data}: the data directory is missing")
-    streams = open_streams(data, recipe.sources, "train", model.vocab_size)
+    streams = open_streams(data, recipe.sources, "train", vocab_size)
     chats = [name for name, stream in streams.items() if stream.has_loss_mask]
     if chats and not recipe.document_mask:
         raise ConfigError(
             f"recipe {recipe.name!r}: the source {chats[0]!r} holds conversations, which must not see the others of"
             " their row; expected document_mask = true"
         )
-    held_out = [name for name in recipe.sources if (data / name / "validation").is_dir()]
-    validation = open_streams(data, held_out, "validation", model.vocab_size)
+    held_out = [name for name in validated if (data / name / "validation").is_dir()]
+    validation = open_streams(data, held_out, "validation", vocab_size)
     return streams, [
         ValidationSet(name, stream, recipe.sequence_length, recipe.validation_samples, recipe.document_mask)
         for name, stream in validation.items()

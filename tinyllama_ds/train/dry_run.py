@@ -19,7 +19,7 @@ from tinyllama_ds.data.order import rank_positions
 from tinyllama_ds.distributed.collectives import sum_over_ranks
 from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.errors import ConfigError, NumericsError, OutOfMemory
-from tinyllama_ds.evaluation.validation import validation_losses
+from tinyllama_ds.evaluation.validation import sample_losses
 from tinyllama_ds.hardware.gpus import GIB
 from tinyllama_ds.health.probe import take_probe
 from tinyllama_ds.run.resolve import Run
@@ -85,7 +85,7 @@ def _parts(trainer: Trainer) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "backward", lambda: _backward(engine, losses.pop())
     if run.evaluation.validation:
         one_batch = replace(run.evaluation.validation[0], samples=run.micro_batch * world.size)
-        yield "validation", lambda: validation_losses([one_batch], engine, sum_over_ranks, world, run.micro_batch)
+        yield "validation", lambda: sample_losses([one_batch], engine, sum_over_ranks, world, run.micro_batch)
     yield "probe", lambda: take_probe(engine, run, world)
     if run.evaluation.prompts:
         yield "sampling", lambda: continue_prompts(trainer, new_tokens=1)

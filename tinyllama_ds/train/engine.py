@@ -112,8 +112,9 @@ def wrap(model: LlamaForCausalLM, config: dict, learning_rate_ratio: float) -> "
 
 def _group_parameters(model: LlamaForCausalLM, optimizer: dict) -> dict[Settings, list[torch.nn.Parameter]]:
     """By the JSON's groups, in the order in which DeepSpeed's optimizer will have them."""
-    settings = assign_settings([name for name, _ in model.named_parameters()], optimizer)
-    return group_parameters(model, settings, has_muon=optimizer["type"].lower() == "muon")
+    named = dict(model.named_parameters())
+    has_muon = optimizer["type"].lower() == "muon"
+    return group_parameters(named.items(), model.config.width_multiplier, assign_settings(named, optimizer), has_muon)
 
 
 def _apply_settings(group: dict, settings: Settings) -> None:

@@ -10,13 +10,16 @@ from tinyllama_ds.distributed.collectives import sum_over_ranks
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.harness import EvaluationFailed
 from tinyllama_ds.evaluation.samples import continue_greedily
-from tinyllama_ds.evaluation.validation import validation_losses, validation_metrics
+from tinyllama_ds.evaluation.validation import mean_losses, sample_losses, validation_metrics
 from tinyllama_ds.train.scoring import score_on_tasks
 from tinyllama_ds.train.trainer import Callback, StepResult, Trainer
 
 
 class Validation(Callback):
-    """Loss, perplexity and bits per byte of every source that has a validation split, also before the first step."""
+    """Loss, perplexity and bits per byte of every source with a validation split, also before the first step.
+
+    And after every stage, where a decay may end.
+    """
 
     def at_start(self) -> None:
         run, start = self.trainer.run, self.trainer.start
@@ -25,17 +28,20 @@ class Validation(Callback):
 
     def after_step(self, result: StepResult) -> None:
         run = self.trainer.run
-        if run.evaluation.validation and result.is_due(run.recipe.intervals.evaluate_tokens):
+        is_stage_end = result.progress.step in run.plan.stage_ends
+        if run.evaluation.validation and (is_stage_end or result.is_due(run.recipe.intervals.evaluate_tokens)):
             self.trainer.heartbeat.beat(result.progress.step, "validating")
             self._validate(result.progress)
 
     def _validate(self, progress: Progress) -> None:
         trainer, run = self.trainer, self.trainer.run
-        losses = validation_losses(
+        samples = sample_losses(
             run.evaluation.validation, trainer.engine, sum_over_ranks, trainer.world, run.micro_batch
         )
+        losses = mean_losses(samples)
         metrics = validation_metrics(losses, run.evaluation.validation)
         trainer.metrics.log(progress.step, progress.tokens, metrics)
+        trainer.metrics.log_sample_losses(progress.step, progress.tokens, samples)
         text = ", ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
         trainer.console.log_line(f"step {progress.step:,} ({progress.tokens:,} tokens): validation loss {text}")
 
