@@ -8,6 +8,7 @@ PyTorch's AdamW with the parameter groups of `pretrain`, which tests compare wit
 are not repeated. At the base width both parametrizations are the same model.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -191,19 +192,16 @@ def main() -> None:
     add("--exponents", type=int, nargs="+", default=list(range(-9, -2)), help="of 2: the learning rates")
     add("--steps", type=POSITIVE, default=200)
     add("--seeds", type=POSITIVE, default=1)
+    add("--report", action="store_true", help="train nothing: report the runs that are there")
     add("--json", type=output_file)
     add("--picture", type=output_picture)
     options = parser.parse_args()
-    torch.set_num_threads(1)
     lines = options.runs.read_text().splitlines() if options.runs.exists() else []
     losses: dict[Key, float] = {(*key,): loss for key, loss in map(json.loads, lines)}
     keys = list(keys_of(options.widths, options.base, options.exponents, options.seeds))
-    for key in progress(keys, total=len(keys), desc="mup", unit="run"):
-        if key not in losses:
-            losses[key] = train(recipe_of(key, options.steps, options.base), key[2], options.data)
-            with options.runs.open("a") as file:
-                file.write(json.dumps([key, losses[key]]) + "\n")
-    curves = curves_of({key: losses[key] for key in keys}, options.base)
+    if not options.report:
+        train_absent(keys, losses, options)
+    curves = curves_of({key: losses[key] for key in keys if key in losses}, options.base)
     found = report(curves, options.steps, options.seeds)
     for row in found["rows"]:
         name = "muP" if row["mup"] else "standard"
@@ -213,6 +211,16 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.picture:
         draw(curves, options.picture)
+
+
+def train_absent(keys: list[Key], losses: dict[Key, float], options: argparse.Namespace) -> None:
+    """Train what has no loss yet, and add each to the file of runs."""
+    torch.set_num_threads(1)
+    for key in progress(keys, total=len(keys), desc="mup", unit="run"):
+        if key not in losses:
+            losses[key] = train(recipe_of(key, options.steps, options.base), key[2], options.data)
+            with options.runs.open("a") as file:
+                file.write(json.dumps([key, losses[key]]) + "\n")
 
 
 if __name__ == "__main__":

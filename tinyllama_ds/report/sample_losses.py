@@ -151,4 +151,4 @@ def draw_differences(axis: Any, differences: list[Difference]) -> None:
     )  # fmt: skip
     axis.axvline(0, linewidth=0.9, linestyle=":")
     axis.set(yticks=range(len(labels)), yticklabels=labels, xlabel="difference, nats per token (± 2 standard errors)")
-    axis.invert_yaxis()
+    axis.set_ylim(len(labels) - 0.5, -0.5)  # the first one on top

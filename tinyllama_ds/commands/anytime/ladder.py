@@ -165,6 +165,7 @@ def _fit(ladder: "Ladder", options: argparse.Namespace) -> int:
             "prediction": asdict(fitted.predictions(result.parameters, [result.tokens])[0]),
             "law": fitted.fit.named,
             "held_out": [asdict(held) for held in fitted.held_out],
+            "finished_models": [asdict(one) for one in fitted.measurements],
         }
         for source, fitted in result.sources.items()
     }
