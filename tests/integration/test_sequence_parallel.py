@@ -218,3 +218,17 @@ def test_what_does_not_divide_is_rejected(
     options = Options(str(recipe), config, data, tmp_path / "run", sequence_parallel=shared)
     with pytest.raises(ConfigError, match=sentence):
         resolve_run(options, ranks, "cpu", bf16=False)
+
+
+@pytest.mark.all_faults
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_bf16_is_that_of_one_rank_to_its_precision(stage: int, data: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "small.toml", 8, save_every=8, document_mask=True)
+    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch=4, bf16={"enabled": True})
+    for shared in (1, 2):
+        arguments = ("--sequence-parallel", str(shared))
+        finished = pretrain(recipe, config, data, tmp_path / str(shared), shared, *arguments)
+        assert finished.returncode == 0, finished.stderr
+    for figure, tolerance in (("Train/Loss", 3e-3), ("Train/GradNorm", 3e-2)):
+        alone, together = (read_series(tmp_path / str(shared), figure) for shared in (1, 2))
+        assert together == pytest.approx(alone, rel=tolerance), figure

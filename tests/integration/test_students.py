@@ -64,12 +64,20 @@ def test_the_losses_are_those_with_an_online_teacher(
     assert parts["divergence"][-1] < parts["divergence"][0]
 
 
-@pytest.mark.parametrize(("stage", "ranks", "micro_batch"), [(0, 1, BATCH), (1, 2, 2), (2, 1, 4)])
+@pytest.mark.parametrize(
+    ("stage", "ranks", "micro_batch", "shared"),
+    [(0, 1, BATCH, 1), (1, 2, 2, 1), (2, 1, 4, 1), pytest.param(3, 2, 4, 2, marks=pytest.mark.all_faults)],
+)
 def test_stages_and_ranks_have_the_same_curves(
-    stage: int, ranks: int, micro_batch: int, finished_run: Path, taught_data: Path, tmp_path: Path
+    stage: int, ranks: int, micro_batch: int, shared: int, finished_run: Path, taught_data: Path, tmp_path: Path
 ) -> None:
-    config = write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch)
-    finished = pretrain(recipe_of(tmp_path / "small.toml"), config, taught_data, tmp_path / "run", ranks)
+    """Also of ranks that share sequences."""
+    recipe, config = (
+        recipe_of(tmp_path / "small.toml"),
+        write_deepspeed_config(tmp_path / "ds.json", stage, micro_batch),
+    )
+    sharing = ("--sequence-parallel", str(shared))
+    finished = pretrain(recipe, config, taught_data, tmp_path / "run", ranks, *sharing)
     assert finished.returncode == 0, finished.stderr
     for name in ("Train/Loss", "Train/Distillation"):
         found, expected = (read_series(run_dir, name) for run_dir in (tmp_path / "run", finished_run))

@@ -9,6 +9,7 @@ from chats import conversations, prepare_chat, write_records
 from tinyllama_ds.data.chat import Message, conversation_ids
 from tinyllama_ds.data.packing import ConversationStream, open_stream
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.model.config import MODEL_SIZES
 from tinyllama_ds.model.llama import LlamaForCausalLM, build_model
 from tinyllama_ds.model.loss import IGNORE_INDEX
@@ -86,3 +87,22 @@ def test_without_conversations_every_label_counts() -> None:
     inputs, labels = batch.model_inputs(CPU)
     assert batch.num_targets == 20
     assert torch.equal(labels, inputs + 1)
+
+
+def test_parts_of_sequences_are_the_whole(stream: ConversationStream) -> None:
+    """Two ranks that share sequences have all inputs, labels and predictions between them, and whole document ids."""
+    teacher = torch.arange(4 * T * 3).view(4, T, 3), torch.randn(4, T, 4)
+    whole = batch_of(stream, [0, 1, 2, 3])._replace(teacher=teacher)
+    worlds = [DistributedInfo(rank, rank, 4, CPU, sequence_parallel=2) for rank in range(4)]
+    assert [(world.data_rank, world.sequence_rank, world.data_size) for world in worlds] == [
+        (0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2),
+    ]  # fmt: skip
+    parts = [whole._replace(own=world.own_tokens(T)) for world in worlds[2:]]
+    assert sum(part.num_targets for part in parts) == whole.num_targets
+    inputs, labels, document_ids, predicted = whole.model_inputs(CPU)
+    found = [part.model_inputs(CPU) for part in parts]
+    assert torch.equal(torch.cat([part[0] for part in found], dim=1), inputs)
+    assert torch.equal(torch.cat([part[1] for part in found], dim=1), labels)
+    assert all(torch.equal(part[2], document_ids) for part in found)
+    for number, tensor in enumerate(predicted):
+        assert torch.equal(torch.cat([part[3][number] for part in found], dim=1), tensor)
