@@ -106,7 +106,7 @@ def validate(model: LlamaForCausalLM, data: Path, samples: int) -> float:
     """The mean loss over the validation samples, infinite where it is not a number."""
     [stream] = open_streams(data, [SOURCE], "validation", VOCABULARY).values()
     batches = ValidationSet(SOURCE, stream, LENGTH, samples).batches(0, 1, samples)
-    loss = np.mean([model(*batch).item() for batch in batches])
+    loss = np.mean([model(inputs, labels).item() for _, inputs, labels in batches])
     return float(loss) if np.isfinite(loss) else float("inf")
 
 
@@ -152,7 +152,7 @@ def draw(curves: dict, output: Path) -> None:
             xlabel="peak learning rate", title="muP" if with_mup else "standard", ylim=(lowest - 0.1, lowest + 1.2)
         )
         axis.grid(alpha=0.3)
-        axis.legend(title="star: the best")
+    figure.axes[0].legend(title="star: the best", loc="upper center")
     figure.axes[0].set_ylabel("validation loss, nats per token")
     figure.savefig(output, dpi=100)
 

@@ -96,9 +96,10 @@ def ladder_page(ladder: Ladder, result: LadderResult, histories: Mapping[str, Hi
         for source, fitted in result.sources.items()
     ]
     warnings = warnings_of(result)
+    is_inside = all(fitted.held_out[-1].is_inside for fitted in result.sources.values())
     losses = chart(partial(draw_training, histories=histories), "Training loss of all sizes", is_wide=True)
     return render(
-        "ladder.html", title=f"Ladder: {result.name}", verdict=verdict(result), passed=not warnings, warnings=warnings,
+        "ladder.html", title=f"Ladder: {result.name}", verdict=verdict(result), passed=is_inside, warnings=warnings,
         charts=[*charts, losses],
         tables=[predicted, held_out_table(result), law_table(result), sizes_table(ladder, 0.0, "")],
     )  # fmt: skip
@@ -164,7 +165,11 @@ def draw_training(axis: Any, histories: Mapping[str, History]) -> None:
 
 def finish(axis: Any, label: str) -> None:
     """Labels and the legend, over tokens."""
+    from matplotlib.ticker import LogLocator
+
     axis.set(xlabel="tokens", ylabel=label)
+    if axis.get_xscale() == "log":
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(lambda value, _: short_count(value))
     axis.xaxis.set_minor_formatter("")
-    axis.legend(loc="upper right")
+    axis.legend(loc="best")
