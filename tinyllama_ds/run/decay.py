@@ -1,6 +1,7 @@
 """A finished model from any kept checkpoint of a run with a constant learning rate: the branch that decays."""
 
 import json
+import tomllib
 from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
@@ -99,9 +100,19 @@ def model_of_recipe(recipe: Recipe) -> str | dict:
 
 
 def write_once(path: Path, text: str) -> None:
-    """Write a file that a command may write again; raises `ConfigError` where it has a different content."""
-    if path.exists() and path.read_text() != text:
+    """Write a TOML or JSON file that a command may write again; one with the same values is kept, as is its text.
+
+    Raises `ConfigError` where it has different values.
+    """
+    if not path.exists():
+        write_file(path, text)
+        return
+    parse = tomllib.loads if path.suffix == ".toml" else json.loads
+    try:
+        is_same = parse(path.read_text()) == parse(text)
+    except ValueError:
+        is_same = False
+    if not is_same:
         raise ConfigError(
             f"{path}: differs from what this command writes; choose another --run-dir, or remove {path} and {RUN_FILE}"
         )
-    write_file(path, text)
