@@ -189,7 +189,13 @@ def main() -> None:
     add("--runs", type=Path, required=True, help="file of finished runs, a line for each")
     add("--widths", type=WholeNumber(2 * HEAD, 4096), nargs="+", default=[32, 64, 128, 256])
     add("--base", type=WholeNumber(2 * HEAD, 4096), default=64, help="width of muP's base")
-    add("--exponents", type=int, nargs="+", default=list(range(-9, -2)), help="of 2: the learning rates")
+    add(
+        "--exponents",
+        type=WholeNumber(-30, 10),
+        nargs="+",
+        default=list(range(-9, -2)),
+        help="of 2: the learning rates",
+    )
     add("--steps", type=POSITIVE, default=200)
     add("--seeds", type=POSITIVE, default=1)
     add("--report", action="store_true", help="train nothing: report the runs that are there")

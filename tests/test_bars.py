@@ -38,6 +38,15 @@ def test_a_file_gets_a_line_a_minute_and_one_at_the_end() -> None:
     assert "|" not in file.getvalue()
 
 
+@pytest.mark.parametrize("name", ["", "work: "])
+def test_the_end_after_a_minute_is_one_line(name: str) -> None:
+    file, clock = io.StringIO(), Clock()
+    with tqdm(total=2, desc=name.rstrip(": "), file=ProgressLines(file, clock), mininterval=0, miniters=1) as bar:
+        for clock.seconds in (61, 122):
+            bar.update()
+    assert [line.split("[")[0] for line in file.getvalue().splitlines()] == [f"{name}50% 1/2 ", f"{name}100% 2/2 "]
+
+
 def test_a_bar_that_does_not_stay_leaves_no_line() -> None:
     file = io.StringIO()
     with progress(total=3, file=file, leave=False) as bar:

@@ -46,15 +46,19 @@ class ProgressLines:
         are drawn below each other there are line ends, too."""
         if text.startswith("\r"):
             self._frame = " ".join(_BAR.sub(" ", text, count=1).split())
-            if self._frame and self._clock() - self._shown >= _SECONDS:
+            if self._frame and not self._is_complete() and self._clock() - self._shown >= _SECONDS:
                 self._show()
         elif text == "\n" and self._frame and not self._is_within_line:
-            if " 100% " in self._frame:
+            if self._is_complete():
                 self._show()
         elif text.strip("\n") != "\x1b[A" and text:  # with which tqdm goes from one bar to another
             self._file.write(text)
             self._is_within_line = not text.endswith("\n")
         return len(text)
+
+    def _is_complete(self) -> bool:
+        """Whether the frame is the last one, which is shown at its line end."""
+        return " 100% " in f" {self._frame}"
 
     def _show(self) -> None:
         self._file.write(f"{self._frame}\n")

@@ -1,8 +1,8 @@
-"""What travels with the package next to its code, found by name: `ds_configs/` and `hostfiles/`."""
+"""What travels with the package, found by name: `ds_configs/`, `hostfiles/`, and the TOML files inside it."""
 
 from pathlib import Path
 
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.errors import ConfigError, shown
 
 _PACKAGE = Path(__file__).parent
 
@@ -24,6 +24,21 @@ def shipped_config(given: str) -> Path:
 def shipped_hostfile(given: str) -> Path:
     """The same for a hostfile, such as `a100_2x8`."""
     return _find(given, {path.name: path for path in shipped_folder("hostfiles").iterdir() if not path.suffix})
+
+
+def shipped_toml(given: str, kind: str, folder: Path) -> Path:
+    """A TOML file by its path, or by its name a shipped one of a kind, such as a recipe, in the kind's folder.
+
+    Raises `ConfigError` that lists the names. A path is not checked: its reader does so.
+    """
+    path = Path(given)
+    if path.suffix == ".toml":
+        return path
+    path = folder / f"{given}.toml"
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.toml")))
+        raise ConfigError(f"{kind} {shown(given)} is unknown; the shipped ones are {names}, or give a .toml file")
+    return path
 
 
 def _find(given: str, shipped: dict[str, Path]) -> Path:

@@ -105,7 +105,7 @@ def validation_loss(folder: ModelFolder, data: Path, source: str) -> float:
     model = empty_model(folder.model, "eager")
     model.load_state_dict(dict(folder.tensors()))
     held_out = ValidationSet(source, open_streams(data, [source], "validation", 512)[source], SEQUENCE_LENGTH, 5, False)
-    inputs, labels = next(held_out.batches(0, 1, batch=5))
+    _, inputs, labels = next(held_out.batches(0, 1, batch=5))
     with torch.no_grad():
         return model(inputs, labels).item()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from forked import pretrain
+from ladders import write_ladder
 from launching import read_series, read_series_so_far, wait_until
-from test_ladder_definition import write_ladder
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.errors import EXIT_RESTART

@@ -41,11 +41,12 @@ def passed(ran: Ran) -> Ran:
 
 
 def shipped(name: str, path: Path, **zero: object) -> Path:
-    """A shipped file, with a micro batch and a warm-up for few steps, and changes to its ZeRO section."""
+    """A shipped file, with a micro batch, a warm-up and a decay for few steps, and changes to its ZeRO section."""
     config = json.loads((CONFIGS / f"{name}.json").read_text()) | {"train_micro_batch_size_per_gpu": 4}
     config["zero_optimization"] |= zero
-    params = config["scheduler"]["params"]
-    params["num_warmup_steps" if config["scheduler"]["type"] == "warmup_stable_decay" else "warmup_num_steps"] = 2
+    has_decay = config["scheduler"]["type"] == "warmup_stable_decay"
+    steps = {"num_warmup_steps": 2, "num_decay_steps": 2} if has_decay else {"warmup_num_steps": 2}
+    config["scheduler"]["params"] |= steps
     config["zero_optimization"].pop("zero_hpz_partition_size", None)  # of several GPUs
     path.write_text(json.dumps(config))
     return path

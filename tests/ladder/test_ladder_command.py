@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
-from test_ladder_definition import write_ladder
+from ladders import write_ladder
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.commands.anytime import ladder as command

@@ -1,26 +1,13 @@
 """A ladder's file: the sizes of its rule, and one sentence for whatever is wrong in it."""
 
-import json
 from pathlib import Path
 
 import pytest
-from launching import write_deepspeed_config, write_recipe
+from ladders import write_ladder
 
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.ladder.definition import LADDER_DIRECTORY, load_ladder, scaled
 from tinyllama_ds.model.config import MODEL_SIZES
-
-KEYS = {"recipe": "large.toml", "deepspeed_config": "ds.json", "depths": [1, 2, 3, 4], "tokens": [2560, 5120, 10_240]}
-
-
-def write_ladder(folder: Path, keys: dict | None = None, **changes: object) -> Path:
-    """Next to a recipe of the model `test`, two layers of 64, and a DeepSpeed JSON."""
-    write_recipe(folder / "large.toml", 100, save_every=50)
-    write_deepspeed_config(folder / "ds.json", 1, micro_batch=2)
-    path = folder / "mine.toml"
-    chosen = {key: value for key, value in ((keys or KEYS) | changes).items() if value is not None}
-    path.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in chosen.items()))
-    return path
 
 
 @pytest.mark.parametrize("path", sorted(LADDER_DIRECTORY.glob("*.toml")), ids=lambda path: path.stem)

@@ -4,6 +4,10 @@ import json
 import re
 import tomllib
 from collections import Counter
+from pathlib import Path
+
+from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.inputs import read_text
 
 KeyPath = tuple[int | str, ...]  # from the top of a file: keys, and places in arrays
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:\n]')
@@ -37,6 +41,21 @@ def json_lines(text: str) -> dict[KeyPath, int]:
         else:
             key = token
     return lines if line > 1 else {}
+
+
+def read_toml(path: Path, what: str) -> tuple[dict, dict[KeyPath, int]]:
+    """The content of a TOML file and the lines of its keys; `what` it is, with its article: "the recipe".
+
+    Raises `ConfigError` where it cannot be read, or is not valid.
+    """
+    text = read_text(path, what)
+    try:
+        raw = tomllib.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid TOML ({error})") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not valid TOML (its arrays or tables are nested too deeply)") from error
+    return raw, toml_lines(text)
 
 
 def toml_lines(text: str) -> dict[KeyPath, int]:

@@ -1,13 +1,12 @@
 """A recipe: what is trained on what, for how many tokens. Read from TOML, checked, measured in tokens throughout."""
 
-import tomllib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, ValidationInfo
 
-from tinyllama_ds.config.key_lines import toml_lines
+from tinyllama_ds.config.key_lines import read_toml
 from tinyllama_ds.config.model_table import Model
 from tinyllama_ds.config.validation import (
     Lines,
@@ -19,9 +18,9 @@ from tinyllama_ds.config.validation import (
     whole_number,
     with_line,
 )
-from tinyllama_ds.errors import ConfigError, raise_problems, shown
-from tinyllama_ds.inputs import read_text
+from tinyllama_ds.errors import raise_problems
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig, Mup
+from tinyllama_ds.shipped import shipped_toml
 
 RECIPE_DIRECTORY = Path(__file__).parents[1] / "recipes"
 TASK_FILES = (".yaml", ".yml")  # of lm-eval
@@ -191,29 +190,14 @@ def recipe_of_run(description: dict) -> Recipe:
 
 def recipe_path(name_or_path: str) -> Path:
     """The TOML file of a shipped recipe, or of one of the user's own."""
-    path = Path(name_or_path)
-    if path.suffix != ".toml":
-        path = RECIPE_DIRECTORY / f"{name_or_path}.toml"
-        if not path.is_file():
-            shipped = ", ".join(sorted(file.stem for file in RECIPE_DIRECTORY.glob("*.toml")))
-            raise ConfigError(
-                f"recipe {shown(name_or_path)} is unknown; the shipped ones are {shipped}, or give a .toml file"
-            )
-    return path
+    return shipped_toml(name_or_path, "recipe", RECIPE_DIRECTORY)
 
 
 def load_recipe(name_or_path: str) -> Recipe:
     """A shipped recipe by its name, or one of the user's own by the path of its TOML file."""
     path = recipe_path(name_or_path)
-    text = read_text(path, "the recipe")
-    try:
-        raw = tomllib.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid TOML ({error})") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: not valid TOML (its arrays or tables are nested too deeply)") from error
+    raw, lines = read_toml(path, "the recipe")
     raw.setdefault("name", path.stem)
-    lines = toml_lines(text)
     raise_problems(path, problems_in(Recipe, raw, lines) + _contradictions(raw, lines))
     recipe = validate(Recipe, raw, path)
     return replace(recipe, evaluation=_resolve_paths(path, recipe.evaluation))

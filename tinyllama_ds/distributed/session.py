@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import IO
@@ -28,15 +28,21 @@ def run_in_session(command: list[str], environment: dict[str, str], stderr: IO[s
 @contextmanager
 def exiting_on_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise `SystemExit`, so that sessions are ended and temporary files removed."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, _exit)
+    # Those that are ignored stay so, as nohup sets it.
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    with handling_signals(numbers, _exit):
+        yield
+
+
+@contextmanager
+def handling_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle these signals, and restore the handlers of before at the end."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:

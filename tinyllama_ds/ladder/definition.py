@@ -3,7 +3,6 @@
 Read from TOML; every shape follows from that of the recipe's own model, so that it is one family.
 """
 
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -11,13 +10,12 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field
 
 from tinyllama_ds.config.deepspeed import load_deepspeed_config
-from tinyllama_ds.config.key_lines import toml_lines
+from tinyllama_ds.config.key_lines import read_toml
 from tinyllama_ds.config.recipe import Recipe, load_recipe
 from tinyllama_ds.config.validation import Text, problems_in, validate, whole_number
 from tinyllama_ds.errors import ConfigError, all_of, raise_problems, shown
-from tinyllama_ds.inputs import read_text
 from tinyllama_ds.model.config import LlamaConfig
-from tinyllama_ds.shipped import shipped_config
+from tinyllama_ds.shipped import shipped_config, shipped_toml
 
 LADDER_DIRECTORY = Path(__file__).parents[1] / "ladders"
 LEAST_SIZES, MOST_SIZES = 4, 6
@@ -76,13 +74,9 @@ def load_ladder(name_or_path: str) -> Ladder:
 
     Files that it names are relative to it, or shipped ones. Raises `ConfigError` with all that is wrong.
     """
-    path = _path_of(name_or_path)
-    text = read_text(path, "the ladder")
-    try:
-        raw = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid TOML ({error})") from error
-    raise_problems(path, problems_in(Settings, raw, toml_lines(text)) + _contradictions(raw))
+    path = shipped_toml(name_or_path, "ladder", LADDER_DIRECTORY)
+    raw, lines = read_toml(path, "the ladder")
+    raise_problems(path, problems_in(Settings, raw, lines) + _contradictions(raw))
     settings = validate(Settings, raw, path)
     recipe, config = all_of(
         lambda: load_recipe(_beside(path, settings.recipe)),
@@ -93,19 +87,6 @@ def load_ladder(name_or_path: str) -> Ladder:
     sizes = tuple(_size(settings, depth, recipe, config, batch) for depth in sorted(settings.depths))
     _check_sizes(path, sizes, settings, batch)
     return Ladder(path.stem, settings, recipe, config, sizes, batch)
-
-
-def _path_of(name_or_path: str) -> Path:
-    path = Path(name_or_path)
-    if path.suffix == ".toml":
-        return path
-    path = LADDER_DIRECTORY / f"{name_or_path}.toml"
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in LADDER_DIRECTORY.glob("*.toml")))
-        raise ConfigError(
-            f"ladder {shown(name_or_path)} is unknown; the shipped ones are {names}, or give a .toml file"
-        )
-    return path
 
 
 def _beside(path: Path, name: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tinyllama_ds.distributed.session import handling_signals
 from tinyllama_ds.errors import EXIT_FINISHED, EXIT_RESTART
 
 _POLL_SECONDS = 0.2
@@ -56,9 +57,5 @@ def _passing_signals_on(running: Mapping[subprocess.Popen, str], codes: list[int
         for process in list(running):
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in _STOP_SIGNALS}
-    try:
+    with handling_signals(_STOP_SIGNALS, pass_on):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
