@@ -250,6 +250,18 @@ def test_the_host_waits_for_the_gpu_once_per_step_next_to_what_deepspeed_does(
     assert found == {place: 2 * count for place, count in WAITS[name].items()}
 
 
+def test_offloaded_activations_change_no_loss_and_let_the_host_wait_no_more(data_dir: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.toml", 3, save_every=1000, document_mask=True)
+    config, recomputed = shipped("zero3", tmp_path / "ds.json"), ("--activation-checkpointing", "1")
+    plain = passed(one_gpu.pretrain(recipe, config, data_dir, tmp_path / "plain", *recomputed))
+    offloading = (*recomputed, "--activation-offloading")
+    offloaded = passed(one_gpu.pretrain(recipe, config, data_dir, tmp_path / "offloaded", *offloading))
+    assert offloaded.waits == plain.waits
+    losses = [read_series(tmp_path / name, "Train/Loss") for name in ("plain", "offloaded")]
+    assert losses[0] == losses[1]
+    assert json.loads((tmp_path / "offloaded" / "run.json").read_text())["activation_offloading"]
+
+
 def test_a_snapshot_pins_as_many_bytes_as_the_state_has(data_dir: Path, tmp_path: Path) -> None:
     """fp32 master weights and two moments are 12 bytes per parameter; pages are rounded up, and not powers of two."""
     recipe = write_recipe(tmp_path / "r.toml", STEPS, save_every=STEPS)

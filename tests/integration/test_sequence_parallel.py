@@ -24,6 +24,7 @@ from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.evaluation.validation import mean_losses, sample_losses
 from tinyllama_ds.health.guard import all_reduce_step_status
 from tinyllama_ds.health.probe import take_probe
+from tinyllama_ds.model import mlp
 from tinyllama_ds.run.resolve import Options, resolve_run
 from tinyllama_ds.train.batches import count_targets, open_loader
 from tinyllama_ds.train.engine import hard_exit, set_learning_rate, start_process_group
@@ -44,7 +45,8 @@ SAMPLES = '[samples]\nprompts = ["the small llama", "loss"]\nevery_tokens = 2048
 
 
 def train_all(settings: Path, sequence_parallel: int) -> None:
-    """Rank 0 prints what each of the trainings has come to. Collective."""
+    """Rank 0 prints what each of the trainings has come to; recomputed MLPs are chunked. Collective."""
+    mlp.MLP_CHUNK_TOKENS = 12
     world = replace(read_world(), sequence_parallel=sequence_parallel)
     start_process_group(world)
     found = {}
@@ -62,6 +64,8 @@ def train(options: Options, world: DistributedInfo) -> dict[str, list[float]]:
     """The figures of every step, and of the weights at the end. Collective."""
     run = resolve_run(options, world.size, "cpu", bf16=False)
     engine, _ = start_engine(run, world, ResumePoint())
+    if options.activation_checkpointing:
+        engine.module.offload_activations()
     batches, clock = open_loader(run, world, 0), PhaseClock(world.device)
     rows = []
     for step in run.plan.steps(0):

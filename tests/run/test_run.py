@@ -75,6 +75,19 @@ def test_attention_of_a_gpu_is_resolved_and_logged(
     assert resolve_run(replace(options, deterministic=True), 2, "cuda", True).kernels == "attention auto, deterministic"
 
 
+@pytest.mark.parametrize(
+    ("every", "device_type", "sentence"),
+    [
+        (0, "cuda", "moves the inputs of recomputed blocks; expected --activation-checkpointing 1 or more with it"),
+        (1, "cpu", "on CPUs activations are in host memory already; expected GPUs"),
+    ],
+)
+def test_offloading_without_effect_is_rejected(every: int, device_type: str, sentence: str, options: Options) -> None:
+    options = replace(options, activation_checkpointing=every, activation_offloading=True)
+    with pytest.raises(ConfigError, match=f"^--activation-offloading:? {sentence}"):
+        resolve_run(options, 2, device_type, bf16=False)
+
+
 def test_a_fresh_directory_is_a_fresh_start(options: Options) -> None:
     run = resolve(options)
     assert check_run_directory(run) is None

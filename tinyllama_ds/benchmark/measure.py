@@ -20,7 +20,7 @@ from tinyllama_ds.config.deepspeed import (
     split_off_our_sections,
     weights_dtype,
 )
-from tinyllama_ds.config.run_plan import Step
+from tinyllama_ds.config.run_plan import Step, check_offloading
 from tinyllama_ds.distributed.world import DistributedInfo, read_world
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError, log
 from tinyllama_ds.model.attention import Demands, Device, capability_of, resolve_attention_backend
@@ -48,6 +48,7 @@ class Setting:
     attention: str
     compile: bool
     activation_checkpointing: int
+    activation_offloading: bool
     model: str
     sequence_length: int
     accumulation: int  # micro-batches per step
@@ -74,6 +75,9 @@ def measure(setting: Setting) -> dict:
     dtype = getattr(torch, weights_dtype(resolved))
     recompute_every = setting.activation_checkpointing
     decoder = build_model(config, attention.backend, 1, recompute_every, world.device, dtype)
+    if setting.activation_offloading:
+        check_offloading(recompute_every, world.device.type)
+        decoder.offload_activations()
     if setting.compile:
         compile_blocks(decoder)
     engine_config, _ = split_off_our_sections(resolved)

@@ -167,6 +167,10 @@ _SHARED: dict[str, dict[str, Any]] = {
         "metavar": "K",
         "help": "recompute every K-th block in the backward pass to save memory; 1: all, 0: none (default)",
     },
+    "--activation-offloading": {
+        "action": "store_true",
+        "help": "keep the inputs of recomputed blocks in pinned host memory until the backward pass; on GPUs",
+    },
     "--sequence-parallel": {
         "type": RANKS,
         "default": 1,

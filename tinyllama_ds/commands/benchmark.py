@@ -21,7 +21,7 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="tinyllama-1.1b", help="named size")
     add("--sequence-length", type=WholeNumber(1, 10_000_000), default=2048, metavar="T", help="tokens of a sample")
-    add_shared(parser, "--activation-checkpointing", help="as in pretrain")
+    add_shared(parser, "--activation-checkpointing", "--activation-offloading", help="as in pretrain")
     add("--accumulation", type=WholeNumber(1, 10_000), default=4, help="micro-batches per step")
     add("--steps", type=WholeNumber(1, 10_000), default=3, help="measured steps")
 

@@ -69,7 +69,8 @@ def _ablation(text: str) -> "Ablation":
 def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
     """How a step is computed."""
     add = parser.add_argument
-    add_shared(parser, "--attention", "--compile", "--activation-checkpointing", "--sequence-parallel")
+    add_shared(parser, "--attention", "--compile", "--activation-checkpointing", "--activation-offloading")
+    add_shared(parser, "--sequence-parallel")
     exact = "bit-identical kernels on GPUs, at some cost; on CPUs they always are"
     add("--deterministic", action="store_true", help=exact)
 

@@ -104,6 +104,17 @@ class RunPlan:
         return (self.step(number) for number in range(start, self.total_steps))
 
 
+def check_offloading(recompute_every: int, device_type: str) -> None:
+    """Raises `ConfigError` where no activation would leave the memory of a GPU."""
+    if not recompute_every:
+        raise ConfigError(
+            "--activation-offloading moves the inputs of recomputed blocks; expected --activation-checkpointing 1 or"
+            " more with it"
+        )
+    if device_type == "cpu":
+        raise ConfigError("--activation-offloading: on CPUs activations are in host memory already; expected GPUs")
+
+
 def data_parallel_size(recipe: Recipe, world_size: int, sequence_parallel: int) -> int:
     """The number of data-parallel ranks: those that read samples of their own, of ranks that share each sequence.
 

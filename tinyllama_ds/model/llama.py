@@ -6,11 +6,11 @@ Parameters carry the names of Hugging Face's LlamaForCausalLM, so that exporting
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from tinyllama_ds.model.attention import attention_function, attention_metadata
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.loss import LMHeadLoss
+from tinyllama_ds.model.mlp import SwiGLU
+from tinyllama_ds.model.offloading import ActivationOffloading
 from tinyllama_ds.model.param_groups import is_hidden_matrix
 from tinyllama_ds.model.rope import apply_rope, positions_in_documents, rope_tables
 from tinyllama_ds.model.sequence_parallel import SequenceParallel
@@ -60,28 +62,16 @@ class Attention(nn.Module):
         return self.o_proj(out.reshape(B, T, -1))
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Block(nn.Module):
-    """One pre-norm decoder layer. Also the unit that ZeRO-3 gathers and that is compiled."""
+    """One pre-norm decoder layer. Also the unit that ZeRO-3 gathers, that is compiled, and that may be recomputed."""
 
-    def __init__(self, config: LlamaConfig, backend: str) -> None:
+    def __init__(self, config: LlamaConfig, backend: str, is_recomputed: bool) -> None:
         super().__init__()
+        self.is_recomputed = is_recomputed
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, backend)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(config, is_chunked=is_recomputed)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> Tensor:  # (B, T, D) -> same
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents)
@@ -95,10 +85,13 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.config = config
         self.backend = backend
-        self.recompute_every = recompute_every
         self.sequence_parallel = SequenceParallel()  # until sequences are split
+        self.offloading: ActivationOffloading | None = None  # of the inputs of recomputed blocks
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, backend) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, backend, is_recomputed=recompute_every > 0 and number % recompute_every == 0)
+            for number in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, D)
@@ -112,9 +105,12 @@ class LlamaModel(nn.Module):
             cos, sin = cos[positions], sin[positions]  # (B, T, E)
             documents = attention_metadata(self.backend, document_ids).to(device, non_blocking=True)
         x = self.embed_tokens(input_ids)
-        for number, layer in enumerate(self.layers):
-            if self.recompute_every and number % self.recompute_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, documents, use_reentrant=False, preserve_rng_state=False)
+        if self.offloading is not None:
+            self.offloading.begin(device)
+        for layer in self.layers:
+            if layer.is_recomputed and torch.is_grad_enabled():
+                with self.offloading.of(x) if self.offloading is not None else nullcontext():
+                    x = checkpoint(layer, x, cos, sin, documents, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, documents)
         x = self.norm(x)
@@ -135,7 +131,7 @@ class LlamaForCausalLM(nn.Module):
     sequences.
 
     With `recompute_every` k, every k-th block keeps only its input and is computed again in the backward pass
-    (activation checkpointing; 0 is none, 1 is all).
+    (activation checkpointing; 0 is none, 1 is all). After `offload_activations` these inputs are in host memory.
     """
 
     def __init__(self, config: LlamaConfig, attention: str = "sdpa", recompute_every: int = 0) -> None:
@@ -160,6 +156,10 @@ class LlamaForCausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.attend = self.model.sequence_parallel.around(module.attend)
+
+    def offload_activations(self) -> None:
+        """From now on the inputs of recomputed blocks wait in host memory for the backward pass (`offloading.py`)."""
+        self.model.offloading = ActivationOffloading()
 
     def forward(
         self,

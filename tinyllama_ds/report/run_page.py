@@ -158,6 +158,14 @@ def _samples(history: History) -> dict[str, list[dict]]:
     }
 
 
+def _activations(description: dict) -> str:
+    every = description.get("activation_checkpointing", 0)
+    if not every:
+        return ""
+    blocks = "all blocks are recomputed" if every == 1 else f"one in {every} blocks is recomputed"
+    return blocks + (", inputs in host memory" if description.get("activation_offloading") else "")
+
+
 def _machine(history: History) -> Table:
     description, start = history.description, history.starts[-1] if history.starts else {}
     versions = description.get("versions", {})
@@ -171,5 +179,6 @@ def _machine(history: History) -> Table:
         ("ZeRO stage", str(zero.get("stage", 0)) if description else ""),
         ("micro-batch, sequences", str(description.get("micro_batch", ""))),
         ("attention", str(description.get("attention", ""))),
+        ("activations", _activations(description)),
     ]
     return Table("Machine", (), [row for row in rows if row[1]], text_columns=(0, 1))

@@ -26,7 +26,7 @@ from tinyllama_ds.config.deepspeed import (
 )
 from tinyllama_ds.config.param_groups import check_optimizer
 from tinyllama_ds.config.recipe import Recipe, load_recipe
-from tinyllama_ds.config.run_plan import RunPlan, data_parallel_size, micro_batch_of
+from tinyllama_ds.config.run_plan import RunPlan, check_offloading, data_parallel_size, micro_batch_of
 from tinyllama_ds.config.schedule import Schedule, make_schedule
 from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import ORDER_VERSION, SampleOrder, planned_order
@@ -62,6 +62,7 @@ class Options:
     attention: str = "auto"
     compile: str = "auto"
     activation_checkpointing: int = 0  # every k-th block; 0 none, 1 all
+    activation_offloading: bool = False  # inputs of those blocks wait in host memory
     sequence_parallel: int = 1  # ranks that share each sequence
     deterministic: bool = False  # the same bits every time on GPUs too
     allow_change: tuple[str, ...] = ()  # keys of what may differ from the run that the directory holds
@@ -129,6 +130,7 @@ def resolve_run(
 ) -> Run:
     """Check and derive everything, attention on GPUs if their compute capability is known. Raises `ConfigError`."""
     reject_unusable_directory(options.run_dir)
+    _check_activations(options, device_type)
     whole = load_recipe(options.recipe)
     recipe = options.without.apply(whole) if options.without else whole
     raw = load_deepspeed_config(options.deepspeed_config)
@@ -162,6 +164,15 @@ def resolve_run(
         Evaluation(validation, _encode_prompts(recipe, tokenizer), load_tasks(recipe, model)),
         len(excluded), parent, init_from, description,
     )  # fmt: skip
+
+
+def _check_activations(options: Options, device_type: str) -> None:
+    if options.activation_checkpointing < 0:
+        raise ConfigError(
+            f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
+        )
+    if options.activation_offloading:
+        check_offloading(options.activation_checkpointing, device_type)
 
 
 def _for_engine(config: dict, world_size: int) -> dict:
@@ -231,10 +242,6 @@ def _encode_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def _resolve_attention(options: Options, recipe: Recipe, device: Device, sixteen_bit: bool) -> AttentionChoice:
-    if options.activation_checkpointing < 0:
-        raise ConfigError(
-            f"--activation-checkpointing {options.activation_checkpointing}: expected 0 (none), 1 (all) or more"
-        )
     demands = Demands(sixteen_bit, recipe.document_mask, options.deterministic)
     return resolve_attention_backend(options.attention, device, demands)
 
@@ -249,6 +256,7 @@ def _settings(options: Options, recipe: Recipe, plan: RunPlan, model: LlamaConfi
         "sequence_parallel": options.sequence_parallel,
         "compile": options.compile,
         "activation_checkpointing": options.activation_checkpointing,
+        "activation_offloading": options.activation_offloading,
         "deterministic": options.deterministic,
         "plan": {"steps": plan.total_steps, "tokens": plan.total_tokens},
         "versions": _versions(),

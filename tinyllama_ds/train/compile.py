@@ -6,16 +6,22 @@ from tinyllama_ds.distributed.collectives import gather_from_ranks
 from tinyllama_ds.distributed.world import DistributedInfo
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.model.llama import LlamaForCausalLM
+from tinyllama_ds.model.mlp import SwiGLU
 
 
 def compile_blocks(model: LlamaForCausalLM) -> None:
-    """Compile each decoder block by itself, one graph for all of them, and the softmax of the loss.
+    """Compile each decoder block by itself, one graph for all of them, and what is computed in chunks outside of it:
+    long MLPs and the softmax of the loss.
 
     The unit is the block because ZeRO-3's hooks run between blocks, where a graph would break anyway. It is `forward`,
     and not the module by `compile()`, whose graph would begin before those hooks.
     """
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward)
+    for module in model.modules():
+        if isinstance(module, SwiGLU):
+            module.of_chunk = torch.compile(module.of_chunk)
+            module.gradients_of_chunk = torch.compile(module.gradients_of_chunk)
     model.lm_head.loss_and_grad = torch.compile(model.lm_head.loss_and_grad)
     if model.lm_head.distillation_and_grad is not None:
         model.lm_head.distillation_and_grad = torch.compile(model.lm_head.distillation_and_grad)

@@ -115,6 +115,8 @@ def start_engine(run: Run, world: DistributedInfo, point: ResumePoint) -> "tuple
     model = build_initial_model(run, world, initial)
     if run.recipe.teacher is not None:
         model.lm_head.distillation_and_grad = distillation_of(run.recipe.teacher.weight, run.recipe.teacher.temperature)
+    if run.options.activation_offloading:
+        model.offload_activations()
     if world.sequence_parallel > 1:
         model.split_sequences(sequence_parallel_group(world))
     is_compiled, compilation = decide_compilation(run.options.compile, world)
