@@ -16,8 +16,9 @@ from pathlib import Path
 from plan_launching import deepspeed_config, run_ranks
 from tinyllama_ds.commands.arguments import RANKS, Parser, output_file
 from tinyllama_ds.model.config import MAX_CHUNK_LOGITS, LlamaConfig
+from tinyllama_ds.planning.activations import Work
 from tinyllama_ds.planning.layout import read_layout
-from tinyllama_ds.planning.memory import Memory, Work, memory_of
+from tinyllama_ds.planning.memory import Memory, memory_of
 
 MODEL = LlamaConfig(4096, 256, 704, 4, 4, 2, 512)  # 5.0M parameters
 T, MICRO_BATCH, ACCUMULATION = 256, 2, 2

@@ -12,6 +12,8 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from ctypes import CDLL
+from dataclasses import replace
 from itertools import pairwise, repeat
 from pathlib import Path
 from time import perf_counter
@@ -21,12 +23,12 @@ import torch
 import torch.distributed as dist
 
 from tinyllama_ds.config.run_plan import Step
-from tinyllama_ds.distributed.world import read_world
+from tinyllama_ds.distributed.world import DistributedInfo, read_world
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.train.batches import Batch
 from tinyllama_ds.train.compile import compile_blocks
-from tinyllama_ds.train.engine import hard_exit, start_process_group, wrap
+from tinyllama_ds.train.engine import hard_exit, sequence_parallel_group, start_process_group, wrap
 from tinyllama_ds.train.phase_clock import PhaseClock
 from tinyllama_ds.train.step import train_step
 
@@ -70,6 +72,26 @@ def bytes_by_kind(engine: Any, before: set[int]) -> dict[str, int]:
     return sizes
 
 
+def random_batches(engine: Any, rows: int, length: int, world: DistributedInfo) -> Iterator[Batch]:
+    """The same one for ever."""
+    tokens = torch.randint(engine.module.config.vocab_size, (rows, length + 1))
+    return repeat(Batch(tokens, own=world.own_tokens(length)))
+
+
+def reset_resident_peak() -> int:
+    """Give unused memory back to the kernel, whose record of the peak starts again; returns the resident bytes."""
+    gc.collect()
+    CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_bytes("VmRSS")
+
+
+def status_bytes(name: str) -> int:
+    """A figure of this process that the kernel keeps."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return 1024 * int(line.split()[1])
+
+
 def sent_bytes(interface: str | None) -> int:
     """What an interface has sent since it is up, headers included."""
     return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text()) if interface else 0
@@ -95,7 +117,7 @@ def peak_bytes(profiler: torch.profiler.profile, trace: Path) -> dict[str, int]:
 def main(setting: dict, output: Path) -> None:
     """Build, warm up, measure `steps` steps, write."""
     torch.set_num_threads(1)
-    world = read_world()
+    world = replace(read_world(), sequence_parallel=setting.get("sequence_parallel", 1))
     start_process_group(world)
     import deepspeed
 
@@ -105,21 +127,24 @@ def main(setting: dict, output: Path) -> None:
         model = build_model(LlamaConfig(**setting["model"]), setting["attention"], 1, setting["recompute"])
         if setting["compile"]:
             compile_blocks(model)
+        if world.sequence_parallel > 1:
+            model.split_sequences(sequence_parallel_group(world))
         engine = wrap(model, setting["config"], 1.0)
         T, micro, steps = setting["sequence"], setting["micro_batch"], setting["steps"]
-        tokens = torch.randint(engine.module.config.vocab_size, (micro, T + 1))
-        batch = micro * setting["accumulation"] * world.size
+        batches = random_batches(engine, micro, T, world)
+        batch = micro * setting["accumulation"] * world.data_size
         step, clock = Step(0, "probe", 0, batch, 0, batch * T), PhaseClock(world.device)
         held = spy_on_steps(engine, before)
+        warmup = random_batches(engine, micro, setting.get("warmup_sequence", T), world)
         for _ in range(WARMUP_STEPS):
-            train_step(engine, step, repeat(Batch(tokens)), micro, world, clock)
+            train_step(engine, step, warmup, micro, world, clock)
         clock.read()
         logger = deepspeed.comm.comms_logger
         logger.comms_dict.clear()
         dist.barrier()
-        sent, ends = sent_bytes(setting.get("interface")), [perf_counter()]
+        sent, resident, ends = sent_bytes(setting.get("interface")), reset_resident_peak(), [perf_counter()]
         for _ in range(steps):
-            train_step(engine, step, repeat(Batch(tokens)), micro, world, clock)
+            train_step(engine, step, batches, micro, world, clock)
             ends.append(perf_counter())
         dist.barrier()
         # The fastest is the one that other work disturbed least.
@@ -130,6 +155,7 @@ def main(setting: dict, output: Path) -> None:
             name.split(" ")[0]: sum(size * figures[0] for size, figures in sizes.items()) / steps
             for name, sizes in logger.comms_dict.items()
         }
+        found["resident_growth"] = status_bytes("VmHWM") - resident
         found["between_steps"] = bytes_by_kind(engine, before)
         found["before_step"] = held
     if setting["profile"]:

@@ -12,8 +12,8 @@ from tinyllama_ds.model.attention import attention_function
 from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.model.sequence_parallel import SequenceParallel
+from tinyllama_ds.planning.activations import Work, block_bytes_per_token
 from tinyllama_ds.planning.layout import read_layout
-from tinyllama_ds.planning.memory import Work, block_bytes_per_token
 from tinyllama_ds.train.engine import hard_exit, start_process_group
 
 HEADS = [(4, 4), (4, 2), (4, 1), (12, 3), (12, 6)]  # query and key heads, for 2 and 4 ranks

@@ -19,9 +19,9 @@ from tinyllama_ds.model.attention import (
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.model.rope import rope_tables
+from tinyllama_ds.planning.activations import BACKENDS, Work, attention_memory, block_bytes_per_token
 from tinyllama_ds.planning.communication import Collective
 from tinyllama_ds.planning.layout import gathers_of, modules_of, persistent_elements, read_layout
-from tinyllama_ds.planning.memory import BACKENDS, Work, attention_memory, block_bytes_per_token
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 

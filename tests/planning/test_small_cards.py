@@ -16,9 +16,9 @@ NEEDS = {
     ("tinyllama-v1", "zero3_offload", 0): 19.3,
     ("tinyllama-v1", "zero3_offload", 1): 11.8,
     ("tinyllama-120m", "zero2_bf16_states", 0): 3.5,
-    ("tinyllama-120m", "zero2_bf16_states", 1): 3.1,
+    ("tinyllama-120m", "zero2_bf16_states", 1): 3.0,
     ("tinyllama-120m", "zero2", 0): 8.6,
-    ("tinyllama-120m", "zero2", 1): 5.0,
+    ("tinyllama-120m", "zero2", 1): 4.7,
 }
 
 

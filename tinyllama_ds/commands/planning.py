@@ -40,10 +40,11 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--tokens-per-second", type=Number(most=1e12), metavar="X", help="measured rate of one GPU, all included")
     add("--measure", action="store_true", help="measure the step here with bench, instead of --efficiency")
     training = parser.add_argument_group("training")
-    add_shared(training, "--attention", "--activation-checkpointing", "--sequence-parallel", help="as in pretrain")
+    add_shared(training, "--attention", "--activation-checkpointing", "--activation-offloading", help="as in pretrain")
+    add_shared(training, "--sequence-parallel", help="as in pretrain; with --search only this one")
     add_shared(training, "--compile", help="as in pretrain; auto (the default) is on")
     add = training.add_argument
-    add("--search", action="store_true", help="try every layout, micro-batch and checkpointing; rank them")
+    add("--search", action="store_true", help="rank every layout, micro-batch, checkpointing, sequence parallelism")
     add("--write-config", type=output_file, metavar="JSON", help="with --search: the winner's DeepSpeed config")
     add_shared(parser, "--data", required=False, help="prepared data, for the sizes of the sources")
     add = parser.add_argument
@@ -148,6 +149,7 @@ def _measured(options: argparse.Namespace, inputs: "Inputs") -> tuple[float, str
         "model": inputs.recipe.model_name,
         "sequence_length": inputs.recipe.sequence_length,
         "activation_checkpointing": options.activation_checkpointing,
+        "activation_offloading": options.activation_offloading,
         "accumulation": 4,
         "steps": 3,
     }
@@ -192,7 +194,8 @@ def _write_files(options: argparse.Namespace, plan: "Plan", tables: list, charts
 def _how_to_start(options: argparse.Namespace, best: "Plan") -> str:
     config = options.write_config or "FILE (--write-config FILE writes it)"
     flags = f" --activation-checkpointing {best.work.recompute_every}" if best.work.recompute_every else ""
-    flags += f" --sequence-parallel {options.sequence_parallel}" if options.sequence_parallel > 1 else ""
+    flags += " --activation-offloading" if best.work.offloads_activations else ""
+    flags += f" --sequence-parallel {best.work.sequence_parallel}" if best.work.sequence_parallel > 1 else ""
     flags += f" --compile {options.compile}" if options.compile != "auto" else ""
     return f"\n\nstart it with: pretrain --deepspeed-config {config}{flags}"
 
@@ -205,6 +208,7 @@ def _result(plan: "Plan", ranking: "Ranking | None") -> dict:
         "layout": asdict(plan.layout),
         "micro_batch": plan.work.micro_batch,
         "sequence_parallel": plan.work.sequence_parallel,
+        "activation_offloading": plan.work.offloads_activations,
         "accumulation": list(plan.accumulations),
         "gpus": duration.ranks,
         "steps": plan.inputs.plan.total_steps,
@@ -219,6 +223,7 @@ def _result(plan: "Plan", ranking: "Ranking | None") -> dict:
             "total": memory.total,
             "capacity": plan.request.machines.gpu.memory_bytes,
             "fits": plan.fits,
+            "host": plan.host_bytes,
         },
         "step_seconds": [
             {name: getattr(step, name) for name in ("compute", "communication", "exposed", "optimizer")}
@@ -247,6 +252,8 @@ def _candidate_result(candidate: "Plan") -> dict:
         "layout": candidate.layout.name,
         "micro_batch": candidate.work.micro_batch,
         "activation_checkpointing": candidate.work.recompute_every,
+        "activation_offloading": candidate.work.offloads_activations,
+        "sequence_parallel": candidate.work.sequence_parallel,
         "tokens_per_second_per_gpu": candidate.longest_step.tokens_per_second_per_gpu,
         "memory": candidate.memory.total,
     }

@@ -99,7 +99,7 @@ class LlamaModel(nn.Module):
         length, own = self.sequence_parallel.place_of(input_ids.shape[1])
         cos, sin = rope_tables(self.config, length, device)
         if document_ids is None:
-            cos, sin = cos[own], sin[own]  # (T, E)
+            cos, sin = cos[own].clone(), sin[own].clone()  # (T, E), and not of the whole sequence
         else:
             positions = positions_in_documents(document_ids.to(device, non_blocking=True))[:, own]
             cos, sin = cos[positions], sin[positions]  # (B, T, E)

@@ -5,8 +5,8 @@ from math import ceil
 
 from tinyllama_ds.hardware.gpus import Network
 from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.planning.activations import Work
 from tinyllama_ds.planning.layout import Layout, gathers_of, modules_of, persistent_elements
-from tinyllama_ds.planning.memory import Work
 
 _WHOLE_BUCKET = 500_000_000  # elements that DeepSpeed's engine reduces at once outside ZeRO 2 and 3
 # Two gloo ranks share one connection in both directions: the early one sends half of its part before the other's

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from tinyllama_ds.hardware.gpus import GIB
 from tinyllama_ds.page import Chart, Table, chart, render
+from tinyllama_ds.planning.activations import HOST
 from tinyllama_ds.planning.charts import CHARTS
 from tinyllama_ds.planning.plan import Plan
 from tinyllama_ds.planning.search import Ranking, reason
@@ -57,7 +58,14 @@ def _memory(plan: Plan) -> Table:
     rows = [(row.name, f"{row.bytes / GIB:.2f}", row.phase, row.how) for row in (*memory.rows, *memory.overhead_rows)]
     capacity = f"of {plan.request.machines.gpu.memory_bytes / GIB:.1f}"
     rows.append(("total at the peak", f"{memory.total / GIB:.2f}", memory.peak_phase, capacity))
-    note = "The rows of the micro-batch and those of the optimizer step are not held at once; the larger sum counts."
+    if plan.host_bytes:
+        gpus = plan.request.machines.hosts.gpus
+        how = f"its rows of {gpus} GPUs; besides, processes and checkpoints under way"
+        rows.append(("memory of a host", f"{plan.host_bytes / GIB:.2f}", HOST, how))
+    note = (
+        "The rows of the loss, of the backward pass of a block and of the optimizer step are not held at once; the"
+        " largest sum counts. Rows of the host are not in the total."
+    )
     return Table("Memory per GPU, GiB", ("", "GiB", "held", "formula"), rows, note, text_columns=(0, 3))
 
 

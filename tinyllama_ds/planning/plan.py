@@ -13,14 +13,21 @@ from tinyllama_ds.config.deepspeed import (
 )
 from tinyllama_ds.config.param_groups import check_optimizer
 from tinyllama_ds.config.recipe import Recipe, load_recipe
-from tinyllama_ds.config.run_plan import RunPlan, accumulation_steps, data_parallel_size, micro_batch_of
+from tinyllama_ds.config.run_plan import (
+    RunPlan,
+    accumulation_steps,
+    check_offloading,
+    data_parallel_size,
+    micro_batch_of,
+)
 from tinyllama_ds.config.schedule import Schedule, make_schedule
 from tinyllama_ds.errors import ConfigError, all_of
 from tinyllama_ds.hardware.gpus import GIB
 from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.planning.activations import Work, attention_memory
 from tinyllama_ds.planning.cost import BAD_FLEET, GOOD_FLEET, Duration, Failures, Storage, failures_of, storage_of
 from tinyllama_ds.planning.layout import Layout, gathers_of, persistent_elements, read_layout
-from tinyllama_ds.planning.memory import Memory, Work, attention_memory, memory_of
+from tinyllama_ds.planning.memory import Memory, memory_of
 from tinyllama_ds.planning.timeline import Timeline, data_warnings, schedule_warnings, timeline_of
 from tinyllama_ds.planning.timing import Machines, StepTime, step_time
 
@@ -37,6 +44,7 @@ class PlanRequest:
     attention: str = "auto"  # backend, as in pretrain
     is_compiled: bool = False
     activation_checkpointing: int = 0  # every so many blocks are recomputed; 0 is none
+    activation_offloading: bool = False  # their inputs are in host memory
     sequence_parallel: int = 1  # GPUs of a host that share each sequence
     tokens_per_second: float | None = None  # of one GPU, all included, where it is known
     price_per_hour: float | None = None  # of one GPU
@@ -70,6 +78,11 @@ class Plan:
     @cached_property
     def memory(self) -> Memory:
         return memory_of(self.inputs.model, self.layout, self.work, self.request.machines.hosts.ranks)
+
+    @property
+    def host_bytes(self) -> int:
+        """In the memory of a host, of all its ranks."""
+        return self.memory.on_host * self.request.machines.hosts.gpus
 
     @property
     def fits(self) -> bool:
@@ -143,6 +156,8 @@ def read_inputs(recipe_name: str, deepspeed_config: Path) -> Inputs:
 def make_plan(request: PlanRequest, inputs: Inputs, sizes: Mapping[str, int]) -> Plan:
     """The plan of a run, whether it fits or not; raises `ConfigError` for a batch that does not divide."""
     ranks, recipe = request.machines.hosts.ranks, inputs.recipe
+    if request.activation_offloading:
+        check_offloading(request.activation_checkpointing, "cuda")
     data_size = data_ranks(request, inputs)
     micro_batch = micro_batch_of(inputs.plan, requested_micro_batch(inputs.raw), data_size)
     resolved = resolve(inputs, micro_batch, data_size)
@@ -150,7 +165,8 @@ def make_plan(request: PlanRequest, inputs: Inputs, sizes: Mapping[str, int]) ->
     attention = attention_memory(request.attention, recipe.document_mask, layout.weight_bytes)
     work = Work(
         micro_batch, recipe.sequence_length, attention, request.activation_checkpointing, request.is_compiled,
-        sequence_parallel=request.sequence_parallel,
+        sequence_parallel=request.sequence_parallel, offloads_activations=request.activation_offloading,
+        document_mask=recipe.document_mask,
     )  # fmt: skip
     accumulations = tuple(accumulation_steps(stage.batch, data_size, micro_batch) for stage in inputs.plan.stages)
     return Plan(request, inputs, sizes, resolved, layout, work, accumulations)

@@ -1,4 +1,4 @@
-"""Every layout, micro-batch and checkpointing on the given hosts, ranked by tokens per second."""
+"""Every layout, micro-batch, checkpointing and sequence parallelism on the given hosts, by tokens per second."""
 
 import json
 from collections.abc import Mapping
@@ -30,15 +30,20 @@ def search(request: PlanRequest, inputs: Inputs, sizes: Mapping[str, int]) -> Ra
     """Try everything that divides. Raises `ConfigError` where no micro-batch divides, or nothing fits."""
     hosts, gpu = request.machines.hosts, request.machines.gpu
     found = [
-        make_plan(
-            replace(request, deepspeed_config=Path(f"{name}.json"), activation_checkpointing=recompute_every),
-            replace(inputs, raw=raw | {"train_micro_batch_size_per_gpu": micro_batch}),
-            sizes,
+        _with_offloading(
+            make_plan(
+                replace(
+                    request, deepspeed_config=Path(f"{name}.json"), activation_checkpointing=recompute_every,
+                    sequence_parallel=shared,
+                ),
+                replace(inputs, raw=raw | {"train_micro_batch_size_per_gpu": micro_batch}),
+                sizes,
+            )
         )
-        for (name, raw), micro_batch, recompute_every in product(
-            _configs(inputs.raw, hosts).items(), _micro_batches(inputs, data_ranks(request, inputs)), RECOMPUTE
+        for (name, raw), (shared, micro_batch), recompute_every in product(
+            _configs(inputs.raw, hosts).items(), _shares(request, inputs), RECOMPUTE
         )
-    ]
+    ]  # fmt: skip
     fitting = [plan for plan in found if plan.fits]
     if not fitting:
         least = min(found, key=lambda plan: plan.memory.total)
@@ -52,6 +57,13 @@ def search(request: PlanRequest, inputs: Inputs, sizes: Mapping[str, int]) -> Ra
     return Ranking(tuple(fitting), len(found))
 
 
+def _with_offloading(plan: Plan) -> Plan:
+    """With activation offloading where a plan that recomputes blocks does not fit without."""
+    if plan.fits or not plan.work.recompute_every:
+        return plan
+    return make_plan(replace(plan.request, activation_offloading=True), plan.inputs, plan.sizes)
+
+
 def _rate(plan: Plan) -> float:
     return plan.longest_step.tokens_per_second_per_gpu
 
@@ -60,16 +72,38 @@ def reason(plan: Plan) -> str:
     """A candidate in one line."""
     every, step = plan.work.recompute_every, plan.longest_step
     checkpointing = {0: "no checkpointing", 1: "all blocks recomputed"}.get(every, f"every {every}nd block recomputed")
+    shared = f", sequence parallelism over {plan.work.sequence_parallel}" if plan.work.sequence_parallel > 1 else ""
+    offloaded = ", their inputs offloaded" if plan.work.offloads_activations else ""
     return (
-        f"{plan.layout.name}, micro-batch {plan.work.micro_batch}, {checkpointing}:"
+        f"{plan.layout.name}, micro-batch {plan.work.micro_batch}{shared}, {checkpointing}{offloaded}:"
         f" {_rate(plan) / 1e3:.1f}k tokens/s per GPU,"
         f" {plan.memory.total / GIB:.1f} of {plan.request.machines.gpu.memory_bytes / GIB:.0f} GiB,"
         f" {step.exposed / step.seconds:.0%} of the step is exposed communication"
     )
 
 
+def _shares(request: PlanRequest, inputs: Inputs) -> list[tuple[int, int]]:
+    """Sequence parallelism and micro-batch: sharing a larger micro-batch would leave as many tokens on a GPU."""
+    if request.sequence_parallel > 1:
+        return [(request.sequence_parallel, size) for size in _micro_batches(inputs, data_ranks(request, inputs))]
+    gpus, heads, T = request.machines.hosts.gpus, inputs.model.num_attention_heads, inputs.recipe.sequence_length
+    ranks = request.machines.hosts.ranks
+    shared = [
+        (number, 1)
+        for number in range(2, gpus + 1)
+        if gpus % number == heads % number == T % number == 0 and not _indivisible(inputs, ranks // number)
+    ]
+    if shared and _indivisible(inputs, ranks):
+        return shared
+    return [*((1, size) for size in _micro_batches(inputs, ranks)), *shared]
+
+
+def _indivisible(inputs: Inputs, data_size: int) -> bool:
+    return any(stage.batch % data_size for stage in inputs.plan.stages)
+
+
 def _micro_batches(inputs: Inputs, data_size: int) -> list[int]:
-    if any(stage.batch % data_size for stage in inputs.plan.stages):
+    if _indivisible(inputs, data_size):
         works = [n for n in range(1, data_size) if all(stage.batch % n == 0 for stage in inputs.plan.stages)]
         raise ConfigError(
             f"the global batches of recipe {inputs.recipe.name!r} do not divide over {data_size} data-parallel ranks;"

@@ -5,9 +5,9 @@ from math import ceil
 
 from tinyllama_ds.hardware.gpus import Gpu, Network
 from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.planning.activations import Work
 from tinyllama_ds.planning.communication import Hosts, Traffic, collectives_of, exchanges_of, traffic_of
 from tinyllama_ds.planning.layout import Layout
-from tinyllama_ds.planning.memory import Work
 
 # Share of the compute of a forward or backward pass that can overlap with communication: the first gather and the last
 # reduction of a pass overlap with nothing. An assumption.
@@ -71,7 +71,7 @@ def step_time(model: LlamaConfig, layout: Layout, work: Work, accumulation: int,
     return StepTime(
         compute=sum(passes.values()),
         communication=sum(part.seconds for part in traffic),
-        exposed=exposed_seconds(traffic, passes),
+        exposed=exposed_seconds(traffic, passes) + _exposed_copies(model, layout, work, accumulation, passes),
         optimizer=_optimizer_seconds(model, layout, hosts.ranks, machines.gpu),
         traffic=traffic,
         tokens_per_gpu=tokens,
@@ -86,6 +86,17 @@ def exposed_seconds(traffic: tuple[Traffic, ...], passes: dict[str, float]) -> f
         hidden = min(seconds, OVERLAPPABLE * passes.get(overlap, 0.0))
         total += seconds - hidden + OVERLAP_COST * hidden
     return total
+
+
+def _exposed_copies(
+    model: LlamaConfig, layout: Layout, work: Work, accumulation: int, passes: dict[str, float]
+) -> float:
+    """What offloading block inputs adds where their copies take longer than the passes that they overlap with."""
+    if not work.offloads_activations:
+        return 0.0
+    blocks = ceil(model.num_hidden_layers / work.recompute_every)
+    copies = accumulation * blocks * layout.weight_bytes * model.hidden_size * work.tokens / _HOST_LINK
+    return sum(max(0.0, copies - seconds) for seconds in passes.values())
 
 
 def _optimizer_seconds(model: LlamaConfig, layout: Layout, ranks: int, gpu: Gpu) -> float:
