@@ -18,9 +18,9 @@ from tinyllama_ds.hardware.gpus import gpu_named, network_of
 from tinyllama_ds.planning.communication import Hosts
 from tinyllama_ds.planning.plan import PlanRequest, read_inputs
 from tinyllama_ds.planning.search import search
-from tinyllama_ds.planning.timing import Machines
+from tinyllama_ds.planning.timing import Machines, executed_flops
 
-GPU, PER_HOST, EFFICIENCY = gpu_named("a100-40g"), 8, 0.56
+GPU, PER_HOST, EFFICIENCY = gpu_named("a100-40g"), 8, 0.518
 NETWORKS, SIZES = (25, 100, 400), (8, 16, 64, 512, 1024)  # Gbit/s out of a host; GPUs
 BATCHES = (1, 4)  # times TinyLlama's 2,097,152 tokens
 CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero3.json"
@@ -40,7 +40,7 @@ def best(gpus: int, gbit: float, times: int) -> dict:
     hosts, flops = Hosts(max(1, gpus // PER_HOST), min(gpus, PER_HOST)), EFFICIENCY * GPU.peak_flops
     machines = Machines(hosts, GPU, network_of(GPU, gbit), flops, "")
     winner = search(PlanRequest("tinyllama-v1", CONFIG, machines, is_compiled=True), inputs, {}).candidates[0]
-    ideal = flops / inputs.model.flops_per_token(recipe.sequence_length)
+    ideal = flops / executed_flops(inputs.model, recipe.sequence_length)
     rate, batch = winner.longest_step.tokens_per_second_per_gpu, recipe.stages[0].global_batch_tokens
     row = {"gpus": gpus, "gbit": gbit, "batch_tokens": batch, "layout": winner.layout.name}
     row |= {"micro_batch": winner.work.micro_batch, "tokens_per_second_per_gpu": rate}

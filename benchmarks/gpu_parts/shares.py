@@ -21,6 +21,7 @@ PARTS = (
     Share("lifecycle", "gpu_parts.lifecycle", 160, 90, 20),
     Share("training", "gpu_parts.training", 170, 50, 20),
     Share("peers", "gpu_parts.peers", 170, 50, 20),
+    Share("long_context", "gpu_parts.long_context", 240, 25, 60),
     Share("attention", "gpu_parts.attention", 45, 15, 10),
     Share("tests", "gpu_parts.gpu_tests", 180, 45, 20, has_head_size_64=False),
     Share("full_size", "gpu_parts.full_size", 200, 60, 20),

@@ -19,7 +19,7 @@ MICRO_BATCH = {False: 8, True: 2}
 
 def measured(part: Part) -> Iterator[Row]:
     """What `tinyllama-ds bench --compile on` measures, on one rank that is started here without a launcher."""
-    shape = SHAPES[part.rehearse] | {"activation_checkpointing": 0}
+    shape = SHAPES[part.rehearse] | {"activation_checkpointing": 0, "activation_offloading": False}
     for name in CONFIG_NAMES:
         [setting] = grid([CONFIGS / f"{name}.json"], [MICRO_BATCH[part.rehearse]], ["auto"], [True])
         environment = launcher_environment(Placement(None, [], 1, on_cpu=part.rehearse))

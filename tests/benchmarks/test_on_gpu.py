@@ -76,6 +76,7 @@ def test_so_are_the_others(tmp_path: Path) -> None:
     assert all(figures["lifecycle"][name] for name in ("resume", "other_stage", "export", "generate"))
     assert figures["peers"]["transformers + DeepSpeed ZeRO-3.ours_by_it"] > 0
     assert figures["tests"]["counts"] == {"passed": 1}
+    assert figures["long_context"]["128.share_of_matmul"] > 0
     assert len(figures["full_size"]["losses"]) == 30
 
 

@@ -46,7 +46,7 @@ SAMPLES = '[samples]\nprompts = ["the small llama", "loss"]\nevery_tokens = 2048
 
 def train_all(settings: Path, sequence_parallel: int) -> None:
     """Rank 0 prints what each of the trainings has come to; recomputed MLPs are chunked. Collective."""
-    mlp.MLP_CHUNK_TOKENS = 12
+    mlp.MLP_CHUNK_TOKENS = 3
     world = replace(read_world(), sequence_parallel=sequence_parallel)
     start_process_group(world)
     found = {}

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,14 +22,16 @@ def gradients(model: LlamaForCausalLM, tokens: torch.Tensor) -> list[torch.Tenso
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_gradients_are_the_same_in_every_micro_batch(every: int) -> None:
-    """Two of one shape, which share their buffers, and one of a different shape."""
-    plain, offloaded = (build_model(CONFIG, "sdpa", 1, recompute_every=every) for _ in range(2))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradients_are_the_same_in_every_micro_batch(device: str, every: int) -> None:
+    """Two of one shape, which share their buffers, and one of a different shape; on a GPU of copies that take time."""
+    config, length = (CONFIG, T) if device == "cpu" else (replace(CONFIG, hidden_size=1024), 4096)
+    plain, offloaded = (build_model(config, "sdpa", 1, recompute_every=every, device=device) for _ in range(2))
     offloaded.offload_activations()
-    for rows, length in ((2, T), (2, T), (3, T // 2)):
-        tokens = torch.randint(97, (rows, length + 1))
+    for rows, columns in ((2, length), (2, length), (3, length // 2)):
+        tokens = torch.randint(97, (rows, columns + 1), device=device)
         for found, expected in zip(gradients(offloaded, tokens), gradients(plain, tokens), strict=True):
-            assert torch.equal(found, expected)
+            torch.testing.assert_close(found, expected, rtol=0 if device == "cpu" else 1e-4, atol=1e-7)
 
 
 def test_a_second_forward_pass_before_the_backward_pass_is_an_error() -> None:

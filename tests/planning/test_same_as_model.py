@@ -1,5 +1,6 @@
 """What planning repeats of the model, because it imports no torch, is the same there."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from tinyllama_ds.config.deepspeed import load_deepspeed_config
 from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.model import mlp
 from tinyllama_ds.model.attention import (
     ATTENTION_BACKENDS,
     Demands,
@@ -19,7 +21,14 @@ from tinyllama_ds.model.attention import (
 from tinyllama_ds.model.config import MODEL_SIZES, LlamaConfig
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.model.rope import rope_tables
-from tinyllama_ds.planning.activations import BACKENDS, Work, attention_memory, block_bytes_per_token
+from tinyllama_ds.planning import activations
+from tinyllama_ds.planning.activations import (
+    BACKENDS,
+    Work,
+    activation_rows,
+    attention_memory,
+    block_bytes_per_token,
+)
 from tinyllama_ds.planning.communication import Collective
 from tinyllama_ds.planning.layout import gathers_of, modules_of, persistent_elements, read_layout
 
@@ -103,6 +112,29 @@ def assert_a_block_keeps(
     layout = read_layout(load_deepspeed_config(CONFIGS[0]) | precision, "any", 1)
     found = sum(saved.values()) / (B * T)
     assert found == pytest.approx(block_bytes_per_token(model, layout, Work(B, T, kept)), rel=0.03), y.shape
+
+
+@pytest.mark.parametrize(("dtype", "chunk"), [(torch.bfloat16, 512), (torch.float32, 4096)], ids=str)
+def test_recomputed_blocks_take_the_bytes_of_the_rows(
+    dtype: torch.dtype, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peak of a forward and a backward pass over what is there before, as PyTorch's allocator counts it."""
+    for module in (mlp, activations):
+        monkeypatch.setattr(module, "MLP_CHUNK_TOKENS", chunk)
+    model, T = LlamaConfig(64, 256, 704, 3, 4, 2, 2048), 2048
+    decoder, tokens = build_model(model, "sdpa", 1, recompute_every=1, dtype=dtype), torch.randint(64, (1, T + 1))
+    for parameter in decoder.parameters():  # gradients of weights have rows of their own
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        decoder(tokens[:, :-1], tokens[:, 1:]).backward()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    peak = max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+    layout = read_layout(load_deepspeed_config(CONFIGS[0]) | {"bf16": {"enabled": dtype == torch.bfloat16}}, "any", 1)
+    work = Work(1, T, "flash", recompute_every=1)
+    rows = activation_rows(model, layout, work)
+    planned = sum(row.bytes for row in rows if row.phase in ("micro-batch", "backward"))
+    assert planned == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize(

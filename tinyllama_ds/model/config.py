@@ -14,8 +14,9 @@ _MOST_LAYERS = 1000  # building each takes time
 # fp32 logits alive at once: 2,048 rows of Llama's vocabulary keep a GPU busy. On a CPU every chunk adds a gradient of
 # the whole weight, which is slow for small chunks, and large ones do not fit the cache (docs/performance.md).
 MAX_CHUNK_LOGITS = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
-# Rows of the MLP of a recomputed block that are computed at once. TinyLlama's micro-batch is one chunk, as without.
-MLP_CHUNK_TOKENS = 16_384
+# A recomputed block computes its MLP for so many tokens at once where sequences are longer than two chunks. At 1.1B the
+# MLP then takes less than attention does; smaller chunks would only add gradients of the weights more often.
+MLP_CHUNK_TOKENS = 4096
 
 _EXACT = {"extra": "forbid"}  # for pydantic, where a description of a model is read
 

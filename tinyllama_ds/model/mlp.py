@@ -35,7 +35,9 @@ def swiglu_gradients(
 
 
 class SwiGLU(nn.Module):
-    """The MLP of a block. With `is_chunked` more than `MLP_CHUNK_TOKENS` rows are computed in equal chunks, twice."""
+    """The MLP of a block. With `is_chunked` that of sequences of more than two chunks (`MLP_CHUNK_TOKENS`) is computed
+    chunk by chunk, and again in the backward pass.
+    """
 
     def __init__(self, config: LlamaConfig, is_chunked: bool = False) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class SwiGLU(nn.Module):
         self.gradients_of_chunk: Callable[..., tuple[Tensor, ...]] = swiglu_gradients  # or its compiled form
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        if self.is_chunked and x.shape[:-1].numel() > MLP_CHUNK_TOKENS:
+        if self.is_chunked and x.shape[-2] > 2 * MLP_CHUNK_TOKENS:
             return self._in_chunks(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 

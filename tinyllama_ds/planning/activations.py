@@ -38,7 +38,7 @@ class Work:
     @property
     def mlp_chunk(self) -> int:
         """Tokens of a recomputed block whose MLP is computed at once; 0: all of them, or no block is recomputed."""
-        if not self.recompute_every or self.tokens <= MLP_CHUNK_TOKENS:
+        if not self.recompute_every or self.sequence_length // self.sequence_parallel <= 2 * MLP_CHUNK_TOKENS:
             return 0
         return ceil(self.tokens / ceil(self.tokens / MLP_CHUNK_TOKENS))
 

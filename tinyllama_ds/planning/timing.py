@@ -63,7 +63,7 @@ def step_time(model: LlamaConfig, layout: Layout, work: Work, accumulation: int,
     blocks = model.num_hidden_layers
     recomputed = ceil(blocks / work.recompute_every) / blocks if work.recompute_every else 0.0
     tokens = work.tokens * accumulation
-    plain = model.flops_per_token(work.sequence_length) * tokens / machines.compute_flops
+    plain = executed_flops(model, work.sequence_length) * tokens / machines.compute_flops
     passes = {"forward": plain * _FORWARD, "backward": plain * (1 - _FORWARD + recomputed * _FORWARD)}
     collectives = collectives_of(model, layout, hosts.ranks, accumulation, hosts.gpus)
     collectives += exchanges_of(model, layout, work, accumulation)
@@ -76,6 +76,11 @@ def step_time(model: LlamaConfig, layout: Layout, work: Work, accumulation: int,
         traffic=traffic,
         tokens_per_gpu=tokens,
     )
+
+
+def executed_flops(model: LlamaConfig, sequence_length: int) -> int:
+    """Of one token: kernels skip the future half of causal attention, which MFU counts."""
+    return model.flops_per_token(sequence_length // 2)
 
 
 def exposed_seconds(traffic: tuple[Traffic, ...], passes: dict[str, float]) -> float:
