@@ -43,6 +43,16 @@ VARIANTS = {
 ZERO3 = RECIPE_DIRECTORY.parents[1] / "ds_configs" / "zero3.json"
 
 
+def test_packing_is_in_a_runs_description_where_it_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert "packing" not in load_recipe(str(path)).to_dict(), "an older run has the same identity"
+    path.write_text(VALID.replace("seed = 1", 'seed = 1\npacking = "best_fit"\ndocument_mask = true'))
+    recipe = load_recipe(str(path))
+    assert recipe.to_dict()["packing"] == recipe.packing == "best_fit"
+    assert recipe_of_run({"recipe": recipe.to_dict()}) == recipe
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes_share_model_context_and_seed(name: str) -> None:
     recipe = load_recipe(name)
@@ -460,6 +470,11 @@ def test_a_wrong_evaluation_is_rejected(old: str, new: str, sentence: str, tmp_p
         (('name = "mine"', 'name = "a\\u0000b"'), r'name is "a\u0000b"; expected a text'),
         (("seed = 1", "seed = 1\ndocument_mask = 1"), "document_mask is 1; expected true or false"),
         (("seed = 1", "seed = 1\nguard = 1"), "guard is 1; expected a table"),
+        (("seed = 1", 'seed = 1\npacking = "bfd"'), "packing is \"bfd\"; expected 'concatenate' or 'best_fit'"),
+        (
+            ("seed = 1", 'seed = 1\npacking = "best_fit"'),
+            'packing is "best_fit"; expected "concatenate", or document_mask = true as well',
+        ),
     ],
 )
 def test_values_have_type_and_range(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:

@@ -87,7 +87,7 @@ def _planned_order(
 
     recipe = load_recipe(recipe_name)
     plan = RunPlan(recipe)
-    streams = {name: open_stream(data / name / "train") for name in recipe.sources}
+    streams = {name: open_stream(data / name / "train", recipe.packing) for name in recipe.sources}
     sizes = {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()}
     return plan, planned_order(recipe, plan, sizes, excluded), streams
 

@@ -137,6 +137,7 @@ def _add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher-top-k", type=POSITIVE, default=32, metavar="K", help="most probable tokens to keep of each position")
     add("--sequence-length", type=POSITIVE, metavar="T", help="tokens that the teacher sees: the recipe's")
     add("--document-mask", action="store_true", help="the teacher sees its own document only, as in the recipe")
+    add("--packing", choices=("concatenate", "best_fit"), default="concatenate", help="as in the recipe")
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +188,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _reject_incomplete(options: argparse.Namespace) -> None:
     """Raises `ConfigError` for options that need another one, or do not go together."""
+    is_packed = options.packing != "concatenate"
     if options.teacher is None and (options.input is None or options.tokenizer is None):
         raise ConfigError("prepare: expected --input and --tokenizer, or --teacher for tokens that are there")
     if (options.input is None) != (options.tokenizer is None):
@@ -195,8 +197,12 @@ def _reject_incomplete(options: argparse.Namespace) -> None:
         raise ConfigError("--teacher: expected --sequence-length as well, that of the recipe")
     if options.teacher is not None and (options.mpi or options.hostfile):
         raise ConfigError("--teacher: expected --share RANK/SIZE on every host instead of --hostfile or --mpi")
-    if options.teacher is None and (options.sequence_length or options.document_mask):
-        raise ConfigError("--sequence-length and --document-mask: expected --teacher as well, tokens do not need them")
+    if options.teacher is None and (options.sequence_length or options.document_mask or is_packed):
+        raise ConfigError(
+            "--sequence-length, --document-mask and --packing: expected --teacher as well, tokens do not need them"
+        )
+    if is_packed and not options.document_mask:
+        raise ConfigError(f"--packing {options.packing}: expected --document-mask as well, as in a recipe")
 
 
 def _prepare_tokens(options: argparse.Namespace) -> dict[str, dict]:
