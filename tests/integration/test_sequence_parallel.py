@@ -34,9 +34,9 @@ from tinyllama_ds.train.step import accumulate_gradients, apply_gradients
 STEPS = 6
 TOLERANCE = 1e-5  # relative, fp32
 LAYOUTS = [(2, 2), (4, 4), (2, 4)]  # ranks that share a sequence, of all ranks; the model has 2 key heads
-STAGES, DATA, COMPUTING = (0, 1, 2, 3), ("rows", "documents", "chat"), ("plain", "recomputed", "compiled")
+STAGES, DATA, COMPUTING = (0, 1, 2, 3), ("rows", "documents", "packed", "chat"), ("plain", "recomputed", "compiled")
 COVERING = {  # every stage, data and way of computing with 2 and with 4 ranks or key heads, by layout
-    (2, 2): [(0, "rows", "plain"), (3, "documents", "compiled")],
+    (2, 2): [(0, "rows", "plain"), (3, "documents", "compiled"), (1, "packed", "recomputed")],
     (4, 4): [(1, "documents", "plain"), (2, "chat", "recomputed"), (3, "chat", "plain")],
     (2, 4): [(0, "chat", "recomputed"), (2, "documents", "plain"), (3, "chat", "recomputed")],
 }
@@ -99,6 +99,7 @@ def train_in(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Train:
     recipes = {
         "rows": write_recipe(root / "rows.toml", STEPS, save_every=STEPS),
         "documents": write_recipe(root / "documents.toml", STEPS, save_every=STEPS, document_mask=True),
+        "packed": write_recipe(root / "packed.toml", STEPS, save_every=STEPS, document_mask=True, packing="best_fit"),
         "chat": write_chat_recipe(root / "chat.toml", STEPS),
     }
 
