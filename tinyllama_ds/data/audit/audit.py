@@ -256,8 +256,16 @@ def _compare_with_raw(
 def _kept_records(path: Path, fmt: SourceFormat, tokenizer: Tokenizer) -> Iterator[Record]:
     """The records of a raw file that became documents."""
     for record in read_records(path, fmt):
-        if record.text or (isinstance(fmt, ChatFormat) and _kept_turns(record, fmt, tokenizer)):
+        if isinstance(fmt, ChatFormat):
+            is_kept = _kept_turns(record, fmt, tokenizer) > 0
+        else:
+            is_kept = bool(record.text) and (not fmt.min_tokens or _is_long(record.text, fmt.min_tokens, tokenizer))
+        if is_kept:
             yield record
+
+
+def _is_long(text: str, min_tokens: int, tokenizer: Tokenizer) -> bool:
+    return len(tokenizer.encode(text)) + 1 >= min_tokens  # with EOS
 
 
 def _is_text(ids: list[int], text: str, tokenizer: Tokenizer) -> bool:
