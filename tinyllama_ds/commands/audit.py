@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.commands.arguments import COUNT, RANKS, WholeNumber, add_shared, output_file
+from tinyllama_ds.commands.arguments import COUNT, POSITIVE, RANKS, WholeNumber, add_shared, output_file
 from tinyllama_ds.commands.printing import print_result
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError, log
 from tinyllama_ds.outputs import write_file
 
 if TYPE_CHECKING:
     from tinyllama_ds.config.run_plan import RunPlan
+    from tinyllama_ds.data.audit.packing import PackingAudit
     from tinyllama_ds.data.order import SampleOrder
     from tinyllama_ds.data.stream import TokenStream
 
@@ -23,6 +24,8 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     add("data", type=Path, metavar="DATA_DIR")
     add_shared(parser, "--recipe", required=False, help="also verify what a run of this recipe trains on")
     add("--world-size", type=WholeNumber(1, 1_000_000), default=1, metavar="N", help="ranks")
+    rows = "count the documents that rows of T tokens cut, concatenated and packed by best fit"
+    add("--sequence-length", type=POSITIVE, metavar="T", help=rows)
     raw = "compare random documents with the raw input"
     add("--raw", action="append", default=[], metavar="SOURCE=DIR", help=raw)
     add("--samples", type=COUNT, default=20, help="documents per shard to compare")
@@ -45,16 +48,31 @@ def _audit(options: argparse.Namespace) -> int:
         coverage = check_coverage(order, [stage.batch for stage in plan.stages], options.world_size)
     raw = _raw_inputs(options.raw)
     audit = audit_data(options.data, raw, options.samples, options.workers, coverage=coverage)
+    audit.packing = [] if audit.problems else _packing(options)
     page = _write_page(options, audit_page(audit, f"Audit of {options.data}"))
     result = {
         "good": not audit.problems,
         "problems": audit.problems,
         "warnings": audit.warnings,
+        "packing": [asdict(found) for found in audit.packing],
         "page": page and str(page),
     }
     end = f"\n{page}" if page else ""
     print_result(options, result, f"{verdict(audit)}{end}")
     return EXIT_CONFIG if audit.problems or (options.output and not page) else EXIT_FINISHED
+
+
+def _packing(options: argparse.Namespace) -> "list[PackingAudit]":
+    """Of the recipe's sources, or of all, at the length that is given or that of a recipe that packs."""
+    from tinyllama_ds.config.recipe import BEST_FIT, load_recipe
+    from tinyllama_ds.data.audit.packing import audit_packing
+
+    recipe = load_recipe(options.recipe) if options.recipe else None
+    length = options.sequence_length
+    if length is None and recipe is not None and recipe.packing == BEST_FIT:
+        length = recipe.sequence_length
+    sources = recipe.sources if recipe else sorted(path.parent.name for path in options.data.glob("*/train"))
+    return [audit_packing(options.data, source, length) for source in sources] if length else []
 
 
 def _write_page(options: argparse.Namespace, page: str) -> Path | None:

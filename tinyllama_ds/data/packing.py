@@ -60,10 +60,10 @@ class PackedStream(TokenStream):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self._documents = np.concatenate(
-            [shard.document_starts[:-1] + start for shard, start in zip(self.shards, self._starts, strict=False)]
-        )
-        self._documents = self._documents[np.diff(self._documents, append=self.tokens) > 0]
+        starts = [shard.document_starts[:-1] + start for shard, start in zip(self.shards, self._starts, strict=False)]
+        positions = np.concatenate(starts)
+        # First token of each document in the stream; imported shards may have documents without tokens.
+        self.document_positions = positions[np.diff(positions, append=self.tokens) > 0]
         self._rows: dict[int, Rows] = {}  # by T
 
     def rows(self, sequence_length: int) -> Rows:
@@ -75,13 +75,13 @@ class PackedStream(TokenStream):
         return self._rows[sequence_length]
 
     def _cut(self, sequence_length: int) -> Pieces:
-        lengths = np.diff(self._documents, append=self.tokens)
+        lengths = np.diff(self.document_positions, append=self.tokens)
         if lengths.max(initial=0) <= sequence_length:
-            return Pieces(self._documents, lengths.astype(np.int32), np.zeros(len(lengths), dtype=bool))
+            return Pieces(self.document_positions, lengths.astype(np.int32), np.zeros(len(lengths), dtype=bool))
         counts = -(-lengths // sequence_length)
         first = np.cumsum(counts) - counts  # piece of each document
         within = np.arange(counts.sum()) - np.repeat(first, counts)
-        starts = np.repeat(self._documents, counts) + within * sequence_length
+        starts = np.repeat(self.document_positions, counts) + within * sequence_length
         continues = within + 1 < np.repeat(counts, counts)
         return Pieces(starts, np.diff(starts, append=self.tokens).astype(np.int32), continues)
 
@@ -140,7 +140,7 @@ class ConversationStream(PackedStream):
         return True
 
     def _cut(self, sequence_length: int) -> Pieces:
-        longest = int(np.diff(self._documents, append=self.tokens).max(initial=0))
+        longest = int(np.diff(self.document_positions, append=self.tokens).max(initial=0))
         if longest > sequence_length:
             raise ConfigError(
                 f"{self.directory}: holds a conversation of {longest} tokens, more than the {sequence_length} of a"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllama_ds.bars import progress
+from tinyllama_ds.data.audit.packing import PackingAudit
 from tinyllama_ds.data.chat import conversation_ids
 from tinyllama_ds.data.prepare.conversations import ChatFormat, format_from_dict
 from tinyllama_ds.data.prepare.coverage import Coverage
@@ -58,6 +59,7 @@ class DataAudit:
 
     shards: list[ShardAudit]
     coverage: Coverage | None = None  # of a run by its samples
+    packing: list[PackingAudit] = field(default_factory=list)  # of each source
     duplicates: dict[str, int] = field(default_factory=dict)  # "a/train" or "a/train and b/train" to documents
     drift: dict[str, float] = field(default_factory=dict)  # shard to its distance from its source
     problems: list[str] = field(default_factory=list)

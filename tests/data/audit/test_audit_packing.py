@@ -1,0 +1,96 @@
+"""What the audit counts of rows, against counts of another kind: token by token, and row by row of the training."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from corpora import made_up_text, write_jsonl
+from megatron import read_mmididx
+from recipes import VALID
+
+from tinyllama_ds.cli import main
+from tinyllama_ds.data.packing import open_stream
+from tinyllama_ds.data.prepare.prepare import Preparation, prepare
+from tinyllama_ds.data.prepare.sources import source_format
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """Two sources of several shards, with documents of a few tokens to some hundreds."""
+    root = tmp_path_factory.mktemp("packing")
+    for source, longest in (("slimpajama", 20), ("other", 90)):
+        for part in range(3):
+            texts = [made_up_text(100 * part + number, 1 + number % longest) for number in range(50)]
+            write_jsonl(root / source / f"{part}.jsonl", texts)
+        job = Preparation(source, root / source, source_format("mine"), tokenizer.path, root / "data", shard_bytes=1)
+        prepare(job)
+    return root / "data"
+
+
+def count_cut(rows_of_tokens: list[list[int]]) -> dict[str, int]:
+    """Given the row of each token of each document, in its order."""
+    cut = [rows for rows in rows_of_tokens if len(set(rows)) > 1]
+    return {"documents": len(cut), "tokens": sum(row != rows[0] for rows in cut for row in rows)}
+
+
+def documents_of(data: Path, source: str) -> list[list[int]]:
+    prefixes = sorted(path.with_suffix("") for path in (data / source / "train").glob("*.bin"))
+    return [document for prefix in prefixes for document in read_mmididx(prefix)]
+
+
+@pytest.mark.parametrize("T", [16, 64])
+def test_cuts_and_padding_are_counted(data: Path, T: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "audit.html"
+    arguments = ["audit", str(data), "--sequence-length", str(T), "--workers", "1", "--output", str(page)]
+    assert main([*arguments, "--json"]) == 0
+    found = {row.pop("source"): row for row in json.loads(capsys.readouterr().out)["packing"]}
+    assert list(found) == ["other", "slimpajama"]
+    for source, row in found.items():
+        documents = documents_of(data, source)
+        place = iter(range(sum(map(len, documents))))
+        concatenated = [[next(place) // T for _ in document] for document in documents]
+        stream = open_stream(data / source / "train", "best_fit")
+        padding, pieces = 0, []
+        for row_number in range(stream.num_samples(T)):
+            ids = stream.document_ids(row_number, T).tolist()
+            held = stream.documents(row_number, T)
+            padding += len([number for number in ids if number == len(held)])
+            pieces += [piece.tolist() for piece in held]
+        whole = [document for document in documents if document in pieces]
+        assert row == {
+            "sequence_length": T,
+            "documents": len(documents),
+            "tokens": sum(map(len, documents)),
+            "longest": max(map(len, documents)),
+            "concatenated": count_cut(concatenated),
+            "best_fit": count_cut([[place // T for place in range(len(document))] for document in documents]),
+            "rows": stream.num_samples(T),
+            "padding": padding,
+        }
+        assert len(documents) - len(whole) == row["best_fit"]["documents"] <= row["concatenated"]["documents"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    share = found["other"]["concatenated"]["tokens"] / found["other"]["tokens"]
+    assert re.search(rf"other +\d+ +\d+ +{found['other']['concatenated']['documents']} .* {share:.2%} ", printed)
+    assert page.read_text().count("<svg") == 5
+
+
+def test_a_recipe_that_packs_is_audited_at_its_length(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And its samples are those of its rows."""
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(VALID)
+    arguments = ["audit", str(data), "--recipe", str(recipe), "--workers", "1", "--json"]
+    assert main([*arguments, "--output", str(tmp_path / "audit.html")]) == 0
+    assert json.loads(capsys.readouterr().out)["packing"] == [], "concatenated rows are counted on request"
+    recipe.write_text(VALID.replace("seed = 1", 'seed = 1\ndocument_mask = true\npacking = "best_fit"'))
+    assert main([*arguments, "--output", str(tmp_path / "audit.html")]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["packing"]
+    assert (row["source"], row["sequence_length"]) == ("slimpajama", 32)
+    shown = ["data", "show", "0", "--recipe", str(recipe), "--data", str(data), "--json"]
+    assert main(shown) == 0
+    for sample in json.loads(capsys.readouterr().out)["samples"]:
+        assert sample["sample"] < row["rows"]
