@@ -21,7 +21,7 @@ from tinyllama_ds.config.recipe import (
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.config.schedule import make_schedule
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.model.config import MODEL_SIZES, Mup
+from tinyllama_ds.model.config import MODEL_SIZES, Mup, YarnScaling
 
 SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
 
@@ -116,6 +116,26 @@ def test_the_rehearsal_has_the_stages_of_v1_1_in_proportion(name: str, shares: d
         assert ours.global_batch_tokens / 2048 == published.global_batch_tokens / 1_835_008
         assert ours.weights == published.weights
         assert bool(ours.ramp_tokens) == bool(published.ramp_tokens)
+
+
+@pytest.mark.parametrize(("name", "before"), [("32k", 2048), ("128k", 32_768)])
+def test_a_context_extension_keeps_batch_and_shapes(name: str, before: int) -> None:
+    """Tokens per step and the short half of the mixture are v1's; rows hold whole documents."""
+    recipe, v1 = load_recipe(f"tinyllama-{name}"), load_recipe("tinyllama-v1")
+    assert recipe.sequence_length == recipe.model.max_position_embeddings == 1024 * int(name[:-1]) > before
+    assert RunPlan(recipe).first_batch_tokens == RunPlan(v1).first_batch_tokens == 2_097_152
+    assert recipe.document_mask
+    assert recipe.packing == "best_fit"
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    assert [getattr(recipe.model, key) for key in same] == [getattr(v1.model, key) for key in same]
+    weights = recipe.stages[0].weights
+    assert sum(weights.values()) == pytest.approx(1)
+    short = {source: 2 * weights[source] for source in v1.sources}
+    assert short == pytest.approx(v1.stages[0].weights)
+    scaling = recipe.model.rope_scaling
+    if isinstance(scaling, YarnScaling):
+        assert scaling.original_max_position_embeddings == before
+        assert scaling.factor * before == recipe.sequence_length
 
 
 def test_the_code_model_has_the_published_numbers() -> None:

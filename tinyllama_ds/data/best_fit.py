@@ -37,20 +37,25 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> Packs:
     All items of one length are placed together: a row with space for several of them becomes the best fit for the next
     as soon as it has one. So the time grows with the number of lengths, not with that of items, but for their sorting.
     """
-    order = np.argsort(-lengths, kind="stable")
+    order = _stable_order(capacity - lengths)
     row_of = np.empty(len(order), dtype=np.int32)  # by place in `order`
     rows = _Rows(capacity)
-    sorted_lengths = lengths[order]
-    ends = np.append(np.flatnonzero(np.diff(sorted_lengths)) + 1, len(order))
-    start = 0
-    for end in ends.tolist() if len(order) else ():
-        length = int(sorted_lengths[start])
-        for chosen in rows.place(length, end - start):
-            row_of[start : start + len(chosen)] = chosen
-            start += len(chosen)
-    by_row = np.argsort(row_of, kind="stable")
+    counts = np.bincount(lengths)
+    place = 0
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        for chosen in rows.place(length, int(counts[length])):
+            row_of[place : place + len(chosen)] = chosen
+            place += len(chosen)
     starts = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=rows.number))))
-    return Packs(order[by_row].astype(np.int32), starts)
+    return Packs(order[_stable_order(row_of)], starts)
+
+
+def _stable_order(values: np.ndarray) -> np.ndarray:
+    """As `np.argsort(values, kind="stable")` of values below 2^31, int32: two to five times as fast, in less memory."""
+    keys = np.left_shift(values, 32, dtype=np.int64)
+    keys |= np.arange(len(values), dtype=np.int32)
+    keys.sort()
+    return (keys & 0xFFFFFFFF).astype(np.int32)
 
 
 class _Rows:

@@ -26,9 +26,13 @@ def open_stream(directory: Path, packing: str = CONCATENATE) -> TokenStream:
 class Pieces:
     """Documents cut into pieces of up to T tokens, in the order of the stream; all of most documents."""
 
-    starts: np.ndarray  # first token of each in the stream (pieces,) int64
-    lengths: np.ndarray  # tokens (pieces,) int32
+    borders: np.ndarray  # first token of each in the stream, and one past the last token (pieces + 1,) int64
     continues: np.ndarray  # whether the next piece is of the same document (pieces,) bool
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each (pieces,) int32."""
+        return np.diff(self.borders).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,9 @@ class Rows:
     def of(self, row: int) -> list[tuple[int, int, bool]]:
         """Start, length and whether it continues of each piece in a row."""
         members = self.packs[row]
-        columns = (self.pieces.starts, self.pieces.lengths, self.pieces.continues)
-        return list(zip(*(column[members].tolist() for column in columns), strict=True))
+        starts, ends = self.pieces.borders[members], self.pieces.borders[members + 1]
+        columns = (starts, ends - starts, self.pieces.continues[members])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 class PackedStream(TokenStream):
@@ -60,30 +65,34 @@ class PackedStream(TokenStream):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        starts = [shard.document_starts[:-1] + start for shard, start in zip(self.shards, self._starts, strict=False)]
-        positions = np.concatenate(starts)
-        # First token of each document in the stream; imported shards may have documents without tokens.
-        self.document_positions = positions[np.diff(positions, append=self.tokens) > 0]
         self._rows: dict[int, Rows] = {}  # by T
 
     def rows(self, sequence_length: int) -> Rows:
         """All rows of T tokens."""
         if sequence_length not in self._rows:
-            pieces = self._cut(sequence_length)
+            pieces = self._cut(self.document_borders(), sequence_length)
             packs = best_fit_decreasing(pieces.lengths, sequence_length)
             self._rows[sequence_length] = Rows(pieces, packs, packs.sums(self._count_targets(pieces)))
         return self._rows[sequence_length]
 
-    def _cut(self, sequence_length: int) -> Pieces:
-        lengths = np.diff(self.document_positions, append=self.tokens)
+    def document_borders(self) -> np.ndarray:
+        """First token of each document in the stream, and one past the last token (documents + 1,) int64. Imported
+        shards may have documents without tokens, which are not among them.
+        """
+        starts = [shard.document_starts[:-1] + start for shard, start in zip(self.shards, self._starts, strict=False)]
+        borders = np.append(np.concatenate(starts), self.tokens)
+        return borders if (np.diff(borders) > 0).all() else np.unique(borders)
+
+    def _cut(self, borders: np.ndarray, sequence_length: int) -> Pieces:
+        """The pieces of documents, given their borders."""
+        lengths = np.diff(borders)
         if lengths.max(initial=0) <= sequence_length:
-            return Pieces(self.document_positions, lengths.astype(np.int32), np.zeros(len(lengths), dtype=bool))
+            return Pieces(borders, np.zeros(len(lengths), dtype=bool))
         counts = -(-lengths // sequence_length)
         first = np.cumsum(counts) - counts  # piece of each document
         within = np.arange(counts.sum()) - np.repeat(first, counts)
-        starts = np.repeat(self.document_positions, counts) + within * sequence_length
-        continues = within + 1 < np.repeat(counts, counts)
-        return Pieces(starts, np.diff(starts, append=self.tokens).astype(np.int32), continues)
+        starts = np.repeat(borders[:-1], counts) + within * sequence_length
+        return Pieces(np.append(starts, self.tokens), within + 1 < np.repeat(counts, counts))
 
     def _count_targets(self, pieces: Pieces) -> np.ndarray:
         return pieces.lengths - ~pieces.continues
@@ -139,14 +148,14 @@ class ConversationStream(PackedStream):
     def holds_conversations(self) -> bool:
         return True
 
-    def _cut(self, sequence_length: int) -> Pieces:
-        longest = int(np.diff(self.document_positions, append=self.tokens).max(initial=0))
+    def _cut(self, borders: np.ndarray, sequence_length: int) -> Pieces:
+        longest = int(np.diff(borders).max(initial=0))
         if longest > sequence_length:
             raise ConfigError(
                 f"{self.directory}: holds a conversation of {longest} tokens, more than the {sequence_length} of a"
                 f" sample; prepare it with --max-tokens {sequence_length}"
             )
-        return super()._cut(sequence_length)
+        return super()._cut(borders, sequence_length)
 
     def _count_targets(self, pieces: Pieces) -> np.ndarray:
         return np.concatenate([_count_answers(shard) for shard in self.shards])

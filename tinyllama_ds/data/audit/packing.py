@@ -40,8 +40,8 @@ def audit_packing(data: Path, source: str, sequence_length: int) -> PackingAudit
     stream = open_stream(data / source / "train", BEST_FIT)
     assert isinstance(stream, PackedStream)
     rows = stream.num_samples(sequence_length)
-    starts = stream.document_positions
-    ends = np.append(starts[1:], stream.tokens)
+    borders = stream.document_borders()
+    starts, ends = borders[:-1], borders[1:]
     row_ends = (starts // sequence_length + 1) * sequence_length  # of the row of each document's beginning
     lengths = ends - starts
     return PackingAudit(
