@@ -24,7 +24,7 @@ def open_stream(directory: Path, packing: str = CONCATENATE) -> TokenStream:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Documents cut into pieces of up to T tokens, in the order of the stream; all of most documents."""
+    """Documents cut into pieces of up to T tokens, in the order of the stream; a shorter document is one piece."""
 
     borders: np.ndarray  # first token of each in the stream, and one past the last token (pieces + 1,) int64
     continues: np.ndarray  # whether the next piece is of the same document (pieces,) bool
