@@ -179,6 +179,25 @@ def test_a_run_goes_on_with_other_numbers(data: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "run.json").read_text())["sequence_parallel"] == 2
 
 
+@pytest.mark.all_faults
+@pytest.mark.parametrize("shared", [2, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_exported_weights_are_those_of_one_rank(stage: int, shared: int, data: Path, tmp_path: Path) -> None:
+    """Compiled and recomputed, by the norm of each tensor: Adam makes a step of any gradient, also of one that is all
+    rounding.
+    """
+    recipe = write_recipe(tmp_path / "small.toml", 20, save_every=20, document_mask=True)
+    weights = []
+    for ranks, flags in ((1, ()), (shared, ("--activation-checkpointing", "1", "--compile", "on"))):
+        config = write_deepspeed_config(tmp_path / f"{ranks}.json", stage if ranks > 1 else 0, micro_batch=4)
+        numbers = ("--sequence-parallel", str(ranks), *flags)
+        finished = pretrain(recipe, config, data, tmp_path / f"run-{ranks}", ranks, *numbers)
+        assert finished.returncode == 0, finished.stderr
+        weights.append(exported(tmp_path / f"run-{ranks}"))
+    for name, expected in weights[0].items():
+        assert (weights[1][name] - expected).norm() <= TOLERANCE * expected.norm(), name
+
+
 def assert_same_run(run: Path, whole: Path) -> None:
     found, expected = (read_manifest(find_checkpoints(path)[-1]) for path in (run, whole))
     assert found.progress == expected.progress, "the same samples in every step"
