@@ -14,7 +14,7 @@ from tinyllama_ds.outputs import write_file
 
 if TYPE_CHECKING:
     from tinyllama_ds.config.run_plan import RunPlan
-    from tinyllama_ds.data.audit.packing import PackingAudit
+    from tinyllama_ds.data.audit.audit import DataAudit
     from tinyllama_ds.data.order import SampleOrder
     from tinyllama_ds.data.stream import TokenStream
 
@@ -48,7 +48,8 @@ def _audit(options: argparse.Namespace) -> int:
         coverage = check_coverage(order, [stage.batch for stage in plan.stages], options.world_size)
     raw = _raw_inputs(options.raw)
     audit = audit_data(options.data, raw, options.samples, options.workers, coverage=coverage)
-    audit.packing = [] if audit.problems else _packing(options)
+    if not audit.problems:
+        _add_packing(audit, options)
     page = _write_page(options, audit_page(audit, f"Audit of {options.data}"))
     result = {
         "good": not audit.problems,
@@ -62,7 +63,7 @@ def _audit(options: argparse.Namespace) -> int:
     return EXIT_CONFIG if audit.problems or (options.output and not page) else EXIT_FINISHED
 
 
-def _packing(options: argparse.Namespace) -> "list[PackingAudit]":
+def _add_packing(audit: "DataAudit", options: argparse.Namespace) -> None:
     """Of the recipe's sources, or of all, at the length that is given or that of a recipe that packs."""
     from tinyllama_ds.config.recipe import BEST_FIT, load_recipe
     from tinyllama_ds.data.audit.packing import audit_packing
@@ -72,7 +73,11 @@ def _packing(options: argparse.Namespace) -> "list[PackingAudit]":
     if length is None and recipe is not None and recipe.packing == BEST_FIT:
         length = recipe.sequence_length
     sources = recipe.sources if recipe else sorted(path.parent.name for path in options.data.glob("*/train"))
-    return [audit_packing(options.data, source, length) for source in sources] if length else []
+    for source in sources if length else ():
+        try:
+            audit.packing.append(audit_packing(options.data, source, length))
+        except ConfigError as error:  # a conversation that is longer
+            audit.warnings.append(str(error))
 
 
 def _write_page(options: argparse.Namespace, page: str) -> Path | None:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from chats import conversations, prepare_chat, write_records
 from corpora import made_up_text, write_jsonl
 from megatron import read_mmididx
 from recipes import VALID
@@ -75,6 +76,20 @@ def test_cuts_and_padding_are_counted(data: Path, T: int, tmp_path: Path, capsys
     share = found["other"]["concatenated"]["tokens"] / found["other"]["tokens"]
     assert re.search(rf"other +\d+ +\d+ +{found['other']['concatenated']['documents']} .* {share:.2%} ", printed)
     assert page.read_text().count("<svg") == 5
+
+
+def test_a_conversation_that_is_longer_is_a_warning(
+    data: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Conversations are not cut, so training at this length would reject the source."""
+    write_records(tmp_path / "raw" / "a.jsonl", [{"messages": messages} for messages in conversations(9)])
+    prepare_chat(tmp_path / "raw", tokenizer.path, tmp_path / "data")
+    for length, warnings in ((16, 1), (96, 0)):
+        arguments = ["audit", str(tmp_path / "data"), "--sequence-length", str(length), "--workers", "1", "--json"]
+        assert main(arguments) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert len(found["packing"]) == 1 - warnings
+        assert ["holds a conversation of" in text for text in found["warnings"]] == [True] * warnings
 
 
 def test_a_recipe_that_packs_is_audited_at_its_length(
