@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from megatron import read_mmididx
 from recipes import VALID
 
 from tinyllama_ds.cli import main
-from tinyllama_ds.data.packing import open_stream
+from tinyllama_ds.data.audit.audit import DataAudit
+from tinyllama_ds.data.audit.packing import audit_packing
+from tinyllama_ds.data.audit.page import verdict
+from tinyllama_ds.data.packing import PackedStream, open_stream
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
@@ -42,40 +46,34 @@ def documents_of(data: Path, source: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("T", [16, 64])
-def test_cuts_and_padding_are_counted(data: Path, T: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "audit.html"
-    arguments = ["audit", str(data), "--sequence-length", str(T), "--workers", "1", "--output", str(page)]
-    assert main([*arguments, "--json"]) == 0
-    found = {row.pop("source"): row for row in json.loads(capsys.readouterr().out)["packing"]}
-    assert list(found) == ["other", "slimpajama"]
-    for source, row in found.items():
-        documents = documents_of(data, source)
-        place = iter(range(sum(map(len, documents))))
-        concatenated = [[next(place) // T for _ in document] for document in documents]
-        stream = open_stream(data / source / "train", "best_fit")
-        padding, pieces = 0, []
-        for row_number in range(stream.num_samples(T)):
-            ids = stream.document_ids(row_number, T).tolist()
-            held = stream.documents(row_number, T)
-            padding += len([number for number in ids if number == len(held)])
-            pieces += [piece.tolist() for piece in held]
-        whole = [document for document in documents if document in pieces]
-        assert row == {
-            "sequence_length": T,
-            "documents": len(documents),
-            "tokens": sum(map(len, documents)),
-            "longest": max(map(len, documents)),
-            "concatenated": count_cut(concatenated),
-            "best_fit": count_cut([[place // T for place in range(len(document))] for document in documents]),
-            "rows": stream.num_samples(T),
-            "padding": padding,
-        }
-        assert len(documents) - len(whole) == row["best_fit"]["documents"] <= row["concatenated"]["documents"]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    share = found["other"]["concatenated"]["tokens"] / found["other"]["tokens"]
-    assert re.search(rf"other +\d+ +\d+ +{found['other']['concatenated']['documents']} .* {share:.2%} ", printed)
-    assert page.read_text().count("<svg") == 5
+@pytest.mark.parametrize("source", ["slimpajama", "other"])
+def test_cuts_and_padding_are_counted(data: Path, source: str, T: int) -> None:
+    documents = documents_of(data, source)
+    place = iter(range(sum(map(len, documents))))
+    stream = open_stream(data / source / "train", "best_fit")
+    assert isinstance(stream, PackedStream)
+    padding, pieces = 0, []
+    for row in range(stream.num_samples(T)):
+        held = stream.documents(row, T)
+        padding += stream.document_ids(row, T).tolist().count(len(held))
+        pieces += [piece.tolist() for piece in held]
+    found = audit_packing(data, source, T)
+    assert asdict(found) == {
+        "source": source,
+        "sequence_length": T,
+        "documents": len(documents),
+        "tokens": sum(map(len, documents)),
+        "longest": max(map(len, documents)),
+        "concatenated": count_cut([[next(place) // T for _ in document] for document in documents]),
+        "best_fit": count_cut([[place // T for place in range(len(document))] for document in documents]),
+        "rows": stream.num_samples(T),
+        "padding": padding,
+    }
+    whole = [document for document in documents if document in pieces]
+    assert len(documents) - len(whole) == found.best_fit.documents <= found.concatenated.documents
+    share = found.concatenated.tokens / found.tokens
+    printed = verdict(DataAudit([], packing=[found]))
+    assert re.search(rf"{source} +\d+ +\d+ +{found.concatenated.documents} .* {share:.2%} ", printed)
 
 
 def test_a_conversation_that_is_longer_is_a_warning(
@@ -84,26 +82,23 @@ def test_a_conversation_that_is_longer_is_a_warning(
     """Conversations are not cut, so training at this length would reject the source."""
     write_records(tmp_path / "raw" / "a.jsonl", [{"messages": messages} for messages in conversations(9)])
     prepare_chat(tmp_path / "raw", tokenizer.path, tmp_path / "data")
-    for length, warnings in ((16, 1), (96, 0)):
-        arguments = ["audit", str(tmp_path / "data"), "--sequence-length", str(length), "--workers", "1", "--json"]
-        assert main(arguments) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert len(found["packing"]) == 1 - warnings
-        assert ["holds a conversation of" in text for text in found["warnings"]] == [True] * warnings
+    assert main(["audit", str(tmp_path / "data"), "--sequence-length", "16", "--workers", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packing"] == []
+    assert ["holds a conversation of" in text for text in found["warnings"]] == [True]
+    assert audit_packing(tmp_path / "data", "chat", 96).best_fit.documents == 0
 
 
 def test_a_recipe_that_packs_is_audited_at_its_length(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And its samples are those of its rows."""
-    recipe = tmp_path / "mine.toml"
-    recipe.write_text(VALID)
-    arguments = ["audit", str(data), "--recipe", str(recipe), "--workers", "1", "--json"]
-    assert main([*arguments, "--output", str(tmp_path / "audit.html")]) == 0
-    assert json.loads(capsys.readouterr().out)["packing"] == [], "concatenated rows are counted on request"
+    recipe, page = tmp_path / "mine.toml", tmp_path / "audit.html"
     recipe.write_text(VALID.replace("seed = 1", 'seed = 1\ndocument_mask = true\npacking = "best_fit"'))
-    assert main([*arguments, "--output", str(tmp_path / "audit.html")]) == 0
+    arguments = ["audit", str(data), "--recipe", str(recipe), "--workers", "1", "--json", "--output", str(page)]
+    assert main(arguments) == 0
     (row,) = json.loads(capsys.readouterr().out)["packing"]
+    assert page.read_text().count("<svg") == 5
     assert (row["source"], row["sequence_length"]) == ("slimpajama", 32)
     shown = ["data", "show", "0", "--recipe", str(recipe), "--data", str(data), "--json"]
     assert main(shown) == 0
