@@ -16,6 +16,7 @@ from test_resume import tensors_of
 
 from tinyllama_ds.checkpoint.format import find_checkpoints
 from tinyllama_ds.config.run_plan import RunPlan
+from tinyllama_ds.data.loader import open_streams
 from tinyllama_ds.data.packing import PackedStream
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.sources import source_format
@@ -136,8 +137,8 @@ def alone(model: LlamaForCausalLM, stream: PackedStream, row: int) -> Iterator[t
 
 def test_rows_have_the_losses_of_their_documents_one_by_one(run: Run) -> None:
     """In the batches of a whole run, to 1e-5; and as the targets that the step's loss is divided by."""
-    model = build_model(run.model, "sdpa", seed=1)
-    kinds = set()
+    model, kinds = build_model(run.model, "sdpa", seed=1), set()
+    streams = open_streams(run.options.data, run.recipe.sources, "train", run.model.vocab_size, "best_fit")
     for step in RunPlan(run.recipe).steps(0):
         positions = np.arange(step.first_position, step.first_position + step.batch)
         batch = read_batch(run, positions, DistributedInfo(0, 0, 1, CPU))
@@ -148,7 +149,7 @@ def test_rows_have_the_losses_of_their_documents_one_by_one(run: Run) -> None:
             assert (found[labels == IGNORE_INDEX] == 0).all()
             located = run.data.order.locate(positions)
             for number, (source, sample) in enumerate(zip(located.source, located.sample, strict=True)):
-                stream = run.data.reader._streams[source]
+                stream = streams[run.data.order.sources[source]]
                 assert isinstance(stream, PackedStream)
                 expected = list(alone(model, stream, int(sample)))
                 row = found[number][labels[number] != IGNORE_INDEX]
