@@ -163,12 +163,12 @@ def _gradients_in_block(model: LlamaConfig, layout: Layout, work: Work) -> Memor
     w, D, tokens = layout.weight_bytes, model.hidden_size, work.tokens
     norms, attention, mlp = _kept_per_token(model, layout, work)
     exchange = w * (_query_width(model) + 2 * _key_width(model, work)) if work.sequence_parallel > 1 else 0
-    peaks = {"MLP": tokens * (norms + attention + mlp + w * D + exchange) + _mlp_gradients(model, layout, work)}
+    peaks = {"MLP": tokens * (norms + attention + mlp + w * D) + _mlp_gradients(model, layout, work)}
     of_attention = norms // 2 + attention + w * D + 2 * exchange + _attention_gradients(model, layout, work)
     peaks["attention"] = tokens * of_attention
     if not work.is_compiled:
         freed = 2 * w * D if w == 2 else w * D  # the norm's outputs
-        peaks["norm"] = tokens * (norms - freed + attention + w * D + exchange + _FP32_COPIES * 4 * D)
+        peaks["norm"] = tokens * (norms - freed + attention + w * D + _FP32_COPIES * 4 * D)
     size = max(peaks.values()) - tokens * (norms + attention + mlp)
     chunk = f" in chunks of {work.mlp_chunk:,} tokens" if work.mlp_chunk else ""
     of_each = ", ".join(f"{name}{chunk if name == 'MLP' else ''} {peak / GIB:.2f}" for name, peak in peaks.items())
