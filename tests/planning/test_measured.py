@@ -25,6 +25,15 @@ def test_two_ranks_hold_the_planned_bytes(tmp_path: Path) -> None:
     assert row["planned_peak"] == pytest.approx(row["measured_peak"], rel=0.10)
 
 
+@pytest.mark.rehearsal
+def test_two_ranks_share_the_activations_of_a_long_sequence(tmp_path: Path) -> None:
+    """Small ones are measured less well than the 32,768 tokens of docs/planning.md."""
+    plan_memory.main(["--long", "8192", "--json", str(tmp_path / "long.json")])
+    alone, shared = json.loads((tmp_path / "long.json").read_text())["rows"]
+    assert alone["planned_activations"] == pytest.approx(alone["measured_activations"], rel=0.15)
+    assert shared["measured_activations"] == pytest.approx(alone["measured_activations"] / 2, rel=0.15)
+
+
 def test_speed_can_be_measured_here(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "small.toml", steps=100, save_every=10)
     config = write_deepspeed_config(tmp_path / "ds.json", 1, micro_batch=2)
