@@ -6,12 +6,12 @@ measured.
 
 import json
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tinyllama_ds.data.demo.tasks import multiple_choice_task
+from tinyllama_ds.data.needles import NEEDLE, QUESTION, pieces_of
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.outputs import reporting_write_errors, write_file
 
@@ -23,9 +23,6 @@ _WORDS = (
     "anchor", "basket", "candle", "dragon", "engine", "forest", "garden", "hammer", "island", "jacket", "kettle",
     "ladder", "mirror", "orange", "pepper", "quartz", "ribbon", "saddle", "temple", "umbrella", "violin", "window",
 )  # fmt: skip
-NEEDLE = "The magic number of {word} is {value}."
-QUESTION = "What is the magic number of {word}? The magic number of {word} is"
-_PIECE = re.compile(r"[^\n]{0,79}\s|[^\n]{1,80}")  # up to a line end, or else a blank
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Haystack:
         self._count = count_tokens
         empty = count_tokens("")
         self._documents: list[Pieces] = [
-            [(piece, count_tokens(piece) - empty) for piece in _PIECE.findall(text)] for text in texts
+            [(piece, count_tokens(piece) - empty) for piece in pieces_of(text)] for text in texts
         ]
 
     def question(self, length: int, depth: int, number: int) -> Question:
