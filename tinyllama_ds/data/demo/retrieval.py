@@ -18,8 +18,9 @@ from tinyllama_ds.outputs import new_folder
 
 SOURCE = "retrieval"
 _FILLER = "slimpajama"
-_DOCUMENTS = {"train": 1000, "validation": 20}
+_DOCUMENTS = {"train": 700, "validation": 20}
 _CHARACTERS = (200, 6000)  # of a document, up to about 2,000 tokens of the demo tokenizer
+_CHARACTERS_PER_QUESTION = 120
 _WORDS = (
     "apple", "bridge", "castle", "desert", "eagle", "feather", "guitar", "harbor", "insect", "jungle", "kitten",
     "lemon", "mountain", "napkin", "oyster", "pencil", "quilt", "rabbit", "shadow", "turtle", "urchin", "valley",
@@ -46,16 +47,15 @@ def make_demo_retrieval(corpora: Path) -> dict[str, int]:
 
 
 def _document(rng: random.Random, texts: Sequence[str]) -> str:
-    """Some text in whose first part numbers are told, each asked for at a later place."""
+    """Some text in which a number is told once, and asked for at later places."""
     low, high = _CHARACTERS
     size = low * (high / low) ** rng.random()  # as many short ones as long ones
     parts = list(_filler(rng, texts, size))
-    words = rng.sample(_WORDS, rng.randint(1, max(1, min(len(_WORDS), int(size / 300)))))
-    for word in words:
-        value = rng.randrange(10**5, 10**6)
-        told, asked = sorted((rng.randrange(len(parts) + 1), rng.randrange(len(parts) + 1)))
-        parts.insert(asked, f"\n{QUESTION.format(word=word)} {value}.\n")
-        parts.insert(told, f"\n{NEEDLE.format(word=word, value=value)}\n")
+    word, value = rng.choice(_WORDS), rng.randrange(10**5, 10**6)
+    told = rng.randrange(len(parts) + 1)
+    for _ in range(1 + int(size / _CHARACTERS_PER_QUESTION)):
+        parts.insert(rng.randint(told, len(parts)), f"\n{QUESTION.format(word=word)} {value}.\n")
+    parts.insert(told, f"\n{NEEDLE.format(word=word, value=value)}\n")
     return "".join(parts).strip()
 
 

@@ -19,7 +19,7 @@ CHOICES = 5
 DEPTHS = tuple(range(0, 101, 10))  # percent of the haystack before the needle
 SEED = 1234
 _DIGITS = 6
-_WORDS = (
+WORDS = (
     "anchor", "basket", "candle", "dragon", "engine", "forest", "garden", "hammer", "island", "jacket", "kettle",
     "ladder", "mirror", "orange", "pepper", "quartz", "ribbon", "saddle", "temple", "umbrella", "violin", "window",
 )  # fmt: skip
@@ -53,7 +53,7 @@ class Haystack:
     def question(self, length: int, depth: int, number: int) -> Question:
         """Question `number` of a length and a depth. Raises `ConfigError` where nothing but the needle would fit."""
         rng = random.Random(f"{SEED} {length} {depth} {number}")
-        word = rng.choice(_WORDS)
+        word = rng.choice(WORDS)
         choices = tuple(map(str, rng.sample(range(10 ** (_DIGITS - 1), 10**_DIGITS), CHOICES)))
         answer = rng.randrange(CHOICES)
         needle, asked = NEEDLE.format(word=word, value=choices[answer]), QUESTION.format(word=word)
