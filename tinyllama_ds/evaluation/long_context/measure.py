@@ -61,7 +61,9 @@ def reject_lengths_beyond(positions: int, lengths: Sequence[int]) -> None:
 
 def reject_other_tokenizer(tokenizer: Any, data: Path) -> None:
     """Raises `ConfigError` unless the tokens of a data directory are those of transformers' tokenizer of the model."""
-    held, backend = load_tokenizer(data), tokenizer.backend_tokenizer
+    held, backend = load_tokenizer(data), getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(f"{tokenizer.name_or_path}: has no fast tokenizer; expected a tokenizer.json")
     differing = difference_of(backend, held)
     backend.encode_special_tokens = False  # as it was
     if differing is not None:
