@@ -33,10 +33,12 @@ def test_a_file_of_the_users_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_unknown_name_is_answered_by_the_names(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="'hosts' is neither .*; expected a path, or a100_16x4, a100_1x8, a100_2x8$"):
+    with pytest.raises(
+        ConfigError, match="hostfile 'hosts' is unknown; the shipped ones are a100_16x4, .*, or give a path$"
+    ):
         shipped_hostfile("hosts")
     parser = Parser()
     parser.add_argument("--deepspeed-config", type=deepspeed_config)
     with pytest.raises(SystemExit):
         parser.parse_args(["--deepspeed-config", "zero4"])
-    assert "--deepspeed-config: 'zero4' is neither a file nor the name" in capsys.readouterr().err
+    assert "--deepspeed-config: DeepSpeed config 'zero4' is unknown; the shipped ones are" in capsys.readouterr().err

@@ -18,12 +18,14 @@ def shipped_config(given: str) -> Path:
 
     Raises `ConfigError` that lists the names. A path is not checked: its reader does so.
     """
-    return _find(given, {path.stem: path for path in shipped_folder("ds_configs").glob("*.json")})
+    return _find(given, "DeepSpeed config", {path.stem: path for path in shipped_folder("ds_configs").glob("*.json")})
 
 
 def shipped_hostfile(given: str) -> Path:
     """The same for a hostfile, such as `a100_2x8`."""
-    return _find(given, {path.name: path for path in shipped_folder("hostfiles").iterdir() if not path.suffix})
+    return _find(
+        given, "hostfile", {path.name: path for path in shipped_folder("hostfiles").iterdir() if not path.suffix}
+    )
 
 
 def shipped_toml(given: str, kind: str, folder: Path) -> Path:
@@ -41,11 +43,11 @@ def shipped_toml(given: str, kind: str, folder: Path) -> Path:
     return path
 
 
-def _find(given: str, shipped: dict[str, Path]) -> Path:
+def _find(given: str, kind: str, shipped: dict[str, Path]) -> Path:
     path = Path(given)
     if given in shipped and not path.is_file():
         return shipped[given]
     if path.is_file() or path.suffix or path.name != given:
         return path
-    expected = ", ".join(sorted(shipped))
-    raise ConfigError(f"{given!r} is neither a file nor the name of a shipped one; expected a path, or {expected}")
+    names = ", ".join(sorted(shipped))
+    raise ConfigError(f"{kind} {shown(given)} is unknown; the shipped ones are {names}, or give a path")

@@ -21,7 +21,7 @@ from tinyllama_ds.config.recipe import (
 from tinyllama_ds.config.run_plan import RunPlan
 from tinyllama_ds.config.schedule import make_schedule
 from tinyllama_ds.errors import ConfigError
-from tinyllama_ds.model.config import MODEL_SIZES, Mup
+from tinyllama_ds.model.config import MODEL_SIZES, Mup, YarnScaling
 
 SHIPPED = sorted(path.stem for path in RECIPE_DIRECTORY.glob("*.toml"))
 
@@ -41,6 +41,16 @@ VARIANTS = {
     "tinyllama-v1.1-chinese": {"slimpajama": 0.5, "skypile": 0.5},
 }
 ZERO3 = RECIPE_DIRECTORY.parents[1] / "ds_configs" / "zero3.json"
+
+
+def test_packing_is_in_a_runs_description_where_it_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert "packing" not in load_recipe(str(path)).to_dict(), "an older run has the same identity"
+    path.write_text(VALID.replace("seed = 1", 'seed = 1\npacking = "best_fit"\ndocument_mask = true'))
+    recipe = load_recipe(str(path))
+    assert recipe.to_dict()["packing"] == recipe.packing == "best_fit"
+    assert recipe_of_run({"recipe": recipe.to_dict()}) == recipe
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -106,6 +116,26 @@ def test_the_rehearsal_has_the_stages_of_v1_1_in_proportion(name: str, shares: d
         assert ours.global_batch_tokens / 2048 == published.global_batch_tokens / 1_835_008
         assert ours.weights == published.weights
         assert bool(ours.ramp_tokens) == bool(published.ramp_tokens)
+
+
+@pytest.mark.parametrize(("name", "before"), [("32k", 2048), ("128k", 32_768)])
+def test_a_context_extension_keeps_batch_and_shapes(name: str, before: int) -> None:
+    """Tokens per step and the short half of the mixture are v1's; rows hold whole documents."""
+    recipe, v1 = load_recipe(f"tinyllama-{name}"), load_recipe("tinyllama-v1")
+    assert recipe.sequence_length == recipe.model.max_position_embeddings == 1024 * int(name[:-1]) > before
+    assert RunPlan(recipe).first_batch_tokens == RunPlan(v1).first_batch_tokens == 2_097_152
+    assert recipe.document_mask
+    assert recipe.packing == "best_fit"
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    assert [getattr(recipe.model, key) for key in same] == [getattr(v1.model, key) for key in same]
+    weights = recipe.stages[0].weights
+    assert sum(weights.values()) == pytest.approx(1)
+    short = {source: 2 * weights[source] for source in v1.sources}
+    assert short == pytest.approx(v1.stages[0].weights)
+    scaling = recipe.model.rope_scaling
+    if isinstance(scaling, YarnScaling):
+        assert scaling.original_max_position_embeddings == before
+        assert scaling.factor * before == recipe.sequence_length
 
 
 def test_the_code_model_has_the_published_numbers() -> None:
@@ -460,6 +490,11 @@ def test_a_wrong_evaluation_is_rejected(old: str, new: str, sentence: str, tmp_p
         (('name = "mine"', 'name = "a\\u0000b"'), r'name is "a\u0000b"; expected a text'),
         (("seed = 1", "seed = 1\ndocument_mask = 1"), "document_mask is 1; expected true or false"),
         (("seed = 1", "seed = 1\nguard = 1"), "guard is 1; expected a table"),
+        (("seed = 1", 'seed = 1\npacking = "bfd"'), "packing is \"bfd\"; expected 'concatenate' or 'best_fit'"),
+        (
+            ("seed = 1", 'seed = 1\npacking = "best_fit"'),
+            'packing is "best_fit"; expected "concatenate", or document_mask = true as well',
+        ),
     ],
 )
 def test_values_have_type_and_range(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:

@@ -71,10 +71,13 @@ def test_predictions_are_those_of_transformers(data: Path, hf_folder: Path) -> N
         assert (records["ids"][:, 0] == expected.indices[:, 0].numpy()).mean() > 0.99
 
 
-def test_with_a_document_mask_the_teacher_sees_its_document_alone(data: Path, hf_folder: Path) -> None:
-    cache(data, hf_folder, document_mask=True)
-    stream = stream_of(data)
-    cached = TeacherCache(stream, T, document_mask=True)
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_with_a_document_mask_the_teacher_sees_its_document_alone(data: Path, hf_folder: Path, packing: str) -> None:
+    cache(data, hf_folder, document_mask=True, packing=packing)
+    stream = open_stream(data / "slimpajama" / "train", packing)
+    cached = TeacherCache(stream, T, True, packing)
+    with pytest.raises(ConfigError, match=f'have packing "{packing}"; expected the recipe\'s "'):
+        TeacherCache(stream, T, True, "concatenate" if packing == "best_fit" else "best_fit")
     model = transformers.LlamaForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)
     sample = next(index for index in range(stream.num_samples(T)) if stream.document_ids(index, T).max())
     second = stream.document_ids(sample, T) == 1
@@ -160,6 +163,8 @@ def test_a_teacher_with_another_tokenizer_or_too_few_positions_is_rejected(
         (["--teacher", "x", "--sequence-length", "8", "--mpi"], "expected --share RANK/SIZE on every host"),
         (["--teacher", "x", "--sequence-length", "8", "--input", "x"], "--input and --tokenizer go together"),
         (["--input", "x", "--tokenizer", "x", "--document-mask"], "expected --teacher as well"),
+        (["--input", "x", "--tokenizer", "x", "--packing", "best_fit"], "expected --teacher as well"),
+        (["--teacher", "x", "--sequence-length", "8", "--packing", "best_fit"], "expected --document-mask as well"),
     ],
 )
 def test_options_that_do_not_go_together(

@@ -37,7 +37,7 @@ def main(recipe_path: str, data: str, steps: int) -> None:
 
     def loss_of(step: int) -> torch.Tensor:
         located = order.locate(np.arange(step * batch, (step + 1) * batch))
-        packs = [streams["chat"].conversations(one, recipe.sequence_length) for one in located.sample.tolist()]
+        packs = [streams["chat"].documents(one, recipe.sequence_length) for one in located.sample.tolist()]
         parts = [answer_loss(model, conversation.tolist(), header) for pack in packs for conversation in pack]
         return sum(part for part, _ in parts) / sum(count for _, count in parts)
 

@@ -34,9 +34,9 @@ from tinyllama_ds.train.step import accumulate_gradients, apply_gradients
 STEPS = 6
 TOLERANCE = 1e-5  # relative, fp32
 LAYOUTS = [(2, 2), (4, 4), (2, 4)]  # ranks that share a sequence, of all ranks; the model has 2 key heads
-STAGES, DATA, COMPUTING = (0, 1, 2, 3), ("rows", "documents", "chat"), ("plain", "recomputed", "compiled")
+STAGES, DATA, COMPUTING = (0, 1, 2, 3), ("rows", "documents", "packed", "chat"), ("plain", "recomputed", "compiled")
 COVERING = {  # every stage, data and way of computing with 2 and with 4 ranks or key heads, by layout
-    (2, 2): [(0, "rows", "plain"), (3, "documents", "compiled")],
+    (2, 2): [(0, "rows", "plain"), (3, "documents", "compiled"), (1, "packed", "recomputed")],
     (4, 4): [(1, "documents", "plain"), (2, "chat", "recomputed"), (3, "chat", "plain")],
     (2, 4): [(0, "chat", "recomputed"), (2, "documents", "plain"), (3, "chat", "recomputed")],
 }
@@ -99,6 +99,7 @@ def train_in(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Train:
     recipes = {
         "rows": write_recipe(root / "rows.toml", STEPS, save_every=STEPS),
         "documents": write_recipe(root / "documents.toml", STEPS, save_every=STEPS, document_mask=True),
+        "packed": write_recipe(root / "packed.toml", STEPS, save_every=STEPS, document_mask=True, packing="best_fit"),
         "chat": write_chat_recipe(root / "chat.toml", STEPS),
     }
 
@@ -176,6 +177,25 @@ def test_a_run_goes_on_with_other_numbers(data: Path, tmp_path: Path) -> None:
         assert (f"resumed at step {stop} " in finished.stdout) == (stop > 0)
         assert_same_run(tmp_path / "run" if name == "run" else tmp_path / "whole", tmp_path / "whole")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["sequence_parallel"] == 2
+
+
+@pytest.mark.all_faults
+@pytest.mark.parametrize("shared", [2, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_exported_weights_are_those_of_one_rank(stage: int, shared: int, data: Path, tmp_path: Path) -> None:
+    """Compiled and recomputed, by the norm of each tensor: Adam makes a step of any gradient, also of one that is all
+    rounding.
+    """
+    recipe = write_recipe(tmp_path / "small.toml", 20, save_every=20, document_mask=True)
+    weights = []
+    for ranks, flags in ((1, ()), (shared, ("--activation-checkpointing", "1", "--compile", "on"))):
+        config = write_deepspeed_config(tmp_path / f"{ranks}.json", stage if ranks > 1 else 0, micro_batch=4)
+        numbers = ("--sequence-parallel", str(ranks), *flags)
+        finished = pretrain(recipe, config, data, tmp_path / f"run-{ranks}", ranks, *numbers)
+        assert finished.returncode == 0, finished.stderr
+        weights.append(exported(tmp_path / f"run-{ranks}"))
+    for name, expected in weights[0].items():
+        assert (weights[1][name] - expected).norm() <= TOLERANCE * expected.norm(), name
 
 
 def assert_same_run(run: Path, whole: Path) -> None:

@@ -51,7 +51,7 @@ def test_the_learning_rate_follows_the_width(tmp_path: Path) -> None:
     ("changes", "sentence"),
     [
         ({"depth": [1]}, "line 5: unknown key 'depth'; the keys are recipe, deepspeed_config, depths"),
-        ({"depths": [1, 2, 3]}, "depths is .1, 2, 3.; expected at least 4 entry"),
+        ({"depths": [1, 2, 3]}, "depths is .1, 2, 3.; expected at least 4 entries"),
         ({"depths": [1, 2, 2, 3]}, "depths has 2 twice; expected different ones"),
         ({"tokens": None}, "tokens_per_parameter and tokens decide the same; expected one of them"),
         ({"tokens_per_parameter": [1.0]}, "tokens_per_parameter and tokens decide the same; expected one of them"),

@@ -56,6 +56,16 @@ def test_the_code_model_fits_eight_gpus() -> None:
     assert found["memory"]["total"] <= found["memory"]["capacity"]
 
 
+@pytest.mark.parametrize(("name", "hours"), [("tinyllama-32k", 160), ("tinyllama-128k", 258)])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_context_extension_fits_cards_of_80_gb(name: str, hours: int, gpus: int) -> None:
+    """The figures of docs/long-context.md."""
+    arguments = ("--gpu", "h100", "--num-gpus", gpus, "--activation-checkpointing", 1)
+    found = planned(*arguments, recipe=name, config=ROOT / "ds_configs" / "zero1_long.json")
+    assert found["gpu_hours"] == pytest.approx(hours, rel=0.02)
+    assert found["memory"]["total"] <= found["memory"]["capacity"]
+
+
 def test_milestones_of_v1_1() -> None:
     arguments = ("--hostfile", ROOT / "hostfiles" / "a100_16x4", "--gpu", "a100-80g")
     config = ROOT / "ds_configs" / "zero3.json"

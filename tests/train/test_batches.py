@@ -58,11 +58,11 @@ def test_a_pack_trains_as_its_conversations_alone(
     model = build_model(MODEL_SIZES["test"], attention, seed=1)
     masks = masks_by_ids(tokenizer)
     indices = list(range(stream.num_samples(T)))[-4:]  # the packs of the shortest, several in each
-    assert min(len(stream.conversations(index, T)) for index in indices) > 1
+    assert min(len(stream.documents(index, T)) for index in indices) > 1
     batch = batch_of(stream, indices)
     alone: list[torch.Tensor] = []
     for index in indices:
-        for ids in stream.conversations(index, T):
+        for ids in stream.documents(index, T):
             tokens, assistant_mask = torch.from_numpy(ids.astype("i8")), torch.tensor(masks[tuple(ids.tolist())])
             losses = torch.nn.functional.cross_entropy(model(tokens[None, :-1])[0], tokens[1:], reduction="none")
             alone += losses[assistant_mask[1:] == 1]

@@ -7,7 +7,7 @@ makes its fp32 masters from weights that are already rounded, so the masters are
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,14 +28,14 @@ from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.data.tokenizers.storage import stored_tokenizer
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hf.model_folder import is_model_folder, open_model_folder, verify_model_folder
-from tinyllama_ds.model.config import LlamaConfig
+from tinyllama_ds.model.config import LlamaConfig, RopeScaling
 from tinyllama_ds.model.llama import LlamaForCausalLM
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-# may differ: that is what interpolation changes
-_POSITIONS = ("max_position_embeddings", "rope_scaling_factor", "rope_scaling")
+# May differ: weights have the same shapes at any context length and with any rotation, which a run can change by them.
+_POSITIONS = ("rope_theta", "rope_scaling_factor", "rope_scaling", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class InitialWeights:
     sha256: str  # of the weights; of a checkpoint's manifest, which has that of every file
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]  # one after another, as exact as they are stored
     verify: Callable[[], None]  # raises `ConfigError` where a file is damaged
+    changes: str = ""  # of positions and their rotation, for the log
 
     def to_dict(self) -> dict:
         """What run.json remembers."""
@@ -55,7 +56,7 @@ class InitialWeights:
 def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Tokenizer) -> InitialWeights:
     """What a path means: a model folder, a checkpoint, or the newest checkpoint of a run.
 
-    Raises `ConfigError` unless its shapes and its tokenizer are this run's.
+    Raises `ConfigError` unless its shapes and its tokenizer are this run's. Positions and their rotation may differ.
     """
     if is_model_folder(path):
         folder = open_model_folder(path)
@@ -81,7 +82,18 @@ def open_initial_weights(path: Path, model: LlamaConfig, tokenizer: Tokenizer) -
         raise ConfigError(
             f"{held.path}: is the tokenizer of the weights, and not {tokenizer.path}; prepare the data with it"
         )
-    return found
+    return replace(found, changes=_changes(there, model))
+
+
+def _changes(there: LlamaConfig, now: LlamaConfig) -> str:
+    pairs = ((key, getattr(there, key), getattr(now, key)) for key in _POSITIONS)
+    return ", ".join(f"{key} {_shown(one)} -> {_shown(other)}" for key, one, other in pairs if one != other)
+
+
+def _shown(value: float | RopeScaling | None) -> str:
+    if value is None or isinstance(value, int | float):
+        return "none" if value is None else f"{value:.12g}"
+    return f"{value.rope_type} x{value.factor:.12g}"
 
 
 def _verify(checkpoint: Path) -> None:

@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama_ds.commands.arguments import COUNT, RANKS, WholeNumber, add_shared, output_file
+from tinyllama_ds.commands.arguments import COUNT, POSITIVE, RANKS, WholeNumber, add_shared, output_file
 from tinyllama_ds.commands.printing import print_result
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError, log
 from tinyllama_ds.outputs import write_file
 
 if TYPE_CHECKING:
     from tinyllama_ds.config.run_plan import RunPlan
+    from tinyllama_ds.data.audit.audit import DataAudit
     from tinyllama_ds.data.order import SampleOrder
     from tinyllama_ds.data.stream import TokenStream
 
@@ -23,6 +24,8 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     add("data", type=Path, metavar="DATA_DIR")
     add_shared(parser, "--recipe", required=False, help="also verify what a run of this recipe trains on")
     add("--world-size", type=WholeNumber(1, 1_000_000), default=1, metavar="N", help="ranks")
+    rows = "count the documents that rows of T tokens cut, concatenated and packed by best fit"
+    add("--sequence-length", type=POSITIVE, metavar="T", help=rows)
     raw = "compare random documents with the raw input"
     add("--raw", action="append", default=[], metavar="SOURCE=DIR", help=raw)
     add("--samples", type=COUNT, default=20, help="documents per shard to compare")
@@ -45,16 +48,36 @@ def _audit(options: argparse.Namespace) -> int:
         coverage = check_coverage(order, [stage.batch for stage in plan.stages], options.world_size)
     raw = _raw_inputs(options.raw)
     audit = audit_data(options.data, raw, options.samples, options.workers, coverage=coverage)
+    if not audit.problems:
+        _add_packing(audit, options)
     page = _write_page(options, audit_page(audit, f"Audit of {options.data}"))
     result = {
         "good": not audit.problems,
         "problems": audit.problems,
         "warnings": audit.warnings,
+        "packing": [asdict(found) for found in audit.packing],
         "page": page and str(page),
     }
     end = f"\n{page}" if page else ""
     print_result(options, result, f"{verdict(audit)}{end}")
     return EXIT_CONFIG if audit.problems or (options.output and not page) else EXIT_FINISHED
+
+
+def _add_packing(audit: "DataAudit", options: argparse.Namespace) -> None:
+    """Of the recipe's sources, or of all, at the length that is given or that of a recipe that packs."""
+    from tinyllama_ds.config.recipe import BEST_FIT, load_recipe
+    from tinyllama_ds.data.audit.packing import audit_packing
+
+    recipe = load_recipe(options.recipe) if options.recipe else None
+    length = options.sequence_length
+    if length is None and recipe is not None and recipe.packing == BEST_FIT:
+        length = recipe.sequence_length
+    sources = recipe.sources if recipe else sorted(path.parent.name for path in options.data.glob("*/train"))
+    for source in sources if length else ():
+        try:
+            audit.packing.append(audit_packing(options.data, source, length))
+        except ConfigError as error:  # a conversation that is longer
+            audit.warnings.append(str(error))
 
 
 def _write_page(options: argparse.Namespace, page: str) -> Path | None:
@@ -87,7 +110,7 @@ def _planned_order(
 
     recipe = load_recipe(recipe_name)
     plan = RunPlan(recipe)
-    streams = {name: open_stream(data / name / "train") for name in recipe.sources}
+    streams = {name: open_stream(data / name / "train", recipe.packing) for name in recipe.sources}
     sizes = {name: stream.num_samples(recipe.sequence_length) for name, stream in streams.items()}
     return plan, planned_order(recipe, plan, sizes, excluded), streams
 

@@ -173,8 +173,9 @@ def _source_sizes(data: Path | None, inputs: "Inputs") -> dict[str, int]:
 
     if not data.is_dir():
         raise ConfigError(f"{data}: the data directory is missing")
-    streams = open_streams(data, inputs.recipe.sources, "train", inputs.model.vocab_size)
-    T = inputs.recipe.sequence_length
+    recipe = inputs.recipe
+    streams = open_streams(data, recipe.sources, "train", inputs.model.vocab_size, recipe.packing)
+    T = recipe.sequence_length
     samples = {name: stream.num_samples(T) for name, stream in streams.items()}
     return {name: samples[name] * T if stream.has_loss_mask else stream.tokens for name, stream in streams.items()}
 

@@ -122,8 +122,11 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", type=Path, metavar="DIR", help="raw files, or one file")
     add_shared(parser, "--tokenizer", required=False)
     add_shared(parser, "--output", "--text-field")
+    add("--name", metavar="NAME", help="of the source in DATA (default: --source)")
     parts = "only these parts: SlimPajama's set names, or folders (languages of StarCoderData)"
     add("--subset", nargs="+", metavar="NAME", help=parts)
+    shortest = "only documents of N tokens or more: a source of long ones (docs/long-context.md)"
+    add("--min-tokens", type=COUNT, default=0, metavar="N", help=shortest)
     chat = "conversations (messages, or Guanaco's text), with a loss mask on the answers"
     add("--chat", action="store_true", help=chat)
     longest = "with --chat, cut longer conversations after an answer; a recipe's sequence_length"
@@ -143,6 +146,7 @@ def _add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher-top-k", type=POSITIVE, default=32, metavar="K", help="most probable tokens to keep of each position")
     add("--sequence-length", type=POSITIVE, metavar="T", help="tokens that the teacher sees: the recipe's")
     add("--document-mask", action="store_true", help="the teacher sees its own document only, as in the recipe")
+    add("--packing", choices=("concatenate", "best_fit"), default="concatenate", help="as in the recipe")
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -176,6 +180,9 @@ def _share_of_task(options: argparse.Namespace) -> tuple[int, int]:
 def _prepare(options: argparse.Namespace) -> int:
     """Tokenise one source into shards; continues after an interruption."""
     _reject_incomplete(options)
+    options.agent_arguments = ["prepare", *words_of(_add_job_arguments, with_absolute_paths(options))]
+    options.format = _format_of(options)
+    options.source = options.name or options.source
     table: dict[str, dict] = {}
     lines = []
     try:
@@ -193,16 +200,23 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _reject_incomplete(options: argparse.Namespace) -> None:
     """Raises `ConfigError` for options that need another one, or do not go together."""
+    is_packed = options.packing != "concatenate"
     if options.teacher is None and (options.input is None or options.tokenizer is None):
         raise ConfigError("prepare: expected --input and --tokenizer, or --teacher for tokens that are there")
     if (options.input is None) != (options.tokenizer is None):
         raise ConfigError("prepare: --input and --tokenizer go together; expected both, or neither with --teacher")
+    if options.chat and options.min_tokens:
+        raise ConfigError("--min-tokens: is for documents; expected it without --chat")
     if options.teacher is not None and options.sequence_length is None:
         raise ConfigError("--teacher: expected --sequence-length as well, that of the recipe")
     if options.teacher is not None and (options.mpi or options.hostfile):
         raise ConfigError("--teacher: expected --share RANK/SIZE on every host instead of --hostfile or --mpi")
-    if options.teacher is None and (options.sequence_length or options.document_mask):
-        raise ConfigError("--sequence-length and --document-mask: expected --teacher as well, tokens do not need them")
+    if options.teacher is None and (options.sequence_length or options.document_mask or is_packed):
+        raise ConfigError(
+            "--sequence-length, --document-mask and --packing: expected --teacher as well, tokens do not need them"
+        )
+    if is_packed and not options.document_mask:
+        raise ConfigError(f"--packing {options.packing}: expected --document-mask as well, as in a recipe")
 
 
 def _prepare_tokens(options: argparse.Namespace) -> dict[str, dict]:
@@ -210,13 +224,11 @@ def _prepare_tokens(options: argparse.Namespace) -> dict[str, dict]:
     from tinyllama_ds.data.prepare.inputs import find_inputs
     from tinyllama_ds.data.prepare.prepare import Preparation, prepare, summarise
 
-    options.format = _format_of(options)
     job = as_dataclass(Preparation, with_absolute_paths(options))
     _print_notes(find_inputs(job.input, job.format))
     if options.hostfile is not None:
         hosts = [host.name for host in read_hostfile(options.hostfile)]
-        arguments = ["prepare", *words_of(_add_job_arguments, with_absolute_paths(options))]
-        for failure in prepare_on_hosts(job, hosts, arguments):
+        for failure in prepare_on_hosts(job, hosts, options.agent_arguments):
             log(f"{failure}; finishing its share here")
     workers = max(1, options.workers or len(os.sched_getaffinity(0)))
     return summarise(prepare(job, workers, _share_of_task(options), options.mpi))
@@ -248,7 +260,7 @@ def _format_of(options: argparse.Namespace) -> "SourceFormat":
 
     if options.chat:
         return ChatFormat(options.text_field or "text", max_tokens=options.max_tokens)
-    return source_format(options.source, options.text_field, options.subset)
+    return source_format(options.source, options.text_field, options.subset, options.min_tokens)
 
 
 def _prepare_text(source: str, table: dict[str, dict]) -> str:

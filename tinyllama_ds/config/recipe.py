@@ -32,6 +32,8 @@ _Count = Annotated[int, whole_number(1, 10**6)]
 _Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 _Policy = Literal["log", "skip", "rollback"]
 SPIKE_POLICIES = get_args(_Policy)
+Packing = Literal["concatenate", "best_fit"]  # of documents into rows of a sequence length
+CONCATENATE, BEST_FIT = get_args(Packing)
 # The defaults of an optional table are checked as well, so that a table that is there has all keys that it needs.
 _OPTIONAL_TABLE = ConfigDict(extra="forbid", validate_default=True)
 
@@ -54,6 +56,12 @@ def _within_the_positions(sequence_length: int, info: ValidationInfo) -> int:
     if model and sequence_length > model.max_position_embeddings:
         raise expectation(f"at most the {model.max_position_embeddings} positions of model {_name_of(model)!r}")
     return sequence_length
+
+
+def _only_with_a_document_mask(packing: str, info: ValidationInfo) -> str:
+    if packing == BEST_FIT and info.data.get("document_mask") is False:
+        raise expectation('"concatenate", or document_mask = true as well, as the documents of a row are unrelated')
+    return packing
 
 
 def _name_of(model: LlamaConfig) -> str:
@@ -146,6 +154,8 @@ class Recipe:
     intervals: Intervals = Intervals()
     validation_samples: Annotated[int, whole_number(1, 10**9)] = 512  # per source
     document_mask: StrictBool = False  # attention inside documents only; TinyLlama's sees all of a packed row
+    # Rows are the concatenated documents cut every `sequence_length` tokens, or whole documents packed by best fit.
+    packing: Annotated[Packing, AfterValidator(_only_with_a_document_mask)] = "concatenate"
     guard: GuardSettings = GuardSettings()
     samples: Samples = Samples()
     evaluation: Evaluation = Evaluation()
@@ -166,10 +176,14 @@ class Recipe:
         return _name_of(replace(self.model, mup=None))
 
     def to_dict(self) -> dict:
-        """What run.json remembers, with a model of a named size by its name, and without tables that are absent."""
+        """What run.json remembers, with a model of a named size by its name, and without tables that are absent.
+
+        Keys of later versions are in it only if they are used, so that an older run keeps its identity.
+        """
         model = replace(self.model, mup=None)
         content = asdict(self) | {"model": self.model_name if self.model_name in MODEL_SIZES else model.to_dict()}
-        return {key: value for key, value in content.items() if value is not None}
+        unused = {"packing": CONCATENATE}
+        return {key: value for key, value in content.items() if value is not None and value != unused.get(key)}
 
 
 def recipe_of_run(description: dict) -> Recipe:

@@ -28,7 +28,7 @@ _EXPECTED = {
     "dict_type": "a table of keys and values",
     "dataclass_type": "a table of keys and values",
     "model_type": "a table of keys and values",
-    "too_short": "at least {min_length} entry",
+    "too_short": "at least {min_length} entr{plural}",
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "{ge:,} or more",
     "less_than_equal": "{le:,} or less",
@@ -157,8 +157,9 @@ def _is_missing(found: ErrorDetails, raw: Any) -> bool:
 
 
 def _expected(found: ErrorDetails) -> str:
-    pattern = _EXPECTED.get(found["type"])
-    return pattern.format(**found.get("ctx", {})) if pattern else found["msg"].removeprefix("Input should be ")
+    pattern, context = _EXPECTED.get(found["type"]), found.get("ctx", {})
+    plural = "y" if context.get("min_length") == 1 else "ies"
+    return pattern.format(**context, plural=plural) if pattern else found["msg"].removeprefix("Input should be ")
 
 
 def _unknown_key(path: KeyPath, kind: Any, raw: Any) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tinyllama_ds.config.recipe import CONCATENATE
 from tinyllama_ds.data.order import SampleOrder
 from tinyllama_ds.data.packing import open_stream
 from tinyllama_ds.data.stream import TokenStream
@@ -16,7 +17,9 @@ from tinyllama_ds.errors import ConfigError, DataError
 MAX_PADDING = 1024  # rows of an embedding beyond the tokenizer's ids
 
 
-def open_streams(data: Path, sources: Iterable[str], split: str, vocab_size: int) -> dict[str, TokenStream]:
+def open_streams(
+    data: Path, sources: Iterable[str], split: str, vocab_size: int, packing: str = CONCATENATE
+) -> dict[str, TokenStream]:
     """The token streams of all sources of a split, validated against the tokenizer and the model.
 
     Raises `ConfigError` for a missing source, shards of a tokenizer other than that of `data`, one that does not fit
@@ -24,7 +27,7 @@ def open_streams(data: Path, sources: Iterable[str], split: str, vocab_size: int
     """
     tokenizer = load_tokenizer(data)
     reject_unfit_vocabulary(tokenizer, vocab_size)
-    streams = {name: open_stream(data / name / split) for name in sources}
+    streams = {name: open_stream(data / name / split, packing) for name in sources}
     reject_different_tokenizer(streams, tokenizer)
     for stream in streams.values():
         for shard in stream.shards:

@@ -18,7 +18,6 @@ import time
 from array import array
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Annotated, ClassVar, Literal
 
@@ -329,7 +328,7 @@ class ShardReader:
         """The loss mask of tokens [start, start + count): 1 for tokens of answers, else 0, in uint8."""
         return read_array(self.mask_path, np.dtype(np.uint8), start, count)
 
-    @cached_property
+    @property
     def document_starts(self) -> np.ndarray:
         """First token of each document, and one past the last token (documents + 1,) int64."""
         starts = self.index.document_starts()

@@ -50,7 +50,7 @@ class TokenStream:
         """Bytes of text in UTF-8 per token, EOS included; None where they are not known, as of imported shards."""
         inputs = [file for manifest in self.manifests for file in manifest.inputs]
         sizes = [file.text_bytes for file in inputs if file.documents]
-        return sum(sizes) / self.tokens if sizes and all(sizes) and not self.has_loss_mask else None
+        return sum(sizes) / self.tokens if sizes and all(sizes) and not self.holds_conversations else None
 
     def num_samples(self, sequence_length: int) -> int:
         """Samples of T + 1 tokens; raises `ConfigError` where there is not one."""
@@ -82,7 +82,12 @@ class TokenStream:
 
     @property
     def has_loss_mask(self) -> bool:
-        """Whether only some tokens are targets: the answers in conversations (`packing.py`)."""
+        """Whether only some labels are targets, as in packed rows, which have padding (`packing.py`)."""
+        return False
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether its documents are conversations, of which only the answers are targets."""
         return False
 
     def loss_mask(self, index: int, sequence_length: int) -> np.ndarray:

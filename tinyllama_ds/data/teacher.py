@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import ConfigDict, StrictBool
 
 from tinyllama_ds import __version__
+from tinyllama_ds.config.recipe import CONCATENATE, Packing
 from tinyllama_ds.config.validation import validate_json, whole_number
 from tinyllama_ds.data.shards import read_array, token_dtype
 from tinyllama_ds.data.stream import TokenStream
@@ -42,6 +43,7 @@ class Predictions:
     document_mask: StrictBool
     top_k: _Positive
     vocab_size: _Positive  # tokens that the probabilities are over
+    packing: Packing = CONCATENATE
 
     @property
     def record(self) -> np.dtype:
@@ -75,8 +77,10 @@ class TeacherManifest:
 class TeacherCache:
     """Random access to the predictions for a stream's samples."""
 
-    def __init__(self, stream: TokenStream, sequence_length: int, document_mask: bool) -> None:
-        """Raises `ConfigError` unless they are complete, and of these tokens with this length and mask."""
+    def __init__(
+        self, stream: TokenStream, sequence_length: int, document_mask: bool, packing: str = CONCATENATE
+    ) -> None:
+        """Raises `ConfigError` unless they are complete, and of these tokens with this length, mask and packing."""
         self.directory = stream.directory / TEACHER_FOLDER
         paths = sorted(self.directory.glob("*.json"))
         if not paths:
@@ -89,13 +93,14 @@ class TeacherCache:
         self._paths = [path.with_suffix(".bin") for path in paths]
         self._record = self.predictions.record
         self._sequence_length = sequence_length
-        self._reject_different(stream, document_mask)
+        self._reject_different(stream, document_mask, packing)
         self._reject_incomplete(stream.num_samples(sequence_length))
 
-    def _reject_different(self, stream: TokenStream, document_mask: bool) -> None:
+    def _reject_different(self, stream: TokenStream, document_mask: bool, packing: str) -> None:
         wanted = {
             "sequence_length": (self._sequence_length, "the recipe's"),
             "document_mask": (document_mask, "the recipe's"),
+            "packing": (packing, "the recipe's"),
             "tokens_sha256": (tokens_sha256(stream), "that of the tokens next to them"),
         }
         for key, (expected, whose) in wanted.items():

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tinyllama_ds.config.recipe import CONCATENATE, Packing
 from tinyllama_ds.data.loader import open_streams
 from tinyllama_ds.data.packing import open_stream
 from tinyllama_ds.data.prepare.prepare import open_pool, results_of
@@ -49,6 +50,7 @@ class Teaching:
     sequence_length: int
     document_mask: bool
     teacher_top_k: int
+    packing: Packing = CONCATENATE
 
     @property
     def directory(self) -> Path:
@@ -116,7 +118,7 @@ def default_workers() -> int:
 
 def _describe(job: Teaching) -> tuple[TokenStream, Predictions]:
     config = read_config(job.teacher / CONFIG_FILE)
-    stream = open_streams(job.output, [job.source], "train", config.vocab_size)[job.source]
+    stream = open_streams(job.output, [job.source], "train", config.vocab_size, job.packing)[job.source]
     tokenizer = load_tokenizer(job.output)
     theirs = load_tokenizer(job.teacher)
     if theirs.sha256 != tokenizer.sha256:
@@ -136,6 +138,7 @@ def _describe(job: Teaching) -> tuple[TokenStream, Predictions]:
         document_mask=job.document_mask,
         top_k=job.teacher_top_k,
         vocab_size=tokenizer.vocab_size,
+        packing=job.packing,
     )
 
 
@@ -189,7 +192,7 @@ def _make_shards(tasks: list[TeacherTask], workers: int) -> Iterator[TeacherMani
 def make_shard(task: TeacherTask) -> TeacherManifest:
     """Predict the samples of one task and commit its shard."""
     job = task.job
-    stream, data = open_stream(job.directory), PartialFile(task.prefix.with_suffix(".bin"))
+    stream, data = open_stream(job.directory, job.packing), PartialFile(task.prefix.with_suffix(".bin"))
     sha256 = hashlib.sha256()
     try:
         with _one_thread():

@@ -172,11 +172,15 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# TinyLlama's three published shapes (lit_gpt/config.py of its repository; the second is `code_tiny_LLaMA_1b`), then
-# small ones for the demo and the tests.
+# TinyLlama's three published shapes (lit_gpt/config.py of its repository; -8k is `code_tiny_LLaMA_1b`), the first with
+# the positions of the recipes tinyllama-32k and -128k, then small ones for the demo and the tests.
 MODEL_SIZES: dict[str, LlamaConfig] = {
     "tinyllama-1.1b": LlamaConfig(32_000, 2048, 5632, 22, 32, 4, 2048),
     "tinyllama-1.1b-8k": LlamaConfig(32_000, 2048, 5632, 22, 32, 4, 8192, rope_scaling_factor=4.0),
+    "tinyllama-1.1b-32k": LlamaConfig(32_000, 2048, 5632, 22, 32, 4, 32_768, rope_theta=1_000_000.0),
+    "tinyllama-1.1b-128k": LlamaConfig(
+        32_000, 2048, 5632, 22, 32, 4, 131_072, rope_theta=1_000_000.0, rope_scaling=YarnScaling(4.0, 32_768)
+    ),
     "tinyllama-120m": LlamaConfig(32_000, 768, 2048, 12, 12, 1, 2048),
     "demo": LlamaConfig(2048, 512, 1408, 3, 8, 2, 512),
     "test": LlamaConfig(512, 64, 176, 2, 4, 2, 128),

@@ -83,7 +83,8 @@ def _have_same_samples(source: str, first: History, run: History) -> bool:
 def _identity(description: dict, source: str) -> Any:
     try:
         recipe = description["recipe"]
-        return description["data"]["validation"][source], recipe["sequence_length"], recipe.get("document_mask")
+        cut = (recipe["sequence_length"], recipe.get("document_mask"), recipe.get("packing"))
+        return description["data"]["validation"][source], cut
     except (KeyError, TypeError):
         return None
 

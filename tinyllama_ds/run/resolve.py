@@ -259,8 +259,8 @@ def _open_teachers(recipe: Recipe, streams: dict[str, TokenStream]) -> dict[str,
     """The predictions of the teacher for every source; none without a teacher."""
     if recipe.teacher is None:
         return {}
-    length, mask = recipe.sequence_length, recipe.document_mask
-    teachers = {name: TeacherCache(stream, length, mask) for name, stream in streams.items()}
+    wanted = {key: getattr(recipe, key) for key in ("sequence_length", "document_mask", "packing")}
+    teachers = {name: TeacherCache(stream, **wanted) for name, stream in streams.items()}
     first, *others = teachers.values()
     for other in others:
         for key in ("model_sha256", "top_k"):
@@ -299,15 +299,15 @@ def _open_data(
     vocab_size = recipe.model.vocab_size
     if not data.is_dir():
         raise ConfigError(f"{data}: the data directory is missing")
-    streams = open_streams(data, recipe.sources, "train", vocab_size)
-    chats = [name for name, stream in streams.items() if stream.has_loss_mask]
+    streams = open_streams(data, recipe.sources, "train", vocab_size, recipe.packing)
+    chats = [name for name, stream in streams.items() if stream.holds_conversations]
     if chats and not recipe.document_mask:
         raise ConfigError(
             f"recipe {recipe.name!r}: the source {chats[0]!r} holds conversations, which must not see the others of"
             " their row; expected document_mask = true"
         )
     held_out = [name for name in validated if (data / name / "validation").is_dir()]
-    validation = open_streams(data, held_out, "validation", vocab_size)
+    validation = open_streams(data, held_out, "validation", vocab_size, recipe.packing)
     return streams, [
         ValidationSet(name, stream, recipe.sequence_length, recipe.validation_samples, recipe.document_mask)
         for name, stream in validation.items()
@@ -322,7 +322,7 @@ def _fingerprint(stream: TokenStream) -> dict:
         "tokenizer_sha256": stream.manifests[0].tokenizer_sha256,
         "bin_sha256": [manifest.bin_sha256 for manifest in stream.manifests],
     }
-    if stream.has_loss_mask:
+    if stream.holds_conversations:
         found[_MASKS] = [manifest.mask_sha256 for manifest in stream.manifests]
     return found
 

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # (B, T + 1)
     document_ids: Tensor | None = None  # (B, T) with a document mask: the document of each input token
-    loss_mask: Tensor | None = None  # (B, T) of conversations: which labels are in the loss; without it all are
+    loss_mask: Tensor | None = None  # (B, T) of packed rows: which labels are in the loss; without it all are
     teacher: tuple[Tensor, Tensor] | None = None  # its ids (B, T, k) and log-probabilities (B, T, k + 1), of a student
     ready: "InputCopy | None" = None  # the model's inputs on their way to a GPU
     own: slice = slice(None)  # the part of the T tokens that this rank computes

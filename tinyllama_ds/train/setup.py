@@ -187,7 +187,8 @@ def describe_start(run: Run, start: Progress, last_logged_step: int) -> list[str
     elif start.step:
         lines.append(f"resumed at step {start.step:,} ({start.tokens:,} tokens)")
     elif run.init_from is not None:
-        lines.append(f"started from {run.init_from.path} (SHA-256 {run.init_from.sha256[:16]})")
+        changes = f": {run.init_from.changes}" if run.init_from.changes else ""
+        lines.append(f"started from {run.init_from.path} (SHA-256 {run.init_from.sha256[:16]}){changes}")
     if last_logged_step > start.step and start.step == run.first_step:
         lines.append(f"no checkpoint was saved: steps {start.step + 1:,} to {last_logged_step:,} are repeated")
     excluded = [

@@ -17,7 +17,7 @@ from tinyllama_ds.data.audit.audit import audit_data
 from tinyllama_ds.data.chat import Message, conversation_ids, prompt_ids
 from tinyllama_ds.data.loader import SampleReader, open_streams
 from tinyllama_ds.data.order import MixtureStage, SampleOrder
-from tinyllama_ds.data.packing import ConversationStream, best_fit_decreasing, open_stream
+from tinyllama_ds.data.packing import ConversationStream, open_stream
 from tinyllama_ds.data.prepare.conversations import ChatFormat
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.reading import read_records
@@ -240,7 +240,7 @@ def test_packs_hold_every_conversation_once_and_whole(chat_data: Path, length: i
     for index in range(stream.num_samples(length)):
         tokens, document_ids = stream.sample(index, length), stream.document_ids(index, length)
         assert (tokens.shape, document_ids.shape) == ((length + 1,), (length,))
-        documents = stream.conversations(index, length)
+        documents = stream.documents(index, length)
         joined = np.concatenate(documents)
         assert np.array_equal(tokens, np.pad(joined, (0, length + 1 - len(joined)), constant_values=EOS_ID))
         borders = np.cumsum([len(document) for document in documents])
@@ -288,11 +288,3 @@ def test_a_shorter_sample_than_a_conversation_is_rejected(chat_data: Path):
         ConfigError, match="holds a conversation of 9[0-9] tokens, more than the 32 of a sample; prepare"
     ):
         stream.num_samples(32)
-
-
-def test_packing_wastes_little():
-    lengths = np.random.default_rng(1).integers(10, 700, size=5000)
-    packs = best_fit_decreasing(lengths, 2048)
-    assert sorted(item for pack in packs for item in pack) == list(range(5000))
-    assert max(lengths[pack].sum() for pack in packs) <= 2048
-    assert lengths.sum() / (2048 * len(packs)) > 0.99

@@ -18,6 +18,7 @@ from corpora import made_up_text, write_jsonl
 from launching import TIMEOUT, wait_until
 from megatron import read_mmididx
 
+from tinyllama_ds.cli import main
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
 from tinyllama_ds.data.prepare.reading import read_texts
 from tinyllama_ds.data.prepare.sources import SourceFormat, source_format
@@ -25,7 +26,7 @@ from tinyllama_ds.data.shards import Manifest
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.data.tokenizers.train_tokenizer import EOS_ID, train_tokenizer
-from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.errors import EXIT_CONFIG, ConfigError
 
 PLAIN = SourceFormat()
 FILES = 6
@@ -196,6 +197,31 @@ def test_a_corpus_of_nothing_is_rejected(tmp_path: Path, tokenizer: Tokenizer):
     write_jsonl(tmp_path / "raw" / "x.jsonl", ["", ""])
     with pytest.raises(ConfigError, match="every record of it was rejected"):
         run(tmp_path / "raw", tokenizer, tmp_path / "out")
+
+
+def test_a_source_of_long_documents_has_a_name_of_its_own(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+):
+    texts = [made_up_text(number, 1 + number % 30) for number in range(120)]
+    sizes = [len(tokenizer.encode(text)) + 1 for text in texts]
+    limit = sorted(sizes)[80]
+    write_jsonl(tmp_path / "raw" / "x.jsonl", texts, field="content")
+    paths = ["--tokenizer", str(tokenizer.path), "--output", str(tmp_path / "data"), "--workers", "1"]
+    paths += ["--source", "starcoderdata", "--input", str(tmp_path / "raw")]
+    assert main(["prepare", *paths, "--name", "long", "--min-tokens", str(limit)]) == 0
+    assert f"rejected: {sum(size < limit for size in sizes)} fewer than {limit} tokens" in capsys.readouterr().out
+    expected = [text for text, size in zip(texts, sizes, strict=True) if size >= limit]
+    prefix = tmp_path / "data" / "long" / "train" / "shard_00000"
+    assert [tokenizer.decode(document[:-1]) for document in read_mmididx(prefix)] == expected
+    manifest = Manifest.read(prefix.with_suffix(".json"))
+    assert manifest.inputs[0].text_bytes == sum(len(text.encode()) for text in expected)
+    assert main(["prepare", *paths, "--name", "long", "--min-tokens", str(limit)]) == 0, "nothing to do"
+    assert main(["prepare", *paths, "--name", "long", "--min-tokens", "9"]) == EXIT_CONFIG, "made of other documents"
+    assert main(["prepare", *paths]) == 0
+    assert "min_tokens" not in Manifest.read(tmp_path / "data/starcoderdata/train/shard_00000.json").source_format
+    raw = [f"--raw={name}={tmp_path / 'raw'}" for name in ("long", "starcoderdata")]
+    assert main(["audit", str(tmp_path / "data"), *raw, "--workers", "1"]) == 0
+    assert main(["prepare", *paths, "--chat", "--min-tokens", "9"]) == EXIT_CONFIG
 
 
 def test_files_of_a_rejected_subset_among_others_are_no_error(tmp_path: Path, tokenizer: Tokenizer):

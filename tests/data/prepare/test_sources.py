@@ -3,15 +3,18 @@
 import json
 from pathlib import Path
 
+import fast_folders
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from corpora import write_jsonl
+from corpora import AWKWARD_TEXTS, write_jsonl
 
 from tinyllama_ds.data.prepare.inputs import find_inputs
 from tinyllama_ds.data.prepare.reading import read_records, read_texts
 from tinyllama_ds.data.prepare.sources import SourceFormat, source_format
+from tinyllama_ds.data.tokenizers.abstract import Tokenizer
+from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.errors import ConfigError
 
 PLAIN = SourceFormat()
@@ -23,6 +26,17 @@ def write_parquet(path: Path, texts: list[str | None], column: str = "text") -> 
 
 def slimpajama_line(text: str, subset: str) -> str:
     return json.dumps({"text": text, "meta": {"redpajama_set_name": subset}}) + "\n"
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
+def test_a_text_that_is_too_short_by_its_bytes_is_so_by_its_tokens(kind: str, tokenizer: Tokenizer, tmp_path: Path):
+    """Such a text is rejected without encoding it: no tokenizer makes more tokens than bytes, EOS and a space."""
+    one = tokenizer if kind == "sentencepiece" else load_tokenizer(fast_folders.smollm2(tmp_path))
+    for text in [*AWKWARD_TEXTS, "\x00", "\x7f" * 3, "é", "\U0010ffff" * 2]:
+        tokens = len(one.encode(text)) + 1
+        assert SourceFormat(min_tokens=tokens).record({"text": text}, "here").text == text, text
+        rejected = SourceFormat(min_tokens=len(text.encode()) + 3).record({"text": text}, "here").rejected
+        assert rejected == f"fewer than {len(text.encode()) + 3} tokens"
 
 
 def test_slimpajama_leaves_github_out_and_counts_it(tmp_path: Path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllama_ds.bars import progress
+from tinyllama_ds.data.audit.packing import PackingAudit
 from tinyllama_ds.data.chat import conversation_ids
 from tinyllama_ds.data.prepare.conversations import ChatFormat, format_from_dict
 from tinyllama_ds.data.prepare.coverage import Coverage
@@ -58,6 +59,7 @@ class DataAudit:
 
     shards: list[ShardAudit]
     coverage: Coverage | None = None  # of a run by its samples
+    packing: list[PackingAudit] = field(default_factory=list)  # of each source
     duplicates: dict[str, int] = field(default_factory=dict)  # "a/train" or "a/train and b/train" to documents
     drift: dict[str, float] = field(default_factory=dict)  # shard to its distance from its source
     problems: list[str] = field(default_factory=list)
@@ -256,8 +258,16 @@ def _compare_with_raw(
 def _kept_records(path: Path, fmt: SourceFormat, tokenizer: Tokenizer) -> Iterator[Record]:
     """The records of a raw file that became documents."""
     for record in read_records(path, fmt):
-        if record.text or (isinstance(fmt, ChatFormat) and _kept_turns(record, fmt, tokenizer)):
+        if isinstance(fmt, ChatFormat):
+            is_kept = _kept_turns(record, fmt, tokenizer) > 0
+        else:
+            is_kept = bool(record.text) and (not fmt.min_tokens or _is_long(record.text, fmt.min_tokens, tokenizer))
+        if is_kept:
             yield record
+
+
+def _is_long(text: str, min_tokens: int, tokenizer: Tokenizer) -> bool:
+    return len(tokenizer.encode(text)) + 1 >= min_tokens  # with EOS
 
 
 def _is_text(ids: list[int], text: str, tokenizer: Tokenizer) -> bool:

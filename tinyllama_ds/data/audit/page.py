@@ -13,16 +13,18 @@ from tinyllama_ds.page import Table, chart, render
 def verdict(audit: DataAudit) -> str:
     """PASS or FAIL, the findings, and every problem and warning."""
     problems = [f"problem: {text}" for text in audit.problems] + [f"warning: {text}" for text in audit.warnings]
-    return "\n".join([_result(audit), *_findings(audit), *problems])
+    tables = [_packing(audit).as_text()] if audit.packing else []
+    return "\n".join([_result(audit), *_findings(audit), *tables, *problems])
 
 
 def audit_page(audit: DataAudit, title: str) -> str:
-    """The verdict, a table of sources and four charts."""
+    """The verdict, tables and charts of the sources."""
     drawings = {
         "Document lengths": _draw_lengths,
         "Token frequency by rank": _draw_unigrams,
         "Drift of each shard from its source": _draw_drift,
         "Longest run of one id in each shard": _draw_runs,
+        **({"Tokens cut off from the beginning of their document": _draw_cuts} if audit.packing else {}),
     }
     return render(
         "audit.html",
@@ -32,7 +34,7 @@ def audit_page(audit: DataAudit, title: str) -> str:
         findings=_findings(audit),
         problems=audit.problems,
         warnings=audit.warnings,
-        sources=_sources(audit),
+        tables=[_sources(audit), *([_packing(audit)] if audit.packing else [])],
         charts=[chart(partial(draw, audit), caption) for caption, draw in drawings.items()],
     )
 
@@ -74,6 +76,38 @@ def _sources(audit: DataAudit) -> Table:
     return Table(
         "Sources", ("", "shards", "documents", "tokens", "tokens per document", "duplicates", "longest run"), rows
     )
+
+
+def _packing(audit: DataAudit) -> Table:
+    rows = []
+    for found in audit.packing:
+        shares = (found.concatenated.tokens / found.tokens, found.best_fit.tokens / found.tokens)
+        padding = found.padding / (found.rows * found.sequence_length)
+        cuts = zip((found.concatenated, found.best_fit), shares, strict=True)
+        cells = [(f"{cut.documents:,}", f"{cut.tokens:,}", f"{share:.2%}") for cut, share in cuts]
+        rows.append(
+            (found.source, f"{found.documents:,}", f"{found.longest:,}", *cells[0], *cells[1], f"{padding:.3%}")
+        )
+    return Table(
+        f"Documents in rows of {audit.packing[0].sequence_length:,} tokens",
+        (
+            *("", "documents", "longest", "cut if concatenated", "tokens cut off", "share"),
+            *("cut by best fit", "tokens cut off", "share", "padding of best fit"),
+        ),
+        rows,
+        "tokens cut off are in a row after that of the beginning of their document",
+    )
+
+
+def _draw_cuts(audit: DataAudit, axis: Any) -> None:
+    places = np.arange(len(audit.packing))
+    for number, (label, key) in enumerate((("concatenated", "concatenated"), ("best fit", "best_fit"))):
+        shares = [getattr(found, key).tokens / found.tokens for found in audit.packing]
+        axis.bar(places + 0.4 * number - 0.2, shares, width=0.4, label=label)
+    axis.set_xticks(places, [found.source for found in audit.packing])
+    axis.set(ylabel="share of tokens")
+    axis.yaxis.set_major_formatter("{x:.0%}")
+    axis.legend()
 
 
 def _draw_lengths(audit: DataAudit, axis: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinyllama_ds.data.order import SampleOrder
-from tinyllama_ds.data.packing import ConversationStream
+from tinyllama_ds.data.packing import PackedStream
 from tinyllama_ds.data.stream import TokenStream
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.errors import printable
@@ -43,8 +43,8 @@ def show_samples(
     )
     for position, number, epoch, sample in rows:
         stream = streams[order.sources[number]]
-        if isinstance(stream, ConversationStream):
-            documents = stream.conversations(sample, sequence_length)
+        if isinstance(stream, PackedStream):
+            documents = stream.documents(sample, sequence_length)
         else:
             documents = _documents(stream.sample(sample, sequence_length), tokenizer.eos_id)
         pieces = [tokenizer.decode(piece.tolist()) for piece in documents]

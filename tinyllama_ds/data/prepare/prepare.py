@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from tinyllama_ds.data.chat import ANSWER_HEADER, encode_conversations
 from tinyllama_ds.data.prepare.conversations import ChatFormat
 from tinyllama_ds.data.prepare.inputs import find_inputs, grouped_by_size
@@ -272,9 +274,11 @@ def _add_file(writer: ShardWriter, encoder: FileEncoder, task: ShardTask, path: 
             writer.add(encoded.ids, encoded.lengths, encoded.assistant_mask)
             shortened += Counter({f"turns beyond {fmt.max_tokens} tokens": encoded.shortened})
             rejected += Counter({f"first answer beyond {fmt.max_tokens} tokens": encoded.rejected})
+            text_bytes += sum(record.text_bytes for record in batch)
         else:
-            writer.add(*encoder.encode([record.text for record in batch if record.text]))
-        text_bytes += sum(record.text_bytes for record in batch)
+            kept_bytes, too_short = _add_texts(writer, encoder, [record for record in batch if record.text], fmt)
+            rejected += Counter({fmt.too_short: too_short})
+            text_bytes += kept_bytes
     return InputFile(
         path=task.relative(path),
         bytes=path.stat().st_size,
@@ -286,6 +290,19 @@ def _add_file(writer: ShardWriter, encoder: FileEncoder, task: ShardTask, path: 
         encoder=encoder.name,
         shortened=dict(sorted(shortened.items())),
     )
+
+
+def _add_texts(
+    writer: ShardWriter, encoder: FileEncoder, records: Sequence[Record], fmt: SourceFormat
+) -> tuple[int, int]:
+    """Write the documents that are long enough; returns the bytes of their text, and how many others there are."""
+    ids, lengths = encoder.encode([record.text for record in records])
+    is_kept = lengths >= fmt.min_tokens
+    if not is_kept.all():
+        ids = ids[np.repeat(is_kept, lengths)]
+    writer.add(ids, lengths[is_kept])
+    sizes = np.array([record.text_bytes for record in records], dtype=np.int64)
+    return int(sizes[is_kept].sum()), int(len(records) - is_kept.sum())
 
 
 def _memory(record: Record) -> int:

@@ -14,6 +14,7 @@ from tinyllama_ds.data.chat import Message
 from tinyllama_ds.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
+_TOKENS_WITHOUT_BYTES = 2  # EOS, and the space that sentencepiece adds before a text; others are a byte or more
 META_FIELD = "meta"  # of a record of a published corpus
 _KINDS = {
     str: "a text",
@@ -32,7 +33,8 @@ class SourceFormat:
     """Where a corpus has its text, and which of its subsets are used.
 
     A record's subset is in its metadata under `subset_field`; where a corpus has no such field, a file's subset
-    is its folder. `subsets` are the chosen ones, None for all but `excluded`.
+    is its folder. `subsets` are the chosen ones, None for all but `excluded`. Documents of fewer than `min_tokens`
+    tokens, EOS included, are rejected.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -40,11 +42,17 @@ class SourceFormat:
     subset_field: str | None = None
     subsets: frozenset[str] | None = None
     excluded: frozenset[str] = frozenset()
+    min_tokens: int = 0
 
     @property
     def folders(self) -> frozenset[str]:
         """The chosen subsets of a corpus that keeps its subsets in folders; empty where all are used."""
         return self.subsets if self.subsets is not None and self.subset_field is None else frozenset()
+
+    @property
+    def too_short(self) -> str:
+        """The rule that rejects a document of fewer than `min_tokens` tokens."""
+        return f"fewer than {self.min_tokens} tokens"
 
     def includes(self, subset: str) -> bool:
         return subset not in self.excluded if self.subsets is None else subset in self.subsets
@@ -81,13 +89,17 @@ class SourceFormat:
                 return Record(fault=f"{place}: {_unknown_subset(subset, self.subset_field)}")
             if not self.includes(subset):
                 return Record(rejected=f"subset {subset}")
+        if size + _TOKENS_WITHOUT_BYTES < self.min_tokens:  # without encoding it
+            return Record(rejected=self.too_short)
         return Record(text, size)
 
     def to_dict(self) -> dict:
-        return asdict(self) | {
+        """As in a manifest. `min_tokens` is in it only if it is used, so that older shards stay valid."""
+        content = asdict(self) | {
             "subsets": None if self.subsets is None else sorted(self.subsets),
             "excluded": sorted(self.excluded),
         }
+        return {key: value for key, value in content.items() if (key, value) != ("min_tokens", 0)}
 
 
 def instead_of(raw: object, key: str) -> str:
@@ -130,7 +142,9 @@ SOURCES: dict[str, SourceFormat] = {
 }
 
 
-def source_format(name: str, text_field: str | None = None, subsets: list[str] | None = None) -> SourceFormat:
+def source_format(
+    name: str, text_field: str | None = None, subsets: list[str] | None = None, min_tokens: int = 0
+) -> SourceFormat:
     """The format of a published corpus by its name; any other name is a corpus of the user's own.
 
     Raises `ConfigError` for a subset that SlimPajama does not have; subsets of other corpora are folders, which
@@ -141,7 +155,7 @@ def source_format(name: str, text_field: str | None = None, subsets: list[str] |
         if known.subset_field and subset not in SLIMPAJAMA_SUBSETS:
             raise ConfigError(f"{name}: has no subset {subset!r}; its subsets are {', '.join(SLIMPAJAMA_SUBSETS)}")
     chosen = frozenset(subsets) if subsets else None
-    return SourceFormat(text_field or known.text_field, known.subset_field, chosen, known.excluded)
+    return SourceFormat(text_field or known.text_field, known.subset_field, chosen, known.excluded, min_tokens)
 
 
 @dataclass(frozen=True)
