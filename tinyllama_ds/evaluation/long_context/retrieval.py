@@ -1,6 +1,6 @@
 """Which of its choices a model finds most likely after a long text, as lm-eval scores multiple choice.
 
-The text is computed once and kept as keys and values; each choice costs its own tokens.
+The text is computed once and kept as keys and values; all choices are computed together, each sees the text and itself.
 """
 
 from dataclasses import dataclass
@@ -35,21 +35,33 @@ def answer(model: Any, tokenizer: Any, question: Question) -> Answer:
     known = len(tokenizer.encode(line))
     choices = [tokenizer.encode(f"{line} {choice}")[known:] for choice in question.choices]
     found = model(text, use_cache=True, logits_to_keep=1)
-    first, cache = found.logits[0], found.past_key_values
-    scored = [_score(model, torch.tensor(ids, device=model.device), first, cache) for ids in choices]
+    more = _logits_within(model, choices, found.past_key_values)
+    scored = [
+        _score(torch.cat((found.logits[0], rows)), torch.tensor(ids, device=model.device))
+        for ids, rows in zip(choices, more, strict=True)
+    ]
     return Answer(question, tuple(value for value, _ in scored), scored[question.answer][1])
 
 
-def _score(model: Any, ids: Tensor, first: Tensor, cache: Any) -> tuple[float, bool]:
-    """The log-likelihood of some ids (n,) after a text, and whether each is the most likely one.
+def _logits_within(model: Any, choices: list[list[int]], cache: Any) -> tuple[Tensor, ...]:
+    """The logits of every id of a choice but the first (n - 1, V), by choice; `cache` holds a text."""
+    sizes = [len(ids) - 1 for ids in choices]
+    before, device = cache.get_seq_length(), model.device
+    owners = torch.repeat_interleave(torch.arange(len(choices)), torch.tensor(sizes))
+    if not len(owners):
+        return tuple(torch.empty(0, model.config.vocab_size, device=device) for _ in choices)
+    sees = torch.cat((torch.ones(len(owners), before), owners[:, None] == owners), dim=1).bool()
+    found = model(
+        torch.tensor([[token for ids in choices for token in ids[:-1]]], device=device),
+        attention_mask=sees.tril(before)[None, None].to(device),
+        position_ids=torch.tensor([[before + place for size in sizes for place in range(size)]], device=device),
+        past_key_values=cache,
+    )
+    return found.logits[0].split(sizes)
 
-    `first` is the logits of the first one (1, V), `cache` the text's keys and values.
-    """
-    logits = first
-    if len(ids) > 1:
-        more = model(ids[None, :-1], past_key_values=cache, use_cache=True).logits[0]  # (n - 1, V)
-        cache.crop(1 - len(ids))
-        logits = torch.cat((first, more))
+
+def _score(logits: Tensor, ids: Tensor) -> tuple[float, bool]:
+    """The log-likelihood of ids (n,) by their logits (n, V), and whether each is the most likely one."""
     log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     chosen = log_probs.gather(1, ids[:, None])
     return float(chosen.sum()), bool((log_probs.argmax(dim=-1) == ids).all())
