@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The quickstart's model extended from 256 to 2,048 tokens of context, in minutes on two cores: a run from its weights with
-# another rotation on long documents, then perplexity by position and needles, before and after, on one page. Start it again
+# another rotation on whole documents, then perplexity by position and needles, before and after, on one page. Start it again
 # to continue where it stopped; remove demo/long/ to redo it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,21 +17,16 @@ measure() { # model, name, further arguments
   fi
 }
 
-step "1/5 texts with numbers to find again: a small model does not learn to look back from so little text alone"
-tinyllama-ds demo-data "$demo/raw" --retrieval
-tinyllama-ds prepare --source retrieval --input "$demo/raw/retrieval" --tokenizer "$demo/tokenizer.model" \
-  --output "$demo/data"
-
-step "2/5 the extension: 2,048 tokens, a larger theta, whole documents, the same global batch in tokens"
+step "1/4 the extension: 2,048 tokens, a larger theta, whole documents, the same global batch in tokens"
 tinyllama-ds pretrain --recipe demo-long --deepspeed-config demo_long --data "$demo/data" --run-dir "$demo/long" \
   --init-from "$demo/run" --num-gpus 1
 
-step "3/5 what the model did before, up to its 512 positions, on the documents of the next step"
+step "2/4 what the model did before, up to its 512 positions, on the documents of the next step"
 measure "$demo/run" before --document-tokens 2048
 
-step "4/5 what it does now, up to 2,048"
+step "3/4 what it does now, up to 2,048"
 measure "$demo/long" after
 
-step "5/5 both on one page"
+step "4/4 both on one page"
 tinyllama-ds report "$demo/long" | tail -n 3
 step "done"

@@ -43,8 +43,6 @@ def _add_demo_data(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_mutually_exclusive_group().add_argument
     add("--chat", action="store_true", help="write conversations to OUT/chat instead")
-    numbers = "write texts with numbers to find again to OUT/retrieval instead, between text of OUT/slimpajama"
-    add("--retrieval", action="store_true", help=numbers)
     task = "write a task for evaluate instead, from the held-out text of OUT/slimpajama"
     add("--tasks", action="store_true", help=task)
     add_shared(parser, "--json")
@@ -54,7 +52,6 @@ def _demo_data(options: argparse.Namespace) -> int:
     """Write a raw demo corpus in the published formats, made from the Python installation."""
     from tinyllama_ds.data.demo.chat import SOURCE, make_demo_chat
     from tinyllama_ds.data.demo.corpus import make_demo_corpus
-    from tinyllama_ds.data.demo.retrieval import make_demo_retrieval
     from tinyllama_ds.data.demo.tasks import make_demo_task
 
     if options.tasks:
@@ -63,9 +60,6 @@ def _demo_data(options: argparse.Namespace) -> int:
     if options.chat:
         counts = make_demo_chat(options.output)
         return print_result(options, counts, f"{options.output / SOURCE}: {_counts(counts)}")
-    if options.retrieval:
-        counts = make_demo_retrieval(options.output)
-        return print_result(options, counts, f"{options.output / 'retrieval'}: {_counts(counts)}")
     made = make_demo_corpus(options.output, sources=options.source)
     lines = [f"{options.output / name}: {_counts(counts)}" for name, counts in made.items()]
     return print_result(options, made, "\n".join(lines) or f"{options.output}: already there")

@@ -6,12 +6,12 @@ measured.
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tinyllama_ds.data.demo.tasks import multiple_choice_task
-from tinyllama_ds.data.needles import NEEDLE, QUESTION, pieces_of
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.outputs import reporting_write_errors, write_file
 
@@ -19,10 +19,13 @@ CHOICES = 5
 DEPTHS = tuple(range(0, 101, 10))  # percent of the haystack before the needle
 SEED = 1234
 _DIGITS = 6
-WORDS = (
+_WORDS = (
     "anchor", "basket", "candle", "dragon", "engine", "forest", "garden", "hammer", "island", "jacket", "kettle",
     "ladder", "mirror", "orange", "pepper", "quartz", "ribbon", "saddle", "temple", "umbrella", "violin", "window",
 )  # fmt: skip
+_NEEDLE = "The magic number of {word} is {value}."
+_QUESTION = "What is the magic number of {word}? The magic number of {word} is"
+_PIECE = re.compile(r"[^\n]{0,79}\s|[^\n]{1,80}")  # up to a line end, or else a blank
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,16 @@ class Haystack:
         self._count = count_tokens
         empty = count_tokens("")
         self._documents: list[Pieces] = [
-            [(piece, count_tokens(piece) - empty) for piece in pieces_of(text)] for text in texts
+            [(piece, count_tokens(piece) - empty) for piece in _PIECE.findall(text)] for text in texts
         ]
 
     def question(self, length: int, depth: int, number: int) -> Question:
         """Question `number` of a length and a depth. Raises `ConfigError` where nothing but the needle would fit."""
         rng = random.Random(f"{SEED} {length} {depth} {number}")
-        word = rng.choice(WORDS)
+        word = rng.choice(_WORDS)
         choices = tuple(map(str, rng.sample(range(10 ** (_DIGITS - 1), 10**_DIGITS), CHOICES)))
         answer = rng.randrange(CHOICES)
-        needle, asked = NEEDLE.format(word=word, value=choices[answer]), QUESTION.format(word=word)
+        needle, asked = _NEEDLE.format(word=word, value=choices[answer]), _QUESTION.format(word=word)
         order = rng.sample(range(len(self._documents)), len(self._documents))
         longest = max(choices, key=self._count)
         budget = length - self._count(f"{needle}\n{asked} {longest}")
