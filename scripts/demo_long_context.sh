@@ -11,9 +11,9 @@ started=$SECONDS
 
 step() { printf '\n== %s (%d s)\n' "$*" $((SECONDS - started)); }
 
-measure() { # model, name, further arguments
-  if [[ ! -f $demo/long/evaluation/$2/long-context.png ]]; then
-    tinyllama-ds evaluate "$1" --suite long-context --data "$demo/data" --output "$demo/long/evaluation/$2" "${@:3}"
+measure() { # model, folder of its results, further arguments
+  if ! compgen -G "$2/long-context.png" >/dev/null; then
+    tinyllama-ds evaluate "$1" --suite long-context --data "$demo/data" "${@:3}"
   fi
 }
 
@@ -22,10 +22,11 @@ tinyllama-ds pretrain --recipe demo-long --deepspeed-config demo_long --data "$d
   --init-from "$demo/run" --num-gpus 1
 
 step "2/4 what the model did before, up to its 512 positions, on the documents of the next step"
-measure "$demo/run" before --document-tokens 2048
+before=$demo/long/evaluation/before # where the report of the extended run finds it
+measure "$demo/run" "$before" --document-tokens 2048 --output "$before"
 
 step "3/4 what it does now, up to 2,048"
-measure "$demo/long" after
+measure "$demo/long" "$demo/long/evaluation/step_*"
 
 step "4/4 both on one page"
 tinyllama-ds report "$demo/long" | tail -n 3

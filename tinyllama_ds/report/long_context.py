@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from tinyllama_ds.evaluation.long_context.charts import draw_contexts, draw_needle, draw_positions, lengths_of
+from tinyllama_ds.evaluation.long_context.charts import CONTEXTS, draw_contexts, draw_needle, draw_positions, lengths_of
 from tinyllama_ds.evaluation.long_context.result import long_context_tables
 from tinyllama_ds.page import Chart, Table, chart
 
@@ -24,7 +24,7 @@ def long_context_charts(results: Results) -> list[Chart]:
     ]
     return [
         chart(partial(draw_positions, results=results), "Perplexity by position"),
-        chart(partial(draw_contexts, results=results), "Perplexity of the same tokens by length of their context"),
+        chart(partial(draw_contexts, results=results), CONTEXTS),
         *heat_maps,
     ]
 

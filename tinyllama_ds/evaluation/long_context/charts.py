@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 _BLUE, _TEXT = "#0072b2", "#1d2126"  # series-0 and text of templates/colors.toml, which a page replaces
 _MARKED = 0.75  # opacity of a cell in which all answers are right; the text on it stays readable
 
+CONTEXTS = "Perplexity of the same tokens by context, with errors of the difference from the shortest"
+
 
 def draw_positions(axis: Any, results: Mapping[str, dict[str, Any]]) -> None:
     """Perplexity by position, a line per model, with standard errors."""
@@ -21,10 +23,13 @@ def draw_positions(axis: Any, results: Mapping[str, dict[str, Any]]) -> None:
 
 
 def draw_contexts(axis: Any, results: Mapping[str, dict[str, Any]]) -> None:
-    """Perplexity of the same tokens by the length of their context, a line per model."""
+    """Perplexity of the same tokens by the length of their context, a line per model, with the standard errors of the
+    differences from the shortest: documents differ more from each other than any context changes them.
+    """
     for number, (name, part) in enumerate(results.items()):
         if rows := part.get("contexts"):
-            _draw_losses(axis, [row["context"] for row in rows], rows, f"C{number}", name)
+            paired = [{"value": row["value"], "stderr": row["difference"]["stderr"]} for row in rows]
+            _draw_losses(axis, [row["context"] for row in rows], paired, f"C{number}", name)
     _finish(axis, "longest context, tokens")
 
 
@@ -87,7 +92,7 @@ def long_context_figure(found: dict[str, Any]) -> "Figure":
     draw_needle(needle, part["needle"])
     titles = {
         positions: "Perplexity by position",
-        contexts: "Perplexity of the same tokens by context",
+        contexts: CONTEXTS,
         needle: f"Needle in a haystack: right answers (chance: {1 / part['needle']['choices']:.0%})",
     }
     for axis, title in titles.items():
