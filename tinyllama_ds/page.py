@@ -29,6 +29,11 @@ class Table:
         note = [f"({self.note})"] if self.note else []
         return "\n  ".join([self.title, *body, *note])
 
+    def as_markdown(self) -> str:
+        """The rows alone."""
+        rule = ["---" if column in self.text_columns else "---:" for column, _ in enumerate(self.head)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in (self.head, rule, *self.rows))
+
 
 @dataclass(frozen=True)
 class Chart:

@@ -34,6 +34,7 @@ FOLDERS = {
     "import": ["import", "absent"],
     "prefer": ["prefer", "--preferences", "absent", "--deepspeed-config", CONFIG, "absent"],
     "evaluate": ["evaluate", "absent", "--suite", "commonsense", "--output"],
+    "evaluate, tasks": ["evaluate", "absent", "--suite", "long-context", "--write-tasks"],
     "bench": ["bench", "--deepspeed-config", "absent.json", "--output"],
 }
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_report import STEP_TOKENS, STEPS, write_run
+from test_report import STEP_TOKENS, STEPS, long_context, write_run
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.errors import EXIT_CONFIG
@@ -44,6 +44,17 @@ def test_runs_are_compared_by_tokens_compute_and_cost(
     assert text.count("<svg") == 4
     assert "deepspeed_config.gradient_clipping" in text
     assert "<script" not in text
+
+
+def test_long_contexts_of_all_runs_are_in_one_chart(runs: list[Path], tmp_path: Path) -> None:
+    for run, length in zip(runs, (256, 2048), strict=True):
+        (run / "evaluation" / "step_00000240" / "long-context.json").write_text(long_context(length))
+    page = tmp_path / "page.html"
+    assert main(["report", *map(str, runs), "--output", str(page)]) == 0
+    text = page.read_text()
+    assert text.count("<svg") == 4 + 2 + 2
+    for part in ("Long context", "one, step_00000240: Perplexity by position", "right answers: other, step_00000240"):
+        assert part in text
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

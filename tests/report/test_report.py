@@ -197,6 +197,7 @@ def test_the_page_shows_everything(run: Path) -> None:
     for text in ("Pythia-1.0B", ">70.70<", ">51.23 ± 1.20<", "a misprint", ">0.5123<", "300B", "step_00000240/suite"):
         assert text in page, text
     assert "torn" not in page
+    assert "Long context" not in page
     for text in (
         "Scores during training",
         "<figcaption>acc</figcaption>",
@@ -208,6 +209,56 @@ def test_the_page_shows_everything(run: Path) -> None:
     for text in ("n1 (2 ranks)", "torch", "b$x$", "clipped at 1"):
         assert text in page, text
     assert [stage["name"] for stage, _, _ in read_history(run).stages()] == ["basic", HOSTILE]
+
+
+def long_context(length: int, **changes: object) -> str:
+    """What `evaluate --suite long-context` writes of a model that answers all questions at the end of a text."""
+    loss = {"value": 2.5, "stderr": 0.1}
+    cells = [
+        {"length": length, "depth": depth, "questions": 4, "right": 4 * (depth == 100), "exact": 0, "low": 0, "high": 1}
+        for depth in (0, 50, 100)
+    ]
+    part = {
+        "documents": 7,
+        "document_tokens": 2048,
+        "sources": {HOSTILE: 7},
+        "positions": [loss | {"first": length // 2, "end": length, "tokens": 333}],
+        "contexts": [loss | {"context": length, "tokens": 7175, "difference": {"value": -0.25, "stderr": 0.01}}],
+        "needle": {"choices": 5, "cells": cells, "all": cells[2] | {"questions": 12, "p_value": 0.205}},
+    }
+    return json.dumps({"suite": "long-context", "long_context": part | changes})
+
+
+def test_long_contexts_have_a_section_with_a_line_and_a_heat_map_per_checkpoint(run: Path) -> None:
+    for name, length in (("before", 256), ("step_00000240", 2048)):
+        (run / "evaluation" / name).mkdir(exist_ok=True)
+        (run / "evaluation" / name / "long-context.json").write_text(long_context(length))
+    page = page_of(run)
+    assert len(re.findall(r"<svg.*?</svg>", page, flags=re.S)) == 12 + 4
+    for text in (
+        *("Needle in a haystack, right answers: before", "step_00000240: Perplexity by position", ">1,024 to 2,047<"),
+        *(
+            ">2.5000 ± 0.1000<",
+            ">12.18<",
+            ">-0.2500 ± 0.0100<",
+            ">4/4<",
+            "in all 4 of 12: 33.3%",
+            "have the probability 0.2",
+        ),
+    ):
+        assert text in page, text
+    assert "<script" not in page
+    assert "step_00000240/suite" in page, "scores of tasks as before"
+    assert "step_00000240/long-context" not in page
+
+
+@pytest.mark.parametrize("changes", [{"positions": [1]}, {"needle": {}}, {"documents": "7"}, {"contexts": None}])
+def test_damaged_results_of_long_contexts_are_not_shown(changes: dict, run: Path) -> None:
+    file = run / "evaluation/step_00000240/long-context.json"
+    file.write_text(long_context(256, **changes))
+    assert read_history(run).long_context == {}
+    file.write_text(long_context(256))
+    assert list(read_history(run).long_context) == ["step_00000240"]
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,18 @@ from typing import TYPE_CHECKING, Any
 from tinyllama_ds.commands.arguments import POSITIVE, WholeNumber, add_shared, output_folder, words_of
 from tinyllama_ds.commands.placement import local_placement
 from tinyllama_ds.commands.printing import print_result
+from tinyllama_ds.commands.trained.long_context import (
+    add_long_context_arguments,
+    check_long_context_arguments,
+    long_context_outputs,
+    measure_long_context,
+)
 from tinyllama_ds.distributed.session import run_in_session
 from tinyllama_ds.errors import EXIT_FINISHED, ConfigError
 from tinyllama_ds.evaluation.harness import Ranks, evaluate, language_model
 from tinyllama_ds.evaluation.sandbox import open_sandbox
 from tinyllama_ds.evaluation.scores import Evaluation, as_json, as_markdown, read_scores, scores_figure
-from tinyllama_ds.evaluation.suites import HUMANEVAL, suite_named
+from tinyllama_ds.evaluation.suites import HUMANEVAL, LONG_CONTEXT, suite_named
 from tinyllama_ds.launch.launcher import SCORE, launcher_command, launcher_environment
 from tinyllama_ds.outputs import check_folder, reporting_write_errors, write_figure, write_file
 
@@ -35,20 +41,23 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="checkpoint, run directory, model folder, HF folder")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--suite", help="commonsense, instruct or chinese: TinyLlama's published ones")
+    what.add_argument("--suite", help="commonsense, instruct, chinese: TinyLlama's published ones; or long-context")
     what.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-eval, and suites")
     what.add_argument("--task-file", nargs="+", metavar="YAML", help="task files of your own, in lm-eval's format")
     add("--shots", type=WholeNumber(0, 1000), metavar="N", help="examples in the prompt (default: the task's own)")
     add("--limit", type=POSITIVE, metavar="N", help="only the first N documents of each task, to try it out")
     add("--data-dir", type=Path, metavar="DIR", help="datasets on disk, without access to the hub")
     add("--batch-size", type=WholeNumber(1, 100_000), default=32, metavar="B", help="per rank")
-    arithmetic = "of weights and arithmetic (default: %(default)s, as for the published scores)"
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help=arithmetic)
+    arithmetic = (
+        "of weights and arithmetic (default: float32, as for the published scores; of long contexts on GPUs bfloat16)"
+    )
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help=arithmetic)
     add("--device", choices=("cuda", "cpu"), help="default: cuda if available")
     add_shared(parser, "--num-gpus", help="ranks on this machine (default: its GPUs, else 1)")
     add("--allow-code-execution", action="store_true", help="HumanEval: run what the model writes, in a sandbox")
     add("--output", type=output_folder, metavar="DIR", help="default: RUN/evaluation/STEP, or evaluation/MODEL")
     add_shared(parser, "--json")
+    add_long_context_arguments(parser)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -68,11 +77,15 @@ def prepare(options: argparse.Namespace) -> None:
     _check_arguments(options)
     if options.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # whatever the GPUs are like
-    require_lm_eval()
-    set_offline_if_hub_unreachable(options.data_dir)
+    if options.suite != LONG_CONTEXT:
+        require_lm_eval()
+        set_offline_if_hub_unreachable(options.data_dir)
 
 
 def _check_arguments(options: argparse.Namespace) -> None:
+    if options.suite and options.suite != LONG_CONTEXT:
+        suite_named(options.suite)
+    check_long_context_arguments(options)
     if options.shots is not None and options.suite:
         raise ConfigError("--shots is for --tasks and --task-file; a suite has those of the published table")
     if not options.model.exists():
@@ -115,19 +128,41 @@ def evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> i
 def _evaluate_on_rank(options: argparse.Namespace, world: "DistributedInfo") -> int:
     if not world.is_rank0:
         os.environ["TQDM_DISABLE"] = "1"
-    names = {benchmark.task for benchmark in suite_named(options.suite).benchmarks} if options.suite else None
     where = _output_folder(options)
     check_folder(where)
+    if options.dtype is None:
+        is_long = options.suite == LONG_CONTEXT and world.device.type == "cuda"
+        options.dtype = "bfloat16" if is_long else "float32"
+    found = (_long_context if options.suite == LONG_CONTEXT else _scores)(options, world)
+    return _write(options, found, where) if world.is_rank0 else EXIT_FINISHED
+
+
+def _scores(options: argparse.Namespace, world: "DistributedInfo") -> dict[str, Any]:
+    names = {benchmark.task for benchmark in suite_named(options.suite).benchmarks} if options.suite else None
     ranks = _join(world)
     tasks = _load_tasks(options, world)
     model, tokenizer, tokens = _load_model(options, world)
     results = evaluate(lambda: language_model(model, tokenizer, options.batch_size), tasks, ranks, options.limit)
-    if not world.is_rank0:
-        return EXIT_FINISHED
-    versions = {package: version(package) for package in _PACKAGES}
-    scores = read_scores(results, names)
-    measured = Evaluation(str(options.model), tokens, options.suite, scores, _settings(options, world), versions)
-    return _write(options, as_json(measured, results), where)
+    scores, versions = read_scores(results, names), _versions(*_PACKAGES)
+    settings = _settings(options, world)
+    return as_json(Evaluation(str(options.model), tokens, options.suite, scores, settings, versions), results)
+
+
+def _long_context(options: argparse.Namespace, world: "DistributedInfo") -> dict[str, Any]:
+    ranks = _join(world)
+    model, tokenizer, tokens = _load_model(options, world)
+    return {
+        "model": str(options.model),
+        "tokens": tokens,
+        "suite": options.suite,
+        "long_context": measure_long_context(options, model, tokenizer, ranks),
+        "settings": {"dtype": options.dtype, "ranks": world.size, "device": world.device.type},
+        "versions": _versions("transformers", "torch", "tokenizers"),
+    }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {package: version(package) for package in packages}
 
 
 def _join(world: "DistributedInfo") -> Ranks:
@@ -208,14 +243,16 @@ def _output_folder(options: argparse.Namespace) -> Path:
 
 def _write(options: argparse.Namespace, found: dict[str, Any], where: Path) -> int:
     """Print the scores, whatever becomes of the files."""
-    stem, text = options.suite or "tasks", as_markdown(found)
+    stem = options.suite or "tasks"
+    is_long = stem == LONG_CONTEXT
+    text, figure = long_context_outputs(found) if is_long else (as_markdown(found), scores_figure(found))
     sys.stderr.flush()
     code = print_result(options, found, f"{text}\n{where / stem}.md, .json and .png")
     with reporting_write_errors(where):
         where.mkdir(parents=True, exist_ok=True)
     write_file(where / f"{stem}.md", text)
     write_file(where / f"{stem}.json", json.dumps(found, indent=1, default=str) + "\n")
-    write_figure(scores_figure(found), where / f"{stem}.png")
+    write_figure(figure, where / f"{stem}.png")
     return code
 
 

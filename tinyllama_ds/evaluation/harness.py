@@ -33,7 +33,7 @@ class _KnownFailure(Exception):
 
 
 @contextmanager
-def _raising_on_all_ranks(ranks: Ranks) -> Iterator[Ranks]:
+def raising_on_all_ranks(ranks: Ranks) -> Iterator[Ranks]:
     """Ranks whose every gather also tells whether a rank has failed, so that none waits for it forever.
 
     Raises the first failure on every rank, as `ConfigError` or `EvaluationFailed`. A failure of the gather itself is
@@ -130,7 +130,7 @@ def evaluate(
     _silence_logs()
     if not may_fork:
         os.environ[_NO_FORKS] = "1"
-    with _raising_on_all_ranks(ranks) as together:
+    with raising_on_all_ranks(ranks) as together:
         lm = build()
         reject_long_generations(tasks["tasks"], lm.max_length, lm.max_gen_toks)
         _seed(tasks["tasks"])

@@ -159,17 +159,22 @@ def as_markdown(found: dict[str, Any]) -> str:
     rows = list(table.rows)
     if found["suite"]:
         rows[-1] = [f"**{cell}**" for cell in rows[-1]]
-    rule = ["---" if column in table.text_columns else "---:" for column, _ in enumerate(table.head)]
-    lines = [f"# {found['model']}\n", *(f"| {' | '.join(row)} |" for row in (table.head, rule, *rows))]
+    lines = [f"# {found['model']}\n", replace(table, rows=rows).as_markdown()]
     if found["suite"]:
         tasks = (
             f"{score['task']} (version {score['version'] or 'unknown'}, {score['shots'] or 0}-shot, {score['metric']})"
             for score in found["percent"]
         )
         lines.append(f"\n{table.note}\n\nTasks: {', '.join(tasks)}.")
-    for title in ("settings", "versions"):
-        lines.append(f"\n{title.capitalize()}: {', '.join(f'{name} {value}' for name, value in found[title].items())}.")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *described(found)]) + "\n"
+
+
+def described(found: dict[str, Any]) -> list[str]:
+    """How it was measured, in paragraphs of Markdown."""
+    return [
+        f"\n{title.capitalize()}: {', '.join(f'{name} {value}' for name, value in found[title].items())}."
+        for title in ("settings", "versions")
+    ]
 
 
 def scores_figure(found: dict[str, Any]) -> "Figure":

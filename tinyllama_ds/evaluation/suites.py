@@ -9,6 +9,7 @@ from tinyllama_ds.config.validation import validate
 from tinyllama_ds.errors import ConfigError
 
 HUMANEVAL = "humaneval"
+LONG_CONTEXT = "long-context"  # which is measured without lm-eval (`long_context/`)
 
 
 @dataclass(frozen=True)
@@ -64,5 +65,5 @@ def load_suites() -> dict[str, Suite]:
 def suite_named(name: str) -> Suite:
     """Raises `ConfigError` for an unknown name."""
     if name not in load_suites():
-        raise ConfigError(f"suite {name!r} is unknown; choose {', '.join(load_suites())}")
+        raise ConfigError(f"suite {name!r} is unknown; choose {', '.join([*load_suites(), LONG_CONTEXT])}")
     return load_suites()[name]

@@ -12,6 +12,7 @@ from tinyllama_ds.model.config import LlamaConfig
 from tinyllama_ds.numbers import duration, short_count
 from tinyllama_ds.page import Table, chart, render
 from tinyllama_ds.report.history import History
+from tinyllama_ds.report.long_context import all_long_context_tables, long_context_charts
 from tinyllama_ds.report.sample_losses import Difference, draw_differences, loss_table
 
 _SETTINGS = (
@@ -119,11 +120,13 @@ def comparison_page(runs: Runs, figures: Mapping[str, dict[str, Any]], losses: l
         charts.append(chart(partial(draw_differences, differences=losses), f"Difference from {losses[0].first}"))
     rows = differences(runs)
     settings = Table("What differs", ("", *runs), rows, "From each run's run.json.", range(len(runs) + 1))
+    measured = {f"{run}, {name}": part for run, of in runs.items() for name, part in of.long_context.items()}
     lowest = min(figures, key=lambda run: figures[run].get("Train/Loss", float("inf")))
     verdict = f"{len(runs)} runs; the lowest last training loss is {lowest}'s"
     return render(
         "comparison.html", title="Comparison of runs", verdict=verdict, passed=True, reached=comparison_table(figures),
         charts=charts, by_source=loss_table(losses), settings=settings,
+        long_context_charts=long_context_charts(measured), long_context_tables=all_long_context_tables(measured),
     )  # fmt: skip
 
 

@@ -95,6 +95,61 @@ class Scores(TypedDict, total=False):
     scores: OnErrorOmit[list[OnErrorOmit[TaskScore]]]
 
 
+class _Loss(TypedDict):
+    value: _Number
+    stderr: _Number | None
+
+
+class _Position(_Loss):
+    first: _Positive
+    end: _Positive
+    tokens: _Count
+
+
+class _Context(_Loss):
+    context: _Positive
+    tokens: _Count
+    difference: _Loss
+
+
+class _Share(TypedDict):
+    questions: _Positive
+    right: _Count
+    exact: _Count
+    low: _Number
+    high: _Number
+
+
+class _Cell(_Share):
+    length: _Positive
+    depth: _Count
+
+
+class _AllAnswers(_Share):
+    p_value: _Number
+
+
+class _Needle(TypedDict):
+    choices: _Positive
+    cells: Annotated[list[_Cell], Field(min_length=1)]
+    all: _AllAnswers
+
+
+class _Measured(TypedDict):
+    documents: _Count
+    document_tokens: _Count
+    sources: dict[str, _Count]
+    positions: list[_Position]
+    contexts: list[_Context]
+    needle: _Needle
+
+
+class LongContext(TypedDict):
+    """A file of `evaluate --suite long-context`."""
+
+    long_context: _Measured
+
+
 def validated(content: object, shape: Any) -> dict:
     """The parts of a JSON object that have the types of `shape`; empty if required ones are missing."""
     try:

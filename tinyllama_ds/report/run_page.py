@@ -12,6 +12,7 @@ from tinyllama_ds.numbers import duration, short_count
 from tinyllama_ds.page import Chart, Table, chart, render
 from tinyllama_ds.report.charts import PANELS, draw_losses, draw_mixture, draw_tasks
 from tinyllama_ds.report.history import History
+from tinyllama_ds.report.long_context import all_long_context_tables, long_context_charts
 
 _MAX_ROWS = 40  # of a table; the newest
 _SAMPLED = [number / 7 for number in range(8)]  # the places of the samples of a prompt, from first to last
@@ -103,6 +104,8 @@ def report_page(
         samples=_samples(history),
         task_charts=[drawn(partial(draw_tasks, metric=metric), metric, True) for metric in metrics_of_tasks],
         scores=list(map(scores_table, history.scores)),
+        long_context_charts=long_context_charts(history.long_context),
+        long_context_tables=all_long_context_tables(history.long_context),
         machine=_machine(history),
     )
 
