@@ -67,7 +67,7 @@ def value_unlike_the_default(action: argparse.Action) -> list[str]:
         return []
     if action.choices:
         return [next(choice for choice in action.choices if choice != action.default)]
-    return ["5"] if isinstance(action.type, WholeNumber) else ["some.toml"]
+    return [str(max(5, action.type.least))] if isinstance(action.type, WholeNumber) else ["some.toml"]
 
 
 def test_an_option_is_declared_once(
