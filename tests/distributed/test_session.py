@@ -20,9 +20,11 @@ subprocess.Popen([sys.executable, "-c", rank], process_group=0)
 print(os.getpid(), flush=True)
 time.sleep(600)
 """
+# A background job ignores SIGINT, and so would what it starts.
 COMMAND = """
-import sys, tempfile
+import signal, sys, tempfile
 from tinyllama_ds.distributed.session import run_in_session
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with tempfile.TemporaryDirectory(dir=sys.argv[1]):
     run_in_session([sys.executable, "-c", sys.argv[2]], {})
 """
