@@ -2,13 +2,13 @@
 
 import json
 import os
-import random
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fast_folders
 import pytest
+from made_up import made_up_text
 from registry import unpacked
 
 from tinyllama_ds.data.prepare.prepare import Preparation, prepare
@@ -16,10 +16,6 @@ from tinyllama_ds.data.prepare.sources import source_format
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.data.tokenizers.train_tokenizer import train_tokenizer
-
-VOCABULARY = """the a small llama model token shard reads writes learns step loss rate rank batch gradient weight norm
-layer attention head query key value rope cosine sine floor peak data order seed epoch sample document source code"""
-
 
 pytest_plugins = ("tiers", "skips", "mutating")
 
@@ -59,19 +55,6 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     yield make
     for place in mounted:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
-def made_up_text(seed: int, words: int) -> str:
-    """Sentences and lines of code that a small model can learn something from."""
-    rng, vocabulary = random.Random(seed), VOCABULARY.split()
-    lines = []
-    while words > 0:
-        count = rng.randint(3, 12)
-        line = " ".join(rng.choices(vocabulary, k=count))
-        indent = "    " * rng.randint(0, 2)
-        lines.append(f"{indent}{line} = {rng.randint(0, 999)}" if rng.random() < 0.3 else f"{line}.")
-        words -= count
-    return "\n".join(lines)
 
 
 @pytest.fixture(scope="session")

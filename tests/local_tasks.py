@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from conftest import made_up_text
+from made_up import made_up_text
 
 from tinyllama_ds.data.demo.tasks import multiple_choice_task
 

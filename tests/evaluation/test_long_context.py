@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import made_up_text
 from forked import on_ranks, run_module
 from hf_folders import write_hf_folder
+from made_up import made_up_text
 from scipy import stats
 
 from tinyllama_ds.cli import main

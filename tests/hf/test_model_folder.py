@@ -47,10 +47,6 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f, model=CONFIG.to_dict() | {"intermediate_size": 128}),
         "model: its model has intermediate_size 128; the recipe's has 176",
     ),
-    "another rotation": (
-        lambda f: edit(f, model=CONFIG.to_dict() | {"rope_theta": 5e5}),
-        "model: its model has rope_theta 500000.0; the recipe's has 10000.0",
-    ),
     "another tokenizer": (add_to_tokenizer, "model/tokenizer.model: is not the tokenizer of this model folder"),
 }  # fmt: skip
 

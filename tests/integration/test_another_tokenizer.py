@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import made_up_text
 from forked import pretrain
 from launching import write_deepspeed_config, write_recipe
 from local_tasks import write_tasks
+from made_up import made_up_text
 
 from tinyllama_ds.checkpoint.initial_weights import open_initial_weights
 from tinyllama_ds.cli import main

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import made_up_text
 from forked import tinyllama_ds
 from launching import Finished, run, write_deepspeed_config, write_recipe
+from made_up import made_up_text
 
 from tinyllama_ds.data.tokenizers.train_tokenizer import train_tokenizer
 from tinyllama_ds.distributed.network import free_port

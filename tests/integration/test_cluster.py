@@ -17,7 +17,6 @@ from pathlib import Path
 import psutil
 import pytest
 import slurm
-from conftest import made_up_text
 from forked import pretrain
 from hosts import Finished, Host, start_hosts, why_not
 from launching import (
@@ -29,6 +28,7 @@ from launching import (
     write_deepspeed_config,
     write_recipe,
 )
+from made_up import made_up_text
 
 from tinyllama_ds.checkpoint.format import Progress, find_checkpoints, read_manifest
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer

@@ -7,10 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import made_up_text
 from forked import pretrain, tinyllama_ds
 from hf_folders import write_hf_folder
 from launching import write_deepspeed_config
+from made_up import made_up_text
 from test_docs import commands_of
 
 from tinyllama_ds.config.recipe import RECIPE_DIRECTORY

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import made_up_text
 from launching import SEQUENCE_LENGTH, STEP_TOKENS, read_series, tinyllama_ds, write_deepspeed_config
+from made_up import made_up_text
 from test_docs import commands_of
 from test_importing import write_hf_folder
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import launching
 import pytest
 import transformers
-from conftest import made_up_text
 from forked import tinyllama_ds
 from launching import STEP_TOKENS, Finished, read_series, write_deepspeed_config, write_recipe
+from made_up import made_up_text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STEPS = 8

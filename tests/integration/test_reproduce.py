@@ -13,8 +13,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import made_up_text
 from launching import read_series, write_deepspeed_config
+from made_up import made_up_text
 from registry import unpacked
 
 from tinyllama_ds.checkpoint.format import find_checkpoints, read_manifest

@@ -10,8 +10,8 @@ from typing import Any
 import fast_folders
 import pytest
 import torch
-from conftest import made_up_text
 from drafts import GREEDY, model, one_thread, perturbed
+from made_up import made_up_text
 
 from tinyllama_ds.data.chat import Message
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
