@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from forked import pretrain
+from hosts import start_hosts, why_not
 from ladders import write_ladder
 from launching import read_series, read_series_so_far, wait_until
 
@@ -61,3 +62,18 @@ def test_an_interrupted_ladder_continues(data_dir: Path, tmp_path: Path) -> None
     assert (runs / "d1" / "metrics.jsonl").read_bytes() == before
     assert len((runs / "d2" / "starts.jsonl").read_text().splitlines()) == 2
     assert "predicted final validation loss" in finished.stdout
+
+
+@pytest.mark.real
+@pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+def test_hosts_train_a_size_each(data_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two hosts with sshd: the head node starts a launcher on each, and fits when all sizes are finished."""
+    path, runs, hostfile = write_ladder(tmp_path, tokens=TOKENS, **SHARES), tmp_path / "runs", tmp_path / "hostfile"
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
+    with start_hosts(2, tmp_path_factory.mktemp("hosts")) as hosts:
+        arguments = ("--data", data_dir, "--run-dir", runs, "--hostfile", hostfile, "--skip-doctor")
+        finished = hosts[0].tinyllama_ds("ladder", path, *arguments, timeout=900)
+        assert finished.returncode == 0, finished.stderr
+    starts = {size: json.loads((runs / size / "starts.jsonl").read_text()) for size in ("d1", "d2", "d3", "d4")}
+    assert {host for start in starts.values() for host in start["hosts"]} == {"node1", "node2"}
+    assert (runs / "ladder.html").is_file()
