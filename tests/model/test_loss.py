@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 
 from tinyllama_ds.model import loss
 from tinyllama_ds.model.loss import IGNORE_INDEX, LMHeadLoss, chunked_cross_entropy
@@ -36,21 +37,11 @@ def test_no_target_is_no_loss_and_no_gradient() -> None:
 
 def test_never_holds_the_logits_of_the_batch() -> None:
     """The largest tensor that the loss makes is one chunk of logits, seen through PyTorch's dispatcher."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
     rows, weight = torch.randn(512, 16, requires_grad=True), torch.randn(1000, 16, requires_grad=True)
     labels = torch.randint(1000, (512,))
-    with Watch():
+    with LargestTensor() as largest:
         chunked_cross_entropy(rows, weight, labels, chunk_rows=32).backward()
-    assert largest == 32 * 1000
+    assert largest.elements == 32 * 1000
 
 
 def test_the_loss_of_each_target_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:

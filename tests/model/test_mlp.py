@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import LargestTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig as TheirConfig
@@ -75,24 +75,15 @@ def test_no_tensor_has_all_rows_and_the_intermediate_size(monkeypatch: pytest.Mo
     """Neither in the forward pass nor where it is made again, nor among the gradients; and no product is made twice
     more often than without chunks.
     """
-    largest, whole = 0, T * CONFIG.intermediate_size
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
+    whole = T * CONFIG.intermediate_size
     counts = []
     for chunk in (T, 8):
         monkeypatch.setattr(mlp, "MLP_CHUNK_TOKENS", chunk)
-        step, largest = recomputed(T), 0
-        with Watch(), FlopCounterMode(display=False) as flops:
+        step = recomputed(T)
+        with LargestTensor() as largest, FlopCounterMode(display=False) as flops:
             step()
         counts.append(flops.get_total_flops())
-        assert (largest < whole) == (chunk < T)
+        assert (largest.elements < whole) == (chunk < T)
     assert counts[0] == counts[1]
 
 
