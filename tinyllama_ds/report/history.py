@@ -11,6 +11,7 @@ import numpy as np
 
 from tinyllama_ds.bars import progress
 from tinyllama_ds.errors import ConfigError
+from tinyllama_ds.evaluation.suites import LONG_CONTEXT
 from tinyllama_ds.files import Kinds, parse_row, read_object_if_whole, whole_rows
 from tinyllama_ds.layout import LEDGER_FILE, METRICS_FILE, RUN_FILE, STARTS_FILE, STATUS_FILE
 from tinyllama_ds.report.run_files import LARGEST, Description, LongContext, Scores, Start, TaskScore, validated
@@ -19,7 +20,6 @@ _COLUMNS = 500  # of a drawing
 _MOST_POINTS = 65_536  # of a series, before it is thinned out
 _TAIL_BYTES = 65_536
 _SCORES = ("scores/*.json", "evaluation/*/*.json")  # the latter is by checkpoint
-_LONG_CONTEXT = "long-context"  # the suite whose file has no scores of tasks
 # Required keys of a row: of metrics.jsonl and starts.jsonl, and of the others.
 _STEPS: dict[str, Kinds] = {"step": int, "tokens": int}
 _SKIPS: dict[str, Kinds] = {"event": str, "step": int, "first_sample": int, "last_sample": int, "reason": str}
@@ -152,11 +152,11 @@ def read_history(run_dir: Path) -> History:
             content | {"name": f"{file.parent.name}/{file.stem}"}
             for pattern in _SCORES
             for file in sorted(run_dir.glob(pattern))
-            if file.stem != _LONG_CONTEXT and (content := validated(read_object_if_whole(file), Scores))
+            if file.stem != LONG_CONTEXT and (content := validated(read_object_if_whole(file), Scores))
         ],
         long_context={
             file.parent.name: content["long_context"]
-            for file in sorted(run_dir.glob(f"evaluation/*/{_LONG_CONTEXT}.json"))
+            for file in sorted(run_dir.glob(f"evaluation/*/{LONG_CONTEXT}.json"))
             if (content := validated(read_object_if_whole(file), LongContext))
         },
     )
