@@ -125,9 +125,14 @@ def data_parallel_size(recipe: Recipe, world_size: int, sequence_parallel: int) 
         if number % sequence_parallel:
             raise ConfigError(
                 f"--sequence-parallel {sequence_parallel} does not divide the {number} {what}; numbers that work:"
-                f" {_join(_divisors(gcd(world_size, heads, length)))}"
+                f" {_join(sequence_parallel_sizes(recipe, world_size))}"
             )
     return world_size // sequence_parallel
+
+
+def sequence_parallel_sizes(recipe: Recipe, ranks: int) -> list[int]:
+    """The numbers of ranks that may share each sequence: divisors of ranks, query heads and sequence, 1 included."""
+    return _divisors(gcd(ranks, recipe.model.num_attention_heads, recipe.sequence_length))
 
 
 def accumulation_steps(batch: int, data_size: int, micro_batch: int) -> int:

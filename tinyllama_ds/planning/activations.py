@@ -42,6 +42,10 @@ class Work:
             return 0
         return ceil(self.tokens / ceil(self.tokens / MLP_CHUNK_TOKENS))
 
+    def recomputed_blocks(self, model: LlamaConfig) -> int:
+        """Every k-th block, from the first on."""
+        return ceil(model.num_hidden_layers / self.recompute_every) if self.recompute_every else 0
+
     def key_heads(self, model: LlamaConfig) -> int:
         """Those of all GPUs that share a sequence: as often as makes them divide."""
         return lcm(model.num_key_value_heads, self.sequence_parallel)
@@ -115,7 +119,7 @@ def _key_width(model: LlamaConfig, work: Work) -> int:
 def activation_rows(model: LlamaConfig, layout: Layout, work: Work) -> list[MemoryRow]:
     """Every row of the activations of one rank."""
     block, L, tokens = block_bytes_per_token(model, layout, work), model.num_hidden_layers, work.tokens
-    recomputed = ceil(L / work.recompute_every) if work.recompute_every else 0
+    recomputed = work.recomputed_blocks(model)
     kept, final = (L - recomputed) * block, (4 + 3 * layout.weight_bytes) * model.hidden_size
     how = f"{block:,} B x {L - recomputed} blocks x {tokens:,} tokens"
     rows = [

@@ -113,7 +113,7 @@ def exchanges_of(model: LlamaConfig, layout: Layout, work: Work, accumulation: i
     N, blocks = work.sequence_parallel, model.num_hidden_layers
     if N == 1:
         return []
-    passes = accumulation * (2 * blocks + (ceil(blocks / work.recompute_every) if work.recompute_every else 0))
+    passes = accumulation * (2 * blocks + work.recomputed_blocks(model))
     heads = 2 * model.num_attention_heads + 2 * work.key_heads(model)
     size = passes * work.tokens * layout.weight_bytes * model.head_dim * heads
     return [Collective("sequence exchange", "all-to-all", size, 2 * passes, is_in_node=True, group=N)]

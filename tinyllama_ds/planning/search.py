@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from tinyllama_ds.config.run_plan import micro_batches_of
+from tinyllama_ds.config.run_plan import micro_batches_of, sequence_parallel_sizes
 from tinyllama_ds.errors import ConfigError
 from tinyllama_ds.hardware.gpus import GIB
 from tinyllama_ds.planning.communication import Hosts
@@ -86,16 +86,15 @@ def _shares(request: PlanRequest, inputs: Inputs) -> list[tuple[int, int]]:
     """Sequence parallelism and micro-batch: sharing a larger micro-batch would leave as many tokens on a GPU."""
     if request.sequence_parallel > 1:
         return [(request.sequence_parallel, size) for size in _micro_batches(inputs, data_ranks(request, inputs))]
-    gpus, heads, T = request.machines.hosts.gpus, inputs.model.num_attention_heads, inputs.recipe.sequence_length
-    ranks = request.machines.hosts.ranks
+    hosts = request.machines.hosts
     shared = [
         (number, 1)
-        for number in range(2, gpus + 1)
-        if gpus % number == heads % number == T % number == 0 and not _indivisible(inputs, ranks // number)
+        for number in sequence_parallel_sizes(inputs.recipe, hosts.gpus)
+        if number > 1 and not _indivisible(inputs, hosts.ranks // number)
     ]
-    if shared and _indivisible(inputs, ranks):
+    if shared and _indivisible(inputs, hosts.ranks):
         return shared
-    return [*((1, size) for size in _micro_batches(inputs, ranks)), *shared]
+    return [*((1, size) for size in _micro_batches(inputs, hosts.ranks)), *shared]
 
 
 def _indivisible(inputs: Inputs, data_size: int) -> bool:

@@ -1,7 +1,6 @@
 """Seconds of an optimizer step: compute, exposed communication, optimizer."""
 
 from dataclasses import dataclass
-from math import ceil
 
 from tinyllama_ds.hardware.gpus import Gpu, Network
 from tinyllama_ds.model.config import LlamaConfig
@@ -60,8 +59,7 @@ class StepTime:
 def step_time(model: LlamaConfig, layout: Layout, work: Work, accumulation: int, machines: Machines) -> StepTime:
     """One step of `accumulation` micro-batches. Recomputed blocks cost their forward pass once more."""
     hosts = machines.hosts
-    blocks = model.num_hidden_layers
-    recomputed = ceil(blocks / work.recompute_every) / blocks if work.recompute_every else 0.0
+    recomputed = work.recomputed_blocks(model) / model.num_hidden_layers
     tokens = work.tokens * accumulation
     plain = executed_flops(model, work.sequence_length) * tokens / machines.compute_flops
     passes = {"forward": plain * _FORWARD, "backward": plain * (1 - _FORWARD + recomputed * _FORWARD)}
@@ -99,8 +97,8 @@ def _exposed_copies(
     """What offloading block inputs adds where their copies take longer than the passes that they overlap with."""
     if not work.offloads_activations:
         return 0.0
-    blocks = ceil(model.num_hidden_layers / work.recompute_every)
-    copies = accumulation * blocks * layout.weight_bytes * model.hidden_size * work.tokens / _HOST_LINK
+    inputs = work.recomputed_blocks(model) * layout.weight_bytes * model.hidden_size * work.tokens
+    copies = accumulation * inputs / _HOST_LINK
     return sum(max(0.0, copies - seconds) for seconds in passes.values())
 
 
