@@ -17,17 +17,24 @@ measure() { # model, folder of its results, further arguments
   fi
 }
 
-step "1/4 the extension: 2,048 tokens, a larger theta, whole documents, the same global batch in tokens"
+step "1/5 texts of numbers, told again: what a model learns to copy from"
+tinyllama-ds demo-data "$demo/raw" --source numbers
+for kind in short in-prose; do
+  tinyllama-ds prepare --source numbers --name "numbers-$kind" --subset "$kind" --input "$demo/raw/numbers" \
+    --tokenizer "$demo/tokenizer.model" --output "$demo/data"
+done
+
+step "2/5 the extension: 2,048 tokens, a larger theta, whole documents, the same global batch in tokens"
 tinyllama-ds pretrain --recipe demo-long --deepspeed-config demo_long --data "$demo/data" --run-dir "$demo/long" \
   --init-from "$demo/run" --num-gpus 1
 
-step "2/4 what the model did before, up to its 512 positions, on the documents of the next step"
+step "3/5 what the model did before, up to its 512 positions, on the documents of the next step"
 before=$demo/long/evaluation/before # where the report of the extended run finds it
 measure "$demo/run" "$before" --document-tokens 2048 --output "$before"
 
-step "3/4 what it does now, up to 2,048"
+step "4/5 what it does now, up to 2,048"
 measure "$demo/long" "$demo/long/evaluation/step_*"
 
-step "4/4 both on one page"
+step "5/5 both on one page"
 tinyllama-ds report "$demo/long" | tail -n 3
 step "done"

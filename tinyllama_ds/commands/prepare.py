@@ -36,10 +36,10 @@ def _add_demo_data(parser: argparse.ArgumentParser) -> None:
     add(
         "--source",
         nargs="+",
-        choices=("slimpajama", "starcoderdata", "proof-pile-2", "skypile"),
+        choices=("slimpajama", "starcoderdata", "proof-pile-2", "skypile", "numbers"),
         default=["slimpajama", "starcoderdata"],
         metavar="NAME",
-        help="slimpajama and starcoderdata (the default), proof-pile-2, skypile",
+        help="slimpajama and starcoderdata (the default), proof-pile-2, skypile, numbers",
     )
     add = parser.add_mutually_exclusive_group().add_argument
     add("--chat", action="store_true", help="write conversations to OUT/chat instead")

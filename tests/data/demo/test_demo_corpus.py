@@ -60,6 +60,22 @@ def test_the_stand_ins_for_v1_1_are_written_as_published(tmp_path: Path, library
     assert {text.strip() for text in prose} == {text.split('"""')[1].strip() for text in code}, "a module as a whole"
 
 
+def test_numbers_are_in_two_folders_and_their_prose_in_one_split(tmp_path: Path):
+    library = tmp_path / "library"
+    library.mkdir()
+    for number in range(150):
+        letters = "".join("abcdefghij"[int(digit)] for digit in str(number))
+        lines = "\n".join(f"{word} of module {letters} is a line" for word in ("first", "second", "third"))
+        (library / f"module{number}.py").write_text(f'"""{lines * 4}"""\n')
+    made = make_demo_corpus(tmp_path, library, sources=["numbers"])
+    assert list(made) == ["numbers"]
+    assert {path.name for path in (tmp_path / "numbers").iterdir()} == {"short", "in-prose"}
+    lines = {split: set(re.findall("of module [a-j]+ ", "".join(texts_of(tmp_path, "numbers", split)))) for split in
+             ("train", "validation")}  # fmt: skip
+    assert all(lines.values())
+    assert not lines["train"] & lines["validation"]
+
+
 def test_chinese_numbers_are_read_as_they_are_written():
     words = {0: "零", 7: "七", 10: "十", 15: "十五", 20: "二十", 110: "一百一十", 205: "二百零五", 1000: "一千",
              1001: "一千零一", 1010: "一千零一十", 1200: "一千二百", 9999: "九千九百九十九"}  # fmt: skip

@@ -3,7 +3,8 @@
 Prose (pydoc's topics and docstrings) is written in the format of SlimPajama, code (the standard library's sources) of
 StarCoderData, mathematics (docstrings and sources of sympy and mpmath, on which torch depends) of Proof-Pile-2, and the
 sentences of a small Chinese grammar (`chinese.py`) of SkyPile. Splits are by module, docstrings and source together, so
-that validation text is never in the training data under a different name.
+that validation text is never in the training data under a different name. Texts of numbers (`numbers.py`) are published
+nowhere; they are for the rehearsal of a longer context.
 """
 
 import ast
@@ -24,19 +25,21 @@ import pyarrow.parquet
 
 from tinyllama_ds.bars import progress
 from tinyllama_ds.data.demo.chinese import chinese_pages
+from tinyllama_ds.data.demo.numbers import short_texts, texts_with_prose
 from tinyllama_ds.outputs import new_folder
 
 PROSE_PACKAGES = ("numpy", "torch", "transformers")
 MATHEMATICS_PACKAGES = ("sympy", "mpmath")
-DEMO_SOURCES = ("slimpajama", "starcoderdata", "proof-pile-2", "skypile")
+DEMO_SOURCES = ("slimpajama", "starcoderdata", "proof-pile-2", "skypile", "numbers")
 FILES_PER_SPLIT = {"train": 4, "validation": 1}
 _FILE_NAMES = {  # as published; SkyPile has no held-out part
     "slimpajama": "{split}/chunk{chunk}/example_{split}_0.jsonl.zst",
     "starcoderdata": "{split}/python/train-{number:05d}-of-{files:05d}.parquet",
     "proof-pile-2": "{subset}/{split}/part{number:04d}.jsonl.zst",
     "skypile": "{folder}/part_{number:04d}.jsonl",
+    "numbers": "{subset}/{split}/part_{number:04d}.jsonl",
 }
-_SUBSETS = {"proof-pile-2": ("open-web-math", "algebraic-stack")}
+_SUBSETS = {"proof-pile-2": ("open-web-math", "algebraic-stack"), "numbers": ("short", "in-prose")}
 MAX_BYTES_PER_SOURCE = 8_000_000
 _HELD_OUT_PERCENT = 4
 _MIN_DOCSTRING = 200  # characters; shorter ones are one-liners, not prose
@@ -71,6 +74,7 @@ def make_demo_corpus(
         "starcoderdata": _code(stdlib),
         "proof-pile-2": _mathematics(mathematics),
         "skypile": _chinese(),
+        "numbers": _numbers(_prose(prose)),
     }
     return {
         name: _write_source(output / name, documents, max_bytes)
@@ -125,6 +129,13 @@ def _mathematics(roots: list[Path]) -> Iterator[Document]:
 def _chinese() -> Iterator[Document]:
     for number, page in enumerate(chinese_pages()):
         yield Document(f"skypile/{number}", f"page {number}", page)
+
+
+def _numbers(documents: Iterable[Document]) -> Iterator[Document]:
+    for document in documents:
+        for subset, texts_of in (("short", short_texts), ("in-prose", texts_with_prose)):
+            for text in texts_of(document.text):
+                yield Document(document.module, document.path, text, subset)
 
 
 def _with_docstrings(files: list[tuple[Path, Path]]) -> Iterator[tuple[Path, Path, str]]:

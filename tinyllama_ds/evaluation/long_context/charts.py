@@ -50,7 +50,7 @@ def _finish(axis: Any, label: str) -> None:
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.set(xlabel=label, ylabel="perplexity")
     if any(axis.get_legend_handles_labels()[1]):
-        axis.legend(loc="upper right")
+        axis.legend(loc="best")
 
 
 def draw_needle(axis: Any, needle: dict[str, Any], lengths: Sequence[int] = ()) -> None:
