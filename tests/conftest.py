@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fast_folders
 import pytest
+import torch
 from made_up import made_up_text
 from registry import unpacked
 
@@ -35,6 +36,12 @@ def own_environment(environment_at_first: dict[str, str]) -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(environment_at_first)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """In each of pytest's processes, of which there are more than cores; what a test starts has its own number."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
