@@ -9,7 +9,7 @@ import pytest
 from forked import on_ranks
 from launching import Finished
 
-from tinyllama_ds.errors import EXIT_CONFIG, EXIT_NUMERICS, EXIT_RESTART
+from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, EXIT_NUMERICS, EXIT_RESTART
 from tinyllama_ds.launch import out_of_memory
 from tinyllama_ds.launch.supervisor import Job, SupervisorConfig, supervise
 
@@ -32,14 +32,21 @@ Path("status.json").write_text(json.dumps({"state": "stopped"}))
 """
 
 
+LAUNCHER_THAT_DOES_NOT_END = """
+import json, os, signal, time
+from pathlib import Path
+while not Path("stop").exists():
+    time.sleep(0.01)
+Path("status.json").write_text(json.dumps({{"state": "{state}"}}))
+os.kill(os.getppid(), signal.SIGTERM)  # a second request
+signal.pause()
+"""
 LAUNCHER_OF_A_ROLLBACK = """
 import json, os
 from pathlib import Path
 state = "finished" if os.environ["TINYLLAMA_DS_RESTART"] == "1" else "rolled back"
 Path("status.json").write_text(json.dumps({"state": state}))
 """
-
-
 LAUNCHER_KILLED_BY_THE_KERNEL = """
 import os, signal
 from pathlib import Path
@@ -91,6 +98,23 @@ def test_the_end_of_the_wall_time_stops_the_ranks(tmp_path: Path) -> None:
     finished = supervised(LAUNCHER_THAT_STOPS, tmp_path, max_seconds=0.001)
     assert finished.stdout == f"{EXIT_RESTART} 0\n", finished.stderr
     assert not (tmp_path / "stop").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "said"),
+    [
+        ("running", EXIT_RESTART, "the ranks did not stop in time; the last checkpoint is kept"),
+        ("stopped", EXIT_RESTART, "the run has stopped, but not all of its processes had ended; they are killed"),
+        ("finished", EXIT_FINISHED, "the run has finished, but not all of its processes had ended; they are killed"),
+    ],
+)
+def test_ranks_that_do_not_end_are_killed_and_the_status_says_how_far_they_came(
+    state: str, code: int, said: str, tmp_path: Path
+) -> None:
+    finished = supervised(LAUNCHER_THAT_DOES_NOT_END.format(state=state), tmp_path, max_seconds=0.001)
+    assert finished.stdout == f"{code} 0\n", finished.stderr
+    assert said in finished.stderr
+    assert finished.stderr.count("tinyllama-ds: the r") == 1, finished.stderr
 
 
 @pytest.mark.parametrize("version", ["0::/", "4:cpu,memory:/"])

@@ -213,8 +213,7 @@ def _wait(
             lock.refresh()
         stop.poll()
         if stop.is_overdue():
-            log("the ranks did not stop in time; the last checkpoint is kept")
-            return EXIT_RESTART
+            return _code_when_overdue(status_file)
         stuck = watchdog.stuck_rank()
         if stuck is not None:
             log(f"{stuck}; stacks of all ranks:\n{watchdog.stacks()}")
@@ -226,6 +225,16 @@ def _wait(
     if failed and code not in (*_FINAL_CODES, EXIT_ROLLBACK):  # else the launcher ended it when another had finished
         log(failed)
     return code
+
+
+def _code_when_overdue(status_file: Path) -> int:
+    """From rank 0's status file: on a loaded machine processes take long to end after their run has."""
+    state = _read_state(status_file)
+    if state in _CODES_OF_STATES:
+        log(f"the run has {state}, but not all of its processes had ended; they are killed")
+        return _CODES_OF_STATES[state]
+    log("the ranks did not stop in time; the last checkpoint is kept")
+    return EXIT_RESTART
 
 
 def _exit_code(code: int, status_file: Path) -> int:
