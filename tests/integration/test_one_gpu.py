@@ -169,7 +169,7 @@ def all_sources(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The small sources once more, under the names of those that other recipes mix in."""
     data = tmp_path_factory.mktemp("sources") / "data"
     shutil.copytree(data_dir, data)
-    for name in ("proof-pile-2", "skypile", "slimpajama-long"):
+    for name in ("proof-pile-2", "skypile", "slimpajama-long", "numbers-short", "numbers-in-prose"):
         shutil.copytree(data / "slimpajama", data / name)
         for manifest in (data / name).rglob("*.json"):
             manifest.write_text(manifest.read_text().replace('"slimpajama"', f'"{name}"'))
