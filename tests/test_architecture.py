@@ -104,6 +104,7 @@ for name in {modules!r}:
     importlib.import_module(name)
 import torch
 assert "deepspeed" not in sys.modules
+assert "torch._dynamo" not in sys.modules  # a second of every command; only compilation needs it
 assert not torch.distributed.is_initialized()
 assert not torch.cuda.is_initialized()
 assert not logging.getLogger().handlers

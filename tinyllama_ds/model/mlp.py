@@ -50,11 +50,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         if self.is_chunked and x.shape[-2] > 2 * MLP_CHUNK_TOKENS:
-            return self._in_chunks(x)
+            return self.in_chunks(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    @torch.compiler.disable  # a graph would hold the products of all chunks
-    def _in_chunks(self, x: Tensor) -> Tensor:
+    def in_chunks(self, x: Tensor) -> Tensor:
+        """The same; kept out of compiled graphs (`train/compile.py`)."""
         rows, weights = x.flatten(0, -2), (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         chunks = ceil(len(rows) / MLP_CHUNK_TOKENS)
         # Before the products: a recomputed block needs no more than what is kept here, and stops.
