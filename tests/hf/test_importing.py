@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hf_folders import write_hf_folder
 from safetensors.torch import load_file, save_file
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.data.tokenizers.storage import load_tokenizer
 from tinyllama_ds.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
-from tinyllama_ds.hf.convert import ExportOptions, export, hf_config, hf_tokenizer
+from tinyllama_ds.hf.convert import ExportOptions, export, hf_tokenizer
 from tinyllama_ds.hf.import_model import import_hf_folder, read_config
 from tinyllama_ds.hf.model_folder import ModelFolder, open_model_folder, verify_model_folder
 from tinyllama_ds.model.config import MODEL_SIZES, Llama3Scaling, LlamaConfig, YarnScaling
@@ -32,20 +32,6 @@ SHAPES = {
     "yarn": replace(GROUPED, rope_scaling=YarnScaling(4.0, 32, mscale=0.7, mscale_all_dim=0.5, truncate=False)),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def write_hf_folder(
-    folder: Path, shape: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer, form: str = "safetensors"
-) -> Path:
-    """A randomly initialised model as transformers itself writes it."""
-    transformers.set_seed(1)
-    model = transformers.LlamaForCausalLM(hf_config(shape, dtype)).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # larger than transformers' initialisation
-    model.save_pretrained(folder, max_shard_size="100KB" if "shards" in form else "5GB")
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-    return folder
 
 
 def as_transformers_4_wrote_it(folder: Path) -> None:
@@ -80,7 +66,7 @@ def logits_of(folder: ModelFolder, ids: torch.Tensor) -> torch.Tensor:
 def test_imported_logits_equal_transformers(
     shape: str, dtype: torch.dtype, form: str, version: int, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    folder = write_hf_folder(tmp_path / "hf", SHAPES[shape], dtype, tokenizer, form)
+    folder = write_hf_folder(tmp_path / "hf", SHAPES[shape], tokenizer, dtype, "100KB" if "shards" in form else "5GB")
     if version == 4:
         as_transformers_4_wrote_it(folder)
     imported = import_hf_folder(folder, tmp_path / "ours")
@@ -134,7 +120,7 @@ def test_the_released_description_is_tinyllama(tmp_path: Path) -> None:
 
 
 def test_both_copies_of_a_tied_table_may_be_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    folder = write_hf_folder(tmp_path / "hf", SHAPES["tied"], torch.float32, tokenizer)
+    folder = write_hf_folder(tmp_path / "hf", SHAPES["tied"], tokenizer)
     table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     edit_tensors(folder, lambda held: held.update({"lm_head.weight": table.clone()}))
     import_hf_folder(folder, tmp_path / "ours")
@@ -143,7 +129,7 @@ def test_both_copies_of_a_tied_table_may_be_there(tokenizer: Tokenizer, tmp_path
 
 def test_a_padded_vocabulary_is_kept(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows beyond the tokenizer's pieces come in and go out like all others, and are reported."""
-    folder = write_hf_folder(tmp_path / "hf", replace(GROUPED, vocab_size=576), torch.float32, tokenizer)
+    folder = write_hf_folder(tmp_path / "hf", replace(GROUPED, vocab_size=576), tokenizer)
     assert main(["import", str(folder), str(tmp_path / "ours")]) == EXIT_FINISHED
     assert "; 64 rows of the vocabulary are padding, which no text uses" in capsys.readouterr().out
     ours = open_model_folder(tmp_path / "ours")
@@ -154,7 +140,7 @@ def test_a_padded_vocabulary_is_kept(tokenizer: Tokenizer, tmp_path: Path, capsy
 
 
 def test_buffers_that_old_versions_stored_are_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer)
+    folder = write_hf_folder(tmp_path / "hf", GROUPED, tokenizer)
     edit_tensors(folder, lambda held: held.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     import_hf_folder(folder, tmp_path / "ours")
     assert len(dict(open_model_folder(tmp_path / "ours").tensors())) == 21
@@ -327,7 +313,7 @@ def refuse(folder: Path, sentence: str, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["tied", "multi-head"])
 def test_some_layers_are_the_model_without_the_others(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     shape = replace(SHAPES[name], num_hidden_layers=5)
-    folder = write_hf_folder(tmp_path / "hf", shape, torch.float32, tokenizer)
+    folder = write_hf_folder(tmp_path / "hf", shape, tokenizer)
     imported = import_hf_folder(folder, tmp_path / "draft", layers=[0, 2, 4])
     opened = open_model_folder(tmp_path / "draft")
     verify_model_folder(opened)
@@ -346,7 +332,7 @@ def test_wrong_layers_are_rejected(
     layers: str, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shape = replace(SHAPES["multi-head"], num_hidden_layers=5)
-    folder = write_hf_folder(tmp_path / "hf", shape, torch.float32, tokenizer)
+    folder = write_hf_folder(tmp_path / "hf", shape, tokenizer)
     try:
         code = main(["import", str(folder), str(tmp_path / "draft"), f"--layers={layers}"])
     except SystemExit as stopped:
@@ -361,7 +347,7 @@ def test_wrong_layers_are_rejected(
 def test_other_models_are_rejected(
     case: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer)
+    folder = write_hf_folder(tmp_path / "hf", GROUPED, tokenizer)
     changes, sentence = CONFIG_CASES[case]
     edit_json(folder / "config.json", **changes)
     refuse(folder, sentence, tmp_path, monkeypatch)
@@ -371,7 +357,7 @@ def test_other_models_are_rejected(
 def test_damaged_folders_are_rejected(
     case: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer)
+    folder = write_hf_folder(tmp_path / "hf", GROUPED, tokenizer)
     spoil, sentence = FOLDER_CASES[case]
     spoil(folder)
     refuse(folder, sentence, tmp_path, monkeypatch)
@@ -381,7 +367,7 @@ def test_damaged_folders_are_rejected(
 def test_damaged_shards_are_rejected(
     case: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.float32, tokenizer, "safetensors shards")
+    folder = write_hf_folder(tmp_path / "hf", GROUPED, tokenizer, max_shard_size="100KB")
     spoil, sentence = SHARD_CASES[case]
     spoil(folder)
     refuse(folder, sentence, tmp_path, monkeypatch)
@@ -391,7 +377,7 @@ def test_the_command_imports_once_and_rejects_with_78(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The folder lacks the tokenizer that the weights were trained with, until it is given."""
-    folder = write_hf_folder(tmp_path / "hf", GROUPED, torch.bfloat16, tokenizer)
+    folder = write_hf_folder(tmp_path / "hf", GROUPED, tokenizer, torch.bfloat16)
     (folder / "tokenizer.model").rename(tmp_path / "right.model")
     arguments = ["import", str(folder), str(tmp_path / "ours"), "--json"]
     capsys.readouterr()  # transformers' bar

@@ -5,11 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
+from hf_folders import write_hf_folder
 from launching import SEQUENCE_LENGTH, STEP_TOKENS, read_series, tinyllama_ds, write_deepspeed_config
 from made_up import made_up_text
 from test_docs import commands_of
-from test_importing import write_hf_folder
 
 from tinyllama_ds.config.recipe import RECIPE_DIRECTORY
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
@@ -34,9 +33,7 @@ META = {"redpajama_set_name": "RedPajamaC4"}
 @pytest.fixture
 def workplace(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a reader of the page stands: the released folder, raw corpora, the recipe of the page."""
-    write_hf_folder(
-        tmp_path / "TinyLlama-1.1B-intermediate-step-1431k-3T", MODEL_SIZES["test"], torch.float32, tokenizer
-    )
+    write_hf_folder(tmp_path / "TinyLlama-1.1B-intermediate-step-1431k-3T", MODEL_SIZES["test"], tokenizer)
     for number, (place, field) in enumerate(
         (("SlimPajama-627B/train", "text"), ("SlimPajama-627B/validation", "text"), ("starcoderdata/python", "content"))
     ):
