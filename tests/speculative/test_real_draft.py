@@ -3,9 +3,11 @@
 import json
 from dataclasses import replace
 from itertools import product
+from math import floor, log2
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from smollm import CONFIG, write_smollm2
 
@@ -55,6 +57,28 @@ def test_greedy_text_of_200_prompts_is_the_targets(target: Path, draft: Path) ->
     accepted, drafted = (sum(each) for each in zip(*((one.accepted, one.drafted) for one in rounds), strict=True))
     print(f"{accepted} of {drafted} drafted tokens accepted")
     assert 0.1 < accepted / drafted < 0.9
+
+
+def test_in_bf16_texts_differ_where_the_two_likeliest_logits_are_a_unit_apart(target: Path, draft: Path) -> None:
+    """Several tokens at once are rounded differently from one at a time, and one unit decides between these two."""
+    models = [load_from_hf_folder(path) for path in (target, draft)]
+    for loaded in models:
+        loaded.model.to(torch.bfloat16)
+    pair = make_pair(*(NamedModel(name, loaded) for name, loaded in zip(("target", "draft"), models, strict=True)))
+    exact = load_from_hf_folder(target).model.float()
+    sampling = Sampling(max_new_tokens=32, temperature=0.0, top_p=1.0, seed=0)
+    gaps = []
+    for prompt in PROMPTS.read_text().splitlines()[:12]:
+        ids = prompt_tokens(pair.target.loaded, prompt)
+        one, other = alone(pair.target.loaded, ids, sampling).ids, speculate(pair, ids, sampling, 3).ids
+        if one != other:
+            same = next(place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+            with torch.no_grad():
+                first, second = exact(torch.tensor([[*ids, *one[:same]]])).logits[0, -1].topk(2).values.tolist()
+            gaps.append((first - second) / 2 ** (floor(log2(first)) - 7))  # bf16 has 8 bits
+    print(f"{len(gaps)} of 12 texts differ, gaps in units of the last place: {[round(gap, 2) for gap in gaps]}")
+    assert gaps
+    assert max(gaps) < 1.5
 
 
 def test_all_figures_are_measured(target: Path, draft: Path, tmp_path: Path) -> None:
