@@ -22,7 +22,8 @@ def compile_blocks(model: LlamaForCausalLM) -> None:
         if isinstance(module, SwiGLU):
             module.of_chunk = torch.compile(module.of_chunk)
             module.gradients_of_chunk = torch.compile(module.gradients_of_chunk)
-            module.in_chunks = torch.compiler.disable(module.in_chunks)  # type: ignore[method-assign]  # not all chunks in a graph
+            # A graph would hold the products of all chunks.
+            module.in_chunks = torch.compiler.disable(module.in_chunks)  # type: ignore[method-assign]
     model.lm_head.loss_and_grad = torch.compile(model.lm_head.loss_and_grad)
     if model.lm_head.distillation_and_grad is not None:
         model.lm_head.distillation_and_grad = torch.compile(model.lm_head.distillation_and_grad)

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator
 
+# The number alone is twice as frequent as the others: it is learned first.
 _FORMS = ("{number}", "{number}", "{name} {number}", "{name} is {number}.", "The number of {name} is {number}.")
 _NUMBERS = range(100_000, 1_000_000)
 _TOLD_AGAIN = 0.85  # of the lines, where the text may have another number
