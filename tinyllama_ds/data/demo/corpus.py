@@ -39,7 +39,8 @@ _FILE_NAMES = {  # as published; SkyPile has no held-out part
     "skypile": "{folder}/part_{number:04d}.jsonl",
     "numbers": "{subset}/{split}/part_{number:04d}.jsonl",
 }
-_SUBSETS = {"proof-pile-2": ("open-web-math", "algebraic-stack"), "numbers": ("short", "in-prose")}
+_NUMBERS = {"short": short_texts, "in-prose": texts_with_prose}
+_SUBSETS = {"proof-pile-2": ("open-web-math", "algebraic-stack"), "numbers": tuple(_NUMBERS)}
 MAX_BYTES_PER_SOURCE = 8_000_000
 _HELD_OUT_PERCENT = 4
 _MIN_DOCSTRING = 200  # characters; shorter ones are one-liners, not prose
@@ -133,7 +134,7 @@ def _chinese() -> Iterator[Document]:
 
 def _numbers(documents: Iterable[Document]) -> Iterator[Document]:
     for document in documents:
-        for subset, texts_of in (("short", short_texts), ("in-prose", texts_with_prose)):
+        for subset, texts_of in _NUMBERS.items():
             for text in texts_of(document.text):
                 yield Document(document.module, document.path, text, subset)
 

@@ -6,6 +6,7 @@ numbers follow from the same number before and from nothing else, so that copyin
 
 import math
 import random
+from collections import deque
 from collections.abc import Iterator
 
 # The number alone is twice as frequent as the others: it is learned first.
@@ -21,7 +22,7 @@ def short_texts(prose: str) -> Iterator[str]:
     """Texts of one or two numbers and nothing else, named after words of the prose; as many as it has short lines."""
     rng = random.Random(prose)
     lines, names = _lines_and_names(prose)
-    for _ in lines if names else ():
+    for _ in lines:
         told = _number_lines(names, rng.randint(1, 2), rng)
         size, text = _characters(rng, 100, 260), ""
         while len(text) < size:
@@ -33,24 +34,26 @@ def texts_with_prose(prose: str) -> Iterator[str]:
     """Texts of one number among lines of the prose, which follow each other; until all of its short lines are used."""
     rng = random.Random(prose)
     lines, names = _lines_and_names(prose)
-    unused = iter(lines)
-    line = next(unused, None)
-    while names and line is not None:
+    unused = deque(lines)
+    while unused:
         told = _number_lines(names, 1, rng)
         size, share, text = _characters(rng, 130, 2_000), rng.choice(_SHARES_OF_PROSE), ""
         while len(text) < size:
-            if line is not None and rng.random() < share:
-                text += line + "\n"
-                line = next(unused, None)
+            if unused and rng.random() < share:
+                text += unused.popleft() + "\n"
             else:
                 text += next(told)
         yield text
 
 
 def _lines_and_names(prose: str) -> tuple[list[str], list[str]]:
-    """The lines of some prose that are short and without digits, and the words in them that can name a number."""
+    """The lines of some prose that are short and without digits, and the words in them that can name a number.
+
+    No lines where no word can.
+    """
     lines = [line for line in map(str.strip, prose.splitlines()) if _is_plain(line)]
-    return lines, sorted({word for line in lines for word in line.split() if _is_name(word)})
+    names = sorted({word for line in lines for word in line.split() if _is_name(word)})
+    return lines if names else [], names
 
 
 def _is_plain(line: str) -> bool:
