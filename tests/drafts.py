@@ -1,7 +1,5 @@
 """Small models with random weights, as targets and drafts of speculative decoding."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,12 +29,3 @@ def perturbed(named: NamedModel, scale: float) -> NamedModel:
         if parameter.dim() == 2:
             parameter.data += scale * parameter.data.std() * torch.randn(parameter.shape, generator=generator)
     return named
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """More would wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -1,7 +1,6 @@
 """Assisted generation: the target's text in greedy decoding, its distribution in sampling, and counted rounds."""
 
 import io
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import fast_folders
 import pytest
 import torch
-from drafts import GREEDY, model, one_thread, perturbed
+from drafts import GREEDY, model, perturbed
 from made_up import made_up_text
 
 from tinyllama_ds.data.chat import Message
@@ -23,12 +22,6 @@ from tinyllama_ds.speculative.pair import make_pair
 from tinyllama_ds.speculative.speed import SpeculativeAnswers
 
 PROMPTS = [line for line in made_up_text(7, 2000).splitlines() if line.strip()][:100]
-
-
-@pytest.fixture(autouse=True)
-def on_one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(params=["sentencepiece", "bpe"])

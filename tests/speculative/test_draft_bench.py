@@ -2,13 +2,12 @@
 
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import fast_folders
 import pytest
-from drafts import SHAPE, one_thread
+from drafts import SHAPE
 
 from tinyllama_ds.cli import main
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
@@ -18,12 +17,6 @@ from tinyllama_ds.hf.convert import ExportOptions, export
 from tinyllama_ds.hf.import_model import import_hf_folder
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.speculative.report import figure_of, report_text
-
-
-@pytest.fixture(autouse=True)
-def on_one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

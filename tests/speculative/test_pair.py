@@ -1,13 +1,12 @@
 """Which models may be target and draft: tokenizers, padded vocabularies, sizes and positions."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import fast_folders
 import pytest
 import torch
-from drafts import GREEDY, SHAPE, model, one_thread
+from drafts import GREEDY, SHAPE, model
 
 from tinyllama_ds.data.tokenizers.abstract import Tokenizer
 from tinyllama_ds.data.tokenizers.storage import load_tokenizer
@@ -17,12 +16,6 @@ from tinyllama_ds.hf.generate import load_from_hf_folder
 from tinyllama_ds.model.llama import build_model
 from tinyllama_ds.speculative.decode import alone, speculate
 from tinyllama_ds.speculative.pair import NamedModel, make_pair
-
-
-@pytest.fixture(autouse=True)
-def on_one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
